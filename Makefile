@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a virtual environment of its own in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench embedded-model clean
+
+demo: $(STAMP)
+	$(BIN)/difftune demo --output runs/demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Rebuilds the embedded model and its picture sets from the npm packages; hours on two cores, resumable.
+embedded-model: $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[emoji]'
+	$(BIN)/python examples/emoji/prepare.py --work build/emoji --assets difftuning_control/assets
+	$(BIN)/python examples/emoji/train_vae.py --work build/emoji
+	$(BIN)/python examples/emoji/train_unet.py --work build/emoji
+	$(BIN)/python examples/emoji/train_unet.py --work build/emoji --export difftuning_control/assets/embedded
+	$(BIN)/python examples/emoji/evaluate_base.py --work build/emoji
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,46 @@
+"""Fine-tune diffusion models on a few images without forgetting: Diff-Tuning as a diffusers plug-in."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from difftuning_control.bank import BankRequest, KnowledgeBank
+    from difftuning_control.batch import LatentBatch
+    from difftuning_control.errors import NonFiniteLossError, UserError
+    from difftuning_control.families import embedded_model, family_of, load_family
+    from difftuning_control.noise import NoiseProcess
+    from difftuning_control.objective import DiffTuningObjective, per_sample_loss
+    from difftuning_control.recipe import Recipe
+    from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+    from difftuning_control.trainer import train
+
+_HOME = {
+    "BankRequest": "bank",
+    "KnowledgeBank": "bank",
+    "LatentBatch": "batch",
+    "NonFiniteLossError": "errors",
+    "UserError": "errors",
+    "embedded_model": "families",
+    "family_of": "families",
+    "load_family": "families",
+    "NoiseProcess": "noise",
+    "DiffTuningObjective": "objective",
+    "per_sample_loss": "objective",
+    "Recipe": "recipe",
+    "ConstantSchedule": "schedules",
+    "PaperSchedule": "schedules",
+    "PowerSchedule": "schedules",
+    "TabulatedSchedule": "schedules",
+    "train": "trainer",
+}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported on first use so that importing the package stays cheap."""
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

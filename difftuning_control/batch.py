@@ -1,0 +1,54 @@
+"""One batch of training rows; which rows come from the knowledge bank is data, not position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LatentBatch:
+    """Rows ready for the denoiser.
+
+    Args:
+        latents: scaled latents, (B, C, h, w).
+        conditioning: what the family's `predict` takes beside latents and timesteps, each (B, …); `prompt_embeds`
+            (B, L, D) for Stable Diffusion.
+        is_retention: True for rows from the bank, (B,) bool.
+        ids: a name for every row, used in error messages.
+    """
+
+    latents: Tensor
+    conditioning: dict[str, Tensor]
+    is_retention: Tensor
+    ids: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rows = len(self.latents)
+        sizes = {name: len(t) for name, t in self.conditioning.items()} | {"is_retention": len(self.is_retention)}
+        wrong = {name: n for name, n in sizes.items() if n != rows}
+        if wrong:
+            raise ValueError(f"latents have {rows} rows, but {wrong}; every part of a batch needs the same rows.")
+        if self.is_retention.dtype != torch.bool or self.is_retention.ndim != 1:
+            found = f"{tuple(self.is_retention.shape)} {self.is_retention.dtype}"
+            raise ValueError(f"is_retention is {found}; expected (B,) torch.bool.")
+        if len(self.ids) not in (0, rows):
+            raise ValueError(f"there are {len(self.ids)} ids for {rows} rows; give one a row, or none.")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LatentBatch:
+        conditioning = {
+            k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in self.conditioning.items()
+        }
+        return LatentBatch(self.latents.to(device, dtype), conditioning, self.is_retention.to(device), self.ids)
+
+    def rows(self, chosen: Tensor | slice) -> LatentBatch:
+        """The chosen rows, by index, mask or slice."""
+        numbers = torch.arange(len(self), device=self.latents.device)[chosen].tolist()
+        conditioning = {k: v[chosen] for k, v in self.conditioning.items()}
+        ids = [self.ids[i] for i in numbers] if self.ids else []
+        return LatentBatch(self.latents[chosen], conditioning, self.is_retention[chosen], ids)

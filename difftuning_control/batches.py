@@ -1,0 +1,124 @@
+"""Training batches as a function of the step: what row r of step s holds depends on the seed, s and r alone.
+
+So a resumed run sees what an undisturbed one would have seen, without any saved state of a loader, and the rows of a
+global batch are the same on one process or on many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftuning_control.bank import KnowledgeBank
+from difftuning_control.batch import LatentBatch
+from difftuning_control.cache import LatentMoments, PromptEmbeddings
+from difftuning_control.objective import DiffTuningObjective
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+TARGET, BANK = 0, 1
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed below 2⁶³ from numbers such as (seed, step, row)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(size)
+
+
+def shuffled(seed: int, stream: int, start: int, count: int, size: int) -> list[int]:
+    """Entries start … start + count − 1 of the endless concatenation of random orders of 0 … size − 1."""
+    places = range(start, start + count)
+    return [int(_permutation(seed, stream, place // size, size)[place % size]) for place in places]
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """The pictures to tune on: moments, captions and names, all of the same length."""
+
+    moments: LatentMoments
+    captions: list[str]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of one process: the batch, its noise and noise levels, and the counts of the global batch by role."""
+
+    batch: LatentBatch
+    noise: Tensor
+    levels: Tensor
+    counts: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Builds the batch of every step from cached latents.
+
+    Args:
+        bank_prompts: own, or empty (bank rows train with the empty prompt).
+        prompt_dropout: share of target rows that get the empty prompt.
+        size: rows of a forward on one process.
+    """
+
+    family: StableDiffusion
+    objective: DiffTuningObjective
+    targets: TargetSet
+    embeddings: PromptEmbeddings
+    bank: KnowledgeBank | None
+    bank_prompts: str
+    prompt_dropout: float
+    size: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    def rows(self, step: int) -> TrainingRows:
+        """The rows of this process in forward number `step`."""
+        total = self.size * self.num_processes
+        banks = self.objective.retention_rows(total) if self.bank is not None else 0
+        targets = total - banks
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+        is_retention = torch.arange(total) >= targets
+        levels = self.objective.sample_levels(is_retention, generator)
+        dropped = torch.rand(total, generator=generator) < self.prompt_dropout
+        views = torch.randint(self.targets.moments.views, (total,), generator=generator)
+        target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))
+        bank_rows = shuffled(self.seed, BANK, step * banks, banks, len(self.bank)) if self.bank is not None else []
+
+        mine = range(self.process_index, total, self.num_processes)
+        shape = self.targets.moments.mean.shape[2:]
+        noises = torch.stack([self._noise(step, row, shape) for row in mine])
+        latents, prompts, names = [], [], []
+        for place, row in enumerate(mine):
+            if row < targets:
+                item = target_rows[row]
+                picture = self.targets.moments.draw(torch.tensor(item), views[row], noises[place, 0])
+                latents.append(self.family.scale_latents(picture))
+                prompts.append("" if dropped[row] else self.targets.captions[item])
+                names.append(self.targets.names[item])
+            else:
+                assert self.bank is not None
+                item = bank_rows[row - targets]
+                latents.append(self.bank.latents[item])
+                prompts.append(self.bank.prompts[item] if self.bank_prompts == "own" else "")
+                names.append(f"bank item {item}")
+        chosen = torch.tensor(list(mine))
+        batch = LatentBatch(torch.stack(latents), self.embeddings.rows(prompts), is_retention[chosen], names)
+        return TrainingRows(batch, noises[:, 1], levels[chosen], (targets, banks))
+
+    def _noise(self, step: int, row: int, shape: torch.Size) -> Tensor:
+        """Two standard normal tensors: for the draw from the moments and for the forward process."""
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(step_seed(self.seed, step, row)))

@@ -1,0 +1,9 @@
+"""What a user can put right: one sentence that says what was found, what was expected, and what to do."""
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, in data or in a command. The command line prints its message and exits with code 2."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the weights are those of the last good step."""

@@ -1,0 +1,90 @@
+"""One file a model family; trainer, bank and analysis see only what `StableDiffusion` in `sd.py` shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from difftuning_control.errors import UserError
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+SUPPORTED = ("StableDiffusionPipeline",)
+
+
+def embedded_model() -> Path:
+    """The directory of the small text-to-image model that the package carries."""
+    from importlib import resources
+
+    return Path(str(resources.files("difftuning_control") / "assets" / "embedded"))
+
+
+def family_of(pipe: Any) -> StableDiffusion:
+    """The family around a diffusers pipeline object; the pipeline is shared, not copied.
+
+    Raises:
+        UserError: if no family knows this pipeline class.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    from difftuning_control.families.sd import StableDiffusion
+
+    if isinstance(pipe, StableDiffusionPipeline):
+        return StableDiffusion(pipe)
+    raise UserError(f"a {type(pipe).__name__} cannot be tuned yet; supported: {', '.join(SUPPORTED)}.")
+
+
+def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> StableDiffusion:
+    """Load `embedded`, a directory, or a Hub model. Weights come from safetensors files only.
+
+    Raises:
+        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights.
+    """
+    path = str(embedded_model()) if model == "embedded" else model
+    _check_directory(path)
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # the safety checker judges finished pictures; training has no use for it
+        options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+        name = _class_name(path)
+        if name is not None and name not in SUPPORTED:
+            raise UserError(f"{model} is a {name}, which cannot be tuned yet; supported: {', '.join(SUPPORTED)}.")
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, use_safetensors=True, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
+        raise UserError(
+            f"the model {model} {where} ({reason}); expected `embedded`, a diffusers directory with safetensors "
+            "weights, or a Hub id that this machine can reach."
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+    return family_of(pipe)
+
+
+def _check_directory(path: str) -> None:
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id.")
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`.")
+
+
+def _class_name(path: str) -> str | None:
+    index = Path(path) / "model_index.json"
+    if not index.exists():
+        return None
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    return name[-1] if isinstance(name, list) else name

@@ -1,0 +1,240 @@
+"""From a recipe to what a run trains on: pictures, cached latents and embeddings, the knowledge bank, validators."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from difftuning_control.bank import BankRequest, KnowledgeBank
+from difftuning_control.batch import LatentBatch
+from difftuning_control.batches import TargetSet
+from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.data import ImageData, load_images
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of
+from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.recipe import BankConfig, DataConfig, Recipe
+from difftuning_control.validation import BandValidator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from difftuning_control.families.sd import StableDiffusion
+
+
+@contextmanager
+def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int], object]]:
+    """A progress bar; gives the function that is told of the number of items done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, leave=True) as bar:
+        yield bar.update
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where caches and banks lie when the recipe names no place."""
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "difftuning-control"
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Everything a run reads. `validation` maps target and bank to their validators."""
+
+    data: ImageData
+    held_out: ImageData
+    targets: TargetSet
+    embeddings: PromptEmbeddings
+    bank: KnowledgeBank | None
+    validation: dict[str, BandValidator]
+    sample_prompts: list[str]
+    resolution: int
+
+
+def resolution_of(family: StableDiffusion, data: DataConfig) -> int:
+    """The side of the pictures in pixels.
+
+    Raises:
+        UserError: if the model cannot take it.
+    """
+    side = data.resolution or family.native_resolution
+    if side % family.resolution_step:
+        raise UserError(
+            f"data.resolution is {side}; this model takes multiples of {family.resolution_step} "
+            f"(its own is {family.native_resolution})."
+        )
+    return side
+
+
+def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
+    """Pictures to tune on and held-out ones."""
+    config = recipe.data
+    options: dict[str, Any] = {
+        "caption_column": config.caption_column,
+        "image_column": config.image_column,
+        "default_caption": config.default_caption,
+        "skip_bad": config.skip_bad,
+    }
+    data = load_images(config.path, **options)
+    if config.limit is not None:
+        data = ImageData(data.source, data.examples[: config.limit], data.skipped, data.ignored_files)
+    if config.validation_path is not None:
+        return data, load_images(config.validation_path, **options)
+    return data.split(config.holdout, recipe.training.seed)
+
+
+def check_captions(family: StableDiffusion, data: ImageData, truncate: bool) -> None:
+    """Refuse captions that the text encoder would cut, unless that is wanted.
+
+    Raises:
+        UserError: naming the first such picture.
+    """
+    if truncate:
+        return
+    for example in data.examples:
+        length, limit = family.prompt_tokens(example.caption)
+        if length > limit:
+            raise UserError(
+                f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or let "
+                "it be cut with --data.truncate_captions true."
+            )
+
+
+def bank_prompts(config: BankConfig, captions: list[str]) -> list[str]:
+    """The prompts that a bank is drawn for.
+
+    Raises:
+        UserError: if the prompt file is missing, empty or not UTF-8.
+    """
+    if config.prompts == "captions":
+        return list(dict.fromkeys(captions))
+    if config.prompts == "empty":
+        return [""]
+    path = Path(config.prompts).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError:
+        raise UserError(
+            f"bank.prompts is {config.prompts}; expected captions, empty, or a text file with one prompt a line."
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt file {path} is not UTF-8 text; save it as UTF-8.") from None
+    if not any(lines):
+        raise UserError(f"the prompt file {path} has no prompt; write one a line.")
+    return [line for line in lines if line]
+
+
+def prepare_bank(
+    family: StableDiffusion,
+    config: BankConfig,
+    data: DataConfig,
+    captions: list[str],
+    resolution: int,
+    seed: int,
+    accelerator: Accelerator | None = None,
+) -> KnowledgeBank:
+    """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
+    path = Path(config.path).expanduser() if config.path is not None else None
+    show = accelerator is None or accelerator.is_main_process
+    if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
+        return _bank_of_pictures(family, path, data, resolution, show)
+    request = BankRequest(
+        tuple(bank_prompts(config, captions)), config.size, config.guidance_scale, config.steps, resolution, seed
+    )
+    folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
+    processes: dict[str, Any] = {}
+    if accelerator is not None:
+        processes = {
+            "process_index": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+            "wait": accelerator.wait_for_everyone,
+        }
+    with progress(request.size, "knowledge bank", show) as advance:
+        return KnowledgeBank.build(family, folder, request, batch_size=config.batch_size, advance=advance, **processes)
+
+
+def _bank_of_pictures(
+    family: StableDiffusion, path: Path, data: DataConfig, resolution: int, show: bool
+) -> KnowledgeBank:
+    """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
+    pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False)
+    with progress(len(pictures), "bank pictures", show) as advance:
+        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance)
+    latents = family.scale_latents(moments.mean[:, 0])
+    return KnowledgeBank.from_latents(latents, [e.caption for e in pictures.examples], str(path), pictures.fingerprint)
+
+
+def prepare_inputs(
+    recipe: Recipe, family: StableDiffusion, objective: DiffTuningObjective, accelerator: Accelerator
+) -> TrainingInputs:
+    """Read, check, encode and cache everything; build the bank if it is wanted and not there.
+
+    Raises:
+        UserError: for whatever is wrong with the data, the captions or the bank.
+    """
+    show = accelerator.is_main_process
+    resolution = resolution_of(family, recipe.data)
+    data, held_out = read_data(recipe)
+    for part in (data, held_out):
+        check_captions(family, part, recipe.data.truncate_captions)
+    framing = Framing(resolution, recipe.data.flip, recipe.data.crops, recipe.training.seed)
+    cache = cache_folder(recipe.data)
+    with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
+        moments = cached_moments(family, data, framing, cache, advance)
+        held_moments = cached_moments(family, held_out, Framing(resolution), cache, advance) if len(held_out) else None
+    captions = [e.caption for e in data.examples]
+    held_captions = [e.caption for e in held_out.examples]
+    bank = None
+    if recipe.uses_bank or recipe.bank.path is not None:
+        seed = recipe.training.seed
+        bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, seed, accelerator)
+    prompts = captions + held_captions + (bank.prompts if bank is not None else [])
+    unique = len(set(prompts) | {""})
+    with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
+        embeddings = cached_embeddings(family, prompts, cache, advance)
+
+    size = recipe.training.validation_size
+    validation = {}
+    if held_moments is not None:
+        latents = family.scale_latents(held_moments.mean[:size, 0])
+        validation["target"] = _validator(family, objective, latents, embeddings, held_captions[:size], False)
+    if bank is not None:
+        bank, kept = _hold_out(bank, size)
+        words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+        validation["bank"] = _validator(family, objective, kept.latents, embeddings, words, True)
+    targets = TargetSet(moments, captions, [e.name for e in data.examples])
+    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
+    return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution)
+
+
+def _hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
+    """Bank items to train on and, from its end, items that only validation sees: at most a fifth."""
+    if len(bank) < 2:
+        return bank, bank
+    kept = max(1, min(size, len(bank) // 5))
+    cut = len(bank) - kept
+
+    def part(rows: slice) -> KnowledgeBank:
+        return KnowledgeBank(bank.latents[rows], bank.prompts[rows], bank.seeds[rows], bank.manifest, bank.folder)
+
+    return part(slice(0, cut)), part(slice(cut, None))
+
+
+def _validator(
+    family: StableDiffusion,
+    objective: DiffTuningObjective,
+    latents: torch.Tensor,
+    embeddings: PromptEmbeddings,
+    prompts: list[str],
+    retention: bool,
+) -> BandValidator:
+    batch = LatentBatch(latents, embeddings.rows(prompts), torch.full((len(latents),), retention))
+    return BandValidator(family, objective, batch)

@@ -1,0 +1,242 @@
+"""The Diff-Tuning objective, for our trainer and for anybody's loop.
+
+    L(θ) = E_target[ψ(u) ℓ(θ; x, u)] + λ E_bank[ξ(u) ℓ(θ; x̂, u)]
+
+ℓ is the model's own per-sample loss: the squared error of its prediction (ε, v or flow), averaged over the sample.
+Two estimators of L, with the same expected loss and gradient up to the constant Z_ψ = E[ψ(u)]:
+
+    weight   u ~ the family's density p(u); a target row counts ψ(u), a bank row λ ξ(u).        Expectation L.
+    sample   u ~ ψ p / Z_ψ for target rows and ~ ξ p / Z_ξ for bank rows; a target row counts 1, a bank row
+             λ Z_ξ / Z_ψ. Expectation L / Z_ψ, with less variance where ψ and ξ vary much.
+
+Target and bank rows are averaged separately, as in the authors' code, so λ does not depend on the bank's share of the
+batch. ψ = 1, λ = 0 is plain fine-tuning; ψ = ξ = 1 is prior preservation.
+
+References:
+    Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
+    https://arxiv.org/abs/2406.00773
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from difftuning_control.noise import NoiseProcess
+from difftuning_control.schedules import ConstantSchedule, PaperSchedule, Schedule, draw_levels, timestep_density
+
+PRESETS = ("paper", "plain", "prior_preservation")
+
+
+class DrawsLatents(Protocol):
+    """Anything that gives latents of the pretrained model's own samples: a `KnowledgeBank`, or a few lines of yours."""
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A batch after the forward process: what the model is given, what it should predict, and at which levels."""
+
+    noisy_model_input: Tensor
+    timesteps: Tensor
+    target: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True)
+class DiffTuningObjective:
+    """Draws noise levels by the role of each row and weighs the per-sample loss.
+
+    Args:
+        process: the forward process the model was trained with.
+        schedule: ψ and ξ.
+        estimator: `sample` or `weight`, see the module's equation.
+        retention_weight: λ, at least 0. The authors use 0.1.
+        retention_ratio: share of a batch that comes from the bank, in [0, 1). The authors use 0.2.
+        min_snr_gamma: multiplies ℓ by the min-SNR-γ weight (arXiv:2303.09556); None for none.
+        stratified: spread the levels of a batch evenly over their density.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    process: NoiseProcess
+    schedule: Schedule
+    estimator: Literal["sample", "weight"] = "sample"
+    retention_weight: float = 0.1
+    retention_ratio: float = 0.2
+    min_snr_gamma: float | None = None
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ("sample", "weight"):
+            raise ValueError(f"estimator is {self.estimator!r}; expected sample or weight.")
+        if not 0 <= self.retention_weight < math.inf:
+            raise ValueError(f"retention_weight is {self.retention_weight}; expected a finite number of at least 0.")
+        if not 0 <= self.retention_ratio < 1:
+            raise ValueError(f"retention_ratio is {self.retention_ratio}; expected at least 0 and less than 1.")
+        if self.min_snr_gamma is not None:
+            if not 0 < self.min_snr_gamma < math.inf:
+                raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; expected a finite number above 0.")
+            self.process.min_snr_weight(torch.zeros(1, dtype=torch.long), self.min_snr_gamma)
+        timestep_density(self.psi, self.process.base_density)
+        if self.uses_retention and not (self.xi > 0).any():
+            raise ValueError(
+                "the schedule's xi is 0 at every level, yet the batch has bank rows; "
+                "set retention_ratio and retention_weight to 0 for plain fine-tuning."
+            )
+
+    @classmethod
+    def from_scheduler(
+        cls, scheduler: Any, preset: str | None = None, schedule: Schedule | None = None, **settings: Any
+    ) -> DiffTuningObjective:
+        """An objective for a diffusers scheduler object.
+
+        `preset="paper"` is the authors' code: τ = 1, a fifth of the batch from the bank, λ = 0.1, sampled timesteps.
+        `"plain"` is ordinary fine-tuning, `"prior_preservation"` DreamBooth's. Or give a `schedule`.
+
+        Raises:
+            ValueError: for an unknown preset, or unless exactly one of preset and schedule is given.
+        """
+        if (preset is None) == (schedule is None):
+            raise ValueError("give either preset= or schedule=, not both and not neither.")
+        process = NoiseProcess.from_scheduler(scheduler)
+        if preset == "paper":
+            schedule = PaperSchedule(1.0, len(process))
+        elif preset == "plain":
+            schedule = ConstantSchedule(1.0, 0.0)
+            settings = {"retention_weight": 0.0, "retention_ratio": 0.0} | settings
+        elif preset == "prior_preservation":
+            schedule = ConstantSchedule(1.0, 1.0)
+            settings = {"retention_weight": 1.0, "retention_ratio": 0.5} | settings
+        elif preset is not None:
+            raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+        assert schedule is not None
+        return cls(process, schedule, **settings)
+
+    @property
+    def uses_retention(self) -> bool:
+        return self.retention_ratio > 0 and self.retention_weight > 0
+
+    @property
+    def psi(self) -> Tensor:
+        """ψ at every level, (T,)."""
+        return self.schedule.psi(self.process.u)
+
+    @property
+    def xi(self) -> Tensor:
+        """ξ at every level, (T,)."""
+        return self.schedule.xi(self.process.u)
+
+    def density(self, retention: bool) -> Tensor:
+        """What target rows (or bank rows) draw their level from, (T,)."""
+        if self.estimator == "weight":
+            return self.process.base_density
+        return timestep_density(self.xi if retention else self.psi, self.process.base_density)
+
+    def retention_rows(self, batch_size: int) -> int:
+        """How many rows of a batch of this size come from the bank (rounded down, as in the authors' code)."""
+        return int(batch_size * self.retention_ratio) if self.uses_retention else 0
+
+    # --- the hook for other people's loops: mix, sample_timesteps, reduce ---------------------------------------
+
+    def mix(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        bank: DrawsLatents,
+        empty_prompt_embeds: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append bank rows with the empty prompt to a batch of target rows.
+
+        Args:
+            latents: (B, C, h, w), scaled; prompt_embeds: (B, L, D).
+            bank: gives latents of the same shape and scale.
+            empty_prompt_embeds: the embedding of the empty prompt, (1, L, D).
+
+        Returns:
+            latents and prompt_embeds of B + n rows, and is_retention (B + n,) bool; n = B r / (1 − r), rounded, at
+            least 1, is what makes the bank's share r.
+        """
+        count = len(latents)
+        if self.uses_retention:
+            extra = max(1, round(count * self.retention_ratio / (1 - self.retention_ratio)))
+            rows = bank.draw(extra, generator).to(latents)
+            latents = torch.cat([latents, rows])
+            empty = empty_prompt_embeds.to(prompt_embeds).expand(extra, *prompt_embeds.shape[1:])
+            prompt_embeds = torch.cat([prompt_embeds, empty])
+        is_retention = torch.arange(len(latents), device=latents.device) >= count
+        return latents, prompt_embeds, is_retention
+
+    def sample_levels(self, is_retention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A noise level for each row, by its role, (B,) long on the device of `is_retention`."""
+        levels = torch.empty(len(is_retention), dtype=torch.long)
+        roles = is_retention.cpu()
+        for retention in (False, True):
+            count = int((roles == retention).sum())
+            if count:
+                drawn = draw_levels(self.density(retention), count, generator, self.stratified)
+                levels[roles == retention] = drawn.cpu()
+        return levels.to(is_retention.device)
+
+    def sample_timesteps(self, is_retention: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A timestep for each row, by its role, as the model takes it, (B,)."""
+        levels = self.sample_levels(is_retention, generator)
+        return self.process.timesteps.to(levels.device)[levels]
+
+    def row_weights(self, levels: Tensor, is_retention: Tensor) -> Tensor:
+        """What multiplies each row's ℓ before target and bank rows are averaged separately, (B,) float32."""
+        if self.estimator == "weight":
+            psi, xi = self.psi.to(levels.device)[levels], self.xi.to(levels.device)[levels]
+            weights = torch.where(is_retention, self.retention_weight * xi, psi)
+        else:
+            weights = torch.where(is_retention, self.retention_weight * self._balance(), 1.0).to(levels.device)
+        if self.min_snr_gamma is not None:
+            weights = weights * self.process.min_snr_weight(levels, self.min_snr_gamma)
+        return weights.float()
+
+    def _balance(self) -> float:
+        """Z_ξ / Z_ψ, so that `sample` and `weight` mean the same λ; 1 for the paper's mirrored powers on DDPM levels."""
+        base = self.process.base_density
+        return float((self.xi.double() * base).sum() / (self.psi.double() * base).sum())
+
+    def reduce(self, per_sample_loss: Tensor, timesteps: Tensor, is_retention: Tensor) -> Tensor:
+        """The objective from the per-sample losses ℓ (B,), a scalar."""
+        return self.combine(per_sample_loss, self.process.levels_of(timesteps), is_retention)
+
+    # --- what the trainer, validation and analysis use ---------------------------------------------------------------
+
+    def combine(
+        self, per_sample_loss: Tensor, levels: Tensor, is_retention: Tensor, counts: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Σ over roles of the mean of weight · ℓ, a scalar.
+
+        Args:
+            counts: how many target and bank rows the means are over, where these rows are one process's part of a
+                larger batch; the numbers in this batch when None.
+        """
+        weighted = per_sample_loss.float() * self.row_weights(levels, is_retention)
+        bank = int(is_retention.sum())
+        targets, banks = counts if counts is not None else (len(is_retention) - bank, bank)
+        target_sum, bank_sum = weighted[~is_retention].sum(), weighted[is_retention].sum()
+        return target_sum / max(targets, 1) + bank_sum / max(banks, 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
+        """The forward process at the given levels."""
+        return NoisedBatch(
+            self.process.add_noise(latents, noise, levels),
+            self.process.timesteps.to(latents.device)[levels],
+            self.process.target(latents, noise, levels),
+            levels,
+        )
+
+
+def per_sample_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+    """ℓ: the squared error averaged over everything but the batch, (B,) float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)

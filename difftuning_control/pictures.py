@@ -1,0 +1,96 @@
+"""Sampling with equal seeds on every side, and labelled grids of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from difftuning_control.batches import step_seed
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+
+def sample_pictures(
+    family: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    resolution: int,
+    batch_size: int = 16,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Image.Image]:
+    """One picture a prompt; picture i starts from noise that depends on (seed, i) alone, whatever the weights."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(step_seed(seed, start + i)) for i in range(len(part))]
+        latents = family.sample(
+            part, generators, steps=steps, guidance_scale=guidance_scale, resolution=resolution
+        )  # fmt: skip
+        pictures += to_images(family.decode(latents))
+        advance(len(part))
+    return pictures
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to PIL pictures, as diffusers rounds them."""
+    arrays = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype(np.uint8)
+    return [Image.fromarray(a) for a in arrays]
+
+
+def save_grid(
+    path: Path, rows: dict[str, Sequence[Image.Image]], columns: Sequence[str], cell: int | None = None
+) -> None:
+    """A table of pictures: a labelled row for each side, a caption over each column.
+
+    Args:
+        cell: side of a cell in pixels; the pictures' own size, but at least 96, when None.
+    """
+    first = next(iter(rows.values()))[0]
+    side = cell or max(96, min(first.width, 256))
+    font = ImageFont.load_default(size=max(11, side // 9))
+    left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * font.size + 10, 4
+    width, height = left + (side + gap) * len(columns), top + (side + gap) * len(rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, caption in enumerate(columns):
+        for k, line in enumerate(_two_lines(caption, font, side)):
+            draw.text((left + j * (side + gap) + side // 2, 4 + k * font.size), line, "black", font, anchor="mt")
+    for i, (label, pictures) in enumerate(rows.items()):
+        y = top + i * (side + gap)
+        draw.text((4, y + side // 2), label, "black", font, anchor="lm")
+        for j, picture in enumerate(pictures):
+            filter_ = Image.Resampling.NEAREST if picture.width * 2 <= side else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((side, side), filter_), (left + j * (side + gap), y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial.png")
+    sheet.save(temporary)
+    temporary.replace(path)
+
+
+def _two_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The caption broken into at most two lines of the given width, shortened with an ellipsis."""
+    lines, rest = [], " ".join(text.split())
+    for number in range(2):
+        words = rest.split(" ")
+        taken = 0
+        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
+            taken += 1
+        line = " ".join(words[: max(taken, 1)])
+        rest = " ".join(words[max(taken, 1) :])
+        cut = font.getlength(line) > width or (number == 1 and rest)
+        while cut and line and font.getlength(line + "…") > width:
+            line = line[:-1]
+        lines.append(line + "…" if cut else line)
+        if not rest:
+            break
+    return lines

@@ -1,0 +1,151 @@
+"""The record of a run: `run.json`, the model card, and who may write into an output folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of, write_text
+from difftuning_control.recipe import Recipe
+
+WRITTEN = (
+    "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
+    "logs", ".lock",
+)  # fmt: skip
+PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any]) -> str:
+    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints."""
+    values = recipe.to_dict()
+    values.pop("output")
+    values["data"].pop("cache")
+    values["bank"].pop("path")
+    for name in ("resume", "checkpoint_every", "validate_every", "validation_size", "sample_every", "sample_prompts",
+                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
+        values["training"].pop(name)
+    return digest_of([values, fingerprints])
+
+
+def read_run(output: Path) -> dict[str, Any] | None:
+    """The `run.json` of an output folder, or None."""
+    try:
+        return json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def check_output(recipe: Recipe, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, before anything is loaded or written.
+
+    Raises:
+        UserError: unless the folder is empty, is a run to resume, or is a run and `overwrite` is given.
+    """
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"the output {output} is a file; name a folder.")
+    if not output.exists() or not any(p.name != ".lock" for p in output.iterdir()):
+        return
+    run = read_run(output)
+    if recipe.training.resume and run is not None:
+        return
+    if run is None:
+        raise UserError(f"the output {output} is not empty and holds no run; choose another folder.")
+    if not overwrite:
+        raise UserError(
+            f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, replace it "
+            "with --overwrite, or choose another folder."
+        )
+
+
+class OutputFolder:
+    """An output folder that one process group writes into; the lock goes when the process does.
+
+    Raises:
+        UserError: if another run is writing there.
+    """
+
+    def __init__(self, path: Path, clear: bool):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"the output {path} is in use by another run; wait for it, or choose another folder.") from None
+        if clear:
+            for entry in path.iterdir():
+                if entry.name in WRITTEN[:-1] or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.")):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def release(self) -> None:
+        self._lock.release()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+
+def write_recipe(output: Path, recipe: Recipe) -> None:
+    write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
+    """The README of a trained model: what it is, how to use it, what it was trained on and what was measured."""
+    lora = recipe.method == "lora"
+    base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
+    load = (
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{recipe.output}")'
+        if lora
+        else f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")'
+    )
+    prompt = (run["prompts"] or [""])[0].replace("\\", "").replace('"', "'")
+    card = {
+        "library_name": "diffusers",
+        "base_model": recipe.model.id,
+        "tags": ["text-to-image", "diffusers", "difftuning-control", *(["lora"] if lora else [])],
+    }
+    tuning = recipe.tuning
+    if recipe.uses_bank:
+        words = f"retention and reconsolidation ({tuning.schedule.kind} schedule, {tuning.estimator} estimator, "
+        words += f"λ = {tuning.retention_weight}, {tuning.retention_ratio:.0%} of the batch from the bank)"
+    else:
+        words = "plain fine-tuning"
+    lines = [
+        "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
+        f"# {'LoRA for' if lora else 'Tuned from'} {recipe.model.id}", "",
+        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {recipe.training.max_steps} steps: "
+        f"{words}.", "", "```python", "from diffusers import DiffusionPipeline", "", load,
+        f'image = pipe("{prompt}").images[0]', "```", "", "## Loss by noise band", "",
+        *_loss_table(run["losses"]), "", "`run.json` has the whole configuration; `recipe.yaml` repeats the run.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _loss_table(losses: dict[str, Any]) -> list[str]:
+    if not losses:
+        return ["Not measured: no pictures were held out and there was no bank."]
+    rows = ["| noise band (centre u) | " + " | ".join(f"{role}, {when}" for role in losses for when in ("base", "tuned"))]
+    rows[0] += " |"
+    rows.append("|---" * (1 + 2 * len(losses)) + "|")
+    centres = next(iter(losses.values()))["base"]["u"]
+    for i, centre in enumerate(centres):
+        values = [losses[role][when]["loss"][i] for role in losses for when in ("base", "tuned")]
+        rows.append(f"| {centre:.1f} | " + " | ".join(f"{v:.4f}" for v in values) + " |")
+    return rows

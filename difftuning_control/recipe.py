@@ -1,0 +1,326 @@
+"""A recipe: everything a run needs, as dataclasses that check their ranges. The command line and YAML are made of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from difftuning_control.errors import UserError
+from difftuning_control.schedules import Schedule, schedule_from_dict
+
+MAX_SEED = 2**31 - 1
+
+
+def _need(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{name} is {value}; expected {expected}.")
+
+
+@dataclass
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        id: `embedded`, a diffusers directory, or a Hub id.
+        variant: weights variant to load, such as fp16.
+    """
+
+    id: str = "embedded"
+    variant: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """The pictures to tune on.
+
+    Args:
+        path: a folder, `embedded/icons`, `embedded/flat`, or the name of a `datasets` data set.
+        resolution: side in pixels; the model's own when empty.
+        flip: also train on mirror images.
+        crops: positions of the square kept of pictures that are not square; 1 is the centre.
+        holdout: share of the pictures kept for validation; only without validation_path.
+        validation_path: pictures to validate on, instead of a share of path.
+        limit: use only the first so many pictures.
+        caption_column: column of the captions.
+        image_column: column of the pictures, in a `datasets` data set.
+        default_caption: caption of pictures that have none.
+        truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
+        skip_bad: leave out pictures that cannot be used, instead of stopping.
+        cache: folder of the latent and prompt caches; the user's cache folder when empty.
+    """
+
+    path: str = "embedded/icons"
+    resolution: int | None = None
+    flip: bool = False
+    crops: int = 1
+    holdout: float = 0.1
+    validation_path: str | None = None
+    limit: int | None = None
+    caption_column: str = "text"
+    image_column: str = "image"
+    default_caption: str | None = None
+    truncate_captions: bool = False
+    skip_bad: bool = False
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
+        _need(1 <= self.crops <= 64, "data.crops", self.crops, "1 to 64")
+        _need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
+        _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+
+
+@dataclass
+class ScheduleConfig:
+    """ψ and ξ over the noise coordinate u.
+
+    Args:
+        kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path).
+        tau: τ of power and paper, 1 when empty.
+        psi: ψ of constant, 1 when empty.
+        xi: ξ of constant, 0 when empty.
+        path: a JSON file with u, psi and xi, for measured.
+    """
+
+    kind: Literal["power", "paper", "constant", "measured"] = "power"
+    tau: float | None = None
+    psi: float | None = None
+    xi: float | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        used = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}[self.kind]
+        for name in ("tau", "psi", "xi", "path"):
+            if getattr(self, name) is not None and name not in used:
+                raise UserError(
+                    f"tuning.schedule.{name} is given, but a {self.kind} schedule uses only {' and '.join(sorted(used))}."
+                )
+        if self.kind == "measured" and self.path is None:
+            raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
+        if self.kind != "measured":
+            self.build(1000)
+
+    def build(self, num_train_timesteps: int) -> Schedule:
+        """The schedule itself.
+
+        Raises:
+            UserError: if a value is out of its range or the measured file cannot be read.
+        """
+        try:
+            if self.kind == "measured":
+                assert self.path is not None
+                table = json.loads(Path(self.path).read_text(encoding="utf-8"))
+                return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
+            if self.kind == "constant":
+                psi, xi = (1.0 if self.psi is None else self.psi), (0.0 if self.xi is None else self.xi)
+                return schedule_from_dict({"kind": "constant", "psi": psi, "xi": xi})
+            values: dict[str, Any] = {"kind": self.kind, "tau": 1.0 if self.tau is None else self.tau}
+            if self.kind == "paper":
+                values["num_train_timesteps"] = num_train_timesteps
+            return schedule_from_dict(values)
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"the measured schedule {self.path} cannot be read ({error!r}).") from None
+        except ValueError as error:
+            raise UserError(f"tuning.schedule: {error}") from None
+
+
+@dataclass
+class TuningConfig:
+    """The objective.
+
+    Args:
+        schedule: ψ and ξ.
+        estimator: sample (draw noise levels by role) or weight (draw as the model does, weigh the loss).
+        retention_ratio: share of the batch that comes from the bank; 0 for plain fine-tuning.
+        retention_weight: λ.
+        retention_prompts: empty, or own (the prompts the bank was drawn with).
+        prompt_dropout: share of target rows that train with the empty prompt.
+        min_snr_gamma: γ of min-SNR weighting, none when empty.
+        stratified: spread the noise levels of a batch evenly.
+    """
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    estimator: Literal["sample", "weight"] = "sample"
+    retention_ratio: float = 0.2
+    retention_weight: float = 0.1
+    retention_prompts: Literal["empty", "own"] = "empty"
+    prompt_dropout: float = 0.0
+    min_snr_gamma: float | None = None
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.retention_ratio < 1, "tuning.retention_ratio", self.retention_ratio, "at least 0 and below 1")
+        weight = self.retention_weight
+        _need(0 <= weight < math.inf, "tuning.retention_weight", weight, "a finite number of at least 0")
+        _need(0 <= self.prompt_dropout <= 1, "tuning.prompt_dropout", self.prompt_dropout, "0 to 1")
+        gamma = self.min_snr_gamma
+        _need(gamma is None or 0 < gamma < math.inf, "tuning.min_snr_gamma", gamma, "a finite number above 0")
+        if (self.retention_ratio == 0) != (self.retention_weight == 0):
+            raise UserError(
+                f"tuning.retention_ratio is {self.retention_ratio} and tuning.retention_weight {self.retention_weight}; "
+                "set both to 0 for plain fine-tuning, or both above 0."
+            )
+
+
+@dataclass
+class BankConfig:
+    """The knowledge bank.
+
+    Args:
+        size: number of samples.
+        prompts: captions (those of the data), empty, or a text file with one prompt a line.
+        guidance_scale: classifier-free guidance while sampling.
+        steps: sampling steps.
+        batch_size: samples drawn at once.
+        path: where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
+    """
+
+    size: int = 1000
+    prompts: str = "captions"
+    guidance_scale: float = 1.5
+    steps: int = 25
+    batch_size: int = 32
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "steps", "batch_size"):
+            _need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
+        _need(0 <= self.guidance_scale < math.inf, "bank.guidance_scale", self.guidance_scale, "at least 0")
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained with method lora.
+
+    Args:
+        kind: lora.
+        rank: r of the update B A.
+        alpha: the update is scaled by alpha / rank; equal to rank when empty.
+        targets: auto (the attention projections), or names of modules separated by commas.
+        dropout: on the adapter's input.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = "auto"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        _need(self.alpha is None or 0 < self.alpha < math.inf, "adapter.alpha", self.alpha, "a finite number above 0")
+        _need(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "at least 0 and below 1")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    Args:
+        max_steps: optimizer steps.
+        batch_size: rows of one forward on one process, bank rows included.
+        gradient_accumulation_steps: forwards to an optimizer step.
+        learning_rate: after the warm-up.
+        lr_scheduler: diffusers' names.
+        lr_warmup_steps: optimizer steps.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; none when empty.
+        mixed_precision: no, fp16 or bf16.
+        gradient_checkpointing: less memory for more time.
+        ema_decay: of averaged weights (method full only); none when empty.
+        seed: of everything random.
+        checkpoint_every: optimizer steps between checkpoints.
+        resume: go on from the last checkpoint in the output, or from the start if there is none.
+        validate_every: optimizer steps between validations; 0 for only before and after.
+        validation_size: rows of target and of bank in a validation.
+        sample_every: optimizer steps between sample grids; 0 for none.
+        sample_prompts: prompts of these grids; captions of the data when empty.
+        sample_steps: sampling steps.
+        sample_guidance_scale: guidance of these grids.
+        trackers: any of tensorboard, wandb.
+    """
+
+    max_steps: int = 300
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1.0e-3
+    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
+    lr_warmup_steps: int = 0
+    weight_decay: float = 1.0e-2
+    max_grad_norm: float | None = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 100
+    resume: bool = False
+    validate_every: int = 100
+    validation_size: int = 32
+    sample_every: int = 100
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_steps: int = 20
+    sample_guidance_scale: float = 4.0
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every", "validation_size",
+                     "sample_steps"):  # fmt: skip
+            _need(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        for name in ("lr_warmup_steps", "validate_every", "sample_every"):
+            _need(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        rate, decay, norm = self.learning_rate, self.weight_decay, self.max_grad_norm
+        _need(0 < rate < math.inf, "training.learning_rate", rate, "a finite number above 0")
+        _need(0 <= decay < math.inf, "training.weight_decay", decay, "a finite number of at least 0")
+        _need(norm is None or 0 < norm < math.inf, "training.max_grad_norm", norm, "a finite number above 0")
+        _need(self.ema_decay is None or 0 < self.ema_decay < 1, "training.ema_decay", self.ema_decay, "between 0 and 1")
+        _need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
+        guidance = self.sample_guidance_scale
+        _need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Args:
+        method: lora, or full (all weights of the denoiser).
+        model: the pretrained model.
+        data: the pictures to tune on.
+        tuning: the objective.
+        bank: the pretrained model's own samples.
+        adapter: what is trained with method lora.
+        training: the loop.
+        output: folder of the results.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: str = "runs/difftuning"
+
+    def __post_init__(self) -> None:
+        if self.training.ema_decay is not None and self.method != "full":
+            raise UserError("training.ema_decay averages full weights only; leave it empty or use --method full.")
+        if self.method == "full" and self.adapter != AdapterConfig():
+            raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
+        bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
+        if self.tuning.retention_ratio > 0 and bank_rows == 0:
+            raise UserError(
+                f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
+                f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
+            )
+
+    @property
+    def uses_bank(self) -> bool:
+        return self.tuning.retention_ratio > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,114 @@
+"""Tiny real models and data sets, made from seeds; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def tiny_tokenizer(length: int = 16):
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = [("r", "e"), ("re", "d</w>")]
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=length)
+
+
+def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon"):
+    """A StableDiffusionPipeline of some ten thousand weights: 16×16 pictures, 8×8 latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=16, mid_block_add_attention=False, scaling_factor=0.7,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture()
+def family(pipe):
+    from difftuning_control.families import family_of
+
+    return family_of(pipe)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder: Path, count: int = 8, side: int = 16, seed: int = 0) -> Path:
+    """A folder of coloured squares with `metadata.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        pixels = np.full((side, side, 3), 255, np.uint8)
+        pixels[4:-4, 4:-4] = rng.integers(0, 255, 3)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"red {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture()
+def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
+    """A recipe that trains the tiny model for a few steps."""
+    from difftuning_control.recipe import BankConfig, DataConfig, ModelConfig, Recipe, TrainingConfig
+
+    return Recipe(
+        model=ModelConfig(str(model_dir)),
+        data=DataConfig(str(pictures), holdout=0.25, cache=str(tmp_path / "cache")),
+        bank=BankConfig(size=10, steps=2, batch_size=4),
+        training=TrainingConfig(
+            max_steps=6, batch_size=5, checkpoint_every=2, validate_every=3, validation_size=2, sample_every=0,
+            learning_rate=1e-2,
+        ),
+        output=str(tmp_path / "run"),
+    )  # fmt: skip
