@@ -35,7 +35,25 @@ _HOME = {
     "TabulatedSchedule": "schedules",
     "train": "trainer",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "BankRequest",
+    "ConstantSchedule",
+    "DiffTuningObjective",
+    "KnowledgeBank",
+    "LatentBatch",
+    "NoiseProcess",
+    "NonFiniteLossError",
+    "PaperSchedule",
+    "PowerSchedule",
+    "Recipe",
+    "TabulatedSchedule",
+    "UserError",
+    "embedded_model",
+    "family_of",
+    "load_family",
+    "per_sample_loss",
+    "train",
+]
 __version__ = "0.1.0"
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import sort_metadata
 
 if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
 
+LAYERS = (nn.Linear, nn.Conv2d)
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -21,7 +23,7 @@ class LoRATuning:
     """W + (alpha / rank) · B A on the chosen linear and convolution modules; only A and B train.
 
     Raises:
-        UserError: if no module of the denoiser bears one of the names.
+        UserError: unless every name is borne by linear or convolution modules of the denoiser only.
 
     References:
         LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685
@@ -40,22 +42,20 @@ class LoRATuning:
 
         self.family = family
         names = list(family.lora_targets) if targets == "auto" else [n.strip() for n in targets.split(",") if n.strip()]
-        modules = [n for n, _ in family.denoiser.named_modules()]
-        unknown = [t for t in names if not any(m == t or m.endswith(f".{t}") for m in modules)]
+        modules = dict(family.denoiser.named_modules())
+        named = {t: [m for n, m in modules.items() if n == t or n.endswith(f".{t}")] for t in names}
+        unknown = [t for t, found in named.items() if not found or not all(isinstance(m, LAYERS) for m in found)]
         if unknown or not names:
             raise UserError(
-                f"adapter.targets names {', '.join(unknown) or 'nothing'}, which the denoiser does not have; "
+                f"adapter.targets names {', '.join(unknown) or 'nothing'}, which are no linear or convolution "
+                "modules of the denoiser; "
                 f"expected names such as {', '.join(family.lora_targets)}, or auto."
             )
         family.denoiser.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            family.denoiser.add_adapter(
-                LoraConfig(
-                    r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names, lora_dropout=dropout,
-                    init_lora_weights="gaussian",
-                )  # type: ignore[arg-type]
-            )  # fmt: skip
+            settings: Any = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
+            family.denoiser.add_adapter(LoraConfig(target_modules=names, init_lora_weights="gaussian", **settings))
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -68,7 +68,9 @@ class LoRATuning:
 
         layers: dict[str, Tensor] = get_peft_model_state_dict(self.family.denoiser, adapter_name=ADAPTER)
         config = self.family.denoiser.peft_config[ADAPTER].to_dict()
+        config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
         self.family.save_lora(folder, {k: v.float() for k, v in layers.items()}, config)
+        sort_metadata(folder / LORA_FILE)
 
 
 class FullTuning:

@@ -162,17 +162,19 @@ class KnowledgeBank:
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             identity, names = manifest["identity"], manifest["shards"]
+            files = names | {"prompts.jsonl": manifest["prompts"]}
         except (OSError, ValueError, KeyError):
             raise UserError(f"{folder} holds no complete bank (no readable manifest.json); build it again.") from None
         if base is not None:
             _check_base(folder, identity, base)
-        latents = []
-        for name, digest in names.items():
+        for name, digest in files.items():
             path = folder / name
             if not path.exists() or digest_of_file(path) != digest:
                 state = "is damaged" if path.exists() else "is missing"
                 raise UserError(f"{path} {state}; delete the bank {folder} and build it again.")
-            tensors = read_tensors(path)
+        latents = []
+        for name in names:
+            tensors = read_tensors(folder / name)
             assert tensors is not None
             latents.append(tensors["latents"])
         prompts = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -223,6 +225,7 @@ def _complete(
         "model": str(getattr(family.pipe.config, "_name_or_path", "")),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "shards": {path.name: digest_of_file(path) for path in shards},
+        "prompts": digest_of_file(partial / "prompts.jsonl"),
     }
     write_json(partial / "manifest.json", manifest)
     if folder.exists():
@@ -241,4 +244,3 @@ def _check_base(folder: Path, identity: dict[str, Any], base: StableDiffusion) -
         raise UserError(
             f"the bank {folder} was drawn in {identity['dtype']}, the base is loaded in {base.dtype}; use one dtype."
         )
-

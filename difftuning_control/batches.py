@@ -27,7 +27,8 @@ TARGET, BANK = 0, 1
 
 def step_seed(*numbers: int) -> int:
     """A seed below 2⁶³ from numbers such as (seed, step, row)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # SeedSequence pads with zeros, so (s, 3) and (s, 3, 0) would be the same without their length
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @lru_cache(maxsize=4)

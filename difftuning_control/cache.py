@@ -8,7 +8,7 @@ mean + std · noise afresh at every step gives the same distribution as encoding
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,10 +78,11 @@ def cached_moments(
     family: StableDiffusion, data: ImageData, framing: Framing, folder: Path, advance: Advance, batch_size: int = 16
 ) -> LatentMoments:
     """The moments of every picture, from the cache where it has them. `advance(n)` is told of n pictures done."""
+    views = replace(framing, seed=framing.seed if framing.crops > 1 else 0)  # the seed only places crops
     shards = []
     for start in range(0, len(data), SHARD):
         examples = data.examples[start : start + SHARD]
-        key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), vars(framing)])
+        key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), vars(views)])
         path = folder / f"moments-{key}.safetensors"
         tensors = read_tensors(path)
         if tensors is None:

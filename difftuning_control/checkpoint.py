@@ -85,7 +85,10 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
     Raises:
         UserError: if the checkpoint is damaged or belongs to a run with other settings, data or base.
     """
-    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{folder} is damaged (state.json); delete it to resume from an earlier state.") from None
     if values["identity"] != identity:
         raise UserError(
             f"{folder} was written with another recipe, base or data; resume with the same, or start afresh with "

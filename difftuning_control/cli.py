@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.recipe import BankConfig, DataConfig, ModelConfig, Recipe
+from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
 
 PROGRAM = "difftune"
 
@@ -28,22 +31,8 @@ class TrainCommand(Recipe):
 
 
 @dataclass
-class BankCommand:
-    """Draw the knowledge bank of a model ahead of training; a complete one is only checked.
-
-    Args:
-        model: the pretrained model.
-        data: the pictures whose captions are the prompts.
-        bank: what to draw.
-        output: folder of the bank.
-        seed: of the bank.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    bank: BankConfig = field(default_factory=BankConfig)
-    output: str = "runs/bank"
-    seed: int = 0
+class BankCommand(Recipe):
+    """Draw ahead of training the knowledge bank that `train` with the same flags uses, at bank.path or in the cache."""
 
 
 @dataclass
@@ -52,7 +41,7 @@ class SampleCommand:
 
     Args:
         run: folder of a finished run.
-        model: the pretrained model; that of the run when --run is given.
+        model: the pretrained model (--model.id, --model.variant); that of the run when --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
         compare: also draw the base's pictures and put both into one grid.
         output: folder of the pictures.
@@ -79,8 +68,12 @@ class SampleCommand:
             raise UserError("there is no prompt; give --prompts '[\"red apple\"]'.")
         if self.steps < 1:
             raise UserError(f"steps is {self.steps}; expected at least 1.")
-        if self.guidance_scale < 0:
+        if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
+        if self.resolution is not None and self.resolution < 8:
+            raise UserError(f"resolution is {self.resolution}; expected at least 8 pixels.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed is {self.seed}; expected 0 to {MAX_SEED}.")
         if self.run is not None and self.model is not None:
             raise UserError("give --run or --model.id, not both; a run knows its model.")
         if self.compare and self.run is None:
@@ -94,11 +87,13 @@ class DemoCommand:
     Args:
         output: folder of the demo.
         steps: optimizer steps of each side.
+        seed: of the bank, both tunings and the pictures.
         overwrite: replace an earlier demo.
     """
 
     output: str = "runs/demo"
     steps: int = 240
+    seed: int = 0
     overwrite: bool = False
 
 
@@ -117,12 +112,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(str(error), 2))
     except NonFiniteLossError as error:
         sys.exit(_fail(str(error), 3))
+    except OSError as error:  # no space, no permission, a file where a folder should be
+        place, reason = error.filename or "a file", error.strerror or error
+        sys.exit(_fail(f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; go on with --training.resume true.", 130))
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -134,114 +132,161 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     """
     import jsonargparse
 
+    known: dict[str, Any] = {}
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}")
+        known = keys_of(COMMANDS[arguments[0]])
+        arguments = _arrange(arguments, known)
     parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=__doc__, exit_on_error=False)
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=_first_line(command), exit_on_error=False)
-        sub.add_argument("--config", action="config", help="a recipe in YAML; other flags go before its values")
+        sub.add_argument("--config", action="config", help="a recipe in YAML; other flags override its values")
         sub.add_class_arguments(command, as_group=False)
         verbs.add_subcommand(name, sub, help=_first_line(command))
     if not arguments:
         parser.print_help()
         sys.exit(2)
-    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
-        raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}.")
-    _check_keys(arguments)
     try:
-        found = parser.parse_args([_as_value(a) for a in arguments])
+        found = parser.parse_args(arguments)
         verb = found.verb
-        values = parser.instantiate_classes(found)[verb]
+        values = parser.instantiate(found)[verb]
         settings = {f.name: values[f.name] for f in dataclasses.fields(COMMANDS[verb]) if f.name in values}
         return verb, COMMANDS[verb](**settings)
     except UserError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_one_sentence(str(error))) from None
-
-
-def _as_value(argument: str) -> str:
-    """`--overwrite` and `--compare` alone mean true."""
-    return f"{argument}=true" if argument in ("--overwrite", "--compare") else argument
+        raise UserError(_one_sentence(str(error), known)) from None
 
 
 def _first_line(command: type) -> str:
     return (command.__doc__ or "").strip().splitlines()[0]
 
 
-def keys_of(command: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a command, sections included."""
-    found = []
+def _section_of(hint: Any) -> type | None:
+    """The dataclass that a key of this type holds, if it is a section."""
+    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)  # type: ignore[return-value]
+
+
+def keys_of(command: type, prefix: str = "") -> dict[str, Any]:
+    """All dotted keys of a command, sections included, and their types."""
+    found = {}
     hints = typing.get_type_hints(command)
     for entry in dataclasses.fields(command):
-        hint = hints[entry.name]
-        nested = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
-        found.append(prefix + entry.name)
-        if nested is not None:
-            found += keys_of(typing.cast(type, nested), f"{prefix}{entry.name}.")
+        hint = found[prefix + entry.name] = hints[entry.name]
+        if (section := _section_of(hint)) is not None:
+            found |= keys_of(section, f"{prefix}{entry.name}.")
     return found
 
 
-def _check_keys(arguments: list[str]) -> None:
-    verb = arguments[0]
-    if verb not in COMMANDS:
-        return
-    known = keys_of(COMMANDS[verb])
-    for place, argument in enumerate(arguments[1:], start=1):
-        if not argument.startswith("--"):
-            continue
-        key, _, value = argument[2:].partition("=")
-        if key in ("config", "help", "print_config"):
-            if key == "config":
-                _check_config(value or (arguments[place + 1] if place + 1 < len(arguments) else ""), known)
-            continue
-        if key not in known:
-            raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}.")
+def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
+    """Check the keys, put --config first, so that flags override it from any place, and let a bare switch mean true."""
+    recipes, flags, rest = [], [], arguments[1:]
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument[2:].partition("=")
+        bare = not equals and (not rest or rest[0].startswith("--"))
+        if not argument.startswith("--") or key in ("help", "print_config"):
+            flags.append(argument)
+        elif key == "config":
+            value = value if equals or bare else rest.pop(0)
+            _check_recipe(value, known)
+            recipes.append(f"--config={value}")
+        elif key not in known:
+            raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
+        elif _section_of(known[key]) is not None and not bare:
+            _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
+            flags.append(argument)
+        else:
+            flags.append(f"{argument}=true" if bare and known[key] is bool else argument)
+    return [arguments[0], *recipes, *flags]
 
 
-def _check_config(path: str, known: list[str]) -> None:
+def _check_recipe(path: str, known: dict[str, Any]) -> None:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError:
+        raise UserError(f"the recipe {path or '(no name given)'} cannot be read; name a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the recipe {path} is not UTF-8 text; save it as UTF-8.") from None
+    values = _from_yaml(text, f"the recipe {path}")
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"the recipe {path} holds {found}; expected keys and values.")
+    _check_values(values, "", known, f"the recipe {path}")
+
+
+def _from_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"the recipe {path or '(no name given)'} cannot be read; name a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from None
-    if values is None:
-        return
-    if not isinstance(values, dict):
-        raise UserError(f"the recipe {path} holds a {type(values).__name__}; expected keys and values.")
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{where} is not valid YAML: {error.problem}{line}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
 
-    def walk(part: dict[Any, Any], prefix: str) -> None:
-        for name, value in part.items():
-            key = f"{prefix}{name}"
-            if key not in known:
-                raise UserError(f"the recipe {path} has an unknown key {key}{_nearest(key, known)}.")
-            if isinstance(value, dict):
-                walk(value, f"{key}.")
 
-    walk(values, "")
+def _check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], where: str) -> None:
+    """Unknown keys, and sections or values left empty, which jsonargparse reports in its own terms or not at all."""
+    for name, value in part.items():
+        key = f"{prefix}{name}"
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key}{_nearest(key, known)}")
+        is_section, optional = _section_of(known[key]) is not None, type(None) in typing.get_args(known[key])
+        if is_section and isinstance(value, dict):
+            _check_values(value, f"{key}.", known, where)
+        elif not (value is None and optional) and (is_section or value is None):
+            found = "empty" if value is None else value
+            raise UserError(f"{key} is {found} in {where}; expected {_expected(known[key])}.")
 
 
 def _nearest(key: str, known: typing.Iterable[str], mark: str = "") -> str:
-    known = list(known)
-    close = difflib.get_close_matches(key, known, 1, 0.5)
-    if not close:  # a right name in the wrong section
-        close = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    return f"; did you mean {mark}{close[0]}?" if close else f"; expected one of {', '.join(sorted(known)[:12])}, …"
+    """The end of a sentence: the likeliest valid name, also where a right one stands in a wrong section."""
+    known = sorted(known)
+    leaf = [k.rsplit(".", 1)[-1] for k in known]
+    same = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.7)
+    candidates = [k for k, name in zip(known, leaf) if name in same] or known
+    close = candidates if same and "." not in key else difflib.get_close_matches(key, candidates, 1, 0 if same else 0.5)
+    if close:
+        return f"; did you mean {' or '.join(mark + k for k in close)}?"
+    return f"; expected one of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}."
 
 
-def _one_sentence(message: str) -> str:
-    """jsonargparse's several lines in one; its first names the key, the others what is wrong."""
-    text = " ".join(message.replace("Parser key", "key").split())
-    return text.replace("typing.Literal", "one of ") + ("" if text.endswith(".") else ".")
+def _expected(hint: Any) -> str:
+    """A key's type in a user's words."""
+    if (section := _section_of(hint)) is not None:
+        return f"a section with {', '.join(f.name for f in dataclasses.fields(section))}"
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(json.dumps(p) for p in parts)}"
+    if typing.get_origin(hint) is list:
+        return f"a list: [{_expected(parts[0])}, …]"
+    if parts:
+        return f"{_expected(parts[0])} or null"
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
+
+
+def _one_sentence(message: str, known: dict[str, Any]) -> str:
+    """jsonargparse's several lines in one; where they name a key and its value, in the words of this program."""
+    text = " ".join(message.split())
+    found = re.search(r'key "([\w.]+)".* value: ?(.*)', text)
+    if found is not None and found[1] in known:
+        return f"{found[1]} is {found[2].rstrip('.') or 'empty'}; expected {_expected(known[found[1]])}."
+    return text.replace("Parser key", "key") + ("" if text.endswith(".") else ".")
 
 
 def run_train(command: TrainCommand) -> None:
+    from accelerate import PartialState
+
     from difftuning_control.trainer import train
 
     values = {f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)}
     run = train(Recipe(**values), command.overwrite)
+    if not PartialState().is_main_process:
+        return
     print(f"done: {command.output} ({run['status']})")
     for role, losses in run["losses"].items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
@@ -249,24 +294,17 @@ def run_train(command: TrainCommand) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.data import load_images
     from difftuning_control.families import load_family
-    from difftuning_control.inputs import prepare_bank, resolution_of
+    from difftuning_control.inputs import check_captions, prepare_bank, read_data, resolution_of
+    from difftuning_control.trainer import base_dtype
 
-    if command.bank.path is not None:
-        raise UserError("bank.path is given; this command writes its bank to --output.")
-    family = load_family(command.model.id, variant=command.model.variant)
-    captions: list[str] = []
-    if command.bank.prompts == "captions":
-        data = command.data
-        found = load_images(
-            data.path, caption_column=data.caption_column, image_column=data.image_column,
-            default_caption=data.default_caption, skip_bad=data.skip_bad,
-        )  # fmt: skip
-        captions = [e.caption for e in found.examples]
-    config = dataclasses.replace(command.bank, path=command.output)
-    bank = prepare_bank(family, config, command.data, captions, resolution_of(family, command.data), command.seed)
-    print(f"done: {command.output} holds {len(bank)} samples of {command.model.id}")
+    family = load_family(command.model.id, base_dtype(command), command.model.variant)
+    data, _ = read_data(command)
+    check_captions(family, data, command.data.truncate_captions)
+    captions = [e.caption for e in data.examples]
+    resolution = resolution_of(family, command.data)
+    bank = prepare_bank(family, command.bank, command.data, captions, resolution)
+    print(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
 
 
 def run_sample(command: SampleCommand) -> None:
@@ -278,7 +316,7 @@ def run_sample(command: SampleCommand) -> None:
 def run_demo(command: DemoCommand) -> None:
     from difftuning_control.demo import demo
 
-    demo(Path(command.output), command.steps, command.overwrite)
+    demo(Path(command.output), command.steps, command.seed, command.overwrite)
 
 
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {

@@ -11,6 +11,8 @@ import csv
 import hashlib
 import io
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -54,9 +56,9 @@ class ImageData:
         lines = [f"{e.digest} {e.caption}" for e in self.examples]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-    def split(self, holdout: float, seed: int) -> tuple[ImageData, ImageData]:
-        """Examples to tune on and held-out ones, the latter rounded up from their share."""
-        order = np.random.default_rng(seed).permutation(len(self))
+    def split(self, holdout: float) -> tuple[ImageData, ImageData]:
+        """Examples to tune on and held-out ones, the latter rounded up from their share; always the same ones."""
+        order = np.random.default_rng(0).permutation(len(self))
         count = int(np.ceil(len(self) * holdout))
         if holdout > 0 and count >= len(self):
             raise UserError(
@@ -67,7 +69,12 @@ class ImageData:
         parts: list[list[Example]] = [[], []]
         for i, example in enumerate(self.examples):
             parts[i in held].append(example)
-        return ImageData(self.source, parts[0], self.skipped), ImageData(self.source, parts[1])
+        return ImageData(self.source, parts[0], self.skipped, self.ignored_files), ImageData(self.source, parts[1])
+
+    def sample(self, count: int) -> ImageData:
+        """At most `count` examples, always the same ones of the same data."""
+        chosen = np.random.default_rng(0).permutation(len(self))[:count]
+        return ImageData(self.source, [self.examples[i] for i in sorted(chosen)], self.skipped, self.ignored_files)
 
 
 def embedded_set(name: str) -> Path:
@@ -115,16 +122,11 @@ def load_images(
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
-        rows, ignored = _dataset_rows(path, image_column, caption_column), 0
-    examples = [e for row in rows if (e := checker.example(*row)) is not None]
-    checker.stop_if_bad(path)
-    if not examples:
-        found = f"{ignored} other files" if ignored else "nothing"
-        skipped = f" ({len(checker.bad)} skipped as unusable)" if checker.bad else ""
-        raise UserError(
-            f"{path} has no usable picture{skipped}, but {found}; expected {', '.join(sorted(EXTENSIONS))} files."
-        )
-    return ImageData(path, examples, checker.bad, ignored)
+        rows, ignored = _dataset_rows(path, image_column, caption_column, checker.default_caption is None), 0
+    return checker.data(path, rows, ignored)
+
+
+Row = tuple[str, Callable[[], bytes], Any]  # name, bytes of the picture, caption
 
 
 class _Checker:
@@ -134,7 +136,21 @@ class _Checker:
         self.skip_bad, self.default_caption = skip_bad, default_caption
         self.bad: dict[str, str] = {}
 
-    def example(self, name: str, data: Callable[[], bytes], caption: str | None) -> Example | None:
+    def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
+        examples = [e for row in rows if (e := self._example(*row)) is not None]
+        self._stop_if_bad(source)
+        if not examples:
+            found = f"{ignored} other files" if ignored else "nothing"
+            skipped = f" ({len(self.bad)} skipped as unusable)" if self.bad else ""
+            raise UserError(
+                f"{source} has no usable picture{skipped}, but {found}; expected {', '.join(sorted(EXTENSIONS))} files."
+            )
+        return ImageData(source, examples, self.bad, ignored)
+
+    def _example(self, name: str, data: Callable[[], bytes], caption: Any) -> Example | None:
+        if caption is not None and not isinstance(caption, str):
+            self.bad[name] = f"has a {type(caption).__name__} for a caption; expected text"
+            return None
         caption = (caption or "").strip() or self.default_caption
         if caption is None:
             self.bad[name] = "has no caption; write one, or give one for all with --data.default_caption"
@@ -142,17 +158,22 @@ class _Checker:
         try:
             content = data()
             decode_image(content)
-        except (UserError, OSError) as error:
+        except UserError as error:
             self.bad[name] = str(error)
+            return None
+        except OSError as error:
+            self.bad[name] = f"cannot be read ({error.strerror})"
             return None
         digest = hashlib.sha256(content).hexdigest()
         return Example(name, caption, digest, lambda: decode_image(data()))
 
-    def stop_if_bad(self, source: str) -> None:
+    def _stop_if_bad(self, source: str) -> None:
         if self.bad and not self.skip_bad:
             name, reason = next(iter(self.bad.items()))
             more = f" (and {len(self.bad) - 1} more files with a problem)" if len(self.bad) > 1 else ""
-            raise UserError(f"{name} in {source} {reason}{more}; mend it, or leave such files out: --data.skip_bad true.")
+            raise UserError(
+                f"{name} in {source} {reason}{more}; mend it, or leave such files out: --data.skip_bad true."
+            )
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -164,19 +185,25 @@ def decode_image(content: bytes) -> Image.Image:
     if not content:
         raise UserError("is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            if getattr(opened, "n_frames", 1) > 1:
-                raise UserError(f"is animated ({opened.n_frames} frames); save the frame you want as a picture")
-            opened.load()
-            image: Image.Image = ImageOps.exif_transpose(opened)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata in pictures that are whole
+            with Image.open(io.BytesIO(content)) as opened:
+                # the further frames of a phone's JPEG (MPO) are its previews, depth and gain maps
+                if opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
+                    raise UserError(f"is animated ({frames} frames); save the frame you want as a picture")
+                opened.load()
+                return _on_white(ImageOps.exif_transpose(opened))
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise UserError("is not a picture that can be read") from None
     except Image.DecompressionBombError:
         raise UserError("has too many pixels to be read safely") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"is damaged ({error})") from None
+    except Exception as error:  # decoders raise whatever they stumble over
+        raise UserError(f"is damaged or of an unsupported kind ({' '.join(str(error).split())})") from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bit(image)
     if image.has_transparency_data:
@@ -193,41 +220,47 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         full = 1.0 if values.max(initial=0) <= 1 else 255.0
     else:
-        full = 65535.0 if values.max(initial=0) > 255 else 255.0
+        full = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
     return Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
 
 
-Row = tuple[str, Callable[[], bytes], "str | None"]
+def _outside(path: Path, root: Path) -> str | None:
+    """Where a path leads if that is not in the folder `root`; symbolic links are followed."""
+    target = os.path.realpath(path)
+    return None if Path(target).is_relative_to(os.path.realpath(root)) else target
 
 
 def _folder_rows(folder: Path, caption_column: str, checker: _Checker) -> tuple[list[Row], int]:
     metadata = [p for n in ("metadata.jsonl", "metadata.csv") if (p := folder / n).exists()]
     if len(metadata) > 1:
         raise UserError(f"{folder} has both metadata.jsonl and metadata.csv; keep one.")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
+    files = {p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
+    files -= {p for p in files if any(part.startswith(".") for part in p.relative_to(folder).parts)}
     if metadata:
-        named = _metadata_captions(metadata[0], folder, caption_column, checker)
+        named = list(_metadata_captions(metadata[0], folder, caption_column, checker))
         rows: list[Row] = [(name, path.read_bytes, caption) for name, path, caption in named]
-        return rows, len(files) - len(rows) - 1
-    rows, captions = [], 0
-    for path in pictures:
+        return rows, len(files - {metadata[0], *(folder / name for name, _, _ in named)})
+    rows, used = [], set()
+    for path in sorted(p for p in files if p.suffix.lower() in EXTENSIONS or p.is_dir()):
         name, beside = str(path.relative_to(folder)), path.with_suffix(".txt")
-        text = None
-        if beside.exists():
-            captions += 1
+        used |= {path, beside}
+        if (target := _outside(path, folder) or _outside(beside, folder)) is not None:
+            checker.bad[name] = f"leads outside the folder, to {target}"
+        elif not path.is_dir():
             try:
-                text = beside.read_text(encoding="utf-8-sig")
+                text = beside.read_text(encoding="utf-8-sig") if beside.exists() else None
             except UnicodeDecodeError:
                 checker.bad[name] = f"has a caption, {beside.name}, that is not UTF-8 text; save it as UTF-8"
                 continue
-        rows.append((name, path.read_bytes, text))
-    return rows, len(files) - len(pictures) - captions
+            rows.append((name, path.read_bytes, text))
+    return rows, len(files - used)
 
 
 def _metadata_captions(
     path: Path, folder: Path, caption_column: str, checker: _Checker
-) -> Iterable[tuple[str, Path, str | None]]:
+) -> Iterable[tuple[str, Path, Any]]:
+    if (target := _outside(path, folder)) is not None:
+        raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
@@ -245,19 +278,18 @@ def _metadata_captions(
         raise UserError(
             f"{path} has no column {caption_column!r}, only {', '.join(columns)}; name it with --data.caption_column."
         )
-    root = folder.resolve()
     for row in rows:
-        name, caption = str(row["file_name"]), row.get(caption_column)
-        file = (folder / name).resolve()
-        if not file.is_relative_to(root):
-            raise UserError(f"{path.name} names {name}, which lies outside {folder}; move it into the folder.")
-        if not file.is_file():
+        name = str(row["file_name"])
+        file = folder / name
+        if _outside(file, folder) is not None:
+            checker.bad[name] = f"is named by {path.name} but lies outside the folder"
+        elif not file.is_file():
             checker.bad[name] = f"is named by {path.name} but does not exist"
-            continue
-        yield name, file, None if caption is None else str(caption)
+        else:
+            yield name, file, row.get(caption_column)
 
 
-def _dataset_rows(name: str, image_column: str, caption_column: str) -> list[Row]:
+def _dataset_rows(name: str, image_column: str, caption_column: str, need_captions: bool) -> list[Row]:
     """Rows of the train split of a `datasets` data set, by Hub name."""
     import datasets
 
@@ -268,30 +300,39 @@ def _dataset_rows(name: str, image_column: str, caption_column: str) -> list[Row
             f"{name} is no folder here and cannot be loaded as a data set ({type(error).__name__}); "
             "give a folder of pictures, or a data set that this machine can reach."
         ) from None
-    return dataset_rows(data, image_column, caption_column)
+    return dataset_rows(data, image_column, caption_column, need_captions)
 
 
-def dataset_rows(data: Any, image_column: str, caption_column: str) -> list[Row]:
+def dataset_rows(data: Any, image_column: str, caption_column: str, need_captions: bool = True) -> list[Row]:
     """Rows of a `datasets.Dataset` with an `Image` column and a caption column."""
     import datasets
 
+    if not isinstance(data, datasets.Dataset):
+        raise UserError(f"the data set is a {type(data).__name__}; expected a datasets.Dataset, such as one split.")
     missing = [c for c in (image_column, caption_column) if c not in data.column_names]
-    if missing:
+    if missing and (need_captions or missing[0] == image_column):
         found = ", ".join(data.column_names)
         raise UserError(
             f"the data set has no column {missing[0]!r}, only {found}; name it with --data.image_column or "
             "--data.caption_column."
         )
-    raw = data.cast_column(image_column, datasets.Image(decode=False))
+    try:
+        raw = data.cast_column(image_column, datasets.Image(decode=False))
+    except Exception:  # pyarrow's, of several kinds
+        raise UserError(
+            f"the column {image_column!r} of the data set holds no pictures; name another with --data.image_column."
+        ) from None
 
     def content(i: int) -> Callable[[], bytes]:
         def read() -> bytes:
-            cell = raw[i][image_column]
+            cell = raw[i][image_column] or {}
+            if cell.get("bytes") is None and cell.get("path") is None:
+                raise UserError("has no picture")
             return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
         return read
 
-    captions = data[caption_column]
+    captions = [None] * len(data) if caption_column in missing else list(data[caption_column])
     return [(f"row {i}", content(i), captions[i]) for i in range(len(data))]
 
 
@@ -300,10 +341,7 @@ def images_from_dataset(
 ) -> ImageData:
     """Examples of a `datasets.Dataset` object that is already in memory."""
     checker = _Checker(skip_bad, None)
-    rows = dataset_rows(data, image_column, caption_column)
-    examples = [e for row in rows if (e := checker.example(*row)) is not None]
-    checker.stop_if_bad("the data set")
-    return ImageData("the data set", examples, checker.bad)
+    return checker.data("the data set", dataset_rows(data, image_column, caption_column))
 
 
 def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:

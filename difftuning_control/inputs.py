@@ -30,19 +30,22 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int], object]]:
-    """A progress bar; gives the function that is told of the number of items done."""
+    """A progress bar, unless it is over at once; gives the function that is told of the number of items done."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, leave=True) as bar:
+    with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, delay=0.5) as bar:
         yield bar.update
 
 
 def cache_folder(data: DataConfig) -> Path:
     """Where caches and banks lie when the recipe names no place."""
-    if data.cache is not None:
-        return Path(data.cache).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "difftuning-control"
+    if data.cache is None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(root) / "difftuning-control"
+    folder = Path(data.cache).expanduser()
+    if folder.is_file():
+        raise UserError(f"data.cache is {folder}, a file; expected a folder.")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,19 @@ class TrainingInputs:
 
 
 def resolution_of(family: StableDiffusion, data: DataConfig) -> int:
-    """The side of the pictures in pixels.
+    """The side of the pictures in pixels; a UserError if the model cannot take it."""
+    return check_resolution(family, data.resolution or family.native_resolution, "data.resolution")
+
+
+def check_resolution(family: StableDiffusion, side: int, name: str) -> int:
+    """The side itself.
 
     Raises:
         UserError: if the model cannot take it.
     """
-    side = data.resolution or family.native_resolution
     if side % family.resolution_step:
         raise UserError(
-            f"data.resolution is {side}; this model takes multiples of {family.resolution_step} "
+            f"{name} is {side}; this model takes multiples of {family.resolution_step} "
             f"(its own is {family.native_resolution})."
         )
     return side
@@ -88,7 +95,7 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
         data = ImageData(data.source, data.examples[: config.limit], data.skipped, data.ignored_files)
     if config.validation_path is not None:
         return data, load_images(config.validation_path, **options)
-    return data.split(config.holdout, recipe.training.seed)
+    return data.split(config.holdout)
 
 
 def check_captions(family: StableDiffusion, data: ImageData, truncate: bool) -> None:
@@ -103,8 +110,8 @@ def check_captions(family: StableDiffusion, data: ImageData, truncate: bool) -> 
         length, limit = family.prompt_tokens(example.caption)
         if length > limit:
             raise UserError(
-                f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or let "
-                "it be cut with --data.truncate_captions true."
+                f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
+                "let it be cut with --data.truncate_captions true."
             )
 
 
@@ -138,16 +145,17 @@ def prepare_bank(
     data: DataConfig,
     captions: list[str],
     resolution: int,
-    seed: int,
     accelerator: Accelerator | None = None,
 ) -> KnowledgeBank:
     """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
     path = Path(config.path).expanduser() if config.path is not None else None
     show = accelerator is None or accelerator.is_main_process
+    if path is not None and path.is_file():
+        raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         return _bank_of_pictures(family, path, data, resolution, show)
     request = BankRequest(
-        tuple(bank_prompts(config, captions)), config.size, config.guidance_scale, config.steps, resolution, seed
+        tuple(bank_prompts(config, captions)), config.size, config.guidance_scale, config.steps, resolution, config.seed
     )
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     processes: dict[str, Any] = {}
@@ -182,30 +190,30 @@ def prepare_inputs(
     """
     show = accelerator.is_main_process
     resolution = resolution_of(family, recipe.data)
+    size = recipe.training.validation_size
     data, held_out = read_data(recipe)
+    held_out = held_out.sample(size)
     for part in (data, held_out):
         check_captions(family, part, recipe.data.truncate_captions)
-    framing = Framing(resolution, recipe.data.flip, recipe.data.crops, recipe.training.seed)
-    cache = cache_folder(recipe.data)
-    with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
-        moments = cached_moments(family, data, framing, cache, advance)
-        held_moments = cached_moments(family, held_out, Framing(resolution), cache, advance) if len(held_out) else None
     captions = [e.caption for e in data.examples]
     held_captions = [e.caption for e in held_out.examples]
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
-        seed = recipe.training.seed
-        bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, seed, accelerator)
+        bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, accelerator)
+    framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
+    cache = cache_folder(recipe.data)
+    with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
+        moments = cached_moments(family, data, framing, cache, advance)
+        held_moments = cached_moments(family, held_out, Framing(resolution), cache, advance) if len(held_out) else None
     prompts = captions + held_captions + (bank.prompts if bank is not None else [])
     unique = len(set(prompts) | {""})
     with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
         embeddings = cached_embeddings(family, prompts, cache, advance)
 
-    size = recipe.training.validation_size
     validation = {}
     if held_moments is not None:
-        latents = family.scale_latents(held_moments.mean[:size, 0])
-        validation["target"] = _validator(family, objective, latents, embeddings, held_captions[:size], False)
+        latents = family.scale_latents(held_moments.mean[:, 0])
+        validation["target"] = _validator(family, objective, latents, embeddings, held_captions, False)
     if bank is not None:
         bank, kept = _hold_out(bank, size)
         words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)

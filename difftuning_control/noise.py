@@ -79,8 +79,8 @@ class NoiseProcess:
         continuous = config.get("timestep_type") == "continuous"  # the model is told a function of σ there, not t
         if alphas_cumprod is None or continuous or prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"{type(scheduler).__name__} with prediction_type {prediction!r} is not supported; expected a DDPM-type "
-                "scheduler with epsilon or v_prediction, or a flow-matching one."
+                f"{type(scheduler).__name__} with prediction_type {prediction!r} is not supported; expected a "
+                "DDPM-type scheduler with epsilon or v_prediction, or a flow-matching one."
             )
         alphas_cumprod = alphas_cumprod.detach().cpu().float()
         steps = torch.arange(len(alphas_cumprod))

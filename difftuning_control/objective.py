@@ -202,7 +202,7 @@ class DiffTuningObjective:
         return weights.float()
 
     def _balance(self) -> float:
-        """Z_ξ / Z_ψ, so that `sample` and `weight` mean the same λ; 1 for the paper's mirrored powers on DDPM levels."""
+        """Z_ξ / Z_ψ, so that `sample` and `weight` mean the same λ; 1 for the paper's powers on DDPM levels."""
         base = self.process.base_density
         return float((self.xi.double() * base).sum() / (self.psi.double() * base).sum())
 

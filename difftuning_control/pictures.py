@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def save_grid(
-    path: Path, rows: dict[str, Sequence[Image.Image]], columns: Sequence[str], cell: int | None = None
+    path: Path, rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], cell: int | None = None
 ) -> None:
     """A table of pictures: a labelled row for each side, a caption over each column.
 
@@ -57,14 +57,15 @@ def save_grid(
     """
     first = next(iter(rows.values()))[0]
     side = cell or max(96, min(first.width, 256))
-    font = ImageFont.load_default(size=max(11, side // 9))
-    left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * font.size + 10, 4
+    size = max(11, side // 9)
+    font = ImageFont.load_default(size)
+    left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * size + 10, 4
     width, height = left + (side + gap) * len(columns), top + (side + gap) * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for j, caption in enumerate(columns):
         for k, line in enumerate(_two_lines(caption, font, side)):
-            draw.text((left + j * (side + gap) + side // 2, 4 + k * font.size), line, "black", font, anchor="mt")
+            draw.text((left + j * (side + gap) + side // 2, 4 + k * size), line, "black", font, anchor="mt")
     for i, (label, pictures) in enumerate(rows.items()):
         y = top + i * (side + gap)
         draw.text((4, y + side // 2), label, "black", font, anchor="lm")

@@ -19,7 +19,7 @@ from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", ".lock",
+    "logs",
 )  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -28,16 +28,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any]) -> str:
-    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints."""
+def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
+    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
+
+    Args:
+        processes: how many share the work; the batch is theirs together.
+    """
     values = recipe.to_dict()
     values.pop("output")
-    values["data"].pop("cache")
-    values["bank"].pop("path")
-    for name in ("resume", "checkpoint_every", "validate_every", "validation_size", "sample_every", "sample_prompts",
-                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
+    # where things lie does not matter: what they are is in the fingerprints
+    for section, names in (("model", ("id",)), ("data", ("path", "validation_path", "cache")), ("bank", ("path",))):
+        for name in names:
+            values[section].pop(name)
+    for name in ("resume", "checkpoint_every", "validate_every", "sample_every", "sample_prompts", "sample_steps",
+                 "sample_guidance_scale", "trackers"):  # fmt: skip
         values["training"].pop(name)
-    return digest_of([values, fingerprints])
+    return digest_of([values, fingerprints, processes])
 
 
 def read_run(output: Path) -> dict[str, Any] | None:
@@ -48,52 +54,60 @@ def read_run(output: Path) -> dict[str, Any] | None:
         return None
 
 
-def check_output(recipe: Recipe, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, before anything is loaded or written.
-
-    Raises:
-        UserError: unless the folder is empty, is a run to resume, or is a run and `overwrite` is given.
-    """
-    output = Path(recipe.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"the output {output} is a file; name a folder.")
-    if not output.exists() or not any(p.name != ".lock" for p in output.iterdir()):
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is a run to resume or to overwrite."""
+    if not any(p.name != ".lock" for p in output.iterdir()):
         return
     run = read_run(output)
-    if recipe.training.resume and run is not None:
+    if resume and run is not None:
         return
     if run is None:
         raise UserError(f"the output {output} is not empty and holds no run; choose another folder.")
     if not overwrite:
         raise UserError(
-            f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, replace it "
-            "with --overwrite, or choose another folder."
+            f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, "
+            "replace it with --overwrite, or choose another folder."
         )
 
 
 class OutputFolder:
-    """An output folder that one process group writes into; the lock goes when the process does.
+    """An output folder that one run writes into; its lock goes when the process does.
 
     Raises:
-        UserError: if another run is writing there.
+        UserError: if another run is writing there, or the folder holds something and is neither to be resumed nor to
+            be overwritten.
     """
 
-    def __init__(self, path: Path, clear: bool):
-        self.path = path
+    def __init__(self, path: Path, resume: bool, overwrite: bool):
+        self.path, self._created = path, not path.exists()
+        if any(p.is_file() for p in (path, *path.parents)):
+            raise UserError(f"the output {path} is a file or lies below one; name a folder.")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"the output {path} is in use by another run; wait for it, or choose another folder.") from None
-        if clear:
-            for entry in path.iterdir():
-                if entry.name in WRITTEN[:-1] or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.")):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            raise UserError(
+                f"the output {path} is in use by another run; wait for it, or choose another folder."
+            ) from None
+        try:
+            _check_output(path, resume, overwrite)
+        except UserError:
+            self.release()
+            raise
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote; other files are left alone."""
+        for entry in self.path.iterdir():
+            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.")):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:
+        """Give the lock back; a folder that was made for nothing goes too."""
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
+        if self._created and not any(self.path.iterdir()):
+            self.path.rmdir()
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:
@@ -141,7 +155,9 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
 def _loss_table(losses: dict[str, Any]) -> list[str]:
     if not losses:
         return ["Not measured: no pictures were held out and there was no bank."]
-    rows = ["| noise band (centre u) | " + " | ".join(f"{role}, {when}" for role in losses for when in ("base", "tuned"))]
+    rows = [
+        "| noise band (centre u) | " + " | ".join(f"{role}, {when}" for role in losses for when in ("base", "tuned"))
+    ]
     rows[0] += " |"
     rows.append("|---" * (1 + 2 * len(losses)) + "|")
     centres = next(iter(losses.values()))["base"]["u"]

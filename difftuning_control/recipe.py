@@ -1,4 +1,4 @@
-"""A recipe: everything a run needs, as dataclasses that check their ranges. The command line and YAML are made of these."""
+"""A recipe: everything a run needs, as dataclasses that check their ranges; YAML and the command line mirror them."""
 
 from __future__ import annotations
 
@@ -96,9 +96,8 @@ class ScheduleConfig:
         used = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}[self.kind]
         for name in ("tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
-                raise UserError(
-                    f"tuning.schedule.{name} is given, but a {self.kind} schedule uses only {' and '.join(sorted(used))}."
-                )
+                names = " and ".join(sorted(used))
+                raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses only {names}.")
         if self.kind == "measured" and self.path is None:
             raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
         if self.kind != "measured":
@@ -122,7 +121,7 @@ class ScheduleConfig:
             if self.kind == "paper":
                 values["num_train_timesteps"] = num_train_timesteps
             return schedule_from_dict(values)
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"the measured schedule {self.path} cannot be read ({error!r}).") from None
         except ValueError as error:
             raise UserError(f"tuning.schedule: {error}") from None
@@ -161,8 +160,8 @@ class TuningConfig:
         _need(gamma is None or 0 < gamma < math.inf, "tuning.min_snr_gamma", gamma, "a finite number above 0")
         if (self.retention_ratio == 0) != (self.retention_weight == 0):
             raise UserError(
-                f"tuning.retention_ratio is {self.retention_ratio} and tuning.retention_weight {self.retention_weight}; "
-                "set both to 0 for plain fine-tuning, or both above 0."
+                f"tuning.retention_ratio is {self.retention_ratio} and tuning.retention_weight "
+                f"{self.retention_weight}; set both to 0 for plain fine-tuning, or both above 0."
             )
 
 
@@ -176,6 +175,7 @@ class BankConfig:
         guidance_scale: classifier-free guidance while sampling.
         steps: sampling steps.
         batch_size: samples drawn at once.
+        seed: of the bank.
         path: where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
     """
 
@@ -184,11 +184,13 @@ class BankConfig:
     guidance_scale: float = 1.5
     steps: int = 25
     batch_size: int = 32
+    seed: int = 0
     path: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "steps", "batch_size"):
             _need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
+        _need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
         _need(0 <= self.guidance_scale < math.inf, "bank.guidance_scale", self.guidance_scale, "at least 0")
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_family
+from difftuning_control.families import load_family, quiet_loading
 from difftuning_control.fingerprint import write_json
-from difftuning_control.inputs import progress
+from difftuning_control.inputs import check_resolution, progress
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import read_run
 
@@ -32,6 +32,8 @@ def sample_to_folder(
         UserError: if the run is not there or not finished, or the output folder already holds pictures.
     """
     folder = Path(output)
+    if any(p.is_file() for p in (folder, *folder.parents)):
+        raise UserError(f"the output {folder} is a file or lies below one; name a folder.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
@@ -39,14 +41,15 @@ def sample_to_folder(
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
     family = load_family(chosen["id"], variant=chosen["variant"])
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
-    settings["resolution"] = side
+    settings["resolution"] = check_resolution(family, side, "resolution")
     total = len(prompts) * (2 if compare else 1)
     with progress(total, "sampling") as advance:
         base = sample_pictures(family, prompts, **settings, advance=advance) if compare else []
         if record is not None:
             assert run is not None
             if record["recipe"]["method"] == "lora":
-                family.pipe.load_lora_weights(run)
+                with quiet_loading():
+                    family.pipe.load_lora_weights(run)
             else:
                 family = load_family(str(Path(run) / "pipeline"))
         pictures = sample_pictures(family, prompts, **settings, advance=advance)

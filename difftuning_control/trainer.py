@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -31,7 +32,6 @@ from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import (
     OutputFolder,
-    check_output,
     describe_device,
     model_card,
     read_run,
@@ -55,44 +55,58 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         UserError: for a mistake in recipe, data or output folder; nothing is written then.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
-    check_output(recipe, overwrite)
     accelerator = make_accelerator(recipe)
+    output = Path(recipe.output)
+    folder = OutputFolder(output, recipe.training.resume, overwrite) if accelerator.is_main_process else None
+    try:
+        return _train(recipe, accelerator, output, folder)
+    finally:
+        accelerator.end_training()
+        if folder is not None:
+            folder.release()
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:
     started = time.time()
-    # full weights train in float32; under LoRA the frozen base can lie in the lower precision
-    dtype = torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
-    family = load_family(recipe.model.id, dtype, recipe.model.variant).to(accelerator.device)
+    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
     objective = build_objective(recipe, family.process)
     inputs = prepare_inputs(recipe, family, objective, accelerator)
     fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
-    identity = recipe_identity(recipe, fingerprints)
-
-    output = Path(recipe.output)
+    identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity)) is not None:
         return finished
-    folder = OutputFolder(output, clear=not recipe.training.resume) if accelerator.is_main_process else None
+    loop = _Loop(recipe, family, objective, inputs, accelerator, identity)
+
+    run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
+    if folder is not None:
+        if not recipe.training.resume:
+            folder.clear()
+        write_json(output / "run.json", run)
+        write_recipe(output, recipe)
+    prepared = time.time()
     try:
-        run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
-        if accelerator.is_main_process:
-            write_recipe(output, recipe)
-            write_json(output / "run.json", run)
-        prepared = time.time()
-        run["losses"], run["steps_per_second"] = _Loop(recipe, family, objective, inputs, accelerator, identity).run()
-        run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
-        if accelerator.is_main_process:
-            run["status"] = "complete"
-            run["outputs"] = _hash_outputs(output)
-            write_text(output / "README.md", model_card(recipe, run))
-            write_json(output / "run.json", run)
-            for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
-                shutil.rmtree(checkpoint)
-        accelerator.wait_for_everyone()
-    finally:
-        accelerator.end_training()
+        run["losses"], run["steps_per_second"] = loop.run()
+    except NonFiniteLossError as error:
         if folder is not None:
-            folder.release()
+            write_json(output / "run.json", run | {"status": "failed", "error": str(error)})
+        raise
+    run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
+    run["status"] = "complete"
+    if folder is not None:
+        run["outputs"] = _hash_outputs(output)
+        write_text(output / "README.md", model_card(recipe, run))
+        write_json(output / "run.json", run)
+        for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
+            shutil.rmtree(checkpoint)
+    accelerator.wait_for_everyone()
     return run
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """Full weights train in float32; under LoRA the frozen base can lie in the lower precision."""
+    return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -112,12 +126,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     precision = recipe.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.mixed_precision is fp16, which needs a GPU; use bf16 or no on a CPU.")
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         log_with=list(recipe.training.trackers) or None,
         project_dir=str(Path(recipe.output) / "logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(recipe.training.seed)
     return accelerator
@@ -152,7 +166,8 @@ def _finished(output: Path, identity: str) -> dict[str, Any] | None:
         return None
     if run["identity"] != identity:
         raise UserError(
-            f"the run in {output} had another recipe, base or data; resume with the same, or start afresh with --overwrite."
+            f"the run in {output} had another recipe, base or data; resume with the same, or start "
+            "afresh with --overwrite."
         )
     return run if run["status"] == "complete" else None
 
@@ -176,7 +191,7 @@ def _describe(
         "data": {
             "pictures": len(inputs.data),
             "held_out": len(inputs.held_out),
-            "skipped": inputs.data.skipped,
+            "skipped": inputs.data.skipped | inputs.held_out.skipped,
             "ignored_files": inputs.data.ignored_files,
             "resolution": inputs.resolution,
         },
@@ -248,26 +263,19 @@ class _Loop:
         if self.config.trackers:
             self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
         self.denoiser.train()
-        bar = tqdm(
+        seconds = 0.0
+        with tqdm(
             total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
             disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        seconds = 0.0
-        for step in range(first, self.config.max_steps):
-            begun = time.time()
-            losses = self._step(step)
-            seconds += time.time() - begun
-            bar.update(1)
-            bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
-            self._log(step + 1, losses | {"learning_rate": self.lr_scheduler.get_last_lr()[0]})
-            last = step + 1 == self.config.max_steps
-            if self.config.validate_every and (step + 1) % self.config.validate_every == 0 and not last:
-                self._validate_tuned(step + 1)
-            if self.config.sample_every and ((step + 1) % self.config.sample_every == 0 or last):
-                self._sample_grid(step + 1)
-            if (step + 1) % self.config.checkpoint_every == 0 and not last and self.accelerator.is_main_process:
-                save_checkpoint(self.output, step + 1, self.state, self.identity)
-        bar.close()
+        ) as bar:  # fmt: skip
+            for step in range(first, self.config.max_steps):
+                begun = time.time()
+                losses = self._step(step)
+                seconds += time.time() - begun
+                bar.update(1)
+                bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
+                self._log(step + 1, losses | {"learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
+                self._watch(step + 1)
         tuned = self._validate_tuned(self.config.max_steps)
         losses_by_role = {
             role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.base_losses.items()
@@ -293,8 +301,12 @@ class _Loop:
                 loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts)
                 # processes average their gradients, and accelerate divides by the accumulation steps
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-                if self.accelerator.sync_gradients and self.config.max_grad_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(
+                        self.parameters.values(), self.config.max_grad_norm or math.inf
+                    )  # fmt: skip
+                    if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
+                        self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in self._by_role(loss.detach(), losses.detach(), batch.is_retention, rows.counts).items():
@@ -304,9 +316,7 @@ class _Loop:
             self.ema.step(self.parameters.values())
         return sums
 
-    def _by_role(
-        self, loss: Tensor, losses: Tensor, is_retention: Tensor, counts: tuple[int, int]
-    ) -> dict[str, float]:
+    def _by_role(self, loss: Tensor, losses: Tensor, is_retention: Tensor, counts: tuple[int, int]) -> dict[str, float]:
         """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
         parts = torch.stack([loss, losses[~is_retention].sum(), losses[is_retention].sum()])
         total, target, bank = self.accelerator.reduce(parts, "sum").tolist()
@@ -319,12 +329,23 @@ class _Loop:
         if int(bad) == 0:
             return
         rows = [name for name, ok in zip(names, finite.tolist()) if not ok]
+        which = ", ".join(rows[:8]) or "of another process"
         raise NonFiniteLossError(
-            f"the loss is not finite at step {step + 1} (rows: {', '.join(rows[:8]) or 'of another process'}); the weights "
-            "were not touched. Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
+            f"the loss is not finite at step {step + 1} (rows: {which}); the weights were not touched. "
+            "Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
         )
 
     # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, done: int) -> None:
+        """What is due after `done` steps: validation, pictures, a checkpoint."""
+        last = done == self.config.max_steps
+        if self.config.validate_every and done % self.config.validate_every == 0 and not last:
+            self._validate_tuned(done)
+        if self.config.sample_every and (done % self.config.sample_every == 0 or last):
+            self._sample_grid(done)
+        if done % self.config.checkpoint_every == 0 and not last and self.accelerator.is_main_process:
+            save_checkpoint(self.output, done, self.state, self.identity)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -345,7 +366,9 @@ class _Loop:
     def _validate_tuned(self, step: int) -> dict[str, BandLosses]:
         with self._averaged_weights():
             found = self._validate(self.family.denoiser)
-        row = {f"validation/{role}_{u:.1f}": v for role, b in found.items() for u, v in zip(b.centres, b.losses)}
+        row: dict[str, float] = {}
+        for role, bands in found.items():
+            row |= {f"validation/{role}_{u:.1f}": value for u, value in zip(bands.centres, bands.losses)}
         self._log(step, row)
         return found
 
@@ -398,4 +421,5 @@ class _Loop:
             (partial / LORA_FILE).replace(self.output / LORA_FILE)
             partial.rmdir()
         else:
+            shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of a run that broke off after saving
             partial.replace(self.output / "pipeline")

@@ -76,7 +76,11 @@ class BandValidator:
         return BandLosses(centres, losses)
 
     def _band(self, denoiser: nn.Module, band: int, centre: float) -> float:
-        level = int(torch.searchsorted(self.objective.process.u, torch.tensor(centre)).clamp(max=len(self.objective.process) - 1))
+        level = int(
+            torch.searchsorted(self.objective.process.u, torch.tensor(centre)).clamp(
+                max=len(self.objective.process) - 1
+            )
+        )
         shape = self.batch.latents.shape[1:]
         found = []
         for start in range(0, len(self.batch), self.batch_size):

@@ -20,7 +20,7 @@ parser.add_argument("--bank", default="runs/hook-bank")
 args = parser.parse_args()
 
 torch.manual_seed(0)
-pipe = StableDiffusionPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained(embedded_model())
 noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 vae, unet, tokenizer, text_encoder = pipe.vae, pipe.unet, pipe.tokenizer, pipe.text_encoder
 vae.requires_grad_(False)

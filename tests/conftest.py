@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny tensors down
+
 import numpy as np
 import pytest
 import torch
@@ -59,12 +61,12 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon"):
     )  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def pipe():
     return tiny_pipeline()
 
 
-@pytest.fixture()
+@pytest.fixture
 def family(pipe):
     from difftuning_control.families import family_of
 
@@ -97,7 +99,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("data") / "squares")
 
 
-@pytest.fixture()
+@pytest.fixture
 def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
     """A recipe that trains the tiny model for a few steps."""
     from difftuning_control.recipe import BankConfig, DataConfig, ModelConfig, Recipe, TrainingConfig

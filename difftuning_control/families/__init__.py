@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,39 +51,61 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     path = str(embedded_model()) if model == "embedded" else model
     _check_directory(path)
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
         # the safety checker judges finished pictures; training has no use for it
         options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
         name = _class_name(path)
         if name is not None and name not in SUPPORTED:
             raise UserError(f"{model} is a {name}, which cannot be tuned yet; supported: {', '.join(SUPPORTED)}.")
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, use_safetensors=True, **options)
+        with quiet_loading():
+            pipe = DiffusionPipeline.from_pretrained(
+                path, dtype=dtype, variant=variant, use_safetensors=True, **options
+            )
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
         where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
         raise UserError(
             f"the model {model} {where} ({reason}); expected `embedded`, a diffusers directory with safetensors "
             "weights, or a Hub id that this machine can reach."
         ) from None
-    finally:
-        logging.set_verbosity(level)
     return family_of(pipe)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No warnings about the safety checker and renamed arguments, no bars for each component but for downloads."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    for module in (diffusers_logging, transformers_logging):
+        module.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        for module in (diffusers_logging, transformers_logging):
+            module.enable_progress_bar()
 
 
 def _check_directory(path: str) -> None:
     folder = Path(path)
     if folder.is_file():
-        raise UserError(f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id.")
+        raise UserError(
+            f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
+        )
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`.")
+        raise UserError(
+            f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`."
+        )
 
 
 def _class_name(path: str) -> str | None:

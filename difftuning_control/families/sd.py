@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ class StableDiffusion:
     name = "sd"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipe: StableDiffusionPipeline):
-        self.pipe = pipe
+    def __init__(self, pipe: Any):
+        self.pipe = pipe  # Any: diffusers' annotations leave out most of its modules' methods
         self.process = NoiseProcess.from_scheduler(pipe.scheduler)
         for module in (pipe.vae, pipe.text_encoder):
             module.requires_grad_(False).eval()
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         return self.pipe.unet
 
     @property
@@ -54,7 +55,7 @@ class StableDiffusion:
     def resolution_step(self) -> int:
         """Sides must be multiples of this many pixels."""
         levels = len(self.pipe.unet.config.block_out_channels) - 1
-        return self.pipe.vae_scale_factor * 2**levels
+        return math.lcm(8, self.pipe.vae_scale_factor * 2**levels)  # the pipeline itself asks for multiples of 8
 
     # --- identity -------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[str], generators: list[torch.Generator], *, steps: int, guidance_scale: float, resolution: int
+        self,
+        prompts: list[str],
+        generators: list[torch.Generator],
+        *,
+        steps: int,
+        guidance_scale: float,
+        resolution: int,
     ) -> Tensor:
         """Latents (B, C, h, w) in the denoiser's scale, drawn with the stock pipeline and its own scheduler.
 

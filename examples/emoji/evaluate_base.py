@@ -25,8 +25,8 @@ from difftuning_control.pictures import sample_pictures, save_grid
 
 PROMPTS = (
     "red heart", "slice of pizza", "dog face", "red apple", "cat face", "birthday cake", "soccer ball", "guitar",
-    "sunflower", "hamburger", "fish", "butterfly", "banana", "christmas tree", "trophy", "key", "umbrella", "rabbit face",
-    "strawberry", "teacup without handle", "light bulb", "envelope", "frog", "mushroom",
+    "sunflower", "hamburger", "fish", "butterfly", "banana", "christmas tree", "trophy", "key", "umbrella",
+    "rabbit face", "strawberry", "teacup without handle", "light bulb", "envelope", "frog", "mushroom",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--limit", type=int, default=0, help="evaluate only so many names")
     args = parser.parse_args()
-    family = family_of(StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32))
+    family = family_of(StableDiffusionPipeline.from_pretrained(args.model))
     settings = {"seed": 0, "steps": args.steps, "guidance_scale": args.guidance, "resolution": 64}
     columns = {"with style": [f"{args.style} emoji {p}" for p in PROMPTS], "name alone": list(PROMPTS)}
     pictures = {label: sample_pictures(family, prompts, **settings) for label, prompts in columns.items()}
@@ -67,7 +67,9 @@ def main() -> None:
     truth = to_unit(torch.cat([known[[i for i, _ in of_style]], held[[i for i, _ in held_style]]]))
     names = [r["name"] for _, r in of_style + held_style]
     features = lite0.features(truth)
-    through = torch.cat([family.decode(family.scale_latents(family.encode_moments(part)[0])) for part in truth.split(64)])
+    through = torch.cat(
+        [family.decode(family.scale_latents(family.encode_moments(part)[0])) for part in truth.split(64)]
+    )
     own = torch.arange(len(truth))
     report["pictures"] = len(truth)
     report["autoencoder"] = shares(rank_of_truth(lite0.features(through), features, own))

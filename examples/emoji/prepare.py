@@ -115,9 +115,7 @@ def build_base(sets: dict[str, dict], work: Path) -> tuple[dict[str, str], set[s
                 continue
             name = used[key]
             images.append(picture)
-            records.append(
-                {"style": style, "name": words(name), "category": names[name], "held_out": name in held_out}
-            )
+            records.append({"style": style, "name": words(name), "category": names[name], "held_out": name in held_out})
     np.savez_compressed(work / "base.npz", images=np.stack(images))
     (work / "base.json").write_text(json.dumps(records, indent=0))
     print(f"base: {len(images)} pictures of {len(names)} names, {len(held_out)} names held out")

@@ -1,0 +1,161 @@
+"""What trains moves, what does not stays bit for bit, and stock diffusers loads the result."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from difftuning_control.adapters import LORA_FILE, FullTuning, LoRATuning
+from difftuning_control.batch import LatentBatch
+from difftuning_control.errors import UserError
+from difftuning_control.families import family_of
+from difftuning_control.families.sd import StableDiffusion
+from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.validation import compute_loss
+
+
+def tune(family: StableDiffusion, tuning: LoRATuning | FullTuning, steps: int = 3, rate: float = 0.03) -> None:
+    generator = torch.Generator().manual_seed(0)
+    objective = DiffTuningObjective.from_scheduler(family.pipe.scheduler, "plain")
+    optimizer = torch.optim.AdamW(tuning.parameters().values(), rate)
+    conditioning = {k: v.float() for k, v in family.encode_prompts(["red 1", "blue", "", "six"]).items()}
+    family.denoiser.train()
+    for _ in range(steps):
+        latents, noise = torch.randn(2, 4, 4, 8, 8, generator=generator)
+        batch = LatentBatch(latents, conditioning, torch.zeros(4, dtype=torch.bool))
+        levels = objective.sample_levels(batch.is_retention, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=family.dtype == torch.bfloat16):
+            losses = compute_loss(family, family.denoiser, objective, batch, noise, levels)
+        objective.combine(losses, levels, batch.is_retention).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    family.denoiser.eval()
+
+
+def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """All weights of the pipeline, under the names they have without an adapter."""
+    found = {}
+    for component in ("unet", "vae", "text_encoder"):
+        for name, value in getattr(pipe, component).state_dict().items():
+            if ".lora_" not in name:
+                found[f"{component}.{name.replace('.base_layer.', '.')}"] = value.clone()
+    return found
+
+
+def picture(pipe: StableDiffusionPipeline) -> np.ndarray:
+    generator = torch.Generator().manual_seed(5)
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": generator, "output_type": "np"}
+    return pipe("red 1", height=16, width=16, **settings).images
+
+
+# --- what moves -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["auto", "to_q, conv1,ff.net.2"])
+def test_lora_moves_every_a_and_b_and_no_weight_of_the_base(family, pipe, targets):
+    base = weights(pipe)
+    tuning = LoRATuning(family, rank=2, targets=targets)
+    before = copy.deepcopy(tuning.parameters())
+    assert {n.split(".lora_")[1][0] for n in before} == {"A", "B"}
+    tune(family, tuning)
+    torch.testing.assert_close(weights(pipe), base, atol=0, rtol=0)
+    assert all((after != before[n]).any() for n, after in tuning.parameters().items())
+
+
+def test_full_tuning_moves_every_weight_of_the_denoiser_and_no_other(family, pipe):
+    base = weights(pipe)
+    tuning = FullTuning(family)
+    assert set(tuning.parameters()) == set(pipe.unet.state_dict())
+    tune(family, tuning)
+    moved = {name for name, value in weights(pipe).items() if (value != base[name]).any()}
+    assert moved == {name for name in base if name.startswith("unet.")}
+
+
+def test_a_new_adapter_predicts_what_the_base_does(family, pipe):
+    before = picture(pipe)
+    LoRATuning(family, rank=2, alpha=8.0)
+    np.testing.assert_array_equal(picture(pipe), before)
+
+
+def test_the_seed_alone_decides_how_an_adapter_starts(family):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = LoRATuning(family, rank=2, seed=4).parameters()
+    assert torch.equal(torch.rand(1), expected)
+    for seed, same in ((4, True), (5, False)):
+        other = LoRATuning(family_of(tiny_pipeline()), rank=2, seed=seed).parameters()
+        assert all(torch.equal(other[n], p) == (same or ".lora_B" in n) for n, p in first.items())
+
+
+def test_an_adapter_on_a_base_in_lower_precision_trains_in_float32(tmp_path):
+    family = family_of(tiny_pipeline().to(torch.bfloat16))
+    base = weights(family.pipe)
+    tuning = LoRATuning(family, rank=2)
+    tune(family, tuning)
+    assert {p.dtype for p in tuning.parameters().values()} == {torch.float32}
+    torch.testing.assert_close(weights(family.pipe), base, atol=0, rtol=0)
+    tuning.save(tmp_path)
+    saved = load_file(tmp_path / LORA_FILE)
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    assert sorted(t.sum().item() for t in saved.values()) == sorted(
+        p.sum().item() for p in tuning.parameters().values()
+    )
+
+
+# --- what stock diffusers makes of it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 1.0), (2, 7.0)])
+@pytest.mark.parametrize("targets", ["auto", "to_q,conv1"])
+def test_a_saved_lora_gives_the_trained_pictures_in_a_stock_pipeline(family, pipe, tmp_path, rank, alpha, targets):
+    before = picture(pipe)
+    tuning = LoRATuning(family, rank, alpha, targets)
+    tune(family, tuning)
+    tuning.save(tmp_path)
+    trained = picture(pipe)
+    assert np.abs(trained - before).max() > 0.01
+    stock = tiny_pipeline()
+    stock.load_lora_weights(tmp_path)
+    np.testing.assert_allclose(picture(stock), trained, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == [LORA_FILE]
+
+
+def test_a_saved_pipeline_gives_the_trained_pictures_when_stock_diffusers_loads_it(family, pipe, tmp_path):
+    before = picture(pipe)
+    tuning = FullTuning(family)
+    tune(family, tuning, rate=1e-3)
+    tuning.save(tmp_path)
+    trained = picture(pipe)
+    assert np.abs(trained - before).max() > 0.01
+    stock = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    assert type(stock) is StableDiffusionPipeline
+    np.testing.assert_allclose(picture(stock), trained, atol=1e-5)
+    assert not [p for p in Path(tmp_path).rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        ("to_queue", "to_queue"),
+        ("to_q,nothing_such", "nothing_such"),
+        ("o_q", "o_q"),
+        ("", "nothing"),
+        (" , ", "nothing"),
+        ("attn1", "attn1"),
+        ("to_q,norm1", "norm1"),
+    ],
+)
+def test_targets_that_cannot_bear_an_adapter_are_refused_by_name_and_nothing_is_attached(family, pipe, targets, named):
+    before = list(pipe.unet.state_dict())
+    with pytest.raises(UserError, match=f"adapter.targets names {named}[, ]"):
+        LoRATuning(family, rank=2, targets=targets)
+    assert list(pipe.unet.state_dict()) == before
