@@ -99,7 +99,7 @@ def load_images(
     skip_bad: bool = False,
     need_captions: bool = True,
 ) -> ImageData:
-    """Read a folder, `embedded/<set>`, or a `datasets` data set by name.
+    """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
     Args:
         caption_column, image_column: names of the columns; a folder's metadata uses the former only.
@@ -115,7 +115,10 @@ def load_images(
         folder = embedded_set(path.removeprefix("embedded/"))
     else:
         folder = Path(path).expanduser()
-    if folder.is_dir():
+    rows: list[Row]
+    if folder.is_dir() and (local := _local_dataset(folder)) is not None:
+        rows, ignored = dataset_rows(local, image_column, caption_column, checker.default_caption is None), 0
+    elif folder.is_dir():
         rows, ignored = _folder_rows(folder, caption_column, checker)
     elif folder.exists():
         raise UserError(f"{path} is a file; expected a folder of pictures with captions.")
@@ -287,6 +290,27 @@ def _metadata_captions(
             checker.bad[name] = f"is named by {path.name} but does not exist"
         else:
             yield name, file, row.get(caption_column)
+
+
+def _local_dataset(folder: Path) -> Any:
+    """What `save_to_disk` left, or the rows of Parquet files; None for a folder of pictures."""
+    parquet = sorted(str(p) for p in folder.rglob("*.parquet"))
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    if not parquet and not saved:
+        return None
+    import datasets
+
+    try:
+        if parquet:
+            return datasets.load_dataset("parquet", data_files=parquet, split="train")
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise UserError(f"the data set {folder} has the splits {', '.join(found)}; expected one called train.")
+        return found["train"]
+    return found
 
 
 def _dataset_rows(name: str, image_column: str, caption_column: str, need_captions: bool) -> list[Row]:

@@ -38,7 +38,7 @@ class DataConfig:
     """The pictures to tune on.
 
     Args:
-        path: a folder, `embedded/icons`, `embedded/flat`, or the name of a `datasets` data set.
+        path: a folder, `embedded/icons`, `embedded/flat`, or a `datasets` data set by name or path.
         resolution: side in pixels; the model's own when empty.
         flip: also train on mirror images.
         crops: positions of the square kept of pictures that are not square; 1 is the centre.

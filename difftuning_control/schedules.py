@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class PowerSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "power", "tau": self.tau}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PowerSchedule:
+        return _of_class(cls, values)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,12 @@ class PaperSchedule:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "paper", "tau": self.tau, "num_train_timesteps": self.num_train_timesteps}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PaperSchedule:
+        return _of_class(cls, values)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class ConstantSchedule:
     """The same at every noise level: ψ = 1, ξ = 0 is plain fine-tuning; ψ = ξ = 1 is DreamBooth's prior preservation.
 
@@ -80,14 +90,16 @@ class ConstantSchedule:
         ValueError: unless psi is above 0 and xi at least 0, both finite.
     """
 
-    psi_value: float = 1.0
-    xi_value: float = 0.0
+    psi_value: float
+    xi_value: float
 
-    def __post_init__(self) -> None:
-        if not 0 < self.psi_value < math.inf:
-            raise ValueError(f"psi is {self.psi_value}; it must be finite and above 0, or nothing is learnt.")
-        if not 0 <= self.xi_value < math.inf:
-            raise ValueError(f"xi is {self.xi_value}; it must be finite and at least 0.")
+    def __init__(self, psi: float = 1.0, xi: float = 0.0):
+        if not 0 < psi < math.inf:
+            raise ValueError(f"psi is {psi}; it must be finite and above 0, or nothing is learnt.")
+        if not 0 <= xi < math.inf:
+            raise ValueError(f"xi is {xi}; it must be finite and at least 0.")
+        object.__setattr__(self, "psi_value", float(psi))
+        object.__setattr__(self, "xi_value", float(xi))
 
     def psi(self, u: Tensor) -> Tensor:
         return torch.full_like(u, self.psi_value)
@@ -98,27 +110,31 @@ class ConstantSchedule:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "constant", "psi": self.psi_value, "xi": self.xi_value}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ConstantSchedule:
+        return _of_class(cls, values)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class TabulatedSchedule:
     """ψ and ξ measured at points u, linear between them and constant beyond the first and the last.
 
     Args:
         u: at least two points in [0, 1], strictly rising.
-        psi_values: ψ at these points, not falling, at least 0 and somewhere above 0.
-        xi_values: ξ at these points, not rising, at least 0.
+        psi: ψ at these points, not falling, at least 0 and somewhere above 0.
+        xi: ξ at these points, not rising, at least 0.
 
     Raises:
         ValueError: where a condition above does not hold.
     """
 
-    u: Sequence[float]
-    psi_values: Sequence[float]
-    xi_values: Sequence[float]
+    u: tuple[float, ...]
+    psi_values: tuple[float, ...]
+    xi_values: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        for name in ("u", "psi_values", "xi_values"):
-            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+    def __init__(self, u: Sequence[float], psi: Sequence[float], xi: Sequence[float]):
+        for name, values in (("u", u), ("psi_values", psi), ("xi_values", xi)):
+            object.__setattr__(self, name, tuple(float(v) for v in values))
         if not (len(self.u) == len(self.psi_values) == len(self.xi_values) >= 2):
             lengths = f"{len(self.u)}, {len(self.psi_values)} and {len(self.xi_values)}"
             raise ValueError(f"u, psi and xi have {lengths} values; a table needs three lists of equal length ≥ 2.")
@@ -151,30 +167,41 @@ class TabulatedSchedule:
         table = {"u": list(self.u), "psi": list(self.psi_values), "xi": list(self.xi_values)}
         return {"kind": "measured", **table}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TabulatedSchedule:
+        return _of_class(cls, values)
+
 
 Schedule = PowerSchedule | PaperSchedule | ConstantSchedule | TabulatedSchedule
+KINDS: dict[str, type[Schedule]] = {
+    "power": PowerSchedule,
+    "paper": PaperSchedule,
+    "constant": ConstantSchedule,
+    "measured": TabulatedSchedule,
+}
 
 
 def schedule_from_dict(values: dict[str, Any]) -> Schedule:
-    """The schedule that `to_dict` described.
+    """The schedule that `to_dict` described, of whatever kind.
 
     Raises:
         ValueError: if the kind is unknown or its parameters are missing, superfluous or out of range.
     """
     parameters = dict(values)
     kind = parameters.pop("kind", None)
-    rename = {"psi": "psi_values", "xi": "xi_values"} if kind == "measured" else {"psi": "psi_value", "xi": "xi_value"}
-    classes = {
-        "power": PowerSchedule, "paper": PaperSchedule, "constant": ConstantSchedule, "measured": TabulatedSchedule,
-    }  # fmt: skip
-    if not isinstance(kind, str) or kind not in classes:
-        raise ValueError(f"schedule kind is {kind!r}; expected one of {', '.join(classes)}.")
-    if unknown := set(parameters) & set(rename.values()):
-        raise ValueError(f"a {kind} schedule has no parameter {', '.join(sorted(unknown))}; expected psi and xi.")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"schedule kind is {kind!r}; expected one of {', '.join(KINDS)}.")
     try:
-        return classes[kind](**{rename.get(k, k): v for k, v in parameters.items()})
+        return KINDS[kind](**parameters)
     except TypeError as error:
         raise ValueError(f"a {kind} schedule cannot be made from {sorted(parameters)}: {error}.") from None
+
+
+def _of_class(cls: type[S], values: dict[str, Any]) -> S:
+    schedule = schedule_from_dict(values)
+    if not isinstance(schedule, cls):
+        raise ValueError(f"schedule kind is {values.get('kind')!r}, which is no {cls.__name__}.")
+    return schedule
 
 
 def timestep_density(values: Tensor, base_density: Tensor) -> Tensor:

@@ -1,13 +1,9 @@
-"""The training run, read downwards: prepare → encode → noise → model → loss → backward → validate → save."""
+"""A run from its recipe to its record: prepare → encode → tune (see `loop`) → save → describe."""
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +11,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch import Tensor
-from tqdm import tqdm
 
-from difftuning_control.adapters import LORA_FILE, FullTuning, LoRATuning
-from difftuning_control.batches import BatchSource, step_seed
-from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from difftuning_control.adapters import LORA_FILE
+from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_family
 from difftuning_control.fingerprint import digest_of_file, write_json, write_text
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
+from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import (
     OutputFolder,
     describe_device,
@@ -40,7 +31,6 @@ from difftuning_control.provenance import (
     write_recipe,
 )
 from difftuning_control.recipe import Recipe
-from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
@@ -77,7 +67,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity)) is not None:
         return finished
-    loop = _Loop(recipe, family, objective, inputs, accelerator, identity)
+    loop = TrainingLoop(recipe, family, objective, inputs, accelerator, identity)
 
     run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
     if folder is not None:
@@ -207,219 +197,3 @@ def _describe(
 def _hash_outputs(output: Path) -> dict[str, str]:
     files = [output / LORA_FILE, *sorted((output / "pipeline").rglob("*"))]
     return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}
-
-
-class _Loop:
-    """The optimization itself, with what it measures on the way."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        family: StableDiffusion,
-        objective: DiffTuningObjective,
-        inputs: TrainingInputs,
-        accelerator: Accelerator,
-        identity: str,
-    ):
-        self.recipe, self.family, self.objective = recipe, family, objective
-        self.inputs, self.accelerator, self.identity = inputs, accelerator, identity
-        self.output, self.config = Path(recipe.output), recipe.training
-        # measured on the pretrained weights, before anything is attached to them
-        self.base_losses = self._validate(family.denoiser)
-        self.base_pictures = self._sample() if self.config.sample_every else []
-
-        adapter = recipe.adapter
-        self.tuning: LoRATuning | FullTuning
-        if recipe.method == "lora":
-            self.tuning = LoRATuning(
-                family, adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, self.config.seed
-            )  # fmt: skip
-        else:
-            self.tuning = FullTuning(family)
-        if self.config.gradient_checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
-        self.parameters = self.tuning.parameters()
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), self.config.learning_rate, weight_decay=self.config.weight_decay
-        )  # fmt: skip
-        self.lr_scheduler = get_scheduler(
-            self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
-            num_training_steps=self.config.max_steps,
-        )  # fmt: skip
-        self.denoiser, self.optimizer = accelerator.prepare(family.denoiser, optimizer)
-        self.ema = None
-        if self.config.ema_decay is not None:
-            self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay, use_ema_warmup=True)
-        self.state = TrainingState(self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler)
-        self.source = BatchSource(
-            family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
-            recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
-            accelerator.num_processes,
-        )  # fmt: skip
-
-    def run(self) -> tuple[dict[str, Any], float]:
-        """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
-        first = self._resume()
-        if self.config.trackers:
-            self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
-        self.denoiser.train()
-        seconds = 0.0
-        with tqdm(
-            total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
-            disable=not self.accelerator.is_main_process,
-        ) as bar:  # fmt: skip
-            for step in range(first, self.config.max_steps):
-                begun = time.time()
-                losses = self._step(step)
-                seconds += time.time() - begun
-                bar.update(1)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
-                self._log(step + 1, losses | {"learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
-                self._watch(step + 1)
-        tuned = self._validate_tuned(self.config.max_steps)
-        losses_by_role = {
-            role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.base_losses.items()
-        }
-        self._save()
-        done = self.config.max_steps - first
-        return losses_by_role, done / seconds if seconds else math.nan
-
-    def _step(self, step: int) -> dict[str, float]:
-        """One optimizer step over `gradient_accumulation_steps` forwards."""
-        sums: dict[str, float] = {}
-        accumulation = self.config.gradient_accumulation_steps
-        for part in range(accumulation):
-            number = step * accumulation + part
-            torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
-            with self.accelerator.accumulate(self.denoiser):
-                rows = self.source.rows(number)
-                batch = rows.batch.to(self.accelerator.device, self.family.dtype)
-                levels, noise = rows.levels.to(batch.latents.device), rows.noise.to(batch.latents)
-                with self.accelerator.autocast():
-                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
-                self._stop_if_not_finite(losses, step, batch.ids)
-                loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts)
-                # processes average their gradients, and accelerate divides by the accumulation steps
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(
-                        self.parameters.values(), self.config.max_grad_norm or math.inf
-                    )  # fmt: skip
-                    if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
-                        self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            for name, value in self._by_role(loss.detach(), losses.detach(), batch.is_retention, rows.counts).items():
-                sums[name] = sums.get(name, 0.0) + value / accumulation
-        self.lr_scheduler.step()
-        if self.ema is not None:
-            self.ema.step(self.parameters.values())
-        return sums
-
-    def _by_role(self, loss: Tensor, losses: Tensor, is_retention: Tensor, counts: tuple[int, int]) -> dict[str, float]:
-        """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
-        parts = torch.stack([loss, losses[~is_retention].sum(), losses[is_retention].sum()])
-        total, target, bank = self.accelerator.reduce(parts, "sum").tolist()
-        found = {"loss": total, "target_loss": target / counts[0]}
-        return found | {"bank_loss": bank / counts[1]} if counts[1] else found
-
-    def _stop_if_not_finite(self, losses: Tensor, step: int, names: list[str]) -> None:
-        finite = torch.isfinite(losses)
-        bad = self.accelerator.reduce((~finite).sum(), "sum")
-        if int(bad) == 0:
-            return
-        rows = [name for name, ok in zip(names, finite.tolist()) if not ok]
-        which = ", ".join(rows[:8]) or "of another process"
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step + 1} (rows: {which}); the weights were not touched. "
-            "Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
-        )
-
-    # --- watching ---------------------------------------------------------------------------------------------------
-
-    def _watch(self, done: int) -> None:
-        """What is due after `done` steps: validation, pictures, a checkpoint."""
-        last = done == self.config.max_steps
-        if self.config.validate_every and done % self.config.validate_every == 0 and not last:
-            self._validate_tuned(done)
-        if self.config.sample_every and (done % self.config.sample_every == 0 or last):
-            self._sample_grid(done)
-        if done % self.config.checkpoint_every == 0 and not last and self.accelerator.is_main_process:
-            save_checkpoint(self.output, done, self.state, self.identity)
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters.values())
-        self.ema.copy_to(self.parameters.values())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters.values())
-
-    def _validate(self, denoiser: torch.nn.Module) -> dict[str, BandLosses]:
-        with self.accelerator.autocast():
-            return {role: validator.measure(denoiser) for role, validator in self.inputs.validation.items()}
-
-    def _validate_tuned(self, step: int) -> dict[str, BandLosses]:
-        with self._averaged_weights():
-            found = self._validate(self.family.denoiser)
-        row: dict[str, float] = {}
-        for role, bands in found.items():
-            row |= {f"validation/{role}_{u:.1f}": value for u, value in zip(bands.centres, bands.losses)}
-        self._log(step, row)
-        return found
-
-    def _sample(self) -> list[Any]:
-        if not self.accelerator.is_main_process:
-            return []
-        with self.accelerator.autocast():
-            return sample_pictures(
-                self.family, self.inputs.sample_prompts, seed=self.config.seed, steps=self.config.sample_steps,
-                guidance_scale=self.config.sample_guidance_scale, resolution=self.inputs.resolution,
-            )  # fmt: skip
-
-    def _sample_grid(self, step: int) -> None:
-        with self._averaged_weights():
-            tuned = self._sample()
-        if self.accelerator.is_main_process:
-            rows = {"base": self.base_pictures, f"step {step}": tuned}
-            save_grid(self.output / "samples" / f"step-{step:06d}.png", rows, self.inputs.sample_prompts)
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        if not values or not self.accelerator.is_main_process:
-            return
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.config.trackers:
-            self.accelerator.log(values, step=step)
-
-    # --- resuming and saving ----------------------------------------------------------------------------------------
-
-    def _resume(self) -> int:
-        """The step to go on from; metrics logged after it are cut off."""
-        found = checkpoints(self.output) if self.config.resume else []
-        step = load_checkpoint(found[0], self.state, self.identity) if found else 0
-        metrics = self.output / "metrics.jsonl"
-        if self.accelerator.is_main_process and metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(metrics, "".join(whole))
-        return step
-
-    def _save(self) -> None:
-        """The result in diffusers' own format, renamed into place once it is whole."""
-        if not self.accelerator.is_main_process:
-            return
-        partial = self.output / ".result.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with self._averaged_weights():
-            self.tuning.save(partial)
-        if isinstance(self.tuning, LoRATuning):
-            (partial / LORA_FILE).replace(self.output / LORA_FILE)
-            partial.rmdir()
-        else:
-            shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of a run that broke off after saving
-            partial.replace(self.output / "pipeline")

@@ -401,7 +401,9 @@ def test_an_output_that_holds_something_else_is_refused_always(train, tmp_path, 
 
 def test_an_output_that_is_a_file_is_refused(train, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
-    assert_refused(train(), capsys, tmp_path, f"the output {tmp_path / 'run'} is a file or lies below one; name a folder")
+    assert_refused(
+        train(), capsys, tmp_path, f"the output {tmp_path / 'run'} is a file or lies below one; name a folder"
+    )
 
 
 @pytest.mark.parametrize("more", [["--overwrite"], ["--training.resume"]])

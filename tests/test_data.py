@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from conftest import write_pictures
@@ -138,10 +139,28 @@ def test_embedded_sets_are_found_by_name_with_a_name_for_each_picture():
 
 @pytest.fixture
 def dataset(images):
-    import datasets
-
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}, features=features)
+
+
+@pytest.mark.parametrize("form", ["saved", "splits", "parquet"])
+def test_a_data_set_on_disk_gives_the_same_pictures_and_captions(dataset, tmp_path, form):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if form == "parquet":
+        dataset.to_parquet(folder / "part-0.parquet")
+    else:
+        (datasets.DatasetDict(train=dataset) if form == "splits" else dataset).save_to_disk(folder)
+    found, expected = load_images(str(folder)), images_from_dataset(dataset)
+    assert [(e.caption, e.load().tobytes()) for e in found.examples] == [
+        (e.caption, e.load().tobytes()) for e in expected.examples
+    ]
+
+
+def test_a_data_set_on_disk_without_a_train_split_is_refused(dataset, tmp_path):
+    datasets.DatasetDict(test=dataset).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="has the splits test; expected one called train"):
+        load_images(str(tmp_path / "set"))
 
 
 def test_a_data_set_in_memory_gives_the_same_pictures_and_captions(dataset, images):
@@ -183,8 +202,6 @@ def test_a_data_set_needs_no_captions_where_they_are_given_for_all(dataset):
 
 
 def test_rows_without_a_picture_are_skipped_only_when_wanted(dataset, images):
-    import datasets
-
     holed = datasets.Dataset.from_dict({"image": [None, *images[1:]], "text": CAPTIONS}, features=dataset.features)
     with pytest.raises(UserError, match="row 0 in the data set has no picture"):
         images_from_dataset(holed)

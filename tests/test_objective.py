@@ -13,8 +13,8 @@ from difftuning_control.objective import DiffTuningObjective, per_sample_loss
 from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
 
 T = 20
-TABLE = TabulatedSchedule(u=[0.1, 0.5, 1.0], psi_values=[0.0, 0.2, 3.0], xi_values=[2.0, 2.0, 0.5])
-HALVES = TabulatedSchedule(u=[0.0, 0.5, 1.0], psi_values=[0.0, 0.0, 1.0], xi_values=[1.0, 0.0, 0.0])
+TABLE = TabulatedSchedule(u=[0.1, 0.5, 1.0], psi=[0.0, 0.2, 3.0], xi=[2.0, 2.0, 0.5])
+HALVES = TabulatedSchedule(u=[0.0, 0.5, 1.0], psi=[0.0, 0.0, 1.0], xi=[1.0, 0.0, 0.0])
 FOUR_ROLES = torch.tensor([False, True, True, False])
 
 

@@ -13,7 +13,7 @@ from difftuning_control.schedules import (
     timestep_density,
 )
 
-TABLE = TabulatedSchedule(u=[0.1, 0.4, 0.9], psi_values=[0.0, 0.5, 2.0], xi_values=[3.0, 3.0, 0.25])
+TABLE = TabulatedSchedule(u=[0.1, 0.4, 0.9], psi=[0.0, 0.5, 2.0], xi=[3.0, 3.0, 0.25])
 SCHEDULES = [
     PowerSchedule(0.3), PowerSchedule(1.0), PowerSchedule(2.0), PaperSchedule(0.5), PaperSchedule(2.0, 50),
     ConstantSchedule(), ConstantSchedule(2.0, 0.5), TABLE,
@@ -142,7 +142,7 @@ def test_a_table_that_is_no_schedule_is_refused(u, psi, xi, message):
         ({"kind": "cosine"}, "schedule kind is 'cosine'; expected one of power"),
         ({"kind": "power", "gamma": 1.0}, r"a power schedule cannot be made from \['gamma'\]"),
         ({"kind": "power", "tau": "one"}, r"a power schedule cannot be made from \['tau'\]"),
-        ({"kind": "measured", "u": [0, 1], "psi": [0, 1]}, "measured schedule cannot be made from .*xi_values"),
+        ({"kind": "measured", "u": [0, 1], "psi": [0, 1]}, "measured schedule cannot be made from .*'xi'"),
         ({"kind": "power", "tau": -1.0}, "tau is -1.0"),
     ],
 )
@@ -238,3 +238,19 @@ def test_a_kind_that_is_no_word_and_a_parameter_by_its_inner_name_are_refused():
         schedule_from_dict({"kind": ["power"]})
     with pytest.raises(ValueError, match="psi_value"):
         schedule_from_dict({"kind": "constant", "psi": 1.0, "psi_value": 5.0})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        PowerSchedule(0.3),
+        PaperSchedule(2.0, 50),
+        ConstantSchedule(psi=2.0, xi=0.5),
+        TabulatedSchedule([0, 1], [0, 1], [1, 0]),
+    ],
+)
+def test_each_class_reads_its_own_description_and_no_other(schedule):
+    assert type(schedule).from_dict(schedule.to_dict()) == schedule
+    other = PaperSchedule if isinstance(schedule, PowerSchedule) else PowerSchedule
+    with pytest.raises(ValueError, match=f"which is no {other.__name__}"):
+        other.from_dict(schedule.to_dict())

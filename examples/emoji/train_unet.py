@@ -158,6 +158,9 @@ def export(work: Path, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer, fo
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.to(torch.float16).save_pretrained(folder)
+    # transformers loads what the configuration names, diffusers float32: without this a stock load mixes the two
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
