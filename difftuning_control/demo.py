@@ -69,7 +69,7 @@ def demo(output: Path, steps: int, seed: int, overwrite: bool) -> dict[str, Any]
 
 
 def _pictures(output: Path, seed: int) -> dict[str, list[Image.Image]]:
-    settings: dict[str, Any] = {"seed": seed, "steps": 25, "guidance_scale": 4.0, "resolution": 64}
+    settings: dict[str, Any] = {"seed": seed, "steps": 25, "guidance_scale": 2.0, "resolution": 64}
     truth = {e.caption: e for e in load_images("embedded/icons-eval").examples}
     rows = {"true icon": [truth[name].load() for name in NAMES]}
     family = load_family("embedded")
