@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import typing
@@ -105,6 +106,7 @@ COMMANDS: dict[str, type] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `difftune` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     try:
         verb, command = parse(arguments)
         RUNNERS[verb](command)
