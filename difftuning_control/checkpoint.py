@@ -34,6 +34,7 @@ class TrainingState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None = None
     scaler: Any | None = None
+    budget: Any | None = None
 
 
 def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str) -> Path:
@@ -63,6 +64,8 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         values["ema"] = averaged
     if state.scaler is not None:
         values["scaler"] = state.scaler.state_dict()
+    if state.budget is not None:
+        values["budget"] = state.budget.state_dict()
     values["files"] = {p.name: digest_of_file(p) for p in sorted(temporary.iterdir())}
     write_json(temporary / "state.json", values)
     shutil.rmtree(final, ignore_errors=True)
@@ -113,6 +116,8 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         state.ema.load_state_dict(values["ema"] | {"shadow_params": [shadows[k].to(device) for k in sorted(shadows)]})
     if state.scaler is not None and values.get("scaler"):
         state.scaler.load_state_dict(values["scaler"])
+    if state.budget is not None:
+        state.budget.load_state_dict(values["budget"])
     return int(values["step"])
 
 

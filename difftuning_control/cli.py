@@ -1,4 +1,4 @@
-"""`difftune <verb>`: train, bank, sample, demo. A user's mistake is one sentence and exit code 2."""
+"""`difftune <verb>`: from a recipe to a tuned model, and what was gained. A mistake is one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
+from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 
 PROGRAM = "difftune"
 
@@ -82,24 +83,72 @@ class SampleCommand:
 
 
 @dataclass
+class EvaluateCommand(Evaluation):
+    """Judge finished runs and their base on the same prompts, seeds, steps and guidance.
+
+    Args:
+        overwrite: replace an earlier evaluation.
+    """
+
+    overwrite: bool = False
+
+
+@dataclass
+class AnalyzeCommand(Recipe):
+    """Measure where along the noise a model must learn, which schedule follows, and (--run) what a run forgot.
+
+    Args:
+        run: a finished run, instead of a recipe.
+        analysis: what is measured.
+        language: of the report.
+        overwrite: replace an earlier analysis.
+    """
+
+    run: str | None = None
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    language: str = "en"
+    overwrite: bool = False
+    output: str = "runs/analysis"
+
+
+@dataclass
+class PilotCommand(Recipe):
+    """Compare plain fine-tuning with Diff-Tuning on your data, and write a report.
+
+    Args:
+        pilot: what is compared.
+        language: of the report.
+        overwrite: replace an earlier pilot; without it the same command goes on where it was interrupted.
+    """
+
+    pilot: PilotConfig = field(default_factory=PilotConfig)
+    language: str = "en"
+    overwrite: bool = False
+    output: str = "runs/pilot"
+
+
+@dataclass
 class DemoCommand:
-    """Plain fine-tuning and Diff-Tuning side by side on the embedded model.
+    """Plain fine-tuning and Diff-Tuning side by side on the embedded model, with a report.
 
     Args:
         output: folder of the demo.
-        steps: optimizer steps of each side.
-        seed: of the bank, both tunings and the pictures.
+        steps: optimizer steps of each run.
+        seed: the first of three.
+        language: of the report.
         overwrite: replace an earlier demo.
     """
 
     output: str = "runs/demo"
-    steps: int = 240
+    steps: int = 120
     seed: int = 0
+    language: str = "en"
     overwrite: bool = False
 
 
 COMMANDS: dict[str, type] = {
-    "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "demo": DemoCommand,
+    "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
+    "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
 }  # fmt: skip
 
 
@@ -280,13 +329,17 @@ def _one_sentence(message: str, known: dict[str, Any]) -> str:
     return text.replace("Parser key", "key") + ("" if text.endswith(".") else ".")
 
 
+def _recipe(command: Recipe) -> Recipe:
+    """The recipe in a command, without what else the command takes."""
+    return Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+
+
 def run_train(command: TrainCommand) -> None:
     from accelerate import PartialState
 
     from difftuning_control.trainer import train
 
-    values = {f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)}
-    run = train(Recipe(**values), command.overwrite)
+    run = train(_recipe(command), command.overwrite)
     if not PartialState().is_main_process:
         return
     print(f"done: {command.output} ({run['status']})")
@@ -296,11 +349,11 @@ def run_train(command: TrainCommand) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.families import load_family
+    from difftuning_control.families import best_device, load_family
     from difftuning_control.inputs import check_captions, prepare_bank, read_data, resolution_of
     from difftuning_control.trainer import base_dtype
 
-    family = load_family(command.model.id, base_dtype(command), command.model.variant)
+    family = load_family(command.model.id, base_dtype(command), command.model.variant).to(best_device())
     data, _ = read_data(command)
     check_captions(family, data, command.data.truncate_captions)
     captions = [e.caption for e in data.examples]
@@ -315,14 +368,63 @@ def run_sample(command: SampleCommand) -> None:
     print(f"done: {sample_to_folder(**dataclasses.asdict(command))}")
 
 
+def run_evaluate(command: EvaluateCommand) -> None:
+    from difftuning_control.evaluation.compare import evaluate, table
+    from difftuning_control.provenance import check_folder
+
+    check_folder(command.output, "evaluation.json", command.overwrite)
+    result = evaluate(Evaluation(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Evaluation)}))
+    print(table(result))
+    for warning in result["warnings"]:
+        print(f"note: {warning}")
+    print(f"done: {command.output}/evaluation.json, grid.png")
+
+
+def run_analyze(command: AnalyzeCommand) -> None:
+    from difftuning_control.analysis import analyze, write_analysis
+    from difftuning_control.provenance import check_folder
+    from difftuning_control.words import load_words
+
+    recipe = _recipe(command)
+    if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
+        raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
+    check_folder(command.output, "analysis.json", command.overwrite)
+    load_words(command.language)
+    result = analyze(recipe, command.analysis, command.run)
+    print(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
+    columns = (result["u"], result["target"]["loss"], result["bank"]["loss"], result["gap"]["mean"],
+               result["schedule"]["psi"], result["schedule"]["xi"])  # fmt: skip
+    for u, target, bank, gap, psi, xi in zip(*columns):
+        print(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")
+    if result["forgetting"] is not None:
+        rises = zip(result["forgetting"]["u"], result["forgetting"]["mean"])
+        print("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
+    print(f"done: {write_analysis(result, Path(command.output), command.language)} ({', '.join(result['advice'])})")
+
+
+def run_pilot(command: PilotCommand) -> None:
+    from difftuning_control.pilot import pilot
+    from difftuning_control.words import load_words
+
+    load_words(command.language)  # a language that is not there is said before the work, not after it
+    pilot(_recipe(command), command.pilot, command.language, command.overwrite)
+
+
 def run_demo(command: DemoCommand) -> None:
     from difftuning_control.demo import demo
+    from difftuning_control.words import load_words
 
-    demo(Path(command.output), command.steps, command.seed, command.overwrite)
+    load_words(command.language)
+    if command.steps < 1:
+        raise UserError(f"steps is {command.steps}; expected at least 1.")
+    if not 0 <= command.seed <= MAX_SEED - 2:
+        raise UserError(f"seed is {command.seed}; expected 0 to {MAX_SEED - 2}.")
+    demo(Path(command.output), command.steps, command.seed, command.language, command.overwrite)
 
 
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
-    "train": run_train, "bank": run_bank, "sample": run_sample, "demo": run_demo,
+    "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "analyze": run_analyze,
+    "pilot": run_pilot, "demo": run_demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from difftuning_control.adapters import LORA_FILE, FullTuning, LoRATuning
 from difftuning_control.batches import BatchSource, step_seed
+from difftuning_control.budget import ForgettingBudget
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.errors import NonFiniteLossError
-from difftuning_control.fingerprint import write_text
+from difftuning_control.fingerprint import write_json, write_text
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, save_grid
@@ -44,9 +45,10 @@ class TrainingLoop:
         inputs: TrainingInputs,
         accelerator: Accelerator,
         identity: str,
+        budget: ForgettingBudget | None = None,
     ):
         self.recipe, self.family, self.objective = recipe, family, objective
-        self.inputs, self.accelerator, self.identity = inputs, accelerator, identity
+        self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
         # measured on the pretrained weights, before anything is attached to them
         self.base_losses = self._validate(family.denoiser)
@@ -74,7 +76,7 @@ class TrainingLoop:
         self.ema = None
         if self.config.ema_decay is not None:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay, use_ema_warmup=True)
-        self.state = TrainingState(self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler)
+        self.state = TrainingState(self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget)
         self.source = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
             recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
@@ -98,7 +100,10 @@ class TrainingLoop:
                 seconds += time.time() - begun
                 bar.update(1)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
-                self._log(step + 1, losses | {"learning_rate": float(self.lr_scheduler.get_last_lr()[0])})
+                watched = {"learning_rate": float(self.lr_scheduler.get_last_lr()[0])}
+                if self.budget is not None:
+                    watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
+                self._log(step + 1, losses | watched)
                 self._watch(step + 1)
         tuned = self._validate_tuned(self.config.max_steps)
         losses_by_role = {
@@ -122,7 +127,9 @@ class TrainingLoop:
                 with self.accelerator.autocast():
                     losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
                 self._stop_if_not_finite(losses, step, batch.ids)
-                loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts)
+                u = self.objective.process.u.to(levels.device)[levels]
+                multipliers = self.budget.weights(u) if self.budget is not None else None
+                loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts, multipliers)
                 # processes average their gradients, and accelerate divides by the accumulation steps
                 self.accelerator.backward(loss * self.accelerator.num_processes)
                 if self.accelerator.sync_gradients:
@@ -133,12 +140,21 @@ class TrainingLoop:
                         self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            if self.budget is not None:
+                self._follow_budget(losses.detach(), u, batch.is_retention)
             for name, value in self._by_role(loss.detach(), losses.detach(), batch.is_retention, rows.counts).items():
                 sums[name] = sums.get(name, 0.0) + value / accumulation
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.parameters.values())
         return sums
+
+    def _follow_budget(self, losses: Tensor, u: Tensor, is_retention: Tensor) -> None:
+        """One step of dual ascent on the bank rows of all processes, with the same result on each."""
+        assert self.budget is not None
+        rows = torch.stack([losses.float(), u.float(), is_retention.float()], 1)
+        found, places, banks = self.accelerator.gather(rows).unbind(1)
+        self.budget.update(found[banks > 0], places[banks > 0])
 
     def _by_role(self, loss: Tensor, losses: Tensor, is_retention: Tensor, counts: tuple[int, int]) -> dict[str, float]:
         """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
@@ -162,12 +178,14 @@ class TrainingLoop:
     # --- watching ---------------------------------------------------------------------------------------------------
 
     def _watch(self, done: int) -> None:
-        """What is due after `done` steps: validation, pictures, a checkpoint."""
+        """What is due after `done` steps: validation, pictures, weights to keep, a checkpoint."""
         last = done == self.config.max_steps
         if self.config.validate_every and done % self.config.validate_every == 0 and not last:
             self._validate_tuned(done)
         if self.config.sample_every and (done % self.config.sample_every == 0 or last):
             self._sample_grid(done)
+        if done in self.config.save_at:
+            self._keep(done)
         if done % self.config.checkpoint_every == 0 and not last and self.accelerator.is_main_process:
             save_checkpoint(self.output, done, self.state, self.identity)
 
@@ -233,14 +251,30 @@ class TrainingLoop:
             write_text(metrics, "".join(whole))
         return step
 
-    def _save(self) -> None:
-        """The result in diffusers' own format, renamed into place once it is whole."""
-        if not self.accelerator.is_main_process:
-            return
+    def _write_weights(self) -> Path:
+        """The weights as they would be used, in a temporary folder of the output."""
         partial = self.output / ".result.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with self._averaged_weights():
             self.tuning.save(partial)
+        return partial
+
+    def _keep(self, step: int) -> None:
+        """The weights after `step` steps, loadable like the result, with their losses by noise band."""
+        losses = self._validate_tuned(step)
+        if not self.accelerator.is_main_process:
+            return
+        partial, folder = self._write_weights(), self.output / f"step-{step:06d}"
+        table = {role: {"base": self.base_losses[role].to_dict(), "tuned": t.to_dict()} for role, t in losses.items()}
+        write_json(partial / "losses.json", table)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+
+    def _save(self) -> None:
+        """The result in diffusers' own format, renamed into place once it is whole."""
+        if not self.accelerator.is_main_process:
+            return
+        partial = self._write_weights()
         if isinstance(self.tuning, LoRATuning):
             (partial / LORA_FILE).replace(self.output / LORA_FILE)
             partial.rmdir()

@@ -190,13 +190,18 @@ class DiffTuningObjective:
         levels = self.sample_levels(is_retention, generator)
         return self.process.timesteps.to(levels.device)[levels]
 
-    def row_weights(self, levels: Tensor, is_retention: Tensor) -> Tensor:
-        """What multiplies each row's ℓ before target and bank rows are averaged separately, (B,) float32."""
+    def row_weights(self, levels: Tensor, is_retention: Tensor, multipliers: Tensor | float | None = None) -> Tensor:
+        """What multiplies each row's ℓ before target and bank rows are averaged separately, (B,) float32.
+
+        Args:
+            multipliers: stands in for λ, one number a row (B,).
+        """
+        weight = self.retention_weight if multipliers is None else multipliers
         if self.estimator == "weight":
             psi, xi = self.psi.to(levels.device)[levels], self.xi.to(levels.device)[levels]
-            weights = torch.where(is_retention, self.retention_weight * xi, psi)
+            weights = torch.where(is_retention, weight * xi, psi)
         else:
-            weights = torch.where(is_retention, self.retention_weight * self._balance(), 1.0).to(levels.device)
+            weights = torch.where(is_retention, weight * self._balance(), 1.0).to(levels.device)
         if self.min_snr_gamma is not None:
             weights = weights * self.process.min_snr_weight(levels, self.min_snr_gamma)
         return weights.float()
@@ -213,15 +218,21 @@ class DiffTuningObjective:
     # --- what the trainer, validation and analysis use ---------------------------------------------------------------
 
     def combine(
-        self, per_sample_loss: Tensor, levels: Tensor, is_retention: Tensor, counts: tuple[int, int] | None = None
+        self,
+        per_sample_loss: Tensor,
+        levels: Tensor,
+        is_retention: Tensor,
+        counts: tuple[int, int] | None = None,
+        multipliers: Tensor | None = None,
     ) -> Tensor:
         """Σ over roles of the mean of weight · ℓ, a scalar.
 
         Args:
             counts: how many target and bank rows the means are over, where these rows are one process's part of a
                 larger batch; the numbers in this batch when None.
+            multipliers: stands in for λ, one number a row (B,).
         """
-        weighted = per_sample_loss.float() * self.row_weights(levels, is_retention)
+        weighted = per_sample_loss.float() * self.row_weights(levels, is_retention, multipliers)
         bank = int(is_retention.sum())
         targets, banks = counts if counts is not None else (len(is_retention) - bank, bank)
         target_sum, bank_sum = weighted[~is_retention].sum(), weighted[is_retention].sum()

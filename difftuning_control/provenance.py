@@ -19,7 +19,7 @@ from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs",
+    "logs", "schedule.json",
 )  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -40,8 +40,8 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     for section, names in (("model", ("id",)), ("data", ("path", "validation_path", "cache")), ("bank", ("path",))):
         for name in names:
             values[section].pop(name)
-    for name in ("resume", "checkpoint_every", "validate_every", "sample_every", "sample_prompts", "sample_steps",
-                 "sample_guidance_scale", "trackers"):  # fmt: skip
+    for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
+                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
         values["training"].pop(name)
     return digest_of([values, fingerprints, processes])
 
@@ -68,6 +68,26 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, "
             "replace it with --overwrite, or choose another folder."
         )
+
+
+def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
+    """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
+
+    Args:
+        marker: the file that such a result always has.
+
+    Raises:
+        UserError: in these cases.
+    """
+    folder = Path(path)
+    if any(p.is_file() for p in (folder, *folder.parents)):
+        raise UserError(f"the output {folder} is a file or lies below one; name a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).exists():
+        raise UserError(f"the output {folder} is not empty and holds no {marker}; choose another folder.")
+    if not overwrite:
+        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another --output.")
 
 
 class OutputFolder:
@@ -99,7 +119,7 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what an earlier run wrote; other files are left alone."""
         for entry in self.path.iterdir():
-            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.")):
+            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.", "step-")):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:

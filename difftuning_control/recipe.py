@@ -79,32 +79,34 @@ class ScheduleConfig:
     """ψ and ξ over the noise coordinate u.
 
     Args:
-        kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path).
+        kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path), auto
+            (measured on the model and the data when the run begins).
         tau: τ of power and paper, 1 when empty.
         psi: ψ of constant, 1 when empty.
         xi: ξ of constant, 0 when empty.
         path: a JSON file with u, psi and xi, for measured.
     """
 
-    kind: Literal["power", "paper", "constant", "measured"] = "power"
+    kind: Literal["power", "paper", "constant", "measured", "auto"] = "power"
     tau: float | None = None
     psi: float | None = None
     xi: float | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
-        used = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}[self.kind]
+        takes = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}
+        used = takes.get(self.kind, set())
         for name in ("tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
-                names = " and ".join(sorted(used))
-                raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses only {names}.")
+                names = f"only {' and '.join(sorted(used))}" if used else "none of these"
+                raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
         if self.kind == "measured" and self.path is None:
             raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
-        if self.kind != "measured":
+        if self.kind not in ("measured", "auto"):
             self.build(1000)
 
     def build(self, num_train_timesteps: int) -> Schedule:
-        """The schedule itself.
+        """The schedule itself; of `auto`, ψ = ξ = 1 until the trainer has measured it.
 
         Raises:
             UserError: if a value is out of its range or the measured file cannot be read.
@@ -114,6 +116,8 @@ class ScheduleConfig:
                 assert self.path is not None
                 table = json.loads(Path(self.path).read_text(encoding="utf-8"))
                 return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
+            if self.kind == "auto":
+                return schedule_from_dict({"kind": "constant", "psi": 1.0, "xi": 1.0})
             if self.kind == "constant":
                 psi, xi = (1.0 if self.psi is None else self.psi), (0.0 if self.xi is None else self.xi)
                 return schedule_from_dict({"kind": "constant", "psi": psi, "xi": xi})
@@ -135,7 +139,9 @@ class TuningConfig:
         schedule: ψ and ξ.
         estimator: sample (draw noise levels by role) or weight (draw as the model does, weigh the loss).
         retention_ratio: share of the batch that comes from the bank; 0 for plain fine-tuning.
-        retention_weight: λ.
+        retention_weight: λ; with a forgetting budget, where its multipliers start.
+        forgetting_budget: how much the loss on the bank may rise in each noise band (0.02 is 2 %), one number for all
+            bands or five from low noise to high; the bank rows' weight then follows by dual ascent. None when empty.
         retention_prompts: empty, or own (the prompts the bank was drawn with).
         prompt_dropout: share of target rows that train with the empty prompt.
         min_snr_gamma: γ of min-SNR weighting, none when empty.
@@ -146,6 +152,7 @@ class TuningConfig:
     estimator: Literal["sample", "weight"] = "sample"
     retention_ratio: float = 0.2
     retention_weight: float = 0.1
+    forgetting_budget: float | list[float] | None = None
     retention_prompts: Literal["empty", "own"] = "empty"
     prompt_dropout: float = 0.0
     min_snr_gamma: float | None = None
@@ -163,6 +170,26 @@ class TuningConfig:
                 f"tuning.retention_ratio is {self.retention_ratio} and tuning.retention_weight "
                 f"{self.retention_weight}; set both to 0 for plain fine-tuning, or both above 0."
             )
+        if self.forgetting_budget is not None:
+            self._check_budget()
+
+        if self.schedule.kind == "auto" and self.retention_ratio == 0:
+            raise UserError(
+                "tuning.schedule.kind auto measures against the bank, but tuning.retention_ratio is 0; raise it, or "
+                "name another schedule."
+            )
+
+    def _check_budget(self) -> None:
+        from difftuning_control.budget import HIGHEST, LOWEST, spread_budget
+
+        try:
+            spread_budget(self.forgetting_budget)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"tuning.forgetting_budget: {error}") from None
+        _need(
+            LOWEST <= self.retention_weight <= HIGHEST and self.retention_ratio > 0, "tuning.retention_weight",
+            self.retention_weight, f"{LOWEST} to {HIGHEST}, with a retention_ratio above 0, for a forgetting budget",
+        )  # fmt: skip
 
 
 @dataclass
@@ -233,9 +260,10 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; none when empty.
         mixed_precision: no, fp16 or bf16.
         gradient_checkpointing: less memory for more time.
-        ema_decay: of averaged weights (method full only); none when empty.
+        ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
         seed: of everything random.
         checkpoint_every: optimizer steps between checkpoints.
+        save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
         resume: go on from the last checkpoint in the output, or from the start if there is none.
         validate_every: optimizer steps between validations; 0 for only before and after.
         validation_size: rows of target and of bank in a validation.
@@ -259,6 +287,7 @@ class TrainingConfig:
     ema_decay: float | None = None
     seed: int = 0
     checkpoint_every: int = 100
+    save_at: list[int] = field(default_factory=list)
     resume: bool = False
     validate_every: int = 100
     validation_size: int = 32
@@ -282,6 +311,8 @@ class TrainingConfig:
         _need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
         guidance = self.sample_guidance_scale
         _need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")
+        for step in self.save_at:
+            _need(1 <= step <= self.max_steps, "training.save_at", step, f"steps from 1 to max_steps, {self.max_steps}")
 
 
 @dataclass
@@ -309,8 +340,6 @@ class Recipe:
     output: str = "runs/difftuning"
 
     def __post_init__(self) -> None:
-        if self.training.ema_decay is not None and self.method != "full":
-            raise UserError("training.ema_decay averages full weights only; leave it empty or use --method full.")
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
         bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)

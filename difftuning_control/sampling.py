@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_family, quiet_loading
+from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
 from difftuning_control.inputs import check_resolution, progress
 from difftuning_control.pictures import sample_pictures, save_grid
-from difftuning_control.provenance import read_run
+from difftuning_control.runs import finished_run, tuned_model
 
 
 def sample_to_folder(
@@ -37,22 +37,19 @@ def sample_to_folder(
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    record = _finished_run(run) if run is not None else None
+    record = finished_run(run) if run is not None else None
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
-    family = load_family(chosen["id"], variant=chosen["variant"])
+    family = load_family(chosen["id"], variant=chosen["variant"]).to(best_device())
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
     settings["resolution"] = check_resolution(family, side, "resolution")
     total = len(prompts) * (2 if compare else 1)
     with progress(total, "sampling") as advance:
         base = sample_pictures(family, prompts, **settings, advance=advance) if compare else []
-        if record is not None:
-            assert run is not None
-            if record["recipe"]["method"] == "lora":
-                with quiet_loading():
-                    family.pipe.load_lora_weights(run)
-            else:
-                family = load_family(str(Path(run) / "pipeline"))
-        pictures = sample_pictures(family, prompts, **settings, advance=advance)
+        if record is None or run is None:
+            pictures = sample_pictures(family, prompts, **settings, advance=advance)
+        else:
+            with tuned_model(family, run, record) as tuned:
+                pictures = sample_pictures(tuned, prompts, **settings, advance=advance)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
@@ -61,12 +58,3 @@ def sample_to_folder(
         save_grid(folder / "grid.png", {"base": base, "tuned": pictures}, prompts)
     write_json(folder / "samples.json", {"run": run, "model": chosen, "prompts": prompts, **settings})
     return f"{len(pictures)} pictures in {folder}"
-
-
-def _finished_run(run: str) -> dict[str, Any]:
-    record = read_run(Path(run))
-    if record is None:
-        raise UserError(f"{run} holds no run (no readable run.json); give the output folder of difftune train.")
-    if record["status"] != "complete":
-        raise UserError(f"the run {run} is {record['status']}, not complete; go on with --training.resume true.")
-    return record

@@ -172,6 +172,11 @@ class TabulatedSchedule:
         return _of_class(cls, values)
 
 
+def with_flat_retention(schedule: Schedule, u: Tensor) -> TabulatedSchedule:
+    """The schedule's ψ with ξ = 1, as a table at the levels u (T,): what a forgetting budget trains with."""
+    return TabulatedSchedule(u.tolist(), schedule.psi(u).tolist(), [1.0] * len(u))
+
+
 Schedule = PowerSchedule | PaperSchedule | ConstantSchedule | TabulatedSchedule
 KINDS: dict[str, type[Schedule]] = {
     "power": PowerSchedule,

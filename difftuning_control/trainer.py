@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from difftuning_control.adapters import LORA_FILE
+from difftuning_control.batch import LatentBatch
+from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_family
 from difftuning_control.fingerprint import digest_of_file, write_json, write_text
+from difftuning_control.forgetting import affordable_rows, measure_schedule
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
@@ -31,10 +36,14 @@ from difftuning_control.provenance import (
     write_recipe,
 )
 from difftuning_control.recipe import Recipe
+from difftuning_control.schedules import schedule_from_dict, with_flat_retention
+from difftuning_control.validation import BANDS, BandValidator
 
 if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
 
+TABLE = ("kind", "u", "psi", "xi")
+BUDGET_ROWS = 128  # bank items that the base's loss is measured on
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -67,14 +76,24 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity)) is not None:
         return finished
-    loop = TrainingLoop(recipe, family, objective, inputs, accelerator, identity)
+    measured = _auto_schedule(recipe, family, inputs, output) if recipe.tuning.schedule.kind == "auto" else None
+    if measured is not None:
+        objective = replace(objective, schedule=schedule_from_dict({k: measured[k] for k in TABLE}))
+    budget = None
+    if recipe.tuning.forgetting_budget is not None:
+        budget = _budget(recipe, family, objective, inputs)
+        objective = replace(objective, schedule=with_flat_retention(objective.schedule, objective.process.u))
+    loop = TrainingLoop(recipe, family, objective, inputs, accelerator, identity, budget)
 
     run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
+    run["schedule"] = measured
     if folder is not None:
         if not recipe.training.resume:
             folder.clear()
         write_json(output / "run.json", run)
         write_recipe(output, recipe)
+        if measured is not None:
+            write_json(output / "schedule.json", measured)
     prepared = time.time()
     try:
         run["losses"], run["steps_per_second"] = loop.run()
@@ -82,6 +101,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         if folder is not None:
             write_json(output / "run.json", run | {"status": "failed", "error": str(error)})
         raise
+    if budget is not None:
+        run["budget"] = _describe_budget(budget, run["losses"])
     run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
     run["status"] = "complete"
     if folder is not None:
@@ -148,6 +169,48 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
         raise
     except ValueError as error:
         raise UserError(f"tuning: {error}") from None
+
+
+def _auto_schedule(recipe: Recipe, family: StableDiffusion, inputs: TrainingInputs, output: Path) -> dict[str, Any]:
+    """What `schedule.json` holds: measured on the pretrained weights, or read back where a run is resumed."""
+    kept = output / "schedule.json"
+    if recipe.training.resume and kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    assert inputs.bank is not None
+    targets, batch = inputs.targets, recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    rows = affordable_rows(recipe.training.max_steps, batch, min(len(targets), len(inputs.bank)))
+    latents = family.scale_latents(targets.moments.mean[:, 0])
+    target = (latents, targets.captions)
+    return measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
+
+
+def _budget(
+    recipe: Recipe, family: StableDiffusion, objective: DiffTuningObjective, inputs: TrainingInputs
+) -> ForgettingBudget:
+    """The budget, with the pretrained model's loss on the bank rows as they will be trained on."""
+    assert inputs.bank is not None
+    assert recipe.tuning.forgetting_budget is not None
+    bank = inputs.bank
+    chosen = torch.linspace(0, len(bank) - 1, min(len(bank), BUDGET_ROWS)).round().long()
+    own = recipe.tuning.retention_prompts == "own"
+    words = [bank.prompts[i] if own else "" for i in chosen.tolist()]
+    batch = LatentBatch(bank.latents[chosen], inputs.embeddings.rows(words), torch.ones(len(chosen), dtype=torch.bool))
+    base = BandValidator(family, objective, batch, recipe.training.seed, bands=2 * BANDS).measure(family.denoiser)
+    allowed = spread_budget(recipe.tuning.forgetting_budget)
+    return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
+
+
+def _describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[str, Any]:
+    """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept."""
+    base, tuned = losses["bank"]["base"]["loss"], losses["bank"]["tuned"]["loss"]
+    rise = [after / before - 1 for before, after in zip(base, tuned)]
+    return {
+        "u": losses["bank"]["base"]["u"],
+        "allowed": budget.allowed.tolist(),
+        "rise": rise,
+        "kept": [r <= a for r, a in zip(rise, budget.allowed.tolist())],
+        "multipliers": budget.multipliers.tolist(),
+    }
 
 
 def _finished(output: Path, identity: str) -> dict[str, Any] | None:

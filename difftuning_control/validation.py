@@ -55,8 +55,10 @@ class BandValidator:
     """Measures a model on fixed rows.
 
     Args:
-        batch: the rows; noise and level of row r in band b depend on (seed, b, r) alone.
+        batch: the rows; noise and levels of row r in band b depend on (seed, b, r) alone, so two batches share them.
         seed: of the noise.
+        bands: equally wide bands of u.
+        draws: noise levels a row and band, spread evenly over the band; its centre when 1.
     """
 
     family: StableDiffusion
@@ -64,32 +66,43 @@ class BandValidator:
     batch: LatentBatch
     seed: int = 0
     batch_size: int = 32
+    bands: int = BANDS
+    draws: int = 1
 
-    @torch.no_grad()
+    @property
+    def centres(self) -> list[float]:
+        return [(band + 0.5) / self.bands for band in range(self.bands)]
+
     def measure(self, denoiser: nn.Module) -> BandLosses:
         """The losses of the given denoiser; dropout is off while they are measured."""
+        return BandLosses(self.centres, self.rows(denoiser).double().mean(0).tolist())
+
+    @torch.no_grad()
+    def rows(self, denoiser: nn.Module) -> Tensor:
+        """ℓ of every row in every band, averaged over the draws, (N, bands)."""
         training = denoiser.training
         denoiser.eval()
-        centres = [(band + 0.5) / BANDS for band in range(BANDS)]
-        losses = [self._band(denoiser, band, centre) for band, centre in enumerate(centres)]
+        found = torch.stack([self._band(denoiser, band) for band in range(self.bands)], 1)
         denoiser.train(training)
-        return BandLosses(centres, losses)
+        return found
 
-    def _band(self, denoiser: nn.Module, band: int, centre: float) -> float:
-        level = int(
-            torch.searchsorted(self.objective.process.u, torch.tensor(centre)).clamp(
-                max=len(self.objective.process) - 1
-            )
-        )
+    def _band(self, denoiser: nn.Module, band: int) -> Tensor:
+        draws = [self._draw(denoiser, band, draw) for draw in range(self.draws)]
+        return torch.stack(draws).mean(0)
+
+    def _draw(self, denoiser: nn.Module, band: int, draw: int) -> Tensor:
+        grid = self.objective.process.u
+        u = (band + (draw + 0.5) / self.draws) / self.bands
+        level = int(torch.searchsorted(grid, torch.tensor(u)).clamp(max=len(grid) - 1))
         shape = self.batch.latents.shape[1:]
+        place = (band,) if draw == 0 else (band, draw)
         found = []
         for start in range(0, len(self.batch), self.batch_size):
             rows = self.batch.rows(slice(start, start + self.batch_size))
-            seeds = [step_seed(self.seed, band, start + r) for r in range(len(rows))]
+            seeds = [step_seed(self.seed, *place, start + r) for r in range(len(rows))]
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
             rows = rows.to(self.family.device, self.family.dtype)
             levels = torch.full((len(rows),), level, device=rows.latents.device)
-            found.append(
-                compute_loss(self.family, denoiser, self.objective, rows, noise.to(rows.latents), levels).cpu()
-            )  # fmt: skip
-        return float(torch.cat(found).double().mean())
+            losses = compute_loss(self.family, denoiser, self.objective, rows, noise.to(rows.latents), levels)
+            found.append(losses.cpu())
+        return torch.cat(found)

@@ -43,6 +43,10 @@ STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full, averaged": {"method": "full", "training": {"ema_decay": 0.9}},
+    "adapter averaged, with a budget": {
+        "tuning": {"forgetting_budget": 0.02, "retention_ratio": 0.4},
+        "training": {"ema_decay": 0.9},
+    },
     "accumulated": {"training": {"gradient_accumulation_steps": 2}},
     "everything drawn": {
         "data": {"flip": True},

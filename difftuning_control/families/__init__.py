@@ -74,6 +74,13 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     return family_of(pipe)
 
 
+def best_device() -> torch.device:
+    """The GPU that there is, or the CPU: where sampling and measuring happen outside of a training run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """No warnings about the safety checker and renamed arguments, no bars for each component but for downloads."""

@@ -1,0 +1,187 @@
+"""`difftune analyze`: where along the noise a model must learn, what a run forgot, and which schedule follows."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from difftuning_control.bank import KnowledgeBank
+from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.data import ImageData
+from difftuning_control.errors import UserError
+from difftuning_control.families import best_device, load_family
+from difftuning_control.fingerprint import write_json
+from difftuning_control.forgetting import advice, compare, fit_schedule, loss_rows, transfer_gap
+from difftuning_control.inputs import (
+    cache_folder,
+    check_captions,
+    prepare_bank,
+    progress,
+    read_data,
+    resolution_of,
+)
+from difftuning_control.recipe import Recipe
+from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.studies import AnalysisConfig
+from difftuning_control.trainer import base_dtype
+from difftuning_control.validation import BANDS
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What an analysis measures on: latents (N, C, h, w) in the denoiser's scale, prompts, and their embeddings."""
+
+    data: ImageData
+    held_out: ImageData
+    bank: KnowledgeBank
+    target: tuple[Tensor, list[str]]
+    fresh: tuple[Tensor, list[str]]  # held-out target pictures
+    embeddings: PromptEmbeddings
+    resolution: int
+
+
+def materials(family: StableDiffusion, recipe: Recipe) -> Materials:
+    """Read, encode and cache the data of a recipe; load its bank, or draw it.
+
+    Raises:
+        UserError: for whatever is wrong with the data or the bank.
+    """
+    data, held_out = read_data(recipe)
+    for part in (data, held_out):
+        check_captions(family, part, recipe.data.truncate_captions)
+    resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
+    captions = [e.caption for e in data.examples]
+    bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution)
+    held_captions = [e.caption for e in held_out.examples]
+    with progress(len(data) + len(held_out), "encoding pictures") as advance:
+        latents = [
+            family.scale_latents(cached_moments(family, part, Framing(resolution), cache, advance).mean[:, 0])
+            if len(part)
+            else torch.empty(0)
+            for part in (data, held_out)
+        ]
+    embeddings = cached_embeddings(family, captions + held_captions + bank.prompts, cache, lambda count: None)
+    return Materials(
+        data, held_out, bank, (latents[0], captions), (latents[1], held_captions), embeddings, resolution
+    )  # fmt: skip
+
+
+def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> dict[str, Any]:
+    """Measure; returns what `analysis.json` holds.
+
+    Args:
+        recipe: model, data and bank; those of the run when one is given.
+        run: a finished run, whose forgetting is measured too.
+
+    Raises:
+        UserError: if run and base do not belong together, or there are too few pictures.
+    """
+    started = time.time()
+    record = finished_run(run) if run is not None else None
+    recipe = recipe_of(record) if record is not None else recipe
+    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+    if record is not None and run is not None:
+        check_base(family, record, run)
+    if config.staged and record is None:
+        raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
+    found = materials(family, recipe)
+    result = measure(family, recipe, found, config)
+    result |= {"run": run, "forgetting": None, "learnt": None, "staged": None, "multipliers": None, "budget": None}
+    if record is not None and run is not None:
+        result |= _of_run(family, recipe, found, config, run, record)
+        if config.staged:
+            from difftuning_control.staging import staged_sampling
+
+            result["staged"] = staged_sampling(family, found, config, run, record)
+    return result | {"status": "complete", "seconds": time.time() - started}
+
+
+def measure(family: StableDiffusion, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
+    """The transfer gap of the pretrained model and the schedule that follows."""
+    rows = loss_rows(
+        family, found.target, (found.bank.latents, found.bank.prompts), found.embeddings,
+        rows=config.rows, draws=config.draws, seed=config.seed,
+    )  # fmt: skip
+    with progress(1, "transfer gap"):
+        gap, losses = transfer_gap(rows, family.denoiser)
+    return {
+        "model": recipe.model.id,
+        "data": {"path": recipe.data.path, "pictures": len(found.data), "resolution": found.resolution},
+        "u": gap.u,
+        "target": {"loss": losses["target"]},
+        "bank": {"loss": losses["bank"]},
+        "rows": {"target": len(rows.target.batch), "bank": len(rows.bank.batch)},
+        "draws": config.draws,
+        "gap": gap.to_dict(),
+        "schedule": fit_schedule(gap.u, gap.mean).to_dict(),
+        "advice": advice(gap),
+    }
+
+
+def _of_run(
+    family: StableDiffusion,
+    recipe: Recipe,
+    found: Materials,
+    config: AnalysisConfig,
+    run: str,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
+    words = found.bank.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(found.bank)
+    fresh = found.fresh if len(found.fresh[1]) >= 4 else found.target
+    rows = loss_rows(
+        family, fresh, (found.bank.latents, words), found.embeddings,
+        rows=config.rows, draws=config.draws, bands=BANDS, seed=config.seed,
+    )  # fmt: skip
+    with progress(2, "forgetting") as advance:
+        base = {"bank": rows.bank.rows(family.denoiser), "target": rows.target.rows(family.denoiser)}
+        advance(1)
+        with tuned_model(family, run, record) as tuned:
+            after = {"bank": rows.bank.rows(tuned.denoiser), "target": rows.target.rows(tuned.denoiser)}
+        advance(1)
+    forgot = compare(base["bank"], after["bank"], rows.u)
+    rise = compare(base["target"], after["target"], rows.u)
+    learnt = {
+        "mean": [-v for v in rise.mean], "low": [-v for v in rise.high], "high": [-v for v in rise.low],
+    }  # fmt: skip
+    budget = record.get("budget")
+    allowed = budget["allowed"] if budget else None
+    return {
+        "forgetting": forgot.to_dict() | {"u": rows.u, "budget": allowed},
+        "learnt": learnt | {"u": rows.u, "held_out": fresh is found.fresh},
+        "budget": budget,
+        "multipliers": read_multipliers(Path(run)) if budget else None,
+    }
+
+
+def read_multipliers(run: Path) -> dict[str, Any] | None:
+    """The multipliers of a budgeted run over its steps, from `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [line for line in lines if "multiplier/0" in line]
+    if not rows:
+        return None
+    values = [[row[f"multiplier/{b}"] for b in range(BANDS)] for row in rows]
+    return {
+        "step": [row["step"] for row in rows],
+        "values": values,
+        "u": [(b + 0.5) / BANDS for b in range(BANDS)],
+    }
+
+
+def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
+    """`analysis.json`, `schedule.json` for `schedule: {kind: measured, path: …}`, and `report.html`."""
+    from difftuning_control.report import write_analysis_report
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "analysis.json", result)
+    write_json(output / "schedule.json", result["schedule"] | {"gap": result["gap"], "advice": result["advice"]})
+    return write_analysis_report(result, output, language)

@@ -1,0 +1,202 @@
+"""`difftune evaluate`: finished runs and their base on the same prompts, seeds, steps and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.bank import KnowledgeBank
+from difftuning_control.cache import Framing, cached_embeddings, cached_moments
+from difftuning_control.data import ImageData, load_images
+from difftuning_control.errors import UserError
+from difftuning_control.evaluation.evaluate import (
+    Sampling,
+    build_reference,
+    decoded,
+    figures,
+    summarise,
+    through_autoencoder,
+)
+from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.metrics import fid_warning
+from difftuning_control.families import best_device, load_family
+from difftuning_control.fingerprint import write_json
+from difftuning_control.forgetting import Curve, compare, loss_rows
+from difftuning_control.inputs import cache_folder, progress, read_data
+from difftuning_control.pictures import save_grid
+from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.studies import Evaluation
+from difftuning_control.trainer import base_dtype
+from difftuning_control.validation import BANDS
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.recipe import Recipe
+
+OUTSIDE = (
+    "a photo of a dog", "a city street at night", "an oil painting of mountains", "a bowl of fruit on a table",
+    "a portrait of an old man", "a red car", "a field of sunflowers", "a cup of coffee",
+)  # fmt: skip
+OUTSIDE_EMBEDDED = tuple(
+    f"{style} emoji {name}"
+    for name in ("red apple", "dog face", "pizza", "guitar")
+    for style in ("noto", "twemoji")
+)  # fmt: skip
+
+
+def evaluate(request: Evaluation) -> dict[str, Any]:
+    """Figures of the base and of every run, written to `evaluation.json`; what that file holds.
+
+    Raises:
+        UserError: if runs and base do not belong together, there are too few pictures, or nothing stands for the old
+            domain.
+    """
+    records = {run: finished_run(run) for run in request.runs}
+    recipes = {run: recipe_of(record) for run, record in records.items()}
+    recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
+    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant)  # as its fingerprints were taken
+    family.to(best_device())
+    for run, record in records.items():
+        check_base(family, record, run)
+        if record["data"]["resolution"] != resolution:
+            raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
+    features = load_features(request.features, family.device)
+    training, held_out = read_data(recipe)
+    real = load_images(request.data) if request.data is not None else held_out
+    bank = _bank(family, records)
+    if bank is None and request.source is None:
+        raise UserError(
+            "no run here has a knowledge bank, so nothing stands for the old domain; give --source, a folder of "
+            "pictures as the base draws them, or add a run with a bank."
+        )
+    if request.source is not None:
+        old = through_autoencoder(family, load_images(request.source, need_captions=False), resolution)
+    else:
+        assert bank is not None
+        old = decoded(family, bank.latents[:256])
+    chosen = real.sample(request.pictures)
+    with progress(3, f"{features.name} features of real pictures"):
+        reference = build_reference(
+            family, features, real=real, training=training, source=old, resolution=resolution
+        )  # fmt: skip
+    outside = request.outside or list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
+    sampling = Sampling(
+        [e.caption for e in chosen.examples], request.seeds, request.steps, request.guidance_scale, resolution
+    )
+    far = Sampling(outside, request.seeds[:1], request.steps, request.guidance_scale, resolution)
+
+    sides: list[dict[str, Any]] = []
+    grid: dict[str, list[Image.Image]] = {}
+    total = (len(records) + 1) * (len(sampling.repeated_prompts) + len(outside))
+    with progress(total, "sampling") as advance:
+
+        def side(name: str, model: StableDiffusion) -> dict[str, Any]:
+            pictures = sampling.draw(model, advance)
+            grid[name] = pictures[:8]
+            drawn[name] = features(far.draw(model, advance))
+            each = len(sampling.prompts)
+            parts = [pictures[i * each : (i + 1) * each] for i in range(len(request.seeds))]
+            runs = [{"seed": s} | figures(p, sampling.prompts, reference) for s, p in zip(request.seeds, parts)]
+            return {"name": name, "runs": runs, "summary": summarise(runs)}
+
+        drawn: dict[str, Tensor] = {}
+        base = side("base", family)
+        for run, record in records.items():
+            with tuned_model(family, run, record) as tuned:
+                found = side(run, tuned)
+            apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
+            sides.append(found | {"outside": float(apart.mean())})
+    if bank is not None:
+        for found, curve in zip(sides, _forgetting(family, records, recipe, bank, real, resolution)):
+            found["forgetting"] = {"u": curve.u, **curve.to_dict()}
+    warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
+    result = {
+        "status": "complete",
+        "model": recipe.model.id,
+        "settings": {
+            "features": features.name, "pictures": len(chosen), "real": len(reference.real), "seeds": request.seeds,
+            "steps": request.steps, "guidance_scale": request.guidance_scale, "outside": outside,
+        },
+        "base": base,
+        "sides": sides,
+        "warnings": [warning] if warning else [],
+    }  # fmt: skip
+    _write(Path(request.output), result, grid, sampling.prompts[:8])
+    return result
+
+
+def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
+    """The first run's bank that is still there."""
+    for record in records.values():
+        folder = Path(record["bank"]["folder"]) if record["bank"] is not None else None
+        if folder is not None and (folder / "manifest.json").exists():
+            return KnowledgeBank.load(folder, base=family)
+    return None
+
+
+def _forgetting(
+    family: StableDiffusion,
+    records: dict[str, dict[str, Any]],
+    recipe: Recipe,
+    bank: KnowledgeBank,
+    real: ImageData,
+    resolution: int,
+) -> list[Curve]:
+    """f(u) of every run on the same bank rows, with the prompts that the first run retains them under."""
+    cache = cache_folder(recipe.data)
+    moments = cached_moments(family, real, Framing(resolution), cache, lambda count: None)
+    own = recipe.tuning.retention_prompts == "own"
+    words = bank.prompts if own else [""] * len(bank)
+    captions = [e.caption for e in real.examples]
+    embeddings = cached_embeddings(family, captions + words, cache, lambda count: None)
+    target = (family.scale_latents(moments.mean[:, 0]), captions)
+    rows = loss_rows(family, target, (bank.latents, words), embeddings, rows=64, bands=BANDS).bank
+    base, found = rows.rows(family.denoiser), []
+    for run, record in records.items():
+        with tuned_model(family, run, record) as tuned:
+            found.append(compare(base, rows.rows(tuned.denoiser), rows.centres))
+    return found
+
+
+def _write(output: Path, result: dict[str, Any], grid: dict[str, list[Image.Image]], prompts: list[str]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    names = [Path(k).name for k in grid]
+    labels = [name if name and names.count(name) == 1 else k for name, k in zip(names, grid)]
+    save_grid(output / "grid.png", dict(zip(labels, grid.values())), prompts)
+    write_json(output / "evaluation.json", result)
+
+
+COLUMNS: dict[str, Callable[[float], str]] = {
+    "kid": lambda v: f"{1000 * v:.1f}",
+    "fid": lambda v: f"{v:.1f}",
+    "domain_hit": lambda v: f"{v:.0%}",
+    "pair_similarity": lambda v: f"{v:.3f}",
+    "memorisation": lambda v: f"{v:.3f}",
+    "coverage": lambda v: f"{v:.2f}",
+    "diversity": lambda v: f"{v:.3f}",
+    "clip_score": lambda v: f"{v:.1f}",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary as text: mean ± standard deviation over seeds; KID times 1000."""
+    sides = [result["base"], *result["sides"]]
+    names = [c for c in COLUMNS if all(c in s["summary"] for s in sides)]
+    lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "bank loss", "apart"]]
+    for side in sides:
+        row = [side["name"]]
+        for name in names:
+            value = side["summary"][name]
+            shown = COLUMNS[name](value["mean"])
+            row.append(shown if value["spread"] is None else f"{shown} ±{COLUMNS[name](value['spread'])}")
+        rise = side.get("forgetting", {}).get("mean")
+        row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
+        lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)  # fmt: skip

@@ -1,0 +1,180 @@
+"""Pictures of a model against real ones: the same prompts, seeds, steps and guidance for every side.
+
+Real pictures pass through the model's own autoencoder first: otherwise its softness, which all sides share, would
+dominate every distance.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.data import ImageData, fit_square
+from difftuning_control.errors import UserError
+from difftuning_control.evaluation import metrics
+from difftuning_control.evaluation.features import Features
+from difftuning_control.pictures import sample_pictures, to_images
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+LEAST_PICTURES = 5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every side draws: prompts, and the settings of `sample_pictures`.
+
+    Args:
+        prompts: one picture each, and seed.
+        seeds: of the noise; a prompt is drawn once a seed.
+    """
+
+    prompts: list[str]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    steps: int = 20
+    guidance_scale: float = 4.0
+    resolution: int = 512
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.seeds:
+            raise UserError("an evaluation needs at least one prompt and one seed.")
+
+    def draw(self, family: StableDiffusion, advance: Callable[[int], object] = lambda n: None) -> list[Image.Image]:
+        """All pictures, prompts in order for the first seed, then for the next."""
+        found = []
+        for seed in self.seeds:
+            found += sample_pictures(
+                family, self.prompts, seed=seed, steps=self.steps, guidance_scale=self.guidance_scale,
+                resolution=self.resolution, batch_size=self.batch_size, advance=advance,
+            )  # fmt: skip
+        return found
+
+    @property
+    def repeated_prompts(self) -> list[str]:
+        return self.prompts * len(self.seeds)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of what generated pictures are compared with, (N, D) each.
+
+    Args:
+        real: pictures of the new domain that nothing was tuned on.
+        source: pictures of the old domain.
+        training: the pictures that were tuned on.
+        counterparts: the true picture of a caption, as a row (D,), where there is one.
+    """
+
+    features: Features
+    real: Tensor
+    source: Tensor
+    training: Tensor
+    counterparts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def through_autoencoder(
+    family: StableDiffusion, data: ImageData, resolution: int, batch_size: int = 16
+) -> list[Image.Image]:
+    """Real pictures, cut to squares, encoded and decoded."""
+    found: list[Image.Image] = []
+    for start in range(0, len(data), batch_size):
+        part = [fit_square(e.load(), resolution) for e in data.examples[start : start + batch_size]]
+        mean, _ = family.encode_moments(torch.from_numpy(np.stack(part)))
+        found += to_images(family.decode(family.scale_latents(mean)))
+    return found
+
+
+def decoded(family: StableDiffusion, latents: Tensor, batch_size: int = 16) -> list[Image.Image]:
+    """Pictures of latents (N, C, h, w) in the denoiser's scale."""
+    return [picture for part in latents.split(batch_size) for picture in to_images(family.decode(part))]
+
+
+def build_reference(
+    family: StableDiffusion,
+    features: Features,
+    *,
+    real: ImageData,
+    training: ImageData,
+    source: Sequence[Image.Image],
+    resolution: int,
+) -> Reference:
+    """Features of all that an evaluation compares with.
+
+    Args:
+        real, training: of the new domain; they pass through the autoencoder.
+        source: pictures of the old domain as the model draws or decodes them.
+
+    Raises:
+        UserError: with fewer than 5 pictures of any.
+    """
+    for name, count in (("held-out", len(real)), ("source", len(source))):
+        if count < LEAST_PICTURES:
+            raise UserError(f"an evaluation needs at least {LEAST_PICTURES} {name} pictures; there are {count}.")
+    found = features(through_autoencoder(family, real, resolution))
+    counterparts = {example.caption: row for example, row in zip(real.examples, found)}
+    if len(counterparts) < len(real):  # captions are no names here, so no picture is the true one of its caption
+        counterparts = {}
+    trained = features(through_autoencoder(family, training, resolution))
+    return Reference(features, found, features(source), trained, counterparts)
+
+
+def figures(pictures: Sequence[Image.Image], prompts: Sequence[str], reference: Reference) -> dict[str, Any]:
+    """Every figure of one side: kid, fid, domain_hit, pair_similarity, memorisation, density, coverage, diversity, …
+
+    `domain_judge` is the accuracy of the classifier behind domain_hit; `pair_similarity`, `diversity` and `clip_score`
+    are None where there are no counterparts, no prompt was drawn twice, or the features are no CLIP's.
+
+    Raises:
+        UserError: with fewer than 5 pictures.
+    """
+    if len(pictures) < LEAST_PICTURES:
+        raise UserError(f"an evaluation needs at least {LEAST_PICTURES} generated pictures; there are {len(pictures)}.")
+    found, clip = reference.features(pictures), reference.features.clip
+    kid, kid_spread = metrics.kid(reference.real, found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once for all sides, by `fid_warning`
+        fid = metrics.fid(reference.real, found)
+    hit, judge = metrics.domain_hit_rate(reference.source, reference.real, found)
+    density, coverage = metrics.density_coverage(reference.real, found)
+    paired = [i for i, prompt in enumerate(prompts) if prompt in reference.counterparts]
+    truth = [reference.counterparts[prompts[i]] for i in paired]
+    return {
+        "kid": kid,
+        "kid_spread": kid_spread,
+        "fid": fid,
+        "domain_hit": hit,
+        "domain_judge": judge,
+        "pair_similarity": metrics.pair_similarity(found[paired], torch.stack(truth)) if truth else None,
+        "memorisation": metrics.memorisation(found, reference.training),
+        "density": density,
+        "coverage": coverage,
+        "diversity": metrics.diversity(found, prompts),
+        "clip_score": metrics.clip_score(pictures, prompts, clip) if clip is not None else None,
+        "pictures": len(pictures),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean and standard deviation over seeds (None for one) and their number."""
+    found = np.array(values, dtype=np.float64)
+    return {
+        "mean": float(found.mean()),
+        "spread": float(found.std(ddof=1)) if len(found) > 1 else None,
+        "runs": len(found),
+    }
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+    """Mean and spread of every figure that all runs have as a number."""
+    names = [k for k, v in runs[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    common = [k for k in names if all(isinstance(r.get(k), (int, float)) for r in runs)]
+    return {name: spread([r[name] for r in runs]) for name in common if name not in ("seed", "steps", "pictures")}

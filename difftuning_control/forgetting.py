@@ -1,0 +1,218 @@
+"""The chain of forgetting: where along the noise a model must learn, what it forgets, and which schedule follows.
+
+    transfer gap     g(u) = ℓ_target(u) / ℓ_bank(u) − 1     the pretrained model on new data against its own samples
+    forgetting       f(u) = ℓ'_bank(u) / ℓ_bank(u) − 1      the tuned model (') on the bank against the pretrained one
+    learnt           h(u) = 1 − ℓ'_target(u) / ℓ_target(u)
+
+Both sides of a ratio see the same noise at the same timesteps (common random numbers), so what is left of chance is the
+choice of pictures; its interval comes from a bootstrap over them that keeps the pairs together.
+
+The measured schedule: let G be the isotonic (never falling) fit of the gap, at least 0. Then
+
+    ξ(u) = 1 / (1 + G(u))         the share of its competence that the pretrained model carries over to the new data
+    ψ(u) = (1 − ξ(u)) / max       what is left to learn
+
+References:
+    Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
+    https://arxiv.org/abs/2406.00773
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftuning_control.batch import LatentBatch
+from difftuning_control.errors import UserError
+from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.schedules import ConstantSchedule, TabulatedSchedule
+from difftuning_control.validation import BandValidator
+
+if TYPE_CHECKING:
+    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.cache import PromptEmbeddings
+    from difftuning_control.families.sd import StableDiffusion
+
+SCHEDULE_BANDS = 10
+LEAST_ROWS = 4
+SMALL, WIDE = 0.05, 1.0  # gaps below the one leave nothing to learn; above the other at every band, little carries over
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A relative change by noise band with its 95 % interval, each of the three as long as `u`."""
+
+    u: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+def paired_ratio(
+    numerator: Tensor, denominator: Tensor, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean(numerator) / mean(denominator) − 1 by band, and its interval from a paired bootstrap over the rows.
+
+    Args:
+        numerator, denominator: losses (N, bands); row r of one had the same noise as row r of the other.
+        level: of the percentile interval.
+
+    Returns:
+        the ratio, its lower and its upper end, (bands,) float64 each.
+
+    Raises:
+        ValueError: if the shapes differ or there are fewer than 2 rows.
+    """
+    if numerator.shape != denominator.shape or numerator.ndim != 2 or len(numerator) < 2:
+        raise ValueError(f"losses are {tuple(numerator.shape)} and {tuple(denominator.shape)}; expected equal (N, B).")
+    above, below = numerator.double().numpy(), denominator.double().numpy()
+    rows = np.random.default_rng(seed).integers(0, len(above), (resamples, len(above)))
+    drawn = above[rows].mean(1) / below[rows].mean(1) - 1
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return torch.from_numpy(above.mean(0) / below.mean(0) - 1), torch.from_numpy(low), torch.from_numpy(high)
+
+
+def fit_schedule(u: list[float], gap: list[float]) -> TabulatedSchedule:
+    """The measured schedule of a transfer gap: see the module's equations. A gap of 0 everywhere gives ψ = ξ = 1.
+
+    Raises:
+        ValueError: if a gap is not finite, or u does not rise within [0, 1].
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    if not np.isfinite(gap).all():
+        raise ValueError("the transfer gap is not finite at every band.")
+    fitted = IsotonicRegression(increasing=True).fit_transform(u, gap).clip(min=0)
+    xi = 1 / (1 + fitted)
+    learn = 1 - xi
+    psi = learn / learn.max() if fitted.max() >= SMALL else np.ones_like(xi)
+    if fitted.max() < SMALL:
+        xi = np.ones_like(xi)
+    return TabulatedSchedule(u, psi.tolist(), xi.tolist())
+
+
+def advice(gap: Curve) -> list[str]:
+    """What the gap says about retention, as codes that the report puts into words.
+
+    no_gap: nothing to learn; uncertain: the intervals are wider than the gap; wide: the pretrained knowledge fits at
+    no band; rising, flat, not_monotone: the gap's shape.
+    """
+    mean, low, high = (np.array(v) for v in (gap.mean, gap.low, gap.high))
+    if high.max() < SMALL or mean.max() < SMALL:
+        return ["no_gap"]
+    found = []
+    if np.median(high - low) > max(np.median(mean), SMALL):
+        found.append("uncertain")
+    if low.min() > WIDE:
+        found.append("wide")
+    half = len(mean) // 2
+    spread = float(np.mean(high - low)) / 2
+    if mean.max() - mean.min() <= max(spread, 0.2 * mean.max()):
+        found.append("flat")
+    elif any(high[later] < low[earlier] for earlier in range(len(mean)) for later in range(earlier + 1, len(mean))):
+        found.append("not_monotone")
+    elif mean[half:].mean() > mean[:half].mean():
+        found.append("rising")
+    else:
+        found.append("not_monotone")
+    return found
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Rows to measure, the same number of target and bank rows: row r of both gets the same noise."""
+
+    target: BandValidator
+    bank: BandValidator
+
+    @property
+    def u(self) -> list[float]:
+        return self.target.centres
+
+
+def loss_rows(
+    family: StableDiffusion,
+    target: tuple[Tensor, list[str]],
+    bank: tuple[Tensor, list[str]],
+    embeddings: PromptEmbeddings,
+    *,
+    rows: int | None = None,
+    draws: int = 1,
+    bands: int = SCHEDULE_BANDS,
+    seed: int = 0,
+) -> LossRows:
+    """Validators for target and bank, each given as latents (N, C, h, w) in the denoiser's scale and prompts.
+
+    Args:
+        rows: at most so many of each side; as many as the smaller side has when None.
+        draws: noise levels a row and band.
+
+    Raises:
+        UserError: if a side has fewer than 4 rows.
+    """
+    count = min(len(target[1]), len(bank[1]), rows if rows is not None else len(target[1]))
+    if count < LEAST_ROWS:
+        raise UserError(
+            f"the transfer gap needs at least {LEAST_ROWS} target pictures and bank samples; there are "
+            f"{len(target[1])} and {len(bank[1])}."
+        )
+    objective = DiffTuningObjective(family.process, ConstantSchedule(), retention_weight=0.0, retention_ratio=0.0)
+    parts = []
+    for role, (latents, prompts) in enumerate((target, bank)):
+        chosen = torch.linspace(0, len(prompts) - 1, count).round().long()  # spread: neighbours may share a prompt
+        words = [prompts[i] for i in chosen.tolist()]
+        batch = LatentBatch(latents[chosen], embeddings.rows(words), torch.full((count,), bool(role)))
+        parts.append(BandValidator(family, objective, batch, seed, bands=bands, draws=draws))
+    return LossRows(*parts)
+
+
+def transfer_gap(rows: LossRows, denoiser: Any) -> tuple[Curve, dict[str, list[float]]]:
+    """g(u) of a denoiser, and its mean losses {target, bank} by band."""
+    target, bank = rows.target.rows(denoiser), rows.bank.rows(denoiser)
+    losses = {"target": target.double().mean(0).tolist(), "bank": bank.double().mean(0).tolist()}
+    return Curve(rows.u, *(t.tolist() for t in paired_ratio(target, bank))), losses
+
+
+def compare(base: Tensor, tuned: Tensor, u: list[float]) -> Curve:
+    """tuned / base − 1 by band, from losses (N, bands) of the same rows: f(u) on the bank, −h(u) on the target."""
+    return Curve(u, *(t.tolist() for t in paired_ratio(tuned, base)))
+
+
+def affordable_rows(steps: int, batch_size: int, available: int, share: float = 0.05) -> int:
+    """How many rows of each side can be measured in a share of a tuning run's time.
+
+    A training row costs a forward and a backward, about three forwards; a measured row costs a forward a band.
+
+    Raises:
+        UserError: if it is too few to measure anything.
+    """
+    rows = int(share * steps * batch_size * 3 / (2 * SCHEDULE_BANDS))
+    if rows < LEAST_ROWS:
+        raise UserError(
+            f"a run of {steps} steps of {batch_size} rows is too short for tuning.schedule.kind auto, which may "
+            f"take {share:.0%} of it; run difftune analyze and name its schedule.json with kind measured."
+        )
+    return min(rows, available)
+
+
+def measure_schedule(
+    family: StableDiffusion,
+    target: tuple[Tensor, list[str]],
+    bank: KnowledgeBank,
+    embeddings: PromptEmbeddings,
+    rows: int,
+    seed: int = 0,
+) -> tuple[TabulatedSchedule, dict[str, Any]]:
+    """The schedule of the pretrained model on these data, and what was measured, as `schedule.json` holds it."""
+    measured = loss_rows(family, target, (bank.latents, bank.prompts), embeddings, rows=rows, seed=seed)
+    gap, losses = transfer_gap(measured, family.denoiser)
+    schedule = fit_schedule(gap.u, gap.mean)
+    record = schedule.to_dict() | {"gap": gap.to_dict(), "losses": losses, "advice": advice(gap), "rows": rows}
+    return schedule, record

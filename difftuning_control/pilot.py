@@ -1,0 +1,361 @@
+"""`difftune pilot`: is Diff-Tuning better than plain fine-tuning on these data, and with which setting?
+
+Every side trains the same steps on the same data with the same seeds. Its learning rate is chosen by the same search:
+all candidates with the first seed, judged on prompts that the final figures do not use; the other seeds then train with
+the winner. The measured schedule comes from one analysis of the pretrained model at the start.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from difftuning_control.analysis import Materials, materials, measure, read_multipliers
+from difftuning_control.budget import spread_budget
+from difftuning_control.errors import UserError
+from difftuning_control.evaluation.evaluate import (
+    Reference,
+    Sampling,
+    build_reference,
+    decoded,
+    figures,
+    summarise,
+    through_autoencoder,
+)
+from difftuning_control.evaluation.features import load_features
+from difftuning_control.families import best_device, load_family
+from difftuning_control.fingerprint import digest_of, write_json
+from difftuning_control.provenance import describe_device, versions
+from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
+from difftuning_control.runs import tuned_model
+from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
+from difftuning_control.trainer import base_dtype, train
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+PRIMARY = "kid"
+REAL, SHOWN = 256, 8
+BUDGET, ALLOWED = "difftuning_budget", 0.1
+
+
+def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
+    """A side's objective: the recipe's with another schedule; for plain without a bank.
+
+    Args:
+        schedule: file of the measured schedule.
+    """
+    allowed, base = base.forgetting_budget, replace(base, forgetting_budget=None)
+    if side == "plain":
+        return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
+    if side == "prior":
+        return replace(base, schedule=ScheduleConfig("constant", xi=1.0))
+    if side == "difftuning_measured":
+        return replace(base, schedule=ScheduleConfig("measured", path=str(schedule)))
+    if (match := POWER.fullmatch(side)) is not None:
+        return replace(base, schedule=ScheduleConfig("power", tau=float(match[1])))
+    return replace(base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=allowed or ALLOWED)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough."""
+
+    reference: Reference
+    search: Sampling
+    final: Sampling
+
+    def figures(self, family: StableDiffusion, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
+        sampling = replace(self.final if final else self.search, seeds=[seed])
+        pictures = sampling.draw(family)
+        return figures(pictures, sampling.prompts, self.reference), pictures
+
+
+class Pilot:
+    """One pilot in one folder; what is done is kept and not done again.
+
+    Args:
+        recipe: model, data, bank, adapter and training of all sides.
+        output: the pilot's folder.
+        tell: told in words of what is being done.
+    """
+
+    def __init__(self, recipe: Recipe, config: PilotConfig, output: Path, tell: Callable[[str], object] = print):
+        training = recipe.training
+        self.config, self.output, self.tell = config, output, tell
+        self.lengths = sorted(config.lengths or [training.max_steps])
+        if len(self.lengths) > 1 and training.lr_scheduler in ("cosine", "linear"):
+            raise UserError(
+                f"pilot.lengths are read off one run, but training.lr_scheduler {training.lr_scheduler} ends with it; "
+                "use constant with an ema_decay, or one length."
+            )
+        if self.lengths[-1] != training.max_steps:
+            raise UserError(
+                f"pilot.lengths ends with {self.lengths[-1]}, training.max_steps is {training.max_steps}; make "
+                "them equal."
+            )
+        self.rates = config.learning_rates or [training.learning_rate * f for f in (0.5, 1.0, 2.0)]
+        bank = replace(recipe.bank, path=recipe.bank.path or str(output / "bank"))
+        self.recipe = replace(recipe, bank=bank)
+        self.schedule = output / "schedule.json"
+        self.family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+
+    def run(self) -> dict[str, Any]:
+        """All of it; returns what `pilot.json` holds."""
+        started = time.time()
+        self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
+        found = materials(self.family, self.recipe)
+        self.judge = self._judge(found)
+        analysis = self._analyze(found)
+        base, pictures = self._base(found)
+        sides = []
+        for number, side in enumerate(self.config.sides, start=2):
+            self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
+            sides.append(self.side(side))
+        losses = sides[0]["runs"][0]["losses"]
+        base |= {f"{role}_loss": _mean(bands["base"]["loss"]) for role, bands in losses.items()}
+        result = {
+            "status": "complete",
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "created": time.strftime("%Y-%m-%d %H:%M"),
+            "model": self.recipe.model.id,
+            "data": analysis["data"] | {"held_out": len(found.held_out)},
+            "settings": self._settings(),
+            "primary": PRIMARY,
+            "cost": {
+                "seconds": time.time() - started,
+                "training_seconds": sum(r["seconds"] for s in sides for r in s["all_runs"]),
+                "runs": sum(len({r["folder"] for r in s["all_runs"]}) for s in sides),
+                "device": describe_device(self.family.device),
+            },
+            "versions": versions(),
+            "recipe": self.recipe.to_dict(),
+            "base": base,
+            "sides": [{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
+            "analysis": analysis,
+            "pictures": {"prompts": self.judge.final.prompts[:SHOWN], "rows": pictures + self._shown(sides)},
+            "budget": self._budget(sides),
+        }
+        write_json(self.output / "pilot.json", result)
+        return result
+
+    def _settings(self) -> dict[str, Any]:
+        config, training = self.config, self.recipe.training
+        return {
+            "method": self.recipe.method, "steps": training.max_steps, "lengths": self.lengths,
+            "batch_size": training.batch_size, "seeds": config.seeds, "learning_rates": self.rates,
+            "pictures": config.pictures, "guidance_scale": config.guidance_scale, "sampling_steps": config.steps,
+            "features": config.features,
+        }  # fmt: skip
+
+    # --- what all sides share ---------------------------------------------------------------------------------------
+
+    def _judge(self, found: Materials) -> Judge:
+        features = load_features(self.config.features, self.family.device)
+        reference = build_reference(
+            self.family, features, real=found.held_out.sample(REAL), training=found.data,
+            source=decoded(self.family, found.bank.latents[:REAL]), resolution=found.resolution,
+        )  # fmt: skip
+        chosen = found.held_out.sample(2 * self.config.pictures).examples
+        halves = (chosen[::2], chosen[1::2]) if len(chosen) >= 2 * self.config.pictures else (chosen, chosen)
+        sampling = [
+            Sampling(
+                [half[i % len(half)].caption for i in range(self.config.pictures)], [0], self.config.steps,
+                self.config.guidance_scale, found.resolution, batch_size=32,
+            )
+            for half in halves
+        ]  # fmt: skip
+        return Judge(reference, *sampling)
+
+    def _analyze(self, found: Materials) -> dict[str, Any]:
+        path = self.output / "analysis.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        config = AnalysisConfig(seed=self.config.seeds[0])
+        empty = {"run": None, "forgetting": None, "learnt": None, "staged": None, "multipliers": None, "budget": None}
+        analysis = measure(self.family, self.recipe, found, config) | empty | {"status": "complete"}
+        write_json(self.schedule, analysis["schedule"])
+        write_json(path, analysis)
+        return analysis
+
+    def _base(self, found: Materials) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Figures of the pretrained model, and the rows of true and base pictures."""
+        folder = self.output / "base"
+        runs, rows = [], []
+        for seed in self.config.seeds:
+            path = folder / f"seed-{seed}.json"
+            if not path.exists():
+                row, pictures = self.judge.figures(self.family, seed, True)
+                _save(pictures[:SHOWN], folder / f"seed-{seed}")
+                write_json(path, row | {"seed": seed})
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
+        prompts = self.judge.final.prompts[:SHOWN]
+        true = {e.caption: e for e in found.held_out.examples}
+        chosen = replace(found.held_out, examples=[true[p] for p in prompts])
+        _save(through_autoencoder(self.family, chosen, found.resolution), self.output / "truth")
+        for name, place in (("truth", "truth"), ("base", f"base/seed-{self.config.seeds[0]}")):
+            rows.append({"name": name, "files": [f"{place}/{i}.png" for i in range(len(prompts))]})
+        return {name: value["mean"] for name, value in summarise(runs).items()} | {"runs": runs}, rows
+
+    def _budget(self, sides: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Of the side with a forgetting budget: was it kept, and what did it cost on the target against plain."""
+        found = {s["name"]: s for s in sides}
+        if BUDGET not in found:
+            return None
+        side, length = found[BUDGET], found[BUDGET]["best_length"]
+        rows = [r for r in side["runs"] if r["steps"] == length]
+        bands = [[r["losses"]["bank"][k]["loss"] for k in ("base", "tuned")] for r in rows]
+        rises = [[after / before - 1 for before, after in zip(*pair)] for pair in bands]
+        loss, plain = (found[n]["summary"][str(length)]["target_loss"]["mean"] for n in (BUDGET, "plain"))
+        return {
+            "side": BUDGET,
+            "allowed": spread_budget(side["tuning"]["forgetting_budget"]),
+            "rise": [_mean(list(column)) for column in zip(*rises)],
+            "multipliers": read_multipliers(self.output / rows[0]["folder"]),
+            "target_cost": loss / plain - 1,
+        }
+
+    def _shown(self, sides: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = []
+        for side in sides:
+            run = next(r for r in side["runs"] if r["steps"] == side["best_length"])
+            place = f"{run['folder']}/pictures-{run['steps']}"
+            count = min(SHOWN, len(self.judge.final.prompts))
+            rows.append({"name": side["name"], "files": [f"{place}/{i}.png" for i in range(count)]})
+        return rows
+
+    # --- a side -----------------------------------------------------------------------------------------------------
+
+    def side(self, name: str) -> dict[str, Any]:
+        """The search, and the final runs with the winner."""
+        first, *others = self.config.seeds
+        tried = {rate: self.train(name, rate, first) for rate in self.rates}
+        chosen = self.rates[0]
+        if len(self.rates) > 1:
+            chosen = min(tried, key=lambda rate: min(row["search"][PRIMARY] for row in tried[rate]))
+        rows = list(tried[chosen])
+        for seed in others:
+            rows += self.train(name, chosen, seed)
+        search = [
+            {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
+            | {k: row["search"][k] for k in ("kid", "domain_hit")}
+            for rate, found in tried.items()
+            for row in found
+            if row["search"] is not None
+        ]
+        summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
+        best = min(self.lengths, key=lambda n: summary[str(n)][PRIMARY]["mean"])  # type: ignore[arg-type, return-value]
+        return {
+            "name": name,
+            "tuning": self._recipe(name, chosen, first).to_dict()["tuning"],
+            "learning_rate": chosen,
+            "search": search,
+            "runs": rows,
+            "summary": summary,
+            "best_length": best,
+            "all_runs": rows + [r for rate in self.rates if rate != chosen for r in tried[rate]],
+        }
+
+    def _recipe(self, side: str, rate: float, seed: int) -> Recipe:
+        training = replace(
+            self.recipe.training, learning_rate=rate, seed=seed, save_at=self.lengths[:-1], sample_every=0, resume=True,
+            validate_every=0,
+        )  # fmt: skip
+        tuning = side_tuning(side, self.recipe.tuning, self.schedule)
+        output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
+        return replace(self.recipe, tuning=tuning, training=training, output=output)
+
+    def train(self, side: str, rate: float, seed: int) -> list[dict[str, Any]]:
+        """One run, judged at every length; read back where an earlier pilot in this folder has done it."""
+        recipe = self._recipe(side, rate, seed)
+        folder = Path(recipe.output)
+        identity = _identity(recipe, self.config)
+        done = folder / "figures.json"
+        if done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            if kept["identity"] == identity:
+                return kept["rows"]
+        record = train(recipe)
+        rows = []
+        for length in self.lengths:
+            last = length == self.lengths[-1]
+            with tuned_model(self.family, folder, record, None if last else length) as tuned:
+                searching = len(self.rates) > 1 and seed == self.config.seeds[0]
+                search = self.judge.figures(tuned, seed, False)[0] if searching else None
+                final, pictures = self.judge.figures(tuned, seed, True)
+            _save(pictures[:SHOWN], folder / f"pictures-{length}")
+            kept = folder / f"step-{length:06d}" / "losses.json"
+            losses = record["losses"] if last else json.loads(kept.read_text(encoding="utf-8"))
+            rows.append(
+                {"seed": seed, "steps": length, "folder": str(folder.relative_to(self.output))}
+                | {"seconds": record["timings"]["training"] * length / self.lengths[-1], "search": search, **final}
+                | {f"{role}_loss": _mean(bands["tuned"]["loss"]) for role, bands in losses.items()}
+                | {"losses": losses}
+            )
+        for kept in folder.glob("step-*"):
+            shutil.rmtree(kept)
+        if seed != self.config.seeds[0]:
+            shutil.rmtree(folder / "pipeline", ignore_errors=True)
+        write_json(done, {"identity": identity, "rows": rows})
+        return rows
+
+
+def _identity(recipe: Recipe, config: PilotConfig) -> str:
+    """A digest of what the figures depend on: not of where they lie."""
+    values = recipe.to_dict()
+    values.pop("output")
+    schedule = values["tuning"]["schedule"]
+    if schedule["path"] is not None:
+        schedule["path"] = Path(schedule["path"]).read_text(encoding="utf-8")
+    return digest_of([values, vars(config)])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _save(pictures: list[Image.Image], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+
+
+def pilot(
+    recipe: Recipe, config: PilotConfig, language: str, overwrite: bool, tell: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """Run the pilot in the recipe's output and write `pilot.json` and `report.html`.
+
+    Raises:
+        UserError: if the output holds something else, or another pilot without `overwrite`.
+    """
+    from difftuning_control.report import write_pilot_report
+
+    output = Path(recipe.output)
+    marker, identity = output / "pilot-settings.json", _identity(recipe, config)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        if not marker.exists():
+            raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
+        known = json.loads(marker.read_text(encoding="utf-8"))["identity"]
+        if known != identity and not overwrite:
+            raise UserError(
+                f"the output {output} holds a pilot with other settings; give --overwrite to replace it, or another "
+                "--output."
+            )
+    torch.manual_seed(recipe.training.seed)
+    job = Pilot(recipe, config, output, tell)
+    if overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+    write_json(marker, {"identity": identity})
+    result = job.run()
+    tell(f"report: {write_pilot_report(result, output, language)}")
+    return result

@@ -1,0 +1,91 @@
+"""What a finished run left: its record, and its tuned model beside the pretrained one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.families import load_family, quiet_loading
+from difftuning_control.provenance import read_run
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.recipe import Recipe
+
+
+def finished_run(run: str | Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        UserError: if there is no run, or it is not finished.
+    """
+    record = read_run(Path(run))
+    if record is None:
+        raise UserError(f"{run} holds no run (no readable run.json); give the output folder of difftune train.")
+    if record["status"] != "complete":
+        raise UserError(f"the run {run} is {record['status']}, not complete; go on with --training.resume true.")
+    return record
+
+
+def recipe_of(record: dict[str, Any]) -> Recipe:
+    """The recipe that a run was made with."""
+    from difftuning_control import recipe as sections
+
+    values = record["recipe"]
+    tuning = dict(values["tuning"])
+    tuning["schedule"] = sections.ScheduleConfig(**tuning["schedule"])
+    return sections.Recipe(
+        values["method"],
+        sections.ModelConfig(**values["model"]),
+        sections.DataConfig(**values["data"]),
+        sections.TuningConfig(**tuning),
+        sections.BankConfig(**values["bank"]),
+        sections.AdapterConfig(**values["adapter"]),
+        sections.TrainingConfig(**values["training"]),
+        values["output"],
+    )
+
+
+def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path) -> None:
+    """Refuse a run that was tuned from another base.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    base = record["fingerprints"]["base"]
+    differing = [name for name, digest in family.fingerprints.items() if base.get(name) != digest]
+    if differing:
+        raise UserError(
+            f"the run {run} was tuned from another base (its {', '.join(differing)} differ from "
+            f"{record['recipe']['model']['id']} as it is here); give the base that it was tuned from."
+        )
+
+
+@contextmanager
+def tuned_model(
+    family: StableDiffusion, run: str | Path, record: dict[str, Any], step: int | None = None
+) -> Iterator[StableDiffusion]:
+    """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
+
+    Args:
+        family: the base, without an adapter.
+        step: the weights that `training.save_at` kept after so many steps; the final ones when None.
+
+    Raises:
+        UserError: if these weights were not kept.
+    """
+    folder = Path(run) if step is None else Path(run) / f"step-{step:06d}"
+    if not folder.is_dir():
+        raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
+    if record["recipe"]["method"] != "lora":
+        yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        return
+    with quiet_loading():
+        family.pipe.load_lora_weights(str(folder))
+    try:
+        yield family
+    finally:
+        family.pipe.unload_lora_weights()

@@ -1,0 +1,52 @@
+"""Staged sampling: quality against u₀ where the tuned model denoises above u₀ and the pretrained one below, and the
+other way round. It shows which stage of the reverse process the new domain needs, and which one it can borrow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.evaluation.evaluate import Sampling, build_reference, decoded, figures
+from difftuning_control.evaluation.features import load_features
+from difftuning_control.guidance import hand_over
+from difftuning_control.inputs import progress
+from difftuning_control.runs import tuned_model
+
+if TYPE_CHECKING:
+    from difftuning_control.analysis import Materials
+    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.studies import AnalysisConfig
+
+METRICS = ("kid", "domain_hit", "pair_similarity")
+REAL = 256  # pictures that quality is judged against
+
+
+def staged_sampling(
+    family: StableDiffusion, found: Materials, config: AnalysisConfig, run: str, record: dict[str, Any]
+) -> dict[str, Any]:
+    """{u0, tuned_above: {metric: [...]}, tuned_below: {...}}, every point with the same prompts and seeds.
+
+    Raises:
+        UserError: with fewer than 5 held-out pictures.
+    """
+    features = load_features(config.features, family.device)
+    reference = build_reference(
+        family, features, real=found.held_out.sample(REAL), training=found.data,
+        source=decoded(family, found.bank.latents[:REAL]), resolution=found.resolution,
+    )  # fmt: skip
+    captions = [e.caption for e in found.held_out.sample(config.pictures).examples]
+    prompts = [captions[i % len(captions)] for i in range(config.pictures)]
+    sampling = Sampling(prompts, [config.seed], config.steps, config.guidance_scale, found.resolution, batch_size=32)
+    result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
+    with (
+        progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,
+        tuned_model(family, run, record) as tuned,
+    ):
+        base = family.denoiser if tuned is not family else None
+        for key, above in (("tuned_above", True), ("tuned_below", False)):
+            for u0 in config.u0:
+                with hand_over(tuned, u0, tuned_above=above, base=base):
+                    quality = figures(sampling.draw(tuned, advance), prompts, reference)
+                for metric in METRICS:
+                    result[key].setdefault(metric, []).append(quality[metric])
+    return result

@@ -1,0 +1,75 @@
+"""The words of reports: one JSON file a language in `languages/`; and text from outside, made harmless to show."""
+
+from __future__ import annotations
+
+import json
+import string
+import unicodedata
+from pathlib import Path
+
+from difftuning_control.errors import UserError
+
+FOLDER = Path(__file__).parent / "languages"
+JOINERS = "\u200c\u200d"  # part of some scripts and emoji; they hide nothing
+
+
+def languages(folder: Path = FOLDER) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*.json"))
+
+
+def load_words(language: str, folder: Path = FOLDER) -> dict[str, str]:
+    """The words of a language; `en.json` says which there must be.
+
+    Raises:
+        UserError: if there is no such language, or its file lacks a key or a placeholder.
+    """
+    if language not in languages(folder):
+        raise UserError(
+            f"the language {harmless(language)!r} is unknown; choose one of {', '.join(languages(folder))}, "
+            f"or add {folder}/<language>.json."
+        )
+    words = _read(folder / f"{language}.json")
+    for key, model in _read(folder / "en.json").items():
+        if key not in words:
+            raise UserError(f"the language file {folder / language}.json lacks {key!r}; add it as en.json has it.")
+        if placeholders(words[key]) != placeholders(model):
+            wanted = ", ".join(sorted(placeholders(model))) or "none"
+            raise UserError(
+                f"the language file {folder / language}.json has other placeholders in {key!r} than en.json ({wanted})."
+            )
+    return words
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"the language file {path} is not JSON ({error}); mend or remove it.") from None
+    if not isinstance(words, dict) or not all(isinstance(v, str) for v in words.values()):
+        raise UserError(f"the language file {path} is not a JSON object of strings; shape it as en.json.")
+    return words
+
+
+def placeholders(text: str) -> set[str]:
+    """The names in braces; {"?"} if the braces do not pair."""
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError:
+        return {"?"}
+
+
+def harmless(text: str) -> str:
+    """Control characters, escapes of terminals and marks that reorder or hide text become visible signs."""
+    return "".join(map(_show, text))
+
+
+def _show(c: str) -> str:
+    if c.isascii() and c.isprintable():
+        return c
+    code = ord(c)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "␡"
+    hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and c not in JOINERS
+    return f"⟨U+{code:04X}⟩" if hidden else c

@@ -1,0 +1,76 @@
+"""The benchmark: `difftune pilot` on every cell of adapters × numbers of pictures, and its rows in one JSON file.
+
+    python examples/emoji/benchmark.py --work build/benchmark --worker 0 --workers 2     # one of two processes
+    python examples/emoji/benchmark.py --work build/benchmark --collect examples/emoji/benchmark.json
+
+A cell that is done is not done again, and one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from difftuning_control.cli import parse
+from difftuning_control.fingerprint import write_json
+from difftuning_control.pilot import Pilot
+from difftuning_control.recipe import Recipe
+
+HERE = Path(__file__).parent
+RATES = {"lora": [2.5e-3, 5e-3], "full": [3e-4, 6e-4]}
+CELLS = [("lora", 8), ("full", 8), ("full", 64), ("lora", 64), ("lora", 32), ("full", 32)]
+COLUMNS = ("kid", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "target_loss", "bank_loss")
+
+
+def run(adapter: str, images: int, work: Path, config: Path) -> None:
+    flags = {"method": adapter, "data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank",
+             "pilot.learning_rates": RATES[adapter], "output": work / f"{adapter}-{images}"}  # fmt: skip
+    _, command = parse(["pilot", f"--config={config}", *(f"--{k}={v}" for k, v in flags.items())])
+    recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    Pilot(recipe, command.pilot, Path(recipe.output)).run()
+
+
+def collect(work: Path) -> dict:
+    """Every run of every finished cell as a row, and what it took."""
+    rows, cells = [], {}
+    for adapter, images in sorted(CELLS):
+        path = work / f"{adapter}-{images}" / "pilot.json"
+        if not path.exists():
+            continue
+        pilot = json.loads(path.read_text())
+        name = {"adapter": adapter, "n_images": images}
+        cells[f"{adapter}-{images}"] = {
+            "base": {k: pilot["base"].get(k) for k in COLUMNS},
+            "learning_rates": {s["name"]: s["learning_rate"] for s in pilot["sides"]},
+            "schedule": pilot["analysis"]["schedule"], "gap": pilot["analysis"]["gap"], "cost": pilot["cost"],
+        }  # fmt: skip
+        for side in pilot["sides"]:
+            for r in side["runs"]:
+                figures = {k: round(r[k], 5) if r[k] is not None else None for k in COLUMNS}
+                rows.append({"method": side["name"], **name, "steps": r["steps"], "seed": r["seed"], **figures})
+        settings = {k: v for k, v in pilot["settings"].items() if k not in ("method", "learning_rates")}
+        versions = pilot["versions"]
+    if not rows:
+        raise SystemExit(f"{work} holds no finished cell; run the benchmark first.")
+    return {"settings": settings, "versions": versions, "cells": cells, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark"))
+    parser.add_argument("--recipe", type=Path, default=HERE / "benchmark.yaml")
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--collect", type=Path, help="only write the rows of the finished cells to this file")
+    args = parser.parse_args()
+    if args.collect is None:
+        for adapter, images in CELLS[args.worker :: args.workers]:
+            run(adapter, images, args.work, args.recipe)
+        return
+    write_json(args.collect, collect(args.work))
+
+
+if __name__ == "__main__":
+    main()
