@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from difftuning_control.errors import UserError
@@ -139,13 +141,17 @@ class KnowledgeBank:
         partial = folder.with_name(f".{folder.name}.{digest_of(identity)}.partial")
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no bank; choose another folder for the bank.")
-        partial.mkdir(parents=True, exist_ok=True)
-        for shard in range(process_index, -(-request.size // SHARD), num_processes):
-            _build_shard(family, request, partial, shard, batch_size, advance)
-        wait()
-        if process_index == 0:
-            _complete(family, request, identity, partial, folder)
-        wait()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder) if process_index == 0 else nullcontext():
+            wait()  # until no other job is at it; perhaps that one has completed the bank
+            if not (folder / "manifest.json").exists():
+                partial.mkdir(exist_ok=True)
+                for shard in range(process_index, -(-request.size // SHARD), num_processes):
+                    _build_shard(family, request, partial, shard, batch_size, advance)
+            wait()
+            if process_index == 0 and not (folder / "manifest.json").exists():
+                _complete(family, request, identity, partial, folder)
+            wait()
         return cls.load(folder)
 
     @classmethod
@@ -185,6 +191,17 @@ class KnowledgeBank:
     def from_latents(cls, latents: Tensor, prompts: list[str], source: str, digest: str) -> KnowledgeBank:
         """A bank of real source pictures, given as latents in the denoiser's scale."""
         return cls(latents, prompts, manifest={"source": source, "pictures": digest})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While open, no other job on this machine builds the bank in `folder`."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        with lock:
+            yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _build_shard(

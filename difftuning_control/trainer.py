@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from difftuning_control.adapters import LORA_FILE
 from difftuning_control.batch import LatentBatch
@@ -181,7 +181,8 @@ def _auto_schedule(recipe: Recipe, family: StableDiffusion, inputs: TrainingInpu
     rows = affordable_rows(recipe.training.max_steps, batch, min(len(targets), len(inputs.bank)))
     latents = family.scale_latents(targets.moments.mean[:, 0])
     target = (latents, targets.captions)
-    return measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
+    measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
+    return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 
 
 def _budget(
@@ -196,6 +197,7 @@ def _budget(
     words = [bank.prompts[i] if own else "" for i in chosen.tolist()]
     batch = LatentBatch(bank.latents[chosen], inputs.embeddings.rows(words), torch.ones(len(chosen), dtype=torch.bool))
     base = BandValidator(family, objective, batch, recipe.training.seed, bands=2 * BANDS).measure(family.denoiser)
+    base = broadcast_object_list([base])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 

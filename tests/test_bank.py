@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -268,3 +270,16 @@ def test_a_folder_of_real_pictures_can_be_the_bank(family, tmp_path, captions):
     torch.testing.assert_close(bank.latents, mean * 0.7, atol=1e-5, rtol=1e-5)
     assert bank.prompts == [f"red {i}" if captions else "" for i in range(5)]
     assert bank.draw(3).shape == (3, 4, 8, 8)
+
+
+def test_two_jobs_that_want_the_same_bank_at_once_both_get_it(tmp_path, model_dir):
+    code = (
+        "import sys; from difftuning_control import BankRequest, KnowledgeBank, load_family; "
+        f"bank = KnowledgeBank.build(load_family({str(model_dir)!r}), {str(tmp_path / 'bank')!r}, "
+        "BankRequest(('red',), size=40, steps=12, resolution=16), batch_size=4); print(bank.fingerprint)"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = [job.communicate(timeout=120)[0].strip() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert found[0] == found[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank"]

@@ -55,3 +55,22 @@ def test_the_hook_example_runs_and_adds_at_most_ten_lines(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "step 10: loss" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_report(tmp_path, capsys):
+    from difftuning_control.cli import main
+
+    main(["demo", "--steps", "2", "--output", str(tmp_path / "demo")])
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert {row["rows"] for row in summary["table"]} == {"target", "bank"}
+    assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert report.startswith("<!DOCTYPE html>")
+    assert "Plain fine-tuning" in report
+    printed = capsys.readouterr().out
+    assert "KID" in printed
+    lora = next(line for line in printed.splitlines() if "load_lora_weights" in line).split('"')[1]
+    pipe = DiffusionPipeline.from_pretrained(embedded_model())
+    pipe.load_lora_weights(lora)
+    assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)

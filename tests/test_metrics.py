@@ -353,5 +353,5 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_but_not_below_zero(clip_d
 
 
 def test_clip_score_without_weights_is_refused_in_one_sentence():
-    with pytest.raises(UserError, match=r"weights of CLIP \(openai/clip-vit-large-patch14\) are not .* local directory"):
+    with pytest.raises(UserError, match=r"CLIP \(openai/clip-vit-large-patch14\) are not .* local directory"):
         clip_score(noise(1), ["red"])

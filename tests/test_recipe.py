@@ -117,7 +117,9 @@ def test_a_schedule_takes_its_own_keys_and_no_others(kind):
     ScheduleConfig(kind, **USED[kind])
     for name, value in {k: v for settings in USED.values() for k, v in settings.items()}.items():
         if name not in USED[kind]:
-            with pytest.raises(UserError, match=rf"tuning.schedule.{name} is given, but a {kind} schedule uses (only|none)"):
+            with pytest.raises(
+                UserError, match=rf"tuning.schedule.{name} is given, but a {kind} schedule uses (only|none)"
+            ):
                 ScheduleConfig(kind, **{**USED[kind], name: value})
 
 

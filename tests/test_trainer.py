@@ -234,6 +234,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_equal(make
         {"checkpoint_every": 5},
         {"validate_every": 0},
         {"validate_every": 1},
+        {"save_at": [2, 6]},
         {"sample_every": 2, "sample_steps": 2, "sample_prompts": ["red 9"]},
     ],
     ids=str,
@@ -252,15 +253,19 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(make, finished, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes_train_as_one_with_a_batch_twice_as_large(make, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "tuning"), [("lora", {}), ("full", {}), ("lora", {"forgetting_budget": 0.1, "retention_ratio": 0.4})]
+)
+def test_two_processes_train_as_one_with_a_batch_twice_as_large(make, tmp_path, method, tuning):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]}
     recipes = {}
     for processes, launcher in launchers.items():
         training = {"batch_size": 10 // processes, "learning_rate": 1e-3}
         cache = {"cache": str(tmp_path / f"cache-{processes}")}
-        recipe = replace(make("", method, training=training, data=cache), output=str(tmp_path / str(processes)))
+        recipe = replace(
+            make("", method, training=training, data=cache, tuning=tuning), output=str(tmp_path / str(processes))
+        )
         write_recipe(tmp_path, recipe)
         command = [*launcher, "-m", "difftuning_control.cli", "train", "--config", str(tmp_path / "recipe.yaml")]
         subprocess.run(command, check=True, timeout=300, env=environment)
