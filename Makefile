@@ -26,7 +26,7 @@ lint: $(STAMP)
 # The figures of the README: two processes of one thread each are faster on two cores than one of two.
 benchmark: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/benchmark.py --work build/benchmark --worker 0 --workers 2 & \
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/benchmark.py --work build/benchmark --worker 1 --workers 2; wait
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/benchmark.py --work build/benchmark --worker 1 --workers 2 && wait $$!
 	$(BIN)/python examples/emoji/benchmark.py --work build/benchmark --collect examples/emoji/benchmark.json
 
 # Rebuilds the embedded model and its picture sets from the npm packages; hours on two cores, resumable.

@@ -15,12 +15,23 @@ from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.evaluate import check_held_out
+from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
-from difftuning_control.forgetting import advice, compare, fit_schedule, loss_rows, transfer_gap
+from difftuning_control.forgetting import (
+    LEAST_ROWS,
+    advice,
+    compare,
+    fit_schedule,
+    loss_rows,
+    row_validator,
+    transfer_gap,
+)
 from difftuning_control.inputs import (
     cache_folder,
     check_captions,
+    hold_out,
     prepare_bank,
     progress,
     read_data,
@@ -28,6 +39,7 @@ from difftuning_control.inputs import (
 )
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.staging import staged_sampling
 from difftuning_control.studies import AnalysisConfig
 from difftuning_control.trainer import base_dtype
 from difftuning_control.validation import BANDS
@@ -93,15 +105,20 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
         check_base(family, record, run)
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
+    features = load_features(config.features, family.device) if config.staged else None
     found = materials(family, recipe)
+    if record is not None and record["fingerprints"]["data"] != found.data.fingerprint:
+        raise UserError(
+            f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."
+        )
+    if config.staged:
+        check_held_out(found.held_out)
     result = measure(family, recipe, found, config)
     result |= {"run": run, "forgetting": None, "learnt": None, "staged": None, "multipliers": None, "budget": None}
     if record is not None and run is not None:
         result |= _of_run(family, recipe, found, config, run, record)
-        if config.staged:
-            from difftuning_control.staging import staged_sampling
-
-            result["staged"] = staged_sampling(family, found, config, run, record)
+        if features is not None:
+            result["staged"] = staged_sampling(family, features, found, config, run, record)
     return result | {"status": "complete", "seconds": time.time() - started}
 
 
@@ -136,28 +153,30 @@ def _of_run(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
-    words = found.bank.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(found.bank)
-    fresh = found.fresh if len(found.fresh[1]) >= 4 else found.target
-    rows = loss_rows(
-        family, fresh, (found.bank.latents, words), found.embeddings,
-        rows=config.rows, draws=config.draws, bands=BANDS, seed=config.seed,
-    )  # fmt: skip
+    kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
+    words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+    fresh = found.fresh if len(found.fresh[1]) >= LEAST_ROWS else found.target
+    parts = {"bank": (kept.latents, words), "target": fresh}
+    rows = {
+        role: row_validator(family, part, found.embeddings, config.rows, config.draws, BANDS, config.seed)
+        for role, part in parts.items()
+    }
     with progress(2, "forgetting") as advance:
-        base = {"bank": rows.bank.rows(family.denoiser), "target": rows.target.rows(family.denoiser)}
+        base = {role: validator.rows(family.denoiser) for role, validator in rows.items()}
         advance(1)
         with tuned_model(family, run, record) as tuned:
-            after = {"bank": rows.bank.rows(tuned.denoiser), "target": rows.target.rows(tuned.denoiser)}
+            after = {role: validator.rows(tuned.denoiser) for role, validator in rows.items()}
         advance(1)
-    forgot = compare(base["bank"], after["bank"], rows.u)
-    rise = compare(base["target"], after["target"], rows.u)
+    u = rows["bank"].centres
+    forgot, rise = (compare(base[role], after[role], u) for role in ("bank", "target"))
     learnt = {
         "mean": [-v for v in rise.mean], "low": [-v for v in rise.high], "high": [-v for v in rise.low],
     }  # fmt: skip
     budget = record.get("budget")
     allowed = budget["allowed"] if budget else None
     return {
-        "forgetting": forgot.to_dict() | {"u": rows.u, "budget": allowed},
-        "learnt": learnt | {"u": rows.u, "held_out": fresh is found.fresh},
+        "forgetting": forgot.to_dict() | {"u": u, "budget": allowed},
+        "learnt": learnt | {"u": u, "held_out": fresh is found.fresh},
         "budget": budget,
         "multipliers": read_multipliers(Path(run)) if budget else None,
     }

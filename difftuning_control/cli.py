@@ -158,6 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     try:
         verb, command = parse(arguments)
+        if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
         RUNNERS[verb](command)
     except UserError as error:
         sys.exit(_fail(str(error), 2))
@@ -167,7 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
         place, reason = error.filename or "a file", error.strerror or error
         sys.exit(_fail(f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; go on with --training.resume true.", 130))
+        again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
+        sys.exit(_fail(f"interrupted; {again}.", 130))
 
 
 def _fail(message: str, code: int) -> int:
@@ -242,8 +245,7 @@ def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
             flags.append(argument)
         elif key == "config":
             value = value if equals or bare else rest.pop(0)
-            _check_recipe(value, known)
-            recipes.append(f"--config={value}")
+            recipes += [f"--config={value}", *_place_of_study(arguments[0], _check_recipe(value, known))]
         elif key not in known:
             raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
         elif _section_of(known[key]) is not None and not bare:
@@ -254,7 +256,16 @@ def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
     return [arguments[0], *recipes, *flags]
 
 
-def _check_recipe(path: str, known: dict[str, Any]) -> None:
+def _place_of_study(verb: str, recipe: dict[str, Any]) -> list[str]:
+    """A study of a recipe that was written for training goes beside the training's output, not into it."""
+    section = {"analyze": "analysis", "pilot": "pilot"}.get(verb)
+    if section is None or section in recipe or "output" not in recipe:
+        return []
+    return [f"--output={recipe['output']}-{section}"]
+
+
+def _check_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe file whose keys are all known."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError:
@@ -266,6 +277,7 @@ def _check_recipe(path: str, known: dict[str, Any]) -> None:
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"the recipe {path} holds {found}; expected keys and values.")
     _check_values(values, "", known, f"the recipe {path}")
+    return values
 
 
 def _from_yaml(text: str, where: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 LOWER_IS_BETTER = frozenset({"kid", "fid", "target_loss", "bank_loss"})
 PLAIN = "plain"
+LEVEL = 0.05
 GUARD = 0.05  # a side that hits the domain this much less often than plain fine-tuning cannot win
 
 
@@ -27,11 +28,22 @@ def mean_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return (fmean(values) if values else None), (stdev(values) if len(values) > 1 else None)
 
 
-def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
+def threshold(seeds: int, sides: int) -> float:
+    """How many standard errors a difference over so many seeds must have, if one of `sides` such is to be called clear.
+
+    The one-sided 5 % quantile of Student's t with seeds − 1 degrees of freedom, shared out among the sides
+    (Bonferroni): without it, one pilot in five without any effect would name a winner.
+    """
+    from scipy.stats import t
+
+    return float(t.ppf(1 - LEVEL / sides, seeds - 1)) if seeds > 1 else math.inf
+
+
+def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str, sides: int = 1) -> dict[str, Any] | None:
     """plain − side at each one's best length: by seed where both have the same seeds, else of the means.
 
-    It is clear if the mean is more than two standard errors from 0 and all seeds agree in sign; without pairs, if all
-    of one side lie on one side of all of the other. None where a side has no value.
+    It is clear if the mean is more standard errors from 0 than `threshold` and all seeds agree in sign; without pairs,
+    if all of one side lie on one side of all of the other. None where a side has no value.
     """
     mine, theirs = seed_values(side, metric), seed_values(plain, metric)
     if not mine or not theirs:
@@ -50,6 +62,7 @@ def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str) -> d
         if len(mine) > 1 and len(theirs) > 1:
             error = math.hypot(*(stdev(v) / math.sqrt(len(v)) for v in (list(mine.values()), list(theirs.values()))))
         agree = max(mine.values()) < min(theirs.values()) or min(mine.values()) > max(theirs.values())
+    needed = threshold(min(len(mine), len(theirs)), sides)
     return {
         "side": side["name"],
         "value": ours,
@@ -62,7 +75,8 @@ def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str) -> d
         "paired": paired,
         "agree": agree,
         "better": (mean > 0) == (metric in LOWER_IS_BETTER) and mean != 0,
-        "clear": error is not None and abs(mean) > 2 * error and agree,
+        "clear": error is not None and abs(mean) > needed * error and agree,
+        "threshold": needed if math.isfinite(needed) else None,
     }
 
 
@@ -98,9 +112,10 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
         return found | {"reason": "no_plain"}
     if len(sides) == 1:
         return found | {"reason": "alone"}
+    others = [s for n, s in sides.items() if n != PLAIN]
     compared = [
-        c | {"barred": n in barred} for n, s in sides.items() if n != PLAIN and (c := compare(s, plain, metric))
-    ]
+        c | {"barred": s["name"] in barred} for s in others if (c := compare(s, plain, metric, len(others)))
+    ]  # fmt: skip
     found |= {"comparisons": compared, "retention": _retention(sides, plain, barred)}
     if PLAIN not in means or not compared:
         return found | {"reason": "unmeasured"}

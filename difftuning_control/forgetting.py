@@ -105,11 +105,10 @@ def advice(gap: Curve) -> list[str]:
     no band; rising, flat, not_monotone: the gap's shape.
     """
     mean, low, high = (np.array(v) for v in (gap.mean, gap.low, gap.high))
-    if high.max() < SMALL or mean.max() < SMALL:
+    uncertain = np.median(high - low) > max(np.median(mean), SMALL)
+    if high.max() < SMALL or (mean.max() < SMALL and not uncertain):
         return ["no_gap"]
-    found = []
-    if np.median(high - low) > max(np.median(mean), SMALL):
-        found.append("uncertain")
+    found = ["uncertain"] if uncertain else []
     if low.min() > WIDE:
         found.append("wide")
     half = len(mean) // 2
@@ -163,14 +162,26 @@ def loss_rows(
             f"the transfer gap needs at least {LEAST_ROWS} target pictures and bank samples; there are "
             f"{len(target[1])} and {len(bank[1])}."
         )
+    return LossRows(*(row_validator(family, p, embeddings, count, draws, bands, seed) for p in (target, bank)))
+
+
+def row_validator(
+    family: StableDiffusion,
+    part: tuple[Tensor, list[str]],
+    embeddings: PromptEmbeddings,
+    count: int,
+    draws: int,
+    bands: int,
+    seed: int,
+) -> BandValidator:
+    """A validator of at most `count` rows, spread over the latents (N, C, h, w) and prompts of `part`."""
+    latents, prompts = part
+    count = min(count, len(prompts))
     objective = DiffTuningObjective(family.process, ConstantSchedule(), retention_weight=0.0, retention_ratio=0.0)
-    parts = []
-    for role, (latents, prompts) in enumerate((target, bank)):
-        chosen = torch.linspace(0, len(prompts) - 1, count).round().long()  # spread: neighbours may share a prompt
-        words = [prompts[i] for i in chosen.tolist()]
-        batch = LatentBatch(latents[chosen], embeddings.rows(words), torch.full((count,), bool(role)))
-        parts.append(BandValidator(family, objective, batch, seed, bands=bands, draws=draws))
-    return LossRows(*parts)
+    chosen = torch.linspace(0, len(prompts) - 1, count).round().long()  # spread: neighbours may share a prompt
+    words = [prompts[i] for i in chosen.tolist()]
+    batch = LatentBatch(latents[chosen], embeddings.rows(words), torch.zeros(count, dtype=torch.bool))
+    return BandValidator(family, objective, batch, seed, bands=bands, draws=draws)
 
 
 def transfer_gap(rows: LossRows, denoiser: Any) -> tuple[Curve, dict[str, list[float]]]:

@@ -215,7 +215,7 @@ def prepare_inputs(
         latents = family.scale_latents(held_moments.mean[:, 0])
         validation["target"] = _validator(family, objective, latents, embeddings, held_captions, False)
     if bank is not None:
-        bank, kept = _hold_out(bank, size)
+        bank, kept = hold_out(bank, size)
         words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
         validation["bank"] = _validator(family, objective, kept.latents, embeddings, words, True)
     targets = TargetSet(moments, captions, [e.name for e in data.examples])
@@ -223,7 +223,7 @@ def prepare_inputs(
     return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution)
 
 
-def _hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
+def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
     """Bank items to train on and, from its end, items that only validation sees: at most a fifth."""
     if len(bank) < 2:
         return bank, bank

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from difftuning_control.adapters import LORA_FILE
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
 from difftuning_control.budget import spread_budget
-from difftuning_control.errors import UserError
+from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     Reference,
     Sampling,
     build_reference,
+    check_held_out,
     decoded,
     figures,
     summarise,
@@ -35,7 +37,8 @@ from difftuning_control.evaluation.evaluate import (
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import digest_of, write_json
-from difftuning_control.provenance import describe_device, versions
+from difftuning_control.inputs import read_data
+from difftuning_control.provenance import describe_device, read_run, versions
 from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 PRIMARY = "kid"
 REAL, SHOWN = 256, 8
+MARKER = "pilot-settings.json"
 BUDGET, ALLOWED = "difftuning_budget", 0.1
 
 
@@ -64,7 +68,9 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         return replace(base, schedule=ScheduleConfig("measured", path=str(schedule)))
     if (match := POWER.fullmatch(side)) is not None:
         return replace(base, schedule=ScheduleConfig("power", tau=float(match[1])))
-    return replace(base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=allowed or ALLOWED)
+    return replace(
+        base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=ALLOWED if allowed is None else allowed
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,12 @@ class Pilot:
 
     def __init__(self, recipe: Recipe, config: PilotConfig, output: Path, tell: Callable[[str], object] = print):
         training = recipe.training
+        if not recipe.uses_bank:
+            raise UserError(
+                "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
+                "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
+            )
+        self.clock = time.time()
         self.config, self.output, self.tell = config, output, tell
         self.lengths = sorted(config.lengths or [training.max_steps])
         if len(self.lengths) > 1 and training.lr_scheduler in ("cosine", "linear"):
@@ -108,13 +120,15 @@ class Pilot:
         bank = replace(recipe.bank, path=recipe.bank.path or str(output / "bank"))
         self.recipe = replace(recipe, bank=bank)
         self.schedule = output / "schedule.json"
+        self.features = load_features(config.features, best_device())
+        check_held_out(read_data(recipe)[1])
         self.family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
 
     def run(self) -> dict[str, Any]:
         """All of it; returns what `pilot.json` holds."""
-        started = time.time()
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
         found = materials(self.family, self.recipe)
+        self._check_inputs(found)
         self.judge = self._judge(found)
         analysis = self._analyze(found)
         base, pictures = self._base(found)
@@ -133,8 +147,10 @@ class Pilot:
             "settings": self._settings(),
             "primary": PRIMARY,
             "cost": {
-                "seconds": time.time() - started,
-                "training_seconds": sum(r["seconds"] for s in sides for r in s["all_runs"]),
+                "seconds": self._spent(),
+                "training_seconds": sum(
+                    r["seconds"] for s in sides for r in s["all_runs"] if r["steps"] == self.lengths[-1]
+                ),
                 "runs": sum(len({r["folder"] for r in s["all_runs"]}) for s in sides),
                 "device": describe_device(self.family.device),
             },
@@ -160,18 +176,37 @@ class Pilot:
 
     # --- what all sides share ---------------------------------------------------------------------------------------
 
+    def _check_inputs(self, found: Materials) -> None:
+        """Refuse to go on with other data, another bank or another base than those that the pilot began with."""
+        parts = [found.data.fingerprint, found.held_out.fingerprint, found.bank.fingerprint, self.family.fingerprint]
+        marker = _marker(self.output)
+        if marker.setdefault("inputs", parts) != parts:
+            raise UserError(
+                f"the data, the bank or the base have changed since the pilot in {self.output} began; start afresh "
+                "with --overwrite, or choose another --output."
+            )
+        write_json(self.output / MARKER, marker)
+
+    def _spent(self) -> float:
+        """Seconds of this and of all earlier sessions of the pilot; the clock starts anew."""
+        marker = _marker(self.output)
+        now = time.time()
+        marker["seconds"] = marker.get("seconds", 0.0) + now - self.clock
+        self.clock = now
+        write_json(self.output / MARKER, marker)
+        return marker["seconds"]
+
     def _judge(self, found: Materials) -> Judge:
-        features = load_features(self.config.features, self.family.device)
         reference = build_reference(
-            self.family, features, real=found.held_out.sample(REAL), training=found.data,
+            self.family, self.features, real=found.held_out.sample(REAL), training=found.data,
             source=decoded(self.family, found.bank.latents[:REAL]), resolution=found.resolution,
         )  # fmt: skip
-        chosen = found.held_out.sample(2 * self.config.pictures).examples
-        halves = (chosen[::2], chosen[1::2]) if len(chosen) >= 2 * self.config.pictures else (chosen, chosen)
+        captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * self.config.pictures).examples))
+        halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
         sampling = [
             Sampling(
-                [half[i % len(half)].caption for i in range(self.config.pictures)], [0], self.config.steps,
-                self.config.guidance_scale, found.resolution, batch_size=32,
+                [half[i % len(half)] for i in range(self.config.pictures)], [0], self.config.steps,
+                self.config.guidance_scale, found.resolution, self.config.batch_size,
             )
             for half in halves
         ]  # fmt: skip
@@ -239,9 +274,14 @@ class Pilot:
     def side(self, name: str) -> dict[str, Any]:
         """The search, and the final runs with the winner."""
         first, *others = self.config.seeds
-        tried = {rate: self.train(name, rate, first) for rate in self.rates}
-        chosen = self.rates[0]
-        if len(self.rates) > 1:
+        tried = {rate: rows for rate in self.rates if (rows := self._try(name, rate, first)) is not None}
+        if not tried:
+            raise UserError(
+                f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in self.rates)}); give lower "
+                "ones with --pilot.learning_rates."
+            )
+        chosen = next(iter(tried))
+        if len(tried) > 1:
             chosen = min(tried, key=lambda rate: min(row["search"][PRIMARY] for row in tried[rate]))
         rows = list(tried[chosen])
         for seed in others:
@@ -260,10 +300,11 @@ class Pilot:
             "tuning": self._recipe(name, chosen, first).to_dict()["tuning"],
             "learning_rate": chosen,
             "search": search,
+            "diverged": [rate for rate in self.rates if rate not in tried],
             "runs": rows,
             "summary": summary,
             "best_length": best,
-            "all_runs": rows + [r for rate in self.rates if rate != chosen for r in tried[rate]],
+            "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
 
     def _recipe(self, side: str, rate: float, seed: int) -> Recipe:
@@ -275,6 +316,14 @@ class Pilot:
         output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
         return replace(self.recipe, tuning=tuning, training=training, output=output)
 
+    def _try(self, side: str, rate: float, seed: int) -> list[dict[str, Any]] | None:
+        """The rows of a run of the search; None if its loss became infinite."""
+        try:
+            return self.train(side, rate, seed)
+        except NonFiniteLossError:
+            self.tell(f"      {side} diverged at learning rate {rate:g}")
+            return None
+
     def train(self, side: str, rate: float, seed: int) -> list[dict[str, Any]]:
         """One run, judged at every length; read back where an earlier pilot in this folder has done it."""
         recipe = self._recipe(side, rate, seed)
@@ -285,7 +334,7 @@ class Pilot:
             kept = json.loads(done.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 return kept["rows"]
-        record = train(recipe)
+        record = self._train(recipe)
         rows = []
         for length in self.lengths:
             last = length == self.lengths[-1]
@@ -302,22 +351,48 @@ class Pilot:
                 | {f"{role}_loss": _mean(bands["tuned"]["loss"]) for role, bands in losses.items()}
                 | {"losses": losses}
             )
+        write_json(done, {"identity": identity, "rows": rows})
         for kept in folder.glob("step-*"):
             shutil.rmtree(kept)
         if seed != self.config.seeds[0]:
             shutil.rmtree(folder / "pipeline", ignore_errors=True)
-        write_json(done, {"identity": identity, "rows": rows})
+        self._spent()
         return rows
+
+    def _train(self, recipe: Recipe) -> dict[str, Any]:
+        """The run's record; it is trained again where its weights are gone but its figures are wanted."""
+        folder = Path(recipe.output)
+        weights = [folder / ("pipeline" if recipe.method == "full" else LORA_FILE)]
+        weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
+        run = read_run(folder)
+        gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)
+        if gone:
+            recipe = replace(recipe, training=replace(recipe.training, resume=False))
+        device = self.family.device
+        self.family.to("cpu")  # the run loads a model of its own
+        try:
+            return train(recipe, overwrite=gone)
+        finally:
+            self.family.to(device)
 
 
 def _identity(recipe: Recipe, config: PilotConfig) -> str:
-    """A digest of what the figures depend on: not of where they lie."""
+    """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
     values = recipe.to_dict()
     values.pop("output")
+    for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
+                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
+        values["training"].pop(name)
+    values["data"].pop("cache")
     schedule = values["tuning"]["schedule"]
     if schedule["path"] is not None:
         schedule["path"] = Path(schedule["path"]).read_text(encoding="utf-8")
     return digest_of([values, vars(config)])
+
+
+def _marker(output: Path) -> dict[str, Any]:
+    path = output / MARKER
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _mean(values: list[float]) -> float:
@@ -341,12 +416,11 @@ def pilot(
     from difftuning_control.report import write_pilot_report
 
     output = Path(recipe.output)
-    marker, identity = output / "pilot-settings.json", _identity(recipe, config)
+    marker, identity = output / MARKER, _identity(recipe, config)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
-        known = json.loads(marker.read_text(encoding="utf-8"))["identity"]
-        if known != identity and not overwrite:
+        if _marker(output)["identity"] != identity and not overwrite:
             raise UserError(
                 f"the output {output} holds a pilot with other settings; give --overwrite to replace it, or another "
                 "--output."
@@ -355,7 +429,7 @@ def pilot(
     job = Pilot(recipe, config, output, tell)
     if overwrite:
         shutil.rmtree(output, ignore_errors=True)
-    write_json(marker, {"identity": identity})
+    write_json(marker, _marker(output) | {"identity": identity})
     result = job.run()
     tell(f"report: {write_pilot_report(result, output, language)}")
     return result

@@ -40,6 +40,9 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     for section, names in (("model", ("id",)), ("data", ("path", "validation_path", "cache")), ("bank", ("path",))):
         for name in names:
             values[section].pop(name)
+    schedule = values["tuning"]["schedule"]
+    if schedule["path"] is not None:  # what the file says, not where it lies
+        schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
     for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
                  "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
         values["training"].pop(name)

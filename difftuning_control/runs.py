@@ -55,6 +55,11 @@ def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path)
     Raises:
         UserError: naming what differs.
     """
+    if record.get("dtype") not in (None, str(family.dtype)):
+        raise UserError(
+            f"the run {run} was tuned with its base in {record['dtype']}, which is loaded in {family.dtype} here; "
+            "judge runs of different precisions apart."
+        )
     base = record["fingerprints"]["base"]
     differing = [name for name, digest in family.fingerprints.items() if base.get(name) != digest]
     if differing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.evaluation.evaluate import Sampling, build_reference, decoded, figures
-from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
 from difftuning_control.inputs import progress
 from difftuning_control.runs import tuned_model
@@ -22,21 +22,27 @@ REAL = 256  # pictures that quality is judged against
 
 
 def staged_sampling(
-    family: StableDiffusion, found: Materials, config: AnalysisConfig, run: str, record: dict[str, Any]
+    family: StableDiffusion,
+    features: Features,
+    found: Materials,
+    config: AnalysisConfig,
+    run: str,
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     """{u0, tuned_above: {metric: [...]}, tuned_below: {...}}, every point with the same prompts and seeds.
 
     Raises:
-        UserError: with fewer than 5 held-out pictures.
+        UserError: with fewer than 6 held-out pictures.
     """
-    features = load_features(config.features, family.device)
     reference = build_reference(
         family, features, real=found.held_out.sample(REAL), training=found.data,
         source=decoded(family, found.bank.latents[:REAL]), resolution=found.resolution,
     )  # fmt: skip
     captions = [e.caption for e in found.held_out.sample(config.pictures).examples]
     prompts = [captions[i % len(captions)] for i in range(config.pictures)]
-    sampling = Sampling(prompts, [config.seed], config.steps, config.guidance_scale, found.resolution, batch_size=32)
+    sampling = Sampling(
+        prompts, [config.seed], config.steps, config.guidance_scale, found.resolution, config.batch_size
+    )
     result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
     with (
         progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,

@@ -39,6 +39,7 @@ class Evaluation:
         steps: sampling steps.
         guidance_scale: classifier-free guidance.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
+        batch_size: pictures drawn at once.
         output: folder of the results.
     """
 
@@ -51,13 +52,14 @@ class Evaluation:
     steps: int = 20
     guidance_scale: float = 4.0
     outside: list[str] = field(default_factory=list)
+    batch_size: int = 16
     output: str = "runs/evaluation"
 
     def __post_init__(self) -> None:
         if not self.runs or len(set(self.runs)) < len(self.runs):
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
         _check_seeds("seeds", self.seeds, 1)
-        _check("", self, {"pictures": 5, "steps": 1, "guidance_scale": 0})
+        _check("", self, {"pictures": 5, "steps": 1, "guidance_scale": 0, "batch_size": 1})
 
 
 @dataclass
@@ -74,6 +76,7 @@ class AnalysisConfig:
         guidance_scale: classifier-free guidance.
         features: lite0, dinov2, clip, inception, or a local model directory.
         seed: of the noise.
+        batch_size: pictures drawn at once.
     """
 
     rows: int = 64
@@ -85,9 +88,10 @@ class AnalysisConfig:
     guidance_scale: float = 4.0
     features: str = "lite0"
     seed: int = 0
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
-        least = {"rows": 4, "draws": 1, "pictures": 5, "steps": 1, "seed": 0, "guidance_scale": 0}
+        least = {"rows": 4, "draws": 1, "pictures": 5, "steps": 1, "seed": 0, "guidance_scale": 0, "batch_size": 1}
         _check("analysis.", self, least)
         if not self.u0 or not all(0 <= u <= 1 for u in self.u0):
             raise UserError(f"analysis.u0 is {self.u0}; expected numbers from 0 to 1.")
@@ -101,12 +105,13 @@ class PilotConfig:
         sides: plain (the yardstick), prior, difftuning_tau<number>, difftuning_measured, or difftuning_budget, which
             takes the recipe's forgetting_budget, or 0.1.
         seeds: of training and of the pictures; the spread is over these.
-        learning_rates: candidates of the search; half, once and twice that of the recipe when empty.
+        learning_rates: candidates of the search; half, once and twice the recipe's when empty.
         lengths: steps at which every run is judged, read off one run each; its last step when empty.
         pictures: generated pictures a run and length.
         steps: sampling steps.
         guidance_scale: classifier-free guidance of all sides.
         features: lite0, dinov2, clip, inception, or a local model directory.
+        batch_size: pictures drawn at once.
     """
 
     sides: list[str] = field(default_factory=lambda: list(SIDES))
@@ -117,10 +122,12 @@ class PilotConfig:
     steps: int = 15
     guidance_scale: float = 4.0
     features: str = "lite0"
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         for side in self.sides:
-            if side not in (*SIDES, "difftuning_budget") and not POWER.fullmatch(side):
+            power = POWER.fullmatch(side)
+            if side not in (*SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):
                 raise UserError(
                     f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured or "
                     "difftuning_budget."
@@ -128,6 +135,8 @@ class PilotConfig:
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")
         _check_seeds("pilot.seeds", self.seeds, 2)
-        _check("pilot.", self, {"pictures": 5, "steps": 1, "guidance_scale": 0})
+        _check("pilot.", self, {"pictures": 5, "steps": 1, "guidance_scale": 0, "batch_size": 1})
+        if len(set(self.lengths)) < len(self.lengths) or any(length < 1 for length in self.lengths):
+            raise UserError(f"pilot.lengths is {self.lengths}; expected different numbers of steps of at least 1.")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")

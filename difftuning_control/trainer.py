@@ -37,13 +37,13 @@ from difftuning_control.provenance import (
 )
 from difftuning_control.recipe import Recipe
 from difftuning_control.schedules import schedule_from_dict, with_flat_retention
-from difftuning_control.validation import BANDS, BandValidator
+from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
 
 TABLE = ("kind", "u", "psi", "xi")
-BUDGET_ROWS = 128  # bank items that the base's loss is measured on
+BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the base's loss is measured
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -196,7 +196,7 @@ def _budget(
     own = recipe.tuning.retention_prompts == "own"
     words = [bank.prompts[i] if own else "" for i in chosen.tolist()]
     batch = LatentBatch(bank.latents[chosen], inputs.embeddings.rows(words), torch.ones(len(chosen), dtype=torch.bool))
-    base = BandValidator(family, objective, batch, recipe.training.seed, bands=2 * BANDS).measure(family.denoiser)
+    base = BandValidator(family, objective, batch, recipe.training.seed, bands=BUDGET_POINTS).measure(family.denoiser)
     base = broadcast_object_list([base])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
@@ -243,6 +243,7 @@ def _describe(
         "family": family.name,
         "base_path": str(family.pipe.config._name_or_path),
         "fingerprints": fingerprints,
+        "dtype": str(family.dtype),
         "data": {
             "pictures": len(inputs.data),
             "held_out": len(inputs.held_out),

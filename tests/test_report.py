@@ -467,3 +467,22 @@ def test_it_renders_without_sideways_scrolling(tmp_path, language, width):
         assert len(inside.getcolors(1 << 20)) > 100  # text and charts, not a blank page
         dark = sum(n for n, c in inside.convert("L").getcolors() if c < 100)
         assert 0.005 < dark / (width * 1500) < 0.3
+
+
+@pytest.mark.parametrize(("seeds", "sides"), [(3, 3), (5, 4), (2, 2)])
+def test_a_pilot_without_any_effect_names_a_winner_in_few_cases_only(seeds, sides):
+    import random
+
+    rng, named = random.Random(0), 0
+    for _ in range(600):
+        names = ["plain", *(f"difftuning_tau{i}" for i in range(sides))]
+        found = [
+            {
+                "name": n,
+                "best_length": 1,
+                "runs": [{"seed": s, "steps": 1, "kid": rng.gauss(1, 0.1)} for s in range(seeds)],
+            }
+            for n in names
+        ]  # fmt: skip
+        named += verdict({"primary": "kid", "base": {}, "sides": found})["code"] == "winner"
+    assert named / 600 < 0.08

@@ -320,8 +320,8 @@ def test_runs_of_one_name_in_two_places_keep_their_rows(lora, words, root, tmp_p
 def test_the_table_has_a_line_for_every_side(result, capsys):
     lines = table(result).split("\n")
     head, rows = lines[0].split(), lines[1:]
-    assert head == ["kid", "×1000", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "bank", "loss",
-                    "apart"]  # fmt: skip
+    assert head == ["kid", "×1000", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "diversity",
+                    "bank", "loss", "apart"]  # fmt: skip
     assert [row.split()[0] for row in rows] == [s["name"] for s in (result["base"], *result["sides"])]
     assert len({len(line.rstrip()) for line in lines[2:]}) == 1
     side = result["sides"][0]
@@ -349,7 +349,7 @@ def test_one_seed_has_no_spread_and_real_pictures_can_stand_for_the_old_domain(m
 
 
 def test_captions_that_several_pictures_bear_have_no_counterpart(lora, words, tmp_path):
-    real = write_pictures(tmp_path / "real", count=6)
+    real = write_pictures(tmp_path / "real", count=6, seed=21)
     rows = [json.dumps({"file_name": f"{i}.png", "text": f"red {i % 2}"}) for i in range(6)]
     (real / "metadata.jsonl").write_text("\n".join(rows))
     main(words(tmp_path / "out", lora.output, data=real, seeds=[0]))
@@ -392,7 +392,7 @@ def test_an_output_that_holds_something_else_is_refused(lora, words, tmp_path, c
 def test_without_a_bank_something_must_stand_for_the_old_domain(make, words, tmp_path, capsys):
     plain = make("plain, one step", tuning=PLAIN, max_steps=1)
     train(plain)
-    expected = "no run here has a knowledge bank, so nothing stands for the old domain; give --source"
+    expected = "so nothing stands for the old domain; give --source, a folder of pictures as the base draws them"
     assert_refused(words(tmp_path / "out", plain.output), capsys, tmp_path, expected)
 
 
@@ -420,9 +420,24 @@ def test_runs_of_different_resolutions_are_not_compared(lora, words, tmp_path, c
 
 
 def test_too_few_held_out_pictures_are_refused(lora, words, tmp_path, capsys):
-    real = write_pictures(tmp_path / "real", count=4)
+    real = write_pictures(tmp_path / "real", count=5, seed=9)
     shown = refusal(words(tmp_path / "out", lora.output, data=real), capsys, tmp_path)
-    assert shown == "an evaluation needs at least 5 held-out pictures; there are 4."
+    assert shown.startswith("an evaluation needs at least 6 held-out pictures; there are 5.")
+
+
+def test_pictures_that_were_tuned_on_do_not_judge(lora, words, tmp_path, capsys):
+    shown = refusal(words(tmp_path / "out", lora.output, data=lora.data.path), capsys, tmp_path)
+    assert "pictures to judge with were tuned on; give pictures that were not" in shown
+
+
+def test_a_run_whose_pictures_have_changed_since_is_not_judged(make, words, tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", count=16)
+    run = make("", max_steps=1)
+    run = replace(run, data=replace(run.data, path=str(data)), output=str(tmp_path / "run"))
+    train(run)
+    write_pictures(data, count=16, seed=11)
+    shown = refusal(words(tmp_path / "out", run.output), capsys, tmp_path)
+    assert "its pictures have changed since" in shown
 
 
 def test_too_few_source_pictures_are_refused(lora, words, tmp_path, capsys):

@@ -294,7 +294,7 @@ def test_an_analysis_needs_no_run_and_is_not_overwritten(study, tmp_path, capsys
     recipe = tmp_path / "recipe.yaml"
     import yaml
 
-    recipe.write_text(yaml.safe_dump(study.to_dict() | {"output": str(tmp_path / "a")}))
+    recipe.write_text(yaml.safe_dump(study.to_dict() | {"output": str(tmp_path / "a"), "analysis": {"rows": 6}}))
     main(["analyze", "--config", str(recipe), "--analysis.rows", "6"])
     stamp = (tmp_path / "a" / "analysis.json").stat().st_mtime_ns
     with pytest.raises(SystemExit) as stopped:
@@ -363,3 +363,142 @@ def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
 def test_every_study_is_documented_key_by_key():
     for study in (AnalysisConfig, Evaluation, PilotConfig):
         assert all(f"        {name}: " in (study.__doc__ or "") for name in get_type_hints(study))
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def test_a_pilot_of_a_recipe_without_a_bank_is_refused(study, config, tmp_path):
+    plain = TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
+    with pytest.raises(UserError, match="every side would be plain fine-tuning"):
+        Pilot(replace(study, tuning=plain), config, tmp_path)
+
+
+def test_a_pilot_with_too_few_held_out_pictures_is_refused_before_any_work(study, config, tmp_path):
+    few = replace(study, data=replace(study.data, validation_path=None, holdout=0.25), output=str(tmp_path / "p"))
+    with pytest.raises(UserError, match=r"at least 6 held-out pictures; there are 2\. Raise data.holdout"):
+        pilot(few, config, "en", False)
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_search_and_the_figures_share_no_prompt(done, study, config, tmp_path):
+    from difftuning_control.analysis import materials
+
+    job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
+    judge = job._judge(materials(job.family, job.recipe))
+    assert not set(judge.search.prompts) & set(judge.final.prompts)
+
+
+def test_a_pilot_does_not_go_on_with_other_pictures(study, config, done, tmp_path):
+    folder, data = tmp_path / "copy", tmp_path / "pictures"
+    shutil.copytree(done[0], folder)
+    shutil.copytree(study.data.path, data)
+    moved = replace(study, data=replace(study.data, path=str(data)), output=str(folder))
+    settings = json.loads((folder / "pilot-settings.json").read_text())
+    from difftuning_control.pilot import _identity
+
+    (folder / "pilot-settings.json").write_text(json.dumps(settings | {"identity": _identity(moved, config)}))
+    Image.new("RGB", (16, 16), "red").save(data / "0.png")
+    with pytest.raises(UserError, match="have changed since the pilot"):
+        pilot(moved, config, "en", False, tell=lambda text: None)
+
+
+def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(study, config, tmp_path, monkeypatch):
+    from difftuning_control.analysis import materials
+
+    told = []
+    job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path, told.append)
+    found = materials(job.family, job.recipe)
+    job.judge = job._judge(found)
+    job.rates = [1e-2, 1e30]
+    side = job.side("plain")
+    assert (side["learning_rate"], side["diverged"]) == (1e-2, [1e30])
+    assert any("diverged at learning rate 1e+30" in line for line in told)
+    job.rates = [1e30, 1e31]
+    with pytest.raises(UserError, match="plain diverged at every learning rate"):
+        job.side("plain")
+
+
+def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, config, done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done[0], folder)
+    rate = done[1]["sides"][0]["learning_rate"]
+    lost = folder / "plain" / f"lr-{rate:g}" / "seed-1"
+    before = json.loads((lost / "figures.json").read_text())["rows"]
+    (lost / "figures.json").unlink()  # its step-… folders went when the figures were done
+    pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
+    after = json.loads((lost / "figures.json").read_text())["rows"]
+    assert [row["kid"] for row in after] == [row["kid"] for row in before]
+
+
+def test_the_cost_counts_every_session_and_no_step_twice(done):
+    cost, sides = done[1]["cost"], done[1]["sides"]
+    assert cost["seconds"] >= cost["training_seconds"] > 0
+    last = [r["seconds"] for s in sides for r in s["runs"] if r["steps"] == 4]
+    assert cost["training_seconds"] >= sum(last)
+
+
+def test_an_untouched_model_is_within_every_budget(study, tmp_path):
+    """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
+    from difftuning_control.families import load_family
+    from difftuning_control.forgetting import row_validator
+    from difftuning_control.inputs import prepare_inputs
+    from difftuning_control.trainer import _budget, build_objective, make_accelerator
+
+    recipe = replace(
+        study, model=ModelConfig("embedded"), tuning=replace(study.tuning, forgetting_budget=0.02),
+        data=replace(study.data, path="embedded/icons", validation_path="embedded/icons-eval", limit=8),
+        bank=replace(study.bank, size=40, steps=8, path=str(tmp_path / "bank")), output=str(tmp_path),
+    )  # fmt: skip
+    family = load_family("embedded")
+    objective = build_objective(recipe, family.process)
+    inputs = prepare_inputs(recipe, family, objective, make_accelerator(recipe))
+    budget = _budget(recipe, family, objective, inputs)
+    part = (inputs.bank.latents, [""] * len(inputs.bank))
+    rows = row_validator(family, part, inputs.embeddings, len(inputs.bank), 1, 100, seed=5)
+    losses = rows.rows(family.denoiser)
+    for _ in range(3):  # the running means forget where they began
+        budget.update(losses.flatten(), torch.tensor(rows.centres).repeat(len(losses)))
+    assert budget.rise == pytest.approx([0.0] * 5, abs=0.08)
+
+
+def test_a_study_of_a_training_recipe_goes_beside_its_output(tmp_path):
+    import yaml
+
+    from difftuning_control.cli import parse
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"output": "runs/x"}))
+    assert parse(["pilot", "--config", str(recipe)])[1].output == "runs/x-pilot"
+    assert parse(["analyze", "--config", str(recipe)])[1].output == "runs/x-analysis"
+    assert parse(["analyze", "--config", str(recipe), "--output", "mine"])[1].output == "mine"
+    recipe.write_text(yaml.safe_dump({"output": "runs/x", "pilot": {"pictures": 9}}))
+    assert parse(["pilot", "--config", str(recipe)])[1].output == "runs/x"
+
+
+def test_a_study_is_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 2
+    assert "demo runs in one process" in capsys.readouterr().err
+
+
+def test_a_measured_schedule_is_what_its_file_says_wherever_it_lies(study, tmp_path):
+    from difftuning_control.provenance import recipe_identity
+
+    table = {"u": [0.0, 1.0], "psi": [0.5, 1.0], "xi": [1.0, 0.0]}
+
+    def identity(name: str, values: dict) -> str:
+        (tmp_path / name).write_text(json.dumps(values))
+        schedule = ScheduleConfig("measured", path=str(tmp_path / name))
+        return recipe_identity(replace(study, tuning=replace(study.tuning, schedule=schedule)), {}, 1)
+
+    assert identity("a.json", table) == identity("b.json", table)
+    assert identity("a.json", table) != identity("a.json", table | {"psi": [0.0, 1.0]})
+
+
+@pytest.mark.parametrize("changes", [{"sides": ["plain", "difftuning_tau0"]}, {"lengths": [0, 4]}, {"lengths": [4, 4]}])
+def test_lengths_and_powers_of_zero_are_refused(changes):
+    with pytest.raises(UserError, match=r"pilot\.(sides|lengths)"):
+        PilotConfig(**changes)

@@ -11,23 +11,24 @@ from PIL import Image
 from torch import Tensor
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import Framing, cached_embeddings, cached_moments
+from difftuning_control.cache import cached_embeddings
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
     Sampling,
     build_reference,
+    check_held_out,
     decoded,
     figures,
     summarise,
     through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.evaluation.metrics import fid_warning
+from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
-from difftuning_control.forgetting import Curve, compare, loss_rows
-from difftuning_control.inputs import cache_folder, progress, read_data
+from difftuning_control.forgetting import Curve, compare, row_validator
+from difftuning_control.inputs import cache_folder, hold_out, progress, read_data
 from difftuning_control.pictures import save_grid
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
@@ -67,12 +68,15 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
     features = load_features(request.features, family.device)
     training, held_out = read_data(recipe)
-    real = load_images(request.data) if request.data is not None else held_out
+    real = load_images(request.data, need_captions=True) if request.data is not None else held_out
+    for run, record in records.items():
+        _check_data(run, record, request.runs[0], training, real)
+    check_held_out(real)
     bank = _bank(family, records)
     if bank is None and request.source is None:
         raise UserError(
-            "no run here has a knowledge bank, so nothing stands for the old domain; give --source, a folder of "
-            "pictures as the base draws them, or add a run with a bank."
+            "no run here has a knowledge bank of the base's samples (or it is no longer there), so nothing stands for "
+            "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
         )
     if request.source is not None:
         old = through_autoencoder(family, load_images(request.source, need_captions=False), resolution)
@@ -86,9 +90,14 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         )  # fmt: skip
     outside = request.outside or list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
     sampling = Sampling(
-        [e.caption for e in chosen.examples], request.seeds, request.steps, request.guidance_scale, resolution
+        [e.caption for e in chosen.examples],
+        request.seeds,
+        request.steps,
+        request.guidance_scale,
+        resolution,
+        request.batch_size,
     )
-    far = Sampling(outside, request.seeds[:1], request.steps, request.guidance_scale, resolution)
+    far = Sampling(outside, request.seeds[:1], request.steps, request.guidance_scale, resolution, request.batch_size)
 
     sides: list[dict[str, Any]] = []
     grid: dict[str, list[Image.Image]] = {}
@@ -99,10 +108,12 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             pictures = sampling.draw(model, advance)
             grid[name] = pictures[:8]
             drawn[name] = features(far.draw(model, advance))
-            each = len(sampling.prompts)
-            parts = [pictures[i * each : (i + 1) * each] for i in range(len(request.seeds))]
-            runs = [{"seed": s} | figures(p, sampling.prompts, reference) for s, p in zip(request.seeds, parts)]
-            return {"name": name, "runs": runs, "summary": summarise(runs)}
+            found, each, runs = features(pictures), len(sampling.prompts), []
+            for i, seed in enumerate(request.seeds):
+                rows = slice(i * each, (i + 1) * each)
+                runs.append({"seed": seed} | figures(pictures[rows], sampling.prompts, reference, found[rows]))
+            within = diversity(found, sampling.repeated_prompts)
+            return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
 
         drawn: dict[str, Tensor] = {}
         base = side("base", family)
@@ -112,10 +123,10 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
             sides.append(found | {"outside": float(apart.mean())})
     if bank is not None:
-        for found, curve in zip(sides, _forgetting(family, records, recipe, bank, real, resolution)):
+        for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
-    result = {
+    result: dict[str, Any] = {
         "status": "complete",
         "model": recipe.model.id,
         "settings": {
@@ -130,6 +141,23 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     return result
 
 
+def _check_data(run: str, record: dict[str, Any], first: str, training: ImageData, real: ImageData) -> None:
+    """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
+
+    Raises:
+        UserError: in these cases.
+    """
+    if record["fingerprints"]["data"] != training.fingerprint:
+        what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
+        raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
+    shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}
+    if shared:
+        raise UserError(
+            f"{len(shared)} of the {len(real)} pictures to judge with were tuned on; give pictures that were not, with "
+            "--data."
+        )
+
+
 def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
     """The first run's bank that is still there."""
     for record in records.values():
@@ -140,22 +168,13 @@ def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> Knowle
 
 
 def _forgetting(
-    family: StableDiffusion,
-    records: dict[str, dict[str, Any]],
-    recipe: Recipe,
-    bank: KnowledgeBank,
-    real: ImageData,
-    resolution: int,
+    family: StableDiffusion, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank
 ) -> list[Curve]:
-    """f(u) of every run on the same bank rows, with the prompts that the first run retains them under."""
-    cache = cache_folder(recipe.data)
-    moments = cached_moments(family, real, Framing(resolution), cache, lambda count: None)
-    own = recipe.tuning.retention_prompts == "own"
-    words = bank.prompts if own else [""] * len(bank)
-    captions = [e.caption for e in real.examples]
-    embeddings = cached_embeddings(family, captions + words, cache, lambda count: None)
-    target = (family.scale_latents(moments.mean[:, 0]), captions)
-    rows = loss_rows(family, target, (bank.latents, words), embeddings, rows=64, bands=BANDS).bank
+    """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
+    kept = hold_out(bank, recipe.training.validation_size)[1]
+    words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+    embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
+    rows = row_validator(family, (kept.latents, words), embeddings, len(kept), 1, BANDS, 0)
     base, found = rows.rows(family.denoiser), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
@@ -187,13 +206,15 @@ def table(result: dict[str, Any]) -> str:
     """The summary as text: mean ± standard deviation over seeds; KID times 1000."""
     sides = [result["base"], *result["sides"]]
     names = [c for c in COLUMNS if all(c in s["summary"] for s in sides)]
-    lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "bank loss", "apart"]]
+    names = [n for n in names if n != "diversity"]
+    lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
     for side in sides:
         row = [side["name"]]
         for name in names:
             value = side["summary"][name]
             shown = COLUMNS[name](value["mean"])
             row.append(shown if value["spread"] is None else f"{shown} ±{COLUMNS[name](value['spread'])}")
+        row.append("" if side["diversity"] is None else COLUMNS["diversity"](side["diversity"]))
         rise = side.get("forgetting", {}).get("mean")
         row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
         lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
 
 LEAST_PICTURES = 5
+LEAST_REAL = 6  # density looks at each one's five nearest
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,19 @@ def decoded(family: StableDiffusion, latents: Tensor, batch_size: int = 16) -> l
     return [picture for part in latents.split(batch_size) for picture in to_images(family.decode(part))]
 
 
+def check_held_out(real: ImageData) -> None:
+    """Refuse too few real pictures that nothing was tuned on.
+
+    Raises:
+        UserError: saying where more come from.
+    """
+    if len(real) < LEAST_REAL:
+        raise UserError(
+            f"an evaluation needs at least {LEAST_REAL} held-out pictures; there are {len(real)}. Raise data.holdout, "
+            "or name a folder of others with data.validation_path."
+        )
+
+
 def build_reference(
     family: StableDiffusion,
     features: Features,
@@ -114,11 +128,11 @@ def build_reference(
         source: pictures of the old domain as the model draws or decodes them.
 
     Raises:
-        UserError: with fewer than 5 pictures of any.
+        UserError: with fewer than 6 real or 5 source pictures.
     """
-    for name, count in (("held-out", len(real)), ("source", len(source))):
-        if count < LEAST_PICTURES:
-            raise UserError(f"an evaluation needs at least {LEAST_PICTURES} {name} pictures; there are {count}.")
+    check_held_out(real)
+    if len(source) < LEAST_PICTURES:
+        raise UserError(f"an evaluation needs at least {LEAST_PICTURES} source pictures; there are {len(source)}.")
     found = features(through_autoencoder(family, real, resolution))
     counterparts = {example.caption: row for example, row in zip(real.examples, found)}
     if len(counterparts) < len(real):  # captions are no names here, so no picture is the true one of its caption
@@ -127,18 +141,23 @@ def build_reference(
     return Reference(features, found, features(source), trained, counterparts)
 
 
-def figures(pictures: Sequence[Image.Image], prompts: Sequence[str], reference: Reference) -> dict[str, Any]:
+def figures(
+    pictures: Sequence[Image.Image], prompts: Sequence[str], reference: Reference, found: Tensor | None = None
+) -> dict[str, Any]:
     """Every figure of one side: kid, fid, domain_hit, pair_similarity, memorisation, density, coverage, diversity, …
 
     `domain_judge` is the accuracy of the classifier behind domain_hit; `pair_similarity`, `diversity` and `clip_score`
     are None where there are no counterparts, no prompt was drawn twice, or the features are no CLIP's.
+
+    Args:
+        found: the pictures' features, where they are known already.
 
     Raises:
         UserError: with fewer than 5 pictures.
     """
     if len(pictures) < LEAST_PICTURES:
         raise UserError(f"an evaluation needs at least {LEAST_PICTURES} generated pictures; there are {len(pictures)}.")
-    found, clip = reference.features(pictures), reference.features.clip
+    found, clip = reference.features(pictures) if found is None else found, reference.features.clip
     kid, kid_spread = metrics.kid(reference.real, found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said once for all sides, by `fid_warning`
