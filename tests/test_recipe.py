@@ -126,7 +126,7 @@ def test_a_schedule_takes_its_own_keys_and_no_others(kind):
 @pytest.mark.parametrize(
     ("config", "psi", "xi"),
     [
-        (ScheduleConfig(), 0.25, 0.75),
+        (ScheduleConfig(), 0.25**0.3, 1 - 0.25**0.3),
         (ScheduleConfig("power", tau=2.0), 0.0625, 0.9375),
         (ScheduleConfig("paper"), 0.25, 0.751),
         (ScheduleConfig("constant"), 1.0, 0.0),
