@@ -328,7 +328,7 @@ def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is list:
         return f"a list: [{_expected(parts[0])}, …]"
     if parts:
-        return f"{_expected(parts[0])} or null"
+        return " or ".join("null" if part is type(None) else _expected(part) for part in parts)
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
 
 

@@ -253,3 +253,8 @@ def test_importing_the_package_loads_nothing_heavy():
     code = f"import sys, difftuning_control, difftuning_control.cli; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_value_of_several_types_is_told_with_all_of_them():
+    with pytest.raises(UserError, match=r"expected a finite number or a list: \[a finite number, …\] or null"):
+        parse(["train", "--tuning.forgetting_budget", "abc"])
