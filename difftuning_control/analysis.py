@@ -114,16 +114,15 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
     if config.staged:
         check_held_out(found.held_out)
     result = measure(family, recipe, found, config)
-    result |= {"run": run, "forgetting": None, "learnt": None, "staged": None, "multipliers": None, "budget": None}
     if record is not None and run is not None:
-        result |= _of_run(family, recipe, found, config, run, record)
+        result |= _of_run(family, recipe, found, config, run, record) | {"run": run}
         if features is not None:
             result["staged"] = staged_sampling(family, features, found, config, run, record)
     return result | {"status": "complete", "seconds": time.time() - started}
 
 
 def measure(family: StableDiffusion, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
-    """The transfer gap of the pretrained model and the schedule that follows."""
+    """The transfer gap of the pretrained model and the schedule that follows; None for what only a run has."""
     rows = loss_rows(
         family, found.target, (found.bank.latents, found.bank.prompts), found.embeddings,
         rows=config.rows, draws=config.draws, seed=config.seed,
@@ -141,6 +140,7 @@ def measure(family: StableDiffusion, recipe: Recipe, found: Materials, config: A
         "gap": gap.to_dict(),
         "schedule": fit_schedule(gap.u, gap.mean).to_dict(),
         "advice": advice(gap),
+        **dict.fromkeys(("run", "forgetting", "learnt", "staged", "multipliers", "budget")),
     }
 
 
@@ -154,7 +154,7 @@ def _of_run(
 ) -> dict[str, Any]:
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
     kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
-    words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+    words = kept.retained_prompts(recipe.tuning.retention_prompts)
     fresh = found.fresh if len(found.fresh[1]) >= LEAST_ROWS else found.target
     parts = {"bank": (kept.latents, words), "target": fresh}
     rows = {

@@ -98,6 +98,10 @@ class KnowledgeBank:
     def fingerprint(self) -> str:
         return digest_of(self.manifest)
 
+    def retained_prompts(self, kind: str) -> list[str]:
+        """What the items are trained and measured with: `own`, or the empty prompt for all (`empty`)."""
+        return self.prompts if kind == "own" else [""] * len(self)
+
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` items' latents, drawn with replacement, (count, C, h, w)."""
         return self.latents[torch.randint(len(self), (count,), generator=generator)]

@@ -216,7 +216,7 @@ def prepare_inputs(
         validation["target"] = _validator(family, objective, latents, embeddings, held_captions, False)
     if bank is not None:
         bank, kept = hold_out(bank, size)
-        words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+        words = kept.retained_prompts(recipe.tuning.retention_prompts)
         validation["bank"] = _validator(family, objective, kept.latents, embeddings, words, True)
     targets = TargetSet(moments, captions, [e.name for e in data.examples])
     samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]

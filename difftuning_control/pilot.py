@@ -27,10 +27,9 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     Reference,
     Sampling,
-    build_reference,
     check_held_out,
-    decoded,
     figures,
+    reference_of,
     summarise,
     through_autoencoder,
 )
@@ -38,7 +37,7 @@ from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import digest_of, write_json
 from difftuning_control.inputs import read_data
-from difftuning_control.provenance import describe_device, read_run, versions
+from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
 from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
 
 PRIMARY = "kid"
-REAL, SHOWN = 256, 8
+SHOWN = 8
 MARKER = "pilot-settings.json"
 BUDGET, ALLOWED = "difftuning_budget", 0.1
 
@@ -197,10 +196,7 @@ class Pilot:
         return marker["seconds"]
 
     def _judge(self, found: Materials) -> Judge:
-        reference = build_reference(
-            self.family, self.features, real=found.held_out.sample(REAL), training=found.data,
-            source=decoded(self.family, found.bank.latents[:REAL]), resolution=found.resolution,
-        )  # fmt: skip
+        reference = reference_of(self.family, self.features, found)
         captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * self.config.pictures).examples))
         halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
         sampling = [
@@ -217,8 +213,7 @@ class Pilot:
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         config = AnalysisConfig(seed=self.config.seeds[0])
-        empty = {"run": None, "forgetting": None, "learnt": None, "staged": None, "multipliers": None, "budget": None}
-        analysis = measure(self.family, self.recipe, found, config) | empty | {"status": "complete"}
+        analysis = measure(self.family, self.recipe, found, config) | {"status": "complete"}
         write_json(self.schedule, analysis["schedule"])
         write_json(path, analysis)
         return analysis
@@ -378,16 +373,7 @@ class Pilot:
 
 def _identity(recipe: Recipe, config: PilotConfig) -> str:
     """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
-    values = recipe.to_dict()
-    values.pop("output")
-    for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
-                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
-        values["training"].pop(name)
-    values["data"].pop("cache")
-    schedule = values["tuning"]["schedule"]
-    if schedule["path"] is not None:
-        schedule["path"] = Path(schedule["path"]).read_text(encoding="utf-8")
-    return digest_of([values, vars(config)])
+    return digest_of([deciding_settings(recipe), vars(config)])
 
 
 def _marker(output: Path) -> dict[str, Any]:

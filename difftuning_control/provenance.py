@@ -28,24 +28,31 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
-    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
-
-    Args:
-        processes: how many share the work; the batch is theirs together.
-    """
+def deciding_settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values without what only watches or says where things are written."""
     values = recipe.to_dict()
     values.pop("output")
-    # where things lie does not matter: what they are is in the fingerprints
-    for section, names in (("model", ("id",)), ("data", ("path", "validation_path", "cache")), ("bank", ("path",))):
-        for name in names:
-            values[section].pop(name)
+    values["data"].pop("cache")
     schedule = values["tuning"]["schedule"]
     if schedule["path"] is not None:  # what the file says, not where it lies
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
     for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
                  "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
         values["training"].pop(name)
+    return values
+
+
+def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
+    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
+
+    Args:
+        processes: how many share the work; the batch is theirs together.
+    """
+    values = deciding_settings(recipe)
+    # where things lie does not matter: what they are is in the fingerprints
+    for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",))):
+        for name in names:
+            values[section].pop(name)
     return digest_of([values, fingerprints, processes])
 
 
@@ -73,6 +80,12 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
+def refuse_file(output: Path) -> None:
+    """A UserError if there is a file where the output or a folder above it should be."""
+    if any(p.is_file() for p in (output, *output.parents)):
+        raise UserError(f"the output {output} is a file or lies below one; name a folder.")
+
+
 def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
     """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
 
@@ -83,8 +96,7 @@ def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
         UserError: in these cases.
     """
     folder = Path(path)
-    if any(p.is_file() for p in (folder, *folder.parents)):
-        raise UserError(f"the output {folder} is a file or lies below one; name a folder.")
+    refuse_file(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / marker).exists():
@@ -103,8 +115,7 @@ class OutputFolder:
 
     def __init__(self, path: Path, resume: bool, overwrite: bool):
         self.path, self._created = path, not path.exists()
-        if any(p.is_file() for p in (path, *path.parents)):
-            raise UserError(f"the output {path} is a file or lies below one; name a folder.")
+        refuse_file(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")
         try:

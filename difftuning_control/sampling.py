@@ -11,6 +11,7 @@ from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
 from difftuning_control.inputs import check_resolution, progress
 from difftuning_control.pictures import sample_pictures, save_grid
+from difftuning_control.provenance import refuse_file
 from difftuning_control.runs import finished_run, tuned_model
 
 
@@ -32,8 +33,7 @@ def sample_to_folder(
         UserError: if the run is not there or not finished, or the output folder already holds pictures.
     """
     folder = Path(output)
-    if any(p.is_file() for p in (folder, *folder.parents)):
-        raise UserError(f"the output {folder} is a file or lies below one; name a folder.")
+    refuse_file(folder)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.evaluation.evaluate import Sampling, build_reference, decoded, figures
+from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
 from difftuning_control.inputs import progress
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from difftuning_control.studies import AnalysisConfig
 
 METRICS = ("kid", "domain_hit", "pair_similarity")
-REAL = 256  # pictures that quality is judged against
 
 
 def staged_sampling(
@@ -34,10 +33,7 @@ def staged_sampling(
     Raises:
         UserError: with fewer than 6 held-out pictures.
     """
-    reference = build_reference(
-        family, features, real=found.held_out.sample(REAL), training=found.data,
-        source=decoded(family, found.bank.latents[:REAL]), resolution=found.resolution,
-    )  # fmt: skip
+    reference = reference_of(family, features, found)
     captions = [e.caption for e in found.held_out.sample(config.pictures).examples]
     prompts = [captions[i % len(captions)] for i in range(config.pictures)]
     sampling = Sampling(

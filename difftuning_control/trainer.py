@@ -15,13 +15,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
 from difftuning_control.adapters import LORA_FILE
-from difftuning_control.batch import LatentBatch
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_family
 from difftuning_control.fingerprint import digest_of_file, write_json, write_text
-from difftuning_control.forgetting import affordable_rows, measure_schedule
+from difftuning_control.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
@@ -37,7 +36,6 @@ from difftuning_control.provenance import (
 )
 from difftuning_control.recipe import Recipe
 from difftuning_control.schedules import schedule_from_dict, with_flat_retention
-from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from difftuning_control.families.sd import StableDiffusion
@@ -81,7 +79,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         objective = replace(objective, schedule=schedule_from_dict({k: measured[k] for k in TABLE}))
     budget = None
     if recipe.tuning.forgetting_budget is not None:
-        budget = _budget(recipe, family, objective, inputs)
+        budget = _budget(recipe, family, inputs)
         objective = replace(objective, schedule=with_flat_retention(objective.schedule, objective.process.u))
     loop = TrainingLoop(recipe, family, objective, inputs, accelerator, identity, budget)
 
@@ -185,19 +183,14 @@ def _auto_schedule(recipe: Recipe, family: StableDiffusion, inputs: TrainingInpu
     return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 
 
-def _budget(
-    recipe: Recipe, family: StableDiffusion, objective: DiffTuningObjective, inputs: TrainingInputs
-) -> ForgettingBudget:
+def _budget(recipe: Recipe, family: StableDiffusion, inputs: TrainingInputs) -> ForgettingBudget:
     """The budget, with the pretrained model's loss on the bank rows as they will be trained on."""
     assert inputs.bank is not None
     assert recipe.tuning.forgetting_budget is not None
     bank = inputs.bank
-    chosen = torch.linspace(0, len(bank) - 1, min(len(bank), BUDGET_ROWS)).round().long()
-    own = recipe.tuning.retention_prompts == "own"
-    words = [bank.prompts[i] if own else "" for i in chosen.tolist()]
-    batch = LatentBatch(bank.latents[chosen], inputs.embeddings.rows(words), torch.ones(len(chosen), dtype=torch.bool))
-    base = BandValidator(family, objective, batch, recipe.training.seed, bands=BUDGET_POINTS).measure(family.denoiser)
-    base = broadcast_object_list([base])[0]
+    part = (bank.latents, bank.retained_prompts(recipe.tuning.retention_prompts))
+    rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
+    base = broadcast_object_list([rows.measure(family.denoiser)])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 

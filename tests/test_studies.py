@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import write_pictures
 from PIL import Image
+from test_features import save_tiny_dinov2
 
 from difftuning_control.analysis import analyze
 from difftuning_control.budget import spread_budget
@@ -36,14 +37,7 @@ BUDGET = [0.0, 0.05, 0.1, 0.2, 0.3]
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a vision model of some thousand weights: features that cost nothing."""
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("features") / "tiny"
-    torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, mlp_ratio=2)
-    Dinov2Model(config).save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return str(folder)
+    return str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +447,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     family = load_family("embedded")
     objective = build_objective(recipe, family.process)
     inputs = prepare_inputs(recipe, family, objective, make_accelerator(recipe))
-    budget = _budget(recipe, family, objective, inputs)
+    budget = _budget(recipe, family, inputs)
     part = (inputs.bank.latents, [""] * len(inputs.bank))
     rows = row_validator(family, part, inputs.embeddings, len(inputs.bank), 1, 100, seed=5)
     losses = rows.rows(family.denoiser)

@@ -15,6 +15,7 @@ from difftuning_control.cache import cached_embeddings
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
+    MOST,
     Sampling,
     build_reference,
     check_held_out,
@@ -82,7 +83,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         old = through_autoencoder(family, load_images(request.source, need_captions=False), resolution)
     else:
         assert bank is not None
-        old = decoded(family, bank.latents[:256])
+        old = decoded(family, bank.latents[:MOST])
     chosen = real.sample(request.pictures)
     with progress(3, f"{features.name} features of real pictures"):
         reference = build_reference(
@@ -172,7 +173,7 @@ def _forgetting(
 ) -> list[Curve]:
     """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
-    words = kept.prompts if recipe.tuning.retention_prompts == "own" else [""] * len(kept)
+    words = kept.retained_prompts(recipe.tuning.retention_prompts)
     embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
     rows = row_validator(family, (kept.latents, words), embeddings, len(kept), 1, BANDS, 0)
     base, found = rows.rows(family.denoiser), []
@@ -205,8 +206,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 def table(result: dict[str, Any]) -> str:
     """The summary as text: mean ± standard deviation over seeds; KID times 1000."""
     sides = [result["base"], *result["sides"]]
-    names = [c for c in COLUMNS if all(c in s["summary"] for s in sides)]
-    names = [n for n in names if n != "diversity"]
+    names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
     lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
     for side in sides:
         row = [side["name"]]

@@ -23,9 +23,11 @@ from difftuning_control.evaluation.features import Features
 from difftuning_control.pictures import sample_pictures, to_images
 
 if TYPE_CHECKING:
+    from difftuning_control.analysis import Materials
     from difftuning_control.families.sd import StableDiffusion
 
 LEAST_PICTURES = 5
+MOST = 256  # real pictures, and samples of the base, that quality is judged against
 LEAST_REAL = 6  # density looks at each one's five nearest
 
 
@@ -139,6 +141,14 @@ def build_reference(
         counterparts = {}
     trained = features(through_autoencoder(family, training, resolution))
     return Reference(features, found, features(source), trained, counterparts)
+
+
+def reference_of(family: StableDiffusion, features: Features, found: Materials) -> Reference:
+    """The reference of a study: its held-out pictures, and its decoded bank for the old domain."""
+    return build_reference(
+        family, features, real=found.held_out.sample(MOST), training=found.data,
+        source=decoded(family, found.bank.latents[:MOST]), resolution=found.resolution,
+    )  # fmt: skip
 
 
 def figures(
