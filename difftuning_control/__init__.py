@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
+    from difftuning_control.control import Conditioner, ControlSpec
     from difftuning_control.errors import NonFiniteLossError, UserError
     from difftuning_control.families import embedded_model, family_of, load_family
     from difftuning_control.noise import NoiseProcess
@@ -20,6 +21,8 @@ _HOME = {
     "BankRequest": "bank",
     "KnowledgeBank": "bank",
     "LatentBatch": "batch",
+    "Conditioner": "control",
+    "ControlSpec": "control",
     "NonFiniteLossError": "errors",
     "UserError": "errors",
     "embedded_model": "families",
@@ -37,7 +40,9 @@ _HOME = {
 }
 __all__ = [
     "BankRequest",
+    "Conditioner",
     "ConstantSchedule",
+    "ControlSpec",
     "DiffTuningObjective",
     "KnowledgeBank",
     "LatentBatch",

@@ -1,4 +1,4 @@
-"""What trains: a LoRA adapter on the denoiser, or all of its weights."""
+"""What trains: a LoRA adapter on the denoiser, all of its weights, or a ControlNet beside it, whole or by LoRA."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import sort_metadata
 
 if TYPE_CHECKING:
+    from difftuning_control.control import ControlSpec
     from difftuning_control.families.sd import StableDiffusion
 
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -19,15 +20,43 @@ ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-class LoRATuning:
-    """W + (alpha / rank) · B A on the chosen linear and convolution modules; only A and B train.
+def attach_lora(
+    module: Any, rank: int, alpha: float | None, targets: str, dropout: float, seed: int, default: tuple[str, ...]
+) -> None:
+    """Freeze a diffusers model and inject W + (alpha / rank) · B A into its chosen modules; A is drawn from `seed`.
+
+    Args:
+        targets: names of modules separated by commas, or auto for `default`.
 
     Raises:
-        UserError: unless every name is borne by linear or convolution modules of the denoiser only.
+        UserError: unless every name is borne by linear or convolution modules only.
+    """
+    from peft import LoraConfig
+
+    names = list(default) if targets == "auto" else [n.strip() for n in targets.split(",") if n.strip()]
+    modules = dict(module.named_modules())
+    named = {t: [m for n, m in modules.items() if n == t or n.endswith(f".{t}")] for t in names}
+    unknown = [t for t, found in named.items() if not found or not all(isinstance(m, LAYERS) for m in found)]
+    if unknown or not names:
+        raise UserError(
+            f"adapter.targets names {', '.join(unknown) or 'nothing'}, which are no linear or convolution modules of "
+            f"what is tuned; expected names such as {', '.join(default)}, or auto."
+        )
+    module.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settings: Any = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
+        module.add_adapter(LoraConfig(target_modules=names, init_lora_weights="gaussian", **settings))
+
+
+class LoRATuning:
+    """W + (alpha / rank) · B A on the chosen modules of the denoiser; only A and B train.
 
     References:
         LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685
     """
+
+    result = LORA_FILE
 
     def __init__(
         self,
@@ -38,24 +67,8 @@ class LoRATuning:
         dropout: float = 0.0,
         seed: int = 0,
     ):
-        from peft import LoraConfig
-
         self.family = family
-        names = list(family.lora_targets) if targets == "auto" else [n.strip() for n in targets.split(",") if n.strip()]
-        modules = dict(family.denoiser.named_modules())
-        named = {t: [m for n, m in modules.items() if n == t or n.endswith(f".{t}")] for t in names}
-        unknown = [t for t, found in named.items() if not found or not all(isinstance(m, LAYERS) for m in found)]
-        if unknown or not names:
-            raise UserError(
-                f"adapter.targets names {', '.join(unknown) or 'nothing'}, which are no linear or convolution "
-                "modules of the denoiser; "
-                f"expected names such as {', '.join(family.lora_targets)}, or auto."
-            )
-        family.denoiser.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            settings: Any = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
-            family.denoiser.add_adapter(LoraConfig(target_modules=names, init_lora_weights="gaussian", **settings))
+        attach_lora(family.denoiser, rank, alpha, targets, dropout, seed, family.lora_targets)
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -76,6 +89,8 @@ class LoRATuning:
 class FullTuning:
     """All weights of the denoiser, in float32."""
 
+    result = "pipeline"
+
     def __init__(self, family: StableDiffusion):
         self.family = family
         family.denoiser.float().requires_grad_(True)
@@ -86,3 +101,64 @@ class FullTuning:
     def save(self, folder: Path) -> None:
         """Write a pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.family.save_pipeline(folder)
+
+
+class ControlNetTuning:
+    """The family's ControlNet, in float32, beside a frozen denoiser: all of its weights, or a LoRA.
+
+    With a LoRA the condition embedding and the zero convolutions train whole, since a new condition must first be
+    read and a new ControlNet's output is zero; what is saved is a ControlNet like any other, the update merged into it.
+
+    Args:
+        spec: how the conditions are made; saved beside the weights.
+        adapter: rank, alpha, targets, dropout and seed of a LoRA; the whole ControlNet when None.
+
+    References:
+        Adding Conditional Control to Text-to-Image Diffusion Models (Zhang et al., 2023), https://arxiv.org/abs/2302.05543
+        CtrLoRA: An Extensible and Efficient Framework for Controllable Image Generation (Xu et al., 2024),
+        https://arxiv.org/abs/2410.09400
+    """
+
+    result = "controlnet"
+    whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        spec: ControlSpec,
+        adapter: tuple[int, float | None, str, float, int] | None = None,
+    ):
+        self.family, self.spec = family, spec
+        family.denoiser.requires_grad_(False)
+        family.controlnet.float().requires_grad_(adapter is None)
+        if adapter is not None:
+            attach_lora(family.controlnet, *adapter, default=family.lora_targets)
+            for name in self.whole:
+                getattr(family.controlnet, name).requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.family.controlnet.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write a directory for `ControlNetModel.from_pretrained`, with `control_spec.json` in it."""
+        self.family.save_controlnet(folder, merged(self.family.controlnet))
+        self.spec.save(folder)
+
+
+def merged(module: Any) -> Any:
+    """The model with its adapter's update added to the weights it belongs to; the model itself without an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
+    if not tuned:
+        return module
+    state = {}
+    for key, value in module.state_dict().items():
+        if ".lora_" not in key:
+            state[key.replace(".base_layer.", ".")] = value
+    for name, layer in tuned.items():
+        update: Any = layer
+        state[f"{name}.weight"] = state[f"{name}.weight"] + update.get_delta_weight(ADAPTER).to(state[f"{name}.weight"])
+    plain = type(module).from_config(module.config)
+    plain.load_state_dict(state)
+    return plain

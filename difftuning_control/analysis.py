@@ -33,10 +33,10 @@ from difftuning_control.inputs import (
     check_captions,
     hold_out,
     prepare_bank,
-    progress,
     read_data,
     resolution_of,
 )
+from difftuning_control.progress import progress
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.staging import staged_sampling
@@ -100,6 +100,11 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
     started = time.time()
     record = finished_run(run) if run is not None else None
     recipe = recipe_of(record) if record is not None else recipe
+    if record is not None and recipe.method == "controlnet":
+        raise UserError(
+            f"the run {run} is a ControlNet, beside which the model stays as it was: there is nothing that it forgot; "
+            "judge its pictures with difftune evaluate."
+        )
     family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
     if record is not None and run is not None:
         check_base(family, record, run)

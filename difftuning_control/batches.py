@@ -20,6 +20,7 @@ from difftuning_control.cache import LatentMoments, PromptEmbeddings
 from difftuning_control.objective import DiffTuningObjective
 
 if TYPE_CHECKING:
+    from difftuning_control.conditions import Conditions
     from difftuning_control.families.sd import StableDiffusion
 
 TARGET, BANK = 0, 1
@@ -44,11 +45,12 @@ def shuffled(seed: int, stream: int, start: int, count: int, size: int) -> list[
 
 @dataclass(frozen=True)
 class TargetSet:
-    """The pictures to tune on: moments, captions and names, all of the same length."""
+    """The pictures to tune on: moments, captions, names and perhaps conditions, all of the same length."""
 
     moments: LatentMoments
     captions: list[str]
     names: list[str]
+    conditions: Conditions | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -72,6 +74,8 @@ class BatchSource:
         bank_prompts: own, or empty (bank rows train with the empty prompt).
         prompt_dropout: share of target rows that get the empty prompt.
         size: rows of a forward on one process.
+        bank_conditions: one an item, for a ControlNet; bank rows have a blank condition without.
+        condition_dropout: share of target rows that get a blank condition.
     """
 
     family: StableDiffusion
@@ -85,6 +89,8 @@ class BatchSource:
     seed: int
     process_index: int = 0
     num_processes: int = 1
+    bank_conditions: Conditions | None = None
+    condition_dropout: float = 0.0
 
     def rows(self, step: int) -> TrainingRows:
         """The rows of this process in forward number `step`."""
@@ -96,13 +102,14 @@ class BatchSource:
         levels = self.objective.sample_levels(is_retention, generator)
         dropped = torch.rand(total, generator=generator) < self.prompt_dropout
         views = torch.randint(self.targets.moments.views, (total,), generator=generator)
+        blank = torch.rand(total, generator=generator) < self.condition_dropout
         target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))
         bank_rows = shuffled(self.seed, BANK, step * banks, banks, len(self.bank)) if self.bank is not None else []
 
         mine = range(self.process_index, total, self.num_processes)
         shape = self.targets.moments.mean.shape[2:]
         noises = torch.stack([self._noise(step, row, shape) for row in mine])
-        latents, prompts, names = [], [], []
+        latents, prompts, names, conditions = [], [], [], []
         for place, row in enumerate(mine):
             if row < targets:
                 item = target_rows[row]
@@ -110,15 +117,28 @@ class BatchSource:
                 latents.append(self.family.scale_latents(picture))
                 prompts.append("" if dropped[row] else self.targets.captions[item])
                 names.append(self.targets.names[item])
+                conditions.append(self._condition(self.targets.conditions, item, int(views[row]), bool(blank[row])))
             else:
                 assert self.bank is not None
                 item = bank_rows[row - targets]
                 latents.append(self.bank.latents[item])
                 prompts.append(self.bank.prompts[item] if self.bank_prompts == "own" else "")
                 names.append(f"bank item {item}")
+                conditions.append(self._condition(self.bank_conditions, item, 0, False))
         chosen = torch.tensor(list(mine))
-        batch = LatentBatch(torch.stack(latents), self.embeddings.rows(prompts), is_retention[chosen], names)
+        conditioning = self.embeddings.rows(prompts)
+        if self.targets.conditions is not None:
+            conditioning["control"] = torch.stack([c for c in conditions if c is not None])
+        batch = LatentBatch(torch.stack(latents), conditioning, is_retention[chosen], names)
         return TrainingRows(batch, noises[:, 1], levels[chosen], (targets, banks))
+
+    def _condition(self, conditions: Conditions | None, item: int, view: int, blank: bool) -> Tensor | None:
+        """(3, H, W) uint8, black where it is blank; None where no ControlNet trains."""
+        if self.targets.conditions is None:
+            return None
+        if conditions is None or blank:
+            return torch.zeros_like(self.targets.conditions.row(0))
+        return conditions.row(item, view)
 
     def _noise(self, step: int, row: int, shape: torch.Size) -> Tensor:
         """Two standard normal tensors: for the draw from the moments and for the forward process."""

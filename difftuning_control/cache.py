@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.data import Example, ImageData, fit_square
+from difftuning_control.data import Example, ImageData, frame
 from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -46,13 +46,27 @@ class Framing:
     def views(self) -> int:
         return self.crops * (2 if self.flip else 1)
 
-    def pixels(self, example: Example) -> Tensor:
-        """All views of a picture, (views, 3, resolution, resolution) in [-1, 1]; mirror images come last."""
-        image = example.load()
+    def settled(self) -> Framing:
+        """The same framing, equal to every other that gives the same views."""
+        return replace(self, seed=self.seed if self.crops > 1 else 0)  # the seed only places crops
+
+    def arrange(self, example: Example, framed: Callable[[tuple[float, float]], np.ndarray]) -> np.ndarray:
+        """All views, (views, resolution, resolution, 3) uint8, of what `framed` gives for each place of the frame;
+        mirror images come last."""
         rng = np.random.default_rng([self.seed, int(example.digest[:8], 16)])
-        places = [(0.5, 0.5)] if self.crops == 1 else [tuple(rng.random(2)) for _ in range(self.crops)]
-        views = torch.from_numpy(np.stack([fit_square(image, self.resolution, place) for place in places]))
-        return torch.cat([views, views.flip(3)]) if self.flip else views
+        places = [(0.5, 0.5)] if self.crops == 1 else [(float(x), float(y)) for x, y in rng.random((self.crops, 2))]
+        views = np.stack([framed(place) for place in places])
+        return np.concatenate([views, views[:, :, ::-1]]) if self.flip else views
+
+    def pictures(self, example: Example) -> np.ndarray:
+        """All views of a picture, (views, resolution, resolution, 3) uint8."""
+        image = example.load()
+        return self.arrange(example, lambda place: frame(image, self.resolution, self.resolution, place))
+
+    def pixels(self, example: Example) -> Tensor:
+        """All views of a picture, (views, 3, resolution, resolution) in [-1, 1]."""
+        views = np.ascontiguousarray(self.pictures(example).transpose(0, 3, 1, 2), dtype=np.float32)
+        return torch.from_numpy(views / 127.5 - 1)
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,11 @@ def cached_moments(
     family: StableDiffusion, data: ImageData, framing: Framing, folder: Path, advance: Advance, batch_size: int = 16
 ) -> LatentMoments:
     """The moments of every picture, from the cache where it has them. `advance(n)` is told of n pictures done."""
-    views = replace(framing, seed=framing.seed if framing.crops > 1 else 0)  # the seed only places crops
     shards = []
     for start in range(0, len(data), SHARD):
         examples = data.examples[start : start + SHARD]
-        key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), vars(views)])
+        views = vars(framing.settled())
+        key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), views])
         path = folder / f"moments-{key}.safetensors"
         tensors = read_tensors(path)
         if tensors is None:

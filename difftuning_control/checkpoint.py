@@ -35,6 +35,7 @@ class TrainingState:
     ema: EMAModel | None = None
     scaler: Any | None = None
     budget: Any | None = None
+    fidelity: Any | None = None
 
 
 def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str) -> Path:
@@ -66,6 +67,8 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         values["scaler"] = state.scaler.state_dict()
     if state.budget is not None:
         values["budget"] = state.budget.state_dict()
+    if state.fidelity is not None:
+        values["fidelity"] = state.fidelity.state_dict()
     values["files"] = {p.name: digest_of_file(p) for p in sorted(temporary.iterdir())}
     write_json(temporary / "state.json", values)
     shutil.rmtree(final, ignore_errors=True)
@@ -118,6 +121,8 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         state.scaler.load_state_dict(values["scaler"])
     if state.budget is not None:
         state.budget.load_state_dict(values["budget"])
+    if state.fidelity is not None:
+        state.fidelity.load_state_dict(values["fidelity"])
     return int(values["step"])
 
 

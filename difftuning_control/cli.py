@@ -45,6 +45,8 @@ class SampleCommand:
         run: folder of a finished run.
         model: the pretrained model (--model.id, --model.variant); that of the run when --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
+        control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
+        control_ready: the picture given as --control is a condition already.
         compare: also draw the base's pictures and put both into one grid.
         output: folder of the pictures.
         steps: sampling steps.
@@ -57,6 +59,8 @@ class SampleCommand:
     prompts: list[str] = field(default_factory=list)
     run: str | None = None
     model: ModelConfig | None = None
+    control: str | None = None
+    control_ready: bool = False
     compare: bool = False
     output: str = "runs/samples"
     steps: int = 25
@@ -80,6 +84,10 @@ class SampleCommand:
             raise UserError("give --run or --model.id, not both; a run knows its model.")
         if self.compare and self.run is None:
             raise UserError("--compare needs --run: it sets a trained model beside its base.")
+        if self.control is not None and self.run is None:
+            raise UserError("--control needs --run: the folder of a trained ControlNet.")
+        if self.control_ready and self.control is None:
+            raise UserError("--control_ready is given without --control; name the picture of the condition.")
 
 
 @dataclass
@@ -358,6 +366,29 @@ def run_train(command: TrainCommand) -> None:
     for role, losses in run["losses"].items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         print(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+    _print_control(run)
+
+
+def _print_control(run: dict[str, Any]) -> None:
+    """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
+    if run["control"] is None:
+        return
+    blank = run["control"]["blank"]
+    if blank:
+        names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
+        print(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
+    curve = run.get("fidelity")
+    if curve is None:
+        return
+    name, found = curve["main"], curve["convergence"]
+    said = "no convergence that can be told from noise"
+    if found is not None:
+        way = "suddenly" if found["sudden"] else "gradually"
+        said = f"converged {way} at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})"
+    print(
+        f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
+        f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
+    )
 
 
 def run_bank(command: BankCommand) -> None:

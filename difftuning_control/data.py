@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,17 @@ EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and its caption. `load` gives the picture as 8-bit RGB; `digest` identifies its bytes."""
+    """One picture and its caption. `load` gives the picture as 8-bit RGB; `digest` identifies its bytes.
+
+    `load_condition` and `condition_digest` are those of a condition picture that the user supplies, else None.
+    """
 
     name: str
     caption: str
     digest: str
     load: Callable[[], Image.Image] = field(compare=False, repr=False)
+    condition_digest: str | None = None
+    load_condition: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a picture, a caption or their order does."""
-        lines = [f"{e.digest} {e.caption}" for e in self.examples]
+        """Changes when a picture, a caption, a supplied condition or their order does."""
+        lines = [" ".join(filter(None, [e.digest, e.condition_digest, e.caption])) for e in self.examples]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def split(self, holdout: float) -> tuple[ImageData, ImageData]:
@@ -98,6 +103,8 @@ def load_images(
     default_caption: str | None = None,
     skip_bad: bool = False,
     need_captions: bool = True,
+    condition_column: str | None = None,
+    condition_path: str | None = None,
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -106,30 +113,78 @@ def load_images(
         default_caption: for pictures without a caption of their own.
         skip_bad: leave out what cannot be used, and count it, instead of stopping.
         need_captions: False where captions play no part (pictures that serve as a bank).
+        condition_column: column of the condition pictures that the user supplies (file names in a folder's metadata).
+        condition_path: folder of these pictures, each named like its picture (another extension is fine).
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
     checker = _Checker(skip_bad, default_caption if need_captions else default_caption or "")
-    if path.startswith("embedded/"):
-        folder = embedded_set(path.removeprefix("embedded/"))
-    else:
-        folder = Path(path).expanduser()
+    folder = _place(path)
+    columns = Columns(image_column, caption_column, condition_column)
     rows: list[Row]
     if folder.is_dir() and (local := _local_dataset(folder)) is not None:
-        rows, ignored = dataset_rows(local, image_column, caption_column, checker.default_caption is None), 0
+        rows, ignored = dataset_rows(local, columns, checker.default_caption is None), 0
     elif folder.is_dir():
-        rows, ignored = _folder_rows(folder, caption_column, checker)
+        rows, ignored = _folder_rows(folder, columns, checker)
     elif folder.exists():
         raise UserError(f"{path} is a file; expected a folder of pictures with captions.")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
-        rows, ignored = _dataset_rows(path, image_column, caption_column, checker.default_caption is None), 0
+        rows, ignored = _dataset_rows(path, columns, checker.default_caption is None), 0
+    if condition_path is not None:
+        rows = _with_conditions(rows, condition_path, checker)
     return checker.data(path, rows, ignored)
 
 
-Row = tuple[str, Callable[[], bytes], Any]  # name, bytes of the picture, caption
+def _place(path: str) -> Path:
+    """The folder that a path, or the name of an embedded set, stands for."""
+    if path.startswith("embedded/"):
+        return embedded_set(path.removeprefix("embedded/"))
+    return Path(path).expanduser()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture before it is checked; `condition` reads the picture supplied as its condition."""
+
+    name: str
+    read: Callable[[], bytes]
+    caption: Any
+    condition: Callable[[], bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns; a folder's metadata has no column of pictures but file_name."""
+
+    image: str = "image"
+    caption: str = "text"
+    condition: str | None = None
+
+
+def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> list[Row]:
+    """Each row with the picture of the same name in another folder."""
+    folder = _place(path)
+    if not folder.is_dir():
+        raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
+    found = {str(p.relative_to(folder).with_suffix("")): p for p in files if _outside(p, folder) is None}
+    keys = [str(Path(row.name).with_suffix("")) for row in rows]
+    extra = sorted(set(found) - set(keys))
+    if extra and not checker.skip_bad:
+        raise UserError(
+            f"{path} has {len(extra)} conditions without a picture, such as {found[extra[0]].name}; take them out, or "
+            "leave such files out: --data.skip_bad true."
+        )
+    paired = []
+    for row, key in zip(rows, keys):
+        if key in found:
+            paired.append(replace(row, condition=found[key].read_bytes))
+        else:
+            checker.bad[row.name] = f"has no condition in {path}"
+    return paired
 
 
 class _Checker:
@@ -140,7 +195,7 @@ class _Checker:
         self.bad: dict[str, str] = {}
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
-        examples = [e for row in rows if (e := self._example(*row)) is not None]
+        examples = [e for row in rows if (e := self._example(row)) is not None]
         self._stop_if_bad(source)
         if not examples:
             found = f"{ignored} other files" if ignored else "nothing"
@@ -150,25 +205,42 @@ class _Checker:
             )
         return ImageData(source, examples, self.bad, ignored)
 
-    def _example(self, name: str, data: Callable[[], bytes], caption: Any) -> Example | None:
+    def _example(self, row: Row) -> Example | None:
+        caption = row.caption
         if caption is not None and not isinstance(caption, str):
-            self.bad[name] = f"has a {type(caption).__name__} for a caption; expected text"
+            self.bad[row.name] = f"has a {type(caption).__name__} for a caption; expected text"
             return None
         caption = (caption or "").strip() or self.default_caption
         if caption is None:
-            self.bad[name] = "has no caption; write one, or give one for all with --data.default_caption"
+            self.bad[row.name] = "has no caption; write one, or give one for all with --data.default_caption"
             return None
+        picture = self._picture(row.name, row.read)
+        if picture is None:
+            return None
+        if row.condition is None:
+            return Example(row.name, caption, picture[1], lambda: decode_image(row.read()))
+        condition = self._picture(row.name, row.condition, "has a condition that ")
+        if condition is None:
+            return None
+        (width, height), (wide, high) = picture[0], condition[0]
+        if abs(width * high - wide * height) > max(width * high, wide * height) / min(width, height, wide, high):
+            self.bad[row.name] = f"is {width}x{height}, but its condition {wide}x{high}; expected the same proportions"
+            return None
+        read = row.condition
+        return Example(
+            row.name, caption, picture[1], lambda: decode_image(row.read()), condition[1], lambda: decode_image(read())
+        )  # fmt: skip
+
+    def _picture(self, name: str, read: Callable[[], bytes], what: str = "") -> tuple[tuple[int, int], str] | None:
+        """Size and digest of a picture that can be used."""
         try:
-            content = data()
-            decode_image(content)
+            content = read()
+            return decode_image(content).size, hashlib.sha256(content).hexdigest()
         except UserError as error:
-            self.bad[name] = str(error)
-            return None
+            self.bad[name] = f"{what}{error}"
         except OSError as error:
-            self.bad[name] = f"cannot be read ({error.strerror})"
-            return None
-        digest = hashlib.sha256(content).hexdigest()
-        return Example(name, caption, digest, lambda: decode_image(data()))
+            self.bad[name] = f"{what}cannot be read ({error.strerror})"
+        return None
 
     def _stop_if_bad(self, source: str) -> None:
         if self.bad and not self.skip_bad:
@@ -233,17 +305,19 @@ def _outside(path: Path, root: Path) -> str | None:
     return None if Path(target).is_relative_to(os.path.realpath(root)) else target
 
 
-def _folder_rows(folder: Path, caption_column: str, checker: _Checker) -> tuple[list[Row], int]:
+def _folder_rows(folder: Path, columns: Columns, checker: _Checker) -> tuple[list[Row], int]:
     metadata = [p for n in ("metadata.jsonl", "metadata.csv") if (p := folder / n).exists()]
     if len(metadata) > 1:
         raise UserError(f"{folder} has both metadata.jsonl and metadata.csv; keep one.")
     files = {p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
     files -= {p for p in files if any(part.startswith(".") for part in p.relative_to(folder).parts)}
     if metadata:
-        named = list(_metadata_captions(metadata[0], folder, caption_column, checker))
-        rows: list[Row] = [(name, path.read_bytes, caption) for name, path, caption in named]
-        return rows, len(files - {metadata[0], *(folder / name for name, _, _ in named)})
-    rows, used = [], set()
+        named = list(_metadata_rows(metadata[0], folder, columns, checker))
+        return [row for row, _ in named], len(files.difference([metadata[0]], *(used for _, used in named)))
+    if columns.condition is not None:
+        raise UserError(f"{folder} has no metadata, so no column {columns.condition!r}; name a folder of conditions.")
+    rows: list[Row] = []
+    used: set[Path] = set()
     for path in sorted(p for p in files if p.suffix.lower() in EXTENSIONS or p.is_dir()):
         name, beside = str(path.relative_to(folder)), path.with_suffix(".txt")
         used |= {path, beside}
@@ -255,13 +329,12 @@ def _folder_rows(folder: Path, caption_column: str, checker: _Checker) -> tuple[
             except UnicodeDecodeError:
                 checker.bad[name] = f"has a caption, {beside.name}, that is not UTF-8 text; save it as UTF-8"
                 continue
-            rows.append((name, path.read_bytes, text))
+            rows.append(Row(name, path.read_bytes, text))
     return rows, len(files - used)
 
 
-def _metadata_captions(
-    path: Path, folder: Path, caption_column: str, checker: _Checker
-) -> Iterable[tuple[str, Path, Any]]:
+def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) -> Iterable[tuple[Row, set[Path]]]:
+    """Each row of a metadata file, and the files that it uses."""
     if (target := _outside(path, folder)) is not None:
         raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
     try:
@@ -277,19 +350,27 @@ def _metadata_captions(
     columns = sorted({key for row in rows if isinstance(row, dict) for key in row if key})
     if not rows or not all(isinstance(row, dict) and row.get("file_name") for row in rows):
         raise UserError(f"{path} needs a file_name in every row; found the columns {', '.join(columns) or 'none'}.")
-    if caption_column not in columns and checker.default_caption is None:
+    if names.caption not in columns and checker.default_caption is None:
         raise UserError(
-            f"{path} has no column {caption_column!r}, only {', '.join(columns)}; name it with --data.caption_column."
+            f"{path} has no column {names.caption!r}, only {', '.join(columns)}; name it with --data.caption_column."
+        )
+    if names.condition is not None and names.condition not in columns:
+        raise UserError(
+            f"{path} has no column {names.condition!r}, only {', '.join(columns)}; name it with --control.column."
         )
     for row in rows:
         name = str(row["file_name"])
-        file = folder / name
-        if _outside(file, folder) is not None:
-            checker.bad[name] = f"is named by {path.name} but lies outside the folder"
-        elif not file.is_file():
-            checker.bad[name] = f"is named by {path.name} but does not exist"
-        else:
-            yield name, file, row.get(caption_column)
+        files = {"": folder / name}
+        if names.condition is not None:
+            files["a condition that "] = folder / str(row.get(names.condition) or "")
+        for what, file in files.items():
+            if _outside(file, folder) is not None:
+                checker.bad[name] = f"{what and 'has '}{what}is named by {path.name} but lies outside the folder"
+            elif not file.is_file():
+                checker.bad[name] = f"{what and 'has '}{what}is named by {path.name} but does not exist"
+        if name not in checker.bad:
+            condition = files["a condition that "].read_bytes if names.condition is not None else None
+            yield Row(name, files[""].read_bytes, row.get(names.caption), condition), set(files.values())
 
 
 def _local_dataset(folder: Path) -> Any:
@@ -313,7 +394,7 @@ def _local_dataset(folder: Path) -> Any:
     return found
 
 
-def _dataset_rows(name: str, image_column: str, caption_column: str, need_captions: bool) -> list[Row]:
+def _dataset_rows(name: str, columns: Columns, need_captions: bool) -> list[Row]:
     """Rows of the train split of a `datasets` data set, by Hub name."""
     import datasets
 
@@ -324,40 +405,56 @@ def _dataset_rows(name: str, image_column: str, caption_column: str, need_captio
             f"{name} is no folder here and cannot be loaded as a data set ({type(error).__name__}); "
             "give a folder of pictures, or a data set that this machine can reach."
         ) from None
-    return dataset_rows(data, image_column, caption_column, need_captions)
+    return dataset_rows(data, columns, need_captions)
 
 
-def dataset_rows(data: Any, image_column: str, caption_column: str, need_captions: bool = True) -> list[Row]:
-    """Rows of a `datasets.Dataset` with an `Image` column and a caption column."""
+def dataset_rows(data: Any, columns: Columns, need_captions: bool = True) -> list[Row]:
+    """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions."""
     import datasets
 
     if not isinstance(data, datasets.Dataset):
         raise UserError(f"the data set is a {type(data).__name__}; expected a datasets.Dataset, such as one split.")
-    missing = [c for c in (image_column, caption_column) if c not in data.column_names]
-    if missing and (need_captions or missing[0] == image_column):
+    wanted = {columns.image: True, columns.caption: need_captions}
+    if columns.condition is not None:
+        wanted[columns.condition] = True
+    missing = [c for c, needed in wanted.items() if needed and c not in data.column_names]
+    if missing:
         found = ", ".join(data.column_names)
         raise UserError(
-            f"the data set has no column {missing[0]!r}, only {found}; name it with --data.image_column or "
-            "--data.caption_column."
+            f"the data set has no column {missing[0]!r}, only {found}; name it with --data.image_column, "
+            "--data.caption_column or --control.column."
         )
+    read = _reader(data, columns.image)
+    read_condition = _reader(data, columns.condition) if columns.condition is not None else None
+    captions = list(data[columns.caption]) if columns.caption in data.column_names else [None] * len(data)
+    return [
+        Row(f"row {i}", read(i), captions[i], read_condition(i) if read_condition is not None else None)
+        for i in range(len(data))
+    ]
+
+
+def _reader(data: Any, column: str) -> Callable[[int], Callable[[], bytes]]:
+    """Gives for a row's number what reads the bytes of its picture."""
+    import datasets
+
     try:
-        raw = data.cast_column(image_column, datasets.Image(decode=False))
+        raw = data.cast_column(column, datasets.Image(decode=False))
     except Exception:  # pyarrow's, of several kinds
         raise UserError(
-            f"the column {image_column!r} of the data set holds no pictures; name another with --data.image_column."
+            f"the column {column!r} of the data set holds no pictures; name another with --data.image_column or "
+            "--control.column."
         ) from None
 
     def content(i: int) -> Callable[[], bytes]:
         def read() -> bytes:
-            cell = raw[i][image_column] or {}
+            cell = raw[i][column] or {}
             if cell.get("bytes") is None and cell.get("path") is None:
                 raise UserError("has no picture")
             return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
         return read
 
-    captions = [None] * len(data) if caption_column in missing else list(data[caption_column])
-    return [(f"row {i}", content(i), captions[i]) for i in range(len(data))]
+    return content
 
 
 def images_from_dataset(
@@ -365,23 +462,30 @@ def images_from_dataset(
 ) -> ImageData:
     """Examples of a `datasets.Dataset` object that is already in memory."""
     checker = _Checker(skip_bad, None)
-    return checker.data("the data set", dataset_rows(data, image_column, caption_column))
+    return checker.data("the data set", dataset_rows(data, Columns(image_column, caption_column)))
+
+
+def frame(
+    image: Image.Image,
+    height: int,
+    width: int,
+    crop: tuple[float, float] = (0.5, 0.5),
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
+    """Resize until the frame is just covered and crop it at the relative position, (height, width, 3) uint8.
+
+    Args:
+        crop: relative position (x, y) of the frame within what is left over, each in [0, 1]; the middle by default.
+    """
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(size, resample)
+    left, top = round((image.width - width) * crop[0]), round((image.height - height) * crop[1])
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """Resize the shorter side to `resolution`, crop a square at the relative position, scale to [-1, 1].
-
-    Args:
-        crop: relative position (x, y) of the square within what is left over, each in [0, 1]; the middle by default.
-
-    Returns:
-        (3, resolution, resolution) float32.
-    """
-    scale = resolution / min(image.size)
-    if scale != 1:
-        size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left = round((image.width - resolution) * crop[0])
-    top = round((image.height - resolution) * crop[1])
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    """A picture in a square frame, scaled to [-1, 1], (3, resolution, resolution) float32."""
+    pixels = frame(image, resolution, resolution, crop).astype(np.float32)
     return np.ascontiguousarray((pixels / 127.5 - 1).transpose(2, 0, 1))

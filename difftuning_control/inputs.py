@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,13 @@ from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import TargetSet
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.control import Conditioner
+from difftuning_control.control_inputs import ControlInputs, prepare_control
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
 from difftuning_control.validation import BandValidator
 
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.families.sd import StableDiffusion
-
-
-@contextmanager
-def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int], object]]:
-    """A progress bar, unless it is over at once; gives the function that is told of the number of items done."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, delay=0.5) as bar:
-        yield bar.update
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -60,6 +52,7 @@ class TrainingInputs:
     validation: dict[str, BandValidator]
     sample_prompts: list[str]
     resolution: int
+    control: ControlInputs | None = None
 
 
 def resolution_of(family: StableDiffusion, data: DataConfig) -> int:
@@ -90,11 +83,14 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
         "default_caption": config.default_caption,
         "skip_bad": config.skip_bad,
     }
-    data = load_images(config.path, **options)
+    if recipe.method == "controlnet":
+        options["condition_column"] = recipe.control.column
+    data = load_images(config.path, **options, condition_path=recipe.control.path)
     if config.limit is not None:
         data = ImageData(data.source, data.examples[: config.limit], data.skipped, data.ignored_files)
     if config.validation_path is not None:
-        return data, load_images(config.validation_path, **options)
+        held_out = load_images(config.validation_path, **options, condition_path=recipe.control.validation_path)
+        return data, held_out
     return data.split(config.holdout)
 
 
@@ -181,18 +177,25 @@ def _bank_of_pictures(
 
 
 def prepare_inputs(
-    recipe: Recipe, family: StableDiffusion, objective: DiffTuningObjective, accelerator: Accelerator
+    recipe: Recipe,
+    family: StableDiffusion,
+    objective: DiffTuningObjective,
+    accelerator: Accelerator,
+    conditioner: Conditioner | None = None,
 ) -> TrainingInputs:
     """Read, check, encode and cache everything; build the bank if it is wanted and not there.
 
+    Args:
+        conditioner: of the ControlNet that is to be trained.
+
     Raises:
-        UserError: for whatever is wrong with the data, the captions or the bank.
+        UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
     show = accelerator.is_main_process
     resolution = resolution_of(family, recipe.data)
     size = recipe.training.validation_size
-    data, held_out = read_data(recipe)
-    held_out = held_out.sample(size)
+    data, all_held_out = read_data(recipe)
+    held_out = all_held_out.sample(size)
     for part in (data, held_out):
         check_captions(family, part, recipe.data.truncate_captions)
     captions = [e.caption for e in data.examples]
@@ -205,6 +208,11 @@ def prepare_inputs(
     with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
         moments = cached_moments(family, data, framing, cache, advance)
         held_moments = cached_moments(family, held_out, Framing(resolution), cache, advance) if len(held_out) else None
+    control = None
+    if conditioner is not None:
+        control = prepare_control(
+            recipe, family, conditioner, data, held_out, all_held_out, bank, framing, cache, accelerator
+        )  # fmt: skip
     prompts = captions + held_captions + (bank.prompts if bank is not None else [])
     unique = len(set(prompts) | {""})
     with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
@@ -213,14 +221,19 @@ def prepare_inputs(
     validation = {}
     if held_moments is not None:
         latents = family.scale_latents(held_moments.mean[:, 0])
-        validation["target"] = _validator(family, objective, latents, embeddings, held_captions, False)
+        rows = embeddings.rows(held_captions) | (control.rows_of_held_out() if control is not None else {})
+        validation["target"] = _validator(family, objective, latents, rows, False)
     if bank is not None:
         bank, kept = hold_out(bank, size)
-        words = kept.retained_prompts(recipe.tuning.retention_prompts)
-        validation["bank"] = _validator(family, objective, kept.latents, embeddings, words, True)
-    targets = TargetSet(moments, captions, [e.name for e in data.examples])
+        rows = embeddings.rows(kept.retained_prompts(recipe.tuning.retention_prompts))
+        rows |= control.rows_of_bank(len(kept)) if control is not None else {}
+        validation["bank"] = _validator(family, objective, kept.latents, rows, True)
+    made = control.targets if control is not None else None
+    targets = TargetSet(moments, captions, [e.name for e in data.examples], made)
     samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
-    return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution)
+    if control is not None:
+        samples = (held_captions or captions)[: len(control.shown)]
+    return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution, control)
 
 
 def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
@@ -240,9 +253,8 @@ def _validator(
     family: StableDiffusion,
     objective: DiffTuningObjective,
     latents: torch.Tensor,
-    embeddings: PromptEmbeddings,
-    prompts: list[str],
+    conditioning: dict[str, torch.Tensor],
     retention: bool,
 ) -> BandValidator:
-    batch = LatentBatch(latents, embeddings.rows(prompts), torch.full((len(latents),), retention))
+    batch = LatentBatch(latents, conditioning, torch.full((len(latents),), retention))
     return BandValidator(family, objective, batch)

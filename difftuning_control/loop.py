@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from difftuning_control.adapters import LORA_FILE, FullTuning, LoRATuning
+from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning, LoRATuning
 from difftuning_control.batches import BatchSource, step_seed
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.fingerprint import write_json, write_text
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective import DiffTuningObjective
@@ -51,19 +54,15 @@ class TrainingLoop:
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
         # measured on the pretrained weights, before anything is attached to them
-        self.base_losses = self._validate(family.denoiser)
-        self.base_pictures = self._sample() if self.config.sample_every else []
+        self.model = family.model
+        self.base_losses = self._validate(self.model)
+        self.base_pictures = self._sample(controlled=False) if self.config.sample_every else []
 
-        adapter = recipe.adapter
-        self.tuning: LoRATuning | FullTuning
-        if recipe.method == "lora":
-            self.tuning = LoRATuning(
-                family, adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, self.config.seed
-            )  # fmt: skip
-        else:
-            self.tuning = FullTuning(family)
+        self.tuning = self._attach()
         if self.config.gradient_checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
+            for module in (family.denoiser, family.controlnet):
+                if module is not None:
+                    module.enable_gradient_checkpointing()
         self.parameters = self.tuning.parameters()
         optimizer = torch.optim.AdamW(
             self.parameters.values(), self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -72,29 +71,50 @@ class TrainingLoop:
             self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,
         )  # fmt: skip
-        self.denoiser, self.optimizer = accelerator.prepare(family.denoiser, optimizer)
+        self.denoiser, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.ema = None
         if self.config.ema_decay is not None:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay, use_ema_warmup=True)
-        self.state = TrainingState(self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget)
+        self.probe = inputs.control.probe if inputs.control is not None else None
+        self.curve = FidelityCurve(self.probe.kind) if self.probe is not None else None
+        self.state = TrainingState(
+            self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
+        )  # fmt: skip
         self.source = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
             recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
-            accelerator.num_processes,
+            accelerator.num_processes, inputs.control.bank if inputs.control is not None else None,
+            recipe.control.dropout,
         )  # fmt: skip
+
+    def _attach(self) -> LoRATuning | FullTuning | ControlNetTuning:
+        """What trains, by the recipe's method."""
+        adapter = self.recipe.adapter
+        settings = (adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, self.config.seed)
+        if self.recipe.method == "lora":
+            return LoRATuning(self.family, *settings)
+        if self.recipe.method == "full":
+            return FullTuning(self.family)
+        assert self.inputs.control is not None
+        spec = self.inputs.control.conditioner.spec
+        return ControlNetTuning(self.family, spec, settings if adapter.on == "controlnet" else None)
 
     def run(self) -> tuple[dict[str, Any], float]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
         first = self._resume()
+        if self.curve is not None and first == 0:
+            self._measure_fidelity(0)
         if self.config.trackers:
             self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
         self.denoiser.train()
-        seconds = 0.0
+        seconds, last = 0.0, first
         with tqdm(
             total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
             disable=not self.accelerator.is_main_process,
         ) as bar:  # fmt: skip
             for step in range(first, self.config.max_steps):
+                if self._has_converged(step):
+                    break
                 begun = time.time()
                 losses = self._step(step)
                 seconds += time.time() - begun
@@ -105,12 +125,18 @@ class TrainingLoop:
                     watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
                 self._log(step + 1, losses | watched)
                 self._watch(step + 1)
-        tuned = self._validate_tuned(self.config.max_steps)
+                last = step + 1
+        self.steps = last
+        if last < self.config.max_steps and self.config.sample_every:
+            self._sample_grid(last)
+        if self.curve is not None and self.curve.steps[-1] != last:
+            self._measure_fidelity(last)
+        tuned = self._validate_tuned(last)
         losses_by_role = {
             role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.base_losses.items()
         }
         self._save()
-        done = self.config.max_steps - first
+        done = last - first
         return losses_by_role, done / seconds if seconds else math.nan
 
     def _step(self, step: int) -> dict[str, float]:
@@ -182,6 +208,8 @@ class TrainingLoop:
         last = done == self.config.max_steps
         if self.config.validate_every and done % self.config.validate_every == 0 and not last:
             self._validate_tuned(done)
+        if self.curve is not None and done % self.recipe.control.fidelity.every == 0:
+            self._measure_fidelity(done)
         if self.config.sample_every and (done % self.config.sample_every == 0 or last):
             self._sample_grid(done)
         if done in self.config.save_at:
@@ -207,28 +235,59 @@ class TrainingLoop:
 
     def _validate_tuned(self, step: int) -> dict[str, BandLosses]:
         with self._averaged_weights():
-            found = self._validate(self.family.denoiser)
+            found = self._validate(self.model)
         row: dict[str, float] = {}
         for role, bands in found.items():
             row |= {f"validation/{role}_{u:.1f}": value for u, value in zip(bands.centres, bands.losses)}
         self._log(step, row)
         return found
 
-    def _sample(self) -> list[Any]:
+    def _sample(self, controlled: bool = True) -> list[Any]:
+        """The pictures of a sample grid; `controlled` off draws them without the ControlNet."""
         if not self.accelerator.is_main_process:
             return []
+        shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
         with self.accelerator.autocast():
             return sample_pictures(
                 self.family, self.inputs.sample_prompts, seed=self.config.seed, steps=self.config.sample_steps,
-                guidance_scale=self.config.sample_guidance_scale, resolution=self.inputs.resolution,
+                guidance_scale=self.config.sample_guidance_scale, resolution=self.inputs.resolution, control=shown,
             )  # fmt: skip
 
     def _sample_grid(self, step: int) -> None:
         with self._averaged_weights():
             tuned = self._sample()
+        if not self.accelerator.is_main_process:
+            return
+        rows = {"base": self.base_pictures, f"step {step}": tuned}
+        if self.inputs.control is not None:
+            conditions = self.inputs.control.shown.permute(0, 2, 3, 1).numpy()
+            rows = {"condition": [Image.fromarray(c) for c in conditions], **rows}
+        save_grid(self.output / "samples" / f"step-{step:06d}.png", rows, self.inputs.sample_prompts)
+
+    def _measure_fidelity(self, step: int) -> None:
+        """The next point of the curve, the same on every process."""
+        assert self.probe is not None
+        assert self.curve is not None
+        found: list[Any] = [None, None]
         if self.accelerator.is_main_process:
-            rows = {"base": self.base_pictures, f"step {step}": tuned}
-            save_grid(self.output / "samples" / f"step-{step:06d}.png", rows, self.inputs.sample_prompts)
+            with self._averaged_weights(), self.accelerator.autocast():
+                found[0] = self.probe.measure(self.family)
+                found[1] = self.probe.measure(self.family, controlled=False) if not self.curve.without else None
+        found = broadcast_object_list(found)
+        if found[1] is not None:
+            self.curve.without = found[1]
+        self.curve.add(step, found[0])
+        self._log(step, {f"fidelity/{name}": value for name, value in found[0].items()})
+        if self.accelerator.is_main_process:
+            write_json(self.output / "fidelity.json", self.curve.describe())
+
+    def _has_converged(self, step: int) -> bool:
+        """Whether the recipe ends the run here."""
+        if self.config.stop_when is None:
+            return False
+        assert self.curve is not None
+        end = self.curve.stop_at(self.config.stop_after)
+        return end is not None and step >= end
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if not values or not self.accelerator.is_main_process:
@@ -274,10 +333,10 @@ class TrainingLoop:
         """The result in diffusers' own format, renamed into place once it is whole."""
         if not self.accelerator.is_main_process:
             return
-        partial = self._write_weights()
-        if isinstance(self.tuning, LoRATuning):
-            (partial / LORA_FILE).replace(self.output / LORA_FILE)
+        partial, result = self._write_weights(), self.output / self.tuning.result
+        if result.name == LORA_FILE:
+            (partial / LORA_FILE).replace(result)
             partial.rmdir()
         else:
-            shutil.rmtree(self.output / "pipeline", ignore_errors=True)  # of a run that broke off after saving
-            partial.replace(self.output / "pipeline")
+            shutil.rmtree(result, ignore_errors=True)  # of a run that broke off after saving
+            partial.replace(result)

@@ -27,14 +27,20 @@ def sample_pictures(
     resolution: int,
     batch_size: int = 16,
     advance: Callable[[int], object] = lambda count: None,
+    control: Tensor | None = None,
 ) -> list[Image.Image]:
-    """One picture a prompt; picture i starts from noise that depends on (seed, i) alone, whatever the weights."""
+    """One picture a prompt; picture i starts from noise that depends on (seed, i) alone, whatever the weights.
+
+    Args:
+        control: a condition a prompt for the family's ControlNet, (N, 3, H, W) uint8; drawn without it when None.
+    """
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(step_seed(seed, start + i)) for i in range(len(part))]
+        conditions = control[start : start + batch_size] if control is not None else None
         latents = family.sample(
-            part, generators, steps=steps, guidance_scale=guidance_scale, resolution=resolution
+            part, generators, steps=steps, guidance_scale=guidance_scale, resolution=resolution, control=conditions
         )  # fmt: skip
         pictures += to_images(family.decode(latents))
         advance(len(part))
@@ -43,8 +49,12 @@ def sample_pictures(
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to PIL pictures, as diffusers rounds them."""
-    arrays = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype(np.uint8)
-    return [Image.fromarray(a) for a in arrays]
+    return [Image.fromarray(array) for array in to_arrays(pixels)]
+
+
+def to_arrays(pixels: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, as diffusers rounds them."""
+    return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype(np.uint8)
 
 
 def save_grid(

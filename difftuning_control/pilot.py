@@ -102,6 +102,11 @@ class Pilot:
                 "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
                 "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
             )
+        if recipe.method == "controlnet":
+            raise UserError(
+                "a pilot compares LoRA or full fine-tuning; compare ControlNets with difftune evaluate and the fidelity"
+                " curves in their run.json."
+            )
         self.clock = time.time()
         self.config, self.output, self.tell = config, output, tell
         self.lengths = sorted(config.lengths or [training.max_steps])

@@ -19,7 +19,7 @@ from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "fidelity.png",
 )  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -39,6 +39,9 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
                  "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
         values["training"].pop(name)
+    values["control"].pop("workers")
+    if recipe.training.stop_when is None:
+        values["control"].pop("fidelity")
     return values
 
 
@@ -50,7 +53,8 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     """
     values = deciding_settings(recipe)
     # where things lie does not matter: what they are is in the fingerprints
-    for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",))):
+    for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",)),
+                           ("control", ("path", "validation_path", "weights", "init"))):  # fmt: skip
         for name in names:
             values[section].pop(name)
     return digest_of([values, fingerprints, processes])
@@ -156,18 +160,12 @@ def describe_device(device: torch.device) -> str:
 
 def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
     """The README of a trained model: what it is, how to use it, what it was trained on and what was measured."""
-    lora = recipe.method == "lora"
-    base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
-    load = (
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{recipe.output}")'
-        if lora
-        else f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")'
-    )
-    prompt = (run["prompts"] or [""])[0].replace("\\", "").replace('"', "'")
+    titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
+    tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
     card = {
         "library_name": "diffusers",
         "base_model": recipe.model.id,
-        "tags": ["text-to-image", "diffusers", "difftuning-control", *(["lora"] if lora else [])],
+        "tags": ["text-to-image", "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
     if recipe.uses_bank:
@@ -177,13 +175,55 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
         words = "plain fine-tuning"
     lines = [
         "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
-        f"# {'LoRA for' if lora else 'Tuned from'} {recipe.model.id}", "",
-        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {recipe.training.max_steps} steps: "
-        f"{words}.", "", "```python", "from diffusers import DiffusionPipeline", "", load,
-        f'image = pipe("{prompt}").images[0]', "```", "", "## Loss by noise band", "",
+        f"# {titles[recipe.method]} {recipe.model.id}", "",
+        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
+        f"{words}.", "", "```python", *_usage(recipe, run), "```", "",
+        *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
         *_loss_table(run["losses"]), "", "`run.json` has the whole configuration; `recipe.yaml` repeats the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
+    """The lines of Python that draw a picture with the result in stock diffusers."""
+    base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
+    prompt = (run["prompts"] or [""])[0].replace("\\", "").replace('"', "'")
+    if recipe.method == "controlnet":
+        place = f"{recipe.output}/controlnet"
+        return [
+            "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
+            "from diffusers.utils import load_image",
+            "from difftuning_control import Conditioner, ControlSpec", "",
+            f'controlnet = ControlNetModel.from_pretrained("{place}")',
+            f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
+            f'condition = Conditioner(ControlSpec.load("{place}")).prepare(load_image("photo.png"))',
+            f'image = pipe("{prompt}", image=condition).images[0]',
+        ]  # fmt: skip
+    if recipe.method == "lora":
+        load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
+    else:
+        load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
+    return ["from diffusers import DiffusionPipeline", "", *load, f'image = pipe("{prompt}").images[0]']
+
+
+def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
+    if curve is None:
+        return []
+    names = list(curve["without"])
+    rows = [("without control", curve["without"])]
+    rows += [(f"step {step}", {n: curve["figures"][n][i] for n in names}) for i, step in enumerate(curve["steps"])]
+    shown = rows[:1] + rows[1:][:: max(1, len(rows) // 8)]
+    shown += [rows[-1]] if rows[-1] not in shown else []
+    found = curve["convergence"]
+    said = "No convergence can be told from noise."
+    if found is not None:
+        way = "sudden" if found["sudden"] else "gradual"
+        said = f"Convergence: {way}, at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})."
+    return [
+        "## Fidelity to held-out conditions", "", f"Compared as {curve['kind']}. {said}", "",
+        "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
+        *(f"| {label} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for label, row in shown), "",
+    ]  # fmt: skip
 
 
 def _loss_table(losses: dict[str, Any]) -> list[str]:

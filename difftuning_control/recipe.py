@@ -224,11 +224,84 @@ class BankConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """How well pictures follow their conditions while a ControlNet trains, on held-out pictures.
+
+    Args:
+        every: optimizer steps between measurements; 0 for none.
+        size: held-out conditions.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    every: int = 50
+    size: int = 32
+    steps: int = 12
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("size", 1), ("steps", 1)):
+            _need(getattr(self, name) >= least, f"control.fidelity.{name}", getattr(self, name), f"at least {least}")
+        _need(0 <= self.guidance_scale < math.inf, "control.fidelity.guidance_scale", self.guidance_scale, "at least 0")
+
+
+@dataclass
+class ControlConfig:
+    """What a ControlNet is taught (method controlnet).
+
+    Args:
+        annotator: what makes conditions from pictures: a name of controlnet_aux, package.module:function, or supplied
+            (pictures of yours, in path or column).
+        params: of the annotator.
+        weights: the annotator's, a directory or Hub id; its default place when empty.
+        path: folder of supplied conditions, named like the pictures.
+        validation_path: folder of those of data.validation_path.
+        column: column of supplied conditions, instead of path.
+        resize: lanczos, box or nearest, for supplied conditions of another size.
+        init: the ControlNet to start from, a directory or Hub id; a copy of the denoiser's encoder when empty.
+        dropout: share of target rows that train with a blank (black) condition.
+        bank_condition: own (made from the decoded bank samples) or blank.
+        workers: threads that annotate; one a CPU core, at most 8, when empty.
+        fidelity: what is measured on the way.
+    """
+
+    annotator: str = "canny"
+    params: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    path: str | None = None
+    validation_path: str | None = None
+    column: str | None = None
+    resize: Literal["lanczos", "box", "nearest"] = "lanczos"
+    init: str | None = None
+    dropout: float = 0.0
+    bank_condition: Literal["own", "blank"] = "own"
+    workers: int | None = None
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.dropout <= 1, "control.dropout", self.dropout, "0 to 1")
+        _need(self.workers is None or 1 <= self.workers <= 256, "control.workers", self.workers, "1 to 256")
+        places = [name for name in ("path", "column") if getattr(self, name) is not None]
+        if self.annotator != "supplied" and (places or self.validation_path is not None):
+            raise UserError(
+                f"control.{places[0] if places else 'validation_path'} is given, but control.annotator is "
+                f"{self.annotator}; say --control.annotator supplied to train on conditions of your own."
+            )
+        if self.annotator == "supplied" and len(places) != 1:
+            raise UserError("control.annotator is supplied; give either control.path or control.column, the one place.")
+        if self.annotator == "supplied" and (self.params or self.weights is not None):
+            raise UserError("control.annotator is supplied, which has no params and no weights; leave them out.")
+        if self.column is not None and self.validation_path is not None:
+            raise UserError("control.column is read in data.validation_path too; leave out control.validation_path.")
+
+
+@dataclass
 class AdapterConfig:
-    """What is trained with method lora.
+    """What is trained with method lora, or with method controlnet where `on` is controlnet.
 
     Args:
         kind: lora.
+        on: denoiser, or controlnet.
         rank: r of the update B A.
         alpha: the update is scaled by alpha / rank; equal to rank when empty.
         targets: auto (the attention projections), or names of modules separated by commas.
@@ -236,6 +309,7 @@ class AdapterConfig:
     """
 
     kind: Literal["lora"] = "lora"
+    on: Literal["denoiser", "controlnet"] = "denoiser"
     rank: int = 16
     alpha: float | None = None
     targets: str = "auto"
@@ -274,6 +348,8 @@ class TrainingConfig:
         sample_steps: sampling steps.
         sample_guidance_scale: guidance of these grids.
         trackers: any of tensorboard, wandb.
+        stop_when: converged (end once a ControlNet's fidelity has risen and settled); at max_steps only when empty.
+        stop_after: optimizer steps to go on after that.
     """
 
     max_steps: int = 300
@@ -298,12 +374,14 @@ class TrainingConfig:
     sample_steps: int = 20
     sample_guidance_scale: float = 4.0
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    stop_when: Literal["converged"] | None = None
+    stop_after: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every", "validation_size",
                      "sample_steps"):  # fmt: skip
             _need(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
-        for name in ("lr_warmup_steps", "validate_every", "sample_every"):
+        for name in ("lr_warmup_steps", "validate_every", "sample_every", "stop_after"):
             _need(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         rate, decay, norm = self.learning_rate, self.weight_decay, self.max_grad_norm
         _need(0 < rate < math.inf, "training.learning_rate", rate, "a finite number above 0")
@@ -313,6 +391,8 @@ class TrainingConfig:
         _need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
         guidance = self.sample_guidance_scale
         _need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")
+        if self.stop_after and self.stop_when is None:
+            raise UserError("training.stop_after is given without training.stop_when; say when: converged.")
         for step in self.save_at:
             _need(1 <= step <= self.max_steps, "training.save_at", step, f"steps from 1 to max_steps, {self.max_steps}")
 
@@ -322,34 +402,64 @@ class Recipe:
     """A training run.
 
     Args:
-        method: lora, or full (all weights of the denoiser).
+        method: lora, full (all weights of the denoiser), or controlnet (the denoiser stays as it is).
         model: the pretrained model.
         data: the pictures to tune on.
         tuning: the objective.
         bank: the pretrained model's own samples.
-        adapter: what is trained with method lora.
+        adapter: what is trained with method lora, or of a ControlNet.
+        control: what a ControlNet is taught.
         training: the loop.
         output: folder of the results.
     """
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full", "controlnet"] = "lora"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/difftuning"
 
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
+        self._check_control()
         bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
         if self.tuning.retention_ratio > 0 and bank_rows == 0:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
                 f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
             )
+
+    def _check_control(self) -> None:
+        """What belongs to ControlNets, and to them only."""
+        control, training = self.control, self.training
+        if self.method != "controlnet":
+            if control != ControlConfig() or self.adapter.on == "controlnet" or training.stop_when is not None:
+                raise UserError(
+                    f"control, adapter.on controlnet or training.stop_when is given, but method is {self.method}; say "
+                    "--method controlnet, or leave them out."
+                )
+            return
+        if self.adapter != AdapterConfig() and self.adapter.on == "denoiser":
+            raise UserError(
+                "adapter settings are given for the denoiser, which method controlnet leaves as it is; say adapter.on: "
+                "controlnet, or leave them out to train the whole ControlNet."
+            )
+        if training.sample_prompts:
+            raise UserError("a ControlNet's sample grids show held-out pictures; leave out training.sample_prompts.")
+        if training.stop_when is not None and control.fidelity.every == 0:
+            raise UserError("training.stop_when needs a fidelity curve; set control.fidelity.every above 0.")
+        if control.annotator == "supplied" and control.bank_condition == "own" and self.uses_bank:
+            raise UserError(
+                "the bank's samples have no supplied condition of their own; say --control.bank_condition blank, or "
+                "name an annotator that makes conditions."
+            )
+        if control.path is not None and (control.validation_path is None) != (self.data.validation_path is None):
+            raise UserError("give data.validation_path and control.validation_path together, or neither.")
 
     @property
     def uses_bank(self) -> bool:

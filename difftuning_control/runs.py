@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_family, quiet_loading
+from difftuning_control.families import load_controlnet, load_family, quiet_loading
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
@@ -37,15 +37,18 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
     values = record["recipe"]
     tuning = dict(values["tuning"])
     tuning["schedule"] = sections.ScheduleConfig(**tuning["schedule"])
+    control = dict(values["control"])
+    control["fidelity"] = sections.FidelityConfig(**control["fidelity"])
     return sections.Recipe(
-        values["method"],
-        sections.ModelConfig(**values["model"]),
-        sections.DataConfig(**values["data"]),
-        sections.TuningConfig(**tuning),
-        sections.BankConfig(**values["bank"]),
-        sections.AdapterConfig(**values["adapter"]),
-        sections.TrainingConfig(**values["training"]),
-        values["output"],
+        method=values["method"],
+        model=sections.ModelConfig(**values["model"]),
+        data=sections.DataConfig(**values["data"]),
+        tuning=sections.TuningConfig(**tuning),
+        bank=sections.BankConfig(**values["bank"]),
+        adapter=sections.AdapterConfig(**values["adapter"]),
+        control=sections.ControlConfig(**control),
+        training=sections.TrainingConfig(**values["training"]),
+        output=values["output"],
     )
 
 
@@ -85,7 +88,16 @@ def tuned_model(
     folder = Path(run) if step is None else Path(run) / f"step-{step:06d}"
     if not folder.is_dir():
         raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
-    if record["recipe"]["method"] != "lora":
+    method = record["recipe"]["method"]
+    if method == "controlnet":
+        place = str(folder / "controlnet" if step is None else folder)
+        family.controlnet = load_controlnet(family, place).to(family.dtype)
+        try:
+            yield family
+        finally:
+            family.controlnet = None
+        return
+    if method == "full":
         yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
         return
     with quiet_loading():

@@ -6,11 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from difftuning_control.control import Conditioner, ControlSpec
+from difftuning_control.data import decode_image
 from difftuning_control.errors import UserError
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
-from difftuning_control.inputs import check_resolution, progress
+from difftuning_control.inputs import check_resolution
 from difftuning_control.pictures import sample_pictures, save_grid
+from difftuning_control.progress import progress
 from difftuning_control.provenance import refuse_file
 from difftuning_control.runs import finished_run, tuned_model
 
@@ -19,6 +26,8 @@ def sample_to_folder(
     prompts: list[str],
     run: str | None,
     model: dict[str, Any] | None,
+    control: str | None,
+    control_ready: bool,
     compare: bool,
     output: str,
     steps: int,
@@ -29,8 +38,11 @@ def sample_to_folder(
 ) -> str:
     """Write one PNG a prompt, `samples.json`, and with `compare` a grid; returns what was written in words.
 
+    Of a ControlNet, `condition.png` is what it was shown.
+
     Raises:
-        UserError: if the run is not there or not finished, or the output folder already holds pictures.
+        UserError: if the run is not there or not finished, a ControlNet has no condition or another run has one, or
+            the output folder already holds pictures.
     """
     folder = Path(output)
     refuse_file(folder)
@@ -39,9 +51,15 @@ def sample_to_folder(
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     record = finished_run(run) if run is not None else None
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
+    _check_control(run, record, control)
+    photo = _read_picture(control) if control is not None else None
     family = load_family(chosen["id"], variant=chosen["variant"]).to(best_device())
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
     settings["resolution"] = check_resolution(family, side, "resolution")
+    condition = None
+    if photo is not None:
+        conditioner = Conditioner(ControlSpec.load(Path(run or "") / "controlnet"), family.device)
+        condition = conditioner.prepare(photo, side, side, control_ready)
     total = len(prompts) * (2 if compare else 1)
     with progress(total, "sampling") as advance:
         base = sample_pictures(family, prompts, **settings, advance=advance) if compare else []
@@ -49,12 +67,42 @@ def sample_to_folder(
             pictures = sample_pictures(family, prompts, **settings, advance=advance)
         else:
             with tuned_model(family, run, record) as tuned:
-                pictures = sample_pictures(tuned, prompts, **settings, advance=advance)
+                asked = _rows(condition, len(prompts)) if condition is not None else None
+                pictures = sample_pictures(tuned, prompts, **settings, advance=advance, control=asked)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
         picture.save(folder / f"{i:03d}-{name}.png")
+    if condition is not None:
+        condition.save(folder / "condition.png")
     if compare:
-        save_grid(folder / "grid.png", {"base": base, "tuned": pictures}, prompts)
-    write_json(folder / "samples.json", {"run": run, "model": chosen, "prompts": prompts, **settings})
+        rows = {"base": base, "tuned": pictures}
+        shown = {"condition": [condition] * len(prompts)} if condition is not None else {}
+        save_grid(folder / "grid.png", shown | rows, prompts)
+    given = {"control": control, "control_ready": control_ready} if control is not None else {}
+    write_json(folder / "samples.json", {"run": run, "model": chosen, "prompts": prompts, **given, **settings})
     return f"{len(pictures)} pictures in {folder}"
+
+
+def _check_control(run: str | None, record: dict[str, Any] | None, control: str | None) -> None:
+    if record is None:
+        return
+    is_control = record["recipe"]["method"] == "controlnet"
+    if is_control and control is None:
+        raise UserError(f"the run {run} is a ControlNet, which draws under a condition; give --control photo.png.")
+    if control is not None and not is_control:
+        raise UserError(f"the run {run} is no ControlNet (its method is {record['recipe']['method']}); omit --control.")
+
+
+def _read_picture(path: str) -> Image.Image:
+    try:
+        return decode_image(Path(path).expanduser().read_bytes())
+    except OSError:
+        raise UserError(f"the picture {path} of --control cannot be read; name an image file.") from None
+    except UserError as error:
+        raise UserError(f"the picture {path} of --control {error}; give another.") from None
+
+
+def _rows(condition: Image.Image, count: int) -> torch.Tensor:
+    """One condition for each of so many prompts, (count, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(condition)).permute(2, 0, 1).expand(count, -1, -1, -1)

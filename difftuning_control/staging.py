@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
-from difftuning_control.inputs import progress
+from difftuning_control.progress import progress
 from difftuning_control.runs import tuned_model
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -14,14 +15,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
-from difftuning_control.adapters import LORA_FILE
+from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
+from difftuning_control.control import Conditioner
+from difftuning_control.control_inputs import build_spec
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.families import load_family
-from difftuning_control.fingerprint import digest_of_file, write_json, write_text
+from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
 from difftuning_control.forgetting import affordable_rows, measure_schedule, row_validator
-from difftuning_control.inputs import TrainingInputs, prepare_inputs
+from difftuning_control.inputs import TrainingInputs, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
@@ -68,7 +71,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
     objective = build_objective(recipe, family.process)
-    inputs = prepare_inputs(recipe, family, objective, accelerator)
+    conditioner = _attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
+    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
     fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
@@ -101,6 +105,11 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         raise
     if budget is not None:
         run["budget"] = _describe_budget(budget, run["losses"])
+    run["steps"] = loop.steps
+    if loop.curve is not None:
+        run["fidelity"] = loop.curve.describe()
+    if recipe.method == "controlnet":
+        run["frozen"] = _check_frozen(family, fingerprints)
     run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
     run["status"] = "complete"
     if folder is not None:
@@ -111,6 +120,27 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
             shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()
     return run
+
+
+def _attach_controlnet(recipe: Recipe, family: StableDiffusion, fingerprints: dict[str, Any]) -> Conditioner:
+    """Give the family the ControlNet that the recipe starts from; returns what makes its conditions."""
+    if recipe.control.init is None:
+        family.controlnet = family.new_controlnet(recipe.training.seed)
+    else:
+        family.controlnet = load_controlnet(family, recipe.control.init)
+    spec = build_spec(recipe, family, resolution_of(family, recipe.data))
+    conditioner = Conditioner(spec, family.device)
+    fingerprints["control"] = conditioner.fingerprint
+    fingerprints["controlnet"] = digest_of_module(family.controlnet)
+    return conditioner
+
+
+def _check_frozen(family: StableDiffusion, fingerprints: dict[str, Any]) -> dict[str, str]:
+    """The denoiser's fingerprint before and after, which must be one: only the ControlNet may have changed."""
+    before, after = fingerprints["base"]["denoiser"], digest_of_module(family.denoiser)
+    if before != after:
+        raise RuntimeError(f"the frozen denoiser changed while its ControlNet was trained ({before} to {after}).")
+    return {"denoiser_before": before, "denoiser_after": after}
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:
@@ -245,6 +275,12 @@ def _describe(
             "resolution": inputs.resolution,
         },
         "bank": None if bank is None else {"items": len(bank), "folder": str(bank.folder or bank.manifest["source"])},
+        "control": None
+        if inputs.control is None
+        else {
+            "spec": dataclasses.asdict(inputs.control.conditioner.spec),
+            "blank": inputs.control.blank,
+        },
         "prompts": inputs.sample_prompts,
         "versions": versions(),
         "device": describe_device(accelerator.device),
@@ -254,5 +290,7 @@ def _describe(
 
 
 def _hash_outputs(output: Path) -> dict[str, str]:
-    files = [output / LORA_FILE, *sorted((output / "pipeline").rglob("*"))]
+    files = [output / LORA_FILE]
+    for name in (FullTuning.result, ControlNetTuning.result):
+        files += sorted((output / name).rglob("*"))
     return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}

@@ -14,6 +14,7 @@ from conftest import write_pictures
 from PIL import Image
 
 from difftuning_control.data import (
+    Columns,
     EMBEDDED_SETS,
     ImageData,
     dataset_rows,
@@ -197,8 +198,8 @@ def test_a_data_set_that_cannot_serve_is_refused(dataset, change, message):
 
 
 def test_a_data_set_needs_no_captions_where_they_are_given_for_all(dataset):
-    rows = dataset_rows(dataset.remove_columns("text"), "image", "text", need_captions=False)
-    assert [caption for _, _, caption in rows] == [None] * 4
+    rows = dataset_rows(dataset.remove_columns("text"), Columns(), need_captions=False)
+    assert [row.caption for row in rows] == [None] * 4
 
 
 def test_rows_without_a_picture_are_skipped_only_when_wanted(dataset, images):

@@ -60,11 +60,11 @@ def make(root: Path, model_dir: Path) -> Maker:
             tuning or TuningConfig(),
             BankConfig(size=10, steps=2, batch_size=4),
             AdapterConfig(rank=2) if method == "lora" else AdapterConfig(),
-            TrainingConfig(**{
+            training=TrainingConfig(**{
                 "max_steps": 4, "batch_size": 5, "validate_every": 0, "validation_size": 2, "sample_every": 0,
                 "learning_rate": 1e-1 if method == "lora" else 1e-2, "lr_scheduler": "constant", **training,
             }),
-            str(root / name),
+            output=str(root / name),
         )  # fmt: skip
 
     return recipe

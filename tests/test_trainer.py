@@ -77,8 +77,8 @@ def make(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Pa
             TuningConfig(**sections.get("tuning", {})),
             BankConfig(**{"size": 10, "steps": 2, "batch_size": 4, **sections.get("bank", {})}),
             AdapterConfig(**sections.get("adapter", {})),
-            TrainingConfig(**{**training, **sections.get("training", {})}),
-            str(root / name),
+            training=TrainingConfig(**{**training, **sections.get("training", {})}),
+            output=str(root / name),
         )
 
     return recipe

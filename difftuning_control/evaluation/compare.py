@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cache import cached_embeddings
+from difftuning_control.conditions import conditions_of
+from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
@@ -27,10 +30,12 @@ from difftuning_control.evaluation.evaluate import (
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families import best_device, load_family
+from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import Curve, compare, row_validator
-from difftuning_control.inputs import cache_folder, hold_out, progress, read_data
+from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.pictures import save_grid
+from difftuning_control.progress import progress
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
 from difftuning_control.trainer import base_dtype
@@ -89,6 +94,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         reference = build_reference(
             family, features, real=real, training=training, source=old, resolution=resolution
         )  # fmt: skip
+    probe = _probe(records, chosen, family.device)
     outside = request.outside or list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
     sampling = Sampling(
         [e.caption for e in chosen.examples],
@@ -97,8 +103,12 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         request.guidance_scale,
         resolution,
         request.batch_size,
+        probe.control if probe is not None else None,
     )
-    far = Sampling(outside, request.seeds[:1], request.steps, request.guidance_scale, resolution, request.batch_size)
+    blank = torch.zeros_like(probe.control[:1]).expand(len(outside), -1, -1, -1) if probe is not None else None
+    far = Sampling(
+        outside, request.seeds[:1], request.steps, request.guidance_scale, resolution, request.batch_size, blank
+    )  # fmt: skip
 
     sides: list[dict[str, Any]] = []
     grid: dict[str, list[Image.Image]] = {}
@@ -112,7 +122,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             found, each, runs = features(pictures), len(sampling.prompts), []
             for i, seed in enumerate(request.seeds):
                 rows = slice(i * each, (i + 1) * each)
-                runs.append({"seed": seed} | figures(pictures[rows], sampling.prompts, reference, found[rows]))
+                row = {"seed": seed} | figures(pictures[rows], sampling.prompts, reference, found[rows])
+                runs.append(row | (probe.judge_pictures(pictures[rows]) if probe is not None else {}))
             within = diversity(found, sampling.repeated_prompts)
             return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
 
@@ -123,7 +134,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
                 found = side(run, tuned)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
             sides.append(found | {"outside": float(apart.mean())})
-    if bank is not None:
+    if bank is not None and probe is None:  # beside a ControlNet the model stays as it was
         for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
@@ -157,6 +168,32 @@ def _check_data(run: str, record: dict[str, Any], first: str, training: ImageDat
             f"{len(shared)} of the {len(real)} pictures to judge with were tuned on; give pictures that were not, with "
             "--data."
         )
+
+
+def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.device) -> FidelityProbe | None:
+    """What shows ControlNets the conditions of the chosen pictures and judges how they are followed.
+
+    Raises:
+        UserError: if only some runs are ControlNets, or their conditions are made in different ways.
+    """
+    places = {run: Path(run) / "controlnet" for run, r in records.items() if r["recipe"]["method"] == "controlnet"}
+    if not places:
+        return None
+    specs = {run: ControlSpec.load(place) for run, place in places.items()}
+    first = next(iter(specs))
+    other = next((run for run in records if specs.get(run) != specs[first]), None)
+    if other is not None:
+        raise UserError(
+            f"{other} takes no condition, or makes it in another way than {first}; evaluate only ControlNets of one "
+            "kind together."
+        )
+    conditioner, side = Conditioner(specs[first], device), specs[first].resolution
+    lacking = next((e.name for e in chosen.examples if e.load_condition is None), None)
+    if specs[first].annotator == SUPPLIED and lacking is not None:
+        raise UserError(f"{lacking} has no supplied condition; evaluate on the pictures that {first} held out.")
+    with progress(len(chosen), "annotating") as advance:
+        rows = conditions_of(conditioner, chosen, side, advance)
+    return FidelityProbe.build(conditioner, chosen, rows, {})
 
 
 def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
@@ -200,6 +237,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
     "coverage": lambda v: f"{v:.2f}",
     "diversity": lambda v: f"{v:.3f}",
     "clip_score": lambda v: f"{v:.1f}",
+    **dict.fromkeys(("f1", "ssim", "rmse", "cosine", "miou"), lambda v: f"{v:.3f}"),
 }
 
 

@@ -38,6 +38,7 @@ class Sampling:
     Args:
         prompts: one picture each, and seed.
         seeds: of the noise; a prompt is drawn once a seed.
+        control: a condition a prompt, (N, 3, H, W) uint8; models without a ControlNet draw without it.
     """
 
     prompts: list[str]
@@ -46,6 +47,7 @@ class Sampling:
     guidance_scale: float = 4.0
     resolution: int = 512
     batch_size: int = 16
+    control: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds:
@@ -54,10 +56,11 @@ class Sampling:
     def draw(self, family: StableDiffusion, advance: Callable[[int], object] = lambda n: None) -> list[Image.Image]:
         """All pictures, prompts in order for the first seed, then for the next."""
         found = []
+        control = self.control if family.controlnet is not None else None
         for seed in self.seeds:
             found += sample_pictures(
                 family, self.prompts, seed=seed, steps=self.steps, guidance_scale=self.guidance_scale,
-                resolution=self.resolution, batch_size=self.batch_size, advance=advance,
+                resolution=self.resolution, batch_size=self.batch_size, advance=advance, control=control,
             )  # fmt: skip
         return found
 

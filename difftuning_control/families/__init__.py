@@ -74,6 +74,26 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     return family_of(pipe)
 
 
+def load_controlnet(family: StableDiffusion, path: str) -> Any:
+    """A ControlNet of the family's class, float32, from a directory or the Hub; safetensors only.
+
+    Raises:
+        UserError: if it is not there, or does not fit the model, with the two numbers that differ.
+    """
+    try:
+        with quiet_loading():
+            found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
+        where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
+        raise UserError(
+            f"the ControlNet {path} {where} ({reason}); expected a directory with config.json and safetensors weights, "
+            "or a Hub id that this machine can reach."
+        ) from None
+    family.check_controlnet(found, path)
+    return found.to(family.device)
+
+
 def best_device() -> torch.device:
     """The GPU that there is, or the CPU: where sampling and measuring happen outside of a training run."""
     if torch.cuda.is_available():

@@ -8,31 +8,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from difftuning_control.control import to_tensor
+from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_module
 from difftuning_control.noise import NoiseProcess
+
+EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
+
+
+class ControlledUNet(nn.Module):
+    """A UNet that adds a ControlNet's residuals to its own; without a condition it is the UNet alone.
+
+    forward: noisy_model_input (B, C, h, w), timesteps (B,), prompt_embeds (B, L, D), control (B, 3, H, W) in [0, 1]
+    or None; gives a tuple with the prediction, as the UNet does.
+    """
+
+    def __init__(self, unet: Any, controlnet: Any):
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+
+    def forward(
+        self,
+        noisy_model_input: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        control: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        inputs = (noisy_model_input, timesteps, prompt_embeds)
+        if control is None:
+            return self.unet(*inputs, return_dict=False)
+        down, mid = self.controlnet(*inputs, controlnet_cond=control, return_dict=False)
+        return self.unet(
+            *inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
+        )  # fmt: skip
 
 
 class StableDiffusion:
     """What training, bank and analysis need of a `StableDiffusionPipeline`.
 
-    The pipeline's modules are used as they are: a denoiser that is tuned here is tuned in `pipe` too.
+    The pipeline's modules are used as they are: a denoiser that is tuned here is tuned in `pipe` too. `controlnet` is
+    the one that `sample` and `model` use where a condition is given; None until somebody sets it.
     """
 
     name = "sd"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    controlnet_class: Any = ControlNetModel
+    condition_range = (0.0, 1.0)  # what the stock pipeline makes of a picture
 
     def __init__(self, pipe: Any):
         self.pipe = pipe  # Any: diffusers' annotations leave out most of its modules' methods
         self.process = NoiseProcess.from_scheduler(pipe.scheduler)
+        self.controlnet: Any = None
         for module in (pipe.vae, pipe.text_encoder):
             module.requires_grad_(False).eval()
 
     @property
     def denoiser(self) -> Any:
         return self.pipe.unet
+
+    @property
+    def model(self) -> Any:
+        """What `predict` is given: the denoiser, with its ControlNet if there is one."""
+        return self.denoiser if self.controlnet is None else ControlledUNet(self.denoiser, self.controlnet)
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +157,14 @@ class StableDiffusion:
     def predict(
         self, denoiser: nn.Module, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> Tensor:
-        """The denoiser's prediction (B, C, h, w). `denoiser` may be a wrapped form of `self.denoiser`."""
-        return denoiser(noisy_model_input, timesteps, conditioning["prompt_embeds"], return_dict=False)[0]
+        """The denoiser's prediction (B, C, h, w). `denoiser` may be a wrapped form of `self.model`.
+
+        Where `conditioning` has a `control` (B, 3, H, W) uint8, the model must have a ControlNet.
+        """
+        inputs = [noisy_model_input, timesteps, conditioning["prompt_embeds"]]
+        if "control" in conditioning:
+            inputs.append(to_tensor(conditioning["control"], self.condition_range).to(noisy_model_input.dtype))
+        return denoiser(*inputs, return_dict=False)[0]
 
     @torch.no_grad()
     def sample(
@@ -128,21 +175,75 @@ class StableDiffusion:
         steps: int,
         guidance_scale: float,
         resolution: int,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) in the denoiser's scale, drawn with the stock pipeline and its own scheduler.
 
-        Row i depends on its prompt and generator alone.
+        Row i depends on its prompt, generator and condition alone.
+
+        Args:
+            control: conditions (B, 3, H, W) uint8 for the ControlNet; without it the model alone draws.
         """
-        training = self.pipe.unet.training
-        self.pipe.unet.eval()
-        self.pipe.set_progress_bar_config(disable=True)
+        pipe, options = self.pipe, {}
+        if control is not None:
+            pipe = self.control_pipeline()
+            dtype = self.controlnet.dtype
+            options = {"image": to_tensor(control, self.condition_range).to(self.device, dtype)}
+        modules = [m for m in (self.pipe.unet, self.controlnet) if m is not None]
+        training = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        pipe.set_progress_bar_config(disable=True)
         try:
-            return self.pipe(
+            return pipe(
                 prompts, height=resolution, width=resolution, num_inference_steps=steps, guidance_scale=guidance_scale,
-                generator=generators, output_type="latent",
+                generator=generators, output_type="latent", **options,
             ).images.float()  # fmt: skip
         finally:
-            self.pipe.unet.train(training)
+            for module, before in zip(modules, training):
+                module.train(before)
+
+    # --- control ----------------------------------------------------------------------------------------------------
+
+    def control_pipeline(self) -> Any:
+        """The stock ControlNet pipeline around the same modules."""
+        return StableDiffusionControlNetPipeline(
+            **self.pipe.components, controlnet=self.controlnet, requires_safety_checker=False
+        )  # fmt: skip
+
+    def new_controlnet(self, seed: int) -> Any:
+        """A ControlNet that starts as a copy of the UNet's encoder and adds nothing yet, float32.
+
+        Its condition embedding brings pictures down by the autoencoder's factor; `seed` draws that embedding's weights.
+        """
+        halvings = int(math.log2(self.pipe.vae_scale_factor))
+        channels = [EMBEDDING_CHANNELS[min(i, 3)] for i in range(halvings)] + [EMBEDDING_CHANNELS[-1]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found = self.controlnet_class.from_unet(self.pipe.unet, conditioning_embedding_out_channels=tuple(channels))
+        return found.float().to(self.device)
+
+    def check_controlnet(self, controlnet: Any, name: str) -> None:
+        """Refuse a ControlNet that was made for another model.
+
+        Raises:
+            UserError: with the two numbers that differ.
+        """
+        ours, its = self.pipe.unet.config, controlnet.config
+        for key in ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
+            mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (ours[key], its[key]))
+            if mine != theirs:
+                raise UserError(
+                    f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give "
+                    "one that was made for this model, or start from the denoiser."
+                )
+        factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
+        if factor != self.pipe.vae_scale_factor:
+            raise UserError(
+                f"the ControlNet {name} does not fit this model: it brings conditions down by {factor}, the "
+                f"autoencoder pictures by {self.pipe.vae_scale_factor}; give one whose "
+                "conditioning_embedding_out_channels match."
+            )
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +252,10 @@ class StableDiffusion:
         StableDiffusionPipeline.save_lora_weights(
             folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True
         )
+
+    def save_controlnet(self, folder: Path, controlnet: Any) -> None:
+        """A directory for `ControlNetModel.from_pretrained`."""
+        controlnet.save_pretrained(folder, safe_serialization=True)
 
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""

@@ -1,0 +1,178 @@
+"""The conditions of many pictures, annotated once over several workers and kept on disk.
+
+A file is keyed by the pictures, how they are framed, and the fingerprint of the spec that conditions are made by.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftuning_control.cache import Framing
+from difftuning_control.control import SUPPLIED, Conditioner
+from difftuning_control.data import Example, ImageData
+from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
+from difftuning_control.pictures import to_arrays
+
+if TYPE_CHECKING:
+    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.families.sd import StableDiffusion
+
+FORMAT = 1
+SHARD = 256
+DECODE = 16
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of N pictures in all their views, uint8 in shards of (n, views, C, H, W); C is 1 where all are grey.
+
+    `blank` numbers the pictures on which nothing was found: every view is of one colour.
+    """
+
+    shards: list[Tensor]
+    first: int = 0
+
+    def __len__(self) -> int:
+        return sum(len(s) for s in self.shards) - self.first
+
+    def row(self, item: int, view: int = 0) -> Tensor:
+        """One condition, (3, H, W) uint8."""
+        place = self.first + item
+        return self.shards[place // SHARD][place % SHARD, view].expand(3, -1, -1)
+
+    def rows(self, items: Iterable[int]) -> Tensor:
+        """The first view of these pictures, (B, 3, H, W) uint8."""
+        return torch.stack([self.row(i) for i in items])
+
+    def since(self, item: int) -> Conditions:
+        """Those from `item` on."""
+        return Conditions(self.shards, self.first + item)
+
+    @property
+    def blank(self) -> list[int]:
+        found = []
+        for i in range(len(self)):
+            place = self.first + i
+            views = self.shards[place // SHARD][place % SHARD].flatten(2)
+            if bool((views.amax(2) == views.amin(2)).all()):
+                found.append(i)
+        return found
+
+
+def cached_conditions(
+    conditioner: Conditioner,
+    data: ImageData,
+    framing: Framing,
+    folder: Path,
+    advance: Callable[[int], object],
+    workers: int | None = None,
+) -> Conditions:
+    """The condition of every view of every picture, framed as `cached_moments` frames the pictures themselves."""
+
+    names = [f"{e.digest} {e.condition_digest or ''}" for e in data.examples]
+    identity = [conditioner.fingerprint, vars(framing.settled())]
+    return _make(lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers)
+
+
+def conditions_of(
+    conditioner: Conditioner, data: ImageData, resolution: int, advance: Callable[[int], object]
+) -> Tensor:
+    """The condition of every picture in the middle of its frame, (N, 3, H, W) uint8, without a cache."""
+    rows = []
+    for example in data.examples:
+        rows.append(torch.from_numpy(_views(conditioner, example, Framing(resolution))[0]).permute(2, 0, 1))
+        advance(1)
+    return torch.stack(rows)
+
+
+def _views(conditioner: Conditioner, example: Example, framing: Framing) -> np.ndarray:
+    """The conditions of all views of a picture, (views, H, W, 3) uint8."""
+    if conditioner.spec.annotator != SUPPLIED:
+        return np.stack([conditioner.condition(view) for view in framing.pictures(example)])
+    assert example.load_condition is not None
+    supplied, side = example.load_condition(), framing.resolution
+    return framing.arrange(example, lambda place: conditioner.frame_condition(supplied, side, side, place))
+
+
+def bank_conditions(
+    conditioner: Conditioner,
+    family: StableDiffusion,
+    bank: KnowledgeBank,
+    folder: Path,
+    advance: Callable[[int], object],
+    workers: int | None = None,
+) -> Conditions:
+    """The condition of every bank item: its latents decoded once, and annotated like any other picture."""
+    decoded: dict[int, np.ndarray] = {}
+
+    def make(i: int) -> np.ndarray:
+        return conditioner.condition(decoded.pop(i))[None]
+
+    def fetch(start: int, stop: int) -> None:
+        for first in range(start, stop, DECODE):
+            rows = slice(first, min(first + DECODE, stop))
+            decoded.update(enumerate(to_arrays(family.decode(bank.latents[rows])), first))
+
+    identity = [conditioner.fingerprint, bank.fingerprint, family.fingerprints["vae"], str(family.dtype)]
+    names = [f"bank {i}" for i in range(len(bank))]
+    return _make(make, identity, names, folder, advance, workers, fetch)
+
+
+def _make(
+    make: Callable[[int], np.ndarray],
+    identity: list[Any],
+    names: list[str],
+    folder: Path,
+    advance: Callable[[int], object],
+    workers: int | None,
+    fetch: Callable[[int, int], None] = lambda start, stop: None,
+) -> Conditions:
+    """Conditions by shard, from the cache where it has them.
+
+    Args:
+        make: from a picture's number to its conditions, (views, H, W, 3) uint8.
+        identity, names: what they depend on, altogether and one by one.
+        workers: threads; as many as there are CPU cores when None, at most 8.
+        fetch: told ahead of the numbers start … stop − 1 that will be made.
+    """
+    shards = []
+    count = workers or min(8, os.cpu_count() or 1)
+    for start in range(0, len(names), SHARD):
+        part = names[start : start + SHARD]
+        path = folder / f"conditions-{digest_of([FORMAT, identity, part])}.safetensors"
+        tensors = read_tensors(path)
+        if tensors is None:
+            fetch(start, start + len(part))
+            made = _ahead(make, range(start, start + len(part)), count, advance)
+            pixels = torch.stack([torch.from_numpy(array) for array in made]).permute(0, 1, 4, 2, 3)
+            grey = bool((pixels[:, :, :1] == pixels).all())
+            write_tensors(path, {"conditions": pixels[:, :, :1] if grey else pixels})
+            tensors = read_tensors(path)
+            assert tensors is not None
+        else:
+            advance(len(part))
+        shards.append(tensors["conditions"])
+    return Conditions(shards)
+
+
+def _ahead(
+    make: Callable[[int], np.ndarray], numbers: range, workers: int, advance: Callable[[int], object]
+) -> Iterator[np.ndarray]:
+    """Results in order, a few of them made ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        rest = iter(numbers)
+        waiting = [pool.submit(make, i) for i in islice(rest, 2 * workers)]
+        while waiting:
+            yield waiting.pop(0).result()
+            advance(1)
+            waiting += [pool.submit(make, i) for i in islice(rest, 1)]

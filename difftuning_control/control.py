@@ -1,0 +1,264 @@
+"""The control contract: how a picture becomes the condition that a ControlNet was taught, saved beside its weights.
+
+    picture → frame (cover and crop) → annotate → condition (H, W, 3) uint8 → tensor in the family's range
+
+Training, validation, evaluation, sampling and the pipelines all come through `Conditioner`, so that what is asked in
+use is what was taught. A condition that the user supplies passes through the same frame as its picture.
+
+References:
+    Adding Conditional Control to Text-to-Image Diffusion Models (Zhang et al., 2023), https://arxiv.org/abs/2302.05543
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.data import frame
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
+
+SUPPLIED = "supplied"
+SPEC_FILE = "control_spec.json"
+FORMAT = 1
+RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
+Annotate = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ControlSpec:
+    """How conditions are made.
+
+    Args:
+        annotator: a name of controlnet_aux (`annotators.ANNOTATORS`), `package.module:function` for a function from
+            pictures (H, W, 3) uint8 RGB to conditions (H, W) or (H, W, 3), or `supplied`.
+        params: of the annotator.
+        weights: the annotator's, a directory or Hub id; its default place when None.
+        resolution: side in pixels of the pictures that the ControlNet was trained on.
+        value_range: of the tensor that the ControlNet is given.
+        channel_order: of that tensor's channels.
+        resize: lanczos, box or nearest: how a supplied condition is resized. Pictures to annotate are resized by
+            lanczos.
+        crop: centre: what lies outside of the frame is cut off evenly, as in validation and use.
+    """
+
+    annotator: str = "canny"
+    params: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    resolution: int = 512
+    value_range: tuple[float, float] = (0.0, 1.0)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    resize: Literal["lanczos", "box", "nearest"] = "lanczos"
+    crop: Literal["centre"] = "centre"
+
+    def __post_init__(self) -> None:
+        for name, known in (("resize", RESAMPLING), ("channel_order", ("rgb", "bgr")), ("crop", ("centre",))):
+            if getattr(self, name) not in known:
+                found = getattr(self, name)
+                raise UserError(f"the control's {name} is {found!r}; expected one of {', '.join(known)}.")
+        if self.resolution < 8:
+            raise UserError(f"the control's resolution is {self.resolution}; expected at least 8 pixels.")
+        low, high = self.value_range
+        if not low < high:
+            raise UserError(f"the control's value range is {low} to {high}; expected a rising one, such as 0 to 1.")
+        if self.annotator != SUPPLIED and ":" not in self.annotator:
+            from difftuning_control.annotators import annotator
+
+            annotator(self.annotator)
+        elif self.annotator == SUPPLIED and (self.params or self.weights):
+            raise UserError("a supplied condition has no annotator; leave out its params and weights.")
+
+    @property
+    def kind(self) -> str:
+        """What conditions are compared as: edges, depth, normals, masks, or similarity for all others."""
+        if self.annotator == SUPPLIED or ":" in self.annotator:
+            return "similarity"
+        from difftuning_control.annotators import annotator
+
+        kind = annotator(self.annotator).kind
+        return kind if kind in ("edges", "depth", "normals", "masks") else "similarity"
+
+    def save(self, folder: Path) -> None:
+        """Write `control_spec.json` beside the weights in `folder`, with the digest of these."""
+        values = {"format": FORMAT, **dataclasses.asdict(self), "weights_files": _weights(folder)}
+        write_json(folder / SPEC_FILE, values)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ControlSpec:
+        """The spec beside the weights in `folder`.
+
+        Raises:
+            UserError: if there is none, it is not readable, or it was written for other weights.
+        """
+        path = Path(folder) / SPEC_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            beside = values.pop("weights_files")
+            if values.pop("format") != FORMAT:
+                raise ValueError("another format")
+            values["value_range"] = tuple(values["value_range"])
+            spec = cls(**values)
+        except OSError:
+            raise UserError(
+                f"{folder} has no {SPEC_FILE}, so nothing says how its conditions are made; prepare them yourself, or "
+                "write one: ControlSpec(annotator=…).save(folder)."
+            ) from None
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); copy the one that was saved with the weights.") from None
+        found = _weights(Path(folder))
+        if found != beside:
+            differing = sorted(n for n in found.keys() | beside.keys() if found.get(n) != beside.get(n))
+            raise UserError(
+                f"{path} was written for other weights ({', '.join(differing)} differ); copy the one that belongs to "
+                "these, or write it anew with ControlSpec.save."
+            )
+        return spec
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {p.name: digest_of_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+class Conditioner:
+    """Makes conditions by a spec; the annotator is loaded on first use.
+
+    Args:
+        device: where an annotator with weights runs.
+    """
+
+    def __init__(self, spec: ControlSpec, device: torch.device | str = "cpu"):
+        self.spec, self.device = spec, device
+        self._annotate: Annotate | None = None
+
+    def load(self) -> Annotate:
+        """The annotator: (H, W, 3) uint8 RGB to what it finds.
+
+        Raises:
+            UserError: if it cannot be loaded.
+        """
+        if self._annotate is None:
+            if self.spec.annotator == SUPPLIED:
+                raise UserError("the condition is one that the user supplies; no annotator could make it.")
+            if ":" in self.spec.annotator:
+                function = _function(self.spec.annotator)
+                self._annotate = lambda picture: function(picture, **self.spec.params)
+            else:
+                from difftuning_control.annotators import load_annotator
+
+                self._annotate = load_annotator(
+                    self.spec.annotator, self.spec.params, self.spec.weights, self.device
+                )  # fmt: skip
+        return self._annotate
+
+    @property
+    def default_workers(self) -> int | None:
+        """How many threads may annotate: one where a network does, else as many as there are cores (None)."""
+        if self.spec.annotator == SUPPLIED or ":" in self.spec.annotator:
+            return None
+        from difftuning_control.annotators import annotator
+
+        return None if annotator(self.spec.annotator).weights is None else 1
+
+    def condition(self, picture: np.ndarray) -> np.ndarray:
+        """The condition of a framed picture, (H, W, 3) uint8 RGB of the same size.
+
+        Args:
+            picture: (H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: if the annotator gives something else than a picture of that size in 0…255 or 0…1.
+        """
+        return _as_picture(np.asarray(self.load()(picture)), picture.shape, self.spec.annotator)
+
+    def frame_condition(self, condition: Image.Image, height: int, width: int, crop: Any = (0.5, 0.5)) -> np.ndarray:
+        """A supplied condition in the frame of its picture, (height, width, 3) uint8."""
+        return frame(condition.convert("RGB"), height, width, crop, RESAMPLING[self.spec.resize])
+
+    def prepare(
+        self, image: Image.Image, height: int | None = None, width: int | None = None, ready: bool = False
+    ) -> Image.Image:
+        """From a photo of any size to the condition as the stock pipelines take it, an RGB picture.
+
+        Args:
+            height, width: of the picture to be drawn; the resolution of training when None.
+            ready: `image` is a condition already and is only framed; so is every one of a supplied condition.
+        """
+        height, width = height or self.spec.resolution, width or self.spec.resolution
+        if ready or self.spec.annotator == SUPPLIED:
+            return Image.fromarray(self.frame_condition(image, height, width))
+        return Image.fromarray(self.condition(frame(image.convert("RGB"), height, width)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the spec, the function behind it, or the libraries that annotate do."""
+        values: list[Any] = [{**dataclasses.asdict(self.spec), "value_range": None}]
+        if ":" in self.spec.annotator:
+            function = _function(self.spec.annotator)
+            code = getattr(function, "__code__", None)
+            try:
+                values.append(inspect.getsource(function))
+            except (OSError, TypeError):
+                values.append(code.co_code.hex() if code is not None else repr(function))
+        elif self.spec.annotator != SUPPLIED:
+            values += [version("controlnet_aux"), _opencv()]
+        return digest_of(values)
+
+
+def _opencv() -> str:
+    from importlib.metadata import packages_distributions
+
+    return ", ".join(sorted(f"{n} {version(n)}" for n in set(packages_distributions().get("cv2", []))))
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the annotator {name} cannot be imported ({error}); expected package.module:function, on Python's path."
+        ) from None
+    if not callable(found):
+        raise UserError(f"the annotator {name} is a {type(found).__name__}; expected a function.")
+    return found
+
+
+def _as_picture(found: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """What an annotator gave, as (H, W, 3) uint8."""
+    if found.ndim == 2:
+        found = found[:, :, None]
+    if found.ndim != 3 or found.shape[:2] != shape[:2] or found.shape[2] not in (1, 3):
+        raise UserError(
+            f"the annotator {name} gave {found.shape} for a picture of {shape}; expected (H, W) or (H, W, 3)."
+        )
+    if found.dtype == bool:
+        found = found.astype(np.uint8) * 255
+    elif found.dtype != np.uint8:
+        low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
+        if not (np.issubdtype(found.dtype, np.floating) and low >= 0 and high <= 1):
+            raise UserError(
+                f"the annotator {name} gave {found.dtype} values from {low:g} to {high:g}; expected uint8, or floats "
+                "from 0 to 1."
+            )
+        found = (found * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(found, (*found.shape[:2], 3)))
+
+
+def to_tensor(conditions: Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """uint8 conditions (…) as float32 in the given range; 0 to 1 as diffusers' own preprocessing gives it."""
+    low, high = value_range
+    return conditions.float() / 255 * (high - low) + low

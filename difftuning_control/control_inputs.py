@@ -1,0 +1,125 @@
+"""What a ControlNet trains with beside all others: conditions of pictures and bank, and held-out ones to follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from difftuning_control.cache import Framing
+from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions
+from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
+from difftuning_control.data import ImageData
+from difftuning_control.errors import UserError
+from difftuning_control.fidelity import FidelityProbe
+from difftuning_control.progress import progress
+
+SHOWN = 6
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.recipe import Recipe
+
+
+def build_spec(recipe: Recipe, family: StableDiffusion, resolution: int) -> ControlSpec:
+    """How the conditions of a recipe are made."""
+    control = recipe.control
+    return ControlSpec(
+        control.annotator, dict(control.params), control.weights, resolution, family.condition_range,
+        family.controlnet.config.controlnet_conditioning_channel_order, control.resize,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ControlInputs:
+    """Conditions of everything that a run reads.
+
+    Args:
+        conditioner: makes conditions; its spec is saved with the weights.
+        targets: of the pictures to tune on, in all their views.
+        held_out: of the pictures that validation uses.
+        bank: of the bank's items; they have blank conditions when None.
+        probe: measures fidelity on held-out pictures; None where there are none, or it is not wanted.
+        blank: names of the pictures on which the annotator found nothing.
+        shown: conditions of the sample grids, (n, 3, H, W) uint8: held-out ones, or those of training if none are.
+    """
+
+    conditioner: Conditioner
+    targets: Conditions
+    held_out: Conditions | None
+    bank: Conditions | None
+    probe: FidelityProbe | None
+    blank: list[str]
+    shown: Tensor
+
+    def rows_of_held_out(self) -> dict[str, Tensor]:
+        """The control of validation's target rows."""
+        assert self.held_out is not None
+        return {"control": self.held_out.rows(range(len(self.held_out)))}
+
+    def rows_of_bank(self, last: int) -> dict[str, Tensor]:
+        """The control of the bank's last so many items."""
+        if self.bank is None:
+            return {"control": torch.zeros_like(self.targets.row(0)).expand(last, -1, -1, -1)}
+        return {"control": self.bank.rows(range(len(self.bank) - last, len(self.bank)))}
+
+
+def prepare_control(
+    recipe: Recipe,
+    family: StableDiffusion,
+    conditioner: Conditioner,
+    data: ImageData,
+    held_out: ImageData,
+    all_held_out: ImageData,
+    bank: KnowledgeBank | None,
+    framing: Framing,
+    cache: Path,
+    accelerator: Accelerator,
+) -> ControlInputs:
+    """Annotate whatever is not annotated yet.
+
+    Raises:
+        UserError: if the annotator finds nothing on any picture, or fidelity is wanted and nothing is held out.
+    """
+    control, still, show = recipe.control, Framing(framing.resolution), accelerator.is_main_process
+    workers = control.workers or conditioner.default_workers
+    probed = all_held_out.sample(control.fidelity.size)
+    wanted = control.fidelity.every > 0
+    if wanted and not len(probed):
+        raise UserError(
+            "fidelity is measured on held-out pictures, and there are none; raise data.holdout, name a "
+            "data.validation_path, or set --control.fidelity.every 0."
+        )
+    own = bank is not None and control.bank_condition == "own"
+    total = len(data) + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
+    if conditioner.spec.annotator != SUPPLIED:
+        conditioner.load()  # what cannot be loaded is said before anything is annotated
+    with accelerator.main_process_first(), progress(total, "annotating", show) as advance:
+        targets = cached_conditions(conditioner, data, framing, cache, advance, workers)
+        blank = targets.blank
+        if len(blank) == len(data):
+            raise UserError(
+                f"the annotator {conditioner.spec.annotator} found nothing on any of the {len(data)} pictures; look at "
+                "its params, or choose another."
+            )
+        held = cached_conditions(conditioner, held_out, still, cache, advance, workers) if len(held_out) else None
+        of_bank = None
+        if bank is not None and own:
+            of_bank = bank_conditions(conditioner, family, bank, cache, advance, workers)
+        probe = None
+        if wanted:
+            asked = cached_conditions(conditioner, probed, still, cache, advance, workers)
+            watched = control.fidelity
+            sampling = {"seed": recipe.training.seed, "steps": watched.steps, "guidance_scale": watched.guidance_scale,
+                        "resolution": framing.resolution}  # fmt: skip
+            probe = FidelityProbe.build(conditioner, probed, asked.rows(range(len(probed))), sampling)
+    names = [data.examples[i].name for i in blank]
+    few = held if held is not None else targets
+    shown = few.rows(range(min(SHOWN, len(few))))
+    return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)

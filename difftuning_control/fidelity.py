@@ -1,0 +1,124 @@
+"""How well a ControlNet's pictures follow what was asked of them, while it trains.
+
+Held-out conditions are drawn in few steps with fixed noise, the pictures annotated again, and what is found compared
+with what was asked. A supplied condition cannot be made from a picture: there the edges of the drawn picture are
+compared with those of the true one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec, to_tensor
+from difftuning_control.convergence import find_convergence, has_settled
+from difftuning_control.data import ImageData, frame
+from difftuning_control.evaluation.control import MAIN, fidelity
+from difftuning_control.pictures import sample_pictures
+
+if TYPE_CHECKING:
+    from difftuning_control.families.sd import StableDiffusion
+
+PATIENCE = 3
+
+
+@dataclass
+class FidelityCurve:
+    """The figures of every measurement, and what follows from them.
+
+    Args:
+        kind: what is compared, a key of `evaluation.control.MAIN`.
+        without: the figures of the model without control.
+    """
+
+    kind: str
+    without: dict[str, float] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def main(self) -> str:
+        return MAIN[self.kind][0]
+
+    @property
+    def values(self) -> list[float]:
+        """The main figure."""
+        return [row[self.main] for row in self.rows]
+
+    def add(self, step: int, row: dict[str, float]) -> None:
+        self.steps.append(step)
+        self.rows.append(row)
+
+    def stop_at(self, after: int) -> int | None:
+        """The step to end at, `after` steps after the curve has risen and settled; None until it has."""
+        settled = has_settled(self.steps, self.values, MAIN[self.kind][1], PATIENCE)
+        return None if settled is None else settled + after
+
+    def describe(self) -> dict[str, Any]:
+        """The curve and its change point, as `run.json` and `fidelity.json` hold them."""
+        found = find_convergence(self.steps, self.values, MAIN[self.kind][1])
+        return {
+            "kind": self.kind, "main": self.main, "higher_is_better": MAIN[self.kind][1], "without": self.without,
+            "steps": self.steps, "figures": {name: [row[name] for row in self.rows] for name in self.without},
+            "convergence": None if found is None else vars(found),
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"without": self.without, "steps": self.steps, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.without, self.steps, self.rows = state["without"], state["steps"], state["rows"]
+
+
+@dataclass(frozen=True)
+class FidelityProbe:
+    """Draws held-out conditions and judges the pictures.
+
+    Args:
+        judge: annotates the pictures.
+        kind: what is compared.
+        prompts: one a condition.
+        control: the conditions, (N, 3, H, W) uint8.
+        asked: what the annotated pictures are compared with, (N, 3, H, W) uint8.
+        sampling: settings of `sample_pictures`.
+    """
+
+    judge: Conditioner
+    kind: str
+    prompts: list[str]
+    control: Tensor
+    asked: Tensor
+    sampling: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls, conditioner: Conditioner, data: ImageData, control: Tensor, sampling: dict[str, Any]
+    ) -> FidelityProbe:
+        """For held-out pictures and their conditions (N, 3, H, W) uint8."""
+        side = conditioner.spec.resolution
+        judge, asked, kind = conditioner, control, conditioner.spec.kind
+        if conditioner.spec.annotator == SUPPLIED:
+            judge, kind = Conditioner(ControlSpec("canny", resolution=side)), "edges"
+            asked = _annotated(judge, [frame(e.load(), side, side) for e in data.examples])
+        return cls(judge, kind, [e.caption for e in data.examples], control, asked, sampling)
+
+    def judge_pictures(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """The mean of each figure over pictures, one a condition."""
+        found = _annotated(self.judge, [np.asarray(p) for p in pictures])
+        each = fidelity(self.kind, to_tensor(self.asked), to_tensor(found))
+        return {name: float(values.double().mean()) for name, values in each.items()}
+
+    def measure(self, family: StableDiffusion, controlled: bool = True) -> dict[str, float]:
+        """The figures of pictures drawn now; with `controlled` off the model draws without its ControlNet."""
+        control = self.control if controlled else None
+        return self.judge_pictures(sample_pictures(family, self.prompts, **self.sampling, control=control))
+
+
+def _annotated(judge: Conditioner, pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack([judge.condition(p) for p in pictures])).permute(0, 3, 1, 2).contiguous()
