@@ -162,3 +162,6 @@ def merged(module: Any) -> Any:
     plain = type(module).from_config(module.config)
     plain.load_state_dict(state)
     return plain
+
+
+RESULTS = {"lora": LoRATuning.result, "full": FullTuning.result, "controlnet": ControlNetTuning.result}

@@ -80,19 +80,13 @@ _FILES = {
     "anyline": {"filename": "MTEED.pth", "subfolder": "Anyline"},
     "sam": {"filename": "sam_vit_h_4b8939.pth", "subfolder": "checkpoints"},
     "midas": {"filename": "dpt_hybrid-midas-501f0c75.pt"},
-    "dwpose": {
-        "det_ckpt": "yolox_l_8x8_300e_coco_20211126_140236-d3bd2b23.pth",
-        "pose_ckpt": "dw-ll_ucoco_384.pth",
-    },
 }
 # these draw from global random states, keep state between their layers, warn or print: one picture at a time
-_ALONE = frozenset(
-    ("anyline", "dwpose", "leres", "lineart_standard", "mediapipe_face", "midas", "sam", "shuffle", "zoe")
-)  # fmt: skip
-# ours to give, or deprecated, or a second picture in the result (depth_and_normal), or Python files to run (configs)
-_RESERVED = frozenset(
-    ("self", "input_image", "output_type", "pretrained_model_or_path", "device", "hand_and_face", "depth_and_normal",
-     "det_config", "pose_config")
+_ALONE = ("anyline", "dwpose", "leres", "lineart_standard", "mediapipe_face", "midas", "sam", "shuffle", "zoe")
+# ours to give, deprecated, a second picture in the result (depth_and_normal), or Python files to be run (configs)
+_RESERVED = (
+    "self", "input_image", "output_type", "pretrained_model_or_path", "device", "hand_and_face", "depth_and_normal",
+    "det_config", "pose_config",
 )  # fmt: skip
 _LOCK = threading.RLock()
 
@@ -123,7 +117,7 @@ def load_annotator(
     has 512). A picture whose sides are multiples of 64 is not resampled. All others come back by area averages where
     they shrink and linearly where they grow; masks by the nearest pixel, for their colours are labels.
 
-    The function may be called by several threads at once.
+    The function may be called by several threads at once. It raises UserError where the annotator fails on a picture.
 
     Args:
         name: a key of `ANNOTATORS`.
@@ -172,12 +166,13 @@ def _check(name: str, key: str, value: Any, defaults: dict[str, Any]) -> None:
     if key not in defaults:
         raise UserError(f"the annotator {name} has no parameter {key!r}; expected {_nearest(key, defaults)}.")
     kind = type(defaults[key])
+    right, expected = True, ""
     if key in ("detect_resolution", "image_resolution"):
         right, expected = type(value) is int and value >= 64, "a whole number from 64"
     elif kind in (int, float):
         right, expected = type(value) in (int, float), "a number"
-    else:
-        right, expected = kind not in (bool, str) or type(value) is kind, {bool: "true or false"}.get(kind, "a name")
+    elif kind in (bool, str):
+        right, expected = type(value) is kind, "true or false" if kind is bool else "a name"
     if not right:
         raise UserError(f"the parameter {key} of the annotator {name} is {value!r}; expected {expected}.")
 
@@ -199,29 +194,30 @@ def _alone(seed: bytes = b"") -> Iterator[None]:
 
 
 def _controlnet_aux() -> Any:
-    """The package; it warns about ten times when it is imported, of what it does not install and what it deprecates."""
+    """The package; it warns about ten times when it is imported, of what is not installed and what is deprecated."""
     try:
-        try:
-            import controlnet_aux
-        except AttributeError:  # mediapipe has no `solutions` from 0.10.30 on, and not even canny can be imported
-            present = sys.modules["mediapipe"]
-            sys.modules["mediapipe"] = None  # type: ignore[assignment]
-            try:
-                import controlnet_aux
-            finally:
-                sys.modules["mediapipe"] = present
+        import controlnet_aux
+
+        return controlnet_aux
+    except AttributeError as error:
+        mediapipe, reason = sys.modules.get("mediapipe"), _reason(error)
     except Exception as error:
-        reason = _reason(error)
-        raise UserError(f"controlnet_aux cannot be imported ({reason}); run pip install controlnet-aux.") from None
-    return controlnet_aux
+        mediapipe, reason = None, _reason(error)
+    if mediapipe is not None:  # it has no `solutions` from 0.10.30 on; without that, not even canny can be imported
+        sys.modules["mediapipe"] = None  # type: ignore[assignment]
+        try:
+            return _controlnet_aux()
+        finally:
+            sys.modules["mediapipe"] = mediapipe
+    raise UserError(f"controlnet_aux cannot be imported ({reason}); run pip install controlnet-aux.")
 
 
 @contextmanager
 def _safe_loading() -> Iterator[list[Any]]:
     """Inside, no pickle is read but for its tensors, and no code is fetched; gives what is read.
 
-    Every loader of controlnet_aux 0.0.10 is a torch.load without weights_only, which an environment variable
-    (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) makes unsafe and mmengine (dwpose) sets to False; none is a scripted model.
+    Every loader of controlnet_aux 0.0.10 is a torch.load without weights_only, safe by torch's default but for the
+    variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; torch.hub's downloads are unsafe by default; none is a scripted model.
     Two older kinds of midas call torch.hub.load, which runs code of GitHub. leres reads the command line, and sets
     cudnn.benchmark for the whole process.
     """
@@ -233,7 +229,7 @@ def _safe_loading() -> Iterator[list[Any]]:
             read.append(load(file, map_location, *rest, **{**options, "weights_only": True}))
         except pickle.UnpicklingError:
             path = getattr(file, "name", file)
-            raise pickle.UnpicklingError(f"{path} holds more than tensors, and reading it could run code") from None
+            raise pickle.UnpicklingError(f"{path} is not of tensors alone, and reading it might run code") from None
         return read[-1]
 
     def load_local(*args: Any, source: str = "github", **options: Any) -> Any:
@@ -242,7 +238,7 @@ def _safe_loading() -> Iterator[list[Any]]:
         return hub(*args, source=source, **options)
 
     torch.load, torch.hub.load = load_tensors, load_local  # type: ignore[assignment]
-    sys.argv = ["", "--gpu_ids", "-1"]  # its second network, which is not moved between devices, stays on the CPU
+    sys.argv = ["", "--gpu_ids", "-1"]  # leres' second network, which has no way to another device, is on the CPU
     try:
         yield read
     finally:
@@ -259,17 +255,14 @@ def _load(name: str, made: Any, options: dict[str, Any], weights: str | None, de
         return made()
     try:
         with _safe_loading() as read:
-            if source == ANNOTATORS[name].weights or Path(source).is_dir():
-                options = {**_FILES.get(name, {}), **options}
-            if Path(source).is_dir():
-                source = _local(Path(source), options)
-            detector = (
-                made(**options, device=str(device)) if name == "dwpose" else made.from_pretrained(source, **options)
-            )
-        if name == "zoe":
-            _check_zoe(detector.model, read[-1]["model"])
+            detector = _from_files(name, made, options, source, device)
+        if name == "zoe":  # its loader takes whatever fits and leaves the rest random; the classifier is not used
+            needed = [n for n, _ in detector.model.named_parameters() if ".head." not in n and ".fc_norm." not in n]
+            absent = [n for n in needed if n not in read[-1]["model"]]
+            if absent:
+                raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
-        raise _unusable(name, f"found no weights that it can use in {source} ({_reason(error)})") from None
+        raise _unusable(name, f"cannot use the weights in {source} ({_reason(error)})") from None
     if name == "sam":  # it has no `to`, and fails where it finds no mask
         detector.mask_generator.predictor.model.to(device)
         draw = detector.show_anns
@@ -277,48 +270,54 @@ def _load(name: str, made: Any, options: dict[str, Any], weights: str | None, de
     return detector.to(device) if hasattr(detector, "to") else detector
 
 
-def _local(folder: Path, options: dict[str, Any]) -> str:
-    """The directory that holds the files, which may lie in it as they do in the repository."""
-    below = folder / options.pop("subfolder", "")
-    folder = below if below.is_dir() else folder
-    file = options.get("filename")
-    if file is not None and not (folder / file).is_file():
-        raise FileNotFoundError(f"{folder} has no {file}")
-    return str(folder)
-
-
-def _check_zoe(model: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Its loader takes whatever fits and leaves the rest random; the classifier's head is not used."""
-    absent = [n for n, _ in model.named_parameters() if n not in weights and ".head." not in n and ".fc_norm." not in n]
-    if absent:
-        raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
+def _from_files(name: str, made: Any, options: dict[str, Any], source: str, device: torch.device) -> Any:
+    folder, default, files = Path(source), source == ANNOTATORS[name].weights, _FILES.get(name, {})
+    if name == "dwpose":  # its class knows where to download its two files
+        if not default:
+            raise FileNotFoundError("give its two files as the parameters det_ckpt and pose_ckpt instead")
+        return made(**options, device=str(device))
+    if not folder.is_dir() and not default:  # another repository has its own folders, and midas knows where
+        files = {k: v for k, v in files.items() if k == "filename" and name != "midas"}
+    options = {**files, **options}
+    if folder.is_dir():
+        below = folder / options.pop("subfolder", "")  # the files may lie in it as they do in the repository
+        folder = below if below.is_dir() else folder
+        if "filename" in options and not (folder / options["filename"]).is_file():
+            raise FileNotFoundError(f"{folder} has no {options['filename']}")
+        source = str(folder)
+    return made.from_pretrained(source, **options)
 
 
 def _reason(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …").rstrip(". ")
+    first = " ".join(str(error).split()).split(". ")[0]
+    return textwrap.shorten(f"{type(error).__name__}: {first}", 200, placeholder=" …").rstrip(".: ")
 
 
 def _annotate(
     name: str, detector: Any, options: dict[str, Any], known: frozenset[str], picture: np.ndarray
 ) -> np.ndarray:
     """What a loaded annotator finds on (H, W, 3) uint8 RGB, in its size."""
-    height, width = picture.shape[:2]
-    side = options.get("detect_resolution", 64 * math.ceil(min(height, width) / 64))
-    # image_resolution resizes once more, and linearly; this is the size that there is already
-    sizes = {"detect_resolution": side, "image_resolution": 64 * max(1, round(side / 64))}
-    options = {**{k: v for k, v in sizes.items() if k in known}, **options}
-    picture = np.ascontiguousarray(picture)
-    with np.errstate(all="ignore"), _alone(picture.tobytes()) if name in _ALONE else nullcontext():
-        found = detector(picture, output_type="np", **options)
-    return _fit(found, height, width, ANNOTATORS[name].kind)
-
-
-def _fit(found: np.ndarray, height: int, width: int, kind: str) -> np.ndarray:
     import cv2
 
-    rows, columns = found.shape[:2]
-    if (rows, columns) != (height, width):
-        shrinks = height <= rows and width <= columns
-        way = cv2.INTER_NEAREST_EXACT if kind == "masks" else cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    height, width = picture.shape[:2]
+    side = options.get("detect_resolution", 64 * math.ceil(min(height, width) / 64))
+    # image_resolution resizes what was found once more, linearly; this is the size that it has already
+    sizes = {"detect_resolution": side, "image_resolution": 64 * round(side / 64)}
+    options = {**{k: v for k, v in sizes.items() if k in known}, **options}
+    picture = np.ascontiguousarray(picture)
+    try:
+        with np.errstate(all="ignore"), _alone(picture.tobytes()) if name in _ALONE else nullcontext():
+            found = detector(picture, output_type="np", **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the annotator {name} failed on a picture of {width}×{height} pixels with {options} ({_reason(error)}); "
+            "try its default parameters, or larger pictures."
+        ) from None
+    if found.shape[:2] != (height, width):
+        shrinks = height <= found.shape[0] and width <= found.shape[1]
+        way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        way = cv2.INTER_NEAREST_EXACT if ANNOTATORS[name].kind == "masks" else way
         found = cv2.resize(found, (width, height), interpolation=way)
     return np.ascontiguousarray(found, dtype=np.uint8)

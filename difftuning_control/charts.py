@@ -221,6 +221,32 @@ def length_chart(sides: Sequence[Mapping[str, Any]], metric: str, t: Words) -> s
     return chart.svg(metric_label(metric, t))
 
 
+@mpl.rc_context(STYLE)
+def fidelity_chart(curve: Mapping[str, Any], metric: str, t: Words) -> str:
+    """A figure of a ControlNet's fidelity over its steps, and of the model without it; on the main figure the rise."""
+    points = [(s, v) for s, v in zip(curve["steps"], curve["figures"][metric]) if is_number(v)]
+    marker = "o" if len(points) <= 60 else None  # more would hide the curve
+    without, rise = curve["without"].get(metric), curve["convergence"] if metric == curve["main"] else None
+    entries: list[Entry] = [(t["chart.controlled"], TARGET, marker, "-")]
+    if is_number(without):
+        entries.append((t["chart.uncontrolled"], SIDES["base"][0], None, "--"))
+    if rise is not None:
+        entries.append((t["chart.rise"], BANK, None, "band"))
+        entries.append((t["chart.half_step"].format(step=f"{rise['step']:.0f}"), INK, None, ":"))
+    chart = _Chart(entries, metric_label(metric, t))
+    axes = chart.axes
+    if rise is not None:
+        axes.axvspan(rise["start"], rise["end"], color=BANK, alpha=0.2, linewidth=0)
+        axes.axvline(rise["step"], color=INK, linestyle=":", linewidth=1.4)
+    if is_number(without):
+        axes.axhline(without, color=SIDES["base"][0], linestyle="--", linewidth=1.4)
+    axes.plot([s for s, _ in points], [v for _, v in points], color=TARGET, marker=marker, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}"))
+    chart.x_label(t["chart.steps"])
+    return chart.svg(metric_label(metric, t))
+
+
 class _Chart:
     """One plot with its legend and the name of its y axis above it, laid out without measuring any font, in STYLE.
 

@@ -371,7 +371,7 @@ def run_train(command: TrainCommand) -> None:
 
 def _print_control(run: dict[str, Any]) -> None:
     """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
-    if run["control"] is None:
+    if run.get("control") is None:
         return
     blank = run["control"]["blank"]
     if blank:
@@ -389,6 +389,7 @@ def _print_control(run: dict[str, Any]) -> None:
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
     )
+    print(f"  report: {run['recipe']['output']}/report.html")
 
 
 def run_bank(command: BankCommand) -> None:

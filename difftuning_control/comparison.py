@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
-LOWER_IS_BETTER = frozenset({"kid", "fid", "target_loss", "bank_loss"})
+LOWER_IS_BETTER = frozenset({"kid", "fid", "target_loss", "bank_loss", "rmse"})
 PLAIN = "plain"
 LEVEL = 0.05
 GUARD = 0.05  # a side that hits the domain this much less often than plain fine-tuning cannot win

@@ -119,6 +119,12 @@ class ControlSpec:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error}); copy the one that was saved with the weights.") from None
+        order = _channel_order(Path(folder))
+        if order not in (None, spec.channel_order):
+            raise UserError(
+                f"{path} says that channels are in the order {spec.channel_order}, the ControlNet beside it {order}; "
+                "copy the spec that belongs to it."
+            )
         found = _weights(Path(folder))
         if found != beside:
             differing = sorted(n for n in found.keys() | beside.keys() if found.get(n) != beside.get(n))
@@ -131,6 +137,15 @@ class ControlSpec:
 
 def _weights(folder: Path) -> dict[str, str]:
     return {p.name: digest_of_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def _channel_order(folder: Path) -> str | None:
+    """What the ControlNet's own configuration says, where it says something."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("controlnet_conditioning_channel_order")
 
 
 class Conditioner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 
 def build_spec(recipe: Recipe, family: StableDiffusion, resolution: int) -> ControlSpec:
-    """How the conditions of a recipe are made."""
+    """How the conditions of a recipe are made, for the family's ControlNet if it has one."""
     control = recipe.control
+    order: Any = "rgb"
+    if family.controlnet is not None:
+        order = family.controlnet.config.controlnet_conditioning_channel_order
     return ControlSpec(
-        control.annotator, dict(control.params), control.weights, resolution, family.condition_range,
-        family.controlnet.config.controlnet_conditioning_channel_order, control.resize,
+        control.annotator, dict(control.params), control.weights, resolution, family.condition_range, order,
+        control.resize,
     )  # fmt: skip
 
 

@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 PATIENCE = 3
 
 
+def kind_of(spec: ControlSpec) -> str:
+    """What pictures are compared as, a key of `MAIN`."""
+    return "edges" if spec.annotator == SUPPLIED else spec.kind
+
+
+def main_figure(spec: ControlSpec) -> str:
+    """The figure that says how well conditions of this spec are followed."""
+    return MAIN[kind_of(spec)][0]
+
+
 @dataclass
 class FidelityCurve:
     """The figures of every measurement, and what follows from them.
@@ -102,9 +112,9 @@ class FidelityProbe:
     ) -> FidelityProbe:
         """For held-out pictures and their conditions (N, 3, H, W) uint8."""
         side = conditioner.spec.resolution
-        judge, asked, kind = conditioner, control, conditioner.spec.kind
+        judge, asked, kind = conditioner, control, kind_of(conditioner.spec)
         if conditioner.spec.annotator == SUPPLIED:
-            judge, kind = Conditioner(ControlSpec("canny", resolution=side)), "edges"
+            judge = Conditioner(ControlSpec("canny", resolution=side))
             asked = _annotated(judge, [frame(e.load(), side, side) for e in data.examples])
         return cls(judge, kind, [e.caption for e in data.examples], control, asked, sampling)
 

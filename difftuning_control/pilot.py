@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from difftuning_control.adapters import LORA_FILE
+from difftuning_control.adapters import RESULTS, ControlNetTuning, FullTuning
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
 from difftuning_control.budget import spread_budget
+from difftuning_control.comparison import LOWER_IS_BETTER
+from difftuning_control.conditions import conditions_of
+from difftuning_control.control import Conditioner
+from difftuning_control.control_inputs import build_spec
+from difftuning_control.data import ImageData
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     Reference,
@@ -35,8 +40,9 @@ from difftuning_control.evaluation.evaluate import (
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
+from difftuning_control.fidelity import FidelityProbe, main_figure
 from difftuning_control.fingerprint import digest_of, write_json
-from difftuning_control.inputs import read_data
+from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
 from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
@@ -74,16 +80,21 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
 
 @dataclass(frozen=True)
 class Judge:
-    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough."""
+    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
+
+    The probes judge how the conditions of each are followed; None where no ControlNet is compared.
+    """
 
     reference: Reference
     search: Sampling
     final: Sampling
+    probes: dict[bool, FidelityProbe] | None = None
 
     def figures(self, family: StableDiffusion, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
         sampling = replace(self.final if final else self.search, seeds=[seed])
         pictures = sampling.draw(family)
-        return figures(pictures, sampling.prompts, self.reference), pictures
+        followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
+        return figures(pictures, sampling.prompts, self.reference) | followed, pictures
 
 
 class Pilot:
@@ -102,11 +113,8 @@ class Pilot:
                 "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
                 "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
             )
-        if recipe.method == "controlnet":
-            raise UserError(
-                "a pilot compares LoRA or full fine-tuning; compare ControlNets with difftune evaluate and the fidelity"
-                " curves in their run.json."
-            )
+        if recipe.training.stop_when is not None:
+            raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.clock = time.time()
         self.config, self.output, self.tell = config, output, tell
         self.lengths = sorted(config.lengths or [training.max_steps])
@@ -127,6 +135,10 @@ class Pilot:
         self.features = load_features(config.features, best_device())
         check_held_out(read_data(recipe)[1])
         self.family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+        self.conditioner, self.primary = None, PRIMARY
+        if recipe.method == "controlnet":
+            spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
+            self.conditioner, self.primary = Conditioner(spec, self.family.device), main_figure(spec)
 
     def run(self) -> dict[str, Any]:
         """All of it; returns what `pilot.json` holds."""
@@ -149,7 +161,7 @@ class Pilot:
             "model": self.recipe.model.id,
             "data": analysis["data"] | {"held_out": len(found.held_out)},
             "settings": self._settings(),
-            "primary": PRIMARY,
+            "primary": self.primary,
             "cost": {
                 "seconds": self._spent(),
                 "training_seconds": sum(
@@ -204,14 +216,26 @@ class Pilot:
         reference = reference_of(self.family, self.features, found)
         captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * self.config.pictures).examples))
         halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
-        sampling = [
+        prompts = [[half[i % len(half)] for i in range(self.config.pictures)] for half in halves]
+        config, probes = self.config, None
+        if self.conditioner is not None:
+            probes = {final: self._probe(found, prompts[final]) for final in (False, True)}
+        search, final = (
             Sampling(
-                [half[i % len(half)] for i in range(self.config.pictures)], [0], self.config.steps,
-                self.config.guidance_scale, found.resolution, self.config.batch_size,
+                prompts[i], [0], config.steps, config.guidance_scale, found.resolution, config.batch_size,
+                probes[bool(i)].control if probes is not None else None,
             )
-            for half in halves
-        ]  # fmt: skip
-        return Judge(reference, *sampling)
+            for i in (0, 1)
+        )  # fmt: skip
+        return Judge(reference, search, final, probes)
+
+    def _probe(self, found: Materials, captions: list[str]) -> FidelityProbe:
+        """What shows and judges the conditions of the held-out pictures with these captions."""
+        assert self.conditioner is not None
+        by_caption = {e.caption: e for e in found.held_out.examples}
+        data = ImageData(found.held_out.source, [by_caption[c] for c in captions])
+        control = conditions_of(self.conditioner, data, found.resolution, lambda count: None)
+        return FidelityProbe.build(self.conditioner, data, control, {})
 
     def _analyze(self, found: Materials) -> dict[str, Any]:
         path = self.output / "analysis.json"
@@ -282,19 +306,20 @@ class Pilot:
             )
         chosen = next(iter(tried))
         if len(tried) > 1:
-            chosen = min(tried, key=lambda rate: min(row["search"][PRIMARY] for row in tried[rate]))
+            found = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
+            chosen = self._best(found, lambda pair: pair[1])[0]
         rows = list(tried[chosen])
         for seed in others:
             rows += self.train(name, chosen, seed)
         search = [
             {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
-            | {k: row["search"][k] for k in ("kid", "domain_hit")}
-            for rate, found in tried.items()
-            for row in found
+            | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
+            for rate, trial in tried.items()
+            for row in trial
             if row["search"] is not None
         ]
         summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
-        best = min(self.lengths, key=lambda n: summary[str(n)][PRIMARY]["mean"])  # type: ignore[arg-type, return-value]
+        best = self._best(self.lengths, lambda n: summary[str(n)][self.primary]["mean"])
         return {
             "name": name,
             "tuning": self._recipe(name, chosen, first).to_dict()["tuning"],
@@ -306,6 +331,10 @@ class Pilot:
             "best_length": best,
             "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
+
+    def _best(self, candidates: Iterable[Any], value: Callable[[Any], Any]) -> Any:
+        """The candidate whose value of the primary figure is the best."""
+        return (min if self.primary in LOWER_IS_BETTER else max)(candidates, key=value)
 
     def _recipe(self, side: str, rate: float, seed: int) -> Recipe:
         training = replace(
@@ -355,14 +384,15 @@ class Pilot:
         for kept in folder.glob("step-*"):
             shutil.rmtree(kept)
         if seed != self.config.seeds[0]:
-            shutil.rmtree(folder / "pipeline", ignore_errors=True)
+            for name in (FullTuning.result, ControlNetTuning.result):
+                shutil.rmtree(folder / name, ignore_errors=True)
         self._spent()
         return rows
 
     def _train(self, recipe: Recipe) -> dict[str, Any]:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
         folder = Path(recipe.output)
-        weights = [folder / ("pipeline" if recipe.method == "full" else LORA_FILE)]
+        weights = [folder / RESULTS[recipe.method]]
         weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
         run = read_run(folder)
         gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)

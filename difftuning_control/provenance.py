@@ -19,7 +19,7 @@ from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json", "controlnet", "fidelity.json", "fidelity.png",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html",
 )  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 

@@ -33,6 +33,8 @@ METRICS = {
     "domain_judge": ("neutral", "{:.1%}"), "pair_similarity": ("higher", "{:.3f}"), "density": ("higher", "{:.2f}"),
     "coverage": ("higher", "{:.2f}"), "diversity": ("higher", "{:.3f}"), "memorisation": ("neutral", "{:.3f}"),
     "target_loss": ("lower", "{:.4f}"), "bank_loss": ("lower", "{:.4f}"), "pictures": ("neutral", "{:.0f}"),
+    "f1": ("higher", "{:.3f}"), "ssim": ("higher", "{:.3f}"), "rmse": ("lower", "{:.3f}"),
+    "cosine": ("higher", "{:.3f}"), "miou": ("higher", "{:.3f}"),
 }  # fmt: skip
 LARGEST = 320  # side of a picture in the report, in pixels
 COLUMNS = 8  # pictures in a row
@@ -221,7 +223,7 @@ def _pictures(pictures: Mapping[str, Any] | None, folder: Path) -> list[dict[str
     ]
 
 
-def _data_uri(folder: Path, file: str) -> str:
+def _data_uri(folder: Path, file: str, largest: int = LARGEST) -> str:
     path = folder / file
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"the picture {harmless(file)} of the pilot lies outside its folder {folder}; move it there.")
@@ -229,9 +231,9 @@ def _data_uri(folder: Path, file: str) -> str:
         with Image.open(path) as picture:
             picture.load()
             content = path.read_bytes()
-            if picture.format != "PNG" or max(picture.size) > LARGEST:
+            if picture.format != "PNG" or max(picture.size) > largest:
                 small = picture.convert("RGB")
-                small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+                small.thumbnail((largest, largest), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
                 small.save(buffer, "PNG", optimize=True)
                 content = buffer.getvalue()

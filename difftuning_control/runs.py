@@ -91,7 +91,7 @@ def tuned_model(
     method = record["recipe"]["method"]
     if method == "controlnet":
         place = str(folder / "controlnet" if step is None else folder)
-        family.controlnet = load_controlnet(family, place).to(family.dtype)
+        family.controlnet = load_controlnet(family, place, family.dtype)
         try:
             yield family
         finally:

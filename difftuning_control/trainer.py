@@ -20,6 +20,7 @@ from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
+from difftuning_control.control_report import write_control_report
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
@@ -116,6 +117,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         run["outputs"] = _hash_outputs(output)
         write_text(output / "README.md", model_card(recipe, run))
         write_json(output / "run.json", run)
+        if recipe.method == "controlnet":
+            write_control_report(run, output)
         for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
             shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()

@@ -14,8 +14,8 @@ from conftest import write_pictures
 from PIL import Image
 
 from difftuning_control.data import (
-    Columns,
     EMBEDDED_SETS,
+    Columns,
     ImageData,
     dataset_rows,
     decode_image,

@@ -74,15 +74,15 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     return family_of(pipe)
 
 
-def load_controlnet(family: StableDiffusion, path: str) -> Any:
-    """A ControlNet of the family's class, float32, from a directory or the Hub; safetensors only.
+def load_controlnet(family: StableDiffusion, path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A ControlNet of the family's class from a directory or the Hub; safetensors only.
 
     Raises:
         UserError: if it is not there, or does not fit the model, with the two numbers that differ.
     """
     try:
         with quiet_loading():
-            found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+            found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
     except Exception as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
         where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"

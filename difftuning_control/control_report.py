@@ -1,0 +1,139 @@
+"""The report of a ControlNet's training: does it follow the condition, since when, and what to do next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.comparison import is_number, mean_spread
+from difftuning_control.control import SUPPLIED
+from difftuning_control.convergence import LEAST
+from difftuning_control.errors import UserError
+from difftuning_control.report import METRICS, _bands, _data_uri, _flatten, _quoted, _write
+from difftuning_control.words import load_words
+
+SLIGHT = 0.1  # of the distance from the model without control to a perfect match
+ROWS, NAMES = 20, 20  # most rows of the table of measurements, most names of pictures
+GRID = 1000  # side of the sample grid in the report, in pixels
+FILES = ("run.json", "fidelity.json", "recipe.yaml", "metrics.jsonl")
+
+
+def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "en") -> Path:
+    """`report.html` of a ControlNet's finished run in its folder; `run` is what `run.json` holds.
+
+    Raises:
+        UserError: if the run is not finished or trained no ControlNet, or the language is unknown.
+    """
+    words = load_words(language)
+    if run.get("status") != "complete":
+        raise UserError(
+            f"the run is not finished (its status is {_quoted(run.get('status'))}), so there is nothing to report; run "
+            "the same command again with --training.resume."
+        )
+    method = run["recipe"].get("method")
+    if method != "controlnet" or not run.get("control"):
+        raise UserError(f"the run's method is {_quoted(method)}; only a run of controlnet has this report.")
+    from difftuning_control import charts
+
+    curve, found = run.get("fidelity"), control_verdict(run.get("fidelity"))
+    drawn, rows = [], []
+    if curve and found["code"] != "unmeasured":
+        figures = sorted((m for m in curve["figures"] if m in METRICS), key=lambda m: m != curve["main"])
+        drawn = [(charts.fidelity_chart(curve, m, words), m) for m in figures]
+        rows = [{"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
+                for i in _spread_out(len(curve["steps"]), ROWS)]  # fmt: skip
+    tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.get("losses")}]}
+    timings = [v for v in (run.get("timings") or {}).values() if is_number(v)]
+    return _write(
+        folder, "control.html.j2", language, words,
+        run=run, verdict=found, curve=curve, charts=drawn, rows=rows, grid=_last_grid(folder), bands=_bands([tuned]),
+        steps=_next_steps(run, found, folder), seconds=sum(timings) if timings else None, names=NAMES, least=LEAST,
+        supplied=run["control"]["spec"].get("annotator") == SUPPLIED, settings=_flatten(run["recipe"]),
+        files=[name for name in FILES if (folder / name).is_file()],
+    )  # fmt: skip
+
+
+def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Whether pictures follow their conditions, by a fidelity curve as `run.json` holds it.
+
+    The code is unmeasured; short (too few measurements); none (no rise beyond noise); worse (at the end no better than
+    without control); rising (at most one measurement after the rise); slight (better by less than `SLIGHT` of what a
+    perfect match would be); already (better from the first measurement on); sudden or gradual.
+    """
+    if not curve or not curve["steps"]:
+        return {"code": "unmeasured", "good": False}
+    higher, main, rise = curve["higher_is_better"], curve["main"], curve["convergence"]
+    values, without = curve["figures"][main], curve["without"][main]
+    gains = [(v - without) * (1 if higher else -1) for v in values]
+    distance = abs((1.0 if higher else 0.0) - without)
+    share = gains[-1] / distance if distance else None
+    mean, spread = mean_spread(gains)
+    settled = rise is None or rise["end"] <= curve["steps"][-3]  # one measurement after a rise is no plateau
+    already = rise is None and min(gains) > 0 and (mean or 0) > 3 * (spread or 0)
+    if len(values) < LEAST:
+        code = "short"
+    elif rise is None and not already:
+        code = "none"
+    elif gains[-1] <= 0:
+        code = "worse"
+    elif not settled:
+        code = "rising"
+    elif share is not None and share < SLIGHT:
+        code = "slight"
+    elif rise is None:
+        code = "already"
+    else:
+        code = "sudden" if rise["sudden"] else "gradual"
+    return {
+        "code": code, "good": code in ("sudden", "gradual", "already"), "better": gains[-1] > 0, "share": share,
+        "value": values[-1], "without": without, "count": len(values), "settled": settled,
+        "rise": None if rise is None else {k: f"{rise[k]:.0f}" for k in ("start", "end", "step")},
+    }  # fmt: skip
+
+
+def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What to do after a run: a key of the words, and a command or None."""
+    recipe, done = run["recipe"], run["steps"]
+    place, code = str(folder), found["code"]
+    photo = "condition.png" if run["control"]["spec"].get("annotator") == SUPPLIED else "photo.png"
+    draw = f"difftune sample --run {shlex.quote(place)} --control {photo} --prompts '[\"…\"]'"
+    again = f"difftune train --config {shlex.quote(str(folder / 'recipe.yaml'))} --output runs/longer"
+    longer = f"{again} --training.max_steps {2 * max(done, recipe['training']['max_steps'])}"
+    steps: list[tuple[str, str | None]] = []
+    if code == "unmeasured":
+        every = f" --control.fidelity.every {max(1, done // 20)}"
+        held_out = "" if run["data"].get("held_out") else " --data.holdout 0.1"
+        steps.append(("do.control.measure", again + every + held_out))
+    elif code == "short":
+        steps.append(("do.control.more", f"{longer} --control.fidelity.every {max(1, done // 10)}"))
+    elif code == "none" or not found["settled"]:
+        steps.append(("do.control.longer", longer))
+    if code in ("none", "worse", "slight"):
+        steps += [("do.control.rate", None), ("do.control.conditions", None)]
+    if run["control"].get("blank"):
+        steps.append(("do.control.blank", None))
+    steps += [("do.control.sample_supplied" if photo == "condition.png" else "do.control.sample", draw)]
+    return [{"code": c, "command": command} for c, command in [*steps, ("do.control.keep", None)]]
+
+
+def _last_grid(folder: Path) -> dict[str, Any] | None:
+    """The sample grid of the last step, as a data URI; None where there is none that can be shown."""
+    found = [
+        (int(m[1]), p.name) for p in folder.glob("samples/step-*.png") if (m := re.fullmatch(r"step-(\d+)", p.stem))
+    ]
+    for step, name in sorted(found, reverse=True):
+        try:
+            return {"step": step, "uri": _data_uri(folder, f"samples/{name}", GRID)}
+        except UserError:  # a report without pictures is better than none
+            continue
+    return None
+
+
+def _spread_out(count: int, most: int) -> list[int]:
+    """At most so many of `count` indices, evenly, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
