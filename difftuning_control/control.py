@@ -270,7 +270,7 @@ def _as_picture(found: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndar
                 "from 0 to 1."
             )
         found = (found * 255).round().astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(found, (*found.shape[:2], 3)))
+    return np.ascontiguousarray(found.repeat(3, 2) if found.shape[2] == 1 else found)
 
 
 def to_tensor(conditions: Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
