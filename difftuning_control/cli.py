@@ -331,6 +331,8 @@ def _expected(hint: Any) -> str:
     if (section := _section_of(hint)) is not None:
         return f"a section with {', '.join(f.name for f in dataclasses.fields(section))}"
     parts = typing.get_args(hint)
+    if typing.get_origin(hint) is dict:
+        return "a section of names and values"
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(json.dumps(p) for p in parts)}"
     if typing.get_origin(hint) is list:

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.data import frame
+from difftuning_control.data import frame, to_rgb
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 
@@ -105,7 +105,8 @@ class ControlSpec:
         path = Path(folder) / SPEC_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            beside = values.pop("weights_files")
+            if not isinstance(beside := values.pop("weights_files"), dict):
+                raise ValueError("weights_files is no table")
             if values.pop("format") != FORMAT:
                 raise ValueError("another format")
             values["value_range"] = tuple(values["value_range"])
@@ -197,11 +198,14 @@ class Conditioner:
         Raises:
             UserError: if the annotator gives something else than a picture of that size in 0…255 or 0…1.
         """
-        return _as_picture(np.asarray(self.load()(picture)), picture.shape, self.spec.annotator)
+        annotate = self.load()
+        with torch.autocast(torch.device(self.device).type, enabled=False):  # as in use, whatever a run trains in
+            found = annotate(picture.copy())
+        return _as_picture(np.asarray(found), picture.shape, self.spec.annotator)
 
     def frame_condition(self, condition: Image.Image, height: int, width: int, crop: Any = (0.5, 0.5)) -> np.ndarray:
-        """A supplied condition in the frame of its picture, (height, width, 3) uint8."""
-        return frame(condition.convert("RGB"), height, width, crop, RESAMPLING[self.spec.resize])
+        """A supplied condition (RGB) in the frame of its picture, (height, width, 3) uint8."""
+        return frame(condition, height, width, crop, RESAMPLING[self.spec.resize])
 
     def prepare(
         self, image: Image.Image, height: int | None = None, width: int | None = None, ready: bool = False
@@ -213,21 +217,17 @@ class Conditioner:
             ready: `image` is a condition already and is only framed; so is every one of a supplied condition.
         """
         height, width = height or self.spec.resolution, width or self.spec.resolution
+        image = to_rgb(image)
         if ready or self.spec.annotator == SUPPLIED:
             return Image.fromarray(self.frame_condition(image, height, width))
-        return Image.fromarray(self.condition(frame(image.convert("RGB"), height, width)))
+        return Image.fromarray(self.condition(frame(image, height, width)))
 
     @property
     def fingerprint(self) -> str:
         """Changes when the spec, the function behind it, or the libraries that annotate do."""
         values: list[Any] = [{**dataclasses.asdict(self.spec), "value_range": None}]
         if ":" in self.spec.annotator:
-            function = _function(self.spec.annotator)
-            code = getattr(function, "__code__", None)
-            try:
-                values.append(inspect.getsource(function))
-            except (OSError, TypeError):
-                values.append(code.co_code.hex() if code is not None else repr(function))
+            values.append(_source(self.spec.annotator))
         elif self.spec.annotator != SUPPLIED:
             values += [version("controlnet_aux"), _opencv()]
         return digest_of(values)
@@ -239,11 +239,21 @@ def _opencv() -> str:
     return ", ".join(sorted(f"{n} {version(n)}" for n in set(packages_distributions().get("cv2", []))))
 
 
+def _source(name: str) -> str:
+    """The text of the module that a function lies in: what it calls there decides conditions too."""
+    _function(name)
+    module = importlib.import_module(name.partition(":")[0])
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):
+        return f"compiled {getattr(module, '__version__', '')}"
+
+
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(
             f"the annotator {name} cannot be imported ({error}); expected package.module:function, on Python's path."
         ) from None

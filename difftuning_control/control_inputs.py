@@ -107,10 +107,7 @@ def prepare_control(
         targets = cached_conditions(conditioner, data, framing, cache, advance, workers)
         blank = targets.blank
         if len(blank) == len(data):
-            raise UserError(
-                f"the annotator {conditioner.spec.annotator} found nothing on any of the {len(data)} pictures; look at "
-                "its params, or choose another."
-            )
+            raise UserError(_nothing(conditioner.spec.annotator, len(data)))
         held = cached_conditions(conditioner, held_out, still, cache, advance, workers) if len(held_out) else None
         of_bank = None
         if bank is not None and own:
@@ -126,3 +123,12 @@ def prepare_control(
     few = held if held is not None else targets
     shown = few.rows(range(min(SHOWN, len(few))))
     return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)
+
+
+def _nothing(annotator: str, count: int) -> str:
+    if annotator == SUPPLIED:
+        return f"each of the {count} supplied conditions is of one colour; give pictures that show something."
+    return (
+        f"the annotator {annotator} found nothing on any of the {count} pictures; look at its params, or choose another "
+        "one."
+    )

@@ -134,7 +134,8 @@ def load_images(
     else:
         rows, ignored = _dataset_rows(path, columns, checker.default_caption is None), 0
     if condition_path is not None:
-        rows = _with_conditions(rows, condition_path, checker)
+        rows, more = _with_conditions(rows, condition_path, checker)
+        ignored += more
     return checker.data(path, rows, ignored)
 
 
@@ -164,27 +165,33 @@ class Columns:
     condition: str | None = None
 
 
-def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> list[Row]:
-    """Each row with the picture of the same name in another folder."""
+def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> tuple[list[Row], int]:
+    """Each row with the picture of the same name in another folder, and how many conditions have no picture."""
     folder = _place(path)
     if not folder.is_dir():
         raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
-    found = {str(p.relative_to(folder).with_suffix("")): p for p in files if _outside(p, folder) is None}
-    keys = [str(Path(row.name).with_suffix("")) for row in rows]
-    extra = sorted(set(found) - set(keys))
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if file.suffix.lower() in EXTENSIONS and file.is_file() and not hidden and _outside(file, folder) is None:
+            found.setdefault(str(place.with_suffix("")), []).append(file)
+    wanted = {str(Path(name).with_suffix("")) for name in (*(row.name for row in rows), *checker.bad)}
+    extra = [file for key, files in found.items() if key not in wanted for file in files]
     if extra and not checker.skip_bad:
         raise UserError(
-            f"{path} has {len(extra)} conditions without a picture, such as {found[extra[0]].name}; take them out, or "
-            "leave such files out: --data.skip_bad true."
+            f"{path} has {len(extra)} conditions without a picture, such as {extra[0].name}; take them out, or leave "
+            "such files out: --data.skip_bad true."
         )
     paired = []
-    for row, key in zip(rows, keys):
-        if key in found:
-            paired.append(replace(row, condition=found[key].read_bytes))
+    for row in rows:
+        files = found.get(str(Path(row.name).with_suffix("")), [])
+        if len(files) == 1:
+            paired.append(replace(row, condition=files[0].read_bytes))
         else:
-            checker.bad[row.name] = f"has no condition in {path}"
-    return paired
+            names = " and ".join(file.name for file in files)
+            checker.bad[row.name] = f"has {len(files)} conditions, {names}" if files else f"has no condition in {path}"
+    return paired, len(extra)
 
 
 class _Checker:
@@ -267,7 +274,7 @@ def decode_image(content: bytes) -> Image.Image:
                 if opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
                     raise UserError(f"is animated ({frames} frames); save the frame you want as a picture")
                 opened.load()
-                return _on_white(ImageOps.exif_transpose(opened))
+                return to_rgb(opened)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -278,7 +285,9 @@ def decode_image(content: bytes) -> Image.Image:
         raise UserError(f"is damaged or of an unsupported kind ({' '.join(str(error).split())})") from None
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: upright, on white where it is transparent, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bit(image)
     if image.has_transparency_data:
@@ -482,7 +491,7 @@ def frame(
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         image = image.resize(size, resample)
     left, top = round((image.width - width) * crop[0]), round((image.height - height) * crop[1])
-    return np.asarray(image.crop((left, top, left + width, top + height)))
+    return np.array(image.crop((left, top, left + width, top + height)))  # a copy that may be written to
 
 
 def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:

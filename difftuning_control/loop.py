@@ -53,6 +53,7 @@ class TrainingLoop:
         self.recipe, self.family, self.objective = recipe, family, objective
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
+        self.end = self.config.max_steps
         # measured on the pretrained weights, before anything is attached to them
         self.model = family.model
         self.base_losses = self._validate(self.model)
@@ -107,36 +108,30 @@ class TrainingLoop:
         if self.config.trackers:
             self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
         self.denoiser.train()
-        seconds, last = 0.0, first
+        self.end = self._planned_end(first)
+        seconds, step = 0.0, first
         with tqdm(
             total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
             disable=not self.accelerator.is_main_process,
         ) as bar:  # fmt: skip
-            for step in range(first, self.config.max_steps):
-                if self._has_converged(step):
-                    break
+            while step < self.end:
                 begun = time.time()
                 losses = self._step(step)
                 seconds += time.time() - begun
+                step += 1
                 bar.update(1)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
                 watched = {"learning_rate": float(self.lr_scheduler.get_last_lr()[0])}
                 if self.budget is not None:
                     watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
-                self._log(step + 1, losses | watched)
-                self._watch(step + 1)
-                last = step + 1
-        self.steps = last
-        if last < self.config.max_steps and self.config.sample_every:
-            self._sample_grid(last)
-        if self.curve is not None and self.curve.steps[-1] != last:
-            self._measure_fidelity(last)
-        tuned = self._validate_tuned(last)
+                self._log(step, losses | watched)
+                self._watch(step)
+        tuned = self._validate_tuned(step)
         losses_by_role = {
             role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.base_losses.items()
         }
         self._save()
-        done = last - first
+        done = step - first
         return losses_by_role, done / seconds if seconds else math.nan
 
     def _step(self, step: int) -> dict[str, float]:
@@ -205,11 +200,13 @@ class TrainingLoop:
 
     def _watch(self, done: int) -> None:
         """What is due after `done` steps: validation, pictures, weights to keep, a checkpoint."""
-        last = done == self.config.max_steps
+        every = self.recipe.control.fidelity.every
+        if self.curve is not None and (done % every == 0 or done == self.end):
+            self._measure_fidelity(done)
+            self.end = self._planned_end(done)
+        last = done == self.end
         if self.config.validate_every and done % self.config.validate_every == 0 and not last:
             self._validate_tuned(done)
-        if self.curve is not None and done % self.recipe.control.fidelity.every == 0:
-            self._measure_fidelity(done)
         if self.config.sample_every and (done % self.config.sample_every == 0 or last):
             self._sample_grid(done)
         if done in self.config.save_at:
@@ -281,13 +278,13 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             write_json(self.output / "fidelity.json", self.curve.describe())
 
-    def _has_converged(self, step: int) -> bool:
-        """Whether the recipe ends the run here."""
-        if self.config.stop_when is None:
-            return False
-        assert self.curve is not None
-        end = self.curve.stop_at(self.config.stop_after)
-        return end is not None and step >= end
+    def _planned_end(self, done: int) -> int:
+        """The step at which the run will end, as far as can be said after `done` steps."""
+        found = None
+        if self.config.stop_when is not None:
+            assert self.curve is not None
+            found = self.curve.stop_at(self.config.stop_after)
+        return self.config.max_steps if found is None else min(self.config.max_steps, max(found, done))
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if not values or not self.accelerator.is_main_process:
@@ -306,7 +303,7 @@ class TrainingLoop:
         metrics = self.output / "metrics.jsonl"
         if self.accelerator.is_main_process and metrics.exists():
             lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            whole = [line for line in lines if found and line.endswith("\n") and json.loads(line)["step"] <= step]
             write_text(metrics, "".join(whole))
         return step
 

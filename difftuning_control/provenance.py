@@ -187,7 +187,7 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
-    prompt = (run["prompts"] or [""])[0].replace("\\", "").replace('"', "'")
+    prompt = json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
     if recipe.method == "controlnet":
         place = f"{recipe.output}/controlnet"
         return [
@@ -197,13 +197,13 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'controlnet = ControlNetModel.from_pretrained("{place}")',
             f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(load_image("photo.png"))',
-            f'image = pipe("{prompt}", image=condition).images[0]',
+            f"image = pipe({prompt}, image=condition).images[0]",
         ]  # fmt: skip
     if recipe.method == "lora":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
     else:
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
-    return ["from diffusers import DiffusionPipeline", "", *load, f'image = pipe("{prompt}").images[0]']
+    return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
 
 
 def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:

@@ -453,7 +453,7 @@ class Recipe:
             raise UserError("a ControlNet's sample grids show held-out pictures; leave out training.sample_prompts.")
         if training.stop_when is not None and control.fidelity.every == 0:
             raise UserError("training.stop_when needs a fidelity curve; set control.fidelity.every above 0.")
-        if control.annotator == "supplied" and control.bank_condition == "own" and self.uses_bank:
+        if control.annotator == "supplied" and control.bank_condition == "own" and (self.uses_bank or self.bank.path):
             raise UserError(
                 "the bank's samples have no supplied condition of their own; say --control.bank_condition blank, or "
                 "name an annotator that makes conditions."

@@ -106,7 +106,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         raise
     if budget is not None:
         run["budget"] = _describe_budget(budget, run["losses"])
-    run["steps"] = loop.steps
+    run["steps"] = loop.end
     if loop.curve is not None:
         run["fidelity"] = loop.curve.describe()
     if recipe.method == "controlnet":

@@ -65,12 +65,8 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     except UserError:
         raise
     except Exception as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
-        where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
-        raise UserError(
-            f"the model {model} {where} ({reason}); expected `embedded`, a diffusers directory with safetensors "
-            "weights, or a Hub id that this machine can reach."
-        ) from None
+        expected = "`embedded`, a diffusers directory with safetensors weights"
+        raise _not_loaded(f"the model {model}", path, error, expected) from None
     return family_of(pipe)
 
 
@@ -84,14 +80,16 @@ def load_controlnet(family: StableDiffusion, path: str, dtype: torch.dtype = tor
         with quiet_loading():
             found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
     except Exception as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
-        where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
-        raise UserError(
-            f"the ControlNet {path} {where} ({reason}); expected a directory with config.json and safetensors weights, "
-            "or a Hub id that this machine can reach."
-        ) from None
+        expected = "a directory with config.json and safetensors weights"
+        raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
     family.check_controlnet(found, path)
     return found.to(family.device)
+
+
+def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
+    reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
+    where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
+    return UserError(f"{what} {where} ({reason}); expected {expected}, or a Hub id that this machine can reach.")
 
 
 def best_device() -> torch.device:

@@ -3,7 +3,8 @@
     python examples/emoji/controlnet.py --work build/controlnet    # train; a second process shares the work
     python examples/emoji/controlnet.py --work build/controlnet --collect examples/emoji/controlnet.json
     python examples/emoji/controlnet.py --table examples/emoji/controlnet.json           # the README's tables
-    python examples/emoji/controlnet.py --work build/controlnet --grid controlnet.png    # pictures by step
+    python examples/emoji/controlnet.py --work build/controlnet --grid grid.png          # pictures by step
+    python examples/emoji/controlnet.py --chart examples/emoji/controlnet.json chart.png # fidelity by step
 
 A run that is done is not done again, and one that was interrupted goes on. Every side has the same data, steps, batch,
 seeds and candidates for the learning rate; its rate is the one with the best mean fidelity over the curve of the first
@@ -70,7 +71,7 @@ CELLS = {
 }
 RATES = (7.0e-4, 1.5e-3)
 SEEDS = (0, 1, 2)
-GRID_STEPS = (80, 120, 160, 240)
+GRID_CELL, GRID_STEPS = "canny, slower", (160, 240, 320, 480)
 STYLES = ("noto", "twemoji")
 LAST = 5  # measurements that "at the end" is the mean of
 
@@ -78,7 +79,7 @@ LAST = 5  # measurements that "at the end" is the mean of
 def recipe_of(condition: str, side: str, rate: float, seed: int, work: Path) -> Recipe:
     name = side.replace(" = ", "").replace(", ", "-").replace(" ", "-").replace("τ", "tau")
     output = work / condition.replace(", ", "-") / name / f"lr-{rate:g}" / f"seed-{seed}"
-    kept = GRID_STEPS if (condition, seed) == ("canny", SEEDS[0]) else ()
+    kept = GRID_STEPS if (condition, seed) == (GRID_CELL, SEEDS[0]) else ()
     training = {"max_steps": CELLS[condition].steps, "learning_rate": rate, "seed": seed, "resume": True,
                 "validate_every": 0, "sample_every": 0, "save_at": kept}  # fmt: skip
     flags = {**SIDES[side], **{f"training.{k}": v for k, v in training.items()}, "data.cache": work / "cache"}
@@ -269,10 +270,10 @@ def grid(work: Path, path: Path, sides: tuple[str, str] = ("plain", "τ = 1"), c
     """Condition, truth and both sides by step, for held-out pictures of the first seed."""
     family, rows = load_family("embedded"), {}
     for side in sides:
-        rate = chosen_rate("canny", side, work)
+        rate = chosen_rate(GRID_CELL, side, work)
         assert rate is not None
-        recipe = recipe_of("canny", side, rate, SEEDS[0], work)
-        record = finished("canny", side, rate, SEEDS[0], work)
+        recipe = recipe_of(GRID_CELL, side, rate, SEEDS[0], work)
+        record = finished(GRID_CELL, side, rate, SEEDS[0], work)
         assert record is not None
         run, data = Path(recipe.output), read_data(recipe)[1].sample(count)
         conditioner = Conditioner(ControlSpec.load(run / "controlnet"))
@@ -290,12 +291,36 @@ def grid(work: Path, path: Path, sides: tuple[str, str] = ("plain", "τ = 1"), c
     save_grid(path, {name: rows[name] for name in (*first, *later)}, prompts, 96)
 
 
+def chart(result: dict[str, Any], path: Path, condition: str = "canny, slower") -> None:
+    """Fidelity over the steps: every seed as a thin line, their mean as a thick one."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["font.size"] = 9
+    figure = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for side, colour in zip(CELLS[condition].sides, ("#d1495b", "#0072b2", "#d98e04", "#00876c")):
+        rows = [r for r in result["rows"] if (r["condition"], r["side"]) == (condition, side) and r["chosen"]]
+        if not rows:
+            continue
+        steps, curves = rows[0]["fidelity"]["steps"], [main(r)[0] for r in rows]
+        for curve in curves:
+            axes.plot(steps, curve, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, [mean(v) for v in zip(*curves)], color=colour, linewidth=2, label=side)
+    axes.axhline(main(rows[0])[1], color="#6b7680", linestyle="--", linewidth=1, label="without control")
+    axes.set(xlabel="optimizer steps", ylabel="edge F1 on held-out conditions")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path)
+
+
 def command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/controlnet"))
     parser.add_argument("--table", type=Path, help="only print the table of this file")
     parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
     parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
+    parser.add_argument("--chart", type=Path, nargs=2, help="only draw the curves of this file into that picture")
     args = parser.parse_args()
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
@@ -303,6 +328,8 @@ def command() -> None:
         write_json(args.collect, collect(args.work))
     elif args.grid is not None:
         grid(args.work, args.grid)
+    elif args.chart is not None:
+        chart(json.loads(args.chart[0].read_text(encoding="utf-8")), args.chart[1])
     else:
         work_through(args.work)
 
