@@ -129,6 +129,6 @@ def _nothing(annotator: str, count: int) -> str:
     if annotator == SUPPLIED:
         return f"each of the {count} supplied conditions is of one colour; give pictures that show something."
     return (
-        f"the annotator {annotator} found nothing on any of the {count} pictures; look at its params, or choose another "
-        "one."
+        f"the annotator {annotator} found nothing on any of the {count} pictures; look at its params, or choose "
+        "another."
     )

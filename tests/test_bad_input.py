@@ -544,7 +544,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
         (["train", "--training.learning_rate", "fast"], "training.learning_rate is fast; expected a finite number."),
         (["train", "--data.flip", "maybe"], "data.flip is maybe; expected true or false."),
         (["train", "--data.resolution", "x"], "data.resolution is x; expected a whole number or null."),
-        (["train", "--method", "dora"], 'method is dora; expected one of "lora", "full".'),
+        (["train", "--method", "dora"], 'method is dora; expected one of "lora", "full", "controlnet".'),
         (["train", "--training.trackers", "tensorboard"], "training.trackers is tensorboard; expected a list"),
         (["train", "--training.trackers", "[mlflow]"], 'expected a list: [one of "tensorboard", "wandb", …]'),
         (["train", "--training.max_steps", "0"], "training.max_steps is 0; expected at least 1."),
