@@ -1,8 +1,8 @@
 """Exact save and resume, in safetensors and JSON: nothing pickled is written or read.
 
 A checkpoint holds what changes while training: trainable weights, optimizer, averaged weights, learning-rate schedule,
-gradient scaler and step. The data order and all noise follow from the step (see `batches`), so a resumed run
-continues bit for bit.
+gradient scaler, budget, fidelity curve and step. The data order and all noise follow from the step (see `batches`), so
+a resumed run continues bit for bit.
 """
 
 from __future__ import annotations

@@ -34,39 +34,26 @@ DECODE = 16
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of N pictures in all their views, uint8 in shards of (n, views, C, H, W); C is 1 where all are grey.
-
-    `blank` numbers the pictures on which nothing was found: every view is of one colour.
-    """
+    """Conditions of N pictures in all their views, uint8 shards of (n, views, C, H, W); C is 1 where all are grey."""
 
     shards: list[Tensor]
-    first: int = 0
 
     def __len__(self) -> int:
-        return sum(len(s) for s in self.shards) - self.first
+        return sum(len(shard) for shard in self.shards)
 
     def row(self, item: int, view: int = 0) -> Tensor:
         """One condition, (3, H, W) uint8."""
-        place = self.first + item
-        return self.shards[place // SHARD][place % SHARD, view].expand(3, -1, -1)
+        return self.shards[item // SHARD][item % SHARD, view].expand(3, -1, -1)
 
     def rows(self, items: Iterable[int]) -> Tensor:
         """The first view of these pictures, (B, 3, H, W) uint8."""
         return torch.stack([self.row(i) for i in items])
 
-    def since(self, item: int) -> Conditions:
-        """Those from `item` on."""
-        return Conditions(self.shards, self.first + item)
-
     @property
     def blank(self) -> list[int]:
-        found = []
-        for i in range(len(self)):
-            place = self.first + i
-            views = self.shards[place // SHARD][place % SHARD].flatten(2)
-            if bool((views.amax(2) == views.amin(2)).all()):
-                found.append(i)
-        return found
+        """Numbers of the pictures on which nothing was found: every view is of one colour."""
+        flat = torch.cat([(s.flatten(3).amax(3) == s.flatten(3).amin(3)).flatten(1).all(1) for s in self.shards])
+        return flat.nonzero().flatten().tolist()
 
 
 def cached_conditions(
@@ -78,7 +65,6 @@ def cached_conditions(
     workers: int | None = None,
 ) -> Conditions:
     """The condition of every view of every picture, framed as `cached_moments` frames the pictures themselves."""
-
     names = [f"{e.digest} {e.condition_digest or ''}" for e in data.examples]
     identity = [conditioner.fingerprint, vars(framing.settled())]
     return _make(lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers)

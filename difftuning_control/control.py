@@ -17,6 +17,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ class ControlSpec:
         weights: the annotator's, a directory or Hub id; its default place when None.
         resolution: side in pixels of the pictures that the ControlNet was trained on.
         value_range: of the tensor that the ControlNet is given.
-        channel_order: of that tensor's channels.
+        channel_order: what the ControlNet itself turns the RGB that it is given into.
         resize: lanczos, box or nearest: how a supplied condition is resized. Pictures to annotate are resized by
             lanczos.
         crop: centre: what lies outside of the frame is cut off evenly, as in validation and use.
@@ -79,6 +80,8 @@ class ControlSpec:
             annotator(self.annotator)
         elif self.annotator == SUPPLIED and (self.params or self.weights):
             raise UserError("a supplied condition has no annotator; leave out its params and weights.")
+        elif ":" in self.annotator and self.weights is not None:
+            raise UserError(f"{self.annotator} is a function, which takes params only; leave out control.weights.")
 
     @property
     def kind(self) -> str:
@@ -90,8 +93,9 @@ class ControlSpec:
         kind = annotator(self.annotator).kind
         return kind if kind in ("edges", "depth", "normals", "masks") else "similarity"
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `control_spec.json` beside the weights in `folder`, with the digest of these."""
+        folder = Path(folder)
         values = {"format": FORMAT, **dataclasses.asdict(self), "weights_files": _weights(folder)}
         write_json(folder / SPEC_FILE, values)
 
@@ -170,8 +174,7 @@ class Conditioner:
             if self.spec.annotator == SUPPLIED:
                 raise UserError("the condition is one that the user supplies; no annotator could make it.")
             if ":" in self.spec.annotator:
-                function = _function(self.spec.annotator)
-                self._annotate = lambda picture: function(picture, **self.spec.params)
+                self._annotate = _call(self.spec)
             else:
                 from difftuning_control.annotators import load_annotator
 
@@ -222,10 +225,14 @@ class Conditioner:
             return Image.fromarray(self.frame_condition(image, height, width))
         return Image.fromarray(self.condition(frame(image, height, width)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when the spec, the function behind it, or the libraries that annotate do."""
-        values: list[Any] = [{**dataclasses.asdict(self.spec), "value_range": None}]
+        values: list[Any] = [{**dataclasses.asdict(self.spec), "value_range": None}]  # what is stored is uint8
+        folder = Path(self.spec.weights) if self.spec.weights is not None else None
+        if folder is not None and folder.is_dir():  # what the files say, not where they lie
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
+            values[0]["weights"] = {str(p.relative_to(folder)): digest_of_file(p) for p in files}
         if ":" in self.spec.annotator:
             values.append(_source(self.spec.annotator))
         elif self.spec.annotator != SUPPLIED:
@@ -237,6 +244,26 @@ def _opencv() -> str:
     from importlib.metadata import packages_distributions
 
     return ", ".join(sorted(f"{n} {version(n)}" for n in set(packages_distributions().get("cv2", []))))
+
+
+def _call(spec: ControlSpec) -> Annotate:
+    """A user's function with the spec's parameters; what it raises becomes a sentence."""
+    function = _function(spec.annotator)
+    try:
+        inspect.signature(function).bind(None, **spec.params)
+    except TypeError as error:
+        raise UserError(f"the annotator {spec.annotator} does not take these control.params ({error}).") from None
+    except ValueError:
+        pass  # compiled functions may have no signature
+
+    def annotate(picture: np.ndarray) -> np.ndarray:
+        try:
+            return function(picture, **spec.params)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"the annotator {spec.annotator} failed on a picture ({reason}); mend it.") from error
+
+    return annotate
 
 
 def _source(name: str) -> str:
@@ -253,7 +280,7 @@ def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # a module may raise anything when it is imported
         raise UserError(
             f"the annotator {name} cannot be imported ({error}); expected package.module:function, on Python's path."
         ) from None

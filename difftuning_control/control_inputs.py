@@ -73,6 +73,21 @@ class ControlInputs:
         return {"control": self.bank.rows(range(len(self.bank) - last, len(self.bank)))}
 
 
+def check_control(recipe: Recipe, conditioner: Conditioner, held_out: ImageData) -> None:
+    """What would stop the annotation, said before anything that takes long.
+
+    Raises:
+        UserError: if the annotator cannot be loaded, or fidelity is wanted and nothing is held out.
+    """
+    if recipe.control.fidelity.every > 0 and not len(held_out):
+        raise UserError(
+            "fidelity is measured on held-out pictures, and there are none; raise data.holdout, name a "
+            "data.validation_path, or set --control.fidelity.every 0."
+        )
+    if conditioner.spec.annotator != SUPPLIED:
+        conditioner.load()
+
+
 def prepare_control(
     recipe: Recipe,
     family: StableDiffusion,
@@ -88,21 +103,14 @@ def prepare_control(
     """Annotate whatever is not annotated yet.
 
     Raises:
-        UserError: if the annotator finds nothing on any picture, or fidelity is wanted and nothing is held out.
+        UserError: if the annotator finds nothing on any picture.
     """
     control, still, show = recipe.control, Framing(framing.resolution), accelerator.is_main_process
     workers = control.workers or conditioner.default_workers
     probed = all_held_out.sample(control.fidelity.size)
     wanted = control.fidelity.every > 0
-    if wanted and not len(probed):
-        raise UserError(
-            "fidelity is measured on held-out pictures, and there are none; raise data.holdout, name a "
-            "data.validation_path, or set --control.fidelity.every 0."
-        )
     own = bank is not None and control.bank_condition == "own"
     total = len(data) + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
-    if conditioner.spec.annotator != SUPPLIED:
-        conditioner.load()  # what cannot be loaded is said before anything is annotated
     with accelerator.main_process_first(), progress(total, "annotating", show) as advance:
         targets = cached_conditions(conditioner, data, framing, cache, advance, workers)
         blank = targets.blank

@@ -150,12 +150,15 @@ def find_convergence(
 
 
 def has_settled(
-    steps: Sequence[int], values: Sequence[float], higher_is_better: bool = True, patience: int = 3
+    steps: Sequence[int], values: Sequence[float], higher_is_better: bool = True, patience: int = 3, known: int = 0
 ) -> int | None:
     """The first step at which the curve up to it had visibly converged; None if it never had.
 
     The rise must end at least `patience` measurements before that step, and a rise that lasts until it must fit worse
     beyond chance, so that noise on a slow rise is not taken for a plateau. What comes after never changes the answer.
+
+    Args:
+        known: measurements of which it is known already that the curve had not settled by then.
 
     Raises:
         ValueError: as `find_convergence`, or if the patience is below 1.
@@ -163,7 +166,7 @@ def has_settled(
     if patience < 1:
         raise ValueError(f"the patience is {patience}; expected at least 1 measurement.")
     s, v = _curve(steps, values, higher_is_better)
-    for count in range(LEAST, len(s) + 1):
+    for count in range(max(LEAST, known + 1), len(s) + 1):
         if _settled(s[:count], v[:count], patience):
             return int(steps[count - 1])
     return None

@@ -134,6 +134,8 @@ def load_images(
     else:
         rows, ignored = _dataset_rows(path, columns, checker.default_caption is None), 0
     if condition_path is not None:
+        if not folder.is_dir() or _local_dataset(folder) is not None:
+            raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
         rows, more = _with_conditions(rows, condition_path, checker)
         ignored += more
     return checker.data(path, rows, ignored)
@@ -299,8 +301,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit and float greys; Pillow's own `convert` clips them instead of scaling."""
+    """16-bit and float greys; Pillow's own `convert` clips them instead of scaling.
+
+    Raises:
+        UserError: if floats lie outside of 0 to 255: depth in metres or normals in −1 to 1 must be scaled first.
+    """
     values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" and values.size and not (values.min() >= 0 and values.max() <= 255):
+        raise UserError(f"has values from {values.min():g} to {values.max():g}; expected 0 to 1 or 0 to 255")
     if not image.mode.startswith("I"):
         full = 1.0 if values.max(initial=0) <= 1 else 255.0
     else:

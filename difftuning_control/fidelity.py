@@ -20,6 +20,7 @@ from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec, to_te
 from difftuning_control.convergence import find_convergence, has_settled
 from difftuning_control.data import ImageData, frame
 from difftuning_control.evaluation.control import MAIN, fidelity
+from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import sample_pictures
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class FidelityCurve:
     without: dict[str, float] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, float]] = field(default_factory=list)
+    settled: int | None = field(default=None, init=False)
+    asked: int = field(default=0, init=False)
 
     @property
     def main(self) -> str:
@@ -67,8 +70,10 @@ class FidelityCurve:
 
     def stop_at(self, after: int) -> int | None:
         """The step to end at, `after` steps after the curve has risen and settled; None until it has."""
-        settled = has_settled(self.steps, self.values, MAIN[self.kind][1], PATIENCE)
-        return None if settled is None else settled + after
+        if self.settled is None:  # what was asked of a shorter curve need not be asked again
+            self.settled = has_settled(self.steps, self.values, MAIN[self.kind][1], PATIENCE, self.asked)
+            self.asked = len(self.steps)
+        return None if self.settled is None else self.settled + after
 
     def describe(self) -> dict[str, Any]:
         """The curve and its change point, as `run.json` and `fidelity.json` hold them."""
@@ -84,6 +89,7 @@ class FidelityCurve:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.without, self.steps, self.rows = state["without"], state["steps"], state["rows"]
+        self.settled, self.asked = None, 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class FidelityProbe:
             judge = Conditioner(ControlSpec("canny", resolution=side))
             asked = _annotated(judge, [frame(e.load(), side, side) for e in data.examples])
         return cls(judge, kind, [e.caption for e in data.examples], control, asked, sampling)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a condition, what is asked or a prompt does."""
+        return digest_of([digest_of_tensors({"control": self.control, "asked": self.asked}), self.prompts])
 
     def judge_pictures(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
         """The mean of each figure over pictures, one a condition."""

@@ -14,7 +14,7 @@ from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import TargetSet
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
 from difftuning_control.control import Conditioner
-from difftuning_control.control_inputs import ControlInputs, prepare_control
+from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
@@ -196,8 +196,10 @@ def prepare_inputs(
     size = recipe.training.validation_size
     data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
-    for part in (data, held_out):
+    for part in (data, all_held_out):
         check_captions(family, part, recipe.data.truncate_captions)
+    if conditioner is not None:
+        check_control(recipe, conditioner, all_held_out)
     captions = [e.caption for e in data.examples]
     held_captions = [e.caption for e in held_out.examples]
     bank = None

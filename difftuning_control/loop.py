@@ -103,10 +103,10 @@ class TrainingLoop:
     def run(self) -> tuple[dict[str, Any], float]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
         first = self._resume()
-        if self.curve is not None and first == 0:
-            self._measure_fidelity(0)
         if self.config.trackers:
             self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
+        if self.curve is not None and first == 0:
+            self._measure_fidelity(0)
         self.denoiser.train()
         self.end = self._planned_end(first)
         seconds, step = 0.0, first

@@ -113,6 +113,8 @@ class Pilot:
                 "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
                 "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
             )
+        if recipe.method == "controlnet" and BUDGET in config.sides:
+            raise UserError(f"{BUDGET} bounds what a denoiser forgets, and a ControlNet's stays the same; omit it.")
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.clock = time.time()

@@ -192,11 +192,11 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         place = f"{recipe.output}/controlnet"
         return [
             "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
-            "from diffusers.utils import load_image",
+            "from PIL import Image",
             "from difftuning_control import Conditioner, ControlSpec", "",
             f'controlnet = ControlNetModel.from_pretrained("{place}")',
             f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
-            f'condition = Conditioner(ControlSpec.load("{place}")).prepare(load_image("photo.png"))',
+            f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, image=condition).images[0]",
         ]  # fmt: skip
     if recipe.method == "lora":

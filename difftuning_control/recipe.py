@@ -261,7 +261,7 @@ class ControlConfig:
         init: the ControlNet to start from, a directory or Hub id; a copy of the denoiser's encoder when empty.
         dropout: share of target rows that train with a blank (black) condition.
         bank_condition: own (made from the decoded bank samples) or blank.
-        workers: threads that annotate; one a CPU core, at most 8, when empty.
+        workers: threads that annotate; when empty one a CPU core, at most 8, or a single one for a network.
         fidelity: what is measured on the way.
     """
 
@@ -448,6 +448,11 @@ class Recipe:
             raise UserError(
                 "adapter settings are given for the denoiser, which method controlnet leaves as it is; say adapter.on: "
                 "controlnet, or leave them out to train the whole ControlNet."
+            )
+        if self.tuning.forgetting_budget is not None:
+            raise UserError(
+                "a forgetting budget bounds what the denoiser forgets, and beside a ControlNet it stays as it is; "
+                "leave out tuning.forgetting_budget."
             )
         if training.sample_prompts:
             raise UserError("a ControlNet's sample grids show held-out pictures; leave out training.sample_prompts.")

@@ -7,13 +7,14 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning
 from difftuning_control.budget import ForgettingBudget, spread_budget
@@ -75,6 +76,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     conditioner = _attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
     fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
+    if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
+        fingerprints["probe"] = inputs.control.probe.fingerprint
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity)) is not None:
@@ -174,6 +177,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         log_with=list(recipe.training.trackers) or None,
         project_dir=str(Path(recipe.output) / "logs"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],  # the others wait while one encodes
     )
     set_seed(recipe.training.seed)
     return accelerator

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from diffusers import ControlNetModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_bad_input import assert_refused, refusal, snapshot
 from test_cli import flags, settings
 from test_control import OUTLINE, write_photos
 
 from difftuning_control.cli import main
-from difftuning_control.control import ControlSpec
-from difftuning_control.families import load_family
+from difftuning_control.control import Conditioner, ControlSpec
+from difftuning_control.data import decode_image
+from difftuning_control.errors import UserError
+from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.runs import check_range
 
 Maker = Callable[..., list[str]]
 TRAIN = ["train", "--method", "controlnet"]
@@ -173,6 +177,12 @@ def test_parameters_that_are_no_section_are_refused(tmp_path, monkeypatch, capsy
 def test_a_condition_that_cannot_be_made_is_told(train, tmp_path, capsys, changes, expected):
     assert_refused(train(**changes), capsys, tmp_path, expected)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"control.annotator": "hed"}, {"data.holdout": 0}], ids=str)
+def test_a_condition_that_cannot_be_made_is_told_before_the_bank_is_drawn(train, tmp_path, capsys, changes):
+    refusal(train(**changes, **{"data.cache": tmp_path / "cache"}), capsys, tmp_path)
+    assert not (tmp_path / "cache" / "banks").exists()
 
 
 def without_condition(conditions: Path) -> None:
@@ -400,3 +410,49 @@ def test_controlnets_of_different_conditions_are_not_evaluated_together(runs, co
     named = json.dumps([str(runs["control"]), str(control)])
     words = ["evaluate", "--runs", named, "--pictures", "5", "--steps", "1", "--output", str(tmp_path / "evaluation")]
     assert_refused(words, capsys, tmp_path, f"{control} takes no condition, or makes it in another way than")
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 400.0)])
+def test_a_float_picture_in_another_range_is_refused_with_its_range(tmp_path, low, high):
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16)).save(path)
+    with pytest.raises(UserError, match=f"has values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255"):
+        decode_image(path.read_bytes())
+
+
+def test_a_function_that_takes_other_parameters_or_weights_is_refused_before_it_is_called():
+    with pytest.raises(UserError, match=r"does not take these control\.params"):
+        Conditioner(ControlSpec("math:sqrt", {"zzz": 1})).load()
+    with pytest.raises(UserError, match="takes params only"):
+        ControlSpec("math:sqrt", weights="somewhere")
+
+
+def test_a_function_that_fails_is_told_in_one_sentence():
+    with pytest.raises(UserError, match=r"math:sqrt failed on a picture \(TypeError"):
+        Conditioner(ControlSpec("math:sqrt")).condition(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_the_weights_of_an_annotator_are_known_by_what_they_hold(tmp_path):
+    found = []
+    for name, content in (("a", b"one"), ("b", b"one"), ("b", b"two")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "ControlNetHED.pth").write_bytes(content)
+        found.append(Conditioner(ControlSpec("hed", weights=str(tmp_path / name))).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_controlnet_that_lacks_tensors_or_takes_other_channels_is_refused(family, tmp_path):
+    controlnet = family.new_controlnet(0)
+    controlnet.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith("mid_block.")}, file)
+    with pytest.raises(UserError, match="tensors are missing, such as mid_block"):
+        load_controlnet(family, str(tmp_path / "whole"))
+    other = type(controlnet).from_config({**controlnet.config, "conditioning_channels": 4})
+    with pytest.raises(UserError, match="conditions of 4 channels, and pictures have 3"):
+        family.check_controlnet(other, "other")
+
+
+def test_a_spec_of_another_range_is_refused_with_the_two_ranges(family):
+    with pytest.raises(UserError, match="are in -1 to 1, the pipeline gives 0 to 1"):
+        check_range(family, ControlSpec(value_range=(-1.0, 1.0)))

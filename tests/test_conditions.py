@@ -191,10 +191,6 @@ def test_conditions_over_several_files_are_numbered_through(photos, counted, tmp
     parts, done = make(conditioner, photos, tmp_path / "parts", framing)
     assert (len(list((tmp_path / "parts").iterdir())), len(parts), done) == (3, 8, 8)
     assert torch.equal(everything(parts, 2), whole)
-    rest = parts.since(4)
-    assert len(rest) == 4
-    assert torch.equal(everything(rest, 2), whole[4:])
-    assert torch.equal(rest.since(3).row(0, 1), whole[7, 1])
     before = calls(counted)
     (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
     make(conditioner, photos, tmp_path / "parts", framing)
@@ -548,7 +544,6 @@ def test_a_picture_counts_as_blank_only_if_every_view_is(tmp_path):
     views[2] = 77
     views[3, :, 0] = 9  # a colour that is not grey
     assert Conditions([views]).blank == [0, 2, 3]
-    assert Conditions([views], 1).blank == [1, 2]
 
 
 def test_an_annotator_that_finds_nothing_at_all_is_refused(recipe, photos, counted):

@@ -645,6 +645,15 @@ def test_the_fingerprint_changes_with_what_a_function_calls_in_its_module(monkey
     assert fingerprint(ControlSpec(f"{name}:made")) != before
 
 
+def test_the_fingerprint_changes_with_the_weights_of_an_annotator_and_not_with_their_place(tmp_path):
+    folders = [tmp_path / name for name in ("one", "same", "other")]
+    for folder, content in zip(folders, (b"1", b"1", b"2")):
+        folder.mkdir()
+        (folder / "ControlNetHED.pth").write_bytes(content)
+    one, same, other = (fingerprint(ControlSpec("hed", weights=str(folder))) for folder in folders)
+    assert one == same != other
+
+
 @pytest.mark.parametrize("kind", ["instance", "partial"])
 def test_the_fingerprint_of_a_callable_object_is_the_same_in_every_process(monkeypatch, tmp_path, kind):
     source = """

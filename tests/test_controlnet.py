@@ -26,7 +26,7 @@ from difftuning_control import trainer
 from difftuning_control.adapters import ControlNetTuning, merged
 from difftuning_control.batches import BatchSource, TrainingRows, step_seed
 from difftuning_control.checkpoint import checkpoints
-from difftuning_control.cli import main
+from difftuning_control.cli import main, parse
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.convergence import has_settled
 from difftuning_control.data import load_images
@@ -38,7 +38,7 @@ from difftuning_control.fingerprint import digest_of_file, digest_of_module, dig
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.pictures import sample_pictures, save_grid, to_images
-from difftuning_control.provenance import model_card
+from difftuning_control.provenance import model_card, write_recipe
 from difftuning_control.recipe import (
     AdapterConfig,
     BankConfig,
@@ -50,7 +50,7 @@ from difftuning_control.recipe import (
     TrainingConfig,
     TuningConfig,
 )
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs import recipe_of, tuned_model
 from difftuning_control.trainer import _check_frozen, build_objective, make_accelerator, train
 
 STEPS = 6
@@ -450,7 +450,7 @@ def test_the_model_card_prepares_a_condition_and_draws(finished, photos, tmp_pat
     recipe = finished(VARIANTS[name])
     card = (Path(recipe.output) / "README.md").read_text()
     assert "ControlSpec.load(" in card
-    assert ".prepare(load_image(" in card
+    assert ".prepare(Image.open(" in card
     assert "- controlnet\n" in card
     assert "Compared as similarity." in card
     (tmp_path / "photo.png").write_bytes((photos / "0.png").read_bytes())
@@ -526,6 +526,24 @@ def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, fin
     assert (tmp_path / "fidelity.json").exists() == (watching.get("control", {}).get("fidelity") != {"every": 0})
     grids = sorted(p.name for p in tmp_path.glob("samples/*"))
     assert grids == (["step-000003.png", "step-000006.png"] if "training" in watching else [])
+
+
+def test_the_recipe_that_a_run_writes_repeats_it(make, finished, tmp_path):
+    recipe = finished(VARIANTS["everything drawn"])
+    _, command = parse(["train", "--config", f"{recipe.output}/recipe.yaml"])
+    assert {k: v for k, v in command.to_dict().items() if k != "overwrite"} == recipe.to_dict()
+    assert recipe_of(record(recipe)) == recipe
+    stopping = make(control={"params": {"least": 20, "name": "żółw"}}, training=STOPPING["training"])
+    write_recipe(tmp_path, stopping)
+    _, command = parse(["train", "--config", str(tmp_path / "recipe.yaml")])
+    assert {k: v for k, v in command.to_dict().items() if k != "overwrite"} == stopping.to_dict()
+
+
+def test_a_run_that_was_made_before_there_were_controlnets_is_still_read(make):
+    recipe = make(method="lora")
+    values = recipe.to_dict()
+    del values["control"], values["adapter"]["on"], values["training"]["stop_when"], values["training"]["stop_after"]
+    assert recipe_of({"recipe": values}) == recipe
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {

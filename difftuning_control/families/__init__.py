@@ -79,6 +79,9 @@ def load_controlnet(family: StableDiffusion, path: str, dtype: torch.dtype = tor
     try:
         with quiet_loading():
             found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+        absent = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+        if absent:
+            raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
         expected = "a directory with config.json and safetensors weights"
         raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None

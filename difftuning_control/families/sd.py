@@ -237,6 +237,11 @@ class StableDiffusion:
                     f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give "
                     "one that was made for this model, or start from the denoiser."
                 )
+        if its.conditioning_channels != 3:
+            raise UserError(
+                f"the ControlNet {name} takes conditions of {its.conditioning_channels} channels, and pictures have 3; "
+                "give one that takes pictures."
+            )
         factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
         if factor != self.pipe.vae_scale_factor:
             raise UserError(

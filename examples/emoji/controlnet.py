@@ -67,12 +67,13 @@ CELLS = {
     "canny": Cell("canny", ("plain", "τ = 1"), 240),
     "canny, slower": Cell("canny", tuple(SIDES), 480, 7.0e-4),
     "icons": Cell("icons", ("plain", "τ = 1"), 240),
-    "lineart": Cell("lineart", ("plain", "τ = 1"), 240),
+    "lineart": Cell("lineart", ("plain", "τ = 1"), 480, 1.5e-3),
 }
 RATES = (7.0e-4, 1.5e-3)
 SEEDS = (0, 1, 2)
-GRID_CELL, GRID_STEPS = "canny, slower", (160, 240, 320, 480)
+GRID_CELL, GRID_STEPS = "lineart", (120, 200, 280, 480)
 STYLES = ("noto", "twemoji")
+JUDGED = 64  # pictures of each kind that quality is judged on
 LAST = 5  # measurements that "at the end" is the mean of
 
 
@@ -139,18 +140,16 @@ class Judge:
     def __init__(self, condition: str, work: Path):
         recipe = recipe_of(condition, "plain", RATES[0], SEEDS[0], work)
         self.family, self.features = load_family(recipe.model.id), load_features("lite0", torch.device("cpu"))
-        held_out = read_data(recipe)[1]
+        held_out = read_data(recipe)[1].sample(JUDGED)
         self.real = self.features(through_autoencoder(self.family, held_out, self.family.native_resolution))
         self.data, self.source = held_out, condition != "icons"
         names = (HERE / "bank_prompts.txt").read_text(encoding="utf-8").split("\n")
-        prompts = [f"{STYLES[i % 2]} emoji {name}" for i, name in enumerate(filter(None, names))]
-        self.settings = {"steps": 20, "guidance_scale": 2.0, "resolution": self.family.native_resolution}
+        prompts = [f"{STYLES[i % 2]} emoji {name}" for i, name in enumerate(filter(None, names))][:JUDGED]
+        self.settings = {"steps": 12, "guidance_scale": 2.0, "resolution": self.family.native_resolution}
         if self.source:
             self.prompts = prompts
             self.drawn = sample_pictures(self.family, prompts, seed=1000, **self.settings)
-            others = [sample_pictures(self.family, prompts, seed=seed, **self.settings) for seed in (1001, 1002)]
-            self.own = self.features(self.drawn + others[0])
-            self.level = metrics.kid(self.own, self.features(others[1]))[0]
+            self.own = self.features(self.drawn + sample_pictures(self.family, prompts, seed=1001, **self.settings))
 
     def figures(self, run: Path, record: dict[str, Any] | None, seed: int) -> dict[str, float]:
         """KID to the data's real pictures and to the base's own; `record` None for the base without control."""
@@ -180,35 +179,37 @@ class Judge:
         return found
 
 
+def rows_of(condition: str, work: Path) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Every finished run of a cell with its curve, figures of those with the chosen rate, and the base's figures."""
+    judge, rows = None, []
+    for side in CELLS[condition].sides:
+        rate = chosen_rate(condition, side, work)
+        for candidate, seed in ((c, s) for c in RATES for s in SEEDS):
+            record = finished(condition, side, candidate, seed, work)
+            if record is None:
+                continue
+            run = Path(record["recipe"]["output"])
+            row = {"condition": condition, "side": side, "learning_rate": candidate, "seed": seed,
+                   "chosen": candidate == rate, "steps_per_second": round(record["steps_per_second"], 3),
+                   "fidelity": record["fidelity"]}  # fmt: skip
+            if row["chosen"]:
+                done = run / "figures.json"
+                if not done.exists():
+                    judge = judge or Judge(condition, work)
+                    write_json(done, judge.figures(run, record, seed))
+                row |= json.loads(done.read_text(encoding="utf-8"))
+            rows.append(row)
+    done = work / condition.replace(", ", "-") / "base.json"
+    if not done.exists() and rows:
+        judge = judge or Judge(condition, work)
+        write_json(done, [judge.figures(Path(), None, seed) for seed in SEEDS])
+    return rows, json.loads(done.read_text(encoding="utf-8")) if rows else []
+
+
 def collect(work: Path) -> dict[str, Any]:
-    """Every finished run as a row, with its curve, and figures of those with the chosen rate."""
-    rows, bases = [], {}
-    for condition in CELLS:
-        judge = None
-        for side in CELLS[condition].sides:
-            rate = chosen_rate(condition, side, work)
-            for candidate in RATES:
-                for seed in SEEDS:
-                    record = finished(condition, side, candidate, seed, work)
-                    if record is None:
-                        continue
-                    run = Path(record["recipe"]["output"])
-                    row = {"condition": condition, "side": side, "learning_rate": candidate, "seed": seed,
-                           "chosen": candidate == rate, "steps_per_second": round(record["steps_per_second"], 3),
-                           "fidelity": record["fidelity"]}  # fmt: skip
-                    if row["chosen"]:
-                        done = run / "figures.json"
-                        if not done.exists():
-                            judge = judge or Judge(condition, work)
-                            write_json(done, judge.figures(run, record, seed))
-                        row |= json.loads(done.read_text(encoding="utf-8"))
-                    rows.append(row)
-        done = work / condition.replace(", ", "-") / "base.json"
-        if not done.exists() and any(r["condition"] == condition for r in rows):
-            judge = judge or Judge(condition, work)
-            write_json(done, [judge.figures(Path(), None, seed) for seed in SEEDS])
-        if done.exists():
-            bases[condition] = json.loads(done.read_text(encoding="utf-8"))
+    """All cells."""
+    cells = {condition: rows_of(condition, work) for condition in CELLS}
+    rows, bases = [row for found, _ in cells.values() for row in found], {k: base for k, (_, base) in cells.items()}
     if not rows:
         raise SystemExit(f"{work} holds no finished run; train first.")
     recipe = recipe_of("canny", "τ = 1", RATES[0], SEEDS[0], work).to_dict()
@@ -317,6 +318,7 @@ def chart(result: dict[str, Any], path: Path, condition: str = "canny, slower") 
 def command() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/controlnet"))
+    parser.add_argument("--judge", nargs="+", choices=CELLS, help="only take the figures of these cells' finished runs")
     parser.add_argument("--table", type=Path, help="only print the table of this file")
     parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
     parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
@@ -324,6 +326,9 @@ def command() -> None:
     args = parser.parse_args()
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+    elif args.judge is not None:
+        for condition in args.judge:
+            rows_of(condition, args.work)
     elif args.collect is not None:
         write_json(args.collect, collect(args.work))
     elif args.grid is not None:
