@@ -73,7 +73,8 @@ CELLS = {
 }
 RATES = (7.0e-4, 1.5e-3)
 SEEDS = (0, 1, 2)
-GRID_CELL, GRID_STEPS = "lineart", (120, 200, 280, 480)
+GRID_CELL, GRID_STEPS = "lineart", (120, 280, 480)
+LABELS = {"plain": "plain", "τ = 1": "Diff-Tuning"}  # the grid's font has no Greek
 STYLES = ("noto", "twemoji")
 JUDGED = 64  # pictures of each kind that quality is judged on
 LAST = 5  # measurements that "at the end" is the mean of
@@ -297,9 +298,9 @@ def grid(work: Path, path: Path, sides: tuple[str, str] = ("plain", "τ = 1"), c
         rows["without control"] = sample_pictures(family, prompts, **settings)
         for step in GRID_STEPS:
             with tuned_model(family, run, record, step) as tuned:
-                rows[f"{side}, {step} steps"] = sample_pictures(tuned, prompts, **settings, control=control)
+                rows[f"{LABELS[side]}, {step} steps"] = sample_pictures(tuned, prompts, **settings, control=control)
     first = ("condition", "true picture", "without control")
-    later = [f"{side}, {step} steps" for step in GRID_STEPS for side in sides]
+    later = [f"{LABELS[side]}, {step} steps" for step in GRID_STEPS for side in sides]
     save_grid(path, {name: rows[name] for name in (*first, *later)}, prompts, 96)
 
 
