@@ -150,7 +150,7 @@ def _check_frozen(family: StableDiffusion, fingerprints: dict[str, Any]) -> dict
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:
-    """Full weights train in float32; under LoRA the frozen base can lie in the lower precision."""
+    """Full weights train in float32; under a LoRA or a ControlNet the frozen base can lie in the lower precision."""
     return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
 
 
