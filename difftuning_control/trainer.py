@@ -119,9 +119,9 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     if folder is not None:
         run["outputs"] = _hash_outputs(output)
         write_text(output / "README.md", model_card(recipe, run))
-        write_json(output / "run.json", run)
         if recipe.method == "controlnet":
             write_control_report(run, output)
+        write_json(output / "run.json", run)
         for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
             shutil.rmtree(checkpoint)
     accelerator.wait_for_everyone()

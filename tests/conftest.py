@@ -114,3 +114,20 @@ def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
         ),
         output=str(tmp_path / "run"),
     )  # fmt: skip
+
+
+def trained_once(make):
+    """Gives for settings the recipe of an undisturbed run of them, made by `make` and trained once."""
+    from difftuning_control.trainer import train
+
+    done = {}
+
+    def run(settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in done:
+            recipe = make(f"finished-{len(done)}", **settings)
+            train(recipe)
+            done[key] = recipe
+        return done[key]
+
+    return run

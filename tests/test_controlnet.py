@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, trained_once
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -121,18 +121,7 @@ def make(root: Path, model_dir: Path, photos: Path, annotator: str) -> Maker:
 
 @pytest.fixture(scope="module")
 def finished(make: Maker) -> Finished:
-    """The recipe of an undisturbed run of some settings, made once."""
-    done: dict[str, Recipe] = {}
-
-    def run(settings: dict[str, Any]) -> Recipe:
-        key = json.dumps(settings, sort_keys=True)
-        if key not in done:
-            recipe = make(f"finished-{len(done)}", **settings)
-            train(recipe)
-            done[key] = recipe
-        return done[key]
-
-    return run
+    return trained_once(make)
 
 
 def weights(recipe: Recipe) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_pictures
+from conftest import trained_once, write_pictures
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -91,18 +91,7 @@ def variant(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(make: Maker) -> Callable[..., Recipe]:
-    """The recipe of an undisturbed run of some settings, made once."""
-    done: dict[str, Recipe] = {}
-
-    def run(settings: dict[str, Any]) -> Recipe:
-        key = json.dumps(settings, sort_keys=True)
-        if key not in done:
-            recipe = make(f"finished-{len(done)}", **settings)
-            train(recipe)
-            done[key] = recipe
-        return done[key]
-
-    return run
+    return trained_once(make)
 
 
 def weights(recipe: Recipe) -> dict[str, Tensor]:
