@@ -97,8 +97,9 @@ def finished(make: Maker) -> Callable[..., Recipe]:
 def weights(recipe: Recipe) -> dict[str, Tensor]:
     """What a finished run trained."""
     output = Path(recipe.output)
-    file = "pytorch_lora_weights" if recipe.method == "lora" else "pipeline/unet/diffusion_pytorch_model"
-    return load_file(output / f"{file}.safetensors")
+    name = "diffusion_pytorch_model"
+    file = {"lora": "pytorch_lora_weights", "full": f"pipeline/unet/{name}", "controlnet": f"controlnet/{name}"}
+    return load_file(output / f"{file[recipe.method]}.safetensors")
 
 
 def rows(recipe: Recipe) -> list[dict[str, float]]:
@@ -243,7 +244,8 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(make, finished, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "tuning"), [("lora", {}), ("full", {}), ("lora", {"forgetting_budget": 0.1, "retention_ratio": 0.4})]
+    ("method", "tuning"),
+    [("lora", {}), ("full", {}), ("controlnet", {}), ("lora", {"forgetting_budget": 0.1, "retention_ratio": 0.4})],
 )
 def test_two_processes_train_as_one_with_a_batch_twice_as_large(make, tmp_path, method, tuning):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
