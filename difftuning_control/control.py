@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from difftuning_control.annotators import Annotator, annotator, load_annotator
 from difftuning_control.data import frame, to_rgb
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
@@ -74,23 +75,30 @@ class ControlSpec:
         low, high = self.value_range
         if not low < high:
             raise UserError(f"the control's value range is {low} to {high}; expected a rising one, such as 0 to 1.")
-        if self.annotator != SUPPLIED and ":" not in self.annotator:
-            from difftuning_control.annotators import annotator
-
-            annotator(self.annotator)
-        elif self.annotator == SUPPLIED and (self.params or self.weights):
+        row = self.row  # an unknown name is told here
+        if row is None and not self.is_function and (self.params or self.weights):
             raise UserError("a supplied condition has no annotator; leave out its params and weights.")
-        elif ":" in self.annotator and self.weights is not None:
+        if self.is_function and self.weights is not None:
             raise UserError(f"{self.annotator} is a function, which takes params only; leave out control.weights.")
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the annotator is a function of the user's, `package.module:function`."""
+        return ":" in self.annotator
+
+    @property
+    def row(self) -> Annotator | None:
+        """What is known of an annotator of controlnet_aux; None for a function and for supplied conditions.
+
+        Raises:
+            UserError: for a name that controlnet_aux does not have.
+        """
+        return None if self.annotator == SUPPLIED or self.is_function else annotator(self.annotator)
 
     @property
     def kind(self) -> str:
         """What conditions are compared as: edges, depth, normals, masks, or similarity for all others."""
-        if self.annotator == SUPPLIED or ":" in self.annotator:
-            return "similarity"
-        from difftuning_control.annotators import annotator
-
-        kind = annotator(self.annotator).kind
+        kind = self.row.kind if self.row is not None else None
         return kind if kind in ("edges", "depth", "normals", "masks") else "similarity"
 
     def save(self, folder: str | Path) -> None:
@@ -173,11 +181,9 @@ class Conditioner:
         if self._annotate is None:
             if self.spec.annotator == SUPPLIED:
                 raise UserError("the condition is one that the user supplies; no annotator could make it.")
-            if ":" in self.spec.annotator:
+            if self.spec.is_function:
                 self._annotate = _call(self.spec)
             else:
-                from difftuning_control.annotators import load_annotator
-
                 self._annotate = load_annotator(
                     self.spec.annotator, self.spec.params, self.spec.weights, self.device
                 )  # fmt: skip
@@ -186,11 +192,8 @@ class Conditioner:
     @property
     def default_workers(self) -> int | None:
         """How many threads may annotate: one where a network does, else as many as there are cores (None)."""
-        if self.spec.annotator == SUPPLIED or ":" in self.spec.annotator:
-            return None
-        from difftuning_control.annotators import annotator
-
-        return None if annotator(self.spec.annotator).weights is None else 1
+        row = self.spec.row
+        return None if row is None or row.weights is None else 1
 
     def condition(self, picture: np.ndarray) -> np.ndarray:
         """The condition of a framed picture, (H, W, 3) uint8 RGB of the same size.
@@ -233,9 +236,9 @@ class Conditioner:
         if folder is not None and folder.is_dir():  # what the files say, not where they lie
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             values[0]["weights"] = {str(p.relative_to(folder)): digest_of_file(p) for p in files}
-        if ":" in self.spec.annotator:
+        if self.spec.is_function:
             values.append(_source(self.spec.annotator))
-        elif self.spec.annotator != SUPPLIED:
+        elif self.spec.row is not None:
             values += [version("controlnet_aux"), _opencv()]
         return digest_of(values)
 

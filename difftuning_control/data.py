@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from difftuning_control.errors import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CONDITION = "has a condition that "  # what is wrong with it follows
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 
@@ -173,11 +174,9 @@ def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> tuple[lis
     if not folder.is_dir():
         raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
     found: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*")):
-        place = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if file.suffix.lower() in EXTENSIONS and file.is_file() and not hidden and _outside(file, folder) is None:
-            found.setdefault(str(place.with_suffix("")), []).append(file)
+    for file in sorted(_visible_files(folder)):
+        if file.suffix.lower() in EXTENSIONS and file.is_file() and _outside(file, folder) is None:
+            found.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
     wanted = {str(Path(name).with_suffix("")) for name in (*(row.name for row in rows), *checker.bad)}
     extra = [file for key, files in found.items() if key not in wanted for file in files]
     if extra and not checker.skip_bad:
@@ -228,7 +227,7 @@ class _Checker:
             return None
         if row.condition is None:
             return Example(row.name, caption, picture[1], lambda: decode_image(row.read()))
-        condition = self._picture(row.name, row.condition, "has a condition that ")
+        condition = self._picture(row.name, row.condition, CONDITION)
         if condition is None:
             return None
         (width, height), (wide, high) = picture[0], condition[0]
@@ -322,12 +321,17 @@ def _outside(path: Path, root: Path) -> str | None:
     return None if Path(target).is_relative_to(os.path.realpath(root)) else target
 
 
+def _visible_files(folder: Path) -> set[Path]:
+    """Files and links anywhere below a folder, without hidden ones and what lies in hidden folders."""
+    files = {p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
+    return {p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)}
+
+
 def _folder_rows(folder: Path, columns: Columns, checker: _Checker) -> tuple[list[Row], int]:
     metadata = [p for n in ("metadata.jsonl", "metadata.csv") if (p := folder / n).exists()]
     if len(metadata) > 1:
         raise UserError(f"{folder} has both metadata.jsonl and metadata.csv; keep one.")
-    files = {p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
-    files -= {p for p in files if any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    files = _visible_files(folder)
     if metadata:
         named = list(_metadata_rows(metadata[0], folder, columns, checker))
         return [row for row, _ in named], len(files.difference([metadata[0]], *(used for _, used in named)))
@@ -377,17 +381,18 @@ def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) 
         )
     for row in rows:
         name = str(row["file_name"])
-        files = {"": folder / name}
+        picture, condition = folder / name, None
+        used = {"": picture}
         if names.condition is not None:
-            files["a condition that "] = folder / str(row.get(names.condition) or "")
-        for what, file in files.items():
+            condition = used[CONDITION] = folder / str(row.get(names.condition) or "")
+        for what, file in used.items():
             if _outside(file, folder) is not None:
-                checker.bad[name] = f"{what and 'has '}{what}is named by {path.name} but lies outside the folder"
+                checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"
             elif not file.is_file():
-                checker.bad[name] = f"{what and 'has '}{what}is named by {path.name} but does not exist"
+                checker.bad[name] = f"{what}is named by {path.name} but does not exist"
         if name not in checker.bad:
-            condition = files["a condition that "].read_bytes if names.condition is not None else None
-            yield Row(name, files[""].read_bytes, row.get(names.caption), condition), set(files.values())
+            read = condition.read_bytes if condition is not None else None
+            yield Row(name, picture.read_bytes, row.get(names.caption), read), set(used.values())
 
 
 def _local_dataset(folder: Path) -> Any:

@@ -49,12 +49,16 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
 
 
 @pytest.fixture(scope="module")
-def done(study: Recipe, features: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    folder = tmp_path_factory.mktemp("pilot") / "out"
-    config = PilotConfig(
+def config(features: str) -> PilotConfig:
+    return PilotConfig(
         ["plain", "difftuning_tau1"], [0, 1], [1e-2, 1e-3], [2, 4], pictures=6, steps=2, guidance_scale=2.0,
         features=features,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("pilot") / "out"
     return folder, pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
 
 
@@ -75,13 +79,9 @@ def test_its_learning_rate_and_length_are_those_of_the_highest_fidelity(done):
         assert means[str(side["best_length"])] == max(means.values())
 
 
-def test_a_pilot_goes_on_without_training_again(done, study, features, monkeypatch):
+def test_a_pilot_goes_on_without_training_again(done, study, config, monkeypatch):
     folder, result = done
     monkeypatch.setattr("difftuning_control.pilot.train", lambda *a, **k: pytest.fail("trained again"))
-    config = PilotConfig(
-        ["plain", "difftuning_tau1"], [0, 1], [1e-2, 1e-3], [2, 4], pictures=6, steps=2, guidance_scale=2.0,
-        features=features,
-    )  # fmt: skip
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert again["sides"] == result["sides"]
 

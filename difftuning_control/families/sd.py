@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
@@ -36,7 +36,7 @@ class ControlledUNet(nn.Module):
         timesteps: Tensor,
         prompt_embeds: Tensor,
         control: Tensor | None = None,
-        return_dict: bool = False,
+        return_dict: Literal[False] = False,
     ) -> tuple[Tensor]:
         inputs = (noisy_model_input, timesteps, prompt_embeds)
         if control is None:
