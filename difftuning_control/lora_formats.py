@@ -87,6 +87,7 @@ def kohya_tensors(layers: list[LoRALayer], config: Any) -> dict[str, Tensor]:
     Raises:
         UserError: for layers that sd-scripts would leave out.
     """
+    _check_unet(config)
     outside = [layer.module for layer in layers if layer.module in OUTSIDE]
     if outside:
         raise UserError(
@@ -109,8 +110,14 @@ def comfyui_tensors(layers: list[LoRALayer], config: Any) -> dict[str, Tensor]:
     Raises:
         UserError: if the UNet has blocks that LDM's has not.
     """
+    _check_unet(config)
     names = ldm_names([layer.module for layer in layers], config)
     return _tensors({f"diffusion_model.{names[layer.module]}": layer for layer in layers})
+
+
+def _check_unet(config: Any) -> None:
+    if "down_block_types" not in config:
+        raise UserError("kohya's and ComfyUI's names are known for UNets only; export with --format diffusers.")
 
 
 def _tensors(layers: dict[str, LoRALayer]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from peft import LoHaConfig, LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -232,3 +233,9 @@ def test_blocks_that_ldm_has_not_are_refused(changes, named):
     config = type(unet.config)({**unet.config, **changes})
     with pytest.raises(UserError, match=rf"LDM's UNet has no block like {named}; export with --format diffusers\.$"):
         comfyui_tensors(lora_layers(unet, ADAPTER), config)
+
+
+@pytest.mark.parametrize("make", [kohya_tensors, comfyui_tensors])
+def test_a_model_without_unet_blocks_is_refused(make):
+    with pytest.raises(UserError, match=r"known for UNets only; export with --format diffusers\.$"):
+        make([], FrozenDict({"num_layers": 2}))
