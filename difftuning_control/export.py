@@ -52,7 +52,8 @@ class ExportRequest:
         pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
         source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole UNet, or
             its difference to the tuned one.
-        dtype: float32, float16 or bfloat16, of what is written; as it lies when empty.
+        dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
+            precision a LoRA is rounded to it.
         evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
         push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
     """
@@ -195,10 +196,18 @@ def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe
         },
         "settings": {name: getattr(request, name) for name in settings},
         "pipeline": parts.stock,
-        "schedule": psi_of_run(request.run).to_dict(),
+        "schedule": _schedule(request.run),
         "versions": versions(),
         "files": sorted([*_files(folder), MARKER]),
     })  # fmt: skip
+
+
+def _schedule(run: str) -> dict[str, Any] | None:
+    """The ψ and ξ of a run as values; None where they were measured and their file has gone since."""
+    try:
+        return psi_of_run(run).to_dict()
+    except UserError:
+        return None
 
 
 def _files(folder: Path) -> list[str]:

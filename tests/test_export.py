@@ -439,6 +439,21 @@ def test_the_difference_gives_the_base_back(full, to, model_dir, dtype):
         assert ((source[name] - expected).abs() <= bound).all(), name
 
 
+def test_a_measured_schedule_comes_along_while_its_file_is_there(lora, tmp_path):
+    measured = {"kind": "table", "u": [0.0, 0.5, 1.0], "psi": [0.0, 0.4, 1.0], "xi": [1.0, 0.6, 0.0]}
+    write_json(tmp_path / "schedule.json", measured)
+    moved = Path(shutil.copytree(lora.output, tmp_path / "run"))
+    record = json.loads((moved / "run.json").read_text())
+    schedule = {"kind": "measured", "path": str(tmp_path / "schedule.json")}
+    record["recipe"]["tuning"]["schedule"] = {**dict.fromkeys(record["recipe"]["tuning"]["schedule"]), **schedule}
+    write_json(moved / "run.json", record)
+    request = ExportRequest(str(moved), str(tmp_path / "out"), base="referenced")
+    found = json.loads((export(request) / "export.json").read_text())["schedule"]
+    assert as_strength(found)(0.5) == pytest.approx(0.4)
+    (tmp_path / "schedule.json").unlink()
+    assert json.loads((export(request, overwrite=True) / "export.json").read_text())["schedule"] is None
+
+
 def test_full_weights_need_no_base(full, to, root, tmp_path):
     moved = Path(shutil.copytree(full.output, tmp_path / "run"))
     record = json.loads((moved / "run.json").read_text())
