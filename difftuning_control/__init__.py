@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from difftuning_control.adapter_files import load_adapter, unload_adapter
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
     from difftuning_control.control import Conditioner, ControlSpec
@@ -27,6 +28,7 @@ _HOME = {
     "UserError": "errors",
     "embedded_model": "families",
     "family_of": "families",
+    "load_adapter": "adapter_files",
     "load_family": "families",
     "NoiseProcess": "noise",
     "DiffTuningObjective": "objective",
@@ -37,6 +39,7 @@ _HOME = {
     "PowerSchedule": "schedules",
     "TabulatedSchedule": "schedules",
     "train": "trainer",
+    "unload_adapter": "adapter_files",
 }
 __all__ = [
     "BankRequest",
@@ -55,9 +58,11 @@ __all__ = [
     "UserError",
     "embedded_model",
     "family_of",
+    "load_adapter",
     "load_family",
     "per_sample_loss",
     "train",
+    "unload_adapter",
 ]
 __version__ = "0.1.0"
 

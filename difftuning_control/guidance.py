@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from difftuning_control.adapter_files import has_adapter, switched_off
 from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,11 +36,8 @@ class _HandOver(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         if self.base is not None:
             return self.base(*args, **kwargs)
-        module.disable_adapters()
-        try:
+        with switched_off(module):
             return self.fn_ref.original_forward(*args, **kwargs)
-        finally:
-            module.enable_adapters()
 
 
 @contextmanager
@@ -59,8 +57,10 @@ def hand_over(
     """
     if not 0 <= u0 <= 1:
         raise UserError(f"u0 is {u0}; expected 0 to 1.")
-    if base is None and not getattr(tuned.denoiser, "_hf_peft_config_loaded", False):
+    if base is None and not has_adapter(tuned.denoiser):
         raise UserError("a stage hand-over needs the pretrained denoiser, or a model with an adapter.")
+    if getattr(getattr(tuned.pipe, "text_encoder", None), "_hf_peft_config_loaded", False):
+        raise UserError("a stage hand-over exchanges the denoiser, but the text encoder of this model is tuned too.")
     process = tuned.process
 
     def is_base(timestep: Tensor) -> bool:
