@@ -19,12 +19,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from difftuning_control.adapter_kinds import ADAPTER, OWN, lora_state, remember
+from difftuning_control.adapter_kinds import ADAPTER, OWN, lora_state, mask_ranks, remember
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
-from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DIFFFIT_FILE = "difffit.safetensors"
@@ -154,10 +153,7 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
         _remove(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
     if header.get("kind") == "tlora":
-        mask = RankMask(denoiser, header["rank"], header["limits"])
-        for layer in _layers(denoiser, name):
-            mask.cover(layer.lora_A[name])
-        remember(denoiser, name, mask)
+        mask_ranks(denoiser, name, header["rank"], header["limits"])
     if strength != 1:
         for module in (denoiser, getattr(pipe, "text_encoder", None)):
             for layer in _layers(module, name):

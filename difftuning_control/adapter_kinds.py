@@ -1,8 +1,4 @@
-"""The kinds of adapter: what each is to peft, which layers it fits, and how it is put on a model.
-
-Where a kind starts away from zero (PiSSA, T-LoRA), its start stays on the model as a second, frozen adapter of the
-opposite sign. So the base's weights are never rewritten, and with both adapters off the base is itself, bit for bit.
-"""
+"""The kinds of adapter: what each is to peft, which layers it fits, and how it is put on a model."""
 
 from __future__ import annotations
 
@@ -14,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.tlora import SCALE, RankMask, orthogonal_start, rank_limits
+from difftuning_control.lora_start import Down, factors, subtract_start
+from difftuning_control.tlora import RankMask, orthogonal_start, rank_limits
 
 if TYPE_CHECKING:
     from difftuning_control.noise import NoiseProcess
     from difftuning_control.recipe import AdapterConfig
 
-ADAPTER, START = "default", "start"
+ADAPTER = "default"
 OWN = "_difftuning_adapters"  # on a denoiser: by name, what this package has put on it beside peft's layers
 BLOCKS = {"oft": 32, "boft": 4}
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -159,18 +156,27 @@ def attach(
         tuned = {name: module.get_submodule(name) for name in layers}
         if config.kind == "tlora" and config.init != "gaussian":
             _start_orthogonally(tuned, config.full_rank)
+        elif config.init == "pissa":
+            for layer in tuned.values():
+                subtract_start(layer, ADAPTER)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if config.init == "pissa" or (config.kind == "tlora" and config.init != "gaussian"):
-            _subtract_start(module, tuned, peft_config(config, names))
     if config.kind == "tlora":
         assert process is not None
-        mask = RankMask(module, config.full_rank, rank_limits(process, config.full_rank, config.lowest_rank))
-        for layer in tuned.values():
-            for branch in layer.lora_A.values():
-                mask.cover(branch)
-        remember(module, ADAPTER, mask)
+        mask_ranks(module, ADAPTER, config.full_rank, rank_limits(process, config.full_rank, config.lowest_rank))
+
+
+def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float]) -> None:
+    """Put the mask of a T-LoRA on its layers."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in denoiser.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    runs = len(factors(layers[0], name)[0]) // rank  # two where its start is subtracted
+    mask = RankMask(denoiser, rank, limits, runs)
+    for layer in layers:
+        mask.cover(layer.lora_A[name])
+    remember(denoiser, name, mask)
 
 
 def remember(module: Any, name: str, own: Any) -> None:
@@ -184,53 +190,28 @@ def _start_orthogonally(layers: dict[str, Any], rank: int) -> None:
     for layer, (a, s, b) in zip(layers.values(), orthogonal_start(shapes, rank)):
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         down.weight.data, up.weight.data = a.to(down.weight.device), b.to(up.weight.device)
-        down.register_parameter(SCALE, nn.Parameter(s.to(down.weight.device)))
-
-
-def _subtract_start(module: Any, layers: dict[str, Any], config: Any) -> None:
-    """A frozen adapter that takes away what the trained one adds at the start."""
-    config.init_lora_weights = True
-    module.add_adapter(config, START)
-    module.set_adapter([ADAPTER, START])
-    for layer in layers.values():
-        a, b = folded(layer, ADAPTER)
-        layer.lora_A[START].weight.data, layer.lora_B[START].weight.data = a.clone(), b.clone()
-        layer.scaling[START] = -layer.scaling[ADAPTER]
-        layer.lora_A[START].requires_grad_(False)
-        layer.lora_B[START].requires_grad_(False)
-
-
-def folded(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """A, with S of a T-LoRA in it, and B of a LoRA layer, detached."""
-    down = layer.lora_A[name]
-    scale = getattr(down, SCALE, None)
-    a = down.weight.detach()
-    return (a if scale is None else scale.detach()[:, None] * a), layer.lora_B[name].weight.detach()
+        subtract_start(layer, ADAPTER, s)
 
 
 def lora_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What diffusers saves of a LoRA: its tensors, float32, and its configuration.
 
-    A start that was subtracted becomes part of it: [A; A₀] and [B, −B₀] of twice the rank are the same update.
+    A start that was subtracted becomes part of it, which then has twice the rank.
     """
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     config = module.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
-    if START not in module.peft_config:
+    if config["init_lora_weights"] != "gaussian":
+        config["init_lora_weights"] = True  # whoever loads it has no start to make
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+    some = next(iter(layers.values()))
+    if not isinstance(some.lora_A[ADAPTER], Down):
         tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
-        if config["init_lora_weights"] == "orthogonal":
-            config["init_lora_weights"] = True
         return {k: v.float() for k, v in tensors.items()}, config
     tensors = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
-            (a, b), (a0, b0) = folded(layer, ADAPTER), folded(layer, START)
-            tensors[f"{name}.lora_A.weight"] = torch.cat([a, a0]).float()
-            tensors[f"{name}.lora_B.weight"] = torch.cat([b, -b0], 1).float()
-            scaling = layer.scaling[ADAPTER]
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = factors(layer, ADAPTER)
     rank = 2 * config["r"]
-    return tensors, config | {
-        "r": rank, "lora_alpha": scaling * rank, "use_rslora": False, "init_lora_weights": True,
-    }  # fmt: skip
+    return tensors, config | {"r": rank, "lora_alpha": some.scaling[ADAPTER] * rank, "use_rslora": False}

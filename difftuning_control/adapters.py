@@ -19,14 +19,14 @@ from difftuning_control.adapter_files import (
 from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, remember
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
-from difftuning_control.tlora import SCALE
+from difftuning_control.lora_start import FACTOR, Down, factors
 
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
     from difftuning_control.families.sd import StableDiffusion
     from difftuning_control.recipe import AdapterConfig, Recipe, TrainingConfig
 
-UNDECAYED = ("ia3_", "boft_s", "lora_magnitude_vector", SCALE)  # factors: zero is not where they start
+UNDECAYED = ("ia3_", "boft_s", "lora_magnitude_vector", f".{FACTOR}")  # factors: zero is not where they start
 
 
 class AdapterTuning:
@@ -192,9 +192,12 @@ def merged(module: Any) -> Any:
             state[key.replace(".base_layer.", ".")] = value
     for name, layer in tuned.items():
         update: Any = layer
-        for adapter in update.active_adapters:
-            delta = update.get_delta_weight(adapter)
-            state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"])
+        if isinstance(update.lora_A[ADAPTER], Down):
+            a, b = factors(update, ADAPTER)
+            delta = update.scaling[ADAPTER] * (b @ a)
+        else:
+            delta = update.get_delta_weight(ADAPTER)
+        state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"])
     plain = type(module).from_config(module.config)
     plain.load_state_dict(state)
     return plain

@@ -5,9 +5,9 @@
     r(t) = ⌊(T − t)(r − r_min) / T⌋ + r_min           t = 0 … T − 1, the noise level
          = ⌊(1 + 1/T − u)(r − r_min)⌋ + r_min          in the noise coordinate u = (t + 1)/T
 
-A₀, S₀ and B₀ are the last singular components of a random matrix, and A, S and B start as the same; with gaussian
-initialisation B starts at zero, and S and the second term are not there. The mask follows the timestep of each row, in
-training and in sampling.
+A₀, S₀ and B₀ are the last singular components of a random matrix, and A, S and B start as the same (see `lora_start`).
+With gaussian initialisation B starts at zero, and S and the second term are not there. The mask follows the timestep of
+each row, in training and in sampling.
 
 References:
     T-LoRA: Single Image Diffusion Model Customization Without Overfitting (Soboleva et al., 2025),
@@ -23,8 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from difftuning_control.noise import NoiseProcess
-
-SCALE = "tlora_scale"  # S, beside A's weight
 
 
 def ranks(u: Tensor, levels: int, rank: int, min_rank: int) -> Tensor:
@@ -55,17 +53,18 @@ class RankMask:
 
     Args:
         rank, limits: of the components, see `rank_limits`; those before the limits' are never masked.
+        runs: how many times a layer has all components, one after the other.
     """
 
-    def __init__(self, denoiser: nn.Module, rank: int, limits: list[float]):
+    def __init__(self, denoiser: nn.Module, rank: int, limits: list[float], runs: int = 1):
         self.rank, self.limits = rank, limits
         self.place = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
-        self.mask: Tensor | None = None
-        self._limits = torch.tensor([float("inf")] * (rank - len(limits)) + limits)
+        self.gate: Tensor | None = None
+        self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
         self.handle = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def cover(self, layer: nn.Module) -> None:
-        """Mask the output of a LoRA's A, (B, …, n · rank): components lie in n runs of the full rank."""
+        """Mask the output of a LoRA's A, (B, …, runs · rank)."""
         layer.register_forward_hook(self._apply)
 
     def describe(self) -> dict[str, Any]:
@@ -75,18 +74,14 @@ class RankMask:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.place]
         timesteps = torch.as_tensor(timestep).reshape(-1, 1)
         self._limits = self._limits.to(timesteps.device)
-        self.mask = timesteps <= self._limits
+        self.gate = (timesteps <= self._limits).float()
 
     def _apply(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        assert self.mask is not None
-        mask = self.mask
-        if len(mask) not in (1, len(output)):
-            raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(mask)}.")
-        gate = mask.to(output.dtype).repeat(1, output.shape[-1] // self.rank)
-        scale = getattr(layer, SCALE, None)
-        if scale is not None:
-            gate = gate * scale.to(output.dtype)
-        return output * gate.view(len(mask), *[1] * (output.ndim - 2), -1)
+        assert self.gate is not None
+        if len(self.gate) not in (1, len(output)):
+            raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(self.gate)}.")
+        gate = self.gate.view(len(self.gate), *[1] * (output.ndim - 2), -1)
+        return output * (gate if gate.dtype == output.dtype else gate.to(output.dtype))
 
 
 def orthogonal_start(shapes: list[tuple[int, int]], rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:

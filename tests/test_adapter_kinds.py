@@ -196,8 +196,9 @@ def test_pissa_starts_from_the_largest_singular_vectors_of_the_weight():
     layer = family.denoiser.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
     left, values, right = torch.linalg.svd(layer.base_layer.weight)
     largest = left[:, :2] @ torch.diag(values[:2]) @ right[:2]
-    torch.testing.assert_close(layer.get_delta_weight("default"), largest)
-    torch.testing.assert_close(layer.get_delta_weight("start"), -largest)
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    torch.testing.assert_close(layer.scaling["default"] * up.weight @ down.weight, largest)
+    torch.testing.assert_close(layer.scaling["default"] * up.start @ down.start, -largest)
 
 
 @pytest.mark.parametrize("name", ["oft", "boft"])
