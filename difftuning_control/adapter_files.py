@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from difftuning_control.adapter_kinds import ADAPTER, OWN, lora_state, mask_ranks, remember
+from difftuning_control.adapter_kinds import ADAPTER, lora_state, mask_ranks, own_parts
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
@@ -56,7 +55,7 @@ def save_peft(module: Any, folder: Path) -> None:
 
 def save_difffit(module: Any, folder: Path) -> None:
     """The biases, norms and scale factors of a denoiser, under its own names."""
-    tensors = {k: v.float() for k, v in module.__dict__[OWN][ADAPTER].parameters.items()}
+    tensors = {k: v.float() for k, v in own_parts(module)[ADAPTER].parameters.items()}
     write_tensors(folder / DIFFFIT_FILE, tensors, {HEADER: json.dumps({"kind": "difffit"})})
 
 
@@ -72,7 +71,7 @@ def save_lora(module: Any, text_encoder: Any, write: Callable[..., None], folder
         layers, metadata = lora_state(text_encoder)
         text = {"text_encoder_layers": layers, "text_encoder_metadata": metadata}
     write(folder, *lora_state(module), **text)
-    mask = module.__dict__.get(OWN, {}).get(ADAPTER)
+    mask = own_parts(module).get(ADAPTER)
     set_metadata(folder / LORA_FILE, {HEADER: json.dumps(mask.describe())} if mask is not None else {})
 
 
@@ -244,15 +243,15 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
 
 def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None:
     shapes = _metadata(path)[1]
-    if has_adapter(denoiser):
+    if _names(denoiser):
         raise UserError("the pipeline has an adapter already, beside which a DiffFit cannot be put; unload it first.")
     try:
         _compare(shapes, DiffFit.shapes(denoiser))
     except ValueError as error:
         raise _does_not_fit(path, error) from None
-    own = DiffFit(denoiser)
+    own = DiffFit(denoiser, name)
     own.set(read_tensors(path) or {}, strength)
-    remember(denoiser, name, own)
+    own_parts(denoiser)[name] = own
 
 
 def _compare(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -278,7 +277,7 @@ def _check_strength(kind: str | None, strength: float) -> None:
 
 def _free(denoiser: Any, place: Path) -> None:
     """Refuse to put an adapter beside a DiffFit."""
-    if any(isinstance(own, DiffFit) for own in denoiser.__dict__.get(OWN, {}).values()):
+    if any(isinstance(own, DiffFit) for own in own_parts(denoiser).values()):
         raise UserError(f"the pipeline has a DiffFit, beside which {place} cannot be put; unload it first.")
 
 
@@ -296,11 +295,7 @@ def _layers(module: Any, name: str) -> list[Any]:
 
 
 def _names(denoiser: Any) -> set[str]:
-    return set(getattr(denoiser, "peft_config", {})) | set(denoiser.__dict__.get(OWN, {}))
-
-
-def has_adapter(denoiser: Any) -> bool:
-    return bool(getattr(denoiser, "_hf_peft_config_loaded", False)) or bool(denoiser.__dict__.get(OWN))
+    return set(getattr(denoiser, "peft_config", {})) | set(own_parts(denoiser))
 
 
 def unload_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
@@ -316,7 +311,7 @@ def unload_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
 
 
 def _remove(pipe: Any, denoiser: Any, name: str) -> None:
-    own = denoiser.__dict__.get(OWN, {}).pop(name, None)
+    own = own_parts(denoiser).pop(name, None)
     if isinstance(own, DiffFit):
         own.remove()
         return
@@ -340,21 +335,3 @@ def _unwrap(module: Any) -> None:
     recurse_remove_peft_layers(module)
     del module.peft_config
     module._hf_peft_config_loaded = False
-
-
-@contextmanager
-def switched_off(denoiser: Any) -> Iterator[None]:
-    """While open, the denoiser is the pretrained one, whatever kind of adapter it has."""
-    own = [o for o in denoiser.__dict__.get(OWN, {}).values() if isinstance(o, DiffFit)]
-    peft = getattr(denoiser, "_hf_peft_config_loaded", False)
-    if peft:
-        denoiser.disable_adapters()
-    for difffit in own:
-        difffit.swap()
-    try:
-        yield
-    finally:
-        for difffit in own:
-            difffit.swap()
-        if peft:
-            denoiser.enable_adapters()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from difftuning_control.recipe import AdapterConfig
 
 ADAPTER = "default"
-OWN = "_difftuning_adapters"  # on a denoiser: by name, what this package has put on it beside peft's layers
+OWN = "_difftuning_adapters"
 BLOCKS = {"oft": 32, "boft": 4}
 LAYERS = (nn.Linear, nn.Conv2d)
 LORA_KINDS = ("lora", "dora", "tlora")
@@ -176,12 +176,12 @@ def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float]) -> None
     mask = RankMask(denoiser, rank, limits, runs)
     for layer in layers:
         mask.cover(layer.lora_A[name])
-    remember(denoiser, name, mask)
+    own_parts(denoiser)[name] = mask
 
 
-def remember(module: Any, name: str, own: Any) -> None:
-    """Note what was put on a denoiser under an adapter's name, for whoever switches or takes it off."""
-    module.__dict__.setdefault(OWN, {})[name] = own
+def own_parts(module: Any) -> dict[str, Any]:
+    """What this package has put on a denoiser beside peft's layers, a `RankMask` or a `DiffFit` by adapter name."""
+    return module.__dict__.setdefault(OWN, {})
 
 
 def _start_orthogonally(layers: dict[str, Any], rank: int) -> None:

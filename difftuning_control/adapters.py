@@ -16,7 +16,7 @@ from difftuning_control.adapter_files import (
     save_lora,
     save_peft,
 )
-from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, remember
+from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, own_parts
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.lora_start import FACTOR, Down, factors
@@ -47,20 +47,19 @@ class AdapterTuning:
 
     def __init__(self, family: StableDiffusion, config: AdapterConfig, seed: int = 0):
         self.family, self.config, self.result = family, config, adapter_result(config)
-        text_targets = getattr(family, "text_lora_targets", ())
-        if config.text_encoder and not text_targets:
-            raise UserError(f"adapter.text_encoder is true, which a model of family {family.name} has no LoRA for yet.")
+        if config.text_encoder and family.name != "sd":
+            raise UserError(f"adapter.text_encoder is true, which the family {family.name} does not train yet.")
         if config.kind == "difffit":
             family.denoiser.requires_grad_(False)
-            own = DiffFit(family.denoiser)
+            own = DiffFit(family.denoiser, ADAPTER)
             for parameter in own.parameters.values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-            remember(family.denoiser, ADAPTER, own)
+            own_parts(family.denoiser)[ADAPTER] = own
         else:
             attach(family.denoiser, config, seed, family.lora_targets, family.process)
         if config.text_encoder:
-            attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, text_targets)
+            attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, family.text_lora_targets)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = trainable(self.family.denoiser)

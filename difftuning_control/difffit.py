@@ -9,6 +9,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,12 +55,15 @@ def _scaled(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 class DiffFit:
     """γ, biases and norms of a denoiser, which can be switched off and taken off again.
 
+    Args:
+        name: as an adapter's.
+
     Raises:
         UserError: if the model has no transformer block.
     """
 
-    def __init__(self, denoiser: nn.Module):
-        self.denoiser, self.ends = denoiser, branch_ends(denoiser)
+    def __init__(self, denoiser: nn.Module, name: str = "default"):
+        self.name, self.ends = name, branch_ends(denoiser)
         if not self.ends:
             raise UserError("adapter.kind is difffit, but the model has no transformer block; use another kind.")
         self.parameters = small_weights(denoiser)
@@ -84,16 +89,23 @@ class DiffFit:
             value = values[name].float().to(parameter.device)
             parameter.copy_(value if strength == 1 else base + strength * (value - base))
 
-    def swap(self) -> None:
-        """Exchange the weights with the pretrained ones; again, and they are back."""
-        for name, parameter in self.parameters.items():
-            tuned = parameter.data
-            parameter.data = self.base[name].to(parameter.device)
-            self.base[name] = tuned
+    @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """While open, the weights are base + strength · (tuned − base); at 0 the pretrained ones themselves."""
+        tuned = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                base = self.base[name].to(parameter.device)
+                parameter.data = torch.lerp(base.float(), tuned[name].float(), strength).to(base) if strength else base
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = tuned[name]
 
     def remove(self) -> None:
         """Leave the denoiser as it was, bit for bit."""
-        self.swap()
+        for name, parameter in self.parameters.items():
+            parameter.data = self.base[name].to(parameter.device)
         for handle in self.handles:
             handle.remove()
         for layer in self.ends.values():

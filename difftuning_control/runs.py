@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.adapter_files import load_adapter, unload_adapter
-from difftuning_control.control import SPEC_FILE, ControlSpec
+from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.provenance import read_run
@@ -75,17 +75,6 @@ def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path)
         )
 
 
-def check_range(family: StableDiffusion, spec: ControlSpec) -> None:
-    """Refuse a spec whose values are in another range than those that the family's pipeline gives.
-
-    Raises:
-        UserError: with the two ranges.
-    """
-    if spec.value_range != family.condition_range:
-        its, ours = (" to ".join(f"{v:g}" for v in pair) for pair in (spec.value_range, family.condition_range))
-        raise UserError(f"the control spec's values are in {its}, the pipeline gives {ours}; mend {SPEC_FILE}.")
-
-
 @contextmanager
 def tuned_model(
     family: StableDiffusion, run: str | Path, record: dict[str, Any], step: int | None = None
@@ -106,7 +95,7 @@ def tuned_model(
     if method == "controlnet":
         place = str(folder / "controlnet" if step is None else folder)
         family.controlnet = load_controlnet(family, place, family.dtype)
-        check_range(family, ControlSpec.load(place))
+        ControlSpec.load(place).check_range(family.condition_range)
         try:
             yield family
         finally:

@@ -78,9 +78,12 @@ class RankMask:
 
     def _apply(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert self.gate is not None
-        if len(self.gate) not in (1, len(output)):
-            raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(self.gate)}.")
-        gate = self.gate.view(len(self.gate), *[1] * (output.ndim - 2), -1)
+        gate = self.gate
+        if len(gate) not in (1, len(output)):
+            if not (gate == gate[:1]).all():
+                raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(gate)}.")
+            gate = gate[:1]  # a part of a batch whose rows have one timestep, as under Domain Guidance
+        gate = gate.view(len(gate), *[1] * (output.ndim - 2), -1)
         return output * (gate if gate.dtype == output.dtype else gate.to(output.dtype))
 
 

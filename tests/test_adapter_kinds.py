@@ -16,7 +16,7 @@ from test_adapters import picture, tune, weights
 from torch import Tensor
 
 from difftuning_control import load_adapter, unload_adapter
-from difftuning_control.adapter_files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE, switched_off
+from difftuning_control.adapter_files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from difftuning_control.adapters import AdapterTuning, adapter_result, merged
 from difftuning_control.analysis import analyze
 from difftuning_control.checkpoint import checkpoints
@@ -24,8 +24,9 @@ from difftuning_control.difffit import GAMMA
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.guidance import hand_over
+from difftuning_control.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.loop import TrainingLoop
+from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.recipe import AdapterConfig, Recipe
 from difftuning_control.runs import finished_run, recipe_of, tuned_model
 from difftuning_control.studies import AnalysisConfig
@@ -48,6 +49,7 @@ KINDS = {
     "ia3": {},
     "difffit": {},
 }
+FORMATS = ["lora", "dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"]
 UNSCALED = ("dora", "oft", "boft", "ia3")
 INEXACT = ("pissa", "rspissa", "orthogonal", "tlora")  # their start is added and taken away again
 
@@ -115,7 +117,9 @@ def test_switched_off_the_model_is_the_base_bit_for_bit(name, base_picture):
     family, _ = tuned_family(config_of(name))
     tuned = picture(family.pipe)
     assert np.abs(tuned - base_picture).max() > 1e-3
-    with switched_off(family.denoiser):
+    names = active_adapters(family.denoiser)
+    assert names == ["default"]
+    with adapters_at(tuner_layers(family.denoiser), names, 0):
         np.testing.assert_array_equal(picture(family.pipe), base_picture)
     np.testing.assert_array_equal(picture(family.pipe), tuned)
 
@@ -132,6 +136,28 @@ def test_a_hand_over_draws_with_the_base_where_it_should(name, base_picture):
     assert not np.array_equal(between, tuned)
     assert not np.array_equal(between, base_picture)
     np.testing.assert_array_equal(picture(family.pipe), tuned)
+
+
+@pytest.mark.parametrize("saved", ["pissa", "tlora", "ia3", "difffit"], indirect=True)
+def test_the_drop_in_pipeline_takes_the_pretrained_weights_from_under_it(saved, base_picture):
+    _, folder, trained = saved
+    stock = tiny_pipeline()
+    load_adapter(stock, folder)
+    pipe = DiffTuningPipeline(**stock.components, domain_guidance=True, requires_safety_checker=False)
+    guided = picture(pipe)
+    assert np.abs(guided - trained).max() > 1e-3
+    source = {"source_unet": tiny_pipeline().unet, "requires_safety_checker": False}
+    other = DiffTuningPipeline(**stock.components, domain_guidance=True, **source)
+    np.testing.assert_allclose(guided, picture(other), atol=1e-5)
+    pipe.set_extras(domain_guidance=False, hand_over=1.0)
+    np.testing.assert_array_equal(picture(pipe), base_picture)
+    pipe.set_extras(hand_over=0.0)
+    np.testing.assert_allclose(picture(pipe), trained, atol=1e-5)
+    if folder.joinpath(LORA_FILE).exists() or folder.joinpath(DIFFFIT_FILE).exists():
+        half = tiny_pipeline()
+        load_adapter(half, folder, strength=0.5)
+        pipe.set_extras(hand_over=None, adapter_schedule=lambda u: 0.5)
+        np.testing.assert_allclose(picture(pipe), picture(half), atol=1e-5)
 
 
 def expected_numbers(family: StableDiffusion) -> dict[str, int]:
@@ -321,6 +347,7 @@ def of_another_shape(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {key: torch.zeros(*tensors[key].shape[:-1], 2 * tensors[key].shape[-1])}
 
 
+@pytest.mark.parametrize("saved", FORMATS, indirect=True)
 @pytest.mark.parametrize("change", [without_one, with_another, of_another_shape])
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(saved, tmp_path, change, base_picture):
     _, folder, _ = saved

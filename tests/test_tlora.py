@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from difftuning_control import load_adapter
 from difftuning_control.adapter_files import HEADER, LORA_FILE
-from difftuning_control.adapter_kinds import ADAPTER, OWN, attach
+from difftuning_control.adapter_kinds import ADAPTER, attach, own_parts
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
@@ -173,8 +173,8 @@ def test_gradient_checkpointing_changes_no_bit():
 
 def test_at_the_full_rank_it_is_the_lora_of_all_components():
     family, _ = moved()
-    family.denoiser.__dict__[OWN][ADAPTER].handle.remove()
-    family.denoiser.__dict__[OWN][ADAPTER].gate = torch.ones(1, 2 * RANK)
+    own_parts(family.denoiser)[ADAPTER].handle.remove()
+    own_parts(family.denoiser)[ADAPTER].gate = torch.ones(1, 2 * RANK)
     latents, prompts = batch()
     with torch.no_grad():
         unmasked = family.denoiser(latents, torch.tensor(0), prompts)[0]
@@ -191,14 +191,14 @@ def test_a_copy_masks_by_its_own_timesteps():
     with torch.no_grad():
         first = family.denoiser(latents, torch.tensor(0), prompts)[0]
         low = other(latents, torch.tensor(999), prompts)[0]
-        assert family.denoiser.__dict__[OWN][ADAPTER].gate.sum() == 2 * RANK
+        assert own_parts(family.denoiser)[ADAPTER].gate.sum() == 2 * RANK
         assert torch.equal(family.denoiser(latents, torch.tensor(999), prompts)[0], low)
         assert torch.equal(other(latents, timestep=torch.tensor(0), encoder_hidden_states=prompts)[0], first)
 
 
 def test_rows_that_do_not_belong_to_the_timesteps_are_an_error():
     family, _ = moved()
-    family.denoiser(torch.zeros(3, 4, 8, 8), torch.tensor([1, 2, 3]), torch.zeros(3, 16, 16))
+    family.denoiser(torch.zeros(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.zeros(3, 16, 16))
     layer = family.denoiser.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
     with pytest.raises(ValueError, match="has 2 rows, the denoiser's timestep 3"):
         layer(torch.zeros(2, 5, 16))
@@ -218,7 +218,7 @@ def test_the_timestep_is_found_where_a_transformer_takes_it():
     timesteps = torch.tensor([1000.0, 1.0])
     for call in (lambda: model(*inputs, timesteps), lambda: model(*inputs, timestep=timesteps)):
         call()
-        assert model.__dict__[OWN][ADAPTER].gate[:, :4].sum(1).tolist() == [1, 4]
+        assert own_parts(model)[ADAPTER].gate[:, :4].sum(1).tolist() == [1, 4]
 
 
 # --- how it starts --------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_other_samplers_are_masked_too(scheduler, tmp_path):
     stock.scheduler = getattr(diffusers, scheduler).from_config(stock.scheduler.config, timestep_spacing="linspace")
     load_adapter(stock, tmp_path)
     seen = []
-    own = stock.unet.__dict__[OWN][ADAPTER]
+    own = own_parts(stock.unet)[ADAPTER]
     stock.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((float(args[1]), own.gate.sum().item())), with_kwargs=True
     )

@@ -76,17 +76,27 @@ def load_controlnet(family: StableDiffusion, path: str, dtype: torch.dtype = tor
     Raises:
         UserError: if it is not there, or does not fit the model, with the two numbers that differ.
     """
+    found = load_controlnet_model(family.controlnet_class, path, dtype)
+    family.check_controlnet(found, path)
+    return found.to(family.device)
+
+
+def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) -> Any:
+    """A ControlNet of a class from a directory or the Hub, all of its tensors there; safetensors only.
+
+    Raises:
+        UserError: if it is not there or not whole.
+    """
     try:
         with quiet_loading():
-            found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+            found = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
         absent = [name for name, parameter in found.named_parameters() if parameter.is_meta]
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
         expected = "a directory with config.json and safetensors weights"
         raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
-    family.check_controlnet(found, path)
-    return found.to(family.device)
+    return found
 
 
 def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:

@@ -259,26 +259,7 @@ class StableDiffusion:
         Raises:
             UserError: with the two numbers that differ.
         """
-        ours, its = self.pipe.unet.config, controlnet.config
-        for key in ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
-            mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (ours[key], its[key]))
-            if mine != theirs:
-                raise UserError(
-                    f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give "
-                    "one that was made for this model, or start from the denoiser."
-                )
-        if its.conditioning_channels != 3:
-            raise UserError(
-                f"the ControlNet {name} takes conditions of {its.conditioning_channels} channels, and pictures have 3; "
-                "give one that takes pictures."
-            )
-        factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
-        if factor != self.pipe.vae_scale_factor:
-            raise UserError(
-                f"the ControlNet {name} does not fit this model: it brings conditions down by {factor}, the "
-                f"autoencoder pictures by {self.pipe.vae_scale_factor}; give one whose "
-                "conditioning_embedding_out_channels match."
-            )
+        check_controlnet(self.pipe.unet, self.pipe.vae_scale_factor, controlnet, name)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -304,3 +285,32 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def check_controlnet(unet: Any, vae_scale_factor: int, controlnet: Any, name: str) -> None:
+    """Refuse a ControlNet that was made for another UNet or autoencoder.
+
+    Raises:
+        UserError: with the two numbers that differ.
+    """
+    ours, its = unet.config, controlnet.config
+    for key in ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type",
+                "projection_class_embeddings_input_dim"):  # fmt: skip
+        mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (ours[key], its[key]))
+        if mine != theirs:
+            raise UserError(
+                f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give "
+                "one that was made for this model, or start from the denoiser."
+            )
+    if its.conditioning_channels != 3:
+        raise UserError(
+            f"the ControlNet {name} takes conditions of {its.conditioning_channels} channels, and pictures have 3; "
+            "give one that takes pictures."
+        )
+    factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
+    if factor != vae_scale_factor:
+        raise UserError(
+            f"the ControlNet {name} does not fit this model: it brings conditions down by {factor}, the "
+            f"autoencoder pictures by {vae_scale_factor}; give one whose "
+            "conditioning_embedding_out_channels match."
+        )
