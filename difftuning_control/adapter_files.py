@@ -23,6 +23,7 @@ from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
+from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DIFFFIT_FILE = "difffit.safetensors"
@@ -134,27 +135,42 @@ def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    return json.loads(_metadata(path)[0].get(HEADER, "{}"))
+    """What this package wrote into a file's header; nothing in other people's files."""
+    text = _metadata(path)[0].get(HEADER, "{}")
+    try:
+        found = json.loads(text)
+        if found.get("kind") == "tlora":
+            found = {"kind": "tlora", "rank": int(found["rank"]), "limits": [float(v) for v in found["limits"]]}
+            if len(found["limits"]) >= found["rank"]:
+                raise ValueError("more limits than ranks")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"the header of {path} cannot be read ({HEADER}: {text:.100}); save the adapter anew."
+        ) from None
+    return found
 
 
 def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, strength: float) -> None:
-    metadata, shapes = _metadata(path)
-    header = json.loads(metadata.get(HEADER, "{}"))
+    (metadata, shapes), header = _metadata(path), _header(path)
     dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
     _check_strength("dora" if dora else None, strength)
     config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    rank = header.get("rank", 1)
+    uneven = next((key for key, shape in shapes.items() if ".lora_A." in key and shape[0] % rank), None)
+    if uneven is not None:
+        raise UserError(f"the adapter {path} is no T-LoRA of rank {rank}: {uneven} has {shapes[uneven][0]} rows.")
     if any(".lora_A." in key for key in shapes):  # other tools' names are diffusers' to translate
         _check_lora(pipe, component, shapes, config, path)
     _free(denoiser, path)
     try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
     except Exception as error:  # whatever diffusers finds wrong with it
         _remove(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"])
     if strength != 1:
-        for module in (denoiser, getattr(pipe, "text_encoder", None)):
+        for module in (denoiser, *_encoders(pipe)):
             for layer in _layers(module, name):
                 layer.set_scale(name, strength)
 
@@ -288,14 +304,22 @@ def _layers(module: Any, name: str) -> list[Any]:
     """peft's layers that hold this adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if module is None:
-        return []
     tuned = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     return [m for m in tuned if any(name in getattr(m, part, {}) for part in m.adapter_layer_names)]
 
 
+def _encoders(pipe: Any) -> list[Any]:
+    found = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    return [encoder for encoder in found if encoder is not None]
+
+
 def _names(denoiser: Any) -> set[str]:
-    return set(getattr(denoiser, "peft_config", {})) | set(own_parts(denoiser))
+    """Of the adapters on a denoiser; the mask of one that diffusers has unloaded goes too."""
+    peft, own = getattr(denoiser, "peft_config", {}), own_parts(denoiser)
+    for name, part in list(own.items()):
+        if isinstance(part, RankMask) and name not in peft:
+            own.pop(name).handle.remove()
+    return set(peft) | set(own)
 
 
 def unload_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
@@ -317,8 +341,8 @@ def _remove(pipe: Any, denoiser: Any, name: str) -> None:
         return
     if own is not None:
         own.handle.remove()
-    for module in (denoiser, getattr(pipe, "text_encoder", None)):
-        if module is None or name not in getattr(module, "peft_config", {}):
+    for module in (denoiser, *_encoders(pipe)):
+        if name not in getattr(module, "peft_config", {}):
             continue
         if len(module.peft_config) > 1:
             from diffusers.utils.peft_utils import delete_adapter_layers

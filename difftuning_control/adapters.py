@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from difftuning_control.adapter_files import (
     DIFFFIT_FILE,
@@ -19,7 +19,7 @@ from difftuning_control.adapter_files import (
 from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, own_parts
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
-from difftuning_control.lora_start import FACTOR, Down, factors
+from difftuning_control.lora_start import FACTOR, Down, Up, factors
 
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
@@ -67,6 +67,13 @@ class AdapterTuning:
             found |= {f"text_encoder.{n}": p for n, p in trainable(self.family.pipe.text_encoder).items()}
         return found
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: what trains, and what it started from where that is taken away again."""
+        found = dict(self.parameters()) | starts(self.family.denoiser)
+        if self.config.text_encoder:
+            found |= {f"text_encoder.{n}": t for n, t in starts(self.family.pipe.text_encoder).items()}
+        return found
+
     def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
         """The optimizer's groups: the text encoder has its own learning rate, and factors do not decay to zero."""
         rate = self.config.text_encoder_learning_rate or training.learning_rate
@@ -98,6 +105,11 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
 
 
+def starts(module: nn.Module) -> dict[str, Tensor]:
+    """What the LoRA factors of a model started from, by name, where it is taken away again."""
+    return {f"{n}.start": m.start for n, m in module.named_modules() if isinstance(m, (Down, Up))}
+
+
 def adapter_result(config: AdapterConfig) -> str:
     """What a run with this adapter leaves in its output."""
     if config.kind in LORA_KINDS:
@@ -116,6 +128,9 @@ class FullTuning:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.family.denoiser.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.parameters())
 
     def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
         return one_group(self.parameters(), training)
@@ -162,6 +177,9 @@ class ControlNetTuning:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return trainable(self.family.controlnet)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.parameters()) | starts(self.family.controlnet)
 
     def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
         return one_group(self.parameters(), training)

@@ -77,7 +77,7 @@ class TrainingLoop:
         self.probe = inputs.control.probe if inputs.control is not None else None
         self.curve = FidelityCurve(self.probe.kind) if self.probe is not None else None
         self.state = TrainingState(
-            self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
+            self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
         )  # fmt: skip
         self.source = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,

@@ -13,6 +13,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
@@ -21,7 +22,6 @@ WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
     "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
 )  # fmt: skip
-LORA_KINDS = ("lora", "dora", "tlora")
 KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
               "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")

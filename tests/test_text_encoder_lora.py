@@ -115,6 +115,18 @@ def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     assert record["losses"]["bank"]["tuned"] != record["losses"]["bank"]["base"]
 
 
+def test_it_trains_on_an_encoder_in_lower_precision(recipe):
+    run = tuned(recipe, "run")
+    run = replace(run, training=replace(run.training, mixed_precision="bf16"))
+    record = train(run)
+    assert np.isfinite(record["losses"]["bank"]["tuned"]["loss"]).all()
+    stock = load_family(recipe.model.id).pipe
+    before = picture(stock)
+    load_adapter(stock, run.output)
+    assert {p.dtype for p in stock.text_encoder.parameters()} == {torch.float32}
+    assert np.abs(picture(stock) - before).max() > 1e-4
+
+
 def test_resuming_is_exact(recipe, monkeypatch):
     whole = train(tuned(recipe, "whole"))
     broken, step = tuned(recipe, "broken"), TrainingLoop._step

@@ -17,8 +17,10 @@ from difftuning_control import load_adapter
 from difftuning_control.adapter_files import HEADER, LORA_FILE
 from difftuning_control.adapter_kinds import ADAPTER, attach, own_parts
 from difftuning_control.adapters import AdapterTuning
+from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
+from difftuning_control.fingerprint import set_metadata
 from difftuning_control.lora_start import Down
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.recipe import AdapterConfig
@@ -288,6 +290,37 @@ def test_the_file_is_a_lora_of_both_terms_with_its_ranks_in_the_header(tmp_path)
         header = file.metadata()[HEADER]
     assert '"kind": "tlora"' in header
     assert f'"rank": {RANK}' in header
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("{", "cannot be read"),
+        ('{"kind": "tlora"}', "cannot be read"),
+        ('{"kind": "tlora", "rank": 2, "limits": [1, 2]}', "cannot be read"),
+        ('{"kind": "tlora", "rank": 5, "limits": [1, 2]}', "is no T-LoRA of rank 5: .* has 12 rows"),
+    ],
+)
+def test_a_header_that_does_not_belong_to_the_file_is_refused(header, said, tmp_path):
+    _, tuning = moved()
+    tuning.save(tmp_path)
+    set_metadata(tmp_path / LORA_FILE, {HEADER: header})
+    stock = tiny_pipeline()
+    with pytest.raises(UserError, match=said):
+        load_adapter(stock, tmp_path)
+    assert not hasattr(stock.unet, "peft_config")
+
+
+def test_its_mask_goes_when_diffusers_unloads_it(tmp_path):
+    _, tuning = moved()
+    tuning.save(tmp_path)
+    stock = tiny_pipeline()
+    load_adapter(stock, tmp_path)
+    masked = picture(stock)
+    stock.unload_lora_weights()
+    load_adapter(stock, tmp_path)
+    assert len(stock.unet._forward_pre_hooks) == 1
+    np.testing.assert_array_equal(picture(stock), masked)
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

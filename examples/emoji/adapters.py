@@ -30,7 +30,7 @@ KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
 SIDES = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
 IMAGES = (1, 4, 8)
 CELLS = [(kind, images) for images in (4, 1, 8) for kind in KINDS]
-RATES = [1e-3, 2.5e-3, 5e-3]
+RATES = [2.5e-3, 5e-3, 1e-2]
 SHOWN = {"kid": "{:.0f}", "domain_hit": "{:.0%}", "pair_similarity": "{:.3f}", "memorisation": "{:.3f}"}
 
 
