@@ -87,7 +87,8 @@ def arguments(kind: str, count: int = 1, nets: int = 1, **given: Any) -> dict[st
         conditions = [[condition(7 * n + i) for i in range(count)] for n in range(nets)]
         found["image"] = conditions[0] if nets == 1 else conditions
         if nets > 1:
-            found["image"] = [c[0] for c in conditions] if count == 1 else [list(row) for row in zip(*conditions)]
+            one = count == 1 or kind == "xl-control"  # whose stock class takes one condition for all of a batch
+            found["image"] = [c[0] for c in conditions] if one else [list(row) for row in zip(*conditions)]
     return found | given
 
 

@@ -117,7 +117,8 @@ class ControlledSampling(TunedSampling):
         """Photos to conditions, as in training; also the size of the pictures to be drawn.
 
         Args:
-            image: a PIL photo or a list of them for a batch; for several ControlNets a list of such, one for each.
+            image: a PIL photo or a list of them for a batch; for several ControlNets a list with one for each, or, as
+                in the stock class, such a list for each row of a batch.
             preprocess: for which of several ControlNets; the others' conditions are only framed.
 
         Raises:
@@ -125,6 +126,8 @@ class ControlledSampling(TunedSampling):
         """
         several, count = hasattr(self.controlnet, "nets"), len(self.nets)
         each = list(image) if several and isinstance(image, (list, tuple)) else [image]
+        by_row = several and bool(each) and isinstance(each[0], list)
+        each = [list(column) for column in zip(*each)] if by_row else each
         wanted = list(preprocess) if isinstance(preprocess, list) else [preprocess] * count
         if len(each) != count or len(wanted) != count:
             raise UserError(
@@ -138,6 +141,8 @@ class ControlledSampling(TunedSampling):
         found = [
             self._prepared(i, photos, not want, height, width) for i, (photos, want) in enumerate(zip(each, wanted))
         ]
+        if by_row:
+            return [list(row) for row in zip(*found)], height, width
         return (found if several else found[0]), height, width
 
     def _prepared(self, index: int, photos: Any, ready: bool, height: int, width: int) -> Any:
