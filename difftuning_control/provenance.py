@@ -14,14 +14,17 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
 )  # fmt: skip
+KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
+              "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -187,8 +190,9 @@ def model_card(
         figures: lines with figures that were measured after the run.
         closing: the last line.
     """
-    titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
-    tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
+    titles = {"lora": f"{KIND_NAMES[recipe.adapter.kind]} for", "full": "Tuned from", "controlnet": "ControlNet for"}
+    kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
+    tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
     card = {
         "library_name": "diffusers",
         **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
@@ -231,11 +235,18 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, image=condition).images[0]",
         ]  # fmt: skip
-    if recipe.method == "lora":
-        load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
-    else:
+    if recipe.method == "full":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
-    return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+        return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+    start, load = ["from diffusers import DiffusionPipeline"], [f'pipe = DiffusionPipeline.from_pretrained("{base}")']
+    if recipe.adapter.kind in ("lora", "dora"):
+        load.append(f'pipe.load_lora_weights("{recipe.output}")')
+    else:
+        start.append("from difftuning_control import load_adapter")
+        if recipe.adapter.kind == "tlora":
+            load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
+        load.append(f'load_adapter(pipe, "{recipe.output}")')
+    return [*start, "", *load, f"image = pipe({prompt}).images[0]"]
 
 
 def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:

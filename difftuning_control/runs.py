@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.adapter_files import load_adapter, unload_adapter
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_controlnet, load_family, quiet_loading
+from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
 
@@ -115,11 +116,12 @@ def tuned_model(
             family.controlnet = None
         return
     if method == "full":
-        yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned = load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned.encodes_in_step = family.encodes_in_step
+        yield tuned
         return
-    with quiet_loading():
-        family.pipe.load_lora_weights(str(folder))
+    load_adapter(family.pipe, folder)
     try:
         yield family
     finally:
-        family.pipe.unload_lora_weights()
+        unload_adapter(family.pipe)

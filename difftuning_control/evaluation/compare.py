@@ -68,6 +68,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
     family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant)  # as its fingerprints were taken
     family.to(best_device())
+    family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
     for run, record in records.items():
         check_base(family, record, run)
         if record["data"]["resolution"] != resolution:
@@ -213,10 +214,10 @@ def _forgetting(
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
     embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
     rows = row_validator(family, (kept.latents, words), embeddings, len(kept), 1, BANDS, 0)
-    base, found = rows.rows(family.denoiser), []
+    base, found = rows.rows(family.model), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
-            found.append(compare(base, rows.rows(tuned.denoiser), rows.centres))
+            found.append(compare(base, rows.rows(tuned.model), rows.centres))
     return found
 
 

@@ -47,15 +47,34 @@ class ControlledUNet(nn.Module):
         )  # fmt: skip
 
 
+class EncodedUNet(nn.Module):
+    """A UNet that is given tokens and encodes them in the same forward, so that the text encoder trains.
+
+    forward: noisy_model_input (B, C, h, w), timesteps (B,), prompt_ids (B, L) long; gives a tuple with the prediction.
+    """
+
+    def __init__(self, unet: Any, text_encoder: Any):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self, noisy_model_input: Tensor, timesteps: Tensor, prompt_ids: Tensor, return_dict: Literal[False] = False
+    ) -> tuple[Tensor]:
+        prompt_embeds = self.text_encoder(prompt_ids)[0].to(noisy_model_input.dtype)
+        return self.unet(noisy_model_input, timesteps, prompt_embeds, return_dict=False)
+
+
 class StableDiffusion:
     """What training, bank and analysis need of a `StableDiffusionPipeline`.
 
     The pipeline's modules are used as they are: a denoiser that is tuned here is tuned in `pipe` too. `controlnet` is
-    the one that `sample` and `model` use where a condition is given; None until somebody sets it.
+    the one that `sample` and `model` use where a condition is given; None until somebody sets it. With
+    `encodes_in_step` prompts are rows of tokens, and `model` encodes them: for a text encoder that trains or trained.
     """
 
     name = "sd"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     controlnet_class: Any = ControlNetModel
     condition_range = (0.0, 1.0)  # what the stock pipeline makes of a picture
 
@@ -63,6 +82,7 @@ class StableDiffusion:
         self.pipe = pipe  # Any: diffusers' annotations leave out most of its modules' methods
         self.process = NoiseProcess.from_scheduler(pipe.scheduler)
         self.controlnet: Any = None
+        self.encodes_in_step = False
         for module in (pipe.vae, pipe.text_encoder):
             module.requires_grad_(False).eval()
 
@@ -72,7 +92,9 @@ class StableDiffusion:
 
     @property
     def model(self) -> Any:
-        """What `predict` is given: the denoiser, with its ControlNet if there is one."""
+        """What `predict` is given: the denoiser, with its ControlNet or its text encoder where they take part."""
+        if self.encodes_in_step:
+            return EncodedUNet(self.denoiser, self.pipe.text_encoder)
         return self.denoiser if self.controlnet is None else ControlledUNet(self.denoiser, self.controlnet)
 
     @property
@@ -152,6 +174,12 @@ class StableDiffusion:
         embeds, _ = self.pipe.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
+    def tokenize(self, prompts: list[str]) -> dict[str, Tensor]:
+        """`prompt_ids` (B, L), as the stock pipeline gives them to the text encoder."""
+        tokenizer = self.pipe.tokenizer
+        settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        return {"prompt_ids": tokenizer(prompts, return_tensors="pt", **settings).input_ids}
+
     # --- the model --------------------------------------------------------------------------------------------------
 
     def predict(
@@ -159,9 +187,11 @@ class StableDiffusion:
     ) -> Tensor:
         """The denoiser's prediction (B, C, h, w). `denoiser` may be a wrapped form of `self.model`.
 
-        Where `conditioning` has a `control` (B, 3, H, W) uint8, the model must have a ControlNet.
+        Where `conditioning` has a `control` (B, 3, H, W) uint8, the model must have a ControlNet; where it has
+        `prompt_ids`, the model must encode them.
         """
-        inputs = [noisy_model_input, timesteps, conditioning["prompt_embeds"]]
+        prompts = conditioning["prompt_ids" if "prompt_ids" in conditioning else "prompt_embeds"]
+        inputs = [noisy_model_input, timesteps, prompts]
         if "control" in conditioning:
             inputs.append(to_tensor(conditioning["control"], self.condition_range).to(noisy_model_input.dtype))
         return denoiser(*inputs, return_dict=False)[0]
@@ -189,7 +219,7 @@ class StableDiffusion:
             pipe = self.control_pipeline()
             dtype = self.controlnet.dtype
             options = {"image": to_tensor(control, self.condition_range).to(self.device, dtype)}
-        modules = [m for m in (self.pipe.unet, self.controlnet) if m is not None]
+        modules = [m for m in (self.pipe.unet, self.controlnet, self.pipe.text_encoder) if m is not None]
         training = [module.training for module in modules]
         for module in modules:
             module.eval()
@@ -233,10 +263,19 @@ class StableDiffusion:
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_lora(
+        self,
+        folder: Path,
+        layers: dict[str, Tensor],
+        metadata: dict[str, Any],
+        text_encoder_layers: dict[str, Tensor] | None = None,
+        text_encoder_metadata: dict[str, Any] | None = None,
+    ) -> None:
         """`pytorch_lora_weights.safetensors`; its metadata keep the scale right for any alpha."""
+        text: dict[str, Any] = {"text_encoder_lora_layers": text_encoder_layers}
+        text["text_encoder_lora_adapter_metadata"] = text_encoder_metadata
         StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True
+            folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True, **text
         )
 
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
