@@ -13,7 +13,7 @@ from difftuning_control.fingerprint import sort_metadata
 
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 LAYERS = (nn.Linear, nn.Conv2d)
 ADAPTER = "default"
@@ -60,7 +60,7 @@ class LoRATuning:
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         rank: int,
         alpha: float | None = None,
         targets: str = "auto",
@@ -91,7 +91,7 @@ class FullTuning:
 
     result = "pipeline"
 
-    def __init__(self, family: StableDiffusion):
+    def __init__(self, family: Family):
         self.family = family
         family.denoiser.float().requires_grad_(True)
 
@@ -120,11 +120,10 @@ class ControlNetTuning:
     """
 
     result = "controlnet"
-    whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         spec: ControlSpec,
         adapter: tuple[int, float | None, str, float, int] | None = None,
     ):
@@ -133,7 +132,7 @@ class ControlNetTuning:
         family.controlnet.float().requires_grad_(adapter is None)
         if adapter is not None:
             attach_lora(family.controlnet, *adapter, default=family.lora_targets)
-            for name in self.whole:
+            for name in family.controlnet_whole:
                 getattr(family.controlnet, name).requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from difftuning_control.pictures import to_arrays
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 FORMAT = 1
 SHARD = 256
@@ -92,7 +92,7 @@ def _views(conditioner: Conditioner, example: Example, framing: Framing) -> np.n
 
 def bank_conditions(
     conditioner: Conditioner,
-    family: StableDiffusion,
+    family: Family,
     bank: KnowledgeBank,
     folder: Path,
     advance: Callable[[int], object],

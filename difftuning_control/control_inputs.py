@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 
-def build_spec(recipe: Recipe, family: StableDiffusion, resolution: int) -> ControlSpec:
+def build_spec(recipe: Recipe, family: Family, resolution: int) -> ControlSpec:
     """How the conditions of a recipe are made, for the family's ControlNet if it has one."""
     control = recipe.control
-    order: Any = "rgb"
-    if family.controlnet is not None:
-        order = family.controlnet.config.controlnet_conditioning_channel_order
+    order: Any = family.channel_order
     return ControlSpec(
         control.annotator, dict(control.params), control.weights, resolution, family.condition_range, order,
         control.resize,
@@ -90,7 +88,7 @@ def check_control(recipe: Recipe, conditioner: Conditioner, held_out: ImageData)
 
 def prepare_control(
     recipe: Recipe,
-    family: StableDiffusion,
+    family: Family,
     conditioner: Conditioner,
     data: ImageData,
     held_out: ImageData,

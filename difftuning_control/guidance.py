@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 HAND_OVER = "difftuning_hand_over"
 
@@ -43,9 +43,7 @@ class _HandOver(ModelHook):
 
 
 @contextmanager
-def hand_over(
-    tuned: StableDiffusion, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None
-) -> Iterator[None]:
+def hand_over(tuned: Family, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None) -> Iterator[None]:
     """While open, `tuned` samples with its own weights at u > u0 and with the pretrained ones at u ≤ u0.
 
     Args:

@@ -34,7 +34,7 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 
 class TrainingLoop:
@@ -43,7 +43,7 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
-        family: StableDiffusion,
+        family: Family,
         objective: DiffTuningObjective,
         inputs: TrainingInputs,
         accelerator: Accelerator,

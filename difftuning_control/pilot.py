@@ -50,7 +50,7 @@ from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.trainer import base_dtype, train
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 PRIMARY = "kid"
 SHOWN = 8
@@ -90,7 +90,7 @@ class Judge:
     final: Sampling
     probes: dict[bool, FidelityProbe] | None = None
 
-    def figures(self, family: StableDiffusion, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
+    def figures(self, family: Family, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
         sampling = replace(self.final if final else self.search, seeds=[seed])
         pictures = sampling.draw(family)
         followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}

@@ -189,15 +189,15 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
     prompt = json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
     if recipe.method == "controlnet":
-        place = f"{recipe.output}/controlnet"
+        place, (controlnet, pipeline) = f"{recipe.output}/controlnet", run["control"]["classes"]
         return [
-            "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
+            f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
             "from difftuning_control import Conditioner, ControlSpec", "",
-            f'controlnet = ControlNetModel.from_pretrained("{place}")',
-            f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
+            f'controlnet = {controlnet}.from_pretrained("{place}")',
+            f'pipe = {pipeline}.from_pretrained("{base}", controlnet=controlnet)',
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, image=condition).images[0]",
+            f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
     if recipe.method == "lora":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']

@@ -13,7 +13,7 @@ from difftuning_control.families import load_controlnet, load_family, quiet_load
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 
@@ -54,7 +54,7 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
     )
 
 
-def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path) -> None:
+def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
     """Refuse a run that was tuned from another base.
 
     Raises:
@@ -74,7 +74,7 @@ def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path)
         )
 
 
-def check_range(family: StableDiffusion, spec: ControlSpec) -> None:
+def check_range(family: Family, spec: ControlSpec) -> None:
     """Refuse a spec whose values are in another range than those that the family's pipeline gives.
 
     Raises:
@@ -86,9 +86,7 @@ def check_range(family: StableDiffusion, spec: ControlSpec) -> None:
 
 
 @contextmanager
-def tuned_model(
-    family: StableDiffusion, run: str | Path, record: dict[str, Any], step: int | None = None
-) -> Iterator[StableDiffusion]:
+def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: int | None = None) -> Iterator[Family]:
     """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
 
     Args:
