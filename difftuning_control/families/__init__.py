@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # by the pipeline's class: the module here and the class in it
 FAMILIES = {
     "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
 }
 
 

@@ -329,8 +329,10 @@ class Family(ABC):
         Raises:
             UserError: if the family has none.
         """
+        from difftuning_control.families import quiet_loading
+
         self.need_controlnet()
-        with torch.random.fork_rng(devices=[]):
+        with quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             found = self._new_controlnet()
         return found.float().to(self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -21,7 +21,7 @@ class StableDiffusion(Family):
     name = "sd"
     component = "unet"
     controlnet_class = ControlNetModel
-    control_pipeline_class = StableDiffusionControlNetPipeline
+    control_pipeline_class: ClassVar[Any] = StableDiffusionControlNetPipeline
     controlnet_whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
     def _check_variant(self) -> None:
