@@ -96,7 +96,7 @@ class FullTuning:
         family.denoiser.float().requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.family.denoiser.named_parameters())
+        return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
         """Write a pipeline directory for `DiffusionPipeline.from_pretrained`."""

@@ -139,11 +139,11 @@ class BatchSource:
         return TrainingRows(batch, noises[:, 1], levels[chosen], (targets, banks))
 
     def _condition(self, conditions: Conditions | None, item: int, view: int, blank: bool) -> Tensor | None:
-        """(3, H, W) uint8, black where it is blank; None where no ControlNet trains."""
+        """A row of `Conditions`, black where it is blank; None where no ControlNet trains."""
         if self.targets.conditions is None:
             return None
         if conditions is None or blank:
-            return torch.zeros_like(self.targets.conditions.row(0))
+            return self.targets.conditions.blank_row
         return conditions.row(item, view)
 
     def _bank_sizes(self, item: int) -> Tensor | None:

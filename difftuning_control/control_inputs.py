@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.cache import Framing
-from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions
+from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions, encoded_conditions
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
@@ -67,7 +67,7 @@ class ControlInputs:
     def rows_of_bank(self, last: int) -> dict[str, Tensor]:
         """The control of the bank's last so many items."""
         if self.bank is None:
-            return {"control": torch.zeros_like(self.targets.row(0)).expand(last, -1, -1, -1)}
+            return {"control": torch.stack([self.targets.blank_row] * last)}
         return {"control": self.bank.rows(range(len(self.bank) - last, len(self.bank)))}
 
 
@@ -128,6 +128,9 @@ def prepare_control(
     names = [data.examples[i].name for i in blank]
     few = held if held is not None else targets
     shown = few.rows(range(min(SHOWN, len(few))))
+    with accelerator.main_process_first():
+        targets = encoded_conditions(family, targets, cache)
+        held, of_bank = (encoded_conditions(family, p, cache) if p is not None else None for p in (held, of_bank))
     return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)
 
 

@@ -60,6 +60,7 @@ class TrainingLoop:
         self.base_pictures = self._sample(controlled=False) if self.config.sample_every else []
 
         self.tuning = self._attach()
+        family.freeze_unused()
         if self.config.gradient_checkpointing:
             for module in (family.denoiser, family.controlnet):
                 if module is not None:

@@ -62,6 +62,7 @@ class Family(ABC):
     control_pipeline_class: ClassVar[Any] = None
     control_argument: ClassVar[str] = "image"  # of that pipeline's call
     condition_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # what that pipeline makes of a picture
+    encodes_control: ClassVar[bool] = False  # whether a ControlNet reads latents, and not pictures
     controlnet_whole: ClassVar[tuple[str, ...]] = ()  # what a LoRA of a ControlNet trains whole: its input, its zeros
 
     def __init__(self, pipe: Any):
@@ -108,6 +109,18 @@ class Family(ABC):
         found = {"denoiser": self.denoiser, "vae": self.pipe.vae}
         named = self.pipe.components.items()
         return found | {n: m for n, m in named if n.startswith("text_encoder") and m is not None}
+
+    def unused_parameters(self, module: Any) -> tuple[str, ...]:
+        """Beginnings of the names of those parameters of denoiser or ControlNet whose output nobody reads."""
+        return ()
+
+    def freeze_unused(self) -> None:
+        """Train no parameter without a gradient: weight decay alone would move it, and processes would wait for it."""
+        for module in (self.denoiser, self.controlnet):
+            if module is not None and (unused := self.unused_parameters(module)):
+                for name, parameter in module.named_parameters():
+                    if name.startswith(unused):
+                        parameter.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -174,11 +187,14 @@ class Family(ABC):
     ) -> Tensor:
         """The denoiser's prediction (B, C, h, w). `denoiser` may be a wrapped form of `self.model`.
 
-        Where `conditioning` has a `control` (B, 3, H, W) uint8, the model must have a ControlNet.
+        Where `conditioning` has a `control` (B, 3, H, W) uint8, or what `encode_control` makes of it, the model must
+        have a ControlNet.
         """
         inputs = self.denoiser_inputs(noisy_model_input, timesteps, conditioning)
         if "control" in conditioning:
-            inputs["control"] = self.encode_control(conditioning["control"]).to(noisy_model_input.dtype)
+            control = conditioning["control"]
+            encoded = self.encode_control(control) if control.dtype == torch.uint8 else control
+            inputs["control"] = encoded.to(noisy_model_input.dtype)
         return denoiser(**inputs, return_dict=False)[0]
 
     # --- identity -------------------------------------------------------------------------------------------------
@@ -294,6 +310,11 @@ class Family(ABC):
     def encode_control(self, control: Tensor) -> Tensor:
         """Conditions (B, 3, H, W) uint8 as the ControlNet takes them: pictures in `condition_range`."""
         return to_tensor(control, self.condition_range)
+
+    @property
+    def control_fingerprint(self) -> str:
+        """Changes when what `encode_control` gives does, where it encodes."""
+        raise NotImplementedError
 
     @staticmethod
     def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,13 @@ class Flux(FlowTransformer):
         side = resolution // self.vae_scale_factor
         return unpack(tokens, side, side)
 
+    def unused_parameters(self, module: Any) -> tuple[str, ...]:
+        """In a ControlNet without single blocks all that leads to the prompt's stream after the last double block."""
+        if module is self.denoiser or module.config.num_single_layers:
+            return ()
+        last = f"transformer_blocks.{module.config.num_layers - 1}."
+        return tuple(f"{last}{n}" for n in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context"))
+
     # --- control ----------------------------------------------------------------------------------------------------
 
     def encode_control(self, control: Tensor) -> Tensor:

@@ -54,6 +54,14 @@ class StableDiffusion3(FlowTransformer):
             "pooled_projections": conditioning["pooled_prompt_embeds"],
         }
 
+    def unused_parameters(self, module: Any) -> tuple[str, ...]:
+        """Of the last block: in the denoiser the prompt's queries, in a ControlNet all that its stream comes from."""
+        last = f"transformer_blocks.{module.config.num_layers - 1}."
+        queries = (f"{last}attn.add_q_proj", f"{last}attn.norm_added_q")
+        if module is self.denoiser:
+            return queries
+        return (*queries, f"{last}attn.to_add_out", f"{last}ff_context")
+
     # --- control ----------------------------------------------------------------------------------------------------
 
     @staticmethod

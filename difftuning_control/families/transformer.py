@@ -16,6 +16,7 @@ from torch import Tensor
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
+from difftuning_control.fingerprint import digest_of
 
 
 class FlowTransformer(Family):
@@ -31,6 +32,7 @@ class FlowTransformer(Family):
     )  # fmt: skip
     control_argument = "control_image"
     condition_range = (-1.0, 1.0)
+    encodes_control = True
     t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
     t5 = "3"  # its number among the text encoders
 
@@ -40,6 +42,9 @@ class FlowTransformer(Family):
         if tokenizer is None:
             return super().prompt_tokens(prompt)
         return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
+
+    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        return {"prompt": prompts, "max_sequence_length": self.t5_length}
 
     def check_channels(self, takes: int) -> None:
         """Refuse a transformer that is given more than noisy latents.
@@ -59,6 +64,11 @@ class FlowTransformer(Family):
     def control_shift(self) -> float:
         """What is taken from a condition's latents before they are scaled."""
         return self.pipe.vae.config.shift_factor or 0.0
+
+    @property
+    def control_fingerprint(self) -> str:
+        """Changes when what `encode_control` gives does."""
+        return digest_of([self.name, self.fingerprints["vae"], str(self.dtype), self.control_shift()])
 
     @torch.no_grad()
     def encode_control(self, control: Tensor) -> Tensor:
