@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.discovery import PIPELINES, register
+
 if TYPE_CHECKING:
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
     from difftuning_control.families import embedded_model, family_of, load_family
     from difftuning_control.noise import NoiseProcess
     from difftuning_control.objective import DiffTuningObjective, per_sample_loss
+    from difftuning_control.pipelines import (
+        DiffTuningControlNetPipeline,
+        DiffTuningPipeline,
+        DiffTuningXLControlNetPipeline,
+        DiffTuningXLPipeline,
+        add_control,
+    )
     from difftuning_control.recipe import Recipe
     from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.trainer import train
@@ -31,6 +40,8 @@ _HOME = {
     "NoiseProcess": "noise",
     "DiffTuningObjective": "objective",
     "per_sample_loss": "objective",
+    **dict.fromkeys(PIPELINES, "pipelines"),
+    "add_control": "pipelines",
     "Recipe": "recipe",
     "ConstantSchedule": "schedules",
     "PaperSchedule": "schedules",
@@ -43,7 +54,11 @@ __all__ = [
     "Conditioner",
     "ConstantSchedule",
     "ControlSpec",
+    "DiffTuningControlNetPipeline",
     "DiffTuningObjective",
+    "DiffTuningPipeline",
+    "DiffTuningXLControlNetPipeline",
+    "DiffTuningXLPipeline",
     "KnowledgeBank",
     "LatentBatch",
     "NoiseProcess",
@@ -53,6 +68,7 @@ __all__ = [
     "Recipe",
     "TabulatedSchedule",
     "UserError",
+    "add_control",
     "embedded_model",
     "family_of",
     "load_family",
@@ -60,6 +76,7 @@ __all__ = [
     "train",
 ]
 __version__ = "0.1.0"
+register()
 
 
 def __getattr__(name: str) -> Any:

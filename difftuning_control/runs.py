@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.control import SPEC_FILE, ControlSpec
+from difftuning_control.adapters import LORA_FILE
+from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family, quiet_loading
 from difftuning_control.provenance import read_run
@@ -74,17 +75,6 @@ def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
         )
 
 
-def check_range(family: Family, spec: ControlSpec) -> None:
-    """Refuse a spec whose values are in another range than those that the family's pipeline gives.
-
-    Raises:
-        UserError: with the two ranges.
-    """
-    if spec.value_range != family.condition_range:
-        its, ours = (" to ".join(f"{v:g}" for v in pair) for pair in (spec.value_range, family.condition_range))
-        raise UserError(f"the control spec's values are in {its}, the pipeline gives {ours}; mend {SPEC_FILE}.")
-
-
 @contextmanager
 def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: int | None = None) -> Iterator[Family]:
     """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
@@ -103,7 +93,7 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
     if method == "controlnet":
         place = str(folder / "controlnet" if step is None else folder)
         family.controlnet = load_controlnet(family, place, family.dtype)
-        check_range(family, ControlSpec.load(place))
+        ControlSpec.load(place).check_range(family.condition_range)
         try:
             yield family
         finally:
@@ -114,6 +104,7 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
         return
     with quiet_loading():
         family.pipe.load_lora_weights(str(folder))
+    family.mend_adapter(folder / LORA_FILE)
     try:
         yield family
     finally:

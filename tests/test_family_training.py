@@ -171,8 +171,8 @@ def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
 def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
     loaded, attached = [], {}
 
-    def load(*args: Any) -> Any:
-        loaded.append(load_family(*args))
+    def load(*args: Any, **options: Any) -> Any:
+        loaded.append(load_family(*args, **options))
         return loaded[-1]
 
     class Watched(trainer.TrainingLoop):
@@ -377,7 +377,7 @@ def test_other_families_are_told_none(make, family):
 
 
 def stock_loss(pipe: Any, name: str, latents: Tensor, captions: list[str]) -> float:
-    """The loss that diffusers' own training scripts compute, at fixed noise and timesteps, with a pipeline's modules."""
+    """The loss of diffusers' own training scripts, at fixed noise and timesteps, with a pipeline's modules."""
     generator = torch.Generator().manual_seed(11)
     total = []
     for index in (100, 300, 500, 700, 900):

@@ -29,7 +29,7 @@ from difftuning_control.evaluation.evaluate import (
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import Curve, compare, part_of, row_validator
@@ -38,7 +38,7 @@ from difftuning_control.pictures import save_grid
 from difftuning_control.progress import progress
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
-from difftuning_control.trainer import base_dtype
+from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     records = {run: finished_run(run) for run in request.runs}
     recipes = {run: recipe_of(record) for run, record in records.items()}
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant)  # as its fingerprints were taken
+    # as the first run's fingerprints were taken
+    family = load_base(recipe)
     family.to(best_device())
     for run, record in records.items():
         check_base(family, record, run)
