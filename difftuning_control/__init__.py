@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from difftuning_control.recipe import Recipe
     from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+    from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
 _HOME = {
@@ -47,6 +48,8 @@ _HOME = {
     "PaperSchedule": "schedules",
     "PowerSchedule": "schedules",
     "TabulatedSchedule": "schedules",
+    "load_source": "source",
+    "save_difference": "source",
     "train": "trainer",
 }
 __all__ = [
@@ -72,7 +75,9 @@ __all__ = [
     "embedded_model",
     "family_of",
     "load_family",
+    "load_source",
     "per_sample_loss",
+    "save_difference",
     "train",
 ]
 __version__ = "0.1.0"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -22,22 +21,26 @@ PIPELINES = (
     "DiffTuningXLPipeline",
     "DiffTuningXLControlNetPipeline",
 )
+TABLES = "diffusers.pipelines.auto_pipeline"
 
 
-def _add_names(module: ModuleType) -> None:
+def _add_names(module: Any) -> None:
     """Let `diffusers.DiffTuningPipeline` be found."""
-    stock = type(module)
 
-    def __getattr__(self: Any, name: str) -> Any:  # noqa: N807 the method's own name
+    def __getattr__(name: str) -> Any:  # noqa: N807 a module's own, asked before its class is
         if name in PIPELINES:
             return getattr(import_module("difftuning_control.pipelines"), name)
-        return stock.__getattr__(self, name)
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
-    module.__class__ = type(stock.__name__, (stock,), {"__getattr__": __getattr__})
+    module.__getattr__ = __getattr__
+    if TABLES in sys.modules:
+        _add_to_tables(sys.modules[TABLES])
 
 
 def _add_to_tables(module: Any) -> None:
     """Rows of their own in diffusers' tables: text to image is ours, other tasks lead to the stock classes."""
+    if "__getattr__" not in vars(sys.modules["diffusers"]):
+        return  # it is still being imported, all at once (DIFFUSERS_SLOW_IMPORT), and comes back here at its end
     ours: Any = import_module("difftuning_control.pipelines")
     texts, images, masks = (
         getattr(module, f"AUTO_{task}_PIPELINES_MAPPING") for task in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
@@ -54,7 +57,7 @@ def _add_to_tables(module: Any) -> None:
 
 WANTED: dict[str, Callable[[Any], None]] = {
     "diffusers": _add_names,
-    "diffusers.pipelines.auto_pipeline": _add_to_tables,
+    TABLES: _add_to_tables,
 }
 
 
@@ -67,7 +70,8 @@ class _AfterImport(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # whoever asks it for sources and files finds it
         self.loader.exec_module(module)
         self.then(sys.modules[module.__name__])  # diffusers puts another module in its own place
 
@@ -78,11 +82,9 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in WANTED:
             return None
-        sys.meta_path.remove(self)  # so that the others are asked
-        try:
-            spec = find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (other.find_spec(fullname, path, target) for other in others)
+        spec = next((s for s in found if s is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _AfterImport(spec.loader, WANTED[fullname])
         return spec

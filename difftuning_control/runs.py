@@ -11,6 +11,7 @@ from difftuning_control.adapters import LORA_FILE
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family, quiet_loading
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
@@ -73,6 +74,19 @@ def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
             f"the run {run} was tuned from another base (its {', '.join(differing)} differ from "
             f"{record['recipe']['model']['id']} as it is here); give the base that it was tuned from."
         )
+
+
+def check_outputs(record: dict[str, Any], run: str | Path) -> None:
+    """Refuse a run whose result is not what it left.
+
+    Raises:
+        UserError: naming the first file that is missing or differs.
+    """
+    for name, digest in record["outputs"].items():
+        path = Path(run) / name
+        if not path.is_file() or digest_of_file(path) != digest:
+            found = "has changed" if path.is_file() else "is missing"
+            raise UserError(f"{path} {found} since the run; train it anew, or give another run.")
 
 
 @contextmanager

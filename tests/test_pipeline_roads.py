@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,7 @@ def test_importing_the_package_is_enough_in_either_order(tmp_path, first):
     second = {"difftuning_control": "diffusers", "diffusers": "difftuning_control"}[first]
     code = f"""
 import sys
+from concurrent.futures import ThreadPoolExecutor
 import {first}
 if {first!r} == "difftuning_control":
     assert not {{"torch", "diffusers"}} & set(sys.modules), "importing the package is cheap"
@@ -292,3 +294,63 @@ def test_a_loaded_adapter_is_not_lost_in_silence(tmp_path, kind):
     pipe.save_pretrained(tmp_path / "there")
     again = quiet(DiffusionPipeline.from_pretrained(str(tmp_path / "there")))
     assert np.abs(draw(again, kind) - expected).max() < 1e-4
+
+
+# --- what finds the classes leaves diffusers as it is -----------------------------------------------------------------
+
+
+def run_code(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_diffusers_itself_is_as_without_the_package():
+    """Its loader reads its files, and the module can be pickled, found and imported again."""
+    code = """
+import difftuning_control, importlib.resources, inspect, pickle, pkgutil, sys
+import diffusers
+assert (importlib.resources.files("diffusers") / "dependency_versions_table.py").is_file()
+assert pkgutil.get_data("diffusers", "dependency_versions_table.py")
+assert diffusers.__spec__.loader.get_source("diffusers")
+assert type(pickle.loads(pickle.dumps(diffusers))) is type(diffusers)
+assert not hasattr(diffusers, "NoSuchPipeline")
+importlib.reload(diffusers)
+print(sys.modules["diffusers"].DiffTuningPipeline.__name__, type(diffusers).__module__)
+"""
+    assert run_code(code) == "DiffTuningPipeline diffusers.utils.import_utils"
+
+
+def test_the_tables_may_be_imported_first():
+    code = """
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as table
+import difftuning_control
+print(table["difftuning-sd"].__name__)
+"""
+    assert run_code(code) == "DiffTuningPipeline"
+
+
+def test_diffusers_may_be_imported_all_at_once():
+    code = """
+import difftuning_control
+import diffusers
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as table
+print(diffusers.DiffTuningPipeline is table["difftuning-sd"])
+"""
+    assert run_code(code, DIFFUSERS_SLOW_IMPORT="1") == "True"
+
+
+def test_threads_may_look_for_diffusers_at_once():
+    finder = next(f for f in sys.meta_path if type(f).__module__ == "difftuning_control.discovery")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: finder.find_spec("diffusers"), range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert {spec.name for spec in found} == {"diffusers"}

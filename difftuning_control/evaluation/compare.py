@@ -134,7 +134,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             with tuned_model(family, run, record) as tuned:
                 found = side(run, tuned)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
-            sides.append(found | {"outside": float(apart.mean())})
+            sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
     if bank is not None and probe is None:  # beside a ControlNet the model stays as it was
         for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
@@ -240,8 +240,8 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The summary as text: mean ± standard deviation over seeds; KID times 1000."""
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """A row with the names of the figures, and one for each side: mean ± standard deviation over seeds; KID × 1000."""
     sides = [result["base"], *result["sides"]]
     names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
     lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
@@ -255,6 +255,12 @@ def table(result: dict[str, Any]) -> str:
         rise = side.get("forgetting", {}).get("mean")
         row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
         lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary as text."""
+    lines = cells(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
                      for line in lines)  # fmt: skip

@@ -157,7 +157,8 @@ def quiet_loading() -> Iterator[None]:
 
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
-    for module in (diffusers_logging, transformers_logging):
+    shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in shown:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -165,7 +166,7 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         diffusers_logging.set_verbosity(level)
-        for module in (diffusers_logging, transformers_logging):
+        for module in shown:
             module.enable_progress_bar()
 
 
