@@ -45,6 +45,8 @@ def family_of(pipe: Any) -> Family:
     module, family = FAMILIES[name]
     try:
         return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)(pipe)
+    except UserError:
+        raise
     except ValueError as error:  # of the scheduler
         raise UserError(f"the model cannot be tuned: {error}") from None
 
