@@ -23,7 +23,7 @@ from difftuning_control.lora_start import FACTOR, Down, Up, factors
 
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import AdapterConfig, Recipe, TrainingConfig
 
 UNDECAYED = ("ia3_", "boft_s", "lora_magnitude_vector", f".{FACTOR}")  # factors: zero is not where they start
@@ -45,9 +45,9 @@ class AdapterTuning:
         UserError: if the adapter does not fit the model.
     """
 
-    def __init__(self, family: StableDiffusion, config: AdapterConfig, seed: int = 0):
+    def __init__(self, family: Family, config: AdapterConfig, seed: int = 0):
         self.family, self.config, self.result = family, config, adapter_result(config)
-        if config.text_encoder and family.name != "sd":
+        if config.text_encoder and not family.text_lora_targets:
             raise UserError(f"adapter.text_encoder is true, which the family {family.name} does not train yet.")
         if config.kind == "difffit":
             family.denoiser.requires_grad_(False)
@@ -122,12 +122,12 @@ class FullTuning:
 
     result = "pipeline"
 
-    def __init__(self, family: StableDiffusion):
+    def __init__(self, family: Family):
         self.family = family
         family.denoiser.float().requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.family.denoiser.named_parameters())
+        return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
         return dict(self.parameters())
@@ -158,11 +158,10 @@ class ControlNetTuning:
     """
 
     result = "controlnet"
-    whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         spec: ControlSpec,
         adapter: AdapterConfig | None = None,
         seed: int = 0,
@@ -172,7 +171,7 @@ class ControlNetTuning:
         family.controlnet.float().requires_grad_(adapter is None)
         if adapter is not None:
             attach(family.controlnet, adapter, seed, family.lora_targets)
-            for name in self.whole:
+            for name in family.controlnet_whole:
                 getattr(family.controlnet, name).requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:

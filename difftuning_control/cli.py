@@ -44,7 +44,8 @@ class SampleCommand:
 
     Args:
         run: folder of a finished run.
-        model: the pretrained model (--model.id, --model.variant); that of the run when --run is given.
+        model: the pretrained model (--model.id, --model.variant, --model.float8, --model.offload); that of the run when
+            --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
         control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
         control_ready: the picture given as --control is a condition already.
@@ -412,11 +413,11 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.families import best_device, load_family
+    from difftuning_control.families import best_device
     from difftuning_control.inputs import check_captions, prepare_bank, read_data, resolution_of
-    from difftuning_control.trainer import base_dtype
+    from difftuning_control.trainer import load_base
 
-    family = load_family(command.model.id, base_dtype(command), command.model.variant).to(best_device())
+    family = load_base(command).to(best_device())
     data, _ = read_data(command)
     check_captions(family, data, command.data.truncate_captions)
     captions = [e.caption for e in data.examples]

@@ -24,7 +24,7 @@ from difftuning_control.source import save_difference
 
 if TYPE_CHECKING:
     from difftuning_control.export import ExportRequest
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 SOURCE_FILE = "source_difference.safetensors"
@@ -66,12 +66,14 @@ def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     return Parts(stock, ours, controlnet, None)
 
 
-def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> StableDiffusion:
+def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
     """The base in float32, which is compared in the precision that the run's fingerprints were taken in."""
     dtype = getattr(torch, (record.get("dtype") or "torch.float32").removeprefix("torch."))
-    family = load_family(recipe.model.id, dtype, recipe.model.variant)
+    model = recipe.model
+    family = load_family(model.id, dtype, model.variant, float8=model.float8)
     check_base(family, record, run)
-    return family if dtype == torch.float32 else load_family(recipe.model.id, torch.float32, recipe.model.variant)
+    exact = dtype == torch.float32 and not model.float8
+    return family if exact else load_family(model.id, torch.float32, model.variant)
 
 
 def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:

@@ -33,7 +33,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.strength import check_u
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.noise import NoiseProcess
 
 TUNED = "difftuning_tuned_weights"
@@ -261,9 +261,7 @@ def above(process: NoiseProcess, u0: float) -> Callable[[Tensor], bool]:
 
 
 @contextmanager
-def hand_over(
-    tuned: StableDiffusion, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None
-) -> Iterator[None]:
+def hand_over(tuned: Family, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None) -> Iterator[None]:
     """While open, `tuned` samples with its own weights at u > u0 and with the pretrained ones at u ≤ u0.
 
     Args:

@@ -34,7 +34,16 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
+
+
+def _optimizer(name: str) -> Any:
+    """The class; that bitsandbytes is there was asked before."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 class TrainingLoop:
@@ -43,7 +52,7 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
-        family: StableDiffusion,
+        family: Family,
         objective: DiffTuningObjective,
         inputs: TrainingInputs,
         accelerator: Accelerator,
@@ -60,12 +69,13 @@ class TrainingLoop:
         self.base_pictures = self._sample(controlled=False) if self.config.sample_every else []
 
         self.tuning = self._attach()
+        family.freeze_unused()
         if self.config.gradient_checkpointing:
             for module in (family.denoiser, family.controlnet):
                 if module is not None:
                     module.enable_gradient_checkpointing()
         self.parameters = self.tuning.parameters()
-        optimizer = torch.optim.AdamW(self.tuning.groups(self.config))
+        optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,

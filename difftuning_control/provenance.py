@@ -225,15 +225,15 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
     prompt = prompt_of(run)
     if recipe.method == "controlnet":
-        place = f"{recipe.output}/controlnet"
+        place, (controlnet, pipeline) = f"{recipe.output}/controlnet", run["control"]["classes"]
         return [
-            "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
+            f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
             "from difftuning_control import Conditioner, ControlSpec", "",
-            f'controlnet = ControlNetModel.from_pretrained("{place}")',
-            f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
+            f'controlnet = {controlnet}.from_pretrained("{place}")',
+            f'pipe = {pipeline}.from_pretrained("{base}", controlnet=controlnet)',
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, image=condition).images[0]",
+            f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
     if recipe.method == "full":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.adapter_files import load_adapter, unload_adapter
+from difftuning_control.adapter_files import LORA_FILE, load_adapter, unload_adapter
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
@@ -15,7 +15,7 @@ from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 
@@ -56,7 +56,7 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
     )
 
 
-def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path) -> None:
+def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
     """Refuse a run that was tuned from another base.
 
     Raises:
@@ -90,9 +90,7 @@ def check_outputs(record: dict[str, Any], run: str | Path) -> None:
 
 
 @contextmanager
-def tuned_model(
-    family: StableDiffusion, run: str | Path, record: dict[str, Any], step: int | None = None
-) -> Iterator[StableDiffusion]:
+def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: int | None = None) -> Iterator[Family]:
     """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
 
     Args:
@@ -121,6 +119,7 @@ def tuned_model(
         yield tuned
         return
     load_adapter(family.pipe, folder)
+    family.mend_adapter(folder / LORA_FILE)
     try:
         yield family
     finally:

@@ -32,7 +32,8 @@ from difftuning_control.convergence import has_settled
 from difftuning_control.data import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_controlnet, load_family
-from difftuning_control.families.sd import ControlledUNet, StableDiffusion
+from difftuning_control.families.family import ControlledDenoiser
+from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, digest_of_tensors
 from difftuning_control.inputs import prepare_inputs
@@ -227,7 +228,7 @@ def test_the_model_beside_its_controlnet_trains_the_controlnet_alone(family):
     family.controlnet = family.new_controlnet(0)
     tuning = ControlNetTuning(family, ControlSpec(resolution=16))
     model = family.model
-    assert isinstance(model, ControlledUNet)
+    assert isinstance(model, ControlledDenoiser)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"controlnet.{name}" for name in tuning.parameters()}
     assert set(tuning.parameters()) == set(family.controlnet.state_dict())
@@ -256,8 +257,8 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
 def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tmp_path, monkeypatch, name):
     loaded: list[StableDiffusion] = []
 
-    def load(*args: Any) -> StableDiffusion:
-        loaded.append(load_family(*args))
+    def load(*args: Any, **options: Any) -> StableDiffusion:
+        loaded.append(load_family(*args, **options))
         return loaded[-1]
 
     monkeypatch.setattr(trainer, "load_family", load)
@@ -282,7 +283,7 @@ def test_a_denoiser_that_did_change_is_not_passed_over(family):
 
 def trained_by_lora(name: str) -> bool:
     wrapped = tuple(f"{target}.weight" for target in StableDiffusion.lora_targets)
-    return name.endswith(wrapped) or name.startswith(ControlNetTuning.whole)
+    return name.endswith(wrapped) or name.startswith(StableDiffusion.controlnet_whole)
 
 
 def test_a_lora_changes_its_targets_the_condition_embedding_and_the_zero_convolutions_only(finished):

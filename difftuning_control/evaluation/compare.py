@@ -29,20 +29,20 @@ from difftuning_control.evaluation.evaluate import (
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import write_json
-from difftuning_control.forgetting import Curve, compare, row_validator
+from difftuning_control.forgetting import Curve, compare, part_of, row_validator
 from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.pictures import save_grid
 from difftuning_control.progress import progress
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
-from difftuning_control.trainer import base_dtype
+from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 OUTSIDE = (
@@ -66,7 +66,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     records = {run: finished_run(run) for run in request.runs}
     recipes = {run: recipe_of(record) for run, record in records.items()}
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant)  # as its fingerprints were taken
+    # as the first run's fingerprints were taken
+    family = load_base(recipe)
     family.to(best_device())
     family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
     for run, record in records.items():
@@ -116,7 +117,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     total = (len(records) + 1) * (len(sampling.repeated_prompts) + len(outside))
     with progress(total, "sampling") as advance:
 
-        def side(name: str, model: StableDiffusion) -> dict[str, Any]:
+        def side(name: str, model: Family) -> dict[str, Any]:
             pictures = sampling.draw(model, advance)
             grid[name] = pictures[:8]
             drawn[name] = features(far.draw(model, advance))
@@ -197,7 +198,7 @@ def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.
     return FidelityProbe.build(conditioner, chosen, rows, {})
 
 
-def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
+def _bank(family: Family, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
     """The first run's bank that is still there."""
     for record in records.values():
         folder = Path(record["bank"]["folder"]) if record["bank"] is not None else None
@@ -206,14 +207,12 @@ def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> Knowle
     return None
 
 
-def _forgetting(
-    family: StableDiffusion, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank
-) -> list[Curve]:
+def _forgetting(family: Family, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
     """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
     embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
-    rows = row_validator(family, (kept.latents, words), embeddings, len(kept), 1, BANDS, 0)
+    rows = row_validator(family, part_of(kept, words), embeddings, len(kept), 1, BANDS, 0)
     base, found = rows.rows(family.model), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
