@@ -148,8 +148,8 @@ class ControlSpec:
                 f"{path} says that channels are in the order {spec.channel_order}, the ControlNet beside it {order}; "
                 "copy the spec that belongs to it."
             )
-        found = _weights(Path(folder))
-        if found != beside:
+        found = _weights(Path(folder))  # of several variants, one may have been downloaded
+        if any(beside.get(n) != digest for n, digest in found.items()) or (beside and not found):
             differing = sorted(n for n in found.keys() | beside.keys() if found.get(n) != beside.get(n))
             raise UserError(
                 f"{path} was written for other weights ({', '.join(differing)} differ); copy the one that belongs to "

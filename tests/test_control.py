@@ -171,6 +171,18 @@ def test_a_spec_beside_other_weights_is_refused_until_it_is_written_anew(weights
     assert ControlSpec.load(weights) == spec
 
 
+def test_of_several_variants_one_may_have_been_downloaded(weights):
+    half = weights / "diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(b"half the size")
+    spec = ControlSpec(annotator="canny")
+    spec.save(weights)
+    (weights / "diffusion_pytorch_model.safetensors").unlink()
+    assert ControlSpec.load(weights) == spec
+    half.write_bytes(b"of another model")
+    with pytest.raises(UserError, match="was written for other weights"):
+        ControlSpec.load(weights)
+
+
 def test_other_files_beside_the_weights_do_not_matter(weights):
     (weights / "config.json").write_text('{"a": 1}')
     (weights / "README.md").write_text("mine")

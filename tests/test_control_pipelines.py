@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from accelerate import cpu_offload
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionImg2ImgPipeline, T2IAdapter
 from PIL import Image
 from pipeline_samples import (
     OURS,
@@ -177,6 +179,29 @@ def test_a_schedule_that_does_not_fit_is_told(kind, given, message):
     assert pipe.config.control_schedule is None
 
 
+@pytest.mark.parametrize("given", [(), None, 3, torch.nn.Linear(2, 2), T2IAdapter()], ids=lambda g: type(g).__name__)
+def test_what_is_no_controlnet_is_told(kind, given):
+    with pytest.raises(UserError, match="expected a ControlNetModel, its folder"):
+        add_control(stock(kind[:2]), given)
+
+
+def test_a_setting_beside_one_that_is_refused_is_not_taken(kind):
+    pipe = drop_in(kind)
+    with pytest.raises(UserError, match=r"the schedule is 0\.5"):
+        pipe.set_extras(hand_over=0.5, control_schedule=0.5)
+    assert pipe.extras.hand_over is None
+    with pytest.raises(UserError, match="hand_over is 2"):
+        pipe.set_extras(hand_over=2, control_schedule=LATE)
+    assert pipe.config.control_schedule is None
+
+
+def test_a_schedule_for_another_number_of_controlnets_is_told(kind):
+    pipe = drop_in(kind, control_schedule=LATE)
+    pipe.controlnet = stock(kind, nets=2).controlnet
+    with pytest.raises(UserError, match="control_schedule was set for 1 ControlNets, and there are 2 now"):
+        draw(pipe, kind, nets=2)
+
+
 # --- conditions as in training --------------------------------------------------------------------------------------
 
 
@@ -247,6 +272,63 @@ def test_a_spec_that_was_set_goes_along(tmp_path, kind):
     assert np.array_equal(draw(other, kind, image=photo(), preprocess=True), expected)
     pipe.save_pretrained(tmp_path)
     assert ControlSpec.load(tmp_path / "controlnet") == ControlSpec(**SPEC)
+
+
+def test_a_controlnet_that_takes_another_s_place_has_a_spec_of_its_own(tmp_path, kind):
+    specs = [SPEC, SPEC | {"annotator": "shuffle", "params": {}}]
+    nets = [ControlNetModel.from_pretrained(saved_net(kind, tmp_path / str(i), **s)) for i, s in enumerate(specs)]
+    pipe = drop_in(kind, controlnet=nets[0])
+    draw(pipe, kind, image=photo(), preprocess=True)
+    pipe.controlnet = nets[1]
+    by_hand = Conditioner(ControlSpec(**specs[1])).prepare(photo())
+    assert np.array_equal(draw(pipe, kind, image=photo(), preprocess=True), draw(pipe, kind, image=by_hand))
+
+
+def test_a_spec_that_was_set_stays_with_a_controlnet_that_is_compiled():
+    pipe = drop_in("sd-control")
+    pipe.set_control_specs(ControlSpec(**SPEC))
+    pipe.controlnet = torch.compile(pipe.controlnet, backend="eager")
+    assert pipe.control_spec() == ControlSpec(**SPEC)
+
+
+def test_a_tuple_says_which_are_prepared_as_a_list_does(kind):
+    pipe = drop_in(kind, stock(kind, nets=2))
+    pipe.set_control_specs([ControlSpec(**SPEC), None])
+    ready = condition(3)
+    found, _, _ = pipe.prepare_conditions([photo(), ready], (True, False), SIDE, SIDE)
+    assert found[1] is ready
+
+
+def test_what_is_pushed_to_the_hub_holds_the_spec(tmp_path, kind, monkeypatch):
+    """The Hub is not asked: what would be uploaded is looked at instead."""
+    import diffusers.pipelines.pipeline_utils as saving
+
+    pipe, uploaded = drop_in(kind), []
+    pipe.set_control_specs(ControlSpec(**SPEC))
+    monkeypatch.setattr(saving, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(saving, "load_or_create_model_card", lambda *_, **__: SimpleNamespace(save=lambda path: None))
+    monkeypatch.setattr(saving, "populate_model_card", lambda card: card)
+    monkeypatch.setattr(pipe, "_upload_folder", lambda folder, *_, **__: uploaded.extend(Path(folder).rglob("*.json")))
+    pipe.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="somebody/something")
+    assert tmp_path / "controlnet" / SPEC_FILE in uploaded
+
+
+def test_the_spec_of_a_pipeline_from_the_hub_is_fetched(tmp_path, kind, monkeypatch):
+    """diffusers downloads a pipeline's weights and configurations only; the Hub is a folder here."""
+    revision = tmp_path / "models--some-body--something" / "snapshots" / "abc123"
+    pipe, asked = drop_in(kind), []
+    pipe.set_control_specs(ControlSpec(**SPEC))
+    pipe.save_pretrained(revision)
+    spec = (revision / "controlnet" / SPEC_FILE).rename(tmp_path / SPEC_FILE)
+
+    def download(repository, file, **where):
+        asked.append((repository, where))
+        return str(spec.rename(revision / file))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    again = DiffusionPipeline.from_pretrained(str(revision))
+    assert again.control_spec() == again.control_spec() == ControlSpec(**SPEC)
+    assert asked == [("some-body/something", {"revision": "abc123", "cache_dir": tmp_path})]
 
 
 def test_a_missing_spec_is_told(kind):
@@ -330,6 +412,25 @@ def test_a_further_control_comes_after_those_there_are(tmp_path, kind):
     assert both.nets[0] is first.controlnet
     assert both.control_spec(0) == both.control_spec(1) == ControlSpec(**SPEC)
     assert np.array_equal(draw(both, kind, nets=2), draw(stock(kind, nets=2), kind, nets=2))
+
+
+@pytest.mark.parametrize("schedule", [LATE, lambda u: u], ids=["table", "function"])
+def test_a_further_control_leaves_the_schedule_of_those_there_are(kind, schedule):
+    first = add_control(stock(kind[:2]), controlnet(stock(kind[:2])), control_schedule=schedule)
+    both = add_control(first, controlnet(stock(kind[:2]), 6))
+    assert [None if s is None else s(0.8) for s in both._control_schedule] == [first._control_schedule[0](0.8), None]
+    both = add_control(first, controlnet(stock(kind[:2]), 6), control_schedule=[None, LATE])
+    assert both.config.control_schedule == [None, LATE]
+
+
+def test_a_control_is_added_to_a_pipeline_whose_modules_are_offloaded(kind):
+    """As `enable_sequential_cpu_offload` does: the UNet's weights lie on no device while they are not needed."""
+    running = stock(kind[:2])
+    for name in ("unet", "vae"):
+        cpu_offload(getattr(running, name), torch.device("cpu"))
+    found = add_control(running, controlnet(stock(kind[:2])))
+    found.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(found, kind), draw(stock(kind), kind))
 
 
 def test_several_at_once(kind):

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers import ControlNetModel
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 from PIL import Image
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class ControlledSampling(TunedSampling):
 
     def _start_extras(self, source_unet: Any, control_schedule: Any = None, **settings: Any) -> None:
         self._control_schedule: list[Strength | None] | None = None
-        self._specs: list[ControlSpec | None] = [None] * len(self.nets)
+        self._specs: list[tuple[Any, ControlSpec]] = []  # each with its ControlNet, which may be exchanged
         self._conditioners: dict[int, Conditioner] = {}
         self.control_use = []
         super()._start_extras(source_unet, **settings)
@@ -61,14 +62,14 @@ class ControlledSampling(TunedSampling):
         Raises:
             UserError: for a value of another kind, out of its range, or a list of another length.
         """
-        super().set_extras(**others)
         if control_schedule is UNCHANGED:
-            return
+            return super().set_extras(**others)
         count = len(self.nets)
         given = control_schedule if isinstance(control_schedule, list) else [control_schedule] * count
         if len(given) != count:
             raise UserError(f"control_schedule has {len(given)} entries; expected one for each of {count} ControlNets.")
         found = [None if s is None else as_strength(s) for s in given]
+        super().set_extras(**others)
         self._control_schedule = None if all(s is None for s in found) else found
         pipe: Any = self
         kept = None if self._control_schedule is None else [stored(s) for s in found]
@@ -93,7 +94,7 @@ class ControlledSampling(TunedSampling):
         for spec in given:
             if spec is not None:
                 spec.check_range(CONDITION_RANGE)
-        self._specs, self._conditioners = given, {}
+        self._specs = [(net, spec) for net, spec in zip(self._unwrapped_nets(), given) if spec is not None]
 
     def control_spec(self, index: int = 0) -> ControlSpec:
         """How the conditions of a ControlNet are made.
@@ -101,25 +102,39 @@ class ControlledSampling(TunedSampling):
         Raises:
             UserError: if none was set and none lies beside its weights.
         """
-        if (found := self._specs[index]) is None:
-            found = self._specs[index] = find_spec(self.nets[index])
+        return self._spec(index)
+
+    def _unwrapped_nets(self) -> list[Any]:
+        """The ControlNets, each the same object before and after it is compiled."""
+        return [unwrap_module(net) for net in self.nets]
+
+    def _spec(self, index: int, missing_ok: bool = False) -> Any:
+        """The spec that was set for a ControlNet that acts now, or that lies beside it; looked up once."""
+        nets = self._unwrapped_nets()
+        self._specs = [(net, spec) for net, spec in self._specs if net in nets]
+        known = next((spec for net, spec in self._specs if net is nets[index]), None)
+        if known is not None:
+            return known
+        found = find_spec(nets[index], missing_ok)
+        self._specs += [(nets[index], found)] if found is not None else []
         return found
 
     def _conditioner(self, index: int) -> Conditioner:
-        if index not in self._conditioners:
+        spec, found = self.control_spec(index), self._conditioners.get(index)
+        if found is None or found.spec is not spec:
             pipe: Any = self
-            self._conditioners[index] = Conditioner(self.control_spec(index), pipe._execution_device)
-        return self._conditioners[index]
+            found = self._conditioners[index] = Conditioner(spec, pipe._execution_device)
+        return found
 
     def prepare_conditions(
-        self, image: Any, preprocess: bool | list[bool], height: int | None, width: int | None
+        self, image: Any, preprocess: bool | Sequence[bool], height: int | None, width: int | None
     ) -> tuple[Any, int, int]:
         """Photos to conditions, as in training; also the size of the pictures to be drawn.
 
         Args:
             image: a PIL photo or a list of them for a batch; for several ControlNets a list with one for each, or, as
                 in the stock class, such a list for each row of a batch.
-            preprocess: for which of several ControlNets; the others' conditions are only framed.
+            preprocess: for which of several ControlNets; the others' conditions are left as they are.
 
         Raises:
             UserError: if there are not as many as ControlNets, something is no PIL picture, or a spec is missing.
@@ -128,7 +143,7 @@ class ControlledSampling(TunedSampling):
         each = list(image) if several and isinstance(image, (list, tuple)) else [image]
         by_row = several and bool(each) and isinstance(each[0], list)
         each = [list(column) for column in zip(*each)] if by_row else each
-        wanted = list(preprocess) if isinstance(preprocess, list) else [preprocess] * count
+        wanted = list(preprocess) if isinstance(preprocess, (list, tuple)) else [preprocess] * count
         if len(each) != count or len(wanted) != count:
             raise UserError(
                 f"there are {len(each)} images and {len(wanted)} answers of preprocess for {count} ControlNets."
@@ -158,10 +173,10 @@ class ControlledSampling(TunedSampling):
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     def _sample_controlled(
-        self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], preprocess: bool | list[bool]
+        self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], preprocess: Any
     ) -> Any:
         """The stock `__call__` on prepared conditions, with the hooks that the settings ask for."""
-        if preprocess is not False and preprocess != [False] * len(self.nets):
+        if any(preprocess) if isinstance(preprocess, (list, tuple)) else preprocess:
             call = bound(stock, self, *args, **kwargs)
             given = call.arguments
             size = (given["height"], given["width"])
@@ -169,6 +184,11 @@ class ControlledSampling(TunedSampling):
             args, kwargs = call.args[1:], call.kwargs
         if self._control_schedule is None:
             return self._sample(stock, args, kwargs)
+        if len(self._control_schedule) != len(self.nets):
+            raise UserError(
+                f"control_schedule was set for {len(self._control_schedule)} ControlNets, and there are "
+                f"{len(self.nets)} now; set_extras(control_schedule=[…]) anew, with one for each."
+            )
         process = self._process()
         with ExitStack() as stack:
             self.control_use = []
@@ -187,19 +207,26 @@ class ControlledSampling(TunedSampling):
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         found = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, ControlledSampling) and isinstance(found, ControlledSampling):
-            known = {id(net): spec for net, spec in zip(pipeline.nets, pipeline._specs)}
-            found._specs = [known.get(id(net)) for net in found.nets]
+            found._specs = list(pipeline._specs)
             if pipeline._control_schedule is not None and found.nets == pipeline.nets:
                 found.set_extras(control_schedule=kwargs.get("control_schedule", pipeline._control_schedule))
         return found
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in the stock class, with every setting, and each `control_spec.json` beside its ControlNet's weights."""
-        specs = [self._specs[i] or find_spec(net, missing_ok=True) for i, net in enumerate(self.nets)]
+        for i in range(len(self.nets)):
+            self._spec(i, missing_ok=True)  # now, before weights are written where it may lie
         super().save_pretrained(save_directory, *args, **kwargs)
-        for i, spec in enumerate(specs):
-            if spec is not None:
-                spec.save(Path(save_directory) / ("controlnet" if i == 0 else f"controlnet_{i}"))
+
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in the stock class, which calls it when all weights are written and nothing is pushed to the Hub yet."""
+        parent: Any = super()
+        parent.save_config(save_directory, *args, **kwargs)
+        for i, net in enumerate(self._unwrapped_nets()):
+            place = Path(save_directory) / ("controlnet" if i == 0 else f"controlnet_{i}")
+            spec = next((spec for one, spec in self._specs if one is net), None)
+            if spec is not None and place.is_dir():
+                spec.save(place)
 
 
 def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
@@ -213,6 +240,8 @@ def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
     """
     origin = controlnet.config.get("_name_or_path")
     place = Path(origin) if origin and Path(origin).is_dir() else _from_hub(origin) if origin else None
+    if place is not None and not (place / SPEC_FILE).is_file():
+        place = _from_snapshot(place)
     if place is None or not (place / SPEC_FILE).is_file():
         if missing_ok:
             return None
@@ -226,14 +255,27 @@ def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
     return spec
 
 
-def _from_hub(repository: str) -> Path | None:
+def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | None:
     """The snapshot folder of a Hub repository that has a spec."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, SPEC_FILE)).parent
+        return Path(hf_hub_download(repository, file, **where)).parent
     except Exception:  # no such file, no such repository, offline: all the same here
         return None
+
+
+def _from_snapshot(folder: Path) -> Path | None:
+    """The same for a ControlNet that came with a pipeline, of which diffusers loads only weights and configurations.
+
+    Such a folder is …/models--owner--name/snapshots/<revision>/controlnet.
+    """
+    revision = next((p for p in folder.parents if p.parent.name == "snapshots"), None)
+    if revision is None or not revision.parents[1].name.startswith("models--"):
+        return None
+    repository = revision.parents[1].name.removeprefix("models--").replace("--", "/")
+    file = (folder.relative_to(revision) / SPEC_FILE).as_posix()
+    return _from_hub(repository, file, revision=revision.name, cache_dir=revision.parents[2])
 
 
 def _at(strength: Strength | None, process: NoiseProcess) -> Callable[[Tensor], float]:
@@ -250,12 +292,17 @@ def load_controlnets(pipe: Any, given: Any) -> list[Any]:
     from difftuning_control.families import load_controlnet_model, quiet_loading
     from difftuning_control.families.sd import check_controlnet
 
-    found = []
-    for i, one in enumerate(given if isinstance(given, (list, tuple)) else [given]):
-        name = str(one) if isinstance(one, (str, Path)) else one.config.get("_name_or_path") or f"number {i + 1}"
+    found, each = [], given if isinstance(given, (list, tuple)) else [given]
+    if not each:
+        raise UserError("there is no ControlNet to add; expected a ControlNetModel, its folder, or a list of these.")
+    for i, one in enumerate(each):
+        name = str(one) if isinstance(one, (str, Path)) else f"number {i + 1}"
         if isinstance(one, (str, Path)):
             one = load_controlnet_model(ControlNetModel, str(one), pipe.unet.dtype)
+        if not isinstance(unwrap_module(one), ControlNetModel):
+            raise UserError(f"{name} is a {type(one).__name__}; expected a ControlNetModel, its folder or its Hub id.")
+        name = one.config.get("_name_or_path") or name
         check_controlnet(pipe.unet, pipe.vae_scale_factor, one, name)
         with quiet_loading():  # diffusers names the modules to keep in float32 even where there are none
-            found.append(one.to(pipe.unet.device, pipe.unet.dtype))
+            found.append(one.to(pipe._execution_device, pipe.unet.dtype))  # an offloaded UNet lies elsewhere
     return found

@@ -29,7 +29,8 @@ def add_control(
 
     Args:
         pipe: a Stable Diffusion or SDXL text-to-image or ControlNet pipeline, of diffusers or of this package.
-        controlnet: a `ControlNetModel`, its folder or Hub id, or a list of these; moved to the UNet's device and dtype.
+        controlnet: a `ControlNetModel`, its folder or Hub id, or a list of these; moved to the device and
+            dtype that the UNet computes with.
         spec: how the new ControlNets' conditions are made, where no `control_spec.json` lies beside their weights.
         extras: settings as `set_extras` takes them.
 
@@ -46,8 +47,10 @@ def add_control(
     present = [] if has is None else list(getattr(has, "nets", [has]))
     added = load_controlnets(pipe, controlnet)
     nets = [*present, *added]
+    if (schedule := getattr(pipe, "_control_schedule", None)) is not None:
+        extras = {"control_schedule": [*schedule, *[None] * len(added)]} | extras
     found = CONTROLLED[names[0]].from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
     if spec is not None:
         given = [spec] if isinstance(spec, ControlSpec) else list(spec)
-        found.set_control_specs([*found._specs[: len(present)], *given])
+        found.set_control_specs([*(found._spec(i, missing_ok=True) for i in range(len(present))), *given])
     return found

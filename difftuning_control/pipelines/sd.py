@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers import (
@@ -102,5 +102,5 @@ class DiffTuningControlNetPipeline(ControlledSampling, StableDiffusionControlNet
         )  # fmt: skip
 
     @like(StableDiffusionControlNetPipeline.__call__, preprocess=False)
-    def __call__(self, *args: Any, preprocess: bool | list[bool] = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:
         return self._sample_controlled(StableDiffusionControlNetPipeline.__call__, args, kwargs, preprocess)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers import (
@@ -111,5 +111,5 @@ class DiffTuningXLControlNetPipeline(ControlledSampling, StableDiffusionXLContro
         )  # fmt: skip
 
     @like(StableDiffusionXLControlNetPipeline.__call__, preprocess=False)
-    def __call__(self, *args: Any, preprocess: bool | list[bool] = False, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:
         return self._sample_controlled(StableDiffusionXLControlNetPipeline.__call__, args, kwargs, preprocess)
