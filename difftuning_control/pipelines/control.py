@@ -191,11 +191,12 @@ class ControlledSampling(TunedSampling):
             )
         process = self._process()
         with ExitStack() as stack:
-            self.control_use = []
-            for net, strength in zip(self.nets, self._control_schedule):
+            self.control_use = [ControlUse() for _ in self.nets]
+            hooks = []
+            for net, strength, use in zip(self.nets, self._control_schedule, self.control_use):
                 check_compiled(net, "ControlNet", None)
-                self.control_use.append(stack.enter_context(control_strength(net, _at(strength, process))))
-            found = self._sample(stock, args, kwargs)
+                hooks.append(stack.enter_context(control_strength(net, _at(strength, process), use)))
+            found = self._sample(stock, args, kwargs, hooks)
         for i, use in enumerate(self.control_use):
             saved = f", which saved about {use.seconds_saved:.2f} s" if use.seconds_saved is not None else ""
             logger.info(f"ControlNet {i} ran {use.run} times and was skipped {use.skipped} times{saved}.")
