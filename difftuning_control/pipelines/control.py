@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import ControlNetModel
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from PIL import Image
 from torch import Tensor
 
@@ -188,6 +188,11 @@ class ControlledSampling(TunedSampling):
             raise UserError(
                 f"control_schedule was set for {len(self._control_schedule)} ControlNets, and there are "
                 f"{len(self.nets)} now; set_extras(control_schedule=[…]) anew, with one for each."
+            )
+        if is_compiled_module(self.controlnet) and hasattr(self.controlnet, "nets"):
+            raise UserError(
+                "the ControlNets were compiled as one, which control_schedule would have compiled anew at every step; "
+                "compile each of them: pipe.controlnet.nets[0] = torch.compile(pipe.controlnet.nets[0])."
             )
         process = self._process()
         with ExitStack() as stack:
