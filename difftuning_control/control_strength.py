@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from difftuning_control.guidance import AtTimestep, argument, hooked
+from difftuning_control.guidance import AtTimestep, SamplingHook, argument, hooked
 
 CONTROL = "difftuning_control_strength"
 
@@ -52,13 +51,12 @@ def _elapsed(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1000
 
 
-class _ControlHook(ModelHook):
+class _ControlHook(SamplingHook):
     def __init__(self, strength: AtTimestep, use: ControlUse):
         super().__init__()
         self.strength, self.use = strength, use
-        self.fn_ref: Any
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         sample = argument(args, kwargs, 0, "sample")
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
         if strength * kwargs.get("conditioning_scale", 1.0) == 0:
@@ -94,8 +92,7 @@ def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
 
 
 @contextmanager
-def control_strength(controlnet: nn.Module, strength: AtTimestep) -> Iterator[ControlUse]:
-    """While open, a ControlNet acts with the strength of each timestep; gives how often it ran."""
-    use = ControlUse()
-    with hooked(controlnet, _ControlHook(strength, use), CONTROL):
-        yield use
+def control_strength(controlnet: nn.Module, strength: AtTimestep, use: ControlUse) -> Iterator[SamplingHook]:
+    """While open, a ControlNet acts with the strength of each timestep; `use` counts how often it ran."""
+    with hooked(controlnet, _ControlHook(strength, use), CONTROL) as hook:
+        yield hook

@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,15 +123,47 @@ class TunedWeights:
             return forward(*args, **kwargs)
 
 
-class _TunedWeightsHook(ModelHook):
+class SamplingHook(ModelHook):
+    """Acts on the forwards of a sampling loop; while paused the module answers as without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fn_ref: Any
+        self.is_paused = False
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.is_paused:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self.forward(module, *args, **kwargs)
+
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+def pausing(callback: Callable[..., Any], hooks: Sequence[SamplingHook]) -> Callable[..., Any]:
+    """A callback of a sampling loop, in which the hooks pause: it may draw with another pipeline of the same module."""
+
+    @functools.wraps(callback)
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        try:
+            for hook in hooks:
+                hook.is_paused = True
+            return callback(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.is_paused = False
+
+    return paused
+
+
+class _TunedWeightsHook(SamplingHook):
     """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
 
     def __init__(self, weights: TunedWeights, strength: AtTimestep, is_guided: Callable[[], bool], mask: _Rows | None):
         super().__init__()
         self.weights, self.strength, self.is_guided, self.mask = weights, strength, is_guided, mask
-        self.fn_ref: Any
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
         forward = self.fn_ref.original_forward
         if strength == 0 or not self.is_guided():
@@ -220,13 +253,24 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
-    """While open, the hook acts on the module; afterwards the module is as before, whatever happened."""
+def hooked(module: nn.Module, hook: SamplingHook, name: str) -> Iterator[SamplingHook]:
+    """While open, the hook acts on the module; afterwards the module is as before, whatever happened.
+
+    Raises:
+        UserError: if another call acts on the module and is not paused.
+    """
     had_registry, own_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
+    if any(isinstance(other, SamplingHook) and not other.is_paused for other in registry.hooks.values()):
+        raise UserError(
+            f"another call is sampling with this {type(module).__name__} and its extras; draw one after the other, or "
+            "give each pipeline a copy."
+        )
+    if name in registry.hooks:
+        name = f"{name}_{len(registry.hooks)}"  # beside that of a paused call
     registry.register_hook(hook, name)
     try:
-        yield
+        yield hook
     finally:
         registry.remove_hook(name, recurse=False)
         if not own_forward and not registry.hooks:
@@ -241,7 +285,7 @@ def tuned_weights(
     weights: TunedWeights,
     strength: AtTimestep = lambda timestep: 1.0,
     is_guided: Callable[[], bool] = lambda: False,
-) -> Iterator[None]:
+) -> Iterator[SamplingHook]:
     """While open, a denoiser runs with `weights` at the strength of each timestep.
 
     Args:
@@ -250,8 +294,8 @@ def tuned_weights(
     """
     mask = _Rows() if can_mask(weights) and not is_compiled_module(module) else None
     masked = mask.over(weights) if mask is not None else nullcontext()
-    with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED):
-        yield
+    with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED) as hook:
+        yield hook
 
 
 def above(process: NoiseProcess, u0: float) -> Callable[[Tensor], bool]:

@@ -46,6 +46,10 @@ class Strength:
             raise UserError(f"the schedule gives {found!r} at u = {u:.3f}; expected a number from 0 to 1.")
         return float(found)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its values where it has some, and made from them anew."""
+        return (Strength, (self.function,)) if self.values is None else (as_strength, (self.values,))
+
 
 def as_strength(given: Any) -> Strength:
     """A strength from what users write.

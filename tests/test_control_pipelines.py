@@ -164,6 +164,19 @@ def test_a_controlnet_that_is_compiled_is_skipped_as_well():
     assert pipe.control_use[0].skipped == 2
 
 
+def test_several_controlnets_are_compiled_one_by_one():
+    torch._dynamo.reset()
+    pipe = drop_in("sd-control", stock("sd-control", nets=2), control_schedule=LATE)
+    expected, plain = draw(pipe, "sd-control", nets=2), pipe.controlnet
+    pipe.controlnet = torch.compile(plain, backend="eager")
+    with pytest.raises(UserError, match="the ControlNets were compiled as one"):
+        draw(pipe, "sd-control", nets=2)
+    pipe.controlnet = plain
+    for i, net in enumerate(plain.nets):
+        plain.nets[i] = torch.compile(net, backend="eager")
+    assert np.abs(draw(pipe, "sd-control", nets=2) - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

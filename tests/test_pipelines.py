@@ -2,10 +2,12 @@
 
 import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from pipeline_samples import (
     OURS,
     SIDE,
@@ -21,6 +23,7 @@ from pipeline_samples import (
 )
 
 from difftuning_control.errors import UserError
+from difftuning_control.guidance import TunedWeights, tuned_weights
 
 KINDS = list(OURS)
 # every extra at once, on an adapter named `tuned`
@@ -229,6 +232,78 @@ def test_a_copy_is_a_pipeline_of_its_own(pipe, kind):
     for parameter in pipe.unet.parameters():
         parameter.data.zero_()
     assert np.array_equal(draw(other, kind), expected)
+
+
+def test_a_pickled_pipeline_is_the_same(kind):
+    """As a stock one can be handed to another process, before it has drawn."""
+    pipe = drop_in(kind, source_unet=source_unet(kind), adapter_schedule=ALL["adapter_schedule"], hand_over=0.3)
+    again = pickle.loads(pickle.dumps(pipe))
+    assert again.extras.adapter_schedule(0.25) == 0.5
+    for one in (pipe, again):
+        one.set_extras(adapter_schedule=None)
+    assert np.array_equal(draw(again, kind), draw(pipe, kind))
+
+
+def test_a_callback_may_draw_with_another_pipeline_of_the_same_modules(pipe, kind):
+    """The stock class and ours, with another setting; each of these pictures is as if drawn alone."""
+    more = {"controlnet": pipe.controlnet} if kind.endswith("control") else {}
+    scheduler = type(pipe.scheduler).from_config
+    plain = type(stock(kind)).from_pipe(pipe, dtype=torch.float32, scheduler=scheduler(pipe.scheduler.config), **more)
+    ours = OURS[kind].from_pipe(plain, scheduler=scheduler(pipe.scheduler.config), **more)
+    add_adapter(pipe.unet, "other", 2)
+    ours.set_extras(tuned_adapters=["other"], domain_guidance=True)
+    for one in (plain, ours):
+        one.set_progress_bar_config(disable=True)
+    adapters = ["other"] if pipe.extras.tuned_adapters is None and not pipe.extras.is_active else ["tuned", "other"]
+    pipe.unet.set_adapters(adapters)
+    if "tuned" in adapters:
+        pipe.set_extras(tuned_adapters="tuned")
+    ways = [(plain, 3.0), (plain, 1.0), (ours, 3.0)]
+    expected, picture, found = [draw(p, kind, guidance_scale=w) for p, w in ways], draw(pipe, kind), []
+
+    def preview(its, step, timestep, values):
+        found.extend(draw(p, kind, guidance_scale=w) for p, w in ways if step == 1)
+        return values
+
+    assert np.array_equal(draw(pipe, kind, callback_on_step_end=preview), picture)
+    assert all(np.array_equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_two_calls_at_once_with_the_same_unet_are_told(kind):
+    pipe = drop_in(kind, source_unet=source_unet(kind), hand_over=0.5)
+    with (
+        tuned_weights(pipe.unet, TunedWeights([], [], pipe.source_unet)),
+        pytest.raises(UserError, match="another call is sampling with this UNet2DConditionModel"),
+    ):
+        draw(pipe, kind)
+    assert np.isfinite(draw(pipe, kind)).all()
+
+
+def test_a_cutoff_of_diffusers_own_ends_domain_guidance(kind):
+    cutoff = {"sd": SDCFGCutoffCallback, "xl": SDXLCFGCutoffCallback}
+    if kind not in cutoff:
+        pytest.skip("diffusers has one that hands the condition over for SDXL only")
+    pipe = drop_in(kind, source_unet=source_unet(kind), domain_guidance=True)
+    found = draw(pipe, kind, callback_on_step_end=cutoff[kind](cutoff_step_ratio=None, cutoff_step_index=1))
+    assert np.isfinite(found).all()
+    assert not np.allclose(found, draw(pipe, kind))
+
+
+def test_freeu_acts_in_the_source_as_well(kind):
+    """Else the two halves of guidance would differ by it."""
+    pipe = drop_in(kind, source_unet=stock(kind).unet, domain_guidance=True)
+    plain = stock(kind)
+    for one in (pipe, plain):
+        one.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert np.abs(draw(pipe, kind) - draw(plain, kind)).max() < 1e-4
+    pipe.disable_freeu()
+    assert np.abs(draw(pipe, kind) - draw(stock(kind), kind)).max() < 1e-4
+
+
+def test_no_undecorated_call_passes_the_extras_over(kind):
+    """diffusers' `__call__.__wrapped__`, which people take for gradients, would be the stock class's."""
+    assert hasattr(type(stock(kind)).__call__, "__wrapped__")
+    assert not hasattr(OURS[kind].__call__, "__wrapped__")
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """A strength over u: what is taken for one, its values, and what is refused."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -46,6 +48,15 @@ def test_a_function_is_asked_and_not_stored():
     assert stored(strength) is None
     assert as_strength(strength) is strength
     assert stored(None) is None
+
+
+@pytest.mark.parametrize("given", [{"kind": "power", "tau": 0.5}, {"kind": "table", "u": [0, 1], "strength": [1, 0]}])
+def test_a_strength_can_be_pickled_and_copied(given):
+    strength = as_strength(given)
+    for other in (pickle.loads(pickle.dumps(strength)), copy.deepcopy(strength)):
+        assert [other(u) for u in U] == [strength(u) for u in U]
+        assert stored(other) == stored(strength)
+    assert pickle.loads(pickle.dumps(Strength(math.sin)))(0.5) == math.sin(0.5)
 
 
 @pytest.mark.parametrize("value", [1.01, -0.1, math.nan, None, "1"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import ControlNetModel
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from PIL import Image
 from torch import Tensor
 
@@ -189,13 +189,19 @@ class ControlledSampling(TunedSampling):
                 f"control_schedule was set for {len(self._control_schedule)} ControlNets, and there are "
                 f"{len(self.nets)} now; set_extras(control_schedule=[…]) anew, with one for each."
             )
+        if is_compiled_module(self.controlnet) and hasattr(self.controlnet, "nets"):
+            raise UserError(
+                "the ControlNets were compiled as one, which control_schedule would have compiled anew at every step; "
+                "compile each of them: pipe.controlnet.nets[0] = torch.compile(pipe.controlnet.nets[0])."
+            )
         process = self._process()
         with ExitStack() as stack:
-            self.control_use = []
-            for net, strength in zip(self.nets, self._control_schedule):
+            self.control_use = [ControlUse() for _ in self.nets]
+            hooks = []
+            for net, strength, use in zip(self.nets, self._control_schedule, self.control_use):
                 check_compiled(net, "ControlNet", None)
-                self.control_use.append(stack.enter_context(control_strength(net, _at(strength, process))))
-            found = self._sample(stock, args, kwargs)
+                hooks.append(stack.enter_context(control_strength(net, _at(strength, process), use)))
+            found = self._sample(stock, args, kwargs, hooks)
         for i, use in enumerate(self.control_use):
             saved = f", which saved about {use.seconds_saved:.2f} s" if use.seconds_saved is not None else ""
             logger.info(f"ControlNet {i} ran {use.run} times and was skipped {use.skipped} times{saved}.")

@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import TunedWeights, above, active_adapters, adapters_at, tuned_weights, tuner_layers
+from difftuning_control.guidance import (
+    SamplingHook,
+    TunedWeights,
+    above,
+    active_adapters,
+    adapters_at,
+    pausing,
+    tuned_weights,
+    tuner_layers,
+)
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.strength import Strength, as_strength, check_u, stored
 
+DIFFUSERS_CALLBACKS = (PipelineCallback, MultiPipelineCallbacks)  # known by their class; they draw nothing
 UNCHANGED: Any = object()
 AS_IT_IS: Any = object()  # the dtype that `from_pipe` casts shared modules to: none
 
@@ -69,6 +80,7 @@ def like(stock: Callable[..., Any], **parameters: Any) -> Callable[[Callable[...
         added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in parameters.items()]
         kept = list(signature.parameters.values())
         last = [kept.pop()] if kept[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+        del wrapped.__wrapped__  # would be the stock call, which knows of no extras
         wrapped.__signature__ = signature.replace(parameters=[*kept, *added, *last])
         return wrapped
 
@@ -142,15 +154,28 @@ class TunedSampling:
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    def _sample(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stock `__call__`, with the hooks that the settings ask for."""
-        if not self.extras.is_active:
+    def _sample(
+        self,
+        stock: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        others: Sequence[SamplingHook] = (),
+    ) -> Any:
+        """The stock `__call__`, with the hooks that the settings ask for; these and the others pause in a callback."""
+        if not self.extras.is_active and not others:
             return stock(self, *args, **kwargs)
-        with self._weights_hooked(bound(stock, self, *args, **kwargs).arguments):
-            return stock(self, *args, **kwargs)
+        call = bound(stock, self, *args, **kwargs)
+        with ExitStack() as stack:
+            hooks = list(others)
+            if self.extras.is_active:
+                hooks.append(stack.enter_context(self._weights_hooked(call.arguments)))
+            callback = call.arguments["callback_on_step_end"]
+            if callback is not None and not isinstance(callback, DIFFUSERS_CALLBACKS):
+                call.arguments["callback_on_step_end"] = pausing(callback, hooks)
+            return stock(*call.args, **call.kwargs)
 
     @contextmanager
-    def _weights_hooked(self, call: dict[str, Any]) -> Iterator[None]:
+    def _weights_hooked(self, call: dict[str, Any]) -> Iterator[SamplingHook]:
         pipe: Any = self
         extras, weights = self.extras, self._weights()
         if extras.domain_guidance:
@@ -171,8 +196,7 @@ class TunedSampling:
             if extras.domain_guidance:
                 self._text_layers = self._tuned_text_layers(weights.adapters)
                 stack.callback(self._text_layers.clear)
-            stack.enter_context(tuned_weights(self.unet, weights, strength, is_guided))
-            yield
+            yield stack.enter_context(tuned_weights(self.unet, weights, strength, is_guided))
 
     def _weights(self) -> TunedWeights:
         """The tuned weights and the pretrained ones behind them, as they are now.
@@ -227,6 +251,20 @@ class TunedSampling:
             return NoiseProcess.from_scheduler(pipe.scheduler)
         except ValueError as error:
             raise UserError(f"schedules over u do not work with this scheduler: {error}") from None
+
+    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
+        """As in the stock class, for the source UNet as well."""
+        parent: Any = super()
+        parent.enable_freeu(*args, **kwargs)
+        if self.source_unet is not None:
+            self.source_unet.enable_freeu(*args, **kwargs)
+
+    def disable_freeu(self) -> None:
+        """As in the stock class, for the source UNet as well."""
+        parent: Any = super()
+        parent.disable_freeu()
+        if self.source_unet is not None:
+            self.source_unet.disable_freeu()
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
