@@ -69,6 +69,8 @@ class LoRATuning:
     ):
         self.family = family
         attach_lora(family.denoiser, rank, alpha, targets, dropout, seed, family.lora_targets)
+        for parameter in family.trained_whole():
+            parameter.requires_grad_(True)
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 

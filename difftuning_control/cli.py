@@ -400,8 +400,8 @@ def run_bank(command: BankCommand) -> None:
     from difftuning_control.trainer import base_dtype
 
     family = load_family(command.model.id, base_dtype(command), command.model.variant).to(best_device())
-    data, _ = read_data(command)
-    check_captions(family, data, command.data.truncate_captions)
+    data, held_out = read_data(command)
+    check_captions(family, command, data, held_out)
     captions = [e.caption for e in data.examples]
     resolution = resolution_of(family, command.data)
     bank = prepare_bank(family, command.bank, command.data, captions, resolution)

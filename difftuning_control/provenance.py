@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
+from difftuning_control.words import harmless
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
@@ -162,10 +163,11 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
     """The README of a trained model: what it is, how to use it, what it was trained on and what was measured."""
     titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
     tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
+    kind = "class-conditional" if run.get("classes") else "text-to-image"
     card = {
         "library_name": "diffusers",
         "base_model": recipe.model.id,
-        "tags": ["text-to-image", "diffusers", "difftuning-control", *tag],
+        "tags": [kind, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
     if recipe.uses_bank:
@@ -177,11 +179,21 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
         "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
         f"# {titles[recipe.method]} {recipe.model.id}", "",
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
-        f"{words}.", "", "```python", *_usage(recipe, run), "```", "",
+        f"{words}.", "", "```python", *_usage(recipe, run), "```", "", *_class_lines(run.get("classes")),
         *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
         *_loss_table(run["losses"]), "", "`run.json` has the whole configuration; `recipe.yaml` repeats the run.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _class_lines(found: dict[str, Any] | None) -> list[str]:
+    """Which number each class has, at most the first hundred."""
+    if found is None:
+        return []
+    named = [f"{number} {harmless(name)}" for name, number in found["classes"].items()]
+    more = f", … ({len(named)} in all)" if len(named) > 100 else ""
+    what = "Classes of a new label space" if found["label_space"] == "new" else "Classes of the pictures"
+    return [f"{what}: {', '.join(named[:100])}{more}.", ""]
 
 
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
@@ -199,6 +211,16 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
+    if run.get("classes"):
+        label = f"image = pipe(pipe.get_label_ids([{prompt}])).images[0]"
+        if not run["classes"]["named"]:
+            label = f"image = pipe([{run['prompts'][0]}]).images[0]"
+        if recipe.method == "full":
+            return ["from diffusers import DiTPipeline", "",
+                    f'pipe = DiTPipeline.from_pretrained("{recipe.output}/pipeline")', label]  # fmt: skip
+        return ["from diffusers import DiTPipeline", "from difftuning_control.families.dit_lora import load_lora", "",
+                f'pipe = DiTPipeline.from_pretrained("{base}")', f'load_lora(pipe, "{recipe.output}")',
+                label]  # fmt: skip
     if recipe.method == "lora":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.control import SPEC_FILE, ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_controlnet, load_family, quiet_loading
+from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
@@ -112,9 +112,8 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
     if method == "full":
         yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
         return
-    with quiet_loading():
-        family.pipe.load_lora_weights(str(folder))
+    family.load_lora(folder)
     try:
         yield family
     finally:
-        family.pipe.unload_lora_weights()
+        family.unload_lora()

@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_
 from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
+from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.control_report import write_control_report
@@ -199,6 +200,7 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
             tuning.retention_ratio,
             tuning.min_snr_gamma,
             tuning.stratified,
+            tuning.variance,
         )
     except UserError:
         raise
@@ -227,6 +229,7 @@ def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> Forgettin
     bank = inputs.bank
     part = part_of(bank, bank.retained_prompts(recipe.tuning.retention_prompts))
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
+    rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained
     base = broadcast_object_list([rows.measure(family.denoiser)])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
@@ -282,6 +285,7 @@ def _describe(
             "resolution": inputs.resolution,
         },
         "bank": None if bank is None else {"items": len(bank), "folder": str(bank.folder or bank.manifest["source"])},
+        "classes": describe_classes(family, recipe, inputs.data),
         "control": None
         if inputs.control is None
         else {
