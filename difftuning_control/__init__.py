@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.discovery import PIPELINES, register
+
 if TYPE_CHECKING:
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
@@ -13,8 +15,16 @@ if TYPE_CHECKING:
     from difftuning_control.families import embedded_model, family_of, load_family
     from difftuning_control.noise import NoiseProcess
     from difftuning_control.objective import DiffTuningObjective, per_sample_loss
+    from difftuning_control.pipelines import (
+        DiffTuningControlNetPipeline,
+        DiffTuningPipeline,
+        DiffTuningXLControlNetPipeline,
+        DiffTuningXLPipeline,
+        add_control,
+    )
     from difftuning_control.recipe import Recipe
     from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+    from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
 _HOME = {
@@ -31,11 +41,15 @@ _HOME = {
     "NoiseProcess": "noise",
     "DiffTuningObjective": "objective",
     "per_sample_loss": "objective",
+    **dict.fromkeys(PIPELINES, "pipelines"),
+    "add_control": "pipelines",
     "Recipe": "recipe",
     "ConstantSchedule": "schedules",
     "PaperSchedule": "schedules",
     "PowerSchedule": "schedules",
     "TabulatedSchedule": "schedules",
+    "load_source": "source",
+    "save_difference": "source",
     "train": "trainer",
 }
 __all__ = [
@@ -43,7 +57,11 @@ __all__ = [
     "Conditioner",
     "ConstantSchedule",
     "ControlSpec",
+    "DiffTuningControlNetPipeline",
     "DiffTuningObjective",
+    "DiffTuningPipeline",
+    "DiffTuningXLControlNetPipeline",
+    "DiffTuningXLPipeline",
     "KnowledgeBank",
     "LatentBatch",
     "NoiseProcess",
@@ -53,13 +71,17 @@ __all__ = [
     "Recipe",
     "TabulatedSchedule",
     "UserError",
+    "add_control",
     "embedded_model",
     "family_of",
     "load_family",
+    "load_source",
     "per_sample_loss",
+    "save_difference",
     "train",
 ]
 __version__ = "0.1.0"
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import (
     LEAST_ROWS,
@@ -42,7 +42,7 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.staging import staged_sampling
 from difftuning_control.studies import AnalysisConfig
-from difftuning_control.trainer import base_dtype
+from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
             f"the run {run} is a ControlNet, beside which the model stays as it was: there is nothing that it forgot; "
             "judge its pictures with difftune evaluate."
         )
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+    family = load_base(recipe).to(best_device())
     if record is not None and run is not None:
         check_base(family, record, run)
     if config.staged and record is None:

@@ -164,12 +164,15 @@ def cached_embeddings(
     tensors = read_tensors(path)
     if tensors is None:
         parts = []
-        for start in range(0, len(unique), batch_size):
-            chunk = unique[start : start + batch_size]
-            parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
-            advance(len(chunk))
+        with family.encoding():
+            for start in range(0, len(unique), batch_size):
+                chunk = unique[start : start + batch_size]
+                parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
+                advance(len(chunk))
         tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         write_tensors(path, tensors)
     else:
         advance(len(unique))
-    return PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
+    embeddings = PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
+    family.remember(embeddings)
+    return embeddings

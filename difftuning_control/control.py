@@ -101,6 +101,16 @@ class ControlSpec:
         kind = self.row.kind if self.row is not None else None
         return kind if kind in ("edges", "depth", "normals", "masks") else "similarity"
 
+    def check_range(self, expected: tuple[float, float]) -> None:
+        """Refuse a spec whose values are in another range than a pipeline gives.
+
+        Raises:
+            UserError: with the two ranges.
+        """
+        if self.value_range != expected:
+            its, ours = (" to ".join(f"{v:g}" for v in pair) for pair in (self.value_range, expected))
+            raise UserError(f"the control spec's values are in {its}, the pipeline gives {ours}; mend {SPEC_FILE}.")
+
     def save(self, folder: str | Path) -> None:
         """Write `control_spec.json` beside the weights in `folder`, with the digest of these."""
         folder = Path(folder)

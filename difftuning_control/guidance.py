@@ -1,45 +1,253 @@
 """Hooks that act while a pipeline samples; its own `__call__` stays as it is.
 
-Stage hand-over: the tuned model denoises on one side of u₀ and the pretrained one on the other. It is the experiment
-that the chain of forgetting rests on (Zhong et al., NeurIPS 2024, arXiv:2406.00773, section 3).
+    where                     what answers a forward
+    u ≤ u₀ (hand-over)        the pretrained weights
+    unconditional half        the pretrained weights (Domain Guidance), else as the conditional half
+    conditional half          the tuned weights, an adapter at the strength s(u)
+
+The pretrained weights are the tuned ones with the adapter off, or a second module (`source`). With them the guided
+prediction is ε̂ = ε_pretrained(x, ∅) + w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w as diffusers' `guidance_scale`.
+
+References:
+    Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
+    https://arxiv.org/abs/2406.00773 (section 3: the experiment with two models on either side of u₀)
+    Domain Guidance: A Simple Transfer Approach for a Pre-trained Diffusion Model (Zhong et al., ICLR 2025),
+    https://arxiv.org/abs/2504.01521
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.strength import check_u
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.noise import NoiseProcess
 
-HAND_OVER = "difftuning_hand_over"
+TUNED = "difftuning_tuned_weights"
+AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in [0, 1]
 
 
-class _HandOver(ModelHook):
-    """Answers a forward with the pretrained denoiser wherever `is_base` says so of its timestep."""
+# --- which weights act ----------------------------------------------------------------------------------------------
 
-    def __init__(self, is_base: Callable[[Tensor], bool], base: nn.Module | None):
+
+def tuner_layers(module: nn.Module) -> list[Any]:
+    """The peft layers of a module, whose adapters can be switched."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def active_adapters(module: nn.Module) -> list[str]:
+    """Names of the adapters that act in a module now, in the order of its layers; fused and disabled ones do not."""
+    found: dict[str, None] = {}
+    for layer in tuner_layers(module):
+        if not layer.disable_adapters:
+            its = layer._get_available_adapters() - set(layer.merged_adapters)
+            found |= {name: None for name in layer.active_adapters if name in its}
+    return list(found)
+
+
+@contextmanager
+def adapters_at(layers: Sequence[Any], names: Sequence[str], strength: float) -> Iterator[None]:
+    """While open, the named adapters act with `strength` times their weight, at 0 not at all; others are left alone."""
+    if strength == 1:
+        yield
+        return
+    kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in layers]
+    try:
+        for layer, _, scaling in kept:
+            if strength == 0:  # off rather than scaled by 0, which holds for DoRA too; `set_adapter` would also make
+                # adapters trainable
+                layer._active_adapter = [n for n in layer.active_adapters if n not in names]
+            elif scaling:
+                layer.scaling.update({n: scaling[n] * strength for n in names if n in scaling})
+        yield
+    finally:
+        for layer, active, scaling in kept:
+            layer._active_adapter = active
+            if scaling:
+                layer.scaling.update(scaling)
+
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """The weights of a denoiser and the pretrained ones behind them.
+
+    Args:
+        layers: its peft layers.
+        adapters: names of the adapters that were tuned.
+        source: the pretrained denoiser, for models whose own weights were tuned; else the adapters are switched off.
+
+    Raises:
+        UserError: if there is neither.
+    """
+
+    layers: list[Any]
+    adapters: list[str]
+    source: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.source is None and not self.adapters:
+            raise UserError(
+                "there is nothing to switch off: no adapter acts in the denoiser, and there is no source_unet; load "
+                "the adapter (load_lora_weights, not fused), or give the pretrained UNet as source_unet."
+            )
+
+    def run(self, forward: Callable[..., Any], strength: float, *args: Any, **kwargs: Any) -> Any:
+        """A forward with the tuned weights at a strength, 0 for the pretrained ones and 1 for the tuned ones."""
+        if strength == 0 and self.source is not None:
+            return self.source(*args, **kwargs)
+        with adapters_at(self.layers, self.adapters, strength):
+            return forward(*args, **kwargs)
+
+
+class _TunedWeightsHook(ModelHook):
+    """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
+
+    def __init__(self, weights: TunedWeights, strength: AtTimestep, is_guided: Callable[[], bool], mask: _Rows | None):
         super().__init__()
-        self.is_base, self.base = is_base, base
+        self.weights, self.strength, self.is_guided, self.mask = weights, strength, is_guided, mask
         self.fn_ref: Any
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        if not self.is_base(timestep):
-            return self.fn_ref.original_forward(*args, **kwargs)
-        if self.base is not None:
-            return self.base(*args, **kwargs)
-        module.disable_adapters()
+        strength = self.strength(argument(args, kwargs, 1, "timestep"))
+        forward = self.fn_ref.original_forward
+        if strength == 0 or not self.is_guided():
+            return self.weights.run(forward, strength, *args, **kwargs)
+        sample = argument(args, kwargs, 0, "sample")
+        if self.mask is not None:
+            with self.mask.second_half(sample):
+                return self.weights.run(forward, strength, *args, **kwargs)
+        (first, first_named), (second, second_named) = (_half((args, kwargs), len(sample), i) for i in (0, 1))
+        unconditional = self.weights.run(forward, 0, *first, **first_named)
+        return _joined(unconditional, self.weights.run(forward, strength, *second, **second_named))
+
+
+class _Rows:
+    """Lets LoRAs act on some rows of a batch only: one forward of a whole batch is faster than two of halves.
+
+    s · B(A(x)) is 0 for rows in which A's output is; that is the smallest of its tensors.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    @contextmanager
+    def second_half(self, sample: Tensor) -> Iterator[None]:
+        rows = len(sample)
+        self.mask = (torch.arange(rows, device=sample.device) >= rows // 2).to(sample.dtype)
         try:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            yield
         finally:
-            module.enable_adapters()
+            self.mask = None
+
+    @contextmanager
+    def over(self, weights: TunedWeights) -> Iterator[None]:
+        names = weights.adapters
+        handles = [
+            layer.lora_A[name].register_forward_hook(self._apply)
+            for layer in weights.layers
+            for name in names
+            if name in layer._get_available_adapters()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.mask is None:
+            return None
+        assert len(output) == len(self.mask), "a layer whose rows are not the batch's"
+        return output * self.mask.view(-1, *[1] * (output.ndim - 1)).to(output.dtype)
+
+
+def can_mask(weights: TunedWeights) -> bool:
+    """Whether the tuned weights are plain LoRAs, which act on each row by itself and not at all where A gives 0."""
+    from peft.tuners.lora import LoraLayer
+
+    if weights.source is not None:
+        return False
+    mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]
+    return all(
+        isinstance(layer, LoraLayer) and name in layer.lora_A and name not in layer.lora_variant
+        and not layer.lora_bias[name]
+        for layer, name in mine
+    )  # fmt: skip
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    """What a forward was given, by place or by name."""
+    return args[place] if len(args) > place else kwargs[name]
+
+
+def _half(value: Any, rows: int, which: int) -> Any:
+    """The first or second half of every tensor that has a row for each of a batch, in arguments of any nesting."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+        return value.chunk(2)[which]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_half(v, rows, which) for v in value)
+    return {k: _half(v, rows, which) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """The two halves' outputs as those of one batch: a tuple, or diffusers' output class."""
+    if isinstance(first, tuple):
+        return tuple(torch.cat(pair) for pair in zip(first, second))
+    return type(first)(**{name: torch.cat([first[name], second[name]]) for name in first})
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
+    """While open, the hook acts on the module; afterwards the module is as before, whatever happened."""
+    had_registry, own_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(hook, name)
+    try:
+        yield
+    finally:
+        registry.remove_hook(name, recurse=False)
+        if not own_forward and not registry.hooks:
+            del module.forward  # the class's again, where nothing else replaced it
+        if not had_registry:
+            del module._diffusers_hook
+
+
+@contextmanager
+def tuned_weights(
+    module: nn.Module,
+    weights: TunedWeights,
+    strength: AtTimestep = lambda timestep: 1.0,
+    is_guided: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """While open, a denoiser runs with `weights` at the strength of each timestep.
+
+    Args:
+        is_guided: whether the batch now holds unconditional rows in its first half which the pretrained weights are to
+            answer.
+    """
+    mask = _Rows() if can_mask(weights) and not is_compiled_module(module) else None
+    masked = mask.over(weights) if mask is not None else nullcontext()
+    with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED):
+        yield
+
+
+def above(process: NoiseProcess, u0: float) -> Callable[[Tensor], bool]:
+    """Whether a sampler's timestep lies at u > u0."""
+    bound = float(torch.tensor(u0, dtype=process.u.dtype))  # the levels' own precision: u = 0.1 is not above 0.1
+    return lambda timestep: process.u_at(timestep) > bound
 
 
 @contextmanager
@@ -55,22 +263,7 @@ def hand_over(tuned: Family, u0: float, *, tuned_above: bool = True, base: nn.Mo
     Raises:
         UserError: if u0 is out of its range, or there is neither a base nor an adapter.
     """
-    if not 0 <= u0 <= 1:
-        raise UserError(f"u0 is {u0}; expected 0 to 1.")
-    if base is None and not getattr(tuned.denoiser, "_hf_peft_config_loaded", False):
-        raise UserError("a stage hand-over needs the pretrained denoiser, or a model with an adapter.")
-    process = tuned.process
-
-    def is_base(timestep: Tensor) -> bool:
-        above = bool(process.u[process.levels_of(timestep.reshape(-1)[:1].cpu())] > u0)
-        return above != tuned_above
-
-    registry = HookRegistry.check_if_exists_or_initialize(tuned.denoiser)
-    registry.register_hook(_HandOver(is_base, base), HAND_OVER)
-    trainable = {p: p.requires_grad for p in tuned.denoiser.parameters()}  # peft sets it whenever it switches
-    try:
+    weights = TunedWeights(tuner_layers(tuned.denoiser), active_adapters(tuned.denoiser), base)
+    is_above = above(tuned.process, check_u(u0, "u0"))
+    with tuned_weights(tuned.denoiser, weights, lambda timestep: float(is_above(timestep) == tuned_above)):
         yield
-    finally:
-        registry.remove_hook(HAND_OVER)
-        for parameter, before in trainable.items():
-            parameter.requires_grad_(before)

@@ -159,6 +159,8 @@ def prepare_bank(
         config.seed,
     )  # fmt: skip
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
+    if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
+        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None)
     processes: dict[str, Any] = {}
     if accelerator is not None:
         processes = {
@@ -237,7 +239,11 @@ def prepare_inputs(
         control = prepare_control(
             recipe, family, conditioner, data, held_out, all_held_out, bank, framing, cache, accelerator
         )  # fmt: skip
-    prompts = captions + held_captions + (bank.prompts if bank is not None else [])
+    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
+    if control is not None:
+        samples = (held_captions or captions)[: len(control.shown)]
+    drawn = control.probe.prompts if control is not None and control.probe is not None else []
+    prompts = captions + held_captions + (bank.prompts if bank is not None else []) + samples + drawn
     unique = len(set(prompts) | {""})
     with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
         embeddings = cached_embeddings(family, prompts, cache, advance)
@@ -254,9 +260,6 @@ def prepare_inputs(
     made = control.targets if control is not None else None
     sizes = sizes_of(family, data, framing)
     targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)
-    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
-    if control is not None:
-        samples = (held_captions or captions)[: len(control.shown)]
     return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution, control)
 
 

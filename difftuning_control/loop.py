@@ -37,6 +37,15 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 
+def _optimizer(name: str) -> Any:
+    """The class; that bitsandbytes is there was asked before."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
 class TrainingLoop:
     """The optimization itself, with what it measures on the way."""
 
@@ -66,7 +75,7 @@ class TrainingLoop:
                 if module is not None:
                     module.enable_gradient_checkpointing()
         self.parameters = self.tuning.parameters()
-        optimizer = torch.optim.AdamW(
+        optimizer = _optimizer(self.config.optimizer)(
             self.parameters.values(), self.config.learning_rate, weight_decay=self.config.weight_decay
         )  # fmt: skip
         self.lr_scheduler = get_scheduler(

@@ -107,6 +107,11 @@ class NoiseProcess:
         left = (right - 1).clamp(min=0)
         return torch.where(values - grid[left] <= grid[right] - values, left, right)
 
+    def u_at(self, timestep: Tensor | float) -> float:
+        """The noise coordinate of a sampler's timestep, the first row's where it is given for each of a batch."""
+        first = torch.as_tensor(timestep).reshape(-1)[:1].cpu()
+        return float(self.u[self.levels_of(first)])
+
     def _at(self, table: Tensor, levels: Tensor, like: Tensor) -> Tensor:
         values = table.to(like.device)[levels.to(like.device)].to(like.dtype)
         return values.view(-1, *[1] * (like.ndim - 1))

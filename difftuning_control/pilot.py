@@ -39,7 +39,7 @@ from difftuning_control.evaluation.evaluate import (
     through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe, main_figure
 from difftuning_control.fingerprint import digest_of, write_json
 from difftuning_control.inputs import read_data, resolution_of
@@ -47,7 +47,7 @@ from difftuning_control.provenance import deciding_settings, describe_device, re
 from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
-from difftuning_control.trainer import base_dtype, train
+from difftuning_control.trainer import load_base, train
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -136,7 +136,7 @@ class Pilot:
         self.schedule = output / "schedule.json"
         self.features = load_features(config.features, best_device())
         check_held_out(read_data(recipe)[1])
-        self.family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+        self.family = load_base(recipe).to(best_device())
         self.conditioner, self.primary = None, PRIMARY
         if recipe.method == "controlnet":
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))

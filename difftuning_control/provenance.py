@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -91,11 +92,12 @@ def refuse_file(output: Path) -> None:
         raise UserError(f"the output {output} is a file or lies below one; name a folder.")
 
 
-def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
+def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:
     """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
 
     Args:
         marker: the file that such a result always has.
+        option: which names the folder.
 
     Raises:
         UserError: in these cases.
@@ -107,7 +109,7 @@ def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
     if not (folder / marker).exists():
         raise UserError(f"the output {folder} is not empty and holds no {marker}; choose another folder.")
     if not overwrite:
-        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another --output.")
+        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another {option}.")
 
 
 class OutputFolder:
@@ -159,14 +161,39 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
-    """The README of a trained model: what it is, how to use it, what it was trained on and what was measured."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WHOLE_RUN = "`run.json` has the whole configuration; `recipe.yaml` repeats the run."
+
+
+def base_name(model: str) -> str:
+    """A base as others may read it: a Hub id as it is, of a directory the last part alone."""
+    return model if model == "embedded" or is_hub_id(model) else Path(model).resolve().name
+
+
+def is_hub_id(model: str) -> bool:
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def model_card(
+    recipe: Recipe,
+    run: dict[str, Any],
+    use: list[str] | None = None,
+    figures: list[str] | None = None,
+    closing: str = WHOLE_RUN,
+) -> str:
+    """The README of a trained model: what it is, how to use it, what it was trained on and what was measured.
+
+    Args:
+        use: lines that say how it is used; those of the run's own folder when None.
+        figures: lines with figures that were measured after the run.
+        closing: the last line.
+    """
     titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
     tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
     kind = "class-conditional" if run.get("classes") else "text-to-image"
     card = {
         "library_name": "diffusers",
-        "base_model": recipe.model.id,
+        **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
         "tags": [kind, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
@@ -177,11 +204,11 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
         words = "plain fine-tuning"
     lines = [
         "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
-        f"# {titles[recipe.method]} {recipe.model.id}", "",
+        f"# {titles[recipe.method]} {base_name(recipe.model.id)}", "",
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
-        f"{words}.", "", "```python", *_usage(recipe, run), "```", "", *_class_lines(run.get("classes")),
-        *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
-        *_loss_table(run["losses"]), "", "`run.json` has the whole configuration; `recipe.yaml` repeats the run.", "",
+        f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
+        *_class_lines(run.get("classes")), *(figures or []), *_fidelity_lines(run.get("fidelity")),
+        "## Loss by noise band", "", *_loss_table(run["losses"]), "", closing, "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -196,10 +223,15 @@ def _class_lines(found: dict[str, Any] | None) -> list[str]:
     return [f"{what}: {', '.join(named[:100])}{more}.", ""]
 
 
+def prompt_of(run: dict[str, Any]) -> str:
+    """One of a run's prompts as a string of Python."""
+    return json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
+
+
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
-    prompt = json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
+    prompt = prompt_of(run)
     if recipe.method == "controlnet":
         place, (controlnet, pipeline) = f"{recipe.output}/controlnet", run["control"]["classes"]
         return [

@@ -28,10 +28,14 @@ class ModelConfig:
     Args:
         id: `embedded`, a diffusers directory, or a Hub id.
         variant: weights variant to load, such as fp16.
+        float8: keep the weights of a frozen transformer (SD3, FLUX) in 8 bits and compute in training.mixed_precision.
+        offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place.
     """
 
     id: str = "embedded"
     variant: str | None = None
+    float8: bool = False
+    offload: bool = False
 
 
 @dataclass
@@ -344,6 +348,7 @@ class TrainingConfig:
         batch_size: rows of one forward on one process, bank rows included.
         gradient_accumulation_steps: forwards to an optimizer step.
         learning_rate: after the warm-up.
+        optimizer: adamw, or adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
         lr_scheduler: diffusers' names.
         lr_warmup_steps: optimizer steps.
         weight_decay: AdamW's.
@@ -370,6 +375,7 @@ class TrainingConfig:
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1.0e-3
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
     lr_warmup_steps: int = 0
     weight_decay: float = 1.0e-2
@@ -440,6 +446,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
+        if self.method == "full" and self.model.float8:
+            raise UserError("model.float8 keeps weights that do not train in 8 bits, and method full trains them all.")
         self._check_control()
         bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
         if self.tuning.retention_ratio > 0 and bank_rows == 0:

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.control import SPEC_FILE, ControlSpec
+from difftuning_control.adapters import LORA_FILE
+from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
@@ -74,15 +76,17 @@ def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
         )
 
 
-def check_range(family: Family, spec: ControlSpec) -> None:
-    """Refuse a spec whose values are in another range than those that the family's pipeline gives.
+def check_outputs(record: dict[str, Any], run: str | Path) -> None:
+    """Refuse a run whose result is not what it left.
 
     Raises:
-        UserError: with the two ranges.
+        UserError: naming the first file that is missing or differs.
     """
-    if spec.value_range != family.condition_range:
-        its, ours = (" to ".join(f"{v:g}" for v in pair) for pair in (spec.value_range, family.condition_range))
-        raise UserError(f"the control spec's values are in {its}, the pipeline gives {ours}; mend {SPEC_FILE}.")
+    for name, digest in record["outputs"].items():
+        path = Path(run) / name
+        if not path.is_file() or digest_of_file(path) != digest:
+            found = "has changed" if path.is_file() else "is missing"
+            raise UserError(f"{path} {found} since the run; train it anew, or give another run.")
 
 
 @contextmanager
@@ -103,7 +107,7 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
     if method == "controlnet":
         place = str(folder / "controlnet" if step is None else folder)
         family.controlnet = load_controlnet(family, place, family.dtype)
-        check_range(family, ControlSpec.load(place))
+        ControlSpec.load(place).check_range(family.condition_range)
         try:
             yield family
         finally:

@@ -71,7 +71,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 
 def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:
     started = time.time()
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(accelerator.device)
+    family = load_base(recipe).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = _attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
@@ -155,6 +155,12 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
 
 
+def load_base(recipe: Recipe) -> Family:
+    """The model that a recipe tunes, as it tunes it, on the CPU."""
+    model = recipe.model
+    return load_family(model.id, base_dtype(recipe), model.variant, float8=model.float8, offload=model.offload)
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate's engine, with the trackers that the recipe names.
 
@@ -169,6 +175,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 f"training.trackers names {tracker}, which is not installed; run "
                 f"pip install 'difftuning-control[{tracker}]' or leave it out."
             )
+    if recipe.training.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "training.optimizer is adamw8bit, which needs bitsandbytes; run pip install bitsandbytes, or use adamw."
+        )
     precision = recipe.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.mixed_precision is fp16, which needs a GPU; use bf16 or no on a CPU.")

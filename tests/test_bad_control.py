@@ -20,7 +20,6 @@ from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data import decode_image
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
-from difftuning_control.runs import check_range
 
 Maker = Callable[..., list[str]]
 TRAIN = ["train", "--method", "controlnet"]
@@ -455,4 +454,4 @@ def test_a_controlnet_that_lacks_tensors_or_takes_other_channels_is_refused(fami
 
 def test_a_spec_of_another_range_is_refused_with_the_two_ranges(family):
     with pytest.raises(UserError, match="are in -1 to 1, the pipeline gives 0 to 1"):
-        check_range(family, ControlSpec(value_range=(-1.0, 1.0)))
+        ControlSpec(value_range=(-1.0, 1.0)).check_range(family.condition_range)

@@ -257,8 +257,8 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
 def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tmp_path, monkeypatch, name):
     loaded: list[StableDiffusion] = []
 
-    def load(*args: Any) -> StableDiffusion:
-        loaded.append(load_family(*args))
+    def load(*args: Any, **options: Any) -> StableDiffusion:
+        loaded.append(load_family(*args, **options))
         return loaded[-1]
 
     monkeypatch.setattr(trainer, "load_family", load)

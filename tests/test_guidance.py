@@ -12,7 +12,7 @@ from difftuning_control.adapters import LoRATuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.guidance import HAND_OVER, hand_over
+from difftuning_control.guidance import TUNED, hand_over
 
 SIDES = ["adapter", "full weights"]
 
@@ -145,7 +145,7 @@ def test_afterwards_the_pipeline_is_as_before(tuned, base):
     before, picture = state(tuned), draw(tuned)
     for u0 in (0.3, 0.8):
         with hand_over(tuned, u0, base=base):
-            assert HAND_OVER in tuned.denoiser._diffusers_hook.hooks
+            assert TUNED in tuned.denoiser._diffusers_hook.hooks
             draw(tuned)
     assert same(state(tuned), before)
     assert torch.equal(draw(tuned), picture)
@@ -200,7 +200,9 @@ def test_the_base_is_left_alone():
 
 def test_a_model_without_adapter_and_base_is_refused(of_base):
     plain = family_of(tiny_pipeline())
-    with pytest.raises(UserError, match="needs the pretrained denoiser, or a model with an adapter"):
+    with pytest.raises(
+        UserError, match="nothing to switch off: no adapter acts in the denoiser, and there is no source_unet"
+    ):
         hand_over(plain, 0.5).__enter__()
     assert torch.equal(draw(plain), of_base)
 
@@ -208,7 +210,7 @@ def test_a_model_without_adapter_and_base_is_refused(of_base):
 def test_an_adapter_that_was_unloaded_does_not_count():
     tuned = adapted()
     tuned.pipe.unload_lora_weights()
-    with pytest.raises(UserError, match="or a model with an adapter"):
+    with pytest.raises(UserError, match="no adapter acts in the denoiser"):
         hand_over(tuned, 0.5).__enter__()
 
 

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import torch
-from conftest import tiny_pipeline, tiny_tokenizer
+from conftest import tiny_tokenizer, tiny_xl_pipeline
 
 T5_WORDS = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
 
 
-def tiny_vae(shift_factor: float | None = None, sharp: bool = False):
+def tiny_vae(shift_factor: float, sharp: bool = False):
     """An autoencoder that halves pictures; `sharp` has no spread around the mean."""
     from diffusers import AutoencoderKL
 
-    plain = {"use_quant_conv": False, "use_post_quant_conv": False} if shift_factor is not None else {}
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        sample_size=16, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=shift_factor, **plain,
+        sample_size=16, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=shift_factor,
+        use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     if sharp:
-        vae.encoder.conv_out.weight.data[4:] = 0
-        vae.encoder.conv_out.bias.data[4:] = -30
+        sharpen(vae)
     return vae
+
+
+def sharpen(vae) -> None:
+    """Take the spread around the mean of its posteriors from an autoencoder."""
+    rows = slice(4, None)
+    if vae.quant_conv is not None:
+        torch.nn.init.dirac_(vae.quant_conv.weight)
+        torch.nn.init.zeros_(vae.quant_conv.bias)
+    vae.encoder.conv_out.weight.data[rows] = 0
+    vae.encoder.conv_out.bias.data[rows] = -30
 
 
 def tiny_clip(pooled: bool = False):
@@ -51,25 +60,11 @@ def tiny_t5(width: int = 32):
 
 
 def tiny_sdxl(seed: int = 0, prediction_type: str = "epsilon", sharp: bool = False):
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-
-    torch.manual_seed(seed)
-    (one, first), (two, second) = tiny_clip(), tiny_clip(pooled=True)
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=(1, 2), norm_num_groups=4, use_linear_projection=True,
-        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=16 + 6 * 4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
-    return StableDiffusionXLPipeline(
-        vae=tiny_vae(sharp=sharp), text_encoder=one, tokenizer=first, text_encoder_2=two, tokenizer_2=second, unet=unet,
-        scheduler=scheduler,
-    )  # fmt: skip
+    """conftest's, and perhaps with an autoencoder that has no spread."""
+    pipe = tiny_xl_pipeline(seed, prediction_type)
+    if sharp:
+        sharpen(pipe.vae)
+    return pipe
 
 
 def tiny_sd3(seed: int = 0, t5: bool = True, sharp: bool = False):
@@ -120,6 +115,3 @@ def tiny_dit(seed: int = 0, variance: bool = True, classes: int = 1000, names: t
     )  # fmt: skip
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     return DiTPipeline(transformer, tiny_vae(), scheduler, id2label=dict(enumerate(names)))
-
-
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}

@@ -46,15 +46,29 @@ def family_of(pipe: Any) -> Family:
     module, family = FAMILIES[name]
     try:
         return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)(pipe)
+    except UserError:
+        raise
     except ValueError as error:  # of the scheduler
         raise UserError(f"the model cannot be tuned: {error}") from None
 
 
-def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Family:
+def load_family(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    *,
+    float8: bool = False,
+    offload: bool = False,
+) -> Family:
     """Load `embedded`, a directory, or a Hub model. Weights come from safetensors files only.
 
+    Args:
+        float8: keep the denoiser's weights in 8 bits and compute in `dtype`.
+        offload: keep the text encoders on the CPU but for the while of encoding.
+
     Raises:
-        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights.
+        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights;
+            or its family cannot be kept in 8 bits.
     """
     path = str(embedded_model()) if model == "embedded" else model
     _check_directory(path)
@@ -75,7 +89,11 @@ def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | N
     except Exception as error:
         expected = "`embedded`, a diffusers directory with safetensors weights"
         raise _not_loaded(f"the model {model}", path, error, expected) from None
-    return family_of(pipe)
+    family = family_of(pipe)
+    family.offload = offload
+    if float8:
+        family.store_in_float8()
+    return family
 
 
 def _left_out(index: dict[str, Any]) -> dict[str, Any]:
@@ -94,17 +112,27 @@ def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float3
             none.
     """
     family.need_controlnet()
+    found = load_controlnet_model(family.controlnet_class, path, dtype)
+    family.check_controlnet(found, path)
+    return found.to(family.device)
+
+
+def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) -> Any:
+    """A ControlNet of a class from a directory or the Hub, all of its tensors there; safetensors only.
+
+    Raises:
+        UserError: if it is not there or not whole.
+    """
     try:
         with quiet_loading():
-            found = family.controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+            found = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
         absent = [name for name, parameter in found.named_parameters() if parameter.is_meta]
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
         expected = "a directory with config.json and safetensors weights"
         raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
-    family.check_controlnet(found, path)
-    return found.to(family.device)
+    return found
 
 
 def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
@@ -132,7 +160,8 @@ def quiet_loading() -> Iterator[None]:
 
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
-    for module in (diffusers_logging, transformers_logging):
+    shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in shown:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -140,7 +169,7 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         diffusers_logging.set_verbosity(level)
-        for module in (diffusers_logging, transformers_logging):
+        for module in shown:
             module.enable_progress_bar()
 
 

@@ -25,6 +25,8 @@ from difftuning_control.noise import BaseDensity, NoiseProcess
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from difftuning_control.cache import PromptEmbeddings
+
 
 class ControlledDenoiser(nn.Module):
     """A denoiser that adds a ControlNet's residuals to its own; without a condition it is the denoiser alone.
@@ -71,6 +73,8 @@ class Family(ABC):
         self._check_variant()
         self.process = NoiseProcess.from_scheduler(pipe.scheduler, self.base_density)
         self.controlnet: Any = None
+        self.offload = False  # whether the text encoders stay on the CPU but for the while of `encoding`
+        self._known: dict[str, dict[str, Tensor]] = {}
         for name, module in self.modules.items():
             if name != "denoiser":
                 module.requires_grad_(False).eval()
@@ -132,8 +136,45 @@ class Family(ABC):
         return self.pipe.vae.dtype
 
     def to(self, device: torch.device | str) -> Self:
-        self.pipe.to(device)
+        """Move all modules, with `offload` all but the text encoders."""
+        if not self.offload:
+            self.pipe.to(device)
+        for name, module in self.modules.items() if self.offload else ():
+            module.to("cpu" if name.startswith("text_encoder") else device)
         return self
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """While open, prompts can be encoded: with `offload` the text encoders take the denoiser's place."""
+        if not self.offload:
+            yield
+            return
+        place = self.device
+        encoders = [module for name, module in self.modules.items() if name.startswith("text_encoder")]
+        self.denoiser.to("cpu")
+        try:
+            for module in encoders:
+                module.to(place)
+            yield
+        finally:
+            for module in encoders:
+                module.to("cpu")
+            self.denoiser.to(place)
+
+    def store_in_float8(self) -> None:
+        """Keep the denoiser's weights in 8 bits while they are not used.
+
+        Raises:
+            UserError: if that does not work in this family.
+        """
+        raise UserError(
+            f"model.float8 is for transformers (SD3, FLUX), and a {type(self.pipe).__name__} has a "
+            f"{self.component}, whose convolutions nothing can be trained through then; leave it out."
+        )
+
+    def mend_adapter(self, path: Path) -> None:
+        """Called once the adapter of this file was loaded, for what loading does to it."""
+        return
 
     @property
     def learned_variance(self) -> bool:
@@ -266,9 +307,26 @@ class Family(ABC):
         tokenizer = self.pipe.tokenizer
         return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
 
+    def remember(self, embeddings: PromptEmbeddings) -> None:
+        """Keep what prompts are encoded as, where `offload` makes encoding them again expensive."""
+        if self.offload:
+            for prompt in embeddings.index:
+                self._known[prompt] = {name: tensor[0] for name, tensor in embeddings.rows([prompt]).items()}
+
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
-        """What the stock pipeline is given for these prompts."""
-        return {"prompt": prompts}
+        """What the stock pipeline is given for these prompts; with `offload` it is their embeddings."""
+        return self.embedding_arguments(prompts) if self.offload else {"prompt": prompts}
+
+    def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        """Embeddings of the prompts, and of the empty one for guidance, by the names of the pipeline's call."""
+        fresh = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._known]
+        if fresh:
+            with self.encoding():
+                found = {name: tensor.cpu() for name, tensor in self.encode_prompts(fresh).items()}
+            self._known |= {p: {name: t[i] for name, t in found.items()} for i, p in enumerate(fresh)}
+        rows = {n: torch.stack([self._known[p][n] for p in prompts]) for n in self._known[""]}
+        rows |= {f"negative_{n}": torch.stack([t] * len(prompts)) for n, t in self._known[""].items()}
+        return {name: tensor.to(self.device) for name, tensor in rows.items()}
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -379,17 +437,6 @@ class Family(ABC):
         """
         raise NotImplementedError
 
-    def compare_configs(self, controlnet: Any, name: str, keys: tuple[str, ...]) -> None:
-        """Refuse a ControlNet whose configuration differs from the denoiser's in one of `keys`."""
-        for key in keys:
-            mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (
-                self.denoiser.config[key], controlnet.config[key]))  # fmt: skip
-            if mine != theirs:
-                raise UserError(
-                    f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give "
-                    "one that was made for this model, or start from the denoiser."
-                )
-
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -415,3 +462,19 @@ class Family(ABC):
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def compare_configs(denoiser: Any, controlnet: Any, name: str, keys: tuple[str, ...]) -> None:
+    """Refuse a ControlNet whose configuration differs from the denoiser's in one of `keys`.
+
+    Raises:
+        UserError: with the two values that differ.
+    """
+    for key in keys:
+        mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (
+            denoiser.config[key], controlnet.config[key]))  # fmt: skip
+        if mine != theirs:
+            raise UserError(
+                f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give one "
+                "that was made for this model, or start from the denoiser."
+            )

@@ -13,6 +13,7 @@ from diffusers import FluxControlNetModel, FluxControlNetPipeline
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.family import compare_configs
 from difftuning_control.families.transformer import FlowTransformer
 
 TRAINING_GUIDANCE = 1.0  # where what was distilled is nearest to the conditional prediction that the loss asks for
@@ -68,6 +69,11 @@ class Flux(FlowTransformer):
             prompts, None, device=self.device, max_sequence_length=self.t5_length
         )  # fmt: skip
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        """Without the empty prompt: guidance is embedded."""
+        found = super().embedding_arguments(prompts)
+        return {name: tensor for name, tensor in found.items() if not name.startswith("negative_")}
 
     def denoiser_inputs(
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
@@ -127,7 +133,7 @@ class Flux(FlowTransformer):
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         widths = ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim")
-        self.compare_configs(controlnet, name, ("in_channels", *widths))
+        compare_configs(self.denoiser, controlnet, name, ("in_channels", *widths))
         if controlnet.union:
             raise UserError(
                 f"the ControlNet {name} is one for several kinds of conditions (num_mode "

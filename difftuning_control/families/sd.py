@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.family import Family
+from difftuning_control.families.family import Family, compare_configs
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
 
@@ -70,19 +70,28 @@ class StableDiffusion(Family):
         return self.controlnet_class.from_unet(self.pipe.unet, conditioning_embedding_out_channels=tuple(channels))
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
-        its = controlnet.config
-        self.compare_configs(
-            controlnet, name, ("in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block")
+        check_controlnet(self.pipe.unet, self.vae_scale_factor, controlnet, name)
+
+
+def check_controlnet(unet: Any, vae_scale_factor: int, controlnet: Any, name: str) -> None:
+    """Refuse a ControlNet that was made for another UNet or autoencoder.
+
+    Raises:
+        UserError: with the two numbers that differ.
+    """
+    its = controlnet.config
+    keys = ("cross_attention_dim", "block_out_channels", "layers_per_block", "transformer_layers_per_block")
+    added = ("addition_embed_type", "projection_class_embeddings_input_dim")
+    compare_configs(unet, controlnet, name, ("in_channels", *keys, *added))
+    if its.conditioning_channels != 3:
+        raise UserError(
+            f"the ControlNet {name} takes conditions of {its.conditioning_channels} channels, and pictures have 3; "
+            "give one that takes pictures."
         )
-        if its.conditioning_channels != 3:
-            raise UserError(
-                f"the ControlNet {name} takes conditions of {its.conditioning_channels} channels, and pictures have 3; "
-                "give one that takes pictures."
-            )
-        factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
-        if factor != self.vae_scale_factor:
-            raise UserError(
-                f"the ControlNet {name} does not fit this model: it brings conditions down by {factor}, the "
-                f"autoencoder pictures by {self.vae_scale_factor}; give one whose "
-                "conditioning_embedding_out_channels match."
-            )
+    factor = 2 ** (len(its.conditioning_embedding_out_channels) - 1)
+    if factor != vae_scale_factor:
+        raise UserError(
+            f"the ControlNet {name} does not fit this model: it brings conditions down by {factor}, the "
+            f"autoencoder pictures by {vae_scale_factor}; give one whose "
+            "conditioning_embedding_out_channels match."
+        )

@@ -11,6 +11,7 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.family import compare_configs
 from difftuning_control.families.transformer import FlowTransformer
 
 
@@ -85,8 +86,8 @@ class StableDiffusion3(FlowTransformer):
         return found
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
-        self.compare_configs(
-            controlnet, name, ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim")
+        compare_configs(
+            self.denoiser, controlnet, name, ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim")
         )
         its = controlnet.config
         if its.joint_attention_dim is None or its.get("use_pos_embed") is False:

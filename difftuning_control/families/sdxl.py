@@ -51,6 +51,8 @@ class StableDiffusionXL(StableDiffusion):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        if self.offload:
+            return self.embedding_arguments(prompts)
         return self.encode_prompts(prompts)  # and not the prompts: the pipeline would encode the empty one as text
 
     def denoiser_inputs(

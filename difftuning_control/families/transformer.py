@@ -8,15 +8,20 @@ References:
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
 from difftuning_control.fingerprint import digest_of
+
+FLOAT8 = torch.float8_e4m3fn
 
 
 class FlowTransformer(Family):
@@ -44,7 +49,19 @@ class FlowTransformer(Family):
         return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
-        return {"prompt": prompts, "max_sequence_length": self.t5_length}
+        return super().prompt_arguments(prompts) | {"max_sequence_length": self.t5_length}
+
+    def store_in_float8(self) -> None:
+        """By diffusers' layerwise casting: weights are in `dtype` while their layer computes, and norms always."""
+        self.denoiser.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=self.dtype)
+
+    def mend_adapter(self, path: Path) -> None:
+        """Loaded beside weights in 8 bits, a LoRA is rounded to these too; take it from its file again, in `dtype`."""
+        rounded = {n: p for n, p in self.denoiser.named_parameters() if ".lora_" in n and p.dtype == FLOAT8}
+        saved = load_file(path) if rounded else {}
+        for name, parameter in rounded.items():
+            key = re.sub(r"\.(lora_[AB])\.\w+\.", r".\1.", f"{self.component}.{name}")
+            parameter.data = saved[key].to(parameter.device, self.dtype)
 
     def check_channels(self, takes: int) -> None:
         """Refuse a transformer that is given more than noisy latents.

@@ -1,0 +1,261 @@
+"""What the ControlNet pipelines add: strength over the noise, and conditions made as in training.
+
+image (a photo) → ControlSpec beside the weights → condition → the stock `__call__`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from diffusers import ControlNetModel
+from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.control_strength import ControlUse, control_strength
+from difftuning_control.errors import UserError
+from difftuning_control.noise import NoiseProcess
+from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound, check_compiled
+from difftuning_control.strength import Strength, as_strength, stored
+
+logger = logging.get_logger(__name__)
+CONDITION_RANGE = (0.0, 1.0)  # what the stock pipelines make of a picture
+
+
+class ControlledSampling(TunedSampling):
+    """Mixed into a stock ControlNet pipeline class, before it.
+
+    Attributes:
+        control_use: of the last call with a `control_schedule`, how often each ControlNet ran and was skipped.
+    """
+
+    controlnet: Any
+    control_use: list[ControlUse]
+
+    def _start_extras(self, source_unet: Any, control_schedule: Any = None, **settings: Any) -> None:
+        self._control_schedule: list[Strength | None] | None = None
+        self._specs: list[ControlSpec | None] = [None] * len(self.nets)
+        self._conditioners: dict[int, Conditioner] = {}
+        self.control_use = []
+        super()._start_extras(source_unet, **settings)
+        self.set_extras(control_schedule=control_schedule)
+
+    @property
+    def nets(self) -> list[Any]:
+        """The ControlNets, one or several."""
+        return list(getattr(self.controlnet, "nets", [self.controlnet]))
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def set_extras(self, *, control_schedule: Any = UNCHANGED, **others: Any) -> None:
+        """As `TunedSampling.set_extras`, and how strongly ControlNets act.
+
+        Args:
+            control_schedule: strength over u (`strength.as_strength`), on top of the call's conditioning scale, start
+                and end; a list for each of several ControlNets. Where it is 0 the ControlNet is not run.
+
+        Raises:
+            UserError: for a value of another kind, out of its range, or a list of another length.
+        """
+        super().set_extras(**others)
+        if control_schedule is UNCHANGED:
+            return
+        count = len(self.nets)
+        given = control_schedule if isinstance(control_schedule, list) else [control_schedule] * count
+        if len(given) != count:
+            raise UserError(f"control_schedule has {len(given)} entries; expected one for each of {count} ControlNets.")
+        found = [None if s is None else as_strength(s) for s in given]
+        self._control_schedule = None if all(s is None for s in found) else found
+        pipe: Any = self
+        kept = None if self._control_schedule is None else [stored(s) for s in found]
+        pipe.register_to_config(control_schedule=kept)
+
+    def _strengths(self) -> list[Strength]:
+        return [*super()._strengths(), *(s for s in self._control_schedule or [] if s is not None)]
+
+    # --- conditions -------------------------------------------------------------------------------------------------
+
+    def set_control_specs(self, specs: ControlSpec | Sequence[ControlSpec | None]) -> None:
+        """How each ControlNet's conditions are made, where no `control_spec.json` lies beside its weights.
+
+        Raises:
+            UserError: if there is not one for each ControlNet, or it gives another range than the pipeline.
+        """
+        given: list[ControlSpec | None] = [specs] if isinstance(specs, ControlSpec) else list(specs)
+        if len(given) != len(self.nets):
+            raise UserError(
+                f"there are {len(given)} control specs for {len(self.nets)} ControlNets; give one for each."
+            )
+        for spec in given:
+            if spec is not None:
+                spec.check_range(CONDITION_RANGE)
+        self._specs, self._conditioners = given, {}
+
+    def control_spec(self, index: int = 0) -> ControlSpec:
+        """How the conditions of a ControlNet are made.
+
+        Raises:
+            UserError: if none was set and none lies beside its weights.
+        """
+        if (found := self._specs[index]) is None:
+            found = self._specs[index] = find_spec(self.nets[index])
+        return found
+
+    def _conditioner(self, index: int) -> Conditioner:
+        if index not in self._conditioners:
+            pipe: Any = self
+            self._conditioners[index] = Conditioner(self.control_spec(index), pipe._execution_device)
+        return self._conditioners[index]
+
+    def prepare_conditions(
+        self, image: Any, preprocess: bool | list[bool], height: int | None, width: int | None
+    ) -> tuple[Any, int, int]:
+        """Photos to conditions, as in training; also the size of the pictures to be drawn.
+
+        Args:
+            image: a PIL photo or a list of them for a batch; for several ControlNets a list with one for each, or, as
+                in the stock class, such a list for each row of a batch.
+            preprocess: for which of several ControlNets; the others' conditions are only framed.
+
+        Raises:
+            UserError: if there are not as many as ControlNets, something is no PIL picture, or a spec is missing.
+        """
+        several, count = hasattr(self.controlnet, "nets"), len(self.nets)
+        each = list(image) if several and isinstance(image, (list, tuple)) else [image]
+        by_row = several and bool(each) and isinstance(each[0], list)
+        each = [list(column) for column in zip(*each)] if by_row else each
+        wanted = list(preprocess) if isinstance(preprocess, list) else [preprocess] * count
+        if len(each) != count or len(wanted) != count:
+            raise UserError(
+                f"there are {len(each)} images and {len(wanted)} answers of preprocess for {count} ControlNets."
+            )
+        if height is None or width is None:
+            side = next((self.control_spec(i).resolution for i, want in enumerate(wanted) if want), None)
+            height, width = height or side, width or side
+        assert height is not None
+        assert width is not None
+        found = [
+            self._prepared(i, photos, not want, height, width) for i, (photos, want) in enumerate(zip(each, wanted))
+        ]
+        if by_row:
+            return [list(row) for row in zip(*found)], height, width
+        return (found if several else found[0]), height, width
+
+    def _prepared(self, index: int, photos: Any, ready: bool, height: int, width: int) -> Any:
+        if ready:
+            return photos
+        batch = list(photos) if isinstance(photos, (list, tuple)) else [photos]
+        strange = next((p for p in batch if not isinstance(p, Image.Image)), None)
+        if strange is not None or not batch:
+            raise UserError(f"preprocess=True takes PIL pictures; found {type(strange).__name__}. Give Image.open(…).")
+        conditions = [self._conditioner(index).prepare(photo, height, width) for photo in batch]
+        return conditions if isinstance(photos, (list, tuple)) else conditions[0]
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    def _sample_controlled(
+        self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], preprocess: bool | list[bool]
+    ) -> Any:
+        """The stock `__call__` on prepared conditions, with the hooks that the settings ask for."""
+        if preprocess is not False and preprocess != [False] * len(self.nets):
+            call = bound(stock, self, *args, **kwargs)
+            given = call.arguments
+            size = (given["height"], given["width"])
+            given["image"], given["height"], given["width"] = self.prepare_conditions(given["image"], preprocess, *size)
+            args, kwargs = call.args[1:], call.kwargs
+        if self._control_schedule is None:
+            return self._sample(stock, args, kwargs)
+        process = self._process()
+        with ExitStack() as stack:
+            self.control_use = []
+            for net, strength in zip(self.nets, self._control_schedule):
+                check_compiled(net, "ControlNet", None)
+                self.control_use.append(stack.enter_context(control_strength(net, _at(strength, process))))
+            found = self._sample(stock, args, kwargs)
+        for i, use in enumerate(self.control_use):
+            saved = f", which saved about {use.seconds_saved:.2f} s" if use.seconds_saved is not None else ""
+            logger.info(f"ControlNet {i} ran {use.run} times and was skipped {use.skipped} times{saved}.")
+        return found
+
+    # --- from and to disk and other pipelines -----------------------------------------------------------------------
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        found = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, ControlledSampling) and isinstance(found, ControlledSampling):
+            known = {id(net): spec for net, spec in zip(pipeline.nets, pipeline._specs)}
+            found._specs = [known.get(id(net)) for net in found.nets]
+            if pipeline._control_schedule is not None and found.nets == pipeline.nets:
+                found.set_extras(control_schedule=kwargs.get("control_schedule", pipeline._control_schedule))
+        return found
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in the stock class, with every setting, and each `control_spec.json` beside its ControlNet's weights."""
+        specs = [self._specs[i] or find_spec(net, missing_ok=True) for i, net in enumerate(self.nets)]
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for i, spec in enumerate(specs):
+            if spec is not None:
+                spec.save(Path(save_directory) / ("controlnet" if i == 0 else f"controlnet_{i}"))
+
+
+def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
+    """The `control_spec.json` beside a ControlNet's weights, in a folder or in a Hub repository.
+
+    Args:
+        missing_ok: None where there is none.
+
+    Raises:
+        UserError: if there is none, or it does not belong to these weights.
+    """
+    origin = controlnet.config.get("_name_or_path")
+    place = Path(origin) if origin and Path(origin).is_dir() else _from_hub(origin) if origin else None
+    if place is None or not (place / SPEC_FILE).is_file():
+        if missing_ok:
+            return None
+        raise UserError(
+            f"preprocess=True needs to know how conditions are made, and there is no {SPEC_FILE} beside the ControlNet "
+            f"({origin or 'not loaded from a folder'}); give set_control_specs("
+            "ControlSpec(…)), or prepare the condition yourself and leave preprocess out."
+        )
+    spec = ControlSpec.load(place)
+    spec.check_range(CONDITION_RANGE)
+    return spec
+
+
+def _from_hub(repository: str) -> Path | None:
+    """The snapshot folder of a Hub repository that has a spec."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, SPEC_FILE)).parent
+    except Exception:  # no such file, no such repository, offline: all the same here
+        return None
+
+
+def _at(strength: Strength | None, process: NoiseProcess) -> Callable[[Tensor], float]:
+    """From a sampler's timestep to a ControlNet's strength."""
+    return lambda timestep: 1.0 if strength is None else strength(process.u_at(timestep))
+
+
+def load_controlnets(pipe: Any, given: Any) -> list[Any]:
+    """ControlNets of a pipeline's device and dtype, from a model, a folder or Hub id, or a list of these.
+
+    Raises:
+        UserError: if one cannot be loaded, or was made for another model.
+    """
+    from difftuning_control.families import load_controlnet_model, quiet_loading
+    from difftuning_control.families.sd import check_controlnet
+
+    found = []
+    for i, one in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+        name = str(one) if isinstance(one, (str, Path)) else one.config.get("_name_or_path") or f"number {i + 1}"
+        if isinstance(one, (str, Path)):
+            one = load_controlnet_model(ControlNetModel, str(one), pipe.unet.dtype)
+        check_controlnet(pipe.unet, pipe.vae_scale_factor, one, name)
+        with quiet_loading():  # diffusers names the modules to keep in float32 even where there are none
+            found.append(one.to(pipe.unet.device, pipe.unet.dtype))
+    return found

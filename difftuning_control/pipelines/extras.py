@@ -1,0 +1,343 @@
+"""What the drop-in pipelines have in common: their settings, and the hooks that act while a stock `__call__` runs.
+
+Without a setting nothing is hooked and the stock class runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import Tensor, nn
+
+from difftuning_control.errors import UserError
+from difftuning_control.guidance import TunedWeights, above, active_adapters, adapters_at, tuned_weights, tuner_layers
+from difftuning_control.noise import NoiseProcess
+from difftuning_control.strength import Strength, as_strength, check_u, stored
+
+UNCHANGED: Any = object()
+AS_IT_IS: Any = object()  # the dtype that `from_pipe` casts shared modules to: none
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a pipeline adds to its stock class.
+
+    Args:
+        domain_guidance: the unconditional branch of guidance comes from the pretrained model.
+        tuned_adapters: names of the adapters that were tuned, in the pipeline; the only one that acts when None.
+        adapter_schedule: strength of these adapters over u.
+        hand_over: u₀ in [0, 1]; at u ≤ u₀ the pretrained model goes on.
+
+    Raises:
+        UserError: for a value of another kind or out of its range.
+    """
+
+    domain_guidance: bool = False
+    tuned_adapters: tuple[str, ...] | None = None
+    adapter_schedule: Strength | None = None
+    hand_over: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.domain_guidance, bool):
+            raise UserError(f"domain_guidance is {self.domain_guidance!r}; expected True or False.")
+        if self.hand_over is not None:
+            check_u(self.hand_over, "hand_over")
+        if self.tuned_adapters is not None and not (
+            self.tuned_adapters and all(isinstance(n, str) and n for n in self.tuned_adapters)
+        ):
+            raise UserError(f"tuned_adapters is {self.tuned_adapters!r}; expected names of adapters, or None.")
+
+    @property
+    def is_active(self) -> bool:
+        return self.domain_guidance or self.adapter_schedule is not None or self.hand_over is not None
+
+
+def like(stock: Callable[..., Any], **parameters: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a method the name, documentation and signature of a stock one, with further keyword parameters."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped: Any = functools.wraps(stock)(method)
+        signature = inspect.signature(stock)
+        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in parameters.items()]
+        kept = list(signature.parameters.values())
+        last = [kept.pop()] if kept[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+        wrapped.__signature__ = signature.replace(parameters=[*kept, *added, *last])
+        return wrapped
+
+    return decorate
+
+
+def bound(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """The arguments of a stock `__call__` by name, defaults included."""
+    call = inspect.signature(stock).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call
+
+
+class TunedSampling:
+    """Mixed into a stock pipeline class with a UNet, before it."""
+
+    extras: Extras
+    unet: Any
+    source_unet: Any
+
+    def _start_extras(self, source_unet: Any, **settings: Any) -> None:
+        pipe: Any = self
+        if source_unet is not None:
+            check_source(pipe.unet, source_unet)
+        pipe.register_modules(source_unet=source_unet)
+        self.extras = Extras()
+        self._text_layers: list[list[Any]] = []
+        self.set_extras(**settings)
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def set_extras(
+        self,
+        *,
+        domain_guidance: bool = UNCHANGED,
+        tuned_adapters: str | list[str] | None = UNCHANGED,
+        adapter_schedule: Any = UNCHANGED,
+        hand_over: float | None = UNCHANGED,
+    ) -> None:
+        """Change what is given and leave the rest; saved with the pipeline.
+
+        Args:
+            domain_guidance: take the unconditional branch from the pretrained model, ε_pretrained(x, ∅) +
+                w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w the `guidance_scale` of the call.
+            tuned_adapters: the adapters that were tuned, by name; needed where several act at once.
+            adapter_schedule: their strength over u: a power, a table, a run's folder, or a function
+                (`strength.as_strength`); None for full strength.
+            hand_over: u₀; at u ≤ u₀ the pretrained model finishes the picture. None for never.
+
+        Raises:
+            UserError: for a value of another kind or out of its range.
+        """
+        given: dict[str, Any] = {"domain_guidance": domain_guidance, "hand_over": hand_over}
+        if tuned_adapters is not UNCHANGED:
+            listed = [tuned_adapters] if isinstance(tuned_adapters, str) else tuned_adapters
+            given["tuned_adapters"] = None if listed is None else tuple(listed)
+        if adapter_schedule is not UNCHANGED:
+            given["adapter_schedule"] = None if adapter_schedule is None else as_strength(adapter_schedule)
+        self.extras = replace(self.extras, **{k: v for k, v in given.items() if v is not UNCHANGED})
+        pipe: Any = self
+        names = self.extras.tuned_adapters
+        pipe.register_to_config(
+            domain_guidance=self.extras.domain_guidance,
+            tuned_adapters=None if names is None else list(names),
+            adapter_schedule=stored(self.extras.adapter_schedule),
+            hand_over=self.extras.hand_over,
+        )
+
+    def _strengths(self) -> list[Strength]:
+        return [s for s in [self.extras.adapter_schedule] if s is not None]
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    def _sample(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stock `__call__`, with the hooks that the settings ask for."""
+        if not self.extras.is_active:
+            return stock(self, *args, **kwargs)
+        with self._weights_hooked(bound(stock, self, *args, **kwargs).arguments):
+            return stock(self, *args, **kwargs)
+
+    @contextmanager
+    def _weights_hooked(self, call: dict[str, Any]) -> Iterator[None]:
+        pipe: Any = self
+        extras, weights = self.extras, self._weights()
+        if extras.domain_guidance:
+            scale = call["guidance_scale"]
+            if scale <= 1 or self.unet.config.time_cond_proj_dim is not None:
+                raise UserError(
+                    f"domain_guidance does nothing at guidance_scale {scale:g} on this model, which needs a scale "
+                    "above 1 and a model without guidance embedding; raise the scale, or set_extras("
+                    "domain_guidance=False)."
+                )
+        strength = self._strength(weights)
+        check_compiled(self.unet, "UNet", extras.adapter_schedule)
+
+        def is_guided() -> bool:
+            return extras.domain_guidance and pipe.do_classifier_free_guidance
+
+        with ExitStack() as stack:
+            if extras.domain_guidance:
+                self._text_layers = self._tuned_text_layers(weights.adapters)
+                stack.callback(self._text_layers.clear)
+            stack.enter_context(tuned_weights(self.unet, weights, strength, is_guided))
+            yield
+
+    def _weights(self) -> TunedWeights:
+        """The tuned weights and the pretrained ones behind them, as they are now.
+
+        Raises:
+            UserError: if it cannot be told which adapters were tuned, or there are none and no source UNet.
+        """
+        acting, named = active_adapters(self.unet), self.extras.tuned_adapters
+        absent = [name for name in named or () if name not in acting]
+        if absent:
+            raise UserError(
+                f"tuned_adapters names {', '.join(absent)}, which does not act in the UNet (acting: "
+                f"{', '.join(acting) or 'none'}); load and activate it, not fused, or name another."
+            )
+        if named is None and len(acting) > 1 and (self.source_unet is None or self.extras.adapter_schedule):
+            raise UserError(
+                f"several adapters act in the UNet ({', '.join(acting)}); say which were tuned: "
+                f"set_extras(tuned_adapters=[{acting[0]!r}])."
+            )
+        adapters = list(named) if named is not None else acting if len(acting) == 1 else []
+        if self.extras.adapter_schedule is not None and not adapters:
+            raise UserError("adapter_schedule has no adapter to act on; load one (load_lora_weights), not fused.")
+        weights = TunedWeights(tuner_layers(self.unet), adapters, self.source_unet)
+        source = self.source_unet
+        if source is not None and getattr(self.unet, "encoder_hid_proj", None) is not None is source.encoder_hid_proj:
+            raise UserError(
+                "an IP-Adapter is loaded into the UNet, but not into source_unet, which would not see the picture; "
+                "unload it, or use an adapter instead of a source_unet."
+            )
+        return weights
+
+    def _strength(self, weights: TunedWeights) -> Callable[[Tensor], float]:
+        """From a sampler's timestep to the strength of the tuned weights."""
+        schedule, u0 = self.extras.adapter_schedule, self.extras.hand_over
+        if schedule is None and u0 is None:
+            return lambda timestep: 1.0
+        if schedule is not None:
+            check_scalable(weights)
+        process = self._process()
+        is_above = above(process, u0) if u0 is not None else lambda timestep: True
+
+        def strength(timestep: Tensor) -> float:
+            if not is_above(timestep):
+                return 0.0
+            return schedule(process.u_at(timestep)) if schedule is not None else 1.0
+
+        return strength
+
+    def _process(self) -> NoiseProcess:
+        pipe: Any = self
+        try:
+            return NoiseProcess.from_scheduler(pipe.scheduler)
+        except ValueError as error:
+            raise UserError(f"schedules over u do not work with this scheduler: {error}") from None
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def _tuned_text_layers(self, adapters: list[str]) -> list[list[Any]]:
+        """The peft layers of each text encoder that one of the tuned adapters acts in."""
+        encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
+        present = [e for e in encoders if e is not None and set(active_adapters(e)) & set(adapters)]
+        return [tuner_layers(encoder) for encoder in present]
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the stock class; under Domain Guidance the negative embeddings come from the pretrained encoders."""
+        parent: Any = super()
+        tuned = parent.encode_prompt(*args, **kwargs)
+        if not self._text_layers:
+            return tuned
+        names = self._weights().adapters
+        with ExitStack() as stack:
+            for layers in self._text_layers:
+                stack.enter_context(adapters_at(layers, names, 0))
+            pretrained = parent.encode_prompt(*args, **kwargs)
+        return tuple(p if i % 2 else t for i, (t, p) in enumerate(zip(tuned, pretrained)))  # positive, negative, …
+
+    # --- from and to disk and other pipelines -----------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """As in the stock class; a source UNet only where there is one, so that stock classes take them all."""
+        found = super().components  # type: ignore[misc]
+        return {k: v for k, v in found.items() if k != "source_unet" or v is not None}
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in the stock class, but shared modules keep their dtype and device unless `dtype` is given."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs = {**kwargs, "dtype": AS_IT_IS}
+        parent: Any = super()
+        found = parent.from_pipe(pipeline, **kwargs)
+        functions = isinstance(pipeline, TunedSampling) and pipeline.extras.adapter_schedule
+        if functions and "adapter_schedule" not in kwargs and isinstance(found, TunedSampling):
+            found.set_extras(adapter_schedule=functions)  # a function is in no configuration
+        return found
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the stock class."""
+        parent: Any = super()
+        return self if kwargs.get("dtype") is AS_IT_IS else parent.to(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in the stock class, with every setting.
+
+        Raises:
+            UserError: if a schedule is a function, which no file can hold, or an adapter is loaded, which a saved
+                pipeline does not hold either.
+        """
+        pipe: Any = self
+        if any(strength.values is None for strength in self._strengths()):
+            raise UserError("a schedule is a function, which cannot be saved; give a power or a table before saving.")
+        modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+        loaded = [n for n, m in modules.items() if tuner_layers(m)]
+        if loaded:
+            raise UserError(
+                f"an adapter is loaded in {', '.join(loaded)}, and a saved pipeline does not hold it; unload it "
+                "(unload_lora_weights), or fuse it (fuse_lora, then unload), before saving."
+            )
+        parent: Any = super()
+        parent.save_pretrained(save_directory, *args, **kwargs)
+
+
+def check_source(unet: Any, source: Any) -> None:
+    """Refuse a source UNet of another shape.
+
+    Raises:
+        UserError: with the two values that differ.
+    """
+    for key in ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
+        ours, its = unet.config[key], source.config[key]
+        if ours != its:
+            raise UserError(
+                f"source_unet does not belong to this model: its {key} is {its}, the UNet's {ours}; give the UNet that "
+                "was tuned, as it was before."
+            )
+
+
+def check_scalable(weights: TunedWeights) -> None:
+    """Refuse adapters that have no scale.
+
+    Raises:
+        UserError: naming the kind.
+    """
+    for layer in weights.layers:
+        its = [n for n in weights.adapters if n in layer._get_available_adapters()]
+        if any(n not in getattr(layer, "scaling", {}) for n in its):
+            kind = type(layer).__module__.split(".")[2]  # peft.tuners.<kind>
+            raise UserError(
+                f"adapter_schedule needs adapters with a scale, and {', '.join(its)} has none (a {kind}); use "
+                "hand_over, which switches it."
+            )
+
+
+def check_compiled(module: nn.Module, name: str, schedule: Strength | None) -> None:
+    """Refuse what would be compiled anew at every step, or what no hook reaches.
+
+    Raises:
+        UserError: in these cases.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise UserError(
+            f"the {name} was compiled in place ({name.lower()}.compile()), where no hook reaches it; use "
+            f"torch.compile(pipe.{name.lower()}) instead."
+        )
+    if schedule is not None and is_compiled_module(module):
+        raise UserError(
+            f"the {name} is compiled and would be compiled anew for every value of adapter_schedule; use hand_over, "
+            "or leave it uncompiled."
+        )

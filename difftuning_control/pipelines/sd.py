@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.x and 2.x: drop-ins for the stock text-to-image and ControlNet pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from difftuning_control.pipelines.control import ControlledSampling
+from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.strength import Strength
+
+
+class DiffTuningPipeline(TunedSampling, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` that knows the pretrained model behind a tuned one.
+
+    Args:
+        source_unet: the pretrained UNet, where its weights were tuned; not needed for an adapter.
+        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them.
+    """
+
+    _optional_components = [*StableDiffusionPipeline._optional_components, "source_unet"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        source_unet: UNet2DConditionModel | None = None,
+        requires_safety_checker: bool = True,
+        domain_guidance: bool = False,
+        tuned_adapters: list | None = None,
+        adapter_schedule: dict | str | Strength | Callable | None = None,
+        hand_over: float | None = None,
+    ):
+        StableDiffusionPipeline.__init__(
+            self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+            requires_safety_checker,
+        )  # fmt: skip
+        self._start_extras(
+            source_unet, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule, hand_over=hand_over,
+        )  # fmt: skip
+
+    @like(StableDiffusionPipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sample(StableDiffusionPipeline.__call__, args, kwargs)
+
+
+class DiffTuningControlNetPipeline(ControlledSampling, StableDiffusionControlNetPipeline):
+    """`StableDiffusionControlNetPipeline` that knows the pretrained model and how its conditions are made.
+
+    Args:
+        source_unet: the pretrained UNet, where its weights were tuned; not needed for an adapter.
+        domain_guidance, tuned_adapters, adapter_schedule, hand_over, control_schedule: as `set_extras` takes them.
+    """
+
+    _optional_components = [*StableDiffusionControlNetPipeline._optional_components, "source_unet"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        controlnet: ControlNetModel | list[ControlNetModel] | tuple[ControlNetModel] | MultiControlNetModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        source_unet: UNet2DConditionModel | None = None,
+        requires_safety_checker: bool = True,
+        domain_guidance: bool = False,
+        tuned_adapters: list | None = None,
+        adapter_schedule: dict | str | Strength | Callable | None = None,
+        hand_over: float | None = None,
+        control_schedule: dict | list | str | Strength | Callable | None = None,
+    ):
+        StableDiffusionControlNetPipeline.__init__(
+            self, vae, text_encoder, tokenizer, unet, controlnet, scheduler, safety_checker, feature_extractor,
+            image_encoder, requires_safety_checker,
+        )  # fmt: skip
+        self._start_extras(
+            source_unet, control_schedule, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule, hand_over=hand_over,
+        )  # fmt: skip
+
+    @like(StableDiffusionControlNetPipeline.__call__, preprocess=False)
+    def __call__(self, *args: Any, preprocess: bool | list[bool] = False, **kwargs: Any) -> Any:
+        return self._sample_controlled(StableDiffusionControlNetPipeline.__call__, args, kwargs, preprocess)

@@ -1,0 +1,371 @@
+"""ControlNets in the drop-ins: strength over the noise, conditions made as in training, and a control that is added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from PIL import Image
+from pipeline_samples import (
+    OURS,
+    SIDE,
+    STEPS,
+    add_adapter,
+    arguments,
+    condition,
+    controlnet,
+    draw,
+    drop_in,
+    same_traces,
+    source_unet,
+    stock,
+    traces,
+)
+
+from difftuning_control import add_control
+from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.errors import UserError
+
+KINDS = ["sd-control", "xl-control"]
+LATE = {"kind": "table", "u": [0, 0.49, 0.5, 1], "strength": [0, 0, 1, 1]}  # structure only, at high noise
+SPEC = {"annotator": "canny", "params": {"low_threshold": 20, "high_threshold": 60}, "resolution": SIDE}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (40, 28)) -> Image.Image:
+    """A picture of two tones with an edge, of another shape than what is drawn."""
+    pixels = np.full((size[1], size[0], 3), 30, np.uint8)
+    pixels[:, 8 + 5 * seed :] = 220
+    return Image.fromarray(pixels)
+
+
+def saved_net(kind: str, folder: Path, seed: int = 5, **spec) -> str:
+    """A ControlNet on disk as `difftune train` leaves it, its spec beside it."""
+    controlnet(stock(kind[:2]), seed).save_pretrained(folder)
+    ControlSpec(**(SPEC | spec)).save(folder)
+    return str(folder)
+
+
+def residuals(pipe, kind: str, **given) -> tuple[list, list]:
+    """What a ControlNet gave in a call, hooks included, and what its forward gives by itself for the same inputs."""
+    found = []
+
+    def keep(module, args, kwargs, output):
+        found.append((args, kwargs, output))
+
+    handle = pipe.controlnet.register_forward_hook(keep, with_kwargs=True)
+    draw(pipe, kind, **given)
+    handle.remove()
+    alone = stock(kind).controlnet.eval()
+    with torch.no_grad():
+        plain = [alone(*args, **kwargs) for args, kwargs, _ in found]
+    places = [(float(args[1]) + 1) / 1000 for args, _, _ in found]
+    return [output for _, _, output in found], list(zip(places, plain))
+
+
+# --- strength over the noise ----------------------------------------------------------------------------------------
+
+
+def test_residuals_are_scaled_by_the_strength_of_each_step(kind):
+    table = {"kind": "table", "u": [0, 1], "strength": [0.2, 1]}
+    pipe = drop_in(kind, control_schedule=table)
+    found, plain = residuals(pipe, kind)
+    assert len(found) == STEPS
+    for (down, mid), (u, (its_down, its_mid)) in zip(found, plain):
+        strength = 0.2 + 0.8 * u
+        for a, b in zip([*down, mid], [*its_down, its_mid]):
+            assert (a - strength * b).abs().max() < 1e-5
+            assert b.abs().max() > 1e-3
+
+
+def test_a_strength_of_1_is_the_stock_class(kind):
+    pipe = drop_in(kind, control_schedule={"kind": "constant", "psi": 1.0})
+    assert np.array_equal(draw(pipe, kind), draw(stock(kind), kind))
+    assert pipe.control_use[0].run == STEPS
+
+
+def test_where_it_is_0_the_controlnet_does_not_run_and_adds_nothing(kind):
+    runs = []
+    pipe = drop_in(kind, control_schedule=LATE)
+    pipe.controlnet.mid_block.register_forward_hook(lambda *_: runs.append(1))
+    found = draw(pipe, kind)
+    use = pipe.control_use[0]
+    assert (use.run, use.skipped) == (len(runs), STEPS - len(runs)) == (2, 2)
+    assert use.seconds > 0
+    assert use.seconds_saved == pytest.approx(use.seconds)
+    # the stock class does the same by an end, but runs the ControlNet at every step
+    expected = draw(stock(kind), kind, control_guidance_end=0.5)
+    assert np.array_equal(found, expected)
+
+
+def test_never_running_is_drawing_without_control(kind):
+    pipe = drop_in(kind, control_schedule=lambda u: 0)
+    plain = drop_in(kind[:2])
+    given = arguments(kind)
+    del given["image"]
+    assert np.array_equal(draw(pipe, kind), plain(**given).images)
+    assert pipe.control_use[0].seconds_saved is None  # nothing ran that could be measured
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"count": 2},
+        {"guess_mode": True},
+        {"guess_mode": True, "count": 2},
+        {"guidance_scale": 1.0},
+        {"controlnet_conditioning_scale": 0.5},
+        {"control_guidance_start": 0.25},
+    ],
+    ids=lambda g: ", ".join(g),
+)
+def test_it_composes_with_what_the_stock_call_takes(kind, given):
+    """A table that is 1 at high noise and 0 below is an end; all else is the stock class's."""
+    pipe = drop_in(kind, control_schedule=LATE)
+    assert np.abs(draw(pipe, kind, **given) - draw(stock(kind), kind, control_guidance_end=0.5, **given)).max() < 1e-5
+
+
+@pytest.mark.parametrize("order", [[LATE, None], [None, LATE], [LATE, LATE]])
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_controlnets_have_a_strength_each(kind, order, count):
+    pipe = drop_in(kind, stock(kind, nets=2), control_schedule=order)
+    ends = [0.5 if one is LATE else 1.0 for one in order]
+    given = {"nets": 2, "count": count}
+    expected = draw(stock(kind, nets=2), kind, control_guidance_end=ends, control_guidance_start=[0.0, 0.0], **given)
+    assert np.abs(draw(pipe, kind, **given) - expected).max() < 1e-5
+    assert [use.skipped for use in pipe.control_use] == [2 if one is LATE else 0 for one in order]
+
+
+def test_all_extras_at_once_leave_nothing_behind(kind):
+    pipe = drop_in(kind, stock(kind, nets=2), control_schedule=LATE, domain_guidance=True, hand_over=0.3)
+    add_adapter(pipe.unet, "tuned", 1)
+    modules = [pipe.unet, *pipe.nets]
+    before = [traces(m) for m in modules]
+    assert np.isfinite(draw(pipe, kind, nets=2, count=2)).all()
+    assert all(same_traces(b, traces(m)) for b, m in zip(before, modules))
+    assert not any(hasattr(m, "_diffusers_hook") for m in modules)
+
+
+def test_a_controlnet_that_is_compiled_is_skipped_as_well():
+    torch._dynamo.reset()
+    pipe = drop_in("sd-control", control_schedule=LATE)
+    expected = draw(pipe, "sd-control")
+    pipe.controlnet = torch.compile(pipe.controlnet, backend="eager")
+    assert np.abs(draw(pipe, "sd-control") - expected).max() < 1e-5
+    assert pipe.control_use[0].skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([LATE, LATE, LATE], "control_schedule has 3 entries; expected one for each of 2 ControlNets"),
+        ({"kind": "table", "u": [0, 0.5], "strength": [0, 1]}, "covers u from 0 to 0.5"),
+        (0.5, "the schedule is 0.5; expected a power"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_told(kind, given, message):
+    pipe = drop_in(kind, stock(kind, nets=2))
+    with pytest.raises(UserError, match=message):
+        pipe.set_extras(control_schedule=given)
+    assert pipe.config.control_schedule is None
+
+
+# --- conditions as in training --------------------------------------------------------------------------------------
+
+
+def test_a_photo_becomes_the_condition_of_training(tmp_path, kind):
+    place = saved_net(kind, tmp_path / "net")
+    pipe = drop_in(kind, stock(kind), controlnet=ControlNetModel.from_pretrained(place))
+    by_hand = Conditioner(ControlSpec(**SPEC)).prepare(photo())
+    assert np.array(by_hand).any()  # something was found
+    found = draw(pipe, kind, image=photo(), preprocess=True)
+    assert np.array_equal(found, draw(pipe, kind, image=by_hand))
+    assert not np.allclose(found, draw(pipe, kind, image=photo()))
+
+
+def test_without_a_size_the_pictures_have_that_of_training(tmp_path, kind):
+    place = saved_net(kind, tmp_path / "net", resolution=24)
+    pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(place))
+    found = draw(pipe, kind, image=photo(), preprocess=True, height=None, width=None)
+    assert found.shape == (1, 24, 24, 3)
+
+
+def test_a_batch_of_photos(tmp_path, kind):
+    pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(saved_net(kind, tmp_path / "net")))
+    photos = [photo(0), photo(1)]
+    by_hand = [Conditioner(ControlSpec(**SPEC)).prepare(p) for p in photos]
+    found = draw(pipe, kind, count=2, image=photos, preprocess=True)
+    assert np.array_equal(found, draw(pipe, kind, count=2, image=by_hand))
+
+
+def test_several_controlnets_prepare_each_in_its_own_way(tmp_path, kind):
+    specs = [SPEC, SPEC | {"annotator": "shuffle", "params": {}}]
+    places = [saved_net(kind, tmp_path / str(i), 5 + i, **spec) for i, spec in enumerate(specs)]
+    nets = [ControlNetModel.from_pretrained(p) for p in places]
+    pipe = drop_in(kind, controlnet=nets)
+    assert [pipe.control_spec(i).annotator for i in range(2)] == ["canny", "shuffle"]
+    ready = condition(3)
+    by_hand = [Conditioner(ControlSpec(**SPEC)).prepare(photo()), ready]
+    found = draw(pipe, kind, image=[photo(), ready], preprocess=[True, False])
+    assert np.array_equal(found, draw(pipe, kind, image=by_hand))
+
+
+def test_several_controlnets_and_a_batch_take_rows_as_in_the_stock_class(tmp_path):
+    kind = "sd-control"  # the stock class for SDXL takes one condition for all of a batch
+    nets = [ControlNetModel.from_pretrained(saved_net(kind, tmp_path / str(i), 5 + i)) for i in range(2)]
+    pipe = drop_in(kind, controlnet=nets)
+    rows = [[photo(0), photo(1)], [photo(2), photo(3)]]
+    by_hand = [[Conditioner(ControlSpec(**SPEC)).prepare(p) for p in row] for row in rows]
+    found = draw(pipe, kind, nets=2, count=2, image=rows, preprocess=True)
+    assert np.array_equal(found, draw(pipe, kind, nets=2, count=2, image=by_hand))
+
+
+def test_the_spec_is_saved_and_found_again(tmp_path, kind):
+    nets = [ControlNetModel.from_pretrained(saved_net(kind, tmp_path / str(i), 5 + i)) for i in range(2)]
+    pipe = drop_in(kind, controlnet=nets)
+    expected = draw(pipe, kind, nets=2, image=[photo(), photo(1)], preprocess=True)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert (tmp_path / "pipe" / "controlnet_1" / SPEC_FILE).is_file()
+    again = DiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
+    again.set_progress_bar_config(disable=True)
+    found = draw(again, kind, nets=2, image=[photo(), photo(1)], preprocess=True)
+    assert np.array_equal(found, expected)
+
+
+def test_a_spec_that_was_set_goes_along(tmp_path, kind):
+    pipe = drop_in(kind)
+    pipe.set_control_specs(ControlSpec(**SPEC))
+    expected = draw(pipe, kind, image=photo(), preprocess=True)
+    other = OURS[kind].from_pipe(pipe)
+    assert np.array_equal(draw(other, kind, image=photo(), preprocess=True), expected)
+    pipe.save_pretrained(tmp_path)
+    assert ControlSpec.load(tmp_path / "controlnet") == ControlSpec(**SPEC)
+
+
+def test_a_missing_spec_is_told(kind):
+    with pytest.raises(UserError, match=r"no control_spec\.json beside the ControlNet \(not loaded from a folder\)"):
+        draw(drop_in(kind), kind, image=photo(), preprocess=True)
+
+
+def test_a_missing_spec_in_a_folder_is_told_with_the_folder(tmp_path, kind):
+    controlnet(stock(kind[:2])).save_pretrained(tmp_path)
+    pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(str(tmp_path)))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        draw(pipe, kind, image=photo(), preprocess=True)
+
+
+def test_a_spec_of_other_weights_is_refused(tmp_path, kind):
+    place = saved_net(kind, tmp_path / "net")
+    net = ControlNetModel.from_pretrained(place)
+    controlnet(stock(kind[:2]), 8).save_pretrained(place)
+    pipe = drop_in(kind, controlnet=net)
+    with pytest.raises(UserError, match="was written for other weights"):
+        draw(pipe, kind, image=photo(), preprocess=True)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 3, SIDE, SIDE), np.zeros((SIDE, SIDE, 3), np.uint8), "photo.png", []])
+def test_what_is_no_photo_is_told(tmp_path, kind, image):
+    pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(saved_net(kind, tmp_path / "net")))
+    with pytest.raises(UserError, match=r"preprocess=True takes PIL pictures; found \w+"):
+        draw(pipe, kind, image=image, preprocess=True)
+
+
+def test_too_few_photos_are_told(kind):
+    pipe = drop_in(kind, stock(kind, nets=2))
+    with pytest.raises(UserError, match="there are 1 images and 2 answers of preprocess for 2 ControlNets"):
+        draw(pipe, kind, image=[photo()], preprocess=True)
+
+
+@pytest.mark.parametrize("specs", [[], [ControlSpec(), ControlSpec()]])
+def test_specs_for_another_number_of_controlnets_are_told(kind, specs):
+    with pytest.raises(UserError, match=f"there are {len(specs)} control specs for 1 ControlNets"):
+        drop_in(kind).set_control_specs(specs)
+
+
+def test_a_spec_of_another_range_is_told(kind):
+    with pytest.raises(UserError, match="values are in -1 to 1, the pipeline gives 0 to 1"):
+        drop_in(kind).set_control_specs(ControlSpec(value_range=(-1.0, 1.0)))
+
+
+# --- adding a control -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_a_control_is_added_to_a_running_pipeline(tmp_path, kind, ours):
+    plain = stock(kind[:2])
+    add_adapter(plain.unet, "tuned", 1)
+    running = drop_in(kind[:2], plain, hand_over=0.2) if ours else plain
+    before = traces(running.unet)
+    found = add_control(running, saved_net(kind, tmp_path / "net"))
+    found.set_progress_bar_config(disable=True)
+    assert type(found) is OURS[kind]
+    assert found.unet is running.unet
+    assert found.vae is running.vae
+    assert same_traces(before, traces(running.unet))
+    assert found.extras.hand_over == (0.2 if ours else None)
+    reference = stock(kind)
+    add_adapter(reference.unet, "tuned", 1)
+    found.set_extras(hand_over=None)
+    assert np.array_equal(draw(found, kind), draw(reference, kind))
+    assert np.isfinite(draw(found, kind, image=photo(), preprocess=True)).all()
+
+
+def test_settings_are_given_in_the_same_call(kind):
+    found = add_control(stock(kind[:2]), controlnet(stock(kind[:2])), spec=ControlSpec(**SPEC), control_schedule=LATE)
+    assert found.config.control_schedule == [LATE]
+    assert found.control_spec() == ControlSpec(**SPEC)
+
+
+def test_a_further_control_comes_after_those_there_are(tmp_path, kind):
+    first = add_control(stock(kind[:2]), saved_net(kind, tmp_path / "first"))
+    both = add_control(first, controlnet(stock(kind[:2]), 6), spec=ControlSpec(**SPEC))
+    both.set_progress_bar_config(disable=True)
+    assert both.nets[0] is first.controlnet
+    assert both.control_spec(0) == both.control_spec(1) == ControlSpec(**SPEC)
+    assert np.array_equal(draw(both, kind, nets=2), draw(stock(kind, nets=2), kind, nets=2))
+
+
+def test_several_at_once(kind):
+    nets = [controlnet(stock(kind[:2]), 5 + i) for i in range(2)]
+    found = add_control(stock(kind[:2]), nets)
+    found.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(found, kind, nets=2), draw(stock(kind, nets=2), kind, nets=2))
+
+
+def test_the_control_takes_the_pipeline_s_dtype(kind):
+    running = stock(kind[:2]).to(torch.bfloat16)
+    found = add_control(running, controlnet(stock(kind[:2])))
+    assert {m.dtype for m in found.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
+
+
+def test_a_control_of_another_base_is_told_with_what_differs(kind):
+    other = {"sd-control": "xl", "xl-control": "sd"}[kind]
+    with pytest.raises(UserError, match=r"does not fit this model: its cross_attention_dim is \d+, the model's \d+"):
+        add_control(stock(kind[:2]), controlnet(stock(other)))
+
+
+def test_a_controlnet_that_is_not_there_is_told(tmp_path, kind):
+    with pytest.raises(UserError, match=r"the ControlNet .*nothing could not be loaded|is no directory here"):
+        add_control(stock(kind[:2]), tmp_path / "nothing")
+
+
+def test_another_kind_of_pipeline_is_told():
+    pipe = StableDiffusionImg2ImgPipeline(**stock("sd").components, requires_safety_checker=False)
+    with pytest.raises(
+        UserError, match="and this is a StableDiffusionImg2ImgPipeline; make one of those with from_pipe"
+    ):
+        add_control(pipe, controlnet(stock("sd")))
+
+
+def test_a_full_run_s_source_comes_along(kind):
+    running = drop_in(kind[:2], source_unet=source_unet(kind), domain_guidance=True)
+    found = add_control(running, controlnet(stock(kind[:2])))
+    assert found.source_unet is running.source_unet
+    assert found.extras.domain_guidance

@@ -1,0 +1,330 @@
+"""What the extras make a denoiser predict, against forwards and formulas written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from peft import IA3Config, LoHaConfig, LoraConfig
+from pipeline_samples import OURS, SIDE, STEPS, add_adapter, arguments, draw, drop_in, source_unet, stock
+from torch import Tensor
+
+from difftuning_control.errors import UserError
+
+KINDS = list(OURS)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Recorded:
+    """Every forward of a pipeline's UNet in a call: inputs, timestep, and what it answered with all hooks on."""
+
+    def __init__(self, pipe: Any, kind: str, **given: Any):
+        self.steps: list[tuple[tuple, dict, float, Tensor]] = []
+
+        def keep(module, args, kwargs, output):
+            self.steps.append((args, kwargs, float(args[1]), output[0].clone()))
+
+        handle = pipe.unet.register_forward_hook(keep, with_kwargs=True)
+        self.picture = draw(pipe, kind, **given)
+        handle.remove()
+
+    def answers(self, unet: Any) -> list[Tensor]:
+        """What another UNet predicts for the same inputs."""
+        with torch.no_grad():
+            return [unet.eval()(*args, **kwargs)[0] for args, kwargs, _, _ in self.steps]
+
+
+def unet_with(kind: str, adapters: dict[str, float]) -> Any:
+    """A UNet of its own with these adapters at these weights; equal names have equal weights everywhere."""
+    unet = stock(kind).unet
+    for name in adapters:
+        add_adapter(unet, name, {"tuned": 1, "style": 2}[name])
+    if adapters:
+        unet.set_adapters(list(adapters), list(adapters.values()))
+    return unet
+
+
+def with_both(kind: str, **settings: Any) -> Any:
+    """Ours with the adapter that was tuned and one that the user loaded, each at a weight of its own."""
+    pipe = drop_in(kind, tuned_adapters="tuned", **settings)
+    for name, seed in (("tuned", 1), ("style", 2)):
+        add_adapter(pipe.unet, name, seed)
+    pipe.unet.set_adapters(["tuned", "style"], [0.8, 0.6])
+    return pipe
+
+
+def halves(answers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [tuple(a.chunk(2)) for a in answers]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+# --- Domain Guidance ------------------------------------------------------------------------------------------------
+
+
+def test_the_unconditional_half_comes_without_the_tuned_adapter_and_with_the_others(kind):
+    found = Recorded(with_both(kind, domain_guidance=True), kind, count=2)
+    pretrained = found.answers(unet_with(kind, {"style": 0.6}))
+    tuned = found.answers(unet_with(kind, {"tuned": 0.8, "style": 0.6}))
+    assert len(found.steps) == STEPS
+    for (_, _, _, answer), (unconditional, _), (plain, conditional) in zip(
+        found.steps, halves(pretrained), halves(tuned)
+    ):
+        first, second = answer.chunk(2)
+        assert_close(first, unconditional)
+        assert_close(second, conditional)
+        assert (first - plain).abs().max() > 100 * TOLERANCE  # the tuned model's own would be another
+
+
+def test_pictures_are_those_of_two_forwards_and_the_formula():
+    """The whole of sampling by hand: DDIM, ε = ε_pretrained(∅) + w (ε_tuned(c) − ε_pretrained(∅))."""
+    pipe = with_both("sd", domain_guidance=True)
+    scale, given = 4.0, arguments("sd", output_type="latent", negative_prompt=["dog"])
+    found = pipe(**given | {"guidance_scale": scale}).images
+    tuned, pretrained = unet_with("sd", {"tuned": 0.8, "style": 0.6}), unet_with("sd", {"style": 0.6})
+    reference = stock("sd")
+    prompt, empty = reference.encode_prompt(["red 1"], "cpu", 1, True, ["dog"])
+    scheduler = DDIMScheduler.from_config(reference.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    latents = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            unconditional = pretrained(latents, t, empty, return_dict=False)[0]
+            conditional = tuned(latents, t, prompt, return_dict=False)[0]
+            guided = unconditional + scale * (conditional - unconditional)
+            latents = scheduler.step(guided, t, latents).prev_sample
+    assert (found - latents).abs().max() < TOLERANCE * latents.abs().max()
+
+
+def test_full_weights_take_the_unconditional_half_from_the_source(kind):
+    source = source_unet(kind)
+    pipe = drop_in(kind, source_unet=source, domain_guidance=True)
+    found = Recorded(pipe, kind, count=2, negative_prompt=["dog", "red"])
+    pretrained, tuned = found.answers(source), found.answers(stock(kind).unet)
+    for (_, _, _, answer), (unconditional, _), (_, conditional) in zip(found.steps, halves(pretrained), halves(tuned)):
+        assert_close(answer, torch.cat([unconditional, conditional]))
+
+
+def test_guidance_rescale_and_a_scale_of_the_adapter_compose(kind):
+    more: dict[str, Any] = {"cross_attention_kwargs": {"scale": 0.5}}
+    if not kind.endswith("control"):
+        more["guidance_rescale"] = 0.7
+    found = Recorded(with_both(kind, domain_guidance=True), kind, **more)
+    for step in found.steps:
+        step[1]["cross_attention_kwargs"] = None
+    pretrained = found.answers(unet_with(kind, {"style": 0.3}))
+    tuned = found.answers(unet_with(kind, {"tuned": 0.4, "style": 0.3}))
+    for (_, _, _, answer), (unconditional, _), (_, conditional) in zip(found.steps, halves(pretrained), halves(tuned)):
+        assert_close(answer, torch.cat([unconditional, conditional]))
+
+
+def test_a_text_encoder_s_adapter_is_off_for_negative_prompts(kind):
+    pipe = drop_in(kind, domain_guidance=True)
+    add_adapter(pipe.unet, "tuned", 1)
+    pipe.text_encoder.add_adapter(
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), adapter_name="tuned"
+    )
+    found = Recorded(pipe, kind, negative_prompt=["dog"])
+    plain = stock(kind)
+    both = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    positive, negative = plain.encode_prompt(["red 1"], negative_prompt=["dog"], **both)[:2]
+    tuned = pipe.encode_prompt(["red 1"], negative_prompt=["dog"], **both)[:2]
+    assert not torch.allclose(tuned[1], negative, atol=1e-3)  # outside of a call it is the stock class's
+    for _, kwargs, _, _ in found.steps:
+        first, second = kwargs["encoder_hidden_states"].chunk(2)
+        assert_close(first, negative)
+        assert_close(second, tuned[0])
+        assert not torch.allclose(second, positive, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, IA3Config, "dora"], ids=["loha", "ia3", "dora"])
+def test_adapters_of_other_kinds_are_switched_off_as_well(config):
+    pipe = drop_in("sd", domain_guidance=True)
+    if config == "dora":
+        settings = LoraConfig(r=2, target_modules=["to_q", "to_v"], use_dora=True, init_lora_weights=False)
+    elif config is IA3Config:
+        settings = IA3Config(target_modules=["to_q", "to_v"], feedforward_modules=[], init_ia3_weights=False)
+    else:
+        settings = LoHaConfig(r=2, target_modules=["to_q", "to_v"], init_weights=False)
+    pipe.unet.add_adapter(settings, adapter_name="tuned")
+    for name, parameter in pipe.unet.named_parameters():
+        if "tuned" in name:
+            parameter.data += 0.3
+    found = Recorded(pipe, "sd")
+    for (_, _, _, answer), (expected, _), (_, conditional) in zip(
+        found.steps, halves(found.answers(stock("sd").unet)), halves(found.answers(pipe.unet))
+    ):
+        assert_close(answer, torch.cat([expected, conditional]))
+        assert not torch.allclose(answer.chunk(2)[1], found.answers(stock("sd").unet)[0].chunk(2)[1], atol=1e-4)
+    pipe.set_extras(adapter_schedule={"kind": "power", "tau": 1.0})
+    if config is IA3Config:
+        with pytest.raises(UserError, match=r"needs adapters with a scale, and tuned has none \(a ia3\)"):
+            draw(pipe, "sd")
+    else:
+        assert np.isfinite(draw(pipe, "sd")).all()
+
+
+def test_it_is_what_it_is_where_the_adapter_does_nothing(kind):
+    """With an untrained adapter both branches are the pretrained model's, and so is the picture."""
+    pipe = drop_in(kind, domain_guidance=True)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="tuned")
+    assert np.abs(draw(pipe, kind) - draw(stock(kind), kind)).max() < 1e-4
+
+
+# --- schedules and hand-over ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_adapter_acts_with_the_strength_of_each_step(kind, guided):
+    table = {"kind": "table", "u": [0, 0.3, 1], "strength": [0, 0.4, 1]}
+    pipe = with_both(kind, adapter_schedule=table, domain_guidance=guided)
+    found = Recorded(pipe, kind)
+    for i, (_, _, timestep, answer) in enumerate(found.steps):
+        strength = np.interp((timestep + 1) / 1000, table["u"], table["strength"])
+        scaled = unet_with(kind, {"tuned": 0.8 * strength, "style": 0.6})
+        expected = found.answers(scaled)[i]
+        if guided:
+            pretrained = found.answers(unet_with(kind, {"style": 0.6}))[i]
+            expected = torch.cat([pretrained.chunk(2)[0], expected.chunk(2)[1]])
+        assert_close(answer, expected)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
+def test_below_u0_the_pretrained_model_finishes(kind, full):
+    source = source_unet(kind)
+    pipe = drop_in(kind, source_unet=source, hand_over=0.5) if full else with_both(kind, hand_over=0.5)
+    found = Recorded(pipe, kind)
+    pretrained = found.answers(source if full else unet_with(kind, {"style": 0.6}))
+    tuned = found.answers(stock(kind).unet if full else unet_with(kind, {"tuned": 0.8, "style": 0.6}))
+    places = [(timestep + 1) / 1000 > 0.5 for _, _, timestep, _ in found.steps]
+    assert set(places) == {True, False}
+    for (_, _, _, answer), above, theirs, ours in zip(found.steps, places, pretrained, tuned):
+        assert_close(answer, ours if above else theirs)
+
+
+def test_all_of_them_at_once(kind):
+    pipe = with_both(kind, hand_over=0.4, adapter_schedule=lambda u: u / 2, domain_guidance=True)
+    found = Recorded(pipe, kind, count=2)
+    pretrained = found.answers(unet_with(kind, {"style": 0.6}))
+    for i, (_, _, timestep, answer) in enumerate(found.steps):
+        u = (timestep + 1) / 1000
+        tuned = found.answers(unet_with(kind, {"tuned": 0.4 * u, "style": 0.6}))[i]
+        mixed = torch.cat([pretrained[i].chunk(2)[0], tuned.chunk(2)[1]])
+        assert_close(answer, mixed if u > 0.4 else pretrained[i])
+
+
+def test_without_guidance_the_schedules_act_on_the_whole_batch(kind):
+    pipe = with_both(kind, hand_over=0.5, adapter_schedule={"kind": "power", "tau": 1.0})
+    found = Recorded(pipe, kind, guidance_scale=1.0)
+    pretrained = found.answers(unet_with(kind, {"style": 0.6}))
+    for i, (args, _, timestep, answer) in enumerate(found.steps):
+        u = (timestep + 1) / 1000
+        assert len(args[0]) == 1
+        tuned = found.answers(unet_with(kind, {"tuned": 0.8 * u, "style": 0.6}))[i]
+        assert_close(answer, tuned if u > 0.5 else pretrained[i])
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_have_the_same_noise_levels(scheduler):
+    seen = []
+    pipe = with_both("sd", adapter_schedule=lambda u: seen.append(u) or 1.0)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    found = Recorded(pipe, "sd")
+    assert seen == pytest.approx([(t + 1) / 1000 for _, _, t, _ in found.steps], abs=1e-3)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_function_out_of_its_range_leaves_the_weights_as_they_were(kind):
+    pipe = with_both(kind, adapter_schedule=lambda u: 3 * u)
+    before = [dict(m.scaling) for m in pipe.unet.modules() if hasattr(m, "scaling")]
+    with pytest.raises(UserError, match=r"the schedule gives .* at u = "):
+        draw(pipe, kind)
+    assert [dict(m.scaling) for m in pipe.unet.modules() if hasattr(m, "scaling")] == before
+
+
+# --- with what else changes a denoiser ------------------------------------------------------------------------------
+
+
+def load_ip_adapter(unet: Any, width: int) -> None:
+    """A tiny IP-Adapter in the layout of the published ones."""
+    generator = torch.Generator().manual_seed(4)
+    size = unet.config.cross_attention_dim
+    layers: dict[str, Tensor] = {}
+    cross = [(i, m) for i, (n, m) in enumerate((n, m) for n, m in unet.named_modules() if n.endswith("attn2"))]
+    for i, attention in cross:
+        for part in ("k", "v"):
+            shape = (attention.inner_dim, size)
+            layers[f"{2 * i + 1}.to_{part}_ip.weight"] = 0.2 * torch.randn(shape, generator=generator)
+    projection = {
+        "proj.weight": torch.randn(size * 4, width, generator=generator), "proj.bias": torch.zeros(size * 4),
+        "norm.weight": torch.ones(size), "norm.bias": torch.zeros(size),
+    }  # fmt: skip
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+
+
+def test_an_ip_adapter_goes_on_seeing_its_picture(kind):
+    pipe = with_both(kind, domain_guidance=True)
+    others = {name: unet_with(kind, names) for name, names in (
+        ("pretrained", {"style": 0.6}), ("tuned", {"tuned": 0.8, "style": 0.6})
+    )}  # fmt: skip
+    for unet in (pipe.unet, *others.values()):
+        load_ip_adapter(unet, 6)
+    embeds = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))
+    found = Recorded(pipe, kind, ip_adapter_image_embeds=[embeds])
+    pretrained, tuned = (halves(found.answers(others[n])) for n in ("pretrained", "tuned"))
+    for (_, _, _, answer), (unconditional, _), (_, conditional) in zip(found.steps, pretrained, tuned):
+        assert_close(answer, torch.cat([unconditional, conditional]))
+    assert not np.allclose(found.picture, draw(pipe, kind, ip_adapter_image_embeds=[0 * embeds]))
+
+
+def test_an_ip_adapter_that_the_source_has_not_is_told(kind):
+    pipe = drop_in(kind, source_unet=source_unet(kind), domain_guidance=True)
+    load_ip_adapter(pipe.unet, 6)
+    with pytest.raises(UserError, match="an IP-Adapter is loaded into the UNet, but not into source_unet"):
+        draw(pipe, kind, ip_adapter_image_embeds=[torch.zeros(2, 1, 6)])
+
+
+@pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
+def test_model_offload_gives_the_same_pictures(kind, settings):
+    pipe = with_both(kind, **settings)
+    expected = draw(pipe, kind)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # the stock call takes all offload hooks off and puts them on again at its end
+        assert np.array_equal(draw(pipe, kind), expected)
+    pipe.remove_all_hooks()
+    assert np.array_equal(draw(pipe, kind), expected)
+
+
+@pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
+def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
+    torch._dynamo.reset()
+    pipe = drop_in("sd", source_unet=source_unet("sd"), **settings) if full else with_both("sd", **settings)
+    expected = draw(pipe, "sd")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    for _ in range(2):
+        assert np.abs(draw(pipe, "sd") - expected).max() < 1e-4
+    assert not hasattr(pipe.unet._orig_mod, "_diffusers_hook")
+
+
+def test_what_cannot_be_with_a_compiled_denoiser_is_told():
+    pipe = with_both("sd", adapter_schedule={"kind": "power", "tau": 1.0})
+    plain = pipe.unet
+    pipe.unet = torch.compile(plain, backend="eager")
+    with pytest.raises(UserError, match="compiled and would be compiled anew for every value of adapter_schedule"):
+        draw(pipe, "sd")
+    pipe.unet = plain
+    pipe.set_extras(adapter_schedule=None, domain_guidance=True)
+    plain.compile(backend="eager")
+    with pytest.raises(UserError, match=r"the UNet was compiled in place \(unet\.compile\(\)\), where no hook reaches"):
+        draw(pipe, "sd")
