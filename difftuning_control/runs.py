@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.adapters import LORA_FILE
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
