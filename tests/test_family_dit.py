@@ -511,8 +511,8 @@ def trained_and_began(recipe: Recipe, monkeypatch) -> tuple[Any, dict, Any]:
     """The family of a run once it is trained, its trainable weights as they began, and the base's state then."""
     loaded, began, states = [], {}, {}
 
-    def load(*args: Any) -> Any:
-        loaded.append(load_family(*args))
+    def load(*args: Any, **options: Any) -> Any:
+        loaded.append(load_family(*args, **options))
         return loaded[-1]
 
     class Watched(trainer.TrainingLoop):

@@ -114,4 +114,4 @@ def tiny_dit(seed: int = 0, variance: bool = True, classes: int = 1000, names: t
         sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=4,
     )  # fmt: skip
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
-    return DiTPipeline(transformer, tiny_vae(), scheduler, id2label=dict(enumerate(names)))
+    return DiTPipeline(transformer, tiny_vae(None), scheduler, id2label=dict(enumerate(names)))

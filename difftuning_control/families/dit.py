@@ -23,7 +23,15 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_lora import NAMES, TunableDiT, load_lora, save_lora, tables_of, unload_lora
+from difftuning_control.families.dit_lora import (
+    NAMES,
+    TunableDiT,
+    follow_adapter,
+    load_lora,
+    save_lora,
+    tables_of,
+    unload_lora,
+)
 from difftuning_control.families.family import Family
 from difftuning_control.fingerprint import digest_of, write_json
 
@@ -155,12 +163,10 @@ class DiT(Family):
         self.has_new_classes = True
 
     def trained_whole(self) -> list[nn.Parameter]:
-        """The tables of a new label space; once asked for, the pretrained ones are kept beside them."""
+        """The tables of a new label space, which are the pretrained ones wherever the adapter is off."""
         if not self.has_new_classes:
             return []
-        tables = tables_of(self.denoiser)
-        self.denoiser.others = [table.weight.detach().clone() for table in tables]
-        return [table.get_parameter("weight") for table in tables]
+        return [table.get_parameter("weight") for table in follow_adapter(self.denoiser)]
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import LabelEmbedding
@@ -22,37 +23,42 @@ NAMES = "id2label"  # in the header of a LoRA with classes of its own, and in a 
 
 
 class TunableDiT(DiTTransformer2DModel, PeftAdapterMixin):
-    """diffusers' DiT with the methods for adapters that its other transformers have.
+    """diffusers' DiT with the methods for adapters that its other transformers have."""
 
-    `others` are the class embeddings that do not act at the moment, of a model that was given new classes: without its
-    adapter it is the pretrained model, with the embeddings that it had before.
-    """
-
-    others: list[Tensor] | None = None
-    is_pretrained = False
     labels_before: dict[str, int] | None = None  # of the pipeline, while a LoRA with classes of its own is on
-
-    def disable_adapters(self) -> None:
-        super().disable_adapters()
-        self._exchange(True)
-
-    def enable_adapters(self) -> None:
-        super().enable_adapters()
-        self._exchange(False)
-
-    def _exchange(self, pretrained: bool) -> None:
-        if self.others is not None and pretrained != self.is_pretrained:
-            for table, rows in zip(tables_of(self), self.others):
-                table.weight.data, rows.data = rows.data, table.weight.data
-            self.is_pretrained = pretrained
 
 
 TunableDiT.__name__ = DiTTransformer2DModel.__name__  # which is what `save_pretrained` writes down
 
 
+class ClassTable(nn.Embedding):
+    """Class embeddings that were made anew beside an adapter: where the adapter is off, the pretrained ones act."""
+
+    pretrained: Tensor
+    beside: tuple[Any]  # one of the adapter's layers; in a tuple, so that it does not count as a part of this one
+
+    def forward(self, labels: Tensor) -> Tensor:
+        (layer,) = self.beside
+        acts = not layer.disable_adapters and any(name in layer.lora_A for name in layer.active_adapters)
+        return F.embedding(labels, self.weight if acts else self.pretrained.to(self.weight.dtype))
+
+
 def tables_of(transformer: Any) -> list[nn.Embedding]:
     """The class embeddings, one table a block: a row a class, the last one for none."""
     return [m.embedding_table for m in transformer.modules() if isinstance(m, LabelEmbedding)]
+
+
+def follow_adapter(transformer: Any) -> list[ClassTable]:
+    """Let the tables go on and off with the adapter on this transformer; what they hold now is the pretrained state."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(m for m in transformer.modules() if isinstance(m, BaseTunerLayer))
+    found: list[Any] = tables_of(transformer)
+    for table in found:
+        table.__class__ = ClassTable
+        table.register_buffer("pretrained", table.weight.detach().clone(), persistent=False)
+        table.beside = (layer,)
+    return found
 
 
 def _table_names(transformer: Any) -> list[str]:
@@ -106,8 +112,8 @@ def load_lora(pipe: Any, path: str | Path) -> None:
     transformer.load_lora_adapter(tensors, prefix="transformer", metadata=metadata)
     if not names:
         return
+    follow_adapter(transformer)
     parameters = dict(transformer.named_parameters())
-    transformer.others = [table.weight.detach().clone() for table in tables_of(transformer)]
     with torch.no_grad():
         for name, values in rows.items():
             parameters[name][: len(names)] = values[:-1].to(parameters[name])
@@ -125,9 +131,12 @@ def _header(path: Path) -> dict[str, str]:
 
 def unload_lora(pipe: Any) -> None:
     """Take the LoRA off again: weights, class embeddings and names are what they were."""
-    transformer = pipe.transformer
-    if transformer.others is not None:
-        transformer.disable_adapters()  # which puts the pretrained class embeddings back
-        pipe.labels = transformer.labels_before
-        transformer.others, transformer.is_pretrained, transformer.labels_before = None, False, None
-    transformer.unload_lora()
+    tables: list[Any] = tables_of(pipe.transformer)
+    for table in tables:
+        if isinstance(table, ClassTable):
+            table.weight.data = table.pretrained.to(table.weight.dtype)
+            del table.pretrained, table.beside
+            table.__class__ = nn.Embedding  # type: ignore[assignment]
+    if pipe.transformer.labels_before is not None:
+        pipe.labels, pipe.transformer.labels_before = pipe.transformer.labels_before, None
+    pipe.transformer.unload_lora()
