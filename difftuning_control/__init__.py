@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.discovery import PIPELINES, register
 
 if TYPE_CHECKING:
+    from difftuning_control.adapter_files import load_adapter, unload_adapter
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
     from difftuning_control.control import Conditioner, ControlSpec
@@ -37,6 +38,7 @@ _HOME = {
     "UserError": "errors",
     "embedded_model": "families",
     "family_of": "families",
+    "load_adapter": "adapter_files",
     "load_family": "families",
     "NoiseProcess": "noise",
     "DiffTuningObjective": "objective",
@@ -51,6 +53,7 @@ _HOME = {
     "load_source": "source",
     "save_difference": "source",
     "train": "trainer",
+    "unload_adapter": "adapter_files",
 }
 __all__ = [
     "BankRequest",
@@ -74,11 +77,13 @@ __all__ = [
     "add_control",
     "embedded_model",
     "family_of",
+    "load_adapter",
     "load_family",
     "load_source",
     "per_sample_loss",
     "save_difference",
     "train",
+    "unload_adapter",
 ]
 __version__ = "0.1.0"
 register()

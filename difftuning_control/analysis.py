@@ -102,6 +102,12 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
     family = load_base(recipe).to(best_device())
     if record is not None and run is not None:
         check_base(family, record, run)
+    family.encodes_in_step = recipe.adapter.text_encoder
+    if config.staged and recipe.adapter.text_encoder:
+        raise UserError(
+            f"staged sampling hands over between two denoisers, but {run} tuned the text encoder too; leave out "
+            "analysis.staged."
+        )
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
@@ -127,7 +133,7 @@ def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisCo
         rows=config.rows, draws=config.draws, seed=config.seed,
     )  # fmt: skip
     with progress(1, "transfer gap"):
-        gap, losses = transfer_gap(rows, family.denoiser)
+        gap, losses = transfer_gap(rows, family.model)
     return {
         "model": recipe.model.id,
         "data": {"path": recipe.data.path, "pictures": len(found.data), "resolution": found.resolution},
@@ -161,10 +167,10 @@ def _of_run(
         for role, part in parts.items()
     }
     with progress(2, "forgetting") as advance:
-        base = {role: validator.rows(family.denoiser) for role, validator in rows.items()}
+        base = {role: validator.rows(family.model) for role, validator in rows.items()}
         advance(1)
         with tuned_model(family, run, record) as tuned:
-            after = {role: validator.rows(tuned.denoiser) for role, validator in rows.items()}
+            after = {role: validator.rows(tuned.model) for role, validator in rows.items()}
         advance(1)
     u = rows["bank"].centres
     forgot, rise = (compare(base[role], after[role], u) for role in ("bank", "target"))

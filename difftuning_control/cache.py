@@ -158,8 +158,14 @@ class PromptEmbeddings:
 def cached_embeddings(
     family: Family, prompts: list[str], folder: Path, advance: Advance, batch_size: int = 32
 ) -> PromptEmbeddings:
-    """Embeddings of the different prompts and of the empty one, from the cache where it has them."""
+    """Embeddings of the different prompts and of the empty one, from the cache where it has them.
+
+    Tokens instead, and no cache, where the family encodes them in the step.
+    """
     unique = ["", *dict.fromkeys(p for p in prompts if p)]
+    if family.encodes_in_step:
+        advance(len(unique))
+        return PromptEmbeddings({p: i for i, p in enumerate(unique)}, family.tokenize(unique))
     path = folder / f"prompts-{digest_of([unique, family.conditioning_fingerprint])}.safetensors"
     tensors = read_tensors(path)
     if tensors is None:

@@ -97,6 +97,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
+    _check_adapter(request, recipe)
     check_outputs(record, request.run)
     _check_place(request, record, overwrite)
     if request.push is not None:
@@ -127,6 +128,19 @@ def _check_method(request: ExportRequest, method: str) -> None:
         raise UserError(
             f"{what}, beside which the base's UNet is still there; leave out --source_unet {request.source_unet}."
         )
+
+
+def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
+    """Refuse what another program would run otherwise than it was trained, or what no weights could hold."""
+    if recipe.method != "lora":
+        return
+    kind, what = recipe.adapter.kind, f"the adapter of the run {request.run} is a {recipe.adapter.kind}"
+    if request.format != "diffusers" and (kind != "lora" or recipe.adapter.text_encoder):
+        what += " with a part on the text encoder" if kind == "lora" else ""
+        raise UserError(f"{what}, which {request.format}'s LoRA files do not hold here; export it for diffusers.")
+    if request.adapter == "fused" and kind in ("tlora", "difffit"):
+        why = "acts by the noise level" if kind == "tlora" else "scales outputs, not weights"
+        raise UserError(f"{what}, which {why} and cannot be fused; leave out --adapter fused.")
 
 
 def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool) -> None:
@@ -219,7 +233,7 @@ def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import create_repo, upload_folder
 
     try:
-        create_repo(repo, exist_ok=True)
+        create_repo(repo, private=True, exist_ok=True)  # making it public is a decision of its own
         upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported with difftuning-control")
     except Exception as error:  # the network's and the Hub's errors are of many classes
         reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__

@@ -96,8 +96,12 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
-        name = "" if parts.file is None else f", weight_name={json.dumps(parts.file, ensure_ascii=False)}"
-        body.append(f"pipe.load_lora_weights(folder{name})")
+        if recipe.adapter.kind in ("lora", "dora"):
+            name = "" if parts.file is None else f", weight_name={json.dumps(parts.file, ensure_ascii=False)}"
+            body.append(f"pipe.load_lora_weights(folder{name})")
+        else:
+            used["difftuning_control"].append("load_adapter")
+            body.append("load_adapter(pipe, folder)")
     if request.source_unet == "difference":
         used["difftuning_control"].append("load_source")
         body.append('source = load_source(pipe.unet, f"{folder}/source_difference.safetensors")')

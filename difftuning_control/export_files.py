@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from difftuning_control.adapters import ADAPTER, LORA_FILE, ControlNetTuning, FullTuning, merged
+from difftuning_control.adapter_files import load_adapter, merge_adapter
+from difftuning_control.adapter_kinds import ADAPTER
+from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
 from difftuning_control.families import load_controlnet, load_family
-from difftuning_control.fingerprint import read_tensors, sort_metadata, write_json, write_tensors, write_text
+from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors, write_text
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 from difftuning_control.runs import check_base
 from difftuning_control.source import save_difference
@@ -91,17 +93,19 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     if request.base == "copied":
         dtype = request.torch_dtype or _stored_dtype(pipe.unet, recipe.model.variant)
         if request.adapter == "fused":
-            pipe.load_lora_weights(request.run, adapter_name=ADAPTER)
-            unet = merged(pipe.unet)
-            pipe.unload_lora_weights()
-            pipe.register_modules(unet=unet)
+            load_adapter(pipe, request.run)
+            merge_adapter(pipe)
         pipe.to(dtype)
         base.save_pipeline(folder)
     if request.adapter == "separate":
-        if request.torch_dtype is None:
-            shutil.copyfile(run / LORA_FILE, folder / LORA_FILE)
-        else:
-            _cast_file(run / LORA_FILE, folder / LORA_FILE, request.torch_dtype)
+        result = run / adapter_result(recipe.adapter)
+        for file in sorted(result.iterdir()) if result.is_dir() else [result]:
+            target = folder / file.relative_to(run)
+            target.parent.mkdir(exist_ok=True)
+            if request.torch_dtype is None or file.suffix != ".safetensors":
+                shutil.copyfile(file, target)
+            else:
+                _cast_file(file, target, request.torch_dtype)
     return pipe
 
 
@@ -155,7 +159,7 @@ def _cast_file(source: Path, target: Path, dtype: torch.dtype) -> None:
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
     write_tensors(target, {k: v.to(dtype) for k, v in tensors.items()}, metadata)
-    sort_metadata(target)
+    set_metadata(target, {})
 
 
 def _amend(path: Path, **changes: Any) -> None:

@@ -238,7 +238,7 @@ def measure_schedule(
 ) -> tuple[TabulatedSchedule, dict[str, Any]]:
     """The schedule of the pretrained model on these data, and what was measured, as `schedule.json` holds it."""
     measured = loss_rows(family, target, part_of(bank, bank.prompts), embeddings, rows=rows, seed=seed)
-    gap, losses = transfer_gap(measured, family.denoiser)
+    gap, losses = transfer_gap(measured, family.model)
     schedule = fit_schedule(gap.u, gap.mean)
     record = schedule.to_dict() | {"gap": gap.to_dict(), "losses": losses, "advice": advice(gap), "rows": rows}
     return schedule, record

@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from difftuning_control.adapter_kinds import own_parts
+from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.strength import check_u
 
@@ -42,17 +44,20 @@ AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in 
 
 
 def tuner_layers(module: nn.Module) -> list[Any]:
-    """The peft layers of a module, whose adapters can be switched."""
+    """The peft layers of a module, whose adapters can be switched, and what trains whole beside them or alone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    return layers + [part for part in own_parts(module).values() if isinstance(part, TrainedWhole)]
 
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the adapters that act in a module now, in the order of its layers; fused and disabled ones do not."""
     found: dict[str, None] = {}
     for layer in tuner_layers(module):
-        if not layer.disable_adapters:
+        if isinstance(layer, TrainedWhole):
+            found[layer.name] = None
+        elif not layer.disable_adapters:
             its = layer._get_available_adapters() - set(layer.merged_adapters)
             found |= {name: None for name in layer.active_adapters if name in its}
     return list(found)
@@ -64,20 +69,25 @@ def adapters_at(layers: Sequence[Any], names: Sequence[str], strength: float) ->
     if strength == 1:
         yield
         return
-    kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in layers]
-    try:
-        for layer, _, scaling in kept:
-            if strength == 0:  # off rather than scaled by 0, which holds for DoRA too; `set_adapter` would also make
-                # adapters trainable
-                layer._active_adapter = [n for n in layer.active_adapters if n not in names]
-            elif scaling:
-                layer.scaling.update({n: scaling[n] * strength for n in names if n in scaling})
-        yield
-    finally:
-        for layer, active, scaling in kept:
-            layer._active_adapter = active
-            if scaling:
-                layer.scaling.update(scaling)
+    fits = [layer for layer in layers if isinstance(layer, TrainedWhole) and layer.name in names]
+    tuned = [layer for layer in layers if not isinstance(layer, TrainedWhole)]
+    kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in tuned]
+    with ExitStack() as stack:
+        for fit in fits:
+            stack.enter_context(fit.at(strength))
+        try:
+            for layer, _, scaling in kept:
+                if strength == 0:  # off rather than scaled by 0, which holds for DoRA too; `set_adapter` would also
+                    # make adapters trainable
+                    layer._active_adapter = [n for n in layer.active_adapters if n not in names]
+                elif scaling:
+                    layer.scaling.update({n: scaling[n] * strength for n in names if n in scaling})
+            yield
+        finally:
+            for layer, active, scaling in kept:
+                layer._active_adapter = active
+                if scaling:
+                    layer.scaling.update(scaling)
 
 
 @dataclass(frozen=True)
@@ -178,7 +188,7 @@ def can_mask(weights: TunedWeights) -> bool:
     """Whether the tuned weights are plain LoRAs, which act on each row by itself and not at all where A gives 0."""
     from peft.tuners.lora import LoraLayer
 
-    if weights.source is not None:
+    if weights.source is not None or any(isinstance(layer, TrainedWhole) for layer in weights.layers):
         return False
     mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]
     return all(
@@ -261,8 +271,10 @@ def hand_over(tuned: Family, u0: float, *, tuned_above: bool = True, base: nn.Mo
             switched off instead.
 
     Raises:
-        UserError: if u0 is out of its range, or there is neither a base nor an adapter.
+        UserError: if u0 is out of its range, there is neither a base nor an adapter, or the text encoder is tuned too.
     """
+    if getattr(getattr(tuned.pipe, "text_encoder", None), "_hf_peft_config_loaded", False):
+        raise UserError("a stage hand-over exchanges the denoiser, but the text encoder of this model is tuned too.")
     weights = TunedWeights(tuner_layers(tuned.denoiser), active_adapters(tuned.denoiser), base)
     is_above = above(tuned.process, check_u(u0, "u0"))
     with tuned_weights(tuned.denoiser, weights, lambda timestep: float(is_above(timestep) == tuned_above)):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from difftuning_control.adapters import RESULTS, ControlNetTuning, FullTuning
+from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
@@ -394,7 +394,7 @@ class Pilot:
     def _train(self, recipe: Recipe) -> dict[str, Any]:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
         folder = Path(recipe.output)
-        weights = [folder / RESULTS[recipe.method]]
+        weights = [folder / result_of(recipe)]
         weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
         run = read_run(folder)
         gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)

@@ -14,6 +14,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
@@ -21,8 +22,11 @@ from difftuning_control.words import harmless
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
+    "class_embeddings.safetensors",
 )  # fmt: skip
+KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
+              "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -188,13 +192,14 @@ def model_card(
         figures: lines with figures that were measured after the run.
         closing: the last line.
     """
-    titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
-    tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
-    kind = "class-conditional" if run.get("classes") else "text-to-image"
+    titles = {"lora": f"{KIND_NAMES[recipe.adapter.kind]} for", "full": "Tuned from", "controlnet": "ControlNet for"}
+    kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
+    tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
+    told = "class-conditional" if run.get("classes") else "text-to-image"
     card = {
         "library_name": "diffusers",
         **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
-        "tags": [kind, "diffusers", "difftuning-control", *tag],
+        "tags": [told, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
     if recipe.uses_bank:
@@ -243,21 +248,22 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
-    if run.get("classes"):
-        label = f"image = pipe(pipe.get_label_ids([{prompt}])).images[0]"
-        if not run["classes"]["named"]:
-            label = f"image = pipe([{run['prompts'][0]}]).images[0]"
-        if recipe.method == "full":
-            return ["from diffusers import DiTPipeline", "",
-                    f'pipe = DiTPipeline.from_pretrained("{recipe.output}/pipeline")', label]  # fmt: skip
-        return ["from diffusers import DiTPipeline", "from difftuning_control.families.dit_lora import load_lora", "",
-                f'pipe = DiTPipeline.from_pretrained("{base}")', f'load_lora(pipe, "{recipe.output}")',
-                label]  # fmt: skip
-    if recipe.method == "lora":
-        load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
-    else:
+    call = f"image = pipe({prompt}).images[0]"
+    if (classes := run.get("classes")) is not None:
+        given = f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
+        call = f"image = pipe({given}).images[0]"
+    if recipe.method == "full":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
-    return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+        return ["from diffusers import DiffusionPipeline", "", *load, call]
+    start, load = ["from diffusers import DiffusionPipeline"], [f'pipe = DiffusionPipeline.from_pretrained("{base}")']
+    if recipe.adapter.kind in ("lora", "dora") and classes is None:
+        load.append(f'pipe.load_lora_weights("{recipe.output}")')
+    else:
+        start.append("from difftuning_control import load_adapter")
+        if recipe.adapter.kind == "tlora":
+            load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
+        load.append(f'load_adapter(pipe, "{recipe.output}")')
+    return [*start, "", *load, call]
 
 
 def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:

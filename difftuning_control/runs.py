@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.adapter_files import LORA_FILE, load_adapter, unload_adapter
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
@@ -113,10 +114,13 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
             family.controlnet = None
         return
     if method == "full":
-        yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned = load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned.encodes_in_step = family.encodes_in_step
+        yield tuned
         return
-    family.load_lora(folder)
+    load_adapter(family.pipe, folder)
+    family.mend_adapter(folder / LORA_FILE)
     try:
         yield family
     finally:
-        family.unload_lora()
+        unload_adapter(family.pipe)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_tensors, sort_metadata, write_tensors
+from difftuning_control.fingerprint import digest_of_tensors, set_metadata, write_tensors
 
 LOADABLE = (torch.float32, torch.float16, torch.bfloat16)  # the precisions in which tuned weights may be loaded
 
@@ -42,7 +42,7 @@ def save_difference(
     if not all(delta.isfinite().all() for delta in difference.values()):
         raise UserError(f"the difference to the source is too large for {_name(dtype)}; keep it in float32.")
     write_tensors(Path(path), difference, {_name(d): _digest(tuned, d) for d in LOADABLE})
-    sort_metadata(Path(path))
+    set_metadata(Path(path), {})
 
 
 def load_source(unet: nn.Module, path: str | Path) -> nn.Module:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning
+from difftuning_control.adapters import result_of
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
@@ -25,6 +25,7 @@ from difftuning_control.control_inputs import build_spec
 from difftuning_control.control_report import write_control_report
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.dit_adapters import CLASSES_FILE
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.inputs import TrainingInputs, prepare_inputs, resolution_of
@@ -73,6 +74,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     started = time.time()
     family = load_base(recipe).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
+    family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = _attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
@@ -118,7 +120,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
     run["status"] = "complete"
     if folder is not None:
-        run["outputs"] = _hash_outputs(output)
+        run["outputs"] = _hash_outputs(output, output / result_of(recipe))
         write_text(output / "README.md", model_card(recipe, run))
         if recipe.method == "controlnet":
             write_control_report(run, output)
@@ -240,7 +242,7 @@ def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> Forgettin
     part = part_of(bank, bank.retained_prompts(recipe.tuning.retention_prompts))
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
     rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained
-    base = broadcast_object_list([rows.measure(family.denoiser)])[0]
+    base = broadcast_object_list([rows.measure(family.model)])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 
@@ -312,8 +314,6 @@ def _describe(
     }
 
 
-def _hash_outputs(output: Path) -> dict[str, str]:
-    files = [output / LORA_FILE]
-    for name in (FullTuning.result, ControlNetTuning.result):
-        files += sorted((output / name).rglob("*"))
+def _hash_outputs(output: Path, result: Path) -> dict[str, str]:
+    files = [result, output / CLASSES_FILE, *sorted(result.rglob("*"))]
     return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}

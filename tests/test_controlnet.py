@@ -294,10 +294,14 @@ def test_a_lora_changes_its_targets_the_condition_embedding_and_the_zero_convolu
     assert 0 < len(changed) < len(start)
 
 
-def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_path):
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_path, init):
     family.controlnet = family.new_controlnet(0)
     start = {name: value.clone() for name, value in family.controlnet.state_dict().items()}
-    tuning = ControlNetTuning(family, ControlSpec(resolution=16), (2, 6.0, "auto", 0.0, 3))
+    adapter = AdapterConfig(on="controlnet", rank=2, alpha=6.0, init=init)
+    tuning = ControlNetTuning(family, ControlSpec(resolution=16), adapter, 3)
+    starts = {name: tensor.clone() for name, tensor in tuning.state().items() if name.endswith(".start")}
+    assert (len(starts) > 0) == (init == "pissa")
     generator = torch.Generator().manual_seed(4)
     for name, parameter in tuning.parameters().items():
         if ".lora_B" in name or name.startswith(ZERO):
@@ -309,6 +313,9 @@ def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_pa
         if f"{module}.lora_A.default.weight" in adapted and kind == "weight":
             a, b = (adapted[f"{module}.lora_{part}.default.weight"] for part in "AB")
             expected[name] = start[name] + 6.0 / 2 * b @ a
+            if init == "pissa":
+                a, b = (starts[f"{module}.lora_{part}.default.start"] for part in "AB")
+                expected[name] = expected[name] + 6.0 / 2 * b @ a
         elif name.startswith(ZERO):
             expected[name] = adapted[name]
     assert any(not torch.equal(expected[n], start[n]) for n in start if ".to_q." in n)

@@ -30,6 +30,7 @@ from test_control import OUTLINE, write_photos
 from test_features import save_tiny_dinov2
 
 from difftuning_control import export as export_module
+from difftuning_control.adapter_files import load_adapter
 from difftuning_control.adapters import LORA_FILE
 from difftuning_control.cli import main, parse
 from difftuning_control.control import ControlSpec
@@ -319,6 +320,44 @@ def test_a_fused_adapter_is_in_the_weights_and_nowhere_else(lora, to, model_dir)
             torch.testing.assert_close(found[name].double(), expected, atol=1e-6, rtol=1e-6)
 
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "dora": {"kind": "dora"},
+    "text encoder": {"text_encoder": True},
+    "pissa": {"init": "pissa"},
+    "tlora": {"kind": "tlora"},
+    "loha": {"kind": "loha"},
+    "oft": {"kind": "oft", "block_size": 4, "rank": None, "alpha": None},
+    "ia3": {"kind": "ia3", "rank": None, "alpha": None},
+    "difffit": {"kind": "difffit", "rank": None, "alpha": None},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_every_kind_are_exported_as_they_were_trained(make, tmp_path, kind):
+    recipe = tuned(make(f"kind-{kind}", adapter=ADAPTERS[kind]))
+    pipe = StableDiffusionPipeline.from_pretrained(recipe.model.id)
+    load_adapter(pipe, recipe.output)
+    expected = draw(pipe)
+    assert np.abs(expected - of_the_base(recipe)).max() > 1e-3
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "separate")))
+    again = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    load_adapter(again, folder)
+    assert np.array_equal(draw(again), expected)
+    card = (folder / "README.md").read_text()
+    assert ("load_adapter(pipe, folder)" in card) == (kind in ("tlora", "loha", "oft", "ia3", "difffit"))
+    fused = ExportRequest(recipe.output, str(tmp_path / "fused"), adapter="fused", **STOCK)
+    if kind in ("tlora", "difffit"):
+        with pytest.raises(UserError, match=f"is a {kind}, which .* and cannot be fused"):
+            export(fused)
+    else:
+        found = draw(StableDiffusionPipeline.from_pretrained(export(fused)))
+        assert np.abs(found - expected).max() < 1e-4
+    if kind != "pissa":
+        with pytest.raises(UserError, match="which kohya's LoRA files do not hold here"):
+            export(ExportRequest(recipe.output, str(tmp_path / "kohya"), format="kohya"))
+    assert not (tmp_path / "kohya").exists()
+
+
 def test_a_referenced_lora_is_the_runs_own_file(lora, to):
     folder = to(lora, base="referenced")
     assert (folder / LORA_FILE).read_bytes() == (Path(lora.output) / LORA_FILE).read_bytes()
@@ -579,7 +618,7 @@ def test_push_uploads_what_is_written(lora, hub, tmp_path, capsys):
     folder = tmp_path / "out"
     main(["export", lora.output, "--to", str(folder), "--base", "referenced", "--push", "some-body/icons"])
     (first, (args, given, _)), (second, (_, upload, held)) = hub
-    assert (first, args, given) == ("create_repo", ("some-body/icons",), {"exist_ok": True})
+    assert (first, args, given) == ("create_repo", ("some-body/icons",), {"private": True, "exist_ok": True})
     assert second == "upload_folder"
     assert (upload["repo_id"], upload["folder_path"]) == ("some-body/icons", folder)
     assert held == sorted(names(folder))

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.cache import cached_embeddings
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
@@ -17,6 +17,7 @@ from difftuning_control.families import FAMILIES, family_of, load_family
 from difftuning_control.families.flux import image_ids, pack, unpack
 from difftuning_control.guidance import hand_over
 from difftuning_control.noise import NoiseProcess
+from difftuning_control.recipe import AdapterConfig
 
 PROMPTS = ["red 1", "a blue square"]
 VARIANTS = {
@@ -337,7 +338,7 @@ def test_the_pretrained_model_takes_over_below_u0(family, pipe):
         return model.sample(PROMPTS, generators(0, 1), steps=4, guidance_scale=3.0, resolution=16)
 
     base = sample(family)
-    tuning = LoRATuning(family, rank=2)
+    tuning = AdapterTuning(family, AdapterConfig(rank=2))
     for name, parameter in tuning.parameters().items():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generators(1)[0])

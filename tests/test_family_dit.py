@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,13 @@ from safetensors.torch import load_file
 from test_trainer import interrupted_after, record, resumed
 from tiny_models import DIT_CLASSES, tiny_dit
 
-from difftuning_control import cli, trainer
+from difftuning_control import cli, load_adapter, trainer, unload_adapter
 from difftuning_control.analysis import analyze
 from difftuning_control.data import fit_square, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.families import family_of, load_family
-from difftuning_control.families.dit_lora import load_lora, tables_of, unload_lora
+from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
@@ -112,8 +113,9 @@ def test_other_sizes_of_table_are_guided_by_their_own_null_class():
     family = family_of(tiny_dit(classes=6))
     found = family.sample(["cat", "ant"], generators(0, 1), **SAMPLING)
     wide = tiny_dit()
-    for table, small in zip(tables_of(wide.transformer), tables_of(family.denoiser)):
-        table.weight.data[:6], table.weight.data[1000] = small.weight.data[:6], small.weight.data[6]
+    for name, small in tables_of(family.denoiser).items():
+        table = tables_of(wide.transformer)[name].data
+        table[:6], table[1000] = small.data[:6], small.data[6]
     state = {k: v for k, v in family.denoiser.state_dict().items() if "embedding_table" not in k}
     wide.transformer.load_state_dict(state, strict=False)
     wide.vae.load_state_dict(family.pipe.vae.state_dict())
@@ -482,12 +484,12 @@ def test_what_was_trained_reloads_in_the_stock_pipeline_and_draws_the_same(finis
     else:
         pipe = DiTPipeline.from_pretrained(recipe.model.id)
         state = copy.deepcopy(dict(pipe.transformer.state_dict()))
-        load_lora(pipe, recipe.output)
+        load_adapter(pipe, recipe.output)
     assert farthest(stock_pictures(pipe, names), tuned_pictures(recipe)) <= 1  # of 255: rounding at an edge
     known = names if recipe.tuning.label_space == "new" else DIT_CLASSES
     assert pipe.labels == {name: i for i, name in enumerate(known)}
     if recipe.method == "lora":
-        unload_lora(pipe)
+        unload_adapter(pipe)
         torch.testing.assert_close(dict(pipe.transformer.state_dict()), state, atol=0, rtol=0)
         assert pipe.labels == {name: i for i, name in enumerate(DIT_CLASSES)}
 
@@ -547,16 +549,17 @@ def test_a_new_label_space_keeps_the_null_class_and_draws_its_rows_from_the_seed
     family.set_classes(["eel", "owl", "yak"], 7)
     assert family.encode_prompts(["owl", "", "2"])["class_labels"].tolist() == [1, 1000, 2]
     rows = []
-    for table, before in zip(tables_of(family.denoiser), tables_of(base.denoiser)):
-        torch.testing.assert_close(table.weight[3:], before.weight[3:], atol=0, rtol=0)
-        assert not torch.isclose(table.weight[:3], before.weight[:3]).any()
-        rows.append(table.weight[:3])
+    for name, table in tables_of(family.denoiser).items():
+        before = tables_of(base.denoiser)[name]
+        torch.testing.assert_close(table[3:], before[3:], atol=0, rtol=0)
+        assert not torch.isclose(table[:3], before[:3]).any()
+        rows.append(table[:3])
     assert torch.equal(rows[0], rows[1])
     for seed, same in ((7, True), (8, False)):
         other = family_of(tiny_dit())
         other.set_classes(["eel", "owl", "yak"], seed)
-        assert torch.equal(tables_of(other.denoiser)[0].weight[:3], rows[0]) is same
-    assert family.fingerprint == known != "the pretrained model's identity stays"
+        assert torch.equal(next(iter(tables_of(other.denoiser).values()))[:3], rows[0]) is same
+    assert family.fingerprint == known  # of the pretrained model
     with pytest.raises(UserError, match="has no class 'cat'"):
         family.encode_prompts(["cat"])
     null = {"class_labels": torch.tensor([1000])}
@@ -632,25 +635,52 @@ def test_a_resumed_run_ends_bit_equal(make, finished, name, tmp_path):
     assert record(recipe)["outputs"] == files
 
 
-def test_a_lora_file_holds_the_new_classes_and_the_null_class(finished):
+def test_beside_an_adapter_lie_the_new_classes_and_the_null_class(finished):
     recipe = finished(SETTINGS["lora, new"])
-    tables = {k: v for k, v in load_file(f"{recipe.output}/pytorch_lora_weights.safetensors").items() if "table" in k}
-    assert [len(t) for t in tables.values()] == [4, 4]
+    tables = load_file(f"{recipe.output}/class_embeddings.safetensors")
     before = tables_of(load_family(recipe.model.id).denoiser)
-    for table, old in zip(tables.values(), before):
-        torch.testing.assert_close(table[-1], old.weight[1000], atol=0.1, rtol=0)
-        assert not torch.equal(table[-1], old.weight[1000])
+    assert {name: len(rows) for name, rows in tables.items()} == dict.fromkeys(before, 4)
+    for name, rows in tables.items():
+        torch.testing.assert_close(rows[-1], before[name][1000], atol=0.1, rtol=0)
+        assert not torch.equal(rows[-1], before[name][1000])
+    assert "class_embeddings.safetensors" in record(recipe)["outputs"]
+    assert not (Path(finished({}).output) / "class_embeddings.safetensors").exists()
 
 
-def test_loras_that_do_not_fit_are_refused_and_leave_the_pipeline_alone(finished, tmp_path):
+def test_adapters_that_do_not_fit_are_refused_and_leave_the_pipeline_alone(finished, tmp_path):
     recipe = finished(SETTINGS["lora, new"])
-    for pipe, said in ((tiny_dit(classes=2), "its 3 classes have no place here"), (wide_dit(), "no layer of its size")):
-        before = copy.deepcopy(dict(pipe.transformer.state_dict()))
+    for pipe, said in ((tiny_dit(classes=2), "its 3 classes have no place"), (wide_dit(), "does not fit this model")):
+        before, labels = copy.deepcopy(dict(pipe.transformer.state_dict())), pipe.labels
         with pytest.raises(UserError, match=said):
-            load_lora(pipe, recipe.output)
+            load_adapter(pipe, recipe.output)
         torch.testing.assert_close(dict(pipe.transformer.state_dict()), before, atol=0, rtol=0)
-    with pytest.raises(UserError, match="holds no LoRA"):
-        load_lora(tiny_dit(), tmp_path)
+        assert pipe.labels == labels
+    damaged = tmp_path / "copy"
+    shutil.copytree(recipe.output, damaged)
+    (damaged / "class_embeddings.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="is damaged, or its header names no classes"):
+        load_adapter(tiny_dit(), damaged)
+
+
+@pytest.mark.parametrize("kind", ["dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"])
+def test_every_kind_of_adapter_takes_its_classes_along(make, kind, tmp_path):
+    recipe = make("", tuning={"label_space": "new"}, bank={"prompts": "empty"}, training={"max_steps": 2})
+    block = {"oft": 8, "boft": 4}.get(kind)
+    recipe = replace(recipe, adapter=AdapterConfig(kind, block_size=block), output=str(tmp_path / "run"))
+    train(recipe)
+    pipe = DiTPipeline.from_pretrained(recipe.model.id)
+    state, labels = copy.deepcopy(dict(pipe.transformer.state_dict())), pipe.labels
+    load_adapter(pipe, recipe.output)
+    assert list(pipe.labels) == classes_of(recipe)
+    assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
+    family = load_family(recipe.model.id)
+    family.set_classes(classes_of(recipe), 0)
+    base = family.sample(["owl"], generators(0), **SAMPLING)
+    with tuned_model(family, recipe.output, record(recipe)) as tuned, hand_over(tuned, 1.0):
+        torch.testing.assert_close(tuned.sample(["owl"], generators(0), **SAMPLING), base, **TOLERANCE)
+    unload_adapter(pipe)
+    torch.testing.assert_close(dict(pipe.transformer.state_dict()), state, atol=0, rtol=0)
+    assert pipe.labels == labels
 
 
 def wide_dit() -> DiTPipeline:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from test_families import PROMPTS, generators
 from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 
-from difftuning_control.adapters import LORA_FILE, LoRATuning
+from difftuning_control.adapter_files import LORA_FILE
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.pictures import sample_pictures
@@ -116,7 +117,7 @@ def test_gradients_through_8_bits_are_those_through_the_rounded_weights(make, ch
             parameter.data = parameter.data.to(FLOAT8).float()
     found = []
     for family in (stored, plain):
-        tuning = LoRATuning(family, rank=2, seed=3)
+        tuning = AdapterTuning(family, AdapterConfig(rank=2), 3)
         if checkpointing:
             family.denoiser.enable_gradient_checkpointing()
         family.denoiser.train()

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
+from difftuning_control.recipe import AdapterConfig
 from difftuning_control.source import load_source, save_difference
 
 PART = ("conv_in", "mid_block", "up_blocks.0.attentions")
@@ -122,7 +123,7 @@ def test_a_model_with_an_adapter_is_refused(source, tuned, tmp_path):
     save_difference(tuned, source, tmp_path / "d.safetensors")
     pipe = tiny_pipeline()
     pipe.register_modules(unet=tuned)
-    LoRATuning(family_of(pipe), rank=2)
+    AdapterTuning(family_of(pipe), AdapterConfig(rank=2))
     with pytest.raises(UserError, match=r"the model has an adapter; load its source first, and adapters after it\.$"):
         load_source(tuned, tmp_path / "d.safetensors")
 

@@ -70,6 +70,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     # as the first run's fingerprints were taken
     family = load_base(recipe)
     family.to(best_device())
+    family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
     for run, record in records.items():
         check_base(family, record, run)
         if record["data"]["resolution"] != resolution:
@@ -224,10 +225,10 @@ def _forgetting(family: Family, records: dict[str, dict[str, Any]], recipe: Reci
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
     embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
     rows = row_validator(family, part_of(kept, words), embeddings, len(kept), 1, BANDS, 0)
-    base, found = rows.rows(family.denoiser), []
+    base, found = rows.rows(family.model), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
-            found.append(compare(base, rows.rows(tuned.denoiser), rows.centres))
+            found.append(compare(base, rows.rows(tuned.model), rows.centres))
     return found
 
 

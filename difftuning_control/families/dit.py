@@ -23,17 +23,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_lora import (
-    NAMES,
-    TunableDiT,
-    follow_adapter,
-    load_lora,
-    save_lora,
-    tables_of,
-    unload_lora,
-)
+from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of
 from difftuning_control.families.family import Family
-from difftuning_control.fingerprint import digest_of, write_json
+from difftuning_control.fingerprint import digest_of, write_json, write_tensors
 
 STOCK_NULL = 1000  # the class that `DiTPipeline` draws without one, whatever the model's own number of classes
 SPREAD = 0.02  # of new class embeddings, as a DiT's are drawn
@@ -59,11 +51,10 @@ class DiT(Family):
 
     def __init__(self, pipe: Any):
         super().__init__(pipe)
-        pipe.transformer.__class__ = TunableDiT
+        make_tunable(pipe.transformer)
         for module in pipe.transformer.modules():
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0  # in training it would drop labels in each block anew; batches do that here
-        self.labels: dict[str, int] = dict(pipe.labels)  # names, of which a class may have several, to classes
         self.has_new_classes = False
 
     def _check_variant(self) -> None:
@@ -108,6 +99,11 @@ class DiT(Family):
     # --- classes ----------------------------------------------------------------------------------------------------
 
     @property
+    def labels(self) -> dict[str, int]:
+        """Names, of which a class may have several, to classes."""
+        return self.pipe.labels
+
+    @property
     def null_class(self) -> int:
         return self.pipe.transformer.config.num_embeds_ada_norm
 
@@ -149,24 +145,18 @@ class DiT(Family):
             if "," in name:
                 raise UserError(f"the class {name!r} has a comma, at which a DiTPipeline splits names; rename it.")
         self.fingerprints  # noqa: B018, those of the model as it was loaded
-        tables = tables_of(self.denoiser)
+        tables = list(tables_of(self.denoiser).values())
         generator = torch.Generator().manual_seed(seed)
-        rows = SPREAD * torch.randn(len(names), tables[0].embedding_dim, generator=generator)
+        rows = SPREAD * torch.randn(len(names), tables[0].shape[1], generator=generator)
         with torch.no_grad():
             for table in tables:
-                table.weight[: len(names)] = rows.to(table.weight)
-        self._name_classes(names)
-
-    def _name_classes(self, names: list[str]) -> None:
-        self.labels = {name: i for i, name in enumerate(names)}
-        self.pipe.labels = dict(sorted(self.labels.items()))
+                table[: len(names)] = rows.to(table)
+        self.pipe.labels = dict(sorted((name, i) for i, name in enumerate(names)))
         self.has_new_classes = True
 
-    def trained_whole(self) -> list[nn.Parameter]:
-        """The tables of a new label space, which are the pretrained ones wherever the adapter is off."""
-        if not self.has_new_classes:
-            return []
-        return [table.get_parameter("weight") for table in follow_adapter(self.denoiser)]
+    def trained_whole(self) -> dict[str, nn.Parameter]:
+        """The tables of a new label space."""
+        return tables_of(self.denoiser) if self.has_new_classes else {}
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -251,13 +241,21 @@ class DiT(Family):
             names = {str(i): name for i, name in enumerate(self.class_names)}
             write_json(index, json.loads(index.read_text(encoding="utf-8")) | {NAMES: names})
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        save_lora(self.pipe, folder, layers, metadata, self.class_names if self.has_new_classes else [])
+    def save_lora(
+        self,
+        folder: Path,
+        layers: dict[str, Tensor],
+        metadata: dict[str, Any],
+        text_encoder_layers: dict[str, Tensor] | None = None,
+        text_encoder_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """As diffusers writes it for its other transformers; `load_adapter` puts it on a pipeline."""
+        assert text_encoder_layers is None
+        tensors = {f"{self.component}.{name}": tensor for name, tensor in layers.items()}
+        settings = {f"{self.component}.{name}": value for name, value in metadata.items()}
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+        write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, header)
 
-    def load_lora(self, folder: Path) -> None:
-        load_lora(self.pipe, folder)
-        self.labels = dict(self.pipe.labels)
-
-    def unload_lora(self) -> None:
-        unload_lora(self.pipe)
-        self.labels = dict(self.pipe.labels)
+    def save_trained_whole(self, folder: Path) -> None:
+        """`class_embeddings.safetensors`, of a new label space."""
+        save_classes(self.denoiser, folder, self.class_names)

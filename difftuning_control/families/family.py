@@ -52,12 +52,14 @@ class Family(ABC):
     """A model of one family, around a diffusers pipeline object.
 
     The pipeline's modules are used as they are: a denoiser that is tuned here is tuned in `pipe` too. `controlnet` is
-    the one that `sample` and `model` use where a condition is given; None until somebody sets it.
+    the one that `sample` and `model` use where a condition is given; None until somebody sets it. With
+    `encodes_in_step` prompts are rows of tokens, and `model` encodes them: for a text encoder that trains or trained.
     """
 
     name: ClassVar[str]
     component: ClassVar[str]  # of the pipeline, that is tuned: unet or transformer
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    text_lora_targets: ClassVar[tuple[str, ...]] = ()  # empty where no text encoder is trained
     base_density: ClassVar[BaseDensity] = "uniform"  # how often the family trains at each noise level
     class_conditional: ClassVar[bool] = False  # told a class, and has its names for prompts; see `dit`
     takes_sizes: ClassVar[bool] = False  # whether `conditioning` may hold `sizes`, see `cache.Framing.sizes`
@@ -73,6 +75,7 @@ class Family(ABC):
         self._check_variant()
         self.process = NoiseProcess.from_scheduler(pipe.scheduler, self.base_density)
         self.controlnet: Any = None
+        self.encodes_in_step = False
         self.offload = False  # whether the text encoders stay on the CPU but for the while of `encoding`
         self._known: dict[str, dict[str, Tensor]] = {}
         for name, module in self.modules.items():
@@ -181,9 +184,9 @@ class Family(ABC):
         """Whether `predict` gives (B, 2C, h, w): the prediction, and v of `variance.py`."""
         return False
 
-    def trained_whole(self) -> list[nn.Parameter]:
+    def trained_whole(self) -> dict[str, nn.Parameter]:
         """Parameters of the denoiser that train beside any adapter: what it was given anew for this run."""
-        return []
+        return {}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -302,6 +305,10 @@ class Family(ABC):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The conditioning of these prompts, each tensor (B, …), as the stock pipeline makes it."""
 
+    def tokenize(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The conditioning where `model` encodes prompts: `prompt_ids`, as the stock pipeline tokenizes them."""
+        raise NotImplementedError
+
     def prompt_tokens(self, prompt: str) -> tuple[int, int]:
         """How many tokens a prompt has, and how many the text encoder takes; both count the end marks."""
         tokenizer = self.pipe.tokenizer
@@ -362,8 +369,9 @@ class Family(ABC):
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Denoiser and ControlNet in evaluation mode for the while."""
+        """Denoiser and ControlNet, and a text encoder that trains, in evaluation mode for the while."""
         modules = [m for m in (self.denoiser, self.controlnet) if m is not None]
+        modules += [self.pipe.text_encoder] if self.encodes_in_step else []
         training = [module.training for module in modules]
         for module in modules:
             module.eval()
@@ -439,21 +447,25 @@ class Family(ABC):
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
-    def save_lora(self, folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def save_lora(
+        self,
+        folder: Path,
+        layers: dict[str, Tensor],
+        metadata: dict[str, Any],
+        text_encoder_layers: dict[str, Tensor] | None = None,
+        text_encoder_metadata: dict[str, Any] | None = None,
+    ) -> None:
         """`pytorch_lora_weights.safetensors`; its metadata keep the scale right for any alpha."""
         named: dict[str, Any] = {f"{self.component}_lora_layers": layers}
         named[f"{self.component}_lora_adapter_metadata"] = metadata
+        if text_encoder_layers is not None:
+            named["text_encoder_lora_layers"] = text_encoder_layers
+            named["text_encoder_lora_adapter_metadata"] = text_encoder_metadata
         type(self.pipe).save_lora_weights(folder, **named, safe_serialization=True)
 
-    def load_lora(self, folder: Path) -> None:
-        """Put what `save_lora` wrote on the denoiser."""
-        from difftuning_control.families import quiet_loading
-
-        with quiet_loading():
-            self.pipe.load_lora_weights(str(folder))
-
-    def unload_lora(self) -> None:
-        self.pipe.unload_lora_weights()
+    def save_trained_whole(self, folder: Path) -> None:
+        """What `load_adapter` takes along, where `trained_whole` has something."""
+        raise NotImplementedError
 
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
         """A directory for the ControlNet class's `from_pretrained`."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family, compare_configs
@@ -15,11 +15,27 @@ from difftuning_control.families.family import Family, compare_configs
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
 
 
+class EncodedUNet(nn.Module):
+    """A UNet that is given tokens and encodes them in the same forward, so that the text encoder trains.
+
+    forward: the UNet's keyword arguments, with `prompt_ids` (B, L) long in place of the embeddings; gives a tuple with
+    the prediction, as the UNet does.
+    """
+
+    def __init__(self, unet: Any, text_encoder: Any):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, prompt_ids: Tensor, **inputs: Any) -> tuple[Tensor]:
+        return self.unet(**inputs, encoder_hidden_states=self.text_encoder(prompt_ids)[0].to(inputs["sample"].dtype))
+
+
 class StableDiffusion(Family):
-    """A `StableDiffusionPipeline`. Conditioning: `prompt_embeds` (B, L, D)."""
+    """A `StableDiffusionPipeline`. Conditioning: `prompt_embeds` (B, L, D), or `prompt_ids` (B, L) to encode."""
 
     name = "sd"
     component = "unet"
+    text_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     controlnet_class = ControlNetModel
     control_pipeline_class: ClassVar[Any] = StableDiffusionControlNetPipeline
     controlnet_whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
@@ -35,6 +51,10 @@ class StableDiffusion(Family):
             )
 
     @property
+    def model(self) -> Any:
+        return EncodedUNet(self.denoiser, self.pipe.text_encoder) if self.encodes_in_step else super().model
+
+    @property
     def resolution_step(self) -> int:
         levels = len(self.pipe.unet.config.block_out_channels) - 1
         return math.lcm(8, self.vae_scale_factor * 2**levels)  # the pipeline itself asks for multiples of 8
@@ -45,11 +65,18 @@ class StableDiffusion(Family):
         embeds, _ = self.pipe.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds}
 
+    def tokenize(self, prompts: list[str]) -> dict[str, Tensor]:
+        tokenizer = self.pipe.tokenizer
+        settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        return {"prompt_ids": tokenizer(prompts, return_tensors="pt", **settings).input_ids}
+
     def denoiser_inputs(
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> dict[str, Any]:
-        embeds = conditioning["prompt_embeds"]
-        return {"sample": noisy_model_input, "timestep": timesteps, "encoder_hidden_states": embeds}
+        inputs = {"sample": noisy_model_input, "timestep": timesteps}
+        if "prompt_ids" in conditioning:
+            return inputs | {"prompt_ids": conditioning["prompt_ids"]}
+        return inputs | {"encoder_hidden_states": conditioning["prompt_embeds"]}
 
     # --- control ----------------------------------------------------------------------------------------------------
 
