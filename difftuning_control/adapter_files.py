@@ -4,6 +4,8 @@ lora, dora          pytorch_lora_weights.safetensors    load_lora_weights
 tlora               the same, with the ranks in its header; load_lora_weights runs it at full rank throughout
 loha … ia3          adapter/ as peft writes it          PeftModel.from_pretrained on the denoiser
 difffit             difffit.safetensors                 load_adapter only, which loads all the others too
+
+Beside any of them the embeddings of a DiT's new classes, class_embeddings.safetensors, which load_adapter takes along.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from difftuning_control.adapter_kinds import ADAPTER, lora_state, mask_ranks, own_parts
+from difftuning_control.adapter_kinds import ADAPTER, BESIDE, lora_state, mask_ranks, own_parts
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
+from difftuning_control.families.dit_adapters import CLASSES_FILE, NewClasses, make_tunable
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
 from difftuning_control.tlora import RankMask
 
@@ -99,12 +102,20 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
         raise UserError(f"the pipeline has an adapter {adapter_name} already; unload it or give another adapter_name.")
     with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        make_tunable(denoiser)
         if place.is_dir():
             _load_peft(denoiser, place, adapter_name, strength)
         elif place.name == DIFFFIT_FILE or _header(place).get("kind") == "difffit":
             _load_difffit(denoiser, place, adapter_name, strength)
         else:
             _load_lora(pipe, component, denoiser, place, adapter_name, strength)
+    beside = (place if place.is_dir() else place.parent) / CLASSES_FILE
+    if beside.exists():
+        try:
+            own_parts(denoiser)[BESIDE.format(adapter_name)] = NewClasses(pipe, beside, adapter_name, strength)
+        except UserError:
+            _remove(pipe, denoiser, adapter_name)
+            raise
 
 
 def _find(path: Path) -> Path:
@@ -163,7 +174,10 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
         _check_lora(pipe, component, shapes, config, path)
     _free(denoiser, path)
     try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
+        else:
+            denoiser.load_lora_adapter(read_tensors(path), prefix=component, adapter_name=name, metadata=config)
     except Exception as error:  # whatever diffusers finds wrong with it
         _remove(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
@@ -340,11 +354,13 @@ def merge_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
     for module in (denoiser, *_encoders(pipe)):
         for layer in _layers(module, adapter_name):
             layer.merge(adapter_names=[adapter_name])
-    _remove(pipe, denoiser, adapter_name)
+    _remove(pipe, denoiser, adapter_name, merged=True)
 
 
-def _remove(pipe: Any, denoiser: Any, name: str) -> None:
-    own = own_parts(denoiser).pop(name, None)
+def _remove(pipe: Any, denoiser: Any, name: str, merged: bool = False) -> None:
+    beside, own = (own_parts(denoiser).pop(part, None) for part in (BESIDE.format(name), name))
+    if beside is not None and not merged:
+        beside.remove()
     if isinstance(own, DiffFit):
         own.remove()
         return

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 OWN = "_difftuning_adapters"
+BESIDE = "{} beside"  # the name of what trains whole beside an adapter
 BLOCKS = {"oft": 32, "boft": 4}
 LAYERS = (nn.Linear, nn.Conv2d)
 LORA_KINDS = ("lora", "dora", "tlora")

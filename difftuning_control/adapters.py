@@ -16,8 +16,8 @@ from difftuning_control.adapter_files import (
     save_lora,
     save_peft,
 )
-from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, own_parts
-from difftuning_control.difffit import DiffFit
+from difftuning_control.adapter_kinds import ADAPTER, BESIDE, LORA_KINDS, attach, own_parts
+from difftuning_control.difffit import DiffFit, TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.lora_start import FACTOR, Down, Up, factors
 
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.recipe import AdapterConfig, Recipe, TrainingConfig
 
-UNDECAYED = ("ia3_", "boft_s", "lora_magnitude_vector", f".{FACTOR}")  # factors: zero is not where they start
+UNDECAYED = (
+    "ia3_",
+    "boft_s",
+    "lora_magnitude_vector",
+    "embedding_table",
+    f".{FACTOR}",
+)  # factors: zero is not where they start
 
 
 class AdapterTuning:
@@ -58,6 +64,12 @@ class AdapterTuning:
             own_parts(family.denoiser)[ADAPTER] = own
         else:
             attach(family.denoiser, config, seed, family.lora_targets, family.process)
+        if whole := family.trained_whole():
+            beside = TrainedWhole(whole, ADAPTER)
+            for parameter in whole.values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            own_parts(family.denoiser)[BESIDE.format(ADAPTER)] = beside
         if config.text_encoder:
             attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, family.text_lora_targets)
 
@@ -99,6 +111,8 @@ class AdapterTuning:
             save_difffit(self.family.denoiser, folder)
         else:
             save_peft(self.family.denoiser, folder)
+        if self.family.trained_whole():
+            self.family.save_trained_whole(folder)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cache import PromptEmbeddings, cached_embeddings
+from difftuning_control.classes import begin_label_space
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
@@ -68,11 +69,11 @@ def materials(family: Family, recipe: Recipe) -> Materials:
         UserError: for whatever is wrong with the data or the bank.
     """
     data, held_out = read_data(recipe)
-    for part in (data, held_out):
-        check_captions(family, part, recipe.data.truncate_captions)
+    check_captions(family, recipe, data, held_out)
     resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
     captions = [e.caption for e in data.examples]
-    bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution)
+    bank = begin_label_space(family, recipe, data, prepare_bank(family, recipe.bank, recipe.data, captions, resolution))
+    assert bank is not None
     held_captions = [e.caption for e in held_out.examples]
     with progress(len(data) + len(held_out), "encoding pictures") as advance:
         target, fresh = (encoded(family, part, resolution, cache, advance) for part in (data, held_out))

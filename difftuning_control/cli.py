@@ -418,8 +418,8 @@ def run_bank(command: BankCommand) -> None:
     from difftuning_control.trainer import load_base
 
     family = load_base(command).to(best_device())
-    data, _ = read_data(command)
-    check_captions(family, data, command.data.truncate_captions)
+    data, held_out = read_data(command)
+    check_captions(family, command, data, held_out)
     captions = [e.caption for e in data.examples]
     resolution = resolution_of(family, command.data)
     bank = prepare_bank(family, command.bank, command.data, captions, resolution)

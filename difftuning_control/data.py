@@ -1,8 +1,8 @@
 """Pictures and captions from a folder or a `datasets` data set, checked before anything is trained on them.
 
 A folder holds pictures with a `.txt` file beside each, or a `metadata.jsonl` or `metadata.csv` with the columns
-`file_name` and `text`. Every picture becomes 8-bit RGB: EXIF rotation applied, transparency laid on white, CMYK,
-palette and 16-bit pictures converted.
+`file_name` and `text`; or one sub-folder a class, whose name is the caption of the pictures in it. Every picture
+becomes 8-bit RGB: EXIF rotation applied, transparency laid on white, CMYK, palette and 16-bit pictures converted.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def load_images(
     need_captions: bool = True,
     condition_column: str | None = None,
     condition_path: str | None = None,
+    classes: str | None = None,
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -117,15 +118,19 @@ def load_images(
         need_captions: False where captions play no part (pictures that serve as a bank).
         condition_column: column of the condition pictures that the user supplies (file names in a folder's metadata).
         condition_path: folder of these pictures, each named like its picture (another extension is fine).
+        classes: folders, where captions are the names of sub-folders, or label, where they are what the column `label`
+            names: text, a number, or a `datasets` ClassLabel.
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
     checker = _Checker(skip_bad, default_caption if need_captions else default_caption or "")
     folder = _place(path)
-    columns = Columns(image_column, caption_column, condition_column)
+    columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
     rows: list[Row]
-    if folder.is_dir() and (local := _local_dataset(folder)) is not None:
+    if classes == "folders":
+        rows, ignored = _class_rows(path, folder, checker)
+    elif folder.is_dir() and (local := _local_dataset(folder)) is not None:
         rows, ignored = dataset_rows(local, columns, checker.default_caption is None), 0
     elif folder.is_dir():
         rows, ignored = _folder_rows(folder, columns, checker)
@@ -167,6 +172,10 @@ class Columns:
     image: str = "image"
     caption: str = "text"
     condition: str | None = None
+
+    def caption_of(self, value: Any) -> Any:
+        """What stands in the column of captions; a label may be a number."""
+        return str(value) if self.caption == "label" and type(value) is int else value
 
 
 def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> tuple[list[Row], int]:
@@ -356,6 +365,38 @@ def _folder_rows(folder: Path, columns: Columns, checker: _Checker) -> tuple[lis
     return rows, len(files - used)
 
 
+def _class_rows(path: str, folder: Path, checker: _Checker) -> tuple[list[Row], int]:
+    """Pictures of class folders, one level deep, and how many other files lie in them."""
+    if not folder.is_dir() or _local_dataset(folder) is not None:
+        raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
+    if (metadata := next((n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).exists()), None)) is not None:
+        raise UserError(
+            f"{path} has {metadata}, but data.classes is folders; name classes in one place "
+            "(--data.classes label reads its column label)."
+        )
+    files = _visible_files(folder)
+    pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
+    rows: list[Row] = []
+    for picture in pictures:
+        name, parts = str(picture.relative_to(folder)), picture.relative_to(folder).parts
+        if (target := _outside(picture, folder)) is not None:
+            checker.bad[name] = f"leads outside the folder, to {target}"
+        elif len(parts) != 2:
+            where = "lies in no class folder" if len(parts) == 1 else "lies deeper than its class folder"
+            checker.bad[name] = f"{where}; expected {folder.name}/class/picture"
+        else:
+            rows.append(Row(name, picture.read_bytes, parts[0]))
+    found = {row.caption for row in rows}
+    subfolders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    empty = next((name for name in subfolders if name not in found), None)
+    if empty is not None and not checker.skip_bad and not checker.bad:
+        raise UserError(
+            f"the class folder {empty} in {path} has no picture; add some, take it out, or leave such ones out: "
+            "--data.skip_bad true."
+        )
+    return rows, len(files) - len(pictures)
+
+
 def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) -> Iterable[tuple[Row, set[Path]]]:
     """Each row of a metadata file, and the files that it uses."""
     if (target := _outside(path, folder)) is not None:
@@ -394,7 +435,7 @@ def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) 
                 checker.bad[name] = f"{what}is named by {path.name} but does not exist"
         if name not in checker.bad:
             read = condition.read_bytes if condition is not None else None
-            yield Row(name, picture.read_bytes, row.get(names.caption), read), set(used.values())
+            yield Row(name, picture.read_bytes, names.caption_of(row.get(names.caption)), read), set(used.values())
 
 
 def _local_dataset(folder: Path) -> Any:
@@ -451,6 +492,10 @@ def dataset_rows(data: Any, columns: Columns, need_captions: bool = True) -> lis
     read = _reader(data, columns.image)
     read_condition = _reader(data, columns.condition) if columns.condition is not None else None
     captions = list(data[columns.caption]) if columns.caption in data.column_names else [None] * len(data)
+    feature = data.features.get(columns.caption)
+    if isinstance(feature, datasets.ClassLabel):
+        captions = [feature.int2str(c) if c is not None and c >= 0 else None for c in captions]
+    captions = [columns.caption_of(c) for c in captions]
     return [
         Row(f"row {i}", read(i), captions[i], read_condition(i) if read_condition is not None else None)
         for i in range(len(data))

@@ -52,34 +52,17 @@ def _scaled(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output * getattr(layer, GAMMA).to(output.dtype)
 
 
-class DiffFit:
-    """γ, biases and norms of a denoiser, which can be switched off and taken off again.
+class TrainedWhole:
+    """Parameters of a denoiser that train themselves, and their pretrained values, which can act in their place.
 
     Args:
-        name: as an adapter's.
-
-    Raises:
-        UserError: if the model has no transformer block.
+        parameters: by name.
+        name: of the adapter that they belong to.
     """
 
-    def __init__(self, denoiser: nn.Module, name: str = "default"):
-        self.name, self.ends = name, branch_ends(denoiser)
-        if not self.ends:
-            raise UserError("adapter.kind is difffit, but the model has no transformer block; use another kind.")
-        self.parameters = small_weights(denoiser)
-        self.handles = []
-        for name, layer in self.ends.items():
-            gamma = nn.Parameter(torch.ones(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device))
-            layer.register_parameter(GAMMA, gamma)
-            self.handles.append(layer.register_forward_hook(_scaled))
-            self.parameters[f"{name}.{GAMMA}"] = gamma
-        self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    @staticmethod
-    def shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what trains."""
-        gammas = {f"{name}.{GAMMA}": (layer.out_features,) for name, layer in branch_ends(denoiser).items()}
-        return {name: tuple(p.shape) for name, p in small_weights(denoiser).items()} | gammas
+    def __init__(self, parameters: dict[str, nn.Parameter], name: str):
+        self.name, self.parameters = name, parameters
+        self.base = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
     def set(self, values: dict[str, Tensor], strength: float = 1.0) -> None:
@@ -103,9 +86,43 @@ class DiffFit:
                 parameter.data = tuned[name]
 
     def remove(self) -> None:
-        """Leave the denoiser as it was, bit for bit."""
+        """Leave them as they were, bit for bit."""
         for name, parameter in self.parameters.items():
             parameter.data = self.base[name].to(parameter.device)
+
+
+class DiffFit(TrainedWhole):
+    """γ, biases and norms of a denoiser, which can be switched off and taken off again.
+
+    Args:
+        name: as an adapter's.
+
+    Raises:
+        UserError: if the model has no transformer block.
+    """
+
+    def __init__(self, denoiser: nn.Module, name: str = "default"):
+        self.ends = branch_ends(denoiser)
+        if not self.ends:
+            raise UserError("adapter.kind is difffit, but the model has no transformer block; use another kind.")
+        parameters = small_weights(denoiser)
+        self.handles = []
+        for end, layer in self.ends.items():
+            gamma = nn.Parameter(torch.ones(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device))
+            layer.register_parameter(GAMMA, gamma)
+            self.handles.append(layer.register_forward_hook(_scaled))
+            parameters[f"{end}.{GAMMA}"] = gamma
+        super().__init__(parameters, name)
+
+    @staticmethod
+    def shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what trains."""
+        gammas = {f"{name}.{GAMMA}": (layer.out_features,) for name, layer in branch_ends(denoiser).items()}
+        return {name: tuple(p.shape) for name, p in small_weights(denoiser).items()} | gammas
+
+    def remove(self) -> None:
+        """Leave the denoiser as it was, bit for bit."""
+        super().remove()
         for handle in self.handles:
             handle.remove()
         for layer in self.ends.values():

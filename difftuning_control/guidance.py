@@ -29,7 +29,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from difftuning_control.adapter_kinds import own_parts
-from difftuning_control.difffit import DiffFit
+from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.strength import check_u
 
@@ -45,18 +45,18 @@ AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in 
 
 
 def tuner_layers(module: nn.Module) -> list[Any]:
-    """The peft layers of a module, whose adapters can be switched, and a DiffFit, which can be too."""
+    """The peft layers of a module, whose adapters can be switched, and what trains whole beside them or alone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    return layers + [part for part in own_parts(module).values() if isinstance(part, DiffFit)]
+    return layers + [part for part in own_parts(module).values() if isinstance(part, TrainedWhole)]
 
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the adapters that act in a module now, in the order of its layers; fused and disabled ones do not."""
     found: dict[str, None] = {}
     for layer in tuner_layers(module):
-        if isinstance(layer, DiffFit):
+        if isinstance(layer, TrainedWhole):
             found[layer.name] = None
         elif not layer.disable_adapters:
             its = layer._get_available_adapters() - set(layer.merged_adapters)
@@ -70,8 +70,8 @@ def adapters_at(layers: Sequence[Any], names: Sequence[str], strength: float) ->
     if strength == 1:
         yield
         return
-    fits = [layer for layer in layers if isinstance(layer, DiffFit) and layer.name in names]
-    tuned = [layer for layer in layers if not isinstance(layer, DiffFit)]
+    fits = [layer for layer in layers if isinstance(layer, TrainedWhole) and layer.name in names]
+    tuned = [layer for layer in layers if not isinstance(layer, TrainedWhole)]
     kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in tuned]
     with ExitStack() as stack:
         for fit in fits:
@@ -221,7 +221,7 @@ def can_mask(weights: TunedWeights) -> bool:
     """Whether the tuned weights are plain LoRAs, which act on each row by itself and not at all where A gives 0."""
     from peft.tuners.lora import LoraLayer
 
-    if weights.source is not None or any(isinstance(layer, DiffFit) for layer in weights.layers):
+    if weights.source is not None or any(isinstance(layer, TrainedWhole) for layer in weights.layers):
         return False
     mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]
     return all(

@@ -14,6 +14,7 @@ from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import TargetSet
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
 from difftuning_control.data import ImageData, load_images
@@ -80,6 +81,7 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
         "image_column": config.image_column,
         "default_caption": config.default_caption,
         "skip_bad": config.skip_bad,
+        "classes": config.classes,
     }
     if recipe.method == "controlnet":
         options["condition_column"] = recipe.control.column
@@ -92,15 +94,16 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
     return data.split(config.holdout)
 
 
-def check_captions(family: Family, data: ImageData, truncate: bool) -> None:
-    """Refuse captions that the text encoder would cut, unless that is wanted.
+def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
+    """Refuse captions that the text encoder would cut, unless that is wanted, and classes that the model has not.
 
     Raises:
         UserError: naming the first such picture.
     """
-    if truncate:
+    check_classes(family, recipe, data, held_out)
+    if recipe.data.truncate_captions:
         return
-    for example in data.examples:
+    for example in (*data.examples, *held_out.examples):
         length, limit = family.prompt_tokens(example.caption)
         if length > limit:
             raise UserError(
@@ -109,7 +112,7 @@ def check_captions(family: Family, data: ImageData, truncate: bool) -> None:
             )
 
 
-def bank_prompts(config: BankConfig, captions: list[str]) -> list[str]:
+def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
     """The prompts that a bank is drawn for.
 
     Raises:
@@ -119,12 +122,15 @@ def bank_prompts(config: BankConfig, captions: list[str]) -> list[str]:
         return list(dict.fromkeys(captions))
     if config.prompts == "empty":
         return [""]
+    if config.prompts in ("classes", "both"):
+        return bank_classes(family, config.prompts)
     path = Path(config.prompts).expanduser()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except OSError:
+        expected = "captions, empty, classes, both" if family.class_conditional else "captions, empty"
         raise UserError(
-            f"bank.prompts is {config.prompts}; expected captions, empty, or a text file with one prompt a line."
+            f"bank.prompts is {config.prompts}; expected {expected}, or a text file with one prompt a line."
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"the prompt file {path} is not UTF-8 text; save it as UTF-8.") from None
@@ -149,8 +155,9 @@ def prepare_bank(
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         return _bank_of_pictures(family, path, data, resolution, show)
     request = BankRequest(
-        tuple(bank_prompts(config, captions)), config.size, config.guidance_scale, config.steps, resolution, config.seed
-    )
+        tuple(bank_prompts(family, config, captions)), config.size, config.guidance_scale, config.steps, resolution,
+        config.seed,
+    )  # fmt: skip
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None)
@@ -213,8 +220,7 @@ def prepare_inputs(
     size = recipe.training.validation_size
     data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
-    for part in (data, all_held_out):
-        check_captions(family, part, recipe.data.truncate_captions)
+    check_captions(family, recipe, data, all_held_out)
     if conditioner is not None:
         check_control(recipe, conditioner, all_held_out)
     captions = [e.caption for e in data.examples]
@@ -222,6 +228,7 @@ def prepare_inputs(
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
         bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, accelerator)
+    bank = begin_label_space(family, recipe, data, bank)
     framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
     cache = cache_folder(recipe.data)
     with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:

@@ -339,7 +339,8 @@ class TrainingLoop:
             return
         partial, result = self._write_weights(), self.output / self.tuning.result
         if result.suffix == ".safetensors":
-            (partial / result.name).replace(result)
+            for file in partial.iterdir():  # beside an adapter perhaps what trains whole
+                file.replace(self.output / file.name)
             partial.rmdir()
         else:
             shutil.rmtree(result, ignore_errors=True)  # of a run that broke off after saving

@@ -2,7 +2,8 @@
 
     L(θ) = E_target[ψ(u) ℓ(θ; x, u)] + λ E_bank[ξ(u) ℓ(θ; x̂, u)]
 
-ℓ is the model's own per-sample loss: the squared error of its prediction (ε, v or flow), averaged over the sample.
+ℓ is the model's own per-sample loss: the squared error of its prediction (ε, v or flow), averaged over the sample; of a
+model that predicts its variance too, perhaps with the variational bound that trains it (`variance.py`).
 Two estimators of L, with the same expected loss and gradient up to the constant Z_ψ = E[ψ(u)]:
 
     weight   u ~ the family's density p(u); a target row counts ψ(u), a bank row λ ξ(u).        Expectation L.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from difftuning_control.noise import BaseDensity, NoiseProcess
 from difftuning_control.schedules import ConstantSchedule, PaperSchedule, Schedule, draw_levels, timestep_density
+from difftuning_control.variance import BOUND_WEIGHT, variational_bound
 
 PRESETS = ("paper", "plain", "prior_preservation")
 
@@ -60,6 +62,8 @@ class DiffTuningObjective:
         retention_ratio: share of a batch that comes from the bank, in [0, 1). The authors use 0.2.
         min_snr_gamma: multiplies ℓ by the min-SNR-γ weight (arXiv:2303.09556); None for none.
         stratified: spread the levels of a batch evenly over their density.
+        variance: of a model that predicts it beside ε: `fixed` leaves that part untrained, `hybrid` adds
+            0.001 · T · the bound's term to ℓ.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -72,8 +76,13 @@ class DiffTuningObjective:
     retention_ratio: float = 0.2
     min_snr_gamma: float | None = None
     stratified: bool = False
+    variance: Literal["fixed", "hybrid"] = "fixed"
 
     def __post_init__(self) -> None:
+        if self.variance not in ("fixed", "hybrid"):
+            raise ValueError(f"variance is {self.variance!r}; expected fixed or hybrid.")
+        if self.variance == "hybrid" and self.process.prediction != "epsilon":
+            raise ValueError(f"variance is hybrid, which is defined for epsilon, not for {self.process.prediction}.")
         if self.estimator not in ("sample", "weight"):
             raise ValueError(f"estimator is {self.estimator!r}; expected sample or weight.")
         if not 0 <= self.retention_weight < math.inf:
@@ -252,6 +261,29 @@ class DiffTuningObjective:
             self.process.target(latents, noise, levels),
             levels,
         )
+
+    def losses(self, model_output: Tensor, latents: Tensor, noised: NoisedBatch) -> Tensor:
+        """ℓ of every row, (B,) float32.
+
+        Args:
+            model_output: (B, C, h, w), or (B, 2C, h, w) where the model predicts its variance too.
+            latents: (B, C, h, w), without noise.
+
+        Raises:
+            ValueError: if `variance` is hybrid and the model does not predict it.
+        """
+        channels = latents.shape[1]
+        model_pred, variance = model_output[:, :channels], model_output[:, channels:]
+        losses = per_sample_loss(model_pred, noised.target)
+        if self.variance == "fixed":
+            return losses
+        if variance.shape != latents.shape:
+            raise ValueError(f"variance is hybrid, but the model gives {model_output.shape[1]} channels; expected "
+                             f"{2 * channels}.")  # fmt: skip
+        bound = variational_bound(
+            self.process, latents, noised.noisy_model_input, model_pred, variance, noised.levels
+        )  # fmt: skip
+        return losses + BOUND_WEIGHT * len(self.process) * bound
 
 
 def per_sample_loss(model_pred: Tensor, target: Tensor) -> Tensor:

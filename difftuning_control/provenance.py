@@ -18,10 +18,12 @@ from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
+from difftuning_control.words import harmless
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
     "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
+    "class_embeddings.safetensors",
 )  # fmt: skip
 KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
               "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
@@ -193,10 +195,11 @@ def model_card(
     titles = {"lora": f"{KIND_NAMES[recipe.adapter.kind]} for", "full": "Tuned from", "controlnet": "ControlNet for"}
     kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
     tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
+    told = "class-conditional" if run.get("classes") else "text-to-image"
     card = {
         "library_name": "diffusers",
         **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
-        "tags": ["text-to-image", "diffusers", "difftuning-control", *tag],
+        "tags": [told, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
     if recipe.uses_bank:
@@ -209,10 +212,20 @@ def model_card(
         f"# {titles[recipe.method]} {base_name(recipe.model.id)}", "",
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
         f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
-        *(figures or []), *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
-        *_loss_table(run["losses"]), "", closing, "",
+        *_class_lines(run.get("classes")), *(figures or []), *_fidelity_lines(run.get("fidelity")),
+        "## Loss by noise band", "", *_loss_table(run["losses"]), "", closing, "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _class_lines(found: dict[str, Any] | None) -> list[str]:
+    """Which number each class has, at most the first hundred."""
+    if found is None:
+        return []
+    named = [f"{number} {harmless(name)}" for name, number in found["classes"].items()]
+    more = f", … ({len(named)} in all)" if len(named) > 100 else ""
+    what = "Classes of a new label space" if found["label_space"] == "new" else "Classes of the pictures"
+    return [f"{what}: {', '.join(named[:100])}{more}.", ""]
 
 
 def prompt_of(run: dict[str, Any]) -> str:
@@ -235,18 +248,22 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
+    call = f"image = pipe({prompt}).images[0]"
+    if (classes := run.get("classes")) is not None:
+        given = f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
+        call = f"image = pipe({given}).images[0]"
     if recipe.method == "full":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
-        return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+        return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f'pipe = DiffusionPipeline.from_pretrained("{base}")']
-    if recipe.adapter.kind in ("lora", "dora"):
+    if recipe.adapter.kind in ("lora", "dora") and classes is None:
         load.append(f'pipe.load_lora_weights("{recipe.output}")')
     else:
         start.append("from difftuning_control import load_adapter")
         if recipe.adapter.kind == "tlora":
             load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
         load.append(f'load_adapter(pipe, "{recipe.output}")')
-    return [*start, "", *load, f"image = pipe({prompt}).images[0]"]
+    return [*start, "", *load, call]
 
 
 def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:

@@ -64,6 +64,8 @@ class DataConfig:
         limit: use only the first so many pictures.
         caption_column: column of the captions.
         image_column: column of the pictures, in a `datasets` data set.
+        classes: folders (a picture's caption is the name of the sub-folder it lies in), or label (captions are the
+            names or numbers in the column called label); captions as they are when empty.
         default_caption: caption of pictures that have none.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
@@ -79,6 +81,7 @@ class DataConfig:
     limit: int | None = None
     caption_column: str = "text"
     image_column: str = "image"
+    classes: Literal["folders", "label"] | None = None
     default_caption: str | None = None
     truncate_captions: bool = False
     skip_bad: bool = False
@@ -89,6 +92,10 @@ class DataConfig:
         _need(1 <= self.crops <= 64, "data.crops", self.crops, "1 to 64")
         _need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
         _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+        if self.classes is not None and self.default_caption is not None:
+            raise UserError(
+                f"data.classes is {self.classes}, so every picture has its caption; leave out data.default_caption."
+            )
 
 
 @dataclass
@@ -161,7 +168,11 @@ class TuningConfig:
         forgetting_budget: how much the loss on the bank may rise in each noise band (0.02 is 2 %), one number for all
             bands or five from low noise to high; the bank rows' weight then follows by dual ascent. None when empty.
         retention_prompts: empty, or own (the prompts the bank was drawn with).
-        prompt_dropout: share of target rows that train with the empty prompt.
+        prompt_dropout: share of target rows that train with the empty prompt, or without a class.
+        label_space: own (the data's classes are the model's), or new (the data's classes take the place of the model's,
+            each with a new embedding that trains whole); of models that are told classes.
+        variance: fixed (the loss on the prediction alone), or hybrid (and the variational bound on the variance, of
+            models that predict it).
         min_snr_gamma: γ of min-SNR weighting, none when empty.
         stratified: spread the noise levels of a batch evenly.
     """
@@ -173,6 +184,8 @@ class TuningConfig:
     forgetting_budget: float | list[float] | None = None
     retention_prompts: Literal["empty", "own"] = "empty"
     prompt_dropout: float = 0.0
+    label_space: Literal["own", "new"] = "own"
+    variance: Literal["fixed", "hybrid"] = "fixed"
     min_snr_gamma: float | None = None
     stratified: bool = True
 
@@ -216,7 +229,8 @@ class BankConfig:
 
     Args:
         size: number of samples.
-        prompts: captions (those of the data), empty, or a text file with one prompt a line.
+        prompts: captions (those of the data), empty, or a text file with one prompt a line; of a model that is told
+            classes also classes (all that it has), or both (its classes and the empty one by turns).
         guidance_scale: classifier-free guidance while sampling.
         steps: sampling steps.
         batch_size: samples drawn at once.

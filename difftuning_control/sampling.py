@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from difftuning_control.classes import begin_as
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data import decode_image
 from difftuning_control.errors import UserError
@@ -62,6 +63,9 @@ def sample_to_folder(
     if photo is not None:
         conditioner = Conditioner(ControlSpec.load(Path(run or "") / "controlnet"), family.device)
         condition = conditioner.prepare(photo, side, side, control_ready)
+    if record is not None:
+        begin_as(family, record)
+    family.encode_prompts(prompts)  # which refuses a class that the model has not, before anything is drawn
     total = len(prompts) * (2 if compare else 1)
     with progress(total, "sampling") as advance:
         base = sample_pictures(family, prompts, **settings, advance=advance) if compare else []

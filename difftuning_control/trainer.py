@@ -19,11 +19,13 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_
 from difftuning_control.adapters import result_of
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
+from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.control_report import write_control_report
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.dit_adapters import CLASSES_FILE
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.inputs import TrainingInputs, prepare_inputs, resolution_of
@@ -210,6 +212,7 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
             tuning.retention_ratio,
             tuning.min_snr_gamma,
             tuning.stratified,
+            tuning.variance,
         )
     except UserError:
         raise
@@ -238,6 +241,7 @@ def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> Forgettin
     bank = inputs.bank
     part = part_of(bank, bank.retained_prompts(recipe.tuning.retention_prompts))
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
+    rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained
     base = broadcast_object_list([rows.measure(family.model)])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
@@ -293,6 +297,7 @@ def _describe(
             "resolution": inputs.resolution,
         },
         "bank": None if bank is None else {"items": len(bank), "folder": str(bank.folder or bank.manifest["source"])},
+        "classes": describe_classes(family, recipe, inputs.data),
         "control": None
         if inputs.control is None
         else {
@@ -310,5 +315,5 @@ def _describe(
 
 
 def _hash_outputs(output: Path, result: Path) -> dict[str, str]:
-    files = [result, *sorted(result.rglob("*"))]
+    files = [result, output / CLASSES_FILE, *sorted(result.rglob("*"))]
     return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import step_seed
-from difftuning_control.objective import DiffTuningObjective, per_sample_loss
+from difftuning_control.objective import DiffTuningObjective
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -31,8 +31,8 @@ def compute_loss(
 ) -> Tensor:
     """ℓ of every row, (B,): noise → model → squared error. Training, validation and analysis all come through here."""
     noised = objective.add_noise(batch.latents, noise, levels)
-    model_pred = family.predict(denoiser, noised.noisy_model_input, noised.timesteps, batch.conditioning)
-    return per_sample_loss(model_pred, noised.target)
+    model_output = family.predict(denoiser, noised.noisy_model_input, noised.timesteps, batch.conditioning)
+    return objective.losses(model_output, batch.latents, noised)
 
 
 @dataclass(frozen=True)

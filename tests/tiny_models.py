@@ -99,3 +99,19 @@ def tiny_flux(seed: int = 0, dev: bool = True, sharp: bool = False):
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**shifting), vae=tiny_vae(0.06, sharp),
         text_encoder=one, tokenizer=first, text_encoder_2=two, tokenizer_2=second,
     )  # fmt: skip
+
+
+DIT_CLASSES = ("ant", "bee", "cat", "dog")
+
+
+def tiny_dit(seed: int = 0, variance: bool = True, classes: int = 1000, names: tuple[str, ...] = DIT_CLASSES):
+    """`variance` predicts it beside ε; `classes` is the size of the tables, in which `names` have a row each."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8 if variance else 4, num_layers=2,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    return DiTPipeline(transformer, tiny_vae(None), scheduler, id2label=dict(enumerate(names)))

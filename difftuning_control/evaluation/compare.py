@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cache import cached_embeddings
+from difftuning_control.classes import bank_classes, begin_label_space, class_names
 from difftuning_control.conditions import conditions_of
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData, load_images
@@ -79,8 +80,10 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     real = load_images(request.data, need_captions=True) if request.data is not None else held_out
     for run, record in records.items():
         _check_data(run, record, request.runs[0], training, real)
+        if recipes[run].tuning.label_space != recipe.tuning.label_space:
+            raise UserError(f"{run} was tuned in another label space than {request.runs[0]}; evaluate them apart.")
     check_held_out(real)
-    bank = _bank(family, records)
+    bank = begin_label_space(family, recipe, training, _bank(family, records))
     if bank is None and request.source is None:
         raise UserError(
             "no run here has a knowledge bank of the base's samples (or it is no longer there), so nothing stands for "
@@ -97,7 +100,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             family, features, real=real, training=training, source=old, resolution=resolution
         )  # fmt: skip
     probe = _probe(records, chosen, family.device)
-    outside = request.outside or list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
+    outside = request.outside or _outside(family, recipe, training)
     sampling = Sampling(
         [e.caption for e in chosen.examples],
         request.seeds,
@@ -153,6 +156,15 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
     _write(Path(request.output), result, grid, sampling.prompts[:8])
     return result
+
+
+def _outside(family: Family, recipe: Recipe, training: ImageData) -> list[str]:
+    """Prompts far from the new domain: of classes those that were not tuned on, or none where only these are left."""
+    if not family.class_conditional:
+        return list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
+    tuned = class_names(training)
+    others = [name for name in bank_classes(family, "classes") if name not in tuned]
+    return others[:: -(-len(others) // 8)] if others else [""]
 
 
 def _check_data(run: str, record: dict[str, Any], first: str, training: ImageData, real: ImageData) -> None:

@@ -23,6 +23,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "FluxPipeline": ("flux", "Flux"),
+    "DiTPipeline": ("dit", "DiT"),
 }
 
 

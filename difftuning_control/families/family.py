@@ -61,6 +61,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora_targets: ClassVar[tuple[str, ...]] = ()  # empty where no text encoder is trained
     base_density: ClassVar[BaseDensity] = "uniform"  # how often the family trains at each noise level
+    class_conditional: ClassVar[bool] = False  # told a class, and has its names for prompts; see `dit`
     takes_sizes: ClassVar[bool] = False  # whether `conditioning` may hold `sizes`, see `cache.Framing.sizes`
     controlnet_class: ClassVar[Any] = None  # None where diffusers has no ControlNet
     control_pipeline_class: ClassVar[Any] = None
@@ -179,6 +180,15 @@ class Family(ABC):
         return
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether `predict` gives (B, 2C, h, w): the prediction, and v of `variance.py`."""
+        return False
+
+    def trained_whole(self) -> dict[str, nn.Parameter]:
+        """Parameters of the denoiser that train beside any adapter: what it was given anew for this run."""
+        return {}
+
+    @property
     def vae_scale_factor(self) -> int:
         """How many pixels a latent is wide."""
         return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
@@ -229,7 +239,7 @@ class Family(ABC):
     def predict(
         self, denoiser: nn.Module, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> Tensor:
-        """The denoiser's prediction (B, C, h, w). `denoiser` may be a wrapped form of `self.model`.
+        """The denoiser's output (B, C, h, w), see `learned_variance`. `denoiser` may be a wrapped form of `self.model`.
 
         Where `conditioning` has a `control` (B, 3, H, W) uint8, or what `encode_control` makes of it, the model must
         have a ControlNet.
@@ -452,6 +462,10 @@ class Family(ABC):
             named["text_encoder_lora_layers"] = text_encoder_layers
             named["text_encoder_lora_adapter_metadata"] = text_encoder_metadata
         type(self.pipe).save_lora_weights(folder, **named, safe_serialization=True)
+
+    def save_trained_whole(self, folder: Path) -> None:
+        """What `load_adapter` takes along, where `trained_whole` has something."""
+        raise NotImplementedError
 
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
         """A directory for the ControlNet class's `from_pretrained`."""

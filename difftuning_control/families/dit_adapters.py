@@ -1,0 +1,84 @@
+"""Adapters on a DiT, which diffusers has no methods for, and the embeddings of new classes that train beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import LabelEmbedding
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from difftuning_control.difffit import TrainedWhole
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import read_tensors, write_tensors
+
+CLASSES_FILE = "class_embeddings.safetensors"
+NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
+
+
+class TunableDiT(DiTTransformer2DModel, PeftAdapterMixin):
+    """diffusers' DiT with the methods for adapters that its other transformers have."""
+
+
+TunableDiT.__name__ = DiTTransformer2DModel.__name__  # which is what `save_pretrained` writes down
+
+
+def make_tunable(transformer: Any) -> None:
+    """Give a DiT these methods; it stays the same object."""
+    if isinstance(transformer, DiTTransformer2DModel) and not isinstance(transformer, TunableDiT):
+        transformer.__class__ = TunableDiT
+
+
+def tables_of(transformer: Any) -> dict[str, nn.Parameter]:
+    """The class embeddings by name, one table a block: a row a class, the last one for none."""
+    names = [f"{n}.embedding_table.weight" for n, m in transformer.named_modules() if isinstance(m, LabelEmbedding)]
+    return {name: transformer.get_parameter(name) for name in names}
+
+
+def save_classes(transformer: Any, folder: Path, names: list[str]) -> None:
+    """The embeddings of new classes in order, and of the null class last, under the transformer's own names."""
+    rows = {key: torch.cat([t.data[: len(names)], t.data[-1:]]).float() for key, t in tables_of(transformer).items()}
+    write_tensors(folder / CLASSES_FILE, rows, {NAMES: json.dumps(names)})
+
+
+class NewClasses(TrainedWhole):
+    """The class embeddings of a pipeline that an adapter brought with it, and the pretrained ones.
+
+    Raises:
+        UserError: if they have no place in this model.
+    """
+
+    def __init__(self, pipe: Any, path: Path, name: str, strength: float):
+        names, rows = _read(path)
+        tables = tables_of(pipe.transformer) if isinstance(pipe.transformer, DiTTransformer2DModel) else {}
+        for key in tables.keys() | rows.keys():
+            if key not in tables or key not in rows or rows[key].shape[1] != tables[key].shape[1] or not (
+                len(rows[key]) == len(names) + 1 <= len(tables[key])
+            ):  # fmt: skip
+                raise UserError(f"{path} does not fit this model: its {len(names)} classes have no place in {key}.")
+        super().__init__(tables, name)
+        self.pipe, self.labels = pipe, pipe.labels
+        values = {key: table.detach().clone() for key, table in tables.items()}
+        for key, value in values.items():
+            value[: len(names)], value[-1] = rows[key][:-1], rows[key][-1]
+        self.set(values, strength)
+        pipe.labels = dict(sorted((label, i) for i, label in enumerate(names)))
+
+    def remove(self) -> None:
+        """Leave embeddings and names as they were, bit for bit."""
+        super().remove()
+        self.pipe.labels = self.labels
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            names = json.loads((file.metadata() or {})[NAMES])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        raise UserError(f"{path} is damaged, or its header names no classes; give a whole one.") from None
+    return names, read_tensors(path) or {}
