@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench benchmark benchmark-controlnet embedded-model clean
+.PHONY: demo test test-slow lint bench benchmark benchmark-controlnet benchmark-adapters embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -34,6 +34,12 @@ benchmark-controlnet: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/controlnet.py --work build/controlnet && wait $$!
 	$(BIN)/python examples/emoji/controlnet.py --work build/controlnet --collect examples/emoji/controlnet.json
 	$(BIN)/python examples/emoji/controlnet.py --table examples/emoji/controlnet.json
+
+benchmark-adapters: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 0 --workers 2 & \
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 1 --workers 2 && wait $$!
+	$(BIN)/python examples/emoji/adapters.py --work build/adapters --collect examples/emoji/adapters.json
+	$(BIN)/python examples/emoji/adapters.py --table examples/emoji/adapters.json
 
 # Rebuilds the embedded model and its picture sets from the npm packages; hours on two cores, resumable.
 embedded-model: $(STAMP)

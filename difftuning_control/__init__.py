@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.discovery import PIPELINES, register
 
 if TYPE_CHECKING:
+    from difftuning_control.adapter_files import load_adapter, unload_adapter
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.batch import LatentBatch
     from difftuning_control.control import Conditioner, ControlSpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from difftuning_control.recipe import Recipe
     from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+    from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
 _HOME = {
@@ -36,6 +38,7 @@ _HOME = {
     "UserError": "errors",
     "embedded_model": "families",
     "family_of": "families",
+    "load_adapter": "adapter_files",
     "load_family": "families",
     "NoiseProcess": "noise",
     "DiffTuningObjective": "objective",
@@ -47,7 +50,10 @@ _HOME = {
     "PaperSchedule": "schedules",
     "PowerSchedule": "schedules",
     "TabulatedSchedule": "schedules",
+    "load_source": "source",
+    "save_difference": "source",
     "train": "trainer",
+    "unload_adapter": "adapter_files",
 }
 __all__ = [
     "BankRequest",
@@ -71,9 +77,13 @@ __all__ = [
     "add_control",
     "embedded_model",
     "family_of",
+    "load_adapter",
     "load_family",
+    "load_source",
     "per_sample_loss",
+    "save_difference",
     "train",
+    "unload_adapter",
 ]
 __version__ = "0.1.0"
 register()

@@ -1,89 +1,120 @@
-"""What trains: a LoRA adapter on the denoiser, all of its weights, or a ControlNet beside it, whole or by LoRA."""
+"""What trains: an adapter on the denoiser, all of its weights, or a ControlNet beside it, whole or by LoRA."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from difftuning_control.adapter_files import (
+    DIFFFIT_FILE,
+    LORA_FILE,
+    PEFT_FOLDER,
+    save_difffit,
+    save_lora,
+    save_peft,
+)
+from difftuning_control.adapter_kinds import ADAPTER, LORA_KINDS, attach, own_parts
+from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import sort_metadata
+from difftuning_control.lora_start import FACTOR, Down, Up, factors
 
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
+    from difftuning_control.recipe import AdapterConfig, Recipe, TrainingConfig
 
-LAYERS = (nn.Linear, nn.Conv2d)
-ADAPTER = "default"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def attach_lora(
-    module: Any, rank: int, alpha: float | None, targets: str, dropout: float, seed: int, default: tuple[str, ...]
-) -> None:
-    """Freeze a diffusers model and inject W + (alpha / rank) · B A into its chosen modules; A is drawn from `seed`.
-
-    Args:
-        targets: names of modules separated by commas, or auto for `default`.
-
-    Raises:
-        UserError: unless every name is borne by linear or convolution modules only.
-    """
-    from peft import LoraConfig
-
-    names = list(default) if targets == "auto" else [n.strip() for n in targets.split(",") if n.strip()]
-    modules = dict(module.named_modules())
-    named = {t: [m for n, m in modules.items() if n == t or n.endswith(f".{t}")] for t in names}
-    unknown = [t for t, found in named.items() if not found or not all(isinstance(m, LAYERS) for m in found)]
-    if unknown or not names:
-        raise UserError(
-            f"adapter.targets names {', '.join(unknown) or 'nothing'}, which are no linear or convolution modules of "
-            f"what is tuned; expected names such as {', '.join(default)}, or auto."
-        )
-    module.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        settings: Any = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
-        module.add_adapter(LoraConfig(target_modules=names, init_lora_weights="gaussian", **settings))
+UNDECAYED = ("ia3_", "boft_s", "lora_magnitude_vector", f".{FACTOR}")  # factors: zero is not where they start
 
 
-class LoRATuning:
-    """W + (alpha / rank) · B A on the chosen modules of the denoiser; only A and B train.
+class AdapterTuning:
+    """An adapter on the denoiser, and perhaps a LoRA on its text encoder, in float32; everything else stays.
 
     References:
-        LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685
+        LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685; rsLoRA: Kalajdzievski, 2023,
+        https://arxiv.org/abs/2312.03732; PiSSA: Meng et al., 2024, https://arxiv.org/abs/2404.02948
+        DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353
+        LoHa, LoKr: Yeh et al., 2023, https://arxiv.org/abs/2309.14859
+        OFT: Qiu et al., 2023, https://arxiv.org/abs/2306.07280; BOFT: Liu et al., 2023, https://arxiv.org/abs/2311.06243
+        IA3: Liu et al., 2022, https://arxiv.org/abs/2205.05638
+        T-LoRA and DiffFit: see `tlora` and `difffit`.
+
+    Raises:
+        UserError: if the adapter does not fit the model.
     """
 
-    result = LORA_FILE
-
-    def __init__(
-        self,
-        family: StableDiffusion,
-        rank: int,
-        alpha: float | None = None,
-        targets: str = "auto",
-        dropout: float = 0.0,
-        seed: int = 0,
-    ):
-        self.family = family
-        attach_lora(family.denoiser, rank, alpha, targets, dropout, seed, family.lora_targets)
-        for parameter in self.parameters().values():
-            parameter.data = parameter.data.float()
+    def __init__(self, family: Family, config: AdapterConfig, seed: int = 0):
+        self.family, self.config, self.result = family, config, adapter_result(config)
+        if config.text_encoder and not family.text_lora_targets:
+            raise UserError(f"adapter.text_encoder is true, which the family {family.name} does not train yet.")
+        if config.kind == "difffit":
+            family.denoiser.requires_grad_(False)
+            own = DiffFit(family.denoiser, ADAPTER)
+            for parameter in own.parameters.values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            own_parts(family.denoiser)[ADAPTER] = own
+        else:
+            attach(family.denoiser, config, seed, family.lora_targets, family.process)
+        if config.text_encoder:
+            attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, family.text_lora_targets)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
+        found = trainable(self.family.denoiser)
+        if self.config.text_encoder:
+            found |= {f"text_encoder.{n}": p for n, p in trainable(self.family.pipe.text_encoder).items()}
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: what trains, and what it started from where that is taken away again."""
+        found = dict(self.parameters()) | starts(self.family.denoiser)
+        if self.config.text_encoder:
+            found |= {f"text_encoder.{n}": t for n, t in starts(self.family.pipe.text_encoder).items()}
+        return found
+
+    def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
+        """The optimizer's groups: the text encoder has its own learning rate, and factors do not decay to zero."""
+        rate = self.config.text_encoder_learning_rate or training.learning_rate
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters().items():
+            kept = self.config.kind == "difffit" or any(part in name for part in UNDECAYED)
+            groups.setdefault((name.startswith("text_encoder."), kept), []).append(parameter)
+        return [
+            {
+                "params": found,
+                "lr": rate if text else training.learning_rate,
+                "weight_decay": 0.0 if kept else training.weight_decay,
+            }
+            for (text, kept), found in groups.items()
+        ]
 
     def save(self, folder: Path) -> None:
-        """Write `pytorch_lora_weights.safetensors` for `load_lora_weights`."""
-        from peft import get_peft_model_state_dict
+        """Write `pytorch_lora_weights.safetensors` for `load_lora_weights`, or what `load_adapter` takes."""
+        if self.config.kind in LORA_KINDS:
+            text_encoder = self.family.pipe.text_encoder if self.config.text_encoder else None
+            save_lora(self.family.denoiser, text_encoder, self.family.save_lora, folder)
+        elif self.config.kind == "difffit":
+            save_difffit(self.family.denoiser, folder)
+        else:
+            save_peft(self.family.denoiser, folder)
 
-        layers: dict[str, Tensor] = get_peft_model_state_dict(self.family.denoiser, adapter_name=ADAPTER)
-        config = self.family.denoiser.peft_config[ADAPTER].to_dict()
-        config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
-        self.family.save_lora(folder, {k: v.float() for k, v in layers.items()}, config)
-        sort_metadata(folder / LORA_FILE)
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def starts(module: nn.Module) -> dict[str, Tensor]:
+    """What the LoRA factors of a model started from, by name, where it is taken away again."""
+    return {f"{n}.start": m.start for n, m in module.named_modules() if isinstance(m, (Down, Up))}
+
+
+def adapter_result(config: AdapterConfig) -> str:
+    """What a run with this adapter leaves in its output."""
+    if config.kind in LORA_KINDS:
+        return LORA_FILE
+    return DIFFFIT_FILE if config.kind == "difffit" else PEFT_FOLDER
 
 
 class FullTuning:
@@ -91,12 +122,18 @@ class FullTuning:
 
     result = "pipeline"
 
-    def __init__(self, family: StableDiffusion):
+    def __init__(self, family: Family):
         self.family = family
         family.denoiser.float().requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.family.denoiser.named_parameters())
+        return {n: p for n, p in self.family.denoiser.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.parameters())
+
+    def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
+        return one_group(self.parameters(), training)
 
     def save(self, folder: Path) -> None:
         """Write a pipeline directory for `DiffusionPipeline.from_pretrained`."""
@@ -111,7 +148,8 @@ class ControlNetTuning:
 
     Args:
         spec: how the conditions are made; saved beside the weights.
-        adapter: rank, alpha, targets, dropout and seed of a LoRA; the whole ControlNet when None.
+        adapter: of kind lora; the whole ControlNet when None.
+        seed: of the adapter.
 
     References:
         Adding Conditional Control to Text-to-Image Diffusion Models (Zhang et al., 2023), https://arxiv.org/abs/2302.05543
@@ -120,29 +158,41 @@ class ControlNetTuning:
     """
 
     result = "controlnet"
-    whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
 
     def __init__(
         self,
-        family: StableDiffusion,
+        family: Family,
         spec: ControlSpec,
-        adapter: tuple[int, float | None, str, float, int] | None = None,
+        adapter: AdapterConfig | None = None,
+        seed: int = 0,
     ):
         self.family, self.spec = family, spec
         family.denoiser.requires_grad_(False)
         family.controlnet.float().requires_grad_(adapter is None)
         if adapter is not None:
-            attach_lora(family.controlnet, *adapter, default=family.lora_targets)
-            for name in self.whole:
+            attach(family.controlnet, adapter, seed, family.lora_targets)
+            for name in family.controlnet_whole:
                 getattr(family.controlnet, name).requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.family.controlnet.named_parameters() if p.requires_grad}
+        return trainable(self.family.controlnet)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.parameters()) | starts(self.family.controlnet)
+
+    def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
+        return one_group(self.parameters(), training)
 
     def save(self, folder: Path) -> None:
         """Write a directory for `ControlNetModel.from_pretrained`, with `control_spec.json` in it."""
         self.family.save_controlnet(folder, merged(self.family.controlnet))
         self.spec.save(folder)
+
+
+def one_group(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> list[dict[str, Any]]:
+    """An optimizer's group of all parameters."""
+    values = list(parameters.values())
+    return [{"params": values, "lr": training.learning_rate, "weight_decay": training.weight_decay}]
 
 
 def merged(module: Any) -> Any:
@@ -158,10 +208,19 @@ def merged(module: Any) -> Any:
             state[key.replace(".base_layer.", ".")] = value
     for name, layer in tuned.items():
         update: Any = layer
-        state[f"{name}.weight"] = state[f"{name}.weight"] + update.get_delta_weight(ADAPTER).to(state[f"{name}.weight"])
+        if isinstance(update.lora_A[ADAPTER], Down):
+            a, b = factors(update, ADAPTER)
+            delta = update.scaling[ADAPTER] * (b @ a)
+        else:
+            delta = update.get_delta_weight(ADAPTER)
+        state[f"{name}.weight"] = state[f"{name}.weight"] + delta.to(state[f"{name}.weight"])
     plain = type(module).from_config(module.config)
     plain.load_state_dict(state)
     return plain
 
 
-RESULTS = {"lora": LoRATuning.result, "full": FullTuning.result, "controlnet": ControlNetTuning.result}
+def result_of(recipe: Recipe) -> str:
+    """What a run of this recipe leaves in its output, by name."""
+    if recipe.method == "lora":
+        return adapter_result(recipe.adapter)
+    return FullTuning.result if recipe.method == "full" else ControlNetTuning.result

@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.cache import PromptEmbeddings, cached_embeddings
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import (
     LEAST_ROWS,
+    Part,
     advice,
     compare,
     fit_schedule,
     loss_rows,
+    part_of,
     row_validator,
     transfer_gap,
 )
 from difftuning_control.inputs import (
     cache_folder,
     check_captions,
+    encoded,
     hold_out,
     prepare_bank,
     read_data,
@@ -41,27 +41,27 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.staging import staged_sampling
 from difftuning_control.studies import AnalysisConfig
-from difftuning_control.trainer import base_dtype
+from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What an analysis measures on: latents (N, C, h, w) in the denoiser's scale, prompts, and their embeddings."""
+    """What an analysis measures on, and the embeddings of all prompts."""
 
     data: ImageData
     held_out: ImageData
     bank: KnowledgeBank
-    target: tuple[Tensor, list[str]]
-    fresh: tuple[Tensor, list[str]]  # held-out target pictures
+    target: Part
+    fresh: Part  # held-out target pictures
     embeddings: PromptEmbeddings
     resolution: int
 
 
-def materials(family: StableDiffusion, recipe: Recipe) -> Materials:
+def materials(family: Family, recipe: Recipe) -> Materials:
     """Read, encode and cache the data of a recipe; load its bank, or draw it.
 
     Raises:
@@ -75,16 +75,9 @@ def materials(family: StableDiffusion, recipe: Recipe) -> Materials:
     bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution)
     held_captions = [e.caption for e in held_out.examples]
     with progress(len(data) + len(held_out), "encoding pictures") as advance:
-        latents = [
-            family.scale_latents(cached_moments(family, part, Framing(resolution), cache, advance).mean[:, 0])
-            if len(part)
-            else torch.empty(0)
-            for part in (data, held_out)
-        ]
+        target, fresh = (encoded(family, part, resolution, cache, advance) for part in (data, held_out))
     embeddings = cached_embeddings(family, captions + held_captions + bank.prompts, cache, lambda count: None)
-    return Materials(
-        data, held_out, bank, (latents[0], captions), (latents[1], held_captions), embeddings, resolution
-    )  # fmt: skip
+    return Materials(data, held_out, bank, target, fresh, embeddings, resolution)
 
 
 def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> dict[str, Any]:
@@ -105,9 +98,15 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
             f"the run {run} is a ControlNet, beside which the model stays as it was: there is nothing that it forgot; "
             "judge its pictures with difftune evaluate."
         )
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+    family = load_base(recipe).to(best_device())
     if record is not None and run is not None:
         check_base(family, record, run)
+    family.encodes_in_step = recipe.adapter.text_encoder
+    if config.staged and recipe.adapter.text_encoder:
+        raise UserError(
+            f"staged sampling hands over between two denoisers, but {run} tuned the text encoder too; leave out "
+            "analysis.staged."
+        )
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
@@ -126,14 +125,14 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
     return result | {"status": "complete", "seconds": time.time() - started}
 
 
-def measure(family: StableDiffusion, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
+def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
     """The transfer gap of the pretrained model and the schedule that follows; None for what only a run has."""
     rows = loss_rows(
-        family, found.target, (found.bank.latents, found.bank.prompts), found.embeddings,
+        family, found.target, part_of(found.bank, found.bank.prompts), found.embeddings,
         rows=config.rows, draws=config.draws, seed=config.seed,
     )  # fmt: skip
     with progress(1, "transfer gap"):
-        gap, losses = transfer_gap(rows, family.denoiser)
+        gap, losses = transfer_gap(rows, family.model)
     return {
         "model": recipe.model.id,
         "data": {"path": recipe.data.path, "pictures": len(found.data), "resolution": found.resolution},
@@ -150,7 +149,7 @@ def measure(family: StableDiffusion, recipe: Recipe, found: Materials, config: A
 
 
 def _of_run(
-    family: StableDiffusion,
+    family: Family,
     recipe: Recipe,
     found: Materials,
     config: AnalysisConfig,
@@ -160,17 +159,17 @@ def _of_run(
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
     kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
-    fresh = found.fresh if len(found.fresh[1]) >= LEAST_ROWS else found.target
-    parts = {"bank": (kept.latents, words), "target": fresh}
+    fresh = found.fresh if len(found.fresh.prompts) >= LEAST_ROWS else found.target
+    parts = {"bank": part_of(kept, words), "target": fresh}
     rows = {
         role: row_validator(family, part, found.embeddings, config.rows, config.draws, BANDS, config.seed)
         for role, part in parts.items()
     }
     with progress(2, "forgetting") as advance:
-        base = {role: validator.rows(family.denoiser) for role, validator in rows.items()}
+        base = {role: validator.rows(family.model) for role, validator in rows.items()}
         advance(1)
         with tuned_model(family, run, record) as tuned:
-            after = {role: validator.rows(tuned.denoiser) for role, validator in rows.items()}
+            after = {role: validator.rows(tuned.model) for role, validator in rows.items()}
         advance(1)
     u = rows["bank"].centres
     forgot, rise = (compare(base[role], after[role], u) for role in ("bank", "target"))

@@ -25,7 +25,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_file, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 SHARD = 64
 FORMAT = 1
@@ -65,7 +65,7 @@ class BankRequest:
         """The seed of one item's generator, a number below 2⁶³."""
         return int(np.random.SeedSequence([self.seed, item]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def identity(self, family: StableDiffusion) -> dict[str, Any]:
+    def identity(self, family: Family) -> dict[str, Any]:
         """Everything that an item's latents depend on."""
         return {
             "format": FORMAT,
@@ -83,13 +83,17 @@ class BankRequest:
 
 @dataclass(frozen=True)
 class KnowledgeBank:
-    """Latents of the pretrained model's samples, (N, C, h, w) float32 in the denoiser's scale, and their prompts."""
+    """Latents of the pretrained model's samples, (N, C, h, w) float32 in the denoiser's scale, and their prompts.
+
+    `sizes` (N, 6) are those of `Framing.sizes` where the bank is of real pictures and the family takes them.
+    """
 
     latents: Tensor
     prompts: list[str]
     seeds: list[int] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -109,7 +113,7 @@ class KnowledgeBank:
     @classmethod
     def build(
         cls,
-        family: StableDiffusion,
+        family: Family,
         folder: str | Path,
         request: BankRequest,
         *,
@@ -159,7 +163,7 @@ class KnowledgeBank:
         return cls.load(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, base: StableDiffusion | None = None) -> KnowledgeBank:
+    def load(cls, folder: str | Path, base: Family | None = None) -> KnowledgeBank:
         """A complete bank, each shard checked against the manifest's hash.
 
         Args:
@@ -192,9 +196,11 @@ class KnowledgeBank:
         return cls(torch.cat(latents), [r["prompt"] for r in rows], [r["seed"] for r in rows], manifest, folder)
 
     @classmethod
-    def from_latents(cls, latents: Tensor, prompts: list[str], source: str, digest: str) -> KnowledgeBank:
+    def from_latents(
+        cls, latents: Tensor, prompts: list[str], source: str, digest: str, sizes: Tensor | None = None
+    ) -> KnowledgeBank:
         """A bank of real source pictures, given as latents in the denoiser's scale."""
-        return cls(latents, prompts, manifest={"source": source, "pictures": digest})
+        return cls(latents, prompts, manifest={"source": source, "pictures": digest}, sizes=sizes)
 
 
 @contextmanager
@@ -209,7 +215,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _build_shard(
-    family: StableDiffusion,
+    family: Family,
     request: BankRequest,
     folder: Path,
     shard: int,
@@ -234,9 +240,7 @@ def _build_shard(
     write_tensors(path, {"latents": torch.cat(parts)})
 
 
-def _complete(
-    family: StableDiffusion, request: BankRequest, identity: dict[str, Any], partial: Path, folder: Path
-) -> None:
+def _complete(family: Family, request: BankRequest, identity: dict[str, Any], partial: Path, folder: Path) -> None:
     shards = sorted(partial.glob("bank-*.safetensors"))
     rows = [{"item": i, "prompt": request.prompt_of(i), "seed": request.seed_of(i)} for i in range(request.size)]
     lines = [json.dumps(row) for row in rows]
@@ -254,7 +258,7 @@ def _complete(
     os.replace(partial, folder)
 
 
-def _check_base(folder: Path, identity: dict[str, Any], base: StableDiffusion) -> None:
+def _check_base(folder: Path, identity: dict[str, Any], base: Family) -> None:
     differing = [name for name, value in base.fingerprints.items() if identity["base"].get(name) != value]
     if differing:
         raise UserError(

@@ -14,8 +14,8 @@ class LatentBatch:
 
     Args:
         latents: scaled latents, (B, C, h, w).
-        conditioning: what the family's `predict` takes beside latents and timesteps, each (B, …); `prompt_embeds`
-            (B, L, D) for Stable Diffusion.
+        conditioning: what the family's `predict` takes beside latents and timesteps, each (B, …): what it makes of
+            prompts, `control` for a ControlNet, and `sizes` where it takes them.
         is_retention: True for rows from the bank, (B,) bool.
         ids: a name for every row, used in error messages.
     """

@@ -21,7 +21,7 @@ from difftuning_control.objective import DiffTuningObjective
 
 if TYPE_CHECKING:
     from difftuning_control.conditions import Conditions
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 TARGET, BANK = 0, 1
 
@@ -45,12 +45,14 @@ def shuffled(seed: int, stream: int, start: int, count: int, size: int) -> list[
 
 @dataclass(frozen=True)
 class TargetSet:
-    """The pictures to tune on: moments, captions, names and perhaps conditions, all of the same length."""
+    """The pictures to tune on: moments, captions, names, perhaps conditions, and the sizes (N, views, 6) of
+    `Framing.sizes` where the family takes them; all of the same length."""
 
     moments: LatentMoments
     captions: list[str]
     names: list[str]
     conditions: Conditions | None = None
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -78,7 +80,7 @@ class BatchSource:
         condition_dropout: share of target rows that get a blank condition.
     """
 
-    family: StableDiffusion
+    family: Family
     objective: DiffTuningObjective
     targets: TargetSet
     embeddings: PromptEmbeddings
@@ -109,7 +111,7 @@ class BatchSource:
         mine = range(self.process_index, total, self.num_processes)
         shape = self.targets.moments.mean.shape[2:]
         noises = torch.stack([self._noise(step, row, shape) for row in mine])
-        latents, prompts, names, conditions = [], [], [], []
+        latents, prompts, names, conditions, sizes = [], [], [], [], []
         for place, row in enumerate(mine):
             if row < targets:
                 item = target_rows[row]
@@ -118,6 +120,7 @@ class BatchSource:
                 prompts.append("" if dropped[row] else self.targets.captions[item])
                 names.append(self.targets.names[item])
                 conditions.append(self._condition(self.targets.conditions, item, int(views[row]), bool(blank[row])))
+                sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)
             else:
                 assert self.bank is not None
                 item = bank_rows[row - targets]
@@ -125,20 +128,33 @@ class BatchSource:
                 prompts.append(self.bank.prompts[item] if self.bank_prompts == "own" else "")
                 names.append(f"bank item {item}")
                 conditions.append(self._condition(self.bank_conditions, item, 0, False))
+                sizes.append(self._bank_sizes(item))
         chosen = torch.tensor(list(mine))
         conditioning = self.embeddings.rows(prompts)
         if self.targets.conditions is not None:
             conditioning["control"] = torch.stack([c for c in conditions if c is not None])
+        if self.targets.sizes is not None:
+            conditioning["sizes"] = torch.stack([s for s in sizes if s is not None])
         batch = LatentBatch(torch.stack(latents), conditioning, is_retention[chosen], names)
         return TrainingRows(batch, noises[:, 1], levels[chosen], (targets, banks))
 
     def _condition(self, conditions: Conditions | None, item: int, view: int, blank: bool) -> Tensor | None:
-        """(3, H, W) uint8, black where it is blank; None where no ControlNet trains."""
+        """A row of `Conditions`, black where it is blank; None where no ControlNet trains."""
         if self.targets.conditions is None:
             return None
         if conditions is None or blank:
-            return torch.zeros_like(self.targets.conditions.row(0))
+            return self.targets.conditions.blank_row
         return conditions.row(item, view)
+
+    def _bank_sizes(self, item: int) -> Tensor | None:
+        """Those of the picture where the bank is of real ones; a sample is as large as it was drawn, and whole."""
+        if self.targets.sizes is None:
+            return None
+        assert self.bank is not None
+        if self.bank.sizes is not None:
+            return self.bank.sizes[item]
+        frame = self.targets.sizes[0, 0, 4:]
+        return torch.cat([frame, torch.zeros_like(frame), frame])
 
     def _noise(self, step: int, row: int, shape: torch.Size) -> Tensor:
         """Two standard normal tensors: for the draw from the moments and for the forward process."""

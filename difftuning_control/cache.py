@@ -1,4 +1,4 @@
-"""Latent moments and prompt embeddings on disk, so that no training step runs the VAE or the text encoder.
+"""Latent moments and prompt embeddings on disk, so that no training step runs the VAE or a text encoder.
 
 Each file is keyed by everything it depends on: the pictures' bytes, the encoder's weights and the way the pictures are
 cut. What is stored of a picture is the mean and the standard deviation of its VAE posterior; drawing
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.data import Example, ImageData, frame
+from difftuning_control.data import Example, ImageData, frame, placed
 from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 SHARD = 256
 Advance = Callable[[int], object]
@@ -50,12 +50,32 @@ class Framing:
         """The same framing, equal to every other that gives the same views."""
         return replace(self, seed=self.seed if self.crops > 1 else 0)  # the seed only places crops
 
+    def places(self, example: Example) -> list[tuple[float, float]]:
+        """Where the frame lies in what is left over, for each crop."""
+        if self.crops == 1:
+            return [(0.5, 0.5)]
+        rng = np.random.default_rng([self.seed, int(example.digest[:8], 16)])
+        return [(float(x), float(y)) for x, y in rng.random((self.crops, 2))]
+
+    def sizes(self, example: Example) -> Tensor:
+        """What was done to each view, (views, 6) long: the picture's own height and width, the crop's top and left once
+        it was resized, and the frame's height and width; a mirror image's left is counted in the mirrored picture.
+
+        References:
+            SDXL: Improving Latent Diffusion Models (Podell et al., 2023), https://arxiv.org/abs/2307.01952
+        """
+        side, (width, height) = self.resolution, example.size
+        rows = []
+        for mirrored in (False, True) if self.flip else (False,):
+            for place in self.places(example):
+                (resized, _), left, top = placed(example.size, side, side, place)
+                rows.append([height, width, top, resized - side - left if mirrored else left, side, side])
+        return torch.tensor(rows)
+
     def arrange(self, example: Example, framed: Callable[[tuple[float, float]], np.ndarray]) -> np.ndarray:
         """All views, (views, resolution, resolution, 3) uint8, of what `framed` gives for each place of the frame;
         mirror images come last."""
-        rng = np.random.default_rng([self.seed, int(example.digest[:8], 16)])
-        places = [(0.5, 0.5)] if self.crops == 1 else [(float(x), float(y)) for x, y in rng.random((self.crops, 2))]
-        views = np.stack([framed(place) for place in places])
+        views = np.stack([framed(place) for place in self.places(example)])
         return np.concatenate([views, views[:, :, ::-1]]) if self.flip else views
 
     def pictures(self, example: Example) -> np.ndarray:
@@ -89,7 +109,7 @@ class LatentMoments:
 
 
 def cached_moments(
-    family: StableDiffusion, data: ImageData, framing: Framing, folder: Path, advance: Advance, batch_size: int = 16
+    family: Family, data: ImageData, framing: Framing, folder: Path, advance: Advance, batch_size: int = 16
 ) -> LatentMoments:
     """The moments of every picture, from the cache where it has them. `advance(n)` is told of n pictures done."""
     shards = []
@@ -109,7 +129,7 @@ def cached_moments(
 
 
 def _encode(
-    family: StableDiffusion, examples: list[Example], framing: Framing, advance: Advance, batch_size: int
+    family: Family, examples: list[Example], framing: Framing, advance: Advance, batch_size: int
 ) -> dict[str, Tensor]:
     means, stds = [], []
     size = max(1, batch_size // framing.views)
@@ -136,21 +156,29 @@ class PromptEmbeddings:
 
 
 def cached_embeddings(
-    family: StableDiffusion, prompts: list[str], folder: Path, advance: Advance, batch_size: int = 32
+    family: Family, prompts: list[str], folder: Path, advance: Advance, batch_size: int = 32
 ) -> PromptEmbeddings:
-    """Embeddings of the different prompts and of the empty one, from the cache where it has them."""
+    """Embeddings of the different prompts and of the empty one, from the cache where it has them.
+
+    Tokens instead, and no cache, where the family encodes them in the step.
+    """
     unique = ["", *dict.fromkeys(p for p in prompts if p)]
-    identity = [family.fingerprints["text_encoder"], family.fingerprints["tokenizer"], str(family.dtype)]
-    path = folder / f"prompts-{digest_of([unique, *identity])}.safetensors"
+    if family.encodes_in_step:
+        advance(len(unique))
+        return PromptEmbeddings({p: i for i, p in enumerate(unique)}, family.tokenize(unique))
+    path = folder / f"prompts-{digest_of([unique, family.conditioning_fingerprint])}.safetensors"
     tensors = read_tensors(path)
     if tensors is None:
         parts = []
-        for start in range(0, len(unique), batch_size):
-            chunk = unique[start : start + batch_size]
-            parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
-            advance(len(chunk))
+        with family.encoding():
+            for start in range(0, len(unique), batch_size):
+                chunk = unique[start : start + batch_size]
+                parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
+                advance(len(chunk))
         tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         write_tensors(path, tensors)
     else:
         advance(len(unique))
-    return PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
+    embeddings = PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
+    family.remember(embeddings)
+    return embeddings

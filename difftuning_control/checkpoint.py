@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of_file, read_tensors, write_json, write_tensors
@@ -29,7 +29,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 class TrainingState:
     """The objects that a checkpoint saves and restores in place."""
 
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.export import ExportRequest
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 
@@ -43,7 +44,8 @@ class SampleCommand:
 
     Args:
         run: folder of a finished run.
-        model: the pretrained model (--model.id, --model.variant); that of the run when --run is given.
+        model: the pretrained model (--model.id, --model.variant, --model.float8, --model.offload); that of the run when
+            --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
         control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
         control_ready: the picture given as --control is a condition already.
@@ -96,6 +98,17 @@ class EvaluateCommand(Evaluation):
 
     Args:
         overwrite: replace an earlier evaluation.
+    """
+
+    overwrite: bool = False
+
+
+@dataclass
+class ExportCommand(ExportRequest):
+    """Write a finished run as a diffusers directory, or as a LoRA for kohya or ComfyUI: difftune export RUN --to DIR.
+
+    Args:
+        overwrite: replace an earlier export.
     """
 
     overwrite: bool = False
@@ -156,8 +169,9 @@ class DemoCommand:
 
 COMMANDS: dict[str, type] = {
     "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
-    "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
+    "export": ExportCommand, "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
 }  # fmt: skip
+POSITIONAL = {"export": "run"}  # what a word without a key is, at such a verb
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -244,23 +258,27 @@ def keys_of(command: type, prefix: str = "") -> dict[str, Any]:
 
 def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
     """Check the keys, put --config first, so that flags override it from any place, and let a bare switch mean true."""
-    recipes, flags, rest = [], [], arguments[1:]
+    recipes, flags, rest, word = [], [], arguments[1:], POSITIONAL.get(arguments[0])
     while rest:
         argument = rest.pop(0)
         key, equals, value = argument[2:].partition("=")
         bare = not equals and (not rest or rest[0].startswith("--"))
-        if not argument.startswith("--") or key in ("help", "print_config"):
+        if key in ("help", "print_config"):
             flags.append(argument)
+        elif not argument.startswith("--"):
+            flags.append(f"--{word}={argument}" if word is not None else argument)
         elif key == "config":
             value = value if equals or bare else rest.pop(0)
             recipes += [f"--config={value}", *_place_of_study(arguments[0], _check_recipe(value, known))]
         elif key not in known:
             raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
-        elif _section_of(known[key]) is not None and not bare:
-            _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
-            flags.append(argument)
         else:
+            if _section_of(known[key]) is not None and not bare:
+                _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
             flags.append(f"{argument}=true" if bare and known[key] is bool else argument)
+            flags += [rest.pop(0)] if not equals and not bare else []
+    if sum(flag.partition("=")[0] == f"--{word}" for flag in flags) > 1:
+        raise UserError(f"{word} is given twice; give it once, as --{word} or without a key.")
     return [arguments[0], *recipes, *flags]
 
 
@@ -395,11 +413,11 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.families import best_device, load_family
+    from difftuning_control.families import best_device
     from difftuning_control.inputs import check_captions, prepare_bank, read_data, resolution_of
-    from difftuning_control.trainer import base_dtype
+    from difftuning_control.trainer import load_base
 
-    family = load_family(command.model.id, base_dtype(command), command.model.variant).to(best_device())
+    family = load_base(command).to(best_device())
     data, _ = read_data(command)
     check_captions(family, data, command.data.truncate_captions)
     captions = [e.caption for e in data.examples]
@@ -424,6 +442,16 @@ def run_evaluate(command: EvaluateCommand) -> None:
     for warning in result["warnings"]:
         print(f"note: {warning}")
     print(f"done: {command.output}/evaluation.json, grid.png")
+
+
+def run_export(command: ExportCommand) -> None:
+    from difftuning_control.export import export
+
+    folder = export(ExportRequest(**{f.name: getattr(command, f.name) for f in dataclasses.fields(ExportRequest)}),
+                    command.overwrite)  # fmt: skip
+    print(f"done: {folder}/README.md says how it is used")
+    if command.push is not None:
+        print(f"uploaded: https://huggingface.co/{command.push}")
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
@@ -469,8 +497,8 @@ def run_demo(command: DemoCommand) -> None:
 
 
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
-    "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "analyze": run_analyze,
-    "pilot": run_pilot, "demo": run_demo,
+    "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
+    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from torch import Tensor
 from difftuning_control.cache import Framing
 from difftuning_control.control import SUPPLIED, Conditioner
 from difftuning_control.data import Example, ImageData
-from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
+from difftuning_control.fingerprint import digest_of, digest_of_tensors, read_tensors, write_tensors
 from difftuning_control.pictures import to_arrays
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 FORMAT = 1
 SHARD = 256
@@ -34,16 +34,27 @@ DECODE = 16
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of N pictures in all their views, uint8 shards of (n, views, C, H, W); C is 1 where all are grey."""
+    """Conditions of N pictures in all their views, uint8 shards of (n, views, C, H, W); C is 1 where all are grey.
+
+    Where a ControlNet reads latents, the shards are what `Family.encode_control` makes of these, and `empty` is what it
+    makes of a black one.
+    """
 
     shards: list[Tensor]
+    empty: Tensor | None = None
 
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
     def row(self, item: int, view: int = 0) -> Tensor:
-        """One condition, (3, H, W) uint8."""
-        return self.shards[item // SHARD][item % SHARD, view].expand(3, -1, -1)
+        """One condition, (3, H, W) uint8, or encoded."""
+        found = self.shards[item // SHARD][item % SHARD, view]
+        return found.expand(3, -1, -1) if self.empty is None else found
+
+    @property
+    def blank_row(self) -> Tensor:
+        """A condition that shows nothing: black."""
+        return torch.zeros_like(self.row(0)) if self.empty is None else self.empty
 
     def rows(self, items: Iterable[int]) -> Tensor:
         """The first view of these pictures, (B, 3, H, W) uint8."""
@@ -70,6 +81,24 @@ def cached_conditions(
     return _make(lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers)
 
 
+def encoded_conditions(family: Family, conditions: Conditions, folder: Path) -> Conditions:
+    """Conditions as the family's ControlNet reads them: latents, made once, where it reads latents."""
+    if not family.encodes_control:
+        return conditions
+    shards, identity = [], [family.control_fingerprint, FORMAT]
+    tensors: dict[str, Tensor] | None = None
+    for shard in conditions.shards:
+        path = folder / f"control-{digest_of([digest_of_tensors({'conditions': shard}), identity])}.safetensors"
+        tensors = read_tensors(path)
+        if tensors is None:
+            rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
+            *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
+            tensors = {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
+            write_tensors(path, tensors)
+        shards.append(tensors["control"])
+    return Conditions(shards, tensors["empty"] if tensors is not None else None)
+
+
 def conditions_of(
     conditioner: Conditioner, data: ImageData, resolution: int, advance: Callable[[int], object]
 ) -> Tensor:
@@ -92,7 +121,7 @@ def _views(conditioner: Conditioner, example: Example, framing: Framing) -> np.n
 
 def bank_conditions(
     conditioner: Conditioner,
-    family: StableDiffusion,
+    family: Family,
     bank: KnowledgeBank,
     folder: Path,
     advance: Callable[[int], object],

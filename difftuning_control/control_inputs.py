@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.cache import Framing
-from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions
+from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions, encoded_conditions
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 
-def build_spec(recipe: Recipe, family: StableDiffusion, resolution: int) -> ControlSpec:
+def build_spec(recipe: Recipe, family: Family, resolution: int) -> ControlSpec:
     """How the conditions of a recipe are made, for the family's ControlNet if it has one."""
     control = recipe.control
-    order: Any = "rgb"
-    if family.controlnet is not None:
-        order = family.controlnet.config.controlnet_conditioning_channel_order
+    order: Any = family.channel_order
     return ControlSpec(
         control.annotator, dict(control.params), control.weights, resolution, family.condition_range, order,
         control.resize,
@@ -69,7 +67,7 @@ class ControlInputs:
     def rows_of_bank(self, last: int) -> dict[str, Tensor]:
         """The control of the bank's last so many items."""
         if self.bank is None:
-            return {"control": torch.zeros_like(self.targets.row(0)).expand(last, -1, -1, -1)}
+            return {"control": torch.stack([self.targets.blank_row] * last)}
         return {"control": self.bank.rows(range(len(self.bank) - last, len(self.bank)))}
 
 
@@ -90,7 +88,7 @@ def check_control(recipe: Recipe, conditioner: Conditioner, held_out: ImageData)
 
 def prepare_control(
     recipe: Recipe,
-    family: StableDiffusion,
+    family: Family,
     conditioner: Conditioner,
     data: ImageData,
     held_out: ImageData,
@@ -130,6 +128,9 @@ def prepare_control(
     names = [data.examples[i].name for i in blank]
     few = held if held is not None else targets
     shown = few.rows(range(min(SHOWN, len(few))))
+    with accelerator.main_process_first():
+        targets = encoded_conditions(family, targets, cache)
+        held, of_bank = (encoded_conditions(family, p, cache) if p is not None else None for p in (held, of_bank))
     return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)
 
 

@@ -42,6 +42,7 @@ class Example:
     load: Callable[[], Image.Image] = field(compare=False, repr=False)
     condition_digest: str | None = None
     load_condition: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)  # width and height, upright
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _Checker:
         if picture is None:
             return None
         if row.condition is None:
-            return Example(row.name, caption, picture[1], lambda: decode_image(row.read()))
+            return Example(row.name, caption, picture[1], lambda: decode_image(row.read()), size=picture[0])
         condition = self._picture(row.name, row.condition, CONDITION)
         if condition is None:
             return None
@@ -236,7 +237,8 @@ class _Checker:
             return None
         read = row.condition
         return Example(
-            row.name, caption, picture[1], lambda: decode_image(row.read()), condition[1], lambda: decode_image(read())
+            row.name, caption, picture[1], lambda: decode_image(row.read()), condition[1], lambda: decode_image(read()),
+            picture[0],
         )  # fmt: skip
 
     def _picture(self, name: str, read: Callable[[], bytes], what: str = "") -> tuple[tuple[int, int], str] | None:
@@ -499,12 +501,20 @@ def frame(
     Args:
         crop: relative position (x, y) of the frame within what is left over, each in [0, 1]; the middle by default.
     """
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    size, left, top = placed(image.size, height, width, crop)
+    if size != image.size:
         image = image.resize(size, resample)
-    left, top = round((image.width - width) * crop[0]), round((image.height - height) * crop[1])
     return np.array(image.crop((left, top, left + width, top + height)))  # a copy that may be written to
+
+
+def placed(
+    size: tuple[int, int], height: int, width: int, crop: tuple[float, float] = (0.5, 0.5)
+) -> tuple[tuple[int, int], int, int]:
+    """What `frame` does to a picture of (width, height): the size it is resized to, and the crop's left and top."""
+    scale = max(height / size[1], width / size[0])
+    if scale != 1:
+        size = (max(width, round(size[0] * scale)), max(height, round(size[1] * scale)))
+    return size, round((size[0] - width) * crop[0]), round((size[1] - height) * crop[1])
 
 
 def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:

@@ -24,7 +24,7 @@ from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import sample_pictures
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 PATIENCE = 3
 
@@ -135,7 +135,7 @@ class FidelityProbe:
         each = fidelity(self.kind, to_tensor(self.asked), to_tensor(found))
         return {name: float(values.double().mean()) for name, values in each.items()}
 
-    def measure(self, family: StableDiffusion, controlled: bool = True) -> dict[str, float]:
+    def measure(self, family: Family, controlled: bool = True) -> dict[str, float]:
         """The figures of pictures drawn now; with `controlled` off the model draws without its ControlNet."""
         control = self.control if controlled else None
         return self.judge_pictures(sample_pictures(family, self.prompts, **self.sampling, control=control))

@@ -75,12 +75,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         temporary.unlink(missing_ok=True)
 
 
-def sort_metadata(path: Path) -> None:
-    """Rewrite a safetensors file's header with its metadata in order: the library writes them in a random one."""
+def set_metadata(path: Path, values: dict[str, str]) -> None:
+    """Add metadata to a safetensors file's header, in order: the library writes them in a random one."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    header["__metadata__"] = dict(sorted((header.get("__metadata__", {}) | values).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])

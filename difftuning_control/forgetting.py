@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from difftuning_control.validation import BandValidator
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.cache import PromptEmbeddings
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 SCHEDULE_BANDS = 10
 LEAST_ROWS = 4
@@ -124,6 +124,15 @@ def advice(gap: Curve) -> list[str]:
     return found
 
 
+class Part(NamedTuple):
+    """Rows before their conditioning is looked up: latents (N, C, h, w) in the denoiser's scale, their prompts, and the
+    sizes (N, 6) of `Framing.sizes` where the family takes them and they are not the plain ones."""
+
+    latents: Tensor
+    prompts: list[str]
+    sizes: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class LossRows:
     """Rows to measure, the same number of target and bank rows: row r of both gets the same noise."""
@@ -136,10 +145,15 @@ class LossRows:
         return self.target.centres
 
 
+def part_of(bank: KnowledgeBank, prompts: list[str]) -> Part:
+    """A bank's items under the given prompts."""
+    return Part(bank.latents, prompts, bank.sizes)
+
+
 def loss_rows(
-    family: StableDiffusion,
-    target: tuple[Tensor, list[str]],
-    bank: tuple[Tensor, list[str]],
+    family: Family,
+    target: Part,
+    bank: Part,
     embeddings: PromptEmbeddings,
     *,
     rows: int | None = None,
@@ -147,7 +161,7 @@ def loss_rows(
     bands: int = SCHEDULE_BANDS,
     seed: int = 0,
 ) -> LossRows:
-    """Validators for target and bank, each given as latents (N, C, h, w) in the denoiser's scale and prompts.
+    """Validators for target and bank.
 
     Args:
         rows: at most so many of each side; as many as the smaller side has when None.
@@ -156,31 +170,32 @@ def loss_rows(
     Raises:
         UserError: if a side has fewer than 4 rows.
     """
-    count = min(len(target[1]), len(bank[1]), rows if rows is not None else len(target[1]))
+    count = min(len(target.prompts), len(bank.prompts), rows if rows is not None else len(target.prompts))
     if count < LEAST_ROWS:
         raise UserError(
             f"the transfer gap needs at least {LEAST_ROWS} target pictures and bank samples; there are "
-            f"{len(target[1])} and {len(bank[1])}."
+            f"{len(target.prompts)} and {len(bank.prompts)}."
         )
     return LossRows(*(row_validator(family, p, embeddings, count, draws, bands, seed) for p in (target, bank)))
 
 
 def row_validator(
-    family: StableDiffusion,
-    part: tuple[Tensor, list[str]],
+    family: Family,
+    part: Part,
     embeddings: PromptEmbeddings,
     count: int,
     draws: int,
     bands: int,
     seed: int,
 ) -> BandValidator:
-    """A validator of at most `count` rows, spread over the latents (N, C, h, w) and prompts of `part`."""
-    latents, prompts = part
-    count = min(count, len(prompts))
+    """A validator of at most `count` rows, spread over those of `part`."""
+    count = min(count, len(part.prompts))
     objective = DiffTuningObjective(family.process, ConstantSchedule(), retention_weight=0.0, retention_ratio=0.0)
-    chosen = torch.linspace(0, len(prompts) - 1, count).round().long()  # spread: neighbours may share a prompt
-    words = [prompts[i] for i in chosen.tolist()]
-    batch = LatentBatch(latents[chosen], embeddings.rows(words), torch.zeros(count, dtype=torch.bool))
+    chosen = torch.linspace(0, len(part.prompts) - 1, count).round().long()  # spread: neighbours may share a prompt
+    conditioning = embeddings.rows([part.prompts[i] for i in chosen.tolist()])
+    if part.sizes is not None:
+        conditioning["sizes"] = part.sizes[chosen]
+    batch = LatentBatch(part.latents[chosen], conditioning, torch.zeros(count, dtype=torch.bool))
     return BandValidator(family, objective, batch, seed, bands=bands, draws=draws)
 
 
@@ -214,16 +229,16 @@ def affordable_rows(steps: int, batch_size: int, available: int, share: float = 
 
 
 def measure_schedule(
-    family: StableDiffusion,
-    target: tuple[Tensor, list[str]],
+    family: Family,
+    target: Part,
     bank: KnowledgeBank,
     embeddings: PromptEmbeddings,
     rows: int,
     seed: int = 0,
 ) -> tuple[TabulatedSchedule, dict[str, Any]]:
     """The schedule of the pretrained model on these data, and what was measured, as `schedule.json` holds it."""
-    measured = loss_rows(family, target, (bank.latents, bank.prompts), embeddings, rows=rows, seed=seed)
-    gap, losses = transfer_gap(measured, family.denoiser)
+    measured = loss_rows(family, target, part_of(bank, bank.prompts), embeddings, rows=rows, seed=seed)
+    gap, losses = transfer_gap(measured, family.model)
     schedule = fit_schedule(gap.u, gap.mean)
     record = schedule.to_dict() | {"gap": gap.to_dict(), "losses": losses, "advice": advice(gap), "rows": rows}
     return schedule, record

@@ -8,8 +8,6 @@
 The pretrained weights are the tuned ones with the adapter off, or a second module (`source`). With them the guided
 prediction is ε̂ = ε_pretrained(x, ∅) + w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w as diffusers' `guidance_scale`.
 
-A ControlNet answers with its residuals times s(u); where that is 0 it is not run.
-
 References:
     Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
     https://arxiv.org/abs/2406.00773 (section 3: the experiment with two models on either side of u₀)
@@ -20,25 +18,26 @@ References:
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from difftuning_control.adapter_kinds import own_parts
+from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.strength import check_u
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.noise import NoiseProcess
 
 TUNED = "difftuning_tuned_weights"
-CONTROL = "difftuning_control_strength"
 AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in [0, 1]
 
 
@@ -46,17 +45,20 @@ AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in 
 
 
 def tuner_layers(module: nn.Module) -> list[Any]:
-    """The peft layers of a module, whose adapters can be switched."""
+    """The peft layers of a module, whose adapters can be switched, and a DiffFit, which can be too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    return layers + [part for part in own_parts(module).values() if isinstance(part, DiffFit)]
 
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the adapters that act in a module now, in the order of its layers; fused and disabled ones do not."""
     found: dict[str, None] = {}
     for layer in tuner_layers(module):
-        if not layer.disable_adapters:
+        if isinstance(layer, DiffFit):
+            found[layer.name] = None
+        elif not layer.disable_adapters:
             its = layer._get_available_adapters() - set(layer.merged_adapters)
             found |= {name: None for name in layer.active_adapters if name in its}
     return list(found)
@@ -68,20 +70,25 @@ def adapters_at(layers: Sequence[Any], names: Sequence[str], strength: float) ->
     if strength == 1:
         yield
         return
-    kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in layers]
-    try:
-        for layer, _, scaling in kept:
-            if strength == 0:  # off rather than scaled by 0, which holds for DoRA too; `set_adapter` would also make
-                # adapters trainable
-                layer._active_adapter = [n for n in layer.active_adapters if n not in names]
-            elif scaling:
-                layer.scaling.update({n: scaling[n] * strength for n in names if n in scaling})
-        yield
-    finally:
-        for layer, active, scaling in kept:
-            layer._active_adapter = active
-            if scaling:
-                layer.scaling.update(scaling)
+    fits = [layer for layer in layers if isinstance(layer, DiffFit) and layer.name in names]
+    tuned = [layer for layer in layers if not isinstance(layer, DiffFit)]
+    kept = [(layer, layer._active_adapter, dict(getattr(layer, "scaling", {}))) for layer in tuned]
+    with ExitStack() as stack:
+        for fit in fits:
+            stack.enter_context(fit.at(strength))
+        try:
+            for layer, _, scaling in kept:
+                if strength == 0:  # off rather than scaled by 0, which holds for DoRA too; `set_adapter` would also
+                    # make adapters trainable
+                    layer._active_adapter = [n for n in layer.active_adapters if n not in names]
+                elif scaling:
+                    layer.scaling.update({n: scaling[n] * strength for n in names if n in scaling})
+            yield
+        finally:
+            for layer, active, scaling in kept:
+                layer._active_adapter = active
+                if scaling:
+                    layer.scaling.update(scaling)
 
 
 @dataclass(frozen=True)
@@ -150,22 +157,82 @@ def pausing(callback: Callable[..., Any], hooks: Sequence[SamplingHook]) -> Call
 
 
 class _TunedWeightsHook(SamplingHook):
-    def __init__(self, weights: TunedWeights, strength: AtTimestep, is_guided: Callable[[], bool]):
+    """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
+
+    def __init__(self, weights: TunedWeights, strength: AtTimestep, is_guided: Callable[[], bool], mask: _Rows | None):
         super().__init__()
-        self.weights, self.strength, self.is_guided = weights, strength, is_guided
+        self.weights, self.strength, self.is_guided, self.mask = weights, strength, is_guided, mask
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        strength = self.strength(_argument(args, kwargs, 1, "timestep"))
+        strength = self.strength(argument(args, kwargs, 1, "timestep"))
         forward = self.fn_ref.original_forward
         if strength == 0 or not self.is_guided():
             return self.weights.run(forward, strength, *args, **kwargs)
-        rows = len(_argument(args, kwargs, 0, "sample"))
-        (first, first_named), (second, second_named) = (_half((args, kwargs), rows, i) for i in (0, 1))
+        sample = argument(args, kwargs, 0, "sample")
+        if self.mask is not None:
+            with self.mask.second_half(sample):
+                return self.weights.run(forward, strength, *args, **kwargs)
+        (first, first_named), (second, second_named) = (_half((args, kwargs), len(sample), i) for i in (0, 1))
         unconditional = self.weights.run(forward, 0, *first, **first_named)
         return _joined(unconditional, self.weights.run(forward, strength, *second, **second_named))
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+class _Rows:
+    """Lets LoRAs act on some rows of a batch only: one forward of a whole batch is faster than two of halves.
+
+    s · B(A(x)) is 0 for rows in which A's output is; that is the smallest of its tensors.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    @contextmanager
+    def second_half(self, sample: Tensor) -> Iterator[None]:
+        rows = len(sample)
+        self.mask = (torch.arange(rows, device=sample.device) >= rows // 2).to(sample.dtype)
+        try:
+            yield
+        finally:
+            self.mask = None
+
+    @contextmanager
+    def over(self, weights: TunedWeights) -> Iterator[None]:
+        names = weights.adapters
+        handles = [
+            layer.lora_A[name].register_forward_hook(self._apply)
+            for layer in weights.layers
+            for name in names
+            if name in layer._get_available_adapters()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.mask is None:
+            return None
+        assert len(output) == len(self.mask), "a layer whose rows are not the batch's"
+        return output * self.mask.view(-1, *[1] * (output.ndim - 1)).to(output.dtype)
+
+
+def can_mask(weights: TunedWeights) -> bool:
+    """Whether the tuned weights are plain LoRAs, which act on each row by itself and not at all where A gives 0."""
+    from peft.tuners.lora import LoraLayer
+
+    if weights.source is not None or any(isinstance(layer, DiffFit) for layer in weights.layers):
+        return False
+    mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]
+    return all(
+        isinstance(layer, LoraLayer) and name in layer.lora_A and name not in layer.lora_variant
+        and not layer.lora_bias[name]
+        for layer, name in mine
+    )  # fmt: skip
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    """What a forward was given, by place or by name."""
     return args[place] if len(args) > place else kwargs[name]
 
 
@@ -225,7 +292,9 @@ def tuned_weights(
         is_guided: whether the batch now holds unconditional rows in its first half which the pretrained weights are to
             answer.
     """
-    with hooked(module, _TunedWeightsHook(weights, strength, is_guided), TUNED) as hook:
+    mask = _Rows() if can_mask(weights) and not is_compiled_module(module) else None
+    masked = mask.over(weights) if mask is not None else nullcontext()
+    with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED) as hook:
         yield hook
 
 
@@ -236,9 +305,7 @@ def above(process: NoiseProcess, u0: float) -> Callable[[Tensor], bool]:
 
 
 @contextmanager
-def hand_over(
-    tuned: StableDiffusion, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None
-) -> Iterator[None]:
+def hand_over(tuned: Family, u0: float, *, tuned_above: bool = True, base: nn.Module | None = None) -> Iterator[None]:
     """While open, `tuned` samples with its own weights at u > u0 and with the pretrained ones at u ≤ u0.
 
     Args:
@@ -248,94 +315,11 @@ def hand_over(
             switched off instead.
 
     Raises:
-        UserError: if u0 is out of its range, or there is neither a base nor an adapter.
+        UserError: if u0 is out of its range, there is neither a base nor an adapter, or the text encoder is tuned too.
     """
+    if getattr(getattr(tuned.pipe, "text_encoder", None), "_hf_peft_config_loaded", False):
+        raise UserError("a stage hand-over exchanges the denoiser, but the text encoder of this model is tuned too.")
     weights = TunedWeights(tuner_layers(tuned.denoiser), active_adapters(tuned.denoiser), base)
     is_above = above(tuned.process, check_u(u0, "u0"))
     with tuned_weights(tuned.denoiser, weights, lambda timestep: float(is_above(timestep) == tuned_above)):
         yield
-
-
-# --- how strongly a ControlNet acts ---------------------------------------------------------------------------------
-
-
-@dataclass
-class ControlUse:
-    """How often a ControlNet ran in a call, and how long; where its strength was 0 it was skipped."""
-
-    run: int = 0
-    skipped: int = 0
-    clocks: list[tuple[Any, Any]] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Spent in the ControlNet."""
-        return sum(_elapsed(start, end) for start, end in self.clocks)
-
-    @property
-    def seconds_saved(self) -> float | None:
-        """By the forwards that were skipped, as long as those that ran; None where none ran."""
-        return self.seconds / self.run * self.skipped if self.run else None
-
-
-def _now(device: torch.device) -> Any:
-    """A point in time; on a GPU one that is read later, so that nothing waits for it."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _elapsed(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-class _ControlHook(SamplingHook):
-    def __init__(self, strength: AtTimestep, use: ControlUse):
-        super().__init__()
-        self.strength, self.use = strength, use
-
-    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        sample = _argument(args, kwargs, 0, "sample")
-        strength = self.strength(_argument(args, kwargs, 1, "timestep"))
-        if strength * kwargs.get("conditioning_scale", 1.0) == 0:
-            self.use.skipped += 1
-            return no_residuals(module, sample, kwargs.get("return_dict", True))
-        start = _now(sample.device)
-        found = self.fn_ref.original_forward(*args, **kwargs)
-        self.use.run += 1
-        self.use.clocks.append((start, _now(sample.device)))
-        if strength == 1:
-            return found
-        down, mid = found[0], found[1]
-        scaled = tuple(d * strength for d in down), mid * strength
-        return scaled if isinstance(found, tuple) else type(found)(*scaled)
-
-
-def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
-    """Residuals that add nothing, without a forward; those of the down blocks are (B, 1, 1, 1) and broadcast.
-
-    The middle's has its full size, since several ControlNets add theirs into the first one's in place.
-    """
-    down = tuple(sample.new_zeros(len(sample), 1, 1, 1) for _ in controlnet.controlnet_down_blocks)
-    height, width = sample.shape[-2:]
-    for block in controlnet.down_blocks:
-        if block.downsamplers is not None:
-            height, width = (height + 1) // 2, (width + 1) // 2
-    mid = sample.new_zeros(len(sample), controlnet.config.block_out_channels[-1], height, width)
-    if not return_dict:
-        return down, mid
-    from diffusers.models.controlnets.controlnet import ControlNetOutput
-
-    return ControlNetOutput(down, mid)  # type: ignore[arg-type]
-
-
-@contextmanager
-def control_strength(controlnet: nn.Module, strength: AtTimestep, use: ControlUse) -> Iterator[SamplingHook]:
-    """While open, a ControlNet acts with the strength of each timestep; `use` counts how often it ran."""
-    with hooked(controlnet, _ControlHook(strength, use), CONTROL) as hook:
-        yield hook

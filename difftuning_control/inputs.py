@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from difftuning_control.control_inputs import ControlInputs, check_control, prep
 from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
+from difftuning_control.forgetting import Part, part_of
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
@@ -26,7 +28,7 @@ from difftuning_control.validation import BandValidator
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -55,22 +57,18 @@ class TrainingInputs:
     control: ControlInputs | None = None
 
 
-def resolution_of(family: StableDiffusion, data: DataConfig) -> int:
+def resolution_of(family: Family, data: DataConfig) -> int:
     """The side of the pictures in pixels; a UserError if the model cannot take it."""
     return check_resolution(family, data.resolution or family.native_resolution, "data.resolution")
 
 
-def check_resolution(family: StableDiffusion, side: int, name: str) -> int:
+def check_resolution(family: Family, side: int, name: str) -> int:
     """The side itself.
 
     Raises:
         UserError: if the model cannot take it.
     """
-    if side % family.resolution_step:
-        raise UserError(
-            f"{name} is {side}; this model takes multiples of {family.resolution_step} "
-            f"(its own is {family.native_resolution})."
-        )
+    family.check_resolution(side, name)
     return side
 
 
@@ -94,7 +92,7 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
     return data.split(config.holdout)
 
 
-def check_captions(family: StableDiffusion, data: ImageData, truncate: bool) -> None:
+def check_captions(family: Family, data: ImageData, truncate: bool) -> None:
     """Refuse captions that the text encoder would cut, unless that is wanted.
 
     Raises:
@@ -136,7 +134,7 @@ def bank_prompts(config: BankConfig, captions: list[str]) -> list[str]:
 
 
 def prepare_bank(
-    family: StableDiffusion,
+    family: Family,
     config: BankConfig,
     data: DataConfig,
     captions: list[str],
@@ -154,6 +152,8 @@ def prepare_bank(
         tuple(bank_prompts(config, captions)), config.size, config.guidance_scale, config.steps, resolution, config.seed
     )
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
+    if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
+        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None)
     processes: dict[str, Any] = {}
     if accelerator is not None:
         processes = {
@@ -165,20 +165,37 @@ def prepare_bank(
         return KnowledgeBank.build(family, folder, request, batch_size=config.batch_size, advance=advance, **processes)
 
 
-def _bank_of_pictures(
-    family: StableDiffusion, path: Path, data: DataConfig, resolution: int, show: bool
-) -> KnowledgeBank:
+def _bank_of_pictures(family: Family, path: Path, data: DataConfig, resolution: int, show: bool) -> KnowledgeBank:
     """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
     pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False)
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance)
-    latents = family.scale_latents(moments.mean[:, 0])
-    return KnowledgeBank.from_latents(latents, [e.caption for e in pictures.examples], str(path), pictures.fingerprint)
+    latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]
+    sizes = sizes_of(family, pictures, Framing(resolution))
+    return KnowledgeBank.from_latents(
+        latents, captions, str(path), pictures.fingerprint, sizes[:, 0] if sizes is not None else None
+    )  # fmt: skip
+
+
+def sizes_of(family: Family, data: ImageData, framing: Framing) -> torch.Tensor | None:
+    """What was done to every view of every picture, (N, views, 6), where the family is told of it."""
+    return torch.stack([framing.sizes(e) for e in data.examples]) if family.takes_sizes and len(data) else None
+
+
+def encoded(family: Family, data: ImageData, resolution: int, cache: Path, advance: Callable[[int], object]) -> Part:
+    """Pictures in the middle of their frames, as rows to measure on."""
+    prompts = [e.caption for e in data.examples]
+    if not prompts:
+        return Part(torch.empty(0), [])
+    framing = Framing(resolution)
+    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance).mean[:, 0])
+    sizes = sizes_of(family, data, framing)
+    return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
 
 
 def prepare_inputs(
     recipe: Recipe,
-    family: StableDiffusion,
+    family: Family,
     objective: DiffTuningObjective,
     accelerator: Accelerator,
     conditioner: Conditioner | None = None,
@@ -209,32 +226,33 @@ def prepare_inputs(
     cache = cache_folder(recipe.data)
     with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
         moments = cached_moments(family, data, framing, cache, advance)
-        held_moments = cached_moments(family, held_out, Framing(resolution), cache, advance) if len(held_out) else None
+        held = encoded(family, held_out, resolution, cache, advance)
     control = None
     if conditioner is not None:
         control = prepare_control(
             recipe, family, conditioner, data, held_out, all_held_out, bank, framing, cache, accelerator
         )  # fmt: skip
-    prompts = captions + held_captions + (bank.prompts if bank is not None else [])
+    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
+    if control is not None:
+        samples = (held_captions or captions)[: len(control.shown)]
+    drawn = control.probe.prompts if control is not None and control.probe is not None else []
+    prompts = captions + held_captions + (bank.prompts if bank is not None else []) + samples + drawn
     unique = len(set(prompts) | {""})
     with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
         embeddings = cached_embeddings(family, prompts, cache, advance)
 
     validation = {}
-    if held_moments is not None:
-        latents = family.scale_latents(held_moments.mean[:, 0])
-        rows = embeddings.rows(held_captions) | (control.rows_of_held_out() if control is not None else {})
-        validation["target"] = _validator(family, objective, latents, rows, False)
+    if held_captions:
+        rows = control.rows_of_held_out() if control is not None else {}
+        validation["target"] = _validator(family, objective, held, embeddings, rows, False)
     if bank is not None:
         bank, kept = hold_out(bank, size)
-        rows = embeddings.rows(kept.retained_prompts(recipe.tuning.retention_prompts))
-        rows |= control.rows_of_bank(len(kept)) if control is not None else {}
-        validation["bank"] = _validator(family, objective, kept.latents, rows, True)
+        rows = control.rows_of_bank(len(kept)) if control is not None else {}
+        retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
+        validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
     made = control.targets if control is not None else None
-    targets = TargetSet(moments, captions, [e.name for e in data.examples], made)
-    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
-    if control is not None:
-        samples = (held_captions or captions)[: len(control.shown)]
+    sizes = sizes_of(family, data, framing)
+    targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)
     return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution, control)
 
 
@@ -246,17 +264,24 @@ def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBa
     cut = len(bank) - kept
 
     def part(rows: slice) -> KnowledgeBank:
-        return KnowledgeBank(bank.latents[rows], bank.prompts[rows], bank.seeds[rows], bank.manifest, bank.folder)
+        sizes = bank.sizes[rows] if bank.sizes is not None else None
+        return KnowledgeBank(
+            bank.latents[rows], bank.prompts[rows], bank.seeds[rows], bank.manifest, bank.folder, sizes
+        )
 
     return part(slice(0, cut)), part(slice(cut, None))
 
 
 def _validator(
-    family: StableDiffusion,
+    family: Family,
     objective: DiffTuningObjective,
-    latents: torch.Tensor,
-    conditioning: dict[str, torch.Tensor],
+    part: Part,
+    embeddings: PromptEmbeddings,
+    more: dict[str, torch.Tensor],
     retention: bool,
 ) -> BandValidator:
-    batch = LatentBatch(latents, conditioning, torch.full((len(latents),), retention))
+    conditioning = embeddings.rows(part.prompts) | more
+    if part.sizes is not None:
+        conditioning["sizes"] = part.sizes
+    batch = LatentBatch(part.latents, conditioning, torch.full((len(part.latents),), retention))
     return BandValidator(family, objective, batch)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning, LoRATuning
+from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.batches import BatchSource, step_seed
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
@@ -34,7 +34,16 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
+
+
+def _optimizer(name: str) -> Any:
+    """The class; that bitsandbytes is there was asked before."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 class TrainingLoop:
@@ -43,7 +52,7 @@ class TrainingLoop:
     def __init__(
         self,
         recipe: Recipe,
-        family: StableDiffusion,
+        family: Family,
         objective: DiffTuningObjective,
         inputs: TrainingInputs,
         accelerator: Accelerator,
@@ -60,14 +69,13 @@ class TrainingLoop:
         self.base_pictures = self._sample(controlled=False) if self.config.sample_every else []
 
         self.tuning = self._attach()
+        family.freeze_unused()
         if self.config.gradient_checkpointing:
             for module in (family.denoiser, family.controlnet):
                 if module is not None:
                     module.enable_gradient_checkpointing()
         self.parameters = self.tuning.parameters()
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), self.config.learning_rate, weight_decay=self.config.weight_decay
-        )  # fmt: skip
+        optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,
@@ -79,7 +87,7 @@ class TrainingLoop:
         self.probe = inputs.control.probe if inputs.control is not None else None
         self.curve = FidelityCurve(self.probe.kind) if self.probe is not None else None
         self.state = TrainingState(
-            self.parameters, optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
+            self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
         )  # fmt: skip
         self.source = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
@@ -88,17 +96,16 @@ class TrainingLoop:
             recipe.control.dropout,
         )  # fmt: skip
 
-    def _attach(self) -> LoRATuning | FullTuning | ControlNetTuning:
+    def _attach(self) -> AdapterTuning | FullTuning | ControlNetTuning:
         """What trains, by the recipe's method."""
-        adapter = self.recipe.adapter
-        settings = (adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, self.config.seed)
+        adapter, seed = self.recipe.adapter, self.config.seed
         if self.recipe.method == "lora":
-            return LoRATuning(self.family, *settings)
+            return AdapterTuning(self.family, adapter, seed)
         if self.recipe.method == "full":
             return FullTuning(self.family)
         assert self.inputs.control is not None
         spec = self.inputs.control.conditioner.spec
-        return ControlNetTuning(self.family, spec, settings if adapter.on == "controlnet" else None)
+        return ControlNetTuning(self.family, spec, adapter if adapter.on == "controlnet" else None, seed)
 
     def run(self) -> tuple[dict[str, Any], float]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
@@ -331,8 +338,8 @@ class TrainingLoop:
         if not self.accelerator.is_main_process:
             return
         partial, result = self._write_weights(), self.output / self.tuning.result
-        if result.name == LORA_FILE:
-            (partial / LORA_FILE).replace(result)
+        if result.suffix == ".safetensors":
+            (partial / result.name).replace(result)
             partial.rmdir()
         else:
             shutil.rmtree(result, ignore_errors=True)  # of a run that broke off after saving

@@ -17,13 +17,14 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
+BaseDensity = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class NoiseProcess:
         return len(self.u)
 
     @classmethod
-    def from_scheduler(
-        cls, scheduler: Any, base_density: Literal["uniform", "logit_normal"] = "uniform"
-    ) -> NoiseProcess:
+    def from_scheduler(cls, scheduler: Any, base_density: BaseDensity = "uniform") -> NoiseProcess:
         """The training-time process of a diffusers scheduler object, DDPM-type or flow matching.
 
         Raises:
@@ -87,6 +86,18 @@ class NoiseProcess:
         u = (steps + 1) / len(steps)
         density = _base_density(base_density, len(steps))
         return cls(alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5, steps, u, density, prediction)
+
+    def shifted(self, shift: float) -> NoiseProcess:
+        """The same levels with more noise, s σ / (1 + (s − 1) σ), each trained at as often as before.
+
+        Raises:
+            ValueError: for other processes than flow matching.
+        """
+        if self.prediction != "flow":
+            raise ValueError(f"{self.prediction} has no timestep shift; only flow matching does.")
+        sigmas = _shift(self.sigmas, shift)
+        timesteps = self.timesteps * (sigmas / self.sigmas)
+        return replace(self, alphas=1 - sigmas, sigmas=sigmas, timesteps=timesteps, u=sigmas)
 
     def levels_of(self, timesteps: Tensor) -> Tensor:
         """The level nearest to each of the model's timesteps, (B,)."""
@@ -140,9 +151,12 @@ def _flow_sigmas(config: Any) -> Tensor:
     count = config.num_train_timesteps
     sigmas = torch.arange(1, count + 1, dtype=torch.float32) / count  # as diffusers does: it looks timesteps up with ==
     if not config.get("use_dynamic_shifting", False):
-        shift = config.get("shift", 1.0)
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        sigmas = _shift(sigmas, config.get("shift", 1.0))
     return sigmas
+
+
+def _shift(sigmas: Tensor, shift: float) -> Tensor:
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def _base_density(kind: str, count: int) -> Tensor:

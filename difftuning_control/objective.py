@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.noise import BaseDensity, NoiseProcess
 from difftuning_control.schedules import ConstantSchedule, PaperSchedule, Schedule, draw_levels, timestep_density
 
 PRESETS = ("paper", "plain", "prior_preservation")
@@ -93,19 +93,25 @@ class DiffTuningObjective:
 
     @classmethod
     def from_scheduler(
-        cls, scheduler: Any, preset: str | None = None, schedule: Schedule | None = None, **settings: Any
+        cls,
+        scheduler: Any,
+        preset: str | None = None,
+        schedule: Schedule | None = None,
+        base_density: BaseDensity = "uniform",
+        **settings: Any,
     ) -> DiffTuningObjective:
         """An objective for a diffusers scheduler object.
 
         `preset="paper"` is the authors' code: τ = 1, a fifth of the batch from the bank, λ = 0.1, sampled timesteps.
-        `"plain"` is ordinary fine-tuning, `"prior_preservation"` DreamBooth's. Or give a `schedule`.
+        `"plain"` is ordinary fine-tuning, `"prior_preservation"` DreamBooth's. Or give a `schedule`. `base_density` is
+        how often the model trains at each level: logit_normal for Stable Diffusion 3.
 
         Raises:
             ValueError: for an unknown preset, or unless exactly one of preset and schedule is given.
         """
         if (preset is None) == (schedule is None):
             raise ValueError("give either preset= or schedule=, not both and not neither.")
-        process = NoiseProcess.from_scheduler(scheduler)
+        process = NoiseProcess.from_scheduler(scheduler, base_density)
         if preset == "paper":
             schedule = PaperSchedule(1.0, len(process))
         elif preset == "plain":

@@ -14,11 +14,11 @@ from torch import Tensor
 from difftuning_control.batches import step_seed
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 
 def sample_pictures(
-    family: StableDiffusion,
+    family: Family,
     prompts: Sequence[str],
     *,
     seed: int,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from difftuning_control.adapters import RESULTS, ControlNetTuning, FullTuning
+from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
@@ -39,7 +39,7 @@ from difftuning_control.evaluation.evaluate import (
     through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe, main_figure
 from difftuning_control.fingerprint import digest_of, write_json
 from difftuning_control.inputs import read_data, resolution_of
@@ -47,10 +47,10 @@ from difftuning_control.provenance import deciding_settings, describe_device, re
 from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
-from difftuning_control.trainer import base_dtype, train
+from difftuning_control.trainer import load_base, train
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 PRIMARY = "kid"
 SHOWN = 8
@@ -90,7 +90,7 @@ class Judge:
     final: Sampling
     probes: dict[bool, FidelityProbe] | None = None
 
-    def figures(self, family: StableDiffusion, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
+    def figures(self, family: Family, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
         sampling = replace(self.final if final else self.search, seeds=[seed])
         pictures = sampling.draw(family)
         followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
@@ -136,7 +136,7 @@ class Pilot:
         self.schedule = output / "schedule.json"
         self.features = load_features(config.features, best_device())
         check_held_out(read_data(recipe)[1])
-        self.family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(best_device())
+        self.family = load_base(recipe).to(best_device())
         self.conditioner, self.primary = None, PRIMARY
         if recipe.method == "controlnet":
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
@@ -394,7 +394,7 @@ class Pilot:
     def _train(self, recipe: Recipe) -> dict[str, Any]:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
         folder = Path(recipe.output)
-        weights = [folder / RESULTS[recipe.method]]
+        weights = [folder / result_of(recipe)]
         weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
         run = read_run(folder)
         gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)

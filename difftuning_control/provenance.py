@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +14,17 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.recipe import Recipe
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
 )  # fmt: skip
+KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
+              "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
 PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -90,11 +94,12 @@ def refuse_file(output: Path) -> None:
         raise UserError(f"the output {output} is a file or lies below one; name a folder.")
 
 
-def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
+def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:
     """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
 
     Args:
         marker: the file that such a result always has.
+        option: which names the folder.
 
     Raises:
         UserError: in these cases.
@@ -106,7 +111,7 @@ def check_folder(path: str | Path, marker: str, overwrite: bool) -> None:
     if not (folder / marker).exists():
         raise UserError(f"the output {folder} is not empty and holds no {marker}; choose another folder.")
     if not overwrite:
-        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another --output.")
+        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another {option}.")
 
 
 class OutputFolder:
@@ -158,13 +163,39 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
-    """The README of a trained model: what it is, how to use it, what it was trained on and what was measured."""
-    titles = {"lora": "LoRA for", "full": "Tuned from", "controlnet": "ControlNet for"}
-    tag = {"lora": ["lora"], "full": [], "controlnet": ["controlnet"]}[recipe.method]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WHOLE_RUN = "`run.json` has the whole configuration; `recipe.yaml` repeats the run."
+
+
+def base_name(model: str) -> str:
+    """A base as others may read it: a Hub id as it is, of a directory the last part alone."""
+    return model if model == "embedded" or is_hub_id(model) else Path(model).resolve().name
+
+
+def is_hub_id(model: str) -> bool:
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def model_card(
+    recipe: Recipe,
+    run: dict[str, Any],
+    use: list[str] | None = None,
+    figures: list[str] | None = None,
+    closing: str = WHOLE_RUN,
+) -> str:
+    """The README of a trained model: what it is, how to use it, what it was trained on and what was measured.
+
+    Args:
+        use: lines that say how it is used; those of the run's own folder when None.
+        figures: lines with figures that were measured after the run.
+        closing: the last line.
+    """
+    titles = {"lora": f"{KIND_NAMES[recipe.adapter.kind]} for", "full": "Tuned from", "controlnet": "ControlNet for"}
+    kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
+    tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
     card = {
         "library_name": "diffusers",
-        "base_model": recipe.model.id,
+        **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
         "tags": ["text-to-image", "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
@@ -175,35 +206,47 @@ def model_card(recipe: Recipe, run: dict[str, Any]) -> str:
         words = "plain fine-tuning"
     lines = [
         "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
-        f"# {titles[recipe.method]} {recipe.model.id}", "",
+        f"# {titles[recipe.method]} {base_name(recipe.model.id)}", "",
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
-        f"{words}.", "", "```python", *_usage(recipe, run), "```", "",
-        *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
-        *_loss_table(run["losses"]), "", "`run.json` has the whole configuration; `recipe.yaml` repeats the run.", "",
+        f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
+        *(figures or []), *_fidelity_lines(run.get("fidelity")), "## Loss by noise band", "",
+        *_loss_table(run["losses"]), "", closing, "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def prompt_of(run: dict[str, Any]) -> str:
+    """One of a run's prompts as a string of Python."""
+    return json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
 
 
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
-    prompt = json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
+    prompt = prompt_of(run)
     if recipe.method == "controlnet":
-        place = f"{recipe.output}/controlnet"
+        place, (controlnet, pipeline) = f"{recipe.output}/controlnet", run["control"]["classes"]
         return [
-            "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline",
+            f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
             "from difftuning_control import Conditioner, ControlSpec", "",
-            f'controlnet = ControlNetModel.from_pretrained("{place}")',
-            f'pipe = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)',
+            f'controlnet = {controlnet}.from_pretrained("{place}")',
+            f'pipe = {pipeline}.from_pretrained("{base}", controlnet=controlnet)',
             f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, image=condition).images[0]",
+            f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
-    if recipe.method == "lora":
-        load = [f'pipe = DiffusionPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{recipe.output}")']
-    else:
+    if recipe.method == "full":
         load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
-    return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+        return ["from diffusers import DiffusionPipeline", "", *load, f"image = pipe({prompt}).images[0]"]
+    start, load = ["from diffusers import DiffusionPipeline"], [f'pipe = DiffusionPipeline.from_pretrained("{base}")']
+    if recipe.adapter.kind in ("lora", "dora"):
+        load.append(f'pipe.load_lora_weights("{recipe.output}")')
+    else:
+        start.append("from difftuning_control import load_adapter")
+        if recipe.adapter.kind == "tlora":
+            load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
+        load.append(f'load_adapter(pipe, "{recipe.output}")')
+    return [*start, "", *load, f"image = pipe({prompt}).images[0]"]
 
 
 def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:

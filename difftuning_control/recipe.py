@@ -14,6 +14,18 @@ from difftuning_control.schedules import Schedule, schedule_from_dict
 
 MAX_SEED = 2**31 - 1
 DEFAULT_TAU = 0.3
+DEFAULT_RANK = 16
+ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "targets", "dropout", "rslora", "init", "text_encoder", "text_encoder_learning_rate"),
+    "dora": ("rank", "alpha", "targets", "dropout", "rslora", "text_encoder", "text_encoder_learning_rate"),
+    "tlora": ("rank", "min_rank", "alpha", "targets", "init"),
+    "loha": ("rank", "alpha", "targets"),
+    "lokr": ("rank", "alpha", "targets", "factor"),
+    "oft": ("block_size", "targets"),
+    "boft": ("block_size", "targets"),
+    "ia3": ("targets",),
+    "difffit": (),
+}
 
 
 def _need(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -28,10 +40,14 @@ class ModelConfig:
     Args:
         id: `embedded`, a diffusers directory, or a Hub id.
         variant: weights variant to load, such as fp16.
+        float8: keep the weights of a frozen transformer (SD3, FLUX) in 8 bits and compute in training.mixed_precision.
+        offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place.
     """
 
     id: str = "embedded"
     variant: str | None = None
+    float8: bool = False
+    offload: bool = False
 
 
 @dataclass
@@ -300,25 +316,84 @@ class AdapterConfig:
     """What is trained with method lora, or with method controlnet where `on` is controlnet.
 
     Args:
-        kind: lora.
-        on: denoiser, or controlnet.
-        rank: r of the update B A.
+        kind: lora, dora, tlora (a LoRA whose rank falls as the noise rises), loha, lokr, oft, boft, ia3, or difffit
+            (biases, norms and scale factors).
+        on: denoiser, or controlnet (kind lora).
+        rank: r of the update, of lora, dora, tlora and loha 16 when empty; of lokr, whose second factor trains whole
+            when empty.
+        min_rank: of tlora at pure noise; half of rank when empty.
         alpha: the update is scaled by alpha / rank; equal to rank when empty.
         targets: auto (the attention projections), or names of modules separated by commas.
-        dropout: on the adapter's input.
+        dropout: on the adapter's input, of lora and dora.
+        rslora: scale by alpha / √rank instead, of lora and dora.
+        init: how lora and tlora start: gaussian, pissa (lora only: the weight's largest singular vectors) or
+            orthogonal; when empty gaussian of lora, orthogonal of tlora.
+        factor: of lokr, side of the first Kronecker factor at most; as square as can be when empty.
+        block_size: side of the rotations, of oft 32 and of boft 4 when empty.
+        text_encoder: also train a LoRA on the text encoder, of lora and dora.
+        text_encoder_learning_rate: its own; the denoiser's when empty.
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"] = "lora"
     on: Literal["denoiser", "controlnet"] = "denoiser"
-    rank: int = 16
+    rank: int | None = None
+    min_rank: int | None = None
     alpha: float | None = None
     targets: str = "auto"
     dropout: float = 0.0
+    rslora: bool = False
+    init: Literal["gaussian", "pissa", "orthogonal"] | None = None
+    factor: int | None = None
+    block_size: int | None = None
+    text_encoder: bool = False
+    text_encoder_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        self._check_options()
+        _need(self.rank is None or self.rank >= 1, "adapter.rank", self.rank, "at least 1")
         _need(self.alpha is None or 0 < self.alpha < math.inf, "adapter.alpha", self.alpha, "a finite number above 0")
         _need(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "at least 0 and below 1")
+        _need(self.factor is None or self.factor >= 2, "adapter.factor", self.factor, "at least 2")
+        _need(self.block_size is None or self.block_size >= 2, "adapter.block_size", self.block_size, "at least 2")
+        rate = self.text_encoder_learning_rate
+        _need(rate is None or 0 < rate < math.inf, "adapter.text_encoder_learning_rate", rate, "a number above 0")
+        if self.kind == "tlora":
+            _need(1 <= self.lowest_rank <= self.full_rank, "adapter.min_rank", self.lowest_rank, "1 to adapter.rank")
+        if self.kind == "lokr" and self.alpha is not None and self.rank is None:
+            raise UserError(
+                "adapter.alpha is given, but a lokr without adapter.rank is not scaled; give both or neither."
+            )
+        if self.init == "pissa" and self.kind == "tlora":
+            raise UserError("adapter.init is pissa, but a tlora starts gaussian or orthogonal; leave it out.")
+        if self.init == "pissa" and self.dropout > 0:
+            raise UserError("adapter.dropout is given, but a lora with init pissa starts away from 0; leave one out.")
+        if self.init == "orthogonal" and self.kind == "lora":
+            _need(self.full_rank % 2 == 0, "adapter.rank", self.full_rank, "an even number for init orthogonal")
+        if rate is not None and not self.text_encoder:
+            raise UserError("adapter.text_encoder_learning_rate is given, but adapter.text_encoder is false.")
+        if self.on == "controlnet" and (self.kind != "lora" or self.text_encoder):
+            given = "adapter.text_encoder" if self.kind == "lora" else f"adapter.kind {self.kind}"
+            raise UserError(f"{given} is given for a ControlNet, which trains whole or by a lora alone; leave it out.")
+
+    def _check_options(self) -> None:
+        """Refuse options that this kind has no use for."""
+        for entry in dataclasses.fields(self):
+            if entry.name in ("kind", "on") or getattr(self, entry.name) == entry.default:
+                continue
+            takes = ADAPTER_OPTIONS[self.kind]
+            if entry.name not in takes:
+                said = f"takes only {', '.join(takes)}" if takes else "has no settings"
+                raise UserError(f"adapter.{entry.name} is given, but kind {self.kind} {said}; leave it out.")
+
+    @property
+    def full_rank(self) -> int:
+        """The rank where one is needed."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def lowest_rank(self) -> int:
+        """The rank of a tlora at pure noise."""
+        return max(1, self.full_rank // 2) if self.min_rank is None else self.min_rank
 
 
 @dataclass
@@ -330,6 +405,7 @@ class TrainingConfig:
         batch_size: rows of one forward on one process, bank rows included.
         gradient_accumulation_steps: forwards to an optimizer step.
         learning_rate: after the warm-up.
+        optimizer: adamw, or adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
         lr_scheduler: diffusers' names.
         lr_warmup_steps: optimizer steps.
         weight_decay: AdamW's.
@@ -356,6 +432,7 @@ class TrainingConfig:
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1.0e-3
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
     lr_warmup_steps: int = 0
     weight_decay: float = 1.0e-2
@@ -402,7 +479,8 @@ class Recipe:
     """A training run.
 
     Args:
-        method: lora, full (all weights of the denoiser), or controlnet (the denoiser stays as it is).
+        method: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (the denoiser stays as
+            it is).
         model: the pretrained model.
         data: the pictures to tune on.
         tuning: the objective.
@@ -426,6 +504,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
+        if self.method == "full" and self.model.float8:
+            raise UserError("model.float8 keeps weights that do not train in 8 bits, and method full trains them all.")
+        if self.method == "lora" and self.model.float8 and self.adapter.kind not in ("lora", "tlora"):
+            raise UserError(
+                f"model.float8 is true and adapter.kind {self.adapter.kind}, which loading would round to 8 bits too; "
+                "use lora or tlora, or leave model.float8 out."
+            )
+        if self.adapter.text_encoder and self.model.offload:
+            raise UserError(
+                "adapter.text_encoder trains the text encoder in every step, and model.offload keeps it in main "
+                "memory; leave one of them out."
+            )
         self._check_control()
         bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
         if self.tuning.retention_ratio > 0 and bank_rows == 0:

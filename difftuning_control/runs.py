@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.adapter_files import LORA_FILE, load_adapter, unload_adapter
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_controlnet, load_family, quiet_loading
+from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 
@@ -54,7 +56,7 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
     )
 
 
-def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path) -> None:
+def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
     """Refuse a run that was tuned from another base.
 
     Raises:
@@ -74,10 +76,21 @@ def check_base(family: StableDiffusion, record: dict[str, Any], run: str | Path)
         )
 
 
+def check_outputs(record: dict[str, Any], run: str | Path) -> None:
+    """Refuse a run whose result is not what it left.
+
+    Raises:
+        UserError: naming the first file that is missing or differs.
+    """
+    for name, digest in record["outputs"].items():
+        path = Path(run) / name
+        if not path.is_file() or digest_of_file(path) != digest:
+            found = "has changed" if path.is_file() else "is missing"
+            raise UserError(f"{path} {found} since the run; train it anew, or give another run.")
+
+
 @contextmanager
-def tuned_model(
-    family: StableDiffusion, run: str | Path, record: dict[str, Any], step: int | None = None
-) -> Iterator[StableDiffusion]:
+def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: int | None = None) -> Iterator[Family]:
     """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
 
     Args:
@@ -101,11 +114,13 @@ def tuned_model(
             family.controlnet = None
         return
     if method == "full":
-        yield load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned = load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        tuned.encodes_in_step = family.encodes_in_step
+        yield tuned
         return
-    with quiet_loading():
-        family.pipe.load_lora_weights(str(folder))
+    load_adapter(family.pipe, folder)
+    family.mend_adapter(folder / LORA_FILE)
     try:
         yield family
     finally:
-        family.pipe.unload_lora_weights()
+        unload_adapter(family.pipe)

@@ -53,7 +53,9 @@ def sample_to_folder(
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
     _check_control(run, record, control)
     photo = _read_picture(control) if control is not None else None
-    family = load_family(chosen["id"], variant=chosen["variant"]).to(best_device())
+    dtype = getattr(torch, (record or {}).get("dtype", "torch.float32").removeprefix("torch."))  # that of the tuning
+    memory = {name: chosen.get(name, False) for name in ("float8", "offload")}  # records of earlier versions have none
+    family = load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
     settings["resolution"] = check_resolution(family, side, "resolution")
     condition = None

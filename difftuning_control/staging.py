@@ -14,14 +14,14 @@ from difftuning_control.runs import tuned_model
 
 if TYPE_CHECKING:
     from difftuning_control.analysis import Materials
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.studies import AnalysisConfig
 
 METRICS = ("kid", "domain_hit", "pair_similarity")
 
 
 def staged_sampling(
-    family: StableDiffusion,
+    family: Family,
     features: Features,
     found: Materials,
     config: AnalysisConfig,

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from difftuning_control.adapters import LORA_FILE, ControlNetTuning, FullTuning
+from difftuning_control.adapters import result_of
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.control import Conditioner
@@ -25,7 +25,7 @@ from difftuning_control.control_report import write_control_report
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
-from difftuning_control.forgetting import affordable_rows, measure_schedule, row_validator
+from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.inputs import TrainingInputs, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
@@ -43,7 +43,7 @@ from difftuning_control.recipe import Recipe
 from difftuning_control.schedules import schedule_from_dict, with_flat_retention
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 TABLE = ("kind", "u", "psi", "xi")
 BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the base's loss is measured
@@ -70,9 +70,10 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 
 def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:
     started = time.time()
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant).to(accelerator.device)
+    family = load_base(recipe).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
-    objective = build_objective(recipe, family.process)
+    family.encodes_in_step = recipe.adapter.text_encoder
+    objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = _attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
     fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
@@ -117,7 +118,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     run["timings"] = {"preparation": prepared - started, "training": time.time() - prepared}
     run["status"] = "complete"
     if folder is not None:
-        run["outputs"] = _hash_outputs(output)
+        run["outputs"] = _hash_outputs(output, output / result_of(recipe))
         write_text(output / "README.md", model_card(recipe, run))
         if recipe.method == "controlnet":
             write_control_report(run, output)
@@ -128,7 +129,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     return run
 
 
-def _attach_controlnet(recipe: Recipe, family: StableDiffusion, fingerprints: dict[str, Any]) -> Conditioner:
+def _attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Conditioner:
     """Give the family the ControlNet that the recipe starts from; returns what makes its conditions."""
     if recipe.control.init is None:
         family.controlnet = family.new_controlnet(recipe.training.seed)
@@ -141,7 +142,7 @@ def _attach_controlnet(recipe: Recipe, family: StableDiffusion, fingerprints: di
     return conditioner
 
 
-def _check_frozen(family: StableDiffusion, fingerprints: dict[str, Any]) -> dict[str, str]:
+def _check_frozen(family: Family, fingerprints: dict[str, Any]) -> dict[str, str]:
     """The denoiser's fingerprint before and after, which must be one: only the ControlNet may have changed."""
     before, after = fingerprints["base"]["denoiser"], digest_of_module(family.denoiser)
     if before != after:
@@ -152,6 +153,12 @@ def _check_frozen(family: StableDiffusion, fingerprints: dict[str, Any]) -> dict
 def base_dtype(recipe: Recipe) -> torch.dtype:
     """Full weights train in float32; under a LoRA or a ControlNet the frozen base can lie in the lower precision."""
     return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
+
+
+def load_base(recipe: Recipe) -> Family:
+    """The model that a recipe tunes, as it tunes it, on the CPU."""
+    model = recipe.model
+    return load_family(model.id, base_dtype(recipe), model.variant, float8=model.float8, offload=model.offload)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -168,6 +175,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 f"training.trackers names {tracker}, which is not installed; run "
                 f"pip install 'difftuning-control[{tracker}]' or leave it out."
             )
+    if recipe.training.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "training.optimizer is adamw8bit, which needs bitsandbytes; run pip install bitsandbytes, or use adamw."
+        )
     precision = recipe.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("training.mixed_precision is fp16, which needs a GPU; use bf16 or no on a CPU.")
@@ -206,7 +217,7 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
         raise UserError(f"tuning: {error}") from None
 
 
-def _auto_schedule(recipe: Recipe, family: StableDiffusion, inputs: TrainingInputs, output: Path) -> dict[str, Any]:
+def _auto_schedule(recipe: Recipe, family: Family, inputs: TrainingInputs, output: Path) -> dict[str, Any]:
     """What `schedule.json` holds: measured on the pretrained weights, or read back where a run is resumed."""
     kept = output / "schedule.json"
     if recipe.training.resume and kept.exists():
@@ -214,20 +225,20 @@ def _auto_schedule(recipe: Recipe, family: StableDiffusion, inputs: TrainingInpu
     assert inputs.bank is not None
     targets, batch = inputs.targets, recipe.training.batch_size * recipe.training.gradient_accumulation_steps
     rows = affordable_rows(recipe.training.max_steps, batch, min(len(targets), len(inputs.bank)))
-    latents = family.scale_latents(targets.moments.mean[:, 0])
-    target = (latents, targets.captions)
+    sizes = targets.sizes[:, 0] if targets.sizes is not None else None
+    target = Part(family.scale_latents(targets.moments.mean[:, 0]), targets.captions, sizes)
     measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
     return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 
 
-def _budget(recipe: Recipe, family: StableDiffusion, inputs: TrainingInputs) -> ForgettingBudget:
+def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> ForgettingBudget:
     """The budget, with the pretrained model's loss on the bank rows as they will be trained on."""
     assert inputs.bank is not None
     assert recipe.tuning.forgetting_budget is not None
     bank = inputs.bank
-    part = (bank.latents, bank.retained_prompts(recipe.tuning.retention_prompts))
+    part = part_of(bank, bank.retained_prompts(recipe.tuning.retention_prompts))
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
-    base = broadcast_object_list([rows.measure(family.denoiser)])[0]
+    base = broadcast_object_list([rows.measure(family.model)])[0]
     allowed = spread_budget(recipe.tuning.forgetting_budget)
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 
@@ -259,7 +270,7 @@ def _finished(output: Path, identity: str) -> dict[str, Any] | None:
 
 def _describe(
     recipe: Recipe,
-    family: StableDiffusion,
+    family: Family,
     inputs: TrainingInputs,
     fingerprints: dict[str, Any],
     identity: str,
@@ -285,6 +296,8 @@ def _describe(
         "control": None
         if inputs.control is None
         else {
+            "classes": [family.controlnet_class.__name__, family.control_pipeline_class.__name__],
+            "argument": family.control_argument,
             "spec": dataclasses.asdict(inputs.control.conditioner.spec),
             "blank": inputs.control.blank,
         },
@@ -296,8 +309,6 @@ def _describe(
     }
 
 
-def _hash_outputs(output: Path) -> dict[str, str]:
-    files = [output / LORA_FILE]
-    for name in (FullTuning.result, ControlNetTuning.result):
-        files += sorted((output / name).rglob("*"))
+def _hash_outputs(output: Path, result: Path) -> dict[str, str]:
+    files = [result, *sorted(result.rglob("*"))]
     return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}

@@ -16,13 +16,13 @@ from difftuning_control.batches import step_seed
 from difftuning_control.objective import DiffTuningObjective, per_sample_loss
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 BANDS = 5
 
 
 def compute_loss(
-    family: StableDiffusion,
+    family: Family,
     denoiser: nn.Module,
     objective: DiffTuningObjective,
     batch: LatentBatch,
@@ -61,7 +61,7 @@ class BandValidator:
         draws: noise levels a row and band, spread evenly over the band; its centre when 1.
     """
 
-    family: StableDiffusion
+    family: Family
     objective: DiffTuningObjective
     batch: LatentBatch
     seed: int = 0

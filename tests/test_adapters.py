@@ -10,16 +10,17 @@ from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from difftuning_control.adapters import LORA_FILE, FullTuning, LoRATuning
+from difftuning_control.adapters import LORA_FILE, AdapterTuning, FullTuning
 from difftuning_control.batch import LatentBatch
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.recipe import AdapterConfig
 from difftuning_control.validation import compute_loss
 
 
-def tune(family: StableDiffusion, tuning: LoRATuning | FullTuning, steps: int = 3, rate: float = 0.03) -> None:
+def tune(family: StableDiffusion, tuning: AdapterTuning | FullTuning, steps: int = 3, rate: float = 0.03) -> None:
     generator = torch.Generator().manual_seed(0)
     objective = DiffTuningObjective.from_scheduler(family.pipe.scheduler, "plain")
     optimizer = torch.optim.AdamW(tuning.parameters().values(), rate)
@@ -59,7 +60,7 @@ def picture(pipe: StableDiffusionPipeline) -> np.ndarray:
 @pytest.mark.parametrize("targets", ["auto", "to_q, conv1,ff.net.2"])
 def test_lora_moves_every_a_and_b_and_no_weight_of_the_base(family, pipe, targets):
     base = weights(pipe)
-    tuning = LoRATuning(family, rank=2, targets=targets)
+    tuning = AdapterTuning(family, AdapterConfig(rank=2, targets=targets))
     before = copy.deepcopy(tuning.parameters())
     assert {n.split(".lora_")[1][0] for n in before} == {"A", "B"}
     tune(family, tuning)
@@ -78,7 +79,7 @@ def test_full_tuning_moves_every_weight_of_the_denoiser_and_no_other(family, pip
 
 def test_a_new_adapter_predicts_what_the_base_does(family, pipe):
     before = picture(pipe)
-    LoRATuning(family, rank=2, alpha=8.0)
+    AdapterTuning(family, AdapterConfig(rank=2, alpha=8.0))
     np.testing.assert_array_equal(picture(pipe), before)
 
 
@@ -86,17 +87,17 @@ def test_the_seed_alone_decides_how_an_adapter_starts(family):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first = LoRATuning(family, rank=2, seed=4).parameters()
+    first = AdapterTuning(family, AdapterConfig(rank=2), 4).parameters()
     assert torch.equal(torch.rand(1), expected)
     for seed, same in ((4, True), (5, False)):
-        other = LoRATuning(family_of(tiny_pipeline()), rank=2, seed=seed).parameters()
+        other = AdapterTuning(family_of(tiny_pipeline()), AdapterConfig(rank=2), seed).parameters()
         assert all(torch.equal(other[n], p) == (same or ".lora_B" in n) for n, p in first.items())
 
 
 def test_an_adapter_on_a_base_in_lower_precision_trains_in_float32(tmp_path):
     family = family_of(tiny_pipeline().to(torch.bfloat16))
     base = weights(family.pipe)
-    tuning = LoRATuning(family, rank=2)
+    tuning = AdapterTuning(family, AdapterConfig(rank=2))
     tune(family, tuning)
     assert {p.dtype for p in tuning.parameters().values()} == {torch.float32}
     torch.testing.assert_close(weights(family.pipe), base, atol=0, rtol=0)
@@ -115,7 +116,7 @@ def test_an_adapter_on_a_base_in_lower_precision_trains_in_float32(tmp_path):
 @pytest.mark.parametrize("targets", ["auto", "to_q,conv1"])
 def test_a_saved_lora_gives_the_trained_pictures_in_a_stock_pipeline(family, pipe, tmp_path, rank, alpha, targets):
     before = picture(pipe)
-    tuning = LoRATuning(family, rank, alpha, targets)
+    tuning = AdapterTuning(family, AdapterConfig(rank=rank, alpha=alpha, targets=targets))
     tune(family, tuning)
     tuning.save(tmp_path)
     trained = picture(pipe)
@@ -157,5 +158,5 @@ def test_a_saved_pipeline_gives_the_trained_pictures_when_stock_diffusers_loads_
 def test_targets_that_cannot_bear_an_adapter_are_refused_by_name_and_nothing_is_attached(family, pipe, targets, named):
     before = list(pipe.unet.state_dict())
     with pytest.raises(UserError, match=f"adapter.targets names {named}[, ]"):
-        LoRATuning(family, rank=2, targets=targets)
+        AdapterTuning(family, AdapterConfig(rank=2, targets=targets))
     assert list(pipe.unet.state_dict()) == before

@@ -330,8 +330,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no index": (lambda m: (m / "model_index.json").unlink(), ("has no model_index.json; expected a saved diffusers",)),
     "a broken index": (lambda m: (m / "model_index.json").write_text("{"), ("could not be loaded", "expected `embe")),
     "another class": (
-        index_says("StableDiffusionXLPipeline"),
-        ("is a StableDiffusionXLPipeline, which cannot be tuned yet; supported: StableDiffusionPipeline",),
+        index_says("KandinskyPipeline"),
+        ("is a KandinskyPipeline, which cannot be tuned yet; supported: StableDiffusionPipeline",),
     ),
     "a custom class": (index_says(["mine", "MyPipeline"]), ("is a MyPipeline, which cannot be tuned yet",)),
     "a part missing": (lambda m: shutil.rmtree(m / "unet"), ("could not be loaded", "safetensors weights")),
@@ -527,7 +527,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
     ("words", "expected"),
     [
         (["trian"], "there is no verb 'trian'; did you mean train?"),
-        (["frobnicate"], "no verb 'frobnicate'; expected one of analyze, bank, demo, evaluate, pilot, sample, train."),
+        (["frobnicate"], "expected one of analyze, bank, demo, evaluate, export, pilot, sample, train."),
         (["train", "stray"], "stray"),
         (["train", "--training.max_step", "3"], "no option --training.max_step; did you mean --training.max_steps?"),
         (["train", "--data.max_steps", "3"], "no option --data.max_steps; did you mean --training.max_steps?"),
@@ -536,7 +536,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
         (["train", "--batch_size", "3"], "did you mean --bank.batch_size or --training.batch_size?"),
         (["train", "--qqq", "3"], "there is no option --qqq; expected one of adapter, "),
         (["train", "--data", "{pth: x}"], "--data has an unknown key data.pth; did you mean data.path?"),
-        (["train", "--model", "embedded"], "model is embedded in --model; expected a section with id, variant."),
+        (["train", "--model", "embedded"], "model is embedded in --model; expected a section with id, variant, "),
         (["train", "--training.max_steps"], "--training.max_steps"),
         (["train", "--training.max_steps", "1.5"], "training.max_steps is 1.5; expected a whole number."),
         (["train", "--training.max_steps", "many"], "training.max_steps is many; expected a whole number."),

@@ -32,7 +32,8 @@ from difftuning_control.convergence import has_settled
 from difftuning_control.data import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_controlnet, load_family
-from difftuning_control.families.sd import ControlledUNet, StableDiffusion
+from difftuning_control.families.family import ControlledDenoiser
+from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, digest_of_tensors
 from difftuning_control.inputs import prepare_inputs
@@ -227,7 +228,7 @@ def test_the_model_beside_its_controlnet_trains_the_controlnet_alone(family):
     family.controlnet = family.new_controlnet(0)
     tuning = ControlNetTuning(family, ControlSpec(resolution=16))
     model = family.model
-    assert isinstance(model, ControlledUNet)
+    assert isinstance(model, ControlledDenoiser)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"controlnet.{name}" for name in tuning.parameters()}
     assert set(tuning.parameters()) == set(family.controlnet.state_dict())
@@ -256,8 +257,8 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
 def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tmp_path, monkeypatch, name):
     loaded: list[StableDiffusion] = []
 
-    def load(*args: Any) -> StableDiffusion:
-        loaded.append(load_family(*args))
+    def load(*args: Any, **options: Any) -> StableDiffusion:
+        loaded.append(load_family(*args, **options))
         return loaded[-1]
 
     monkeypatch.setattr(trainer, "load_family", load)
@@ -282,7 +283,7 @@ def test_a_denoiser_that_did_change_is_not_passed_over(family):
 
 def trained_by_lora(name: str) -> bool:
     wrapped = tuple(f"{target}.weight" for target in StableDiffusion.lora_targets)
-    return name.endswith(wrapped) or name.startswith(ControlNetTuning.whole)
+    return name.endswith(wrapped) or name.startswith(StableDiffusion.controlnet_whole)
 
 
 def test_a_lora_changes_its_targets_the_condition_embedding_and_the_zero_convolutions_only(finished):
@@ -293,10 +294,14 @@ def test_a_lora_changes_its_targets_the_condition_embedding_and_the_zero_convolu
     assert 0 < len(changed) < len(start)
 
 
-def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_path):
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_path, init):
     family.controlnet = family.new_controlnet(0)
     start = {name: value.clone() for name, value in family.controlnet.state_dict().items()}
-    tuning = ControlNetTuning(family, ControlSpec(resolution=16), (2, 6.0, "auto", 0.0, 3))
+    adapter = AdapterConfig(on="controlnet", rank=2, alpha=6.0, init=init)
+    tuning = ControlNetTuning(family, ControlSpec(resolution=16), adapter, 3)
+    starts = {name: tensor.clone() for name, tensor in tuning.state().items() if name.endswith(".start")}
+    assert (len(starts) > 0) == (init == "pissa")
     generator = torch.Generator().manual_seed(4)
     for name, parameter in tuning.parameters().items():
         if ".lora_B" in name or name.startswith(ZERO):
@@ -308,6 +313,9 @@ def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_pa
         if f"{module}.lora_A.default.weight" in adapted and kind == "weight":
             a, b = (adapted[f"{module}.lora_{part}.default.weight"] for part in "AB")
             expected[name] = start[name] + 6.0 / 2 * b @ a
+            if init == "pissa":
+                a, b = (starts[f"{module}.lora_{part}.default.start"] for part in "AB")
+                expected[name] = expected[name] + 6.0 / 2 * b @ a
         elif name.startswith(ZERO):
             expected[name] = adapted[name]
     assert any(not torch.equal(expected[n], start[n]) for n in start if ".to_q." in n)

@@ -7,11 +7,12 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.pictures import to_images
+from difftuning_control.recipe import AdapterConfig
 
 PROMPTS = ["red 1", "a blue square"]
 
@@ -114,7 +115,7 @@ def test_the_fingerprint_follows_every_components_weights(family, pipe, componen
 
 def test_an_attached_adapter_does_not_change_the_bases_fingerprint(family, pipe):
     before = family.fingerprint
-    LoRATuning(family, rank=2)
+    AdapterTuning(family, AdapterConfig(rank=2))
     assert family_of(pipe).fingerprint == before
 
 

@@ -13,6 +13,7 @@ from difftuning_control.forgetting import (
     LEAST_ROWS,
     SCHEDULE_BANDS,
     Curve,
+    Part,
     advice,
     affordable_rows,
     compare,
@@ -39,11 +40,11 @@ class Planted(nn.Module):
         super().__init__()
         self.family, self.target, self.gap, self.base = family, target_embeds, gap, base
 
-    def forward(self, sample, timesteps, prompt_embeds, return_dict=False):
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=False):
         process = self.family.process
-        levels = process.levels_of(timesteps)
+        levels = process.levels_of(timestep)
         noise = sample / process.sigmas[levels].view(-1, 1, 1, 1)
-        is_target = (prompt_embeds == self.target).flatten(1).all(1)
+        is_target = (encoder_hidden_states == self.target).flatten(1).all(1)
         loss = self.base * torch.where(is_target, 1 + self.gap(process.u[levels]), 1.0)
         return (noise + loss.sqrt().view(-1, 1, 1, 1),)
 
@@ -55,7 +56,7 @@ def planted(family, tmp_path):
     zeros = torch.zeros(12, 4, 8, 8)
 
     def measure(gap):
-        rows = loss_rows(family, (zeros, ["new"] * 12), (zeros, ["old"] * 12), embeddings)
+        rows = loss_rows(family, Part(zeros, ["new"] * 12), Part(zeros, ["old"] * 12), embeddings)
         return transfer_gap(rows, Planted(family, embeddings.rows(["new"])["prompt_embeds"], gap))
 
     return measure
@@ -173,7 +174,7 @@ def test_few_pictures_of_unlike_difficulty_are_called_uncertain():
 def test_target_and_bank_rows_share_noise_and_timesteps(family, tmp_path):
     embeddings = cached_embeddings(family, ["a"], tmp_path, lambda count: None)
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    rows = loss_rows(family, (latents, ["a"] * 6), (latents, ["a"] * 6), embeddings, draws=2)
+    rows = loss_rows(family, Part(latents, ["a"] * 6), Part(latents, ["a"] * 6), embeddings, draws=2)
     assert torch.equal(rows.target.rows(family.denoiser), rows.bank.rows(family.denoiser))
 
 
@@ -189,8 +190,8 @@ def test_more_draws_measure_the_same_thing_with_other_noise(family, tmp_path):
 
 def test_rows_are_spread_over_the_data_and_as_many_on_both_sides(family, tmp_path):
     embeddings = cached_embeddings(family, ["a", "b"], tmp_path, lambda count: None)
-    target = (torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8), ["a"] * 5)
-    bank = (torch.arange(9.0).view(9, 1, 1, 1).expand(9, 4, 8, 8), ["b"] * 9)
+    target = Part(torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8), ["a"] * 5)
+    bank = Part(torch.arange(9.0).view(9, 1, 1, 1).expand(9, 4, 8, 8), ["b"] * 9)
     rows = loss_rows(family, target, bank, embeddings)
     assert rows.target.batch.latents[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
     assert rows.bank.batch.latents[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
@@ -198,7 +199,7 @@ def test_rows_are_spread_over_the_data_and_as_many_on_both_sides(family, tmp_pat
 
 def test_too_few_pictures_are_refused(family, tmp_path):
     embeddings = cached_embeddings(family, ["a"], tmp_path, lambda count: None)
-    few = (torch.zeros(LEAST_ROWS - 1, 4, 8, 8), ["a"] * (LEAST_ROWS - 1))
+    few = Part(torch.zeros(LEAST_ROWS - 1, 4, 8, 8), ["a"] * (LEAST_ROWS - 1))
     with pytest.raises(UserError, match="at least 4 target pictures and bank samples; there are 3 and 3"):
         loss_rows(family, few, few, embeddings)
 
@@ -228,7 +229,7 @@ def test_what_was_measured_is_recorded_beside_the_schedule(family, tmp_path):
     embeddings = cached_embeddings(family, ["a"], tmp_path, lambda count: None)
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     bank = KnowledgeBank(latents.flip(0), ["a"] * 6)
-    schedule, record = measure_schedule(family, (latents, ["a"] * 6), bank, embeddings, rows=5)
+    schedule, record = measure_schedule(family, Part(latents, ["a"] * 6), bank, embeddings, rows=5)
     assert record["kind"] == "measured"
     assert record["psi"] == list(schedule.psi_values)
     assert record["rows"] == 5

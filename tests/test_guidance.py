@@ -8,11 +8,12 @@ import torch
 from conftest import tiny_pipeline
 from torch import Tensor, nn
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.guidance import TUNED, hand_over
+from difftuning_control.recipe import AdapterConfig
 
 SIDES = ["adapter", "full weights"]
 
@@ -27,7 +28,7 @@ def draw(family: StableDiffusion, **settings) -> Tensor:
 def adapted() -> StableDiffusion:
     """The tiny model with an adapter that changes what it draws."""
     family = family_of(tiny_pipeline())
-    LoRATuning(family, rank=2)
+    AdapterTuning(family, AdapterConfig(rank=2))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in family.denoiser.named_parameters():
         if "lora_B" in name:
@@ -128,7 +129,7 @@ def test_guidance_and_steps_do_not_matter_at_the_ends(settings):
 
 def test_v_prediction_is_handed_over_too():
     tuned = family_of(tiny_pipeline(prediction_type="v_prediction"))
-    LoRATuning(tuned, rank=2)
+    AdapterTuning(tuned, AdapterConfig(rank=2))
     before = draw(tuned)
     for name, parameter in tuned.denoiser.named_parameters():
         if "lora_B" in name:

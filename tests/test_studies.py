@@ -435,7 +435,7 @@ def test_the_cost_counts_every_session_and_no_step_twice(done):
 def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
     from difftuning_control.families import load_family
-    from difftuning_control.forgetting import row_validator
+    from difftuning_control.forgetting import part_of, row_validator
     from difftuning_control.inputs import prepare_inputs
     from difftuning_control.trainer import _budget, build_objective, make_accelerator
 
@@ -448,7 +448,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     objective = build_objective(recipe, family.process)
     inputs = prepare_inputs(recipe, family, objective, make_accelerator(recipe))
     budget = _budget(recipe, family, inputs)
-    part = (inputs.bank.latents, [""] * len(inputs.bank))
+    part = part_of(inputs.bank, [""] * len(inputs.bank))
     rows = row_validator(family, part, inputs.embeddings, len(inputs.bank), 1, 100, seed=5)
     losses = rows.rows(family.denoiser)
     for _ in range(3):  # the running means forget where they began

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
@@ -444,7 +444,7 @@ def test_validation_is_the_same_for_the_same_weights(finished):
 
 def test_validation_switches_dropout_off_while_it_measures(finished):
     family, validators = validators_of(finished({}))
-    for name, parameter in LoRATuning(family, rank=2, dropout=0.9).parameters().items():
+    for name, parameter in AdapterTuning(family, AdapterConfig(rank=2, dropout=0.9)).parameters().items():
         parameter.data.add_(0.5 if ".lora_B" in name else 0.0)
     measured = []
     for training in (True, False):

@@ -29,20 +29,20 @@ from difftuning_control.evaluation.evaluate import (
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import write_json
-from difftuning_control.forgetting import Curve, compare, row_validator
+from difftuning_control.forgetting import Curve, compare, part_of, row_validator
 from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.pictures import save_grid
 from difftuning_control.progress import progress
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
-from difftuning_control.trainer import base_dtype
+from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
 OUTSIDE = (
@@ -66,8 +66,10 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     records = {run: finished_run(run) for run in request.runs}
     recipes = {run: recipe_of(record) for run, record in records.items()}
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
-    family = load_family(recipe.model.id, base_dtype(recipe), recipe.model.variant)  # as its fingerprints were taken
+    # as the first run's fingerprints were taken
+    family = load_base(recipe)
     family.to(best_device())
+    family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
     for run, record in records.items():
         check_base(family, record, run)
         if record["data"]["resolution"] != resolution:
@@ -115,7 +117,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     total = (len(records) + 1) * (len(sampling.repeated_prompts) + len(outside))
     with progress(total, "sampling") as advance:
 
-        def side(name: str, model: StableDiffusion) -> dict[str, Any]:
+        def side(name: str, model: Family) -> dict[str, Any]:
             pictures = sampling.draw(model, advance)
             grid[name] = pictures[:8]
             drawn[name] = features(far.draw(model, advance))
@@ -133,7 +135,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             with tuned_model(family, run, record) as tuned:
                 found = side(run, tuned)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
-            sides.append(found | {"outside": float(apart.mean())})
+            sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
     if bank is not None and probe is None:  # beside a ControlNet the model stays as it was
         for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
@@ -196,7 +198,7 @@ def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.
     return FidelityProbe.build(conditioner, chosen, rows, {})
 
 
-def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
+def _bank(family: Family, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
     """The first run's bank that is still there."""
     for record in records.values():
         folder = Path(record["bank"]["folder"]) if record["bank"] is not None else None
@@ -205,18 +207,16 @@ def _bank(family: StableDiffusion, records: dict[str, dict[str, Any]]) -> Knowle
     return None
 
 
-def _forgetting(
-    family: StableDiffusion, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank
-) -> list[Curve]:
+def _forgetting(family: Family, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
     """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
     embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
-    rows = row_validator(family, (kept.latents, words), embeddings, len(kept), 1, BANDS, 0)
-    base, found = rows.rows(family.denoiser), []
+    rows = row_validator(family, part_of(kept, words), embeddings, len(kept), 1, BANDS, 0)
+    base, found = rows.rows(family.model), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
-            found.append(compare(base, rows.rows(tuned.denoiser), rows.centres))
+            found.append(compare(base, rows.rows(tuned.model), rows.centres))
     return found
 
 
@@ -241,8 +241,8 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The summary as text: mean ± standard deviation over seeds; KID times 1000."""
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """A row with the names of the figures, and one for each side: mean ± standard deviation over seeds; KID × 1000."""
     sides = [result["base"], *result["sides"]]
     names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
     lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
@@ -256,6 +256,12 @@ def table(result: dict[str, Any]) -> str:
         rise = side.get("forgetting", {}).get("mean")
         row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
         lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary as text."""
+    lines = cells(result)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
                      for line in lines)  # fmt: skip

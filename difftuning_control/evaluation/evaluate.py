@@ -24,7 +24,7 @@ from difftuning_control.pictures import sample_pictures, to_images
 
 if TYPE_CHECKING:
     from difftuning_control.analysis import Materials
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
 LEAST_PICTURES = 5
 MOST = 256  # real pictures, and samples of the base, that quality is judged against
@@ -53,7 +53,7 @@ class Sampling:
         if not self.prompts or not self.seeds:
             raise UserError("an evaluation needs at least one prompt and one seed.")
 
-    def draw(self, family: StableDiffusion, advance: Callable[[int], object] = lambda n: None) -> list[Image.Image]:
+    def draw(self, family: Family, advance: Callable[[int], object] = lambda n: None) -> list[Image.Image]:
         """All pictures, prompts in order for the first seed, then for the next."""
         found = []
         control = self.control if family.controlnet is not None else None
@@ -87,9 +87,7 @@ class Reference:
     counterparts: dict[str, Tensor] = field(default_factory=dict)
 
 
-def through_autoencoder(
-    family: StableDiffusion, data: ImageData, resolution: int, batch_size: int = 16
-) -> list[Image.Image]:
+def through_autoencoder(family: Family, data: ImageData, resolution: int, batch_size: int = 16) -> list[Image.Image]:
     """Real pictures, cut to squares, encoded and decoded."""
     found: list[Image.Image] = []
     for start in range(0, len(data), batch_size):
@@ -99,7 +97,7 @@ def through_autoencoder(
     return found
 
 
-def decoded(family: StableDiffusion, latents: Tensor, batch_size: int = 16) -> list[Image.Image]:
+def decoded(family: Family, latents: Tensor, batch_size: int = 16) -> list[Image.Image]:
     """Pictures of latents (N, C, h, w) in the denoiser's scale."""
     return [picture for part in latents.split(batch_size) for picture in to_images(family.decode(part))]
 
@@ -118,7 +116,7 @@ def check_held_out(real: ImageData) -> None:
 
 
 def build_reference(
-    family: StableDiffusion,
+    family: Family,
     features: Features,
     *,
     real: ImageData,
@@ -146,7 +144,7 @@ def build_reference(
     return Reference(features, found, features(source), trained, counterparts)
 
 
-def reference_of(family: StableDiffusion, features: Features, found: Materials) -> Reference:
+def reference_of(family: Family, features: Features, found: Materials) -> Reference:
     """The reference of a study: its held-out pictures, and its decoded bank for the old domain."""
     return build_reference(
         family, features, real=found.held_out.sample(MOST), training=found.data,

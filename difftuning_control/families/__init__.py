@@ -1,8 +1,8 @@
-"""One file a model family; trainer, bank and analysis see only what `StableDiffusion` in `sd.py` shows."""
+"""One file a model family; trainer, bank and analysis see only what `Family` in `family.py` shows."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -15,9 +15,15 @@ import torch
 from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
-    from difftuning_control.families.sd import StableDiffusion
+    from difftuning_control.families.family import Family
 
-SUPPORTED = ("StableDiffusionPipeline",)
+# by the pipeline's class: the module here and the class in it
+FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+}
 
 
 def embedded_model() -> Path:
@@ -27,55 +33,84 @@ def embedded_model() -> Path:
     return Path(str(resources.files("difftuning_control") / "assets" / "embedded"))
 
 
-def family_of(pipe: Any) -> StableDiffusion:
+def family_of(pipe: Any) -> Family:
     """The family around a diffusers pipeline object; the pipeline is shared, not copied.
 
     Raises:
-        UserError: if no family knows this pipeline class.
+        UserError: if no family knows this pipeline class, or it holds a variant that cannot be tuned.
     """
-    from diffusers import StableDiffusionPipeline
+    name = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in FAMILIES), None)
+    if name is None:
+        raise UserError(f"a {type(pipe).__name__} cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
+    module, family = FAMILIES[name]
+    try:
+        return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)(pipe)
+    except UserError:
+        raise
+    except ValueError as error:  # of the scheduler
+        raise UserError(f"the model cannot be tuned: {error}") from None
 
-    from difftuning_control.families.sd import StableDiffusion
 
-    if isinstance(pipe, StableDiffusionPipeline):
-        return StableDiffusion(pipe)
-    raise UserError(f"a {type(pipe).__name__} cannot be tuned yet; supported: {', '.join(SUPPORTED)}.")
-
-
-def load_family(model: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> StableDiffusion:
+def load_family(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    *,
+    float8: bool = False,
+    offload: bool = False,
+) -> Family:
     """Load `embedded`, a directory, or a Hub model. Weights come from safetensors files only.
 
+    Args:
+        float8: keep the denoiser's weights in 8 bits and compute in `dtype`.
+        offload: keep the text encoders on the CPU but for the while of encoding.
+
     Raises:
-        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights.
+        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights;
+            or its family cannot be kept in 8 bits.
     """
     path = str(embedded_model()) if model == "embedded" else model
     _check_directory(path)
     from diffusers import DiffusionPipeline
 
     try:
-        # the safety checker judges finished pictures; training has no use for it
-        options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-        name = _class_name(path)
-        if name is not None and name not in SUPPORTED:
-            raise UserError(f"{model} is a {name}, which cannot be tuned yet; supported: {', '.join(SUPPORTED)}.")
         with quiet_loading():
+            index = DiffusionPipeline.load_config(path)
+            name = _class_name(index)
+            if name not in FAMILIES:
+                what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
+                raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
             pipe = DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, variant=variant, use_safetensors=True, **options
+                path, dtype=dtype, variant=variant, use_safetensors=True, **_left_out(index)
             )
     except UserError:
         raise
     except Exception as error:
         expected = "`embedded`, a diffusers directory with safetensors weights"
         raise _not_loaded(f"the model {model}", path, error, expected) from None
-    return family_of(pipe)
+    family = family_of(pipe)
+    family.offload = offload
+    if float8:
+        family.store_in_float8()
+    return family
 
 
-def load_controlnet(family: StableDiffusion, path: str, dtype: torch.dtype = torch.float32) -> Any:
+def _left_out(index: dict[str, Any]) -> dict[str, Any]:
+    """Components that are not to be loaded: the safety checker, which judges finished pictures and has no use in
+    training, and those that the model was saved without."""
+    absent = [n for n, v in index.items() if n.startswith(("text_encoder", "tokenizer")) and v == [None, None]]
+    checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return checker | dict.fromkeys(absent)
+
+
+def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
     """A ControlNet of the family's class from a directory or the Hub; safetensors only.
 
     Raises:
-        UserError: if it is not there, or does not fit the model, with the two numbers that differ.
+        UserError: if it is not there, or does not fit the model, with the two numbers that differ, or the family has
+            none.
     """
+    family.need_controlnet()
     found = load_controlnet_model(family.controlnet_class, path, dtype)
     family.check_controlnet(found, path)
     return found.to(family.device)
@@ -100,6 +135,10 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
 
 
 def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
+    if any(type(e).__name__ == "GatedRepoError" for e in (error, error.__cause__, error.__context__)):
+        return UserError(
+            f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
+        )
     reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
     where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
     return UserError(f"{what} {where} ({reason}); expected {expected}, or a Hub id that this machine can reach.")
@@ -120,7 +159,8 @@ def quiet_loading() -> Iterator[None]:
 
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
-    for module in (diffusers_logging, transformers_logging):
+    shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in shown:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -128,7 +168,7 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         diffusers_logging.set_verbosity(level)
-        for module in (diffusers_logging, transformers_logging):
+        for module in shown:
             module.enable_progress_bar()
 
 
@@ -146,9 +186,6 @@ def _check_directory(path: str) -> None:
         )
 
 
-def _class_name(path: str) -> str | None:
-    index = Path(path) / "model_index.json"
-    if not index.exists():
-        return None
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+def _class_name(index: dict[str, Any]) -> str | None:
+    name = index.get("_class_name")
     return name[-1] if isinstance(name, list) else name

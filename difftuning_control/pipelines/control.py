@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.control_strength import ControlUse, control_strength
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import ControlUse, control_strength
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound, check_compiled
 from difftuning_control.strength import Strength, as_strength, stored

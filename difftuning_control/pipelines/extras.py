@@ -17,6 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
+from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.guidance import (
     SamplingHook,
@@ -354,6 +355,8 @@ def check_scalable(weights: TunedWeights) -> None:
         UserError: naming the kind.
     """
     for layer in weights.layers:
+        if isinstance(layer, DiffFit):
+            continue
         its = [n for n in weights.adapters if n in layer._get_available_adapters()]
         if any(n not in getattr(layer, "scaling", {}) for n in its):
             kind = type(layer).__module__.split(".")[2]  # peft.tuners.<kind>

@@ -36,7 +36,7 @@ from difftuning_control.trainer import train
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
+SCALES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 PICTURES, STEPS = 40, 15
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 OWN: dict[str, Any] = {"domain_guidance": False, "adapter_schedule": None, "hand_over": None}
@@ -44,7 +44,7 @@ DOMAIN = OWN | {"domain_guidance": True}
 SCHEDULES = {  # strength of the adapter over u, at full guidance by the own branch
     "u^0.3": OWN | {"adapter_schedule": {"kind": "power", "tau": 0.3}},
     "u": OWN | {"adapter_schedule": {"kind": "power", "tau": 1.0}},
-    "1 - u/2": OWN | {"adapter_schedule": {"kind": "table", "u": [0, 1], "strength": [1, 0.5]}},
+    "1 - 0.5 u": OWN | {"adapter_schedule": {"kind": "table", "u": [0, 1], "strength": [1, 0.5]}},
 }
 HAND_OVERS = {f"u0 = {u0}": OWN | {"hand_over": u0} for u0 in (0.1, 0.2, 0.4)}
 
@@ -139,13 +139,17 @@ def best_scale(cell: Cell, mode: str, work: Path) -> float:
     return min(SCALES, key=lambda s: mean(read(cell, seed, f"search-{mode}-{s:g}", work)["kid"] for seed in SEEDS))
 
 
+def _final(variant: str, scale: float) -> str:
+    return f"final-{variant}@{scale:g}"
+
+
 def measure(cell: Cell, bench: Bench) -> None:
     modes = {"own": OWN, "domain": DOMAIN}
     for seed in SEEDS:
         bench.judge(cell, seed, ((f"search-{m}-{s:g}", "search", e, s) for m, e in modes.items() for s in SCALES))
     scales = {mode: best_scale(cell, mode, bench.work) for mode in modes}
-    asked = [(f"final-{mode}", "final", extras, scales[mode]) for mode, extras in modes.items()]
-    asked += [(f"final-{name}", "final", extras, scales["own"]) for name, extras in cell.variants.items()]
+    asked = [(_final(mode, scales[mode]), "final", extras, scales[mode]) for mode, extras in modes.items()]
+    asked += [(_final(name, scales["own"]), "final", extras, scales["own"]) for name, extras in cell.variants.items()]
     for seed in SEEDS:
         bench.judge(cell, seed, iter(asked))
         print(cell.name, seed, scales, flush=True)
@@ -157,9 +161,10 @@ def collect(work: Path) -> dict[str, Any]:
     for cell in CELLS:
         kept = {"adapter": cell.adapter, "n_images": cell.images, "side": cell.side}
         names = [f"search-{m}-{s:g}" for m in ("own", "domain") for s in SCALES]
-        names += [f"final-{n}" for n in ("own", "domain", *cell.variants)]
+        scales = {n: best_scale(cell, n if n == "domain" else "own", work) for n in ("own", "domain", *cell.variants)}
+        names += [_final(n, scale) for n, scale in scales.items()]
         for name in names:
-            stage, _, variant = name.partition("-")
+            stage, _, variant = name.partition("@")[0].partition("-")
             for seed in SEEDS:
                 found = {k: round(v, 5) for k, v in read(cell, seed, name, work).items()}
                 rows.append(kept | {"stage": stage, "variant": variant} | found)
@@ -204,8 +209,9 @@ def grid(work: Path, place: Path, bench: Bench) -> None:
     cell = CELLS[1]
     base = Sampling(bench.prompts["final"][:8], [0], STEPS, 4.0, bench.resolution).draw(bench.family)
     rows = {"base": base}
-    for label, name in (("own branch", "final-own"), ("Domain Guidance", "final-domain")):
-        rows[label] = [Image.open(work / f"{cell.name}-0" / name / f"{i}.png") for i in range(8)]
+    for label, mode in (("own branch", "own"), ("Domain Guidance", "domain")):
+        place = work / f"{cell.name}-0" / _final(mode, best_scale(cell, mode, work))
+        rows[label] = [Image.open(place / f"{i}.png") for i in range(8)]
     save_grid(place, rows, bench.prompts["final"][:8])
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftuning_control.adapters import LoRATuning
+from difftuning_control.adapters import AdapterTuning
 from difftuning_control.batches import BatchSource, TargetSet
 from difftuning_control.cache import Framing, cached_embeddings, cached_moments
 from difftuning_control.data import load_images
 from difftuning_control.families import load_family
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.recipe import AdapterConfig
 from difftuning_control.validation import compute_loss
 
 pytestmark = pytest.mark.benchmark
@@ -31,7 +32,7 @@ def test_steps_per_second_with_cached_inputs_against_encoding_every_step(tmp_pat
     source = BatchSource(
         family, objective, TargetSet(moments, captions, captions), embeddings, None, "empty", 0.0, BATCH, 0
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(LoRATuning(family, rank=16).parameters().values(), 1e-4)
+    optimizer = torch.optim.AdamW(AdapterTuning(family, AdapterConfig(rank=16)).parameters().values(), 1e-4)
 
     def step(number: int, encode: bool) -> None:
         rows = source.rows(number)

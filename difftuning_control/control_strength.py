@@ -1,0 +1,98 @@
+"""A ControlNet's strength over the noise while a pipeline samples: its residuals times s(u); at 0 it is not run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difftuning_control.guidance import AtTimestep, SamplingHook, argument, hooked
+
+CONTROL = "difftuning_control_strength"
+
+
+@dataclass
+class ControlUse:
+    """How often a ControlNet ran in a call, and how long; where its strength was 0 it was skipped."""
+
+    run: int = 0
+    skipped: int = 0
+    clocks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the ControlNet."""
+        return sum(_elapsed(start, end) for start, end in self.clocks)
+
+    @property
+    def seconds_saved(self) -> float | None:
+        """By the forwards that were skipped, as long as those that ran; None where none ran."""
+        return self.seconds / self.run * self.skipped if self.run else None
+
+
+def _now(device: torch.device) -> Any:
+    """A point in time; on a GPU one that is read later, so that nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+class _ControlHook(SamplingHook):
+    def __init__(self, strength: AtTimestep, use: ControlUse):
+        super().__init__()
+        self.strength, self.use = strength, use
+
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        sample = argument(args, kwargs, 0, "sample")
+        strength = self.strength(argument(args, kwargs, 1, "timestep"))
+        if strength * kwargs.get("conditioning_scale", 1.0) == 0:
+            self.use.skipped += 1
+            return no_residuals(module, sample, kwargs.get("return_dict", True))
+        start = _now(sample.device)
+        found = self.fn_ref.original_forward(*args, **kwargs)
+        self.use.run += 1
+        self.use.clocks.append((start, _now(sample.device)))
+        if strength == 1:
+            return found
+        down, mid = found[0], found[1]
+        scaled = tuple(d * strength for d in down), mid * strength
+        return scaled if isinstance(found, tuple) else type(found)(*scaled)
+
+
+def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
+    """Residuals that add nothing, without a forward; those of the down blocks are (B, 1, 1, 1) and broadcast.
+
+    The middle's has its full size, since several ControlNets add theirs into the first one's in place.
+    """
+    down = tuple(sample.new_zeros(len(sample), 1, 1, 1) for _ in controlnet.controlnet_down_blocks)
+    height, width = sample.shape[-2:]
+    for block in controlnet.down_blocks:
+        if block.downsamplers is not None:
+            height, width = (height + 1) // 2, (width + 1) // 2
+    mid = sample.new_zeros(len(sample), controlnet.config.block_out_channels[-1], height, width)
+    if not return_dict:
+        return down, mid
+    from diffusers.models.controlnets.controlnet import ControlNetOutput
+
+    return ControlNetOutput(down, mid)  # type: ignore[arg-type]
+
+
+@contextmanager
+def control_strength(controlnet: nn.Module, strength: AtTimestep, use: ControlUse) -> Iterator[SamplingHook]:
+    """While open, a ControlNet acts with the strength of each timestep; `use` counts how often it ran."""
+    with hooked(controlnet, _ControlHook(strength, use), CONTROL) as hook:
+        yield hook

@@ -1,0 +1,243 @@
+"""`difftune export`: a finished run as a directory, or a file, that other programs open without the run.
+
+    diffusers, copied        a whole pipeline directory, a LoRA beside its modules or merged into them
+    diffusers, referenced    the LoRA or the ControlNet alone, and which base it belongs to
+    kohya, comfyui           one LoRA file under the names of those tools
+
+All of it is written into a temporary folder beside the target, which takes the target's place at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from difftuning_control.errors import UserError
+from difftuning_control.export_card import Parts, evaluation_lines, export_card
+from difftuning_control.export_files import write_parts
+from difftuning_control.families import quiet_loading
+from difftuning_control.fingerprint import write_json, write_text
+from difftuning_control.provenance import base_name, check_folder, versions
+from difftuning_control.runs import check_outputs, finished_run, recipe_of
+from difftuning_control.strength import psi_of_run
+
+if TYPE_CHECKING:
+    from difftuning_control.recipe import Recipe
+
+MARKER = "export.json"
+REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
+
+
+@dataclass
+class ExportRequest:
+    """What is exported, as what, and where to.
+
+    Args:
+        run: folder of a finished run.
+        to: folder of the export.
+        format: diffusers, or one LoRA file for kohya or comfyui.
+        base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
+        adapter: separate keeps the LoRA in its own file; fused adds it to the weights.
+        pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
+        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole UNet, or
+            its difference to the tuned one.
+        dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
+            precision a LoRA is rounded to it.
+        evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
+        push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
+    """
+
+    run: str
+    to: str
+    format: Literal["diffusers", "kohya", "comfyui"] = "diffusers"
+    base: Literal["copied", "referenced"] = "copied"
+    adapter: Literal["separate", "fused"] = "separate"
+    pipeline: Literal["difftuning", "stock"] = "difftuning"
+    source_unet: Literal["none", "whole", "difference"] = "none"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    evaluation: str | None = None
+    push: str | None = None
+
+    def __post_init__(self) -> None:
+        chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
+        given = [f"--{name} {value}" for name, value in chosen.items() if getattr(self, name) == value]
+        given += [f"--source_unet {self.source_unet}"] if self.source_unet != "none" else []
+        if self.format != "diffusers" and given:
+            raise UserError(f"--format {self.format} writes one LoRA file; leave out {' and '.join(given)}.")
+        if self.adapter == "fused" and self.base == "referenced":
+            raise UserError("--adapter fused changes the base's weights; it needs --base copied.")
+        if self.source_unet != "none" and self.pipeline == "stock":
+            raise UserError("stock pipelines have no use for a source UNet; it needs --pipeline difftuning.")
+        if self.push is not None and not REPO.fullmatch(self.push):
+            raise UserError(f"push is {self.push!r}; expected a repository on the Hub, such as user/name.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+def export(request: ExportRequest, overwrite: bool = False) -> Path:
+    """Write a finished run to `request.to`, and upload it where `request.push` says so; returns the folder.
+
+    Raises:
+        UserError: if the run is not finished or has changed since, its base is another one here, the request does not
+            fit it, or the folder holds something; nothing is written then. Also if the upload fails.
+    """
+    record = finished_run(request.run)
+    recipe = recipe_of(record)
+    _check_method(request, recipe.method)
+    _check_adapter(request, recipe)
+    check_outputs(record, request.run)
+    _check_place(request, record, overwrite)
+    if request.push is not None:
+        _check_hub()
+    figures = [] if request.evaluation is None else evaluation_lines(request.evaluation, request.run, record)
+    target = Path(request.to)
+    with _taking_the_place_of(target) as folder, quiet_loading():
+        parts = write_parts(request, record, recipe, folder)
+        write_text(folder / "README.md", export_card(request, recipe, record, parts, figures))
+        _write_marker(request, record, recipe, parts, folder)
+    if request.push is not None:
+        _push(target, request.push)
+    return target
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def _check_method(request: ExportRequest, method: str) -> None:
+    what = f"the run {request.run} has the method {method}"
+    if method != "lora" and request.format != "diffusers":
+        raise UserError(f"{what}; --format {request.format} is for LoRAs only.")
+    if method != "lora" and request.adapter == "fused":
+        raise UserError(f"{what} and no adapter; leave out --adapter fused.")
+    if method == "full" and request.base == "referenced":
+        raise UserError(f"{what}, whose result is a whole pipeline; leave out --base referenced.")
+    if method != "full" and request.source_unet != "none":
+        raise UserError(
+            f"{what}, beside which the base's UNet is still there; leave out --source_unet {request.source_unet}."
+        )
+
+
+def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
+    """Refuse what another program would run otherwise than it was trained, or what no weights could hold."""
+    if recipe.method != "lora":
+        return
+    kind, what = recipe.adapter.kind, f"the adapter of the run {request.run} is a {recipe.adapter.kind}"
+    if request.format != "diffusers" and (kind != "lora" or recipe.adapter.text_encoder):
+        what += " with a part on the text encoder" if kind == "lora" else ""
+        raise UserError(f"{what}, which {request.format}'s LoRA files do not hold here; export it for diffusers.")
+    if request.adapter == "fused" and kind in ("tlora", "difffit"):
+        why = "acts by the noise level" if kind == "tlora" else "scales outputs, not weights"
+        raise UserError(f"{what}, which {why} and cannot be fused; leave out --adapter fused.")
+
+
+def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool) -> None:
+    """Refuse a folder whose replacement would cost something: the run, its base, or what is not of an export."""
+    target = Path(request.to).resolve()
+    for what, path in (("the run", request.run), ("the base", record["base_path"])):
+        other = Path(path).resolve()
+        if other.is_dir() and (target == other or target in other.parents or other in target.parents):
+            raise UserError(f"the export {request.to} and {what} {path} lie in one another; choose another folder.")
+    check_folder(request.to, MARKER, overwrite, "--to")
+    if not (target / MARKER).exists():
+        return
+    try:
+        ours = set(json.loads((target / MARKER).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{request.to}/{MARKER} is not of difftune export; choose another folder.") from None
+    strange = [name for name in _files(target) if name not in ours]
+    if strange:
+        raise UserError(
+            f"{request.to} also holds {strange[0]}, which is not of the export; move it, or choose another folder."
+        )
+
+
+def _check_hub() -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push needs the network, and HF_HUB_OFFLINE is set; unset it, or leave out --push.")
+    if get_token() is None:
+        raise UserError("--push needs a login on the Hub; run `hf auth login`, or leave out --push.")
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _taking_the_place_of(target: Path) -> Iterator[Path]:
+    """A new folder near the target, which is renamed to it when all went well."""
+    place = target.resolve()
+    near = next(folder for folder in place.parents if folder.is_dir())
+    room = Path(tempfile.mkdtemp(dir=near, prefix=f".{place.name}."))
+    new, old = room / "new", room / "old"
+    try:
+        new.mkdir()
+        yield new
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(new, place)
+    finally:
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        shutil.rmtree(room)
+
+
+def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe, parts: Parts, folder: Path) -> None:
+    """`export.json`: what this is, which base it belongs to, the ψ it was tuned by, and which files it consists of."""
+    is_named = request.format == "diffusers" and request.base == "referenced"
+    settings = ("format", "base", "adapter", "pipeline", "source_unet", "dtype")
+    write_json(folder / MARKER, {
+        "method": recipe.method,
+        "run": {"identity": record["identity"], "steps": record["steps"]},
+        "base": {
+            "id": recipe.model.id if is_named else base_name(recipe.model.id),
+            "variant": recipe.model.variant,
+            "fingerprints": record["fingerprints"]["base"],
+        },
+        "settings": {name: getattr(request, name) for name in settings},
+        "pipeline": parts.stock,
+        "schedule": _schedule(request.run),
+        "versions": versions(),
+        "files": sorted([*_files(folder), MARKER]),
+    })  # fmt: skip
+
+
+def _schedule(run: str) -> dict[str, Any] | None:
+    """The ψ and ξ of a run as values; None where they were measured and their file has gone since."""
+    try:
+        return psi_of_run(run).to_dict()
+    except UserError:
+        return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+
+
+def _push(folder: Path, repo: str) -> None:
+    """Upload an export; what huggingface_hub finds as token it sends itself."""
+    from huggingface_hub import create_repo, upload_folder
+
+    try:
+        create_repo(repo, private=True, exist_ok=True)  # making it public is a decision of its own
+        upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported with difftuning-control")
+    except Exception as error:  # the network's and the Hub's errors are of many classes
+        reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
+        raise UserError(
+            f"{folder} is written, but could not be uploaded to {repo} ({reason}); run the same command with "
+            "--overwrite once that is mended."
+        ) from None

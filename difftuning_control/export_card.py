@@ -1,0 +1,158 @@
+"""The model card of an export: the lines of Python that draw with exactly what was exported, and the run's figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.provenance import model_card, prompt_of
+
+if TYPE_CHECKING:
+    from difftuning_control.export import ExportRequest
+    from difftuning_control.recipe import Recipe
+
+CLOSING = "`export.json` says what was exported and which base it belongs to."
+PLACES = {
+    "kohya": "Put `{file}` where your program looks for LoRAs (`models/Lora` in the web UIs; sd-scripts takes it with "
+    "`--network_module networks.lora --network_weights {file}`). Stock diffusers reads it too:",
+    "comfyui": "Put `{file}` into `models/loras` of ComfyUI and load it by the node *LoraLoaderModelOnly* (or *Load "
+    "LoRA*), behind a checkpoint of the base.",
+}
+TRUST = (
+    "`trust_remote_code=True` lets diffusers run `{name}.py`, whose one line imports `{klass}` from the installed "
+    "difftuning-control. `difftune export --pipeline stock` does without."
+)
+GUIDANCE = (
+    "`pipe.set_extras(domain_guidance=True)` takes the unconditional branch of guidance from the pretrained model; "
+    "start with a lower `guidance_scale` than otherwise."
+)
+SCHEDULE = (
+    "`set_extras(adapter_schedule=…)` takes the `schedule` of `export.json`, the ψ of training, or one of your own."
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an export consists of.
+
+    Args:
+        stock: diffusers' class of the pipeline.
+        ours: the name of the one-line file, without its ending, and the class in it; None in a stock export.
+        controlnet: diffusers' class of the ControlNet, if there is one.
+        file: the LoRA file for another program, if that is what was exported.
+    """
+
+    stock: str
+    ours: tuple[str, str] | None
+    controlnet: str | None
+    file: str | None
+
+
+def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts, figures: list[str]) -> str:
+    """The card's text.
+
+    Args:
+        figures: of `evaluation_lines`.
+    """
+    if request.format == "comfyui":
+        use = [PLACES["comfyui"].format(file=parts.file)]
+    else:
+        use = ["```python", *_code(request, recipe, run, parts), "```"]
+    if request.format == "kohya":
+        use = [PLACES["kohya"].format(file=parts.file), "", *use]
+    if parts.ours is not None:
+        use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
+        has_adapter = recipe.method == "lora" and request.adapter == "separate"
+        use += ["", GUIDANCE] if has_adapter or request.source_unet != "none" else []
+        use += ["", SCHEDULE] if has_adapter else []
+    return model_card(recipe, run, use, figures, CLOSING)
+
+
+def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts) -> list[str]:
+    """Lines of Python: where things lie, the pipeline, what belongs to it, and a picture."""
+    used: dict[str, list[str]] = {"diffusers": [], "difftuning_control": [], "huggingface_hub": [], "PIL": []}
+    is_whole = request.format == "diffusers" and request.base == "copied"
+    where = json.dumps(request.push or request.to, ensure_ascii=False)
+    body = [f"folder = {where}" if request.push is None else f"folder = snapshot_download({where})"]
+    if request.push is not None:
+        used["huggingface_hub"].append("snapshot_download")
+    klass, options = "DiffusionPipeline", ["folder" if is_whole else "base"]
+    if not is_whole and recipe.model.id == "embedded":
+        used["difftuning_control"].append("embedded_model")
+        body.append("base = str(embedded_model())")
+    elif not is_whole:
+        body.append(f"base = {json.dumps(recipe.model.id, ensure_ascii=False)}")
+    if parts.controlnet is not None and not is_whole:
+        used["diffusers"].append(parts.controlnet)
+        body.append(f'controlnet = {parts.controlnet}.from_pretrained(f"{{folder}}/controlnet")')
+        options.append("controlnet=controlnet")
+        klass = parts.stock if parts.ours is None else klass
+    if parts.ours is not None:
+        options += [] if is_whole else [f'custom_pipeline=f"{{folder}}/{parts.ours[0]}.py"']
+        options.append("trust_remote_code=True")
+    used["diffusers"].append(klass)
+    body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
+    if recipe.method == "lora" and request.adapter == "separate":
+        if recipe.adapter.kind in ("lora", "dora"):
+            name = "" if parts.file is None else f", weight_name={json.dumps(parts.file, ensure_ascii=False)}"
+            body.append(f"pipe.load_lora_weights(folder{name})")
+        else:
+            used["difftuning_control"].append("load_adapter")
+            body.append("load_adapter(pipe, folder)")
+    if request.source_unet == "difference":
+        used["difftuning_control"].append("load_source")
+        body.append('source = load_source(pipe.unet, f"{folder}/source_difference.safetensors")')
+        body.append("pipe.register_modules(source_unet=source)")
+    if request.source_unet != "none":
+        body.append("pipe.set_extras(domain_guidance=True)")
+    prompt = prompt_of(run)
+    if parts.controlnet is None:
+        body.append(f"image = pipe({prompt}).images[0]")
+    elif parts.ours is not None:
+        used["PIL"].append("Image")
+        body.append(f'image = pipe({prompt}, image=Image.open("photo.png"), preprocess=True).images[0]')
+    else:
+        used["PIL"].append("Image")
+        used["difftuning_control"] += ["Conditioner", "ControlSpec"]
+        spec = 'ControlSpec.load(f"{folder}/controlnet")'
+        body.append(f'condition = Conditioner({spec}).prepare(Image.open("photo.png"))')
+        body.append(f"image = pipe({prompt}, image=condition).images[0]")
+    return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
+
+
+def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
+    """The figures that `difftune evaluate` gave a run and its base, as a table.
+
+    Raises:
+        UserError: if the file cannot be read, or does not have this run.
+    """
+    from difftuning_control.evaluation.compare import cells
+
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        side = next((s for s in result["sides"] if _is_of(s, run, record)), None)
+        if side is not None:
+            rows = cells({"base": result["base"], "sides": [{**side, "name": "tuned"}]})
+            asked = result["settings"]
+            words = f"{asked['pictures']} prompts, {len(asked['seeds'])} seeds, {asked['steps']} steps, guidance "
+            words += f"{asked['guidance_scale']:g}, features {asked['features']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"the evaluation {path} cannot be read; name one of difftune evaluate.") from None
+    if side is None:
+        judged = ", ".join(str(s["name"]) for s in result["sides"])
+        raise UserError(f"the evaluation {path} judged {judged}, not this run ({run}); evaluate it, or omit it.")
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    table.insert(1, "|---" * len(rows[0]) + "|")
+    return [
+        "## Pictures against real ones", "", f"{words}; mean ± standard deviation over seeds.", "", *table, "",
+    ]  # fmt: skip
+
+
+def _is_of(side: dict[str, Any], run: str, record: dict[str, Any]) -> bool:
+    """Whether figures are this run's: by its identity, or by its place in files of earlier versions."""
+    if "identity" in side:
+        return side["identity"] == record["identity"]
+    return Path(side["name"]).resolve() == Path(run).resolve()

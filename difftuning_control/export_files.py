@@ -1,0 +1,169 @@
+"""What an export consists of, by method: modules, a LoRA's layers, a ControlNet with its spec, a source beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from difftuning_control.adapter_files import load_adapter, merge_adapter
+from difftuning_control.adapter_kinds import ADAPTER
+from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
+from difftuning_control.control import ControlSpec
+from difftuning_control.errors import UserError
+from difftuning_control.export_card import Parts
+from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors, write_text
+from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from difftuning_control.runs import check_base
+from difftuning_control.source import save_difference
+
+if TYPE_CHECKING:
+    from difftuning_control.export import ExportRequest
+    from difftuning_control.families.family import Family
+    from difftuning_control.recipe import Recipe
+
+SOURCE_FILE = "source_difference.safetensors"
+PIPELINES = {
+    "StableDiffusionPipeline": ("difftuning_sd", "DiffTuningPipeline"),
+    "StableDiffusionControlNetPipeline": ("difftuning_sd_controlnet", "DiffTuningControlNetPipeline"),
+    "StableDiffusionXLPipeline": ("difftuning_sdxl", "DiffTuningXLPipeline"),
+    "StableDiffusionXLControlNetPipeline": ("difftuning_sdxl_controlnet", "DiffTuningXLControlNetPipeline"),
+}
+"""For each stock class, the one-line file and the class of ours that take its place."""
+
+NOTE = "  # noqa: F401 for custom_pipeline="
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:
+    """Write all of an export but its card and its `export.json` into an empty folder.
+
+    Raises:
+        UserError: if the base is not the one that the run was tuned from, a format has no name for a layer, or there
+            is no drop-in for the pipeline.
+    """
+    if request.format != "diffusers":
+        return _write_lora_file(request, record, recipe, folder)
+    write = {"lora": _write_lora, "full": _write_full, "controlnet": _write_controlnet}[recipe.method]
+    pipe = write(request, record, recipe, folder)
+    stock = type(pipe).__name__
+    if request.pipeline == "difftuning" and stock not in PIPELINES:
+        raise UserError(f"there is no drop-in for the {stock} of the run {request.run}; give --pipeline stock.")
+    ours = PIPELINES[stock] if request.pipeline == "difftuning" else None
+    if ours is not None:
+        write_text(folder / f"{ours[0]}.py", f"from difftuning_control.pipelines import {ours[1]}{NOTE}\n")
+    for config in folder.rglob("config.json"):
+        _amend(config)
+    if request.base == "copied":
+        source = {"source_unet": ["diffusers", type(pipe.unet).__name__]} if request.source_unet == "whole" else {}
+        _amend(folder / "model_index.json", **({"_class_name": list(ours)} if ours is not None else {}), **source)
+    controlnet = type(pipe.controlnet).__name__ if recipe.method == "controlnet" else None
+    return Parts(stock, ours, controlnet, None)
+
+
+def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
+    """The base in float32, which is compared in the precision that the run's fingerprints were taken in."""
+    dtype = getattr(torch, (record.get("dtype") or "torch.float32").removeprefix("torch."))
+    model = recipe.model
+    family = load_family(model.id, dtype, model.variant, float8=model.float8)
+    check_base(family, record, run)
+    exact = dtype == torch.float32 and not model.float8
+    return family if exact else load_family(model.id, torch.float32, model.variant)
+
+
+def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:
+    base = _checked_base(record, recipe, request.run)
+    base.pipe.load_lora_weights(request.run, adapter_name=ADAPTER)
+    layers = lora_layers(base.denoiser, ADAPTER)
+    tensors = (kohya_tensors if request.format == "kohya" else comfyui_tensors)(layers, base.denoiser.config)
+    name = f"{Path(request.run).resolve().name}.safetensors"
+    dtype = request.torch_dtype or torch.float32
+    write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
+    return Parts(type(base.pipe).__name__, None, None, name)
+
+
+def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+    base, run = _checked_base(record, recipe, request.run), Path(request.run)
+    pipe = base.pipe
+    if request.base == "copied":
+        dtype = request.torch_dtype or _stored_dtype(pipe.unet, recipe.model.variant)
+        if request.adapter == "fused":
+            load_adapter(pipe, request.run)
+            merge_adapter(pipe)
+        pipe.to(dtype)
+        base.save_pipeline(folder)
+    if request.adapter == "separate":
+        result = run / adapter_result(recipe.adapter)
+        for file in sorted(result.iterdir()) if result.is_dir() else [result]:
+            target = folder / file.relative_to(run)
+            target.parent.mkdir(exist_ok=True)
+            if request.torch_dtype is None or file.suffix != ".safetensors":
+                shutil.copyfile(file, target)
+            else:
+                _cast_file(file, target, request.torch_dtype)
+    return pipe
+
+
+def _write_controlnet(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+    base = _checked_base(record, recipe, request.run)
+    source, place = Path(request.run) / ControlNetTuning.result, folder / ControlNetTuning.result
+    spec = ControlSpec.load(source)
+    base.controlnet = load_controlnet(base, str(source))
+    base.controlnet.to(request.torch_dtype or _stored_dtype(base.controlnet))
+    pipe = base.control_pipeline()
+    if request.base == "copied":
+        base.pipe.to(request.torch_dtype or _stored_dtype(base.denoiser, recipe.model.variant))
+        pipe.save_pretrained(folder, safe_serialization=True)
+    else:
+        base.save_controlnet(place, base.controlnet)
+    spec.save(place)
+    return pipe
+
+
+def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+    tuned = load_family(str(Path(request.run) / FullTuning.result))
+    dtype = request.torch_dtype or _stored_dtype(tuned.denoiser)
+    tuned.pipe.to(dtype)
+    tuned.save_pipeline(folder)
+    if request.source_unet != "none":
+        source = _checked_base(record, recipe, request.run).denoiser.to(dtype)
+        if request.source_unet == "whole":
+            source.save_pretrained(folder / "source_unet", safe_serialization=True)
+        else:
+            kept = torch.float32 if request.dtype == "float32" else torch.float16
+            save_difference(tuned.denoiser, source, folder / SOURCE_FILE, kept)
+    return tuned.pipe
+
+
+def _stored_dtype(module: Any, variant: str | None = None) -> torch.dtype:
+    """The precision in which a model's weights lie on disk, by the first of its floating-point tensors."""
+    place = Path(module.config._name_or_path)
+    names = [f"diffusion_pytorch_model{v}{shard}" for v in (f".{variant}", "") for shard in ("", "-*")]
+    for path in (path for name in names for path in sorted(place.glob(f"{name}.safetensors"))):
+        with safe_open(path, "pt") as file:
+            found = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            if (dtype := next((DTYPES[d] for d in found if d in DTYPES), None)) is not None:
+                return dtype
+    return torch.float32
+
+
+def _cast_file(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """A safetensors file in another precision, its metadata kept."""
+    tensors = read_tensors(source)
+    assert tensors is not None
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    write_tensors(target, {k: v.to(dtype) for k, v in tensors.items()}, metadata)
+    set_metadata(target, {})
+
+
+def _amend(path: Path, **changes: Any) -> None:
+    """Change a configuration, and take out of it where its model lay."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    write_json(path, values | changes)

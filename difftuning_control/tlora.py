@@ -1,0 +1,105 @@
+"""T-LoRA: a LoRA whose rank falls as the noise rises, so that few pictures are not learnt by heart where it is high.
+
+    W x + s · (B S M(t) A x − B₀ S₀ M(t) A₀ x)        M(t) keeps the first r(t) of r components
+
+    r(t) = ⌊(T − t)(r − r_min) / T⌋ + r_min           t = 0 … T − 1, the noise level
+         = ⌊(1 + 1/T − u)(r − r_min)⌋ + r_min          in the noise coordinate u = (t + 1)/T
+
+A₀, S₀ and B₀ are the last singular components of a random matrix, and A, S and B start as the same (see `lora_start`).
+With gaussian initialisation B starts at zero, and S and the second term are not there. The mask follows the timestep of
+each row, in training and in sampling.
+
+References:
+    T-LoRA: Single Image Diffusion Model Customization Without Overfitting (Soboleva et al., 2025),
+    https://arxiv.org/abs/2507.05964
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difftuning_control.noise import NoiseProcess
+
+
+def ranks(u: Tensor, levels: int, rank: int, min_rank: int) -> Tensor:
+    """r(u), whole numbers of the shape of u.
+
+    Args:
+        levels: T.
+    """
+    share = (1 + 1 / levels - u.double()) * (rank - min_rank)
+    return (share + 1e-4).floor().long().clamp(0, rank - min_rank) + min_rank  # 1e-4: u is a float32
+
+
+def rank_limits(process: NoiseProcess, rank: int, min_rank: int) -> list[float]:
+    """Of each component past the first `min_rank`: the timestep, as the model takes it, above which it is masked.
+
+    Half-way between two levels, so that a sampler's timesteps off the grid count as the nearest level's.
+    """
+    found = ranks(process.u, len(process), rank, min_rank)
+    timesteps = process.timesteps.double()
+    edges = torch.cat([timesteps[:1] - 1, (timesteps[1:] + timesteps[:-1]) / 2, timesteps[-1:] + 1])
+    return [float(edges[int((found > component).sum())]) for component in range(min_rank, rank)]
+
+
+class RankMask:
+    """Sees the timesteps of every forward of a denoiser, and masks what its T-LoRA layers do accordingly.
+
+    The mask stays until the next forward, so gradient checkpointing recomputes a forward as it was.
+
+    Args:
+        rank, limits: of the components, see `rank_limits`; those before the limits' are never masked.
+        runs: how many times a layer has all components, one after the other.
+    """
+
+    def __init__(self, denoiser: nn.Module, rank: int, limits: list[float], runs: int = 1):
+        self.rank, self.limits = rank, limits
+        self.place = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
+        self.gate: Tensor | None = None
+        self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
+        self.handle = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def cover(self, layer: nn.Module) -> None:
+        """Mask the output of a LoRA's A, (B, …, runs · rank)."""
+        layer.register_forward_hook(self._apply)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "tlora", "rank": self.rank, "limits": self.limits}
+
+    def _see(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.place]
+        timesteps = torch.as_tensor(timestep).reshape(-1, 1)
+        self._limits = self._limits.to(timesteps.device)
+        self.gate = (timesteps <= self._limits).float()
+
+    def _apply(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert self.gate is not None
+        gate = self.gate
+        if len(gate) not in (1, len(output)):
+            if not (gate == gate[:1]).all():
+                raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(gate)}.")
+            gate = gate[:1]  # a part of a batch whose rows have one timestep, as under Domain Guidance
+        gate = gate.view(len(gate), *[1] * (output.ndim - 2), -1)
+        return output * (gate if gate.dtype == output.dtype else gate.to(output.dtype))
+
+
+def orthogonal_start(shapes: list[tuple[int, int]], rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A (r, in), S (r,) and B (out, r) for layers (out, in): the last r singular components of a matrix of N(0, 1/r²).
+
+    The singular vectors of a normal matrix are uniformly distributed and independent of its singular values. So the
+    vectors are drawn by themselves, and the values, of which only the last r are wanted, once for each shape: an SVD a
+    layer would take hours on a large model.
+    """
+    values: dict[tuple[int, int], Tensor] = {}
+    found = []
+    for out, into in shapes:
+        if (out, into) not in values:
+            values[out, into] = torch.linalg.svdvals(torch.randn(out, into) / rank)[-rank:]
+        left = torch.linalg.qr(torch.randn(out, rank))[0]
+        right = torch.linalg.qr(torch.randn(into, rank))[0]
+        found.append((right.T.contiguous(), values[out, into].clone(), left.contiguous()))
+    return found
