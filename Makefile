@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench benchmark benchmark-controlnet benchmark-adapters embedded-model clean
+.PHONY: demo test test-slow lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -40,6 +40,12 @@ benchmark-adapters: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 1 --workers 2 && wait $$!
 	$(BIN)/python examples/emoji/adapters.py --work build/adapters --collect examples/emoji/adapters.json
 	$(BIN)/python examples/emoji/adapters.py --table examples/emoji/adapters.json
+
+# The figures of the drop-in pipelines: trains, then samples.
+benchmark-guidance: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/guidance.py --work build/guidance
+	$(BIN)/python examples/emoji/guidance.py --work build/guidance --collect examples/emoji/guidance.json
+	$(BIN)/python examples/emoji/guidance.py --table examples/emoji/guidance.json
 
 # Rebuilds the embedded model and its picture sets from the npm packages; hours on two cores, resumable.
 embedded-model: $(STAMP)
