@@ -36,7 +36,7 @@ from difftuning_control.trainer import train
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-SCALES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 PICTURES, STEPS = 40, 15
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 OWN: dict[str, Any] = {"domain_guidance": False, "adapter_schedule": None, "hand_over": None}
@@ -62,6 +62,11 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.adapter}-{self.images}-{self.side}"
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The grid of both kinds of guidance; longer where one of them was best at 6."""
+        return (*SCALES, 8.0) if self.adapter == "full" else SCALES
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:
@@ -136,7 +141,7 @@ def read(cell: Cell, seed: int, name: str, work: Path) -> dict[str, Any]:
 
 def best_scale(cell: Cell, mode: str, work: Path) -> float:
     """The scale with the lowest mean KID over the seeds, on the names of the search."""
-    return min(SCALES, key=lambda s: mean(read(cell, seed, f"search-{mode}-{s:g}", work)["kid"] for seed in SEEDS))
+    return min(cell.scales, key=lambda s: mean(read(cell, seed, f"search-{mode}-{s:g}", work)["kid"] for seed in SEEDS))
 
 
 def _final(variant: str, scale: float) -> str:
@@ -146,7 +151,7 @@ def _final(variant: str, scale: float) -> str:
 def measure(cell: Cell, bench: Bench) -> None:
     modes = {"own": OWN, "domain": DOMAIN}
     for seed in SEEDS:
-        bench.judge(cell, seed, ((f"search-{m}-{s:g}", "search", e, s) for m, e in modes.items() for s in SCALES))
+        bench.judge(cell, seed, ((f"search-{m}-{s:g}", "search", e, s) for m, e in modes.items() for s in cell.scales))
     scales = {mode: best_scale(cell, mode, bench.work) for mode in modes}
     asked = [(_final(mode, scales[mode]), "final", extras, scales[mode]) for mode, extras in modes.items()]
     asked += [(_final(name, scales["own"]), "final", extras, scales["own"]) for name, extras in cell.variants.items()]
@@ -160,7 +165,7 @@ def collect(work: Path) -> dict[str, Any]:
     rows = []
     for cell in CELLS:
         kept = {"adapter": cell.adapter, "n_images": cell.images, "side": cell.side}
-        names = [f"search-{m}-{s:g}" for m in ("own", "domain") for s in SCALES]
+        names = [f"search-{m}-{s:g}" for m in ("own", "domain") for s in cell.scales]
         scales = {n: best_scale(cell, n if n == "domain" else "own", work) for n in ("own", "domain", *cell.variants)}
         names += [_final(n, scale) for n, scale in scales.items()]
         for name in names:
@@ -168,7 +173,13 @@ def collect(work: Path) -> dict[str, Any]:
             for seed in SEEDS:
                 found = {k: round(v, 5) for k, v in read(cell, seed, name, work).items()}
                 rows.append(kept | {"stage": stage, "variant": variant} | found)
-    settings = {"scales": SCALES, "seeds": SEEDS, "pictures": PICTURES, "steps": STEPS, "features": "lite0"}
+    settings = {
+        "scales": {cell.name: cell.scales for cell in CELLS},
+        "seeds": SEEDS,
+        "pictures": PICTURES,
+        "steps": STEPS,
+        "features": "lite0",
+    }
     return {"settings": settings, "versions": versions(), "rows": rows}
 
 
