@@ -231,6 +231,11 @@ def can_mask(weights: TunedWeights) -> bool:
     )  # fmt: skip
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it or a part of it is compiled: code that was compiled before goes on without hooks added to parts."""
+    return any(is_compiled_module(m) or m._compiled_call_impl is not None for m in module.modules())
+
+
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
     """What a forward was given, by place or by name."""
     return args[place] if len(args) > place else kwargs[name]
@@ -292,7 +297,7 @@ def tuned_weights(
         is_guided: whether the batch now holds unconditional rows in its first half which the pretrained weights are to
             answer.
     """
-    mask = _Rows() if can_mask(weights) and not is_compiled_module(module) else None
+    mask = _Rows() if can_mask(weights) and not is_compiled(module) else None
     masked = mask.over(weights) if mask is not None else nullcontext()
     with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED) as hook:
         yield hook

@@ -317,6 +317,19 @@ def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
     assert not hasattr(pipe.unet._orig_mod, "_diffusers_hook")
 
 
+@pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
+def test_blocks_that_are_compiled_and_have_drawn_without_extras_take_them(settings):
+    torch._dynamo.reset()
+    pipe = with_both("sd", **settings)
+    expected = draw(pipe, "sd")
+    pipe.set_extras(domain_guidance=False, hand_over=None)
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    plain = draw(pipe, "sd")
+    pipe.set_extras(**settings)
+    assert np.abs(draw(pipe, "sd") - expected).max() < 1e-4
+    assert np.abs(plain - expected).max() > 1e-2
+
+
 def test_what_cannot_be_with_a_compiled_denoiser_is_told():
     pipe = with_both("sd", adapter_schedule={"kind": "power", "tau": 1.0})
     plain = pipe.unet
