@@ -24,7 +24,6 @@ from difftuning_control.adapter_kinds import ADAPTER, BESIDE, lora_state, mask_r
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
-from difftuning_control.families.dit_adapters import CLASSES_FILE, NewClasses, make_tunable
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
 from difftuning_control.tlora import RankMask
 
@@ -94,6 +93,8 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
         UserError: if there is no adapter, it does not fit this model, or it cannot be had at this strength; the
             pipeline is then as it was.
     """
+    from difftuning_control.families.dit_adapters import CLASSES_FILE, NewClasses, make_tunable
+
     place = _find(Path(path).expanduser())
     component, denoiser = denoiser_of(pipe)
     if not (math.isfinite(strength) and strength >= 0):
