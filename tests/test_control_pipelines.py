@@ -483,3 +483,13 @@ def test_a_full_run_s_source_comes_along(kind):
     found = add_control(running, controlnet(stock(kind[:2])))
     assert found.source_unet is running.source_unet
     assert found.extras.domain_guidance
+
+
+def test_a_function_that_a_spec_of_the_hub_names_is_not_run(tmp_path, kind):
+    place = tmp_path / "models--some-body--net" / "snapshots" / "1"
+    saved_net(kind, place, annotator="os:getcwd", params={})
+    pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(str(place)))
+    with pytest.raises(UserError, match=r"names the function os:getcwd, which is not run unasked"):
+        pipe.control_spec()
+    pipe.set_control_specs(ControlSpec(annotator="os:getcwd", resolution=SIDE))
+    assert pipe.control_spec().is_function

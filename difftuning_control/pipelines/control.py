@@ -258,6 +258,12 @@ def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
         )
     spec = ControlSpec.load(place)
     spec.check_range(CONDITION_RANGE)
+    is_local = Path(origin).is_dir() and not any(p.name.startswith("models--") for p in place.parents)
+    if spec.is_function and not is_local:  # what others have published must not say which code is run here
+        raise UserError(
+            f"the {SPEC_FILE} of {origin} on the Hub names the function {spec.annotator}, which is not run unasked; "
+            "look at it, and give it yourself: set_control_specs(ControlSpec(…))."
+        )
     return spec
 
 

@@ -214,15 +214,15 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def grid(work: Path, place: Path, bench: Bench) -> None:
-    """The same names by the base and by one LoRA with either guidance."""
+    """The same names by the base and by one plainly tuned model with either guidance."""
     from PIL import Image
 
-    cell = CELLS[1]
+    cell = CELLS[2]
     base = Sampling(bench.prompts["final"][:8], [0], STEPS, 4.0, bench.resolution).draw(bench.family)
     rows = {"base": base}
     for label, mode in (("own branch", "own"), ("Domain Guidance", "domain")):
-        place = work / f"{cell.name}-0" / _final(mode, best_scale(cell, mode, work))
-        rows[label] = [Image.open(place / f"{i}.png") for i in range(8)]
+        drawn = work / f"{cell.name}-0" / _final(mode, best_scale(cell, mode, work))
+        rows[label] = [Image.open(drawn / f"{i}.png") for i in range(8)]
     save_grid(place, rows, bench.prompts["final"][:8])
 
 
