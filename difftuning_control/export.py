@@ -97,6 +97,11 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
+    if record.get("classes") is not None and recipe.method == "lora":
+        raise UserError(
+            f"the run {request.run} is an adapter on a DiTPipeline, which load_adapter takes from the run's own "
+            "folder; only runs of method full are exported for it."
+        )
     _check_adapter(request, recipe)
     check_outputs(record, request.run)
     _check_place(request, record, overwrite)

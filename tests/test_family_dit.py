@@ -787,6 +787,17 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     assert (code, err if code else "") == (0, "")
 
 
+def test_whole_weights_are_exported_with_their_classes_and_adapters_are_refused(finished, capsys, tmp_path):
+    full = finished(SETTINGS["full, new"]).output
+    code, _, err = difftune(capsys, "export", f"--run={full}", f"--to={tmp_path / 'full'}", "--pipeline=stock")
+    assert (code, err if code else "") == (0, "")
+    assert DiTPipeline.from_pretrained(tmp_path / "full").labels == {"eel": 0, "owl": 1, "yak": 2}
+    lora = finished(SETTINGS["lora, new"]).output
+    code, _, err = difftune(capsys, "export", f"--run={lora}", f"--to={tmp_path / 'lora'}", "--pipeline=stock")
+    assert code == 2
+    assert "an adapter on a DiTPipeline, which load_adapter takes from the run's own folder" in err
+
+
 @pytest.mark.parametrize("name", ["lora, new", "full, new", "lora"])
 def test_a_run_is_analysed_and_handed_over(finished, name):
     recipe = finished(SETTINGS[name] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})
