@@ -91,7 +91,7 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     base, run = _checked_base(record, recipe, request.run), Path(request.run)
     pipe = base.pipe
     if request.base == "copied":
-        dtype = request.torch_dtype or _stored_dtype(pipe.unet, recipe.model.variant)
+        dtype = request.torch_dtype or _stored_dtype(base.denoiser, recipe.model.variant)
         if request.adapter == "fused":
             load_adapter(pipe, request.run)
             merge_adapter(pipe)
