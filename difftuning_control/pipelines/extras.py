@@ -17,7 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-from difftuning_control.difffit import DiffFit
+from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.guidance import (
     SamplingHook,
@@ -107,7 +107,7 @@ class TunedSampling:
             check_source(pipe.unet, source_unet)
         pipe.register_modules(source_unet=source_unet)
         self.extras = Extras()
-        self._text_layers: list[list[Any]] = []
+        self._text_tuned: list[TunedWeights] = []  # of encoders that are pretrained for negative prompts
         self.set_extras(**settings)
 
     # --- settings ---------------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ class TunedSampling:
 
         with ExitStack() as stack:
             if extras.domain_guidance:
-                self._text_layers = self._tuned_text_layers(weights.adapters)
-                stack.callback(self._text_layers.clear)
+                self._text_tuned = self._tuned_text_encoders(weights.adapters)
+                stack.callback(self._text_tuned.clear)
             yield stack.enter_context(tuned_weights(self.unet, weights, strength, is_guided))
 
     def _weights(self) -> TunedWeights:
@@ -268,22 +268,21 @@ class TunedSampling:
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
-    def _tuned_text_layers(self, adapters: list[str]) -> list[list[Any]]:
-        """The peft layers of each text encoder that one of the tuned adapters acts in."""
+    def _tuned_text_encoders(self, adapters: list[str]) -> list[TunedWeights]:
+        """The weights of each text encoder that one of the tuned adapters acts in."""
         encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
         present = [e for e in encoders if e is not None and set(active_adapters(e)) & set(adapters)]
-        return [tuner_layers(encoder) for encoder in present]
+        return [TunedWeights(tuner_layers(encoder), adapters) for encoder in present]
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in the stock class; under Domain Guidance the negative embeddings come from the pretrained encoders."""
         parent: Any = super()
         tuned = parent.encode_prompt(*args, **kwargs)
-        if not self._text_layers:
+        if not self._text_tuned:
             return tuned
-        names = self._weights().adapters
         with ExitStack() as stack:
-            for layers in self._text_layers:
-                stack.enter_context(adapters_at(layers, names, 0))
+            for weights in self._text_tuned:
+                stack.enter_context(adapters_at(weights.layers, weights.adapters, 0))
             pretrained = parent.encode_prompt(*args, **kwargs)
         return tuple(p if i % 2 else t for i, (t, p) in enumerate(zip(tuned, pretrained)))  # positive, negative, …
 
@@ -355,7 +354,7 @@ def check_scalable(weights: TunedWeights) -> None:
         UserError: naming the kind.
     """
     for layer in weights.layers:
-        if isinstance(layer, DiffFit):
+        if isinstance(layer, TrainedWhole):
             continue
         its = [n for n in weights.adapters if n in layer._get_available_adapters()]
         if any(n not in getattr(layer, "scaling", {}) for n in its):
