@@ -22,6 +22,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.processes import ALONE, Share
 from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
 from difftuning_control.validation import BandValidator
@@ -149,34 +150,33 @@ def prepare_bank(
 ) -> KnowledgeBank:
     """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
     path = Path(config.path).expanduser() if config.path is not None else None
-    show = accelerator is None or accelerator.is_main_process
+    share = ALONE if accelerator is None else Share.of(accelerator)
+    show = share.index == 0
     if path is not None and path.is_file():
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        return _bank_of_pictures(family, path, data, resolution, show)
+        return _bank_of_pictures(family, path, data, resolution, show, share)
     request = BankRequest(
         tuple(bank_prompts(family, config, captions)), config.size, config.guidance_scale, config.steps, resolution,
         config.seed,
     )  # fmt: skip
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
-        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None)
-    processes: dict[str, Any] = {}
-    if accelerator is not None:
-        processes = {
-            "process_index": accelerator.process_index,
-            "num_processes": accelerator.num_processes,
-            "wait": accelerator.wait_for_everyone,
-        }
+        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
     with progress(request.size, "knowledge bank", show) as advance:
-        return KnowledgeBank.build(family, folder, request, batch_size=config.batch_size, advance=advance, **processes)
+        return KnowledgeBank.build(
+            family, folder, request, batch_size=config.batch_size, advance=advance, process_index=share.index,
+            num_processes=share.count, wait=share.wait,
+        )  # fmt: skip
 
 
-def _bank_of_pictures(family: Family, path: Path, data: DataConfig, resolution: int, show: bool) -> KnowledgeBank:
+def _bank_of_pictures(
+    family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
+) -> KnowledgeBank:
     """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
     pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False)
     with progress(len(pictures), "bank pictures", show) as advance:
-        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance)
+        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]
     sizes = sizes_of(family, pictures, Framing(resolution))
     return KnowledgeBank.from_latents(
@@ -189,13 +189,20 @@ def sizes_of(family: Family, data: ImageData, framing: Framing) -> torch.Tensor 
     return torch.stack([framing.sizes(e) for e in data.examples]) if family.takes_sizes and len(data) else None
 
 
-def encoded(family: Family, data: ImageData, resolution: int, cache: Path, advance: Callable[[int], object]) -> Part:
+def encoded(
+    family: Family,
+    data: ImageData,
+    resolution: int,
+    cache: Path,
+    advance: Callable[[int], object],
+    share: Share = ALONE,
+) -> Part:
     """Pictures in the middle of their frames, as rows to measure on."""
     prompts = [e.caption for e in data.examples]
     if not prompts:
         return Part(torch.empty(0), [])
     framing = Framing(resolution)
-    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance).mean[:, 0])
+    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance, share=share).mean[:, 0])
     sizes = sizes_of(family, data, framing)
     return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
 
@@ -215,7 +222,7 @@ def prepare_inputs(
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
-    show = accelerator.is_main_process
+    show, share = accelerator.is_main_process, Share.of(accelerator)
     resolution = resolution_of(family, recipe.data)
     size = recipe.training.validation_size
     data, all_held_out = read_data(recipe)
@@ -231,9 +238,9 @@ def prepare_inputs(
     bank = begin_label_space(family, recipe, data, bank)
     framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
     cache = cache_folder(recipe.data)
-    with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
-        moments = cached_moments(family, data, framing, cache, advance)
-        held = encoded(family, held_out, resolution, cache, advance)
+    with progress(len(data) + len(held_out), "encoding pictures", show) as advance:
+        moments = cached_moments(family, data, framing, cache, advance, share=share)
+        held = encoded(family, held_out, resolution, cache, advance, share)
     control = None
     if conditioner is not None:
         control = prepare_control(
@@ -245,8 +252,8 @@ def prepare_inputs(
     drawn = control.probe.prompts if control is not None and control.probe is not None else []
     prompts = captions + held_captions + (bank.prompts if bank is not None else []) + samples + drawn
     unique = len(set(prompts) | {""})
-    with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
-        embeddings = cached_embeddings(family, prompts, cache, advance)
+    with progress(unique, "encoding prompts", show) as advance:
+        embeddings = cached_embeddings(family, prompts, cache, advance, share=share)
 
     validation = {}
     if held_captions:

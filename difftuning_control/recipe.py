@@ -426,6 +426,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; none when empty.
         mixed_precision: no, fp16 or bf16.
         gradient_checkpointing: less memory for more time.
+        shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
+            still fit once on every device, 4 bytes a weight, before training.
         ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
         seed: of everything random.
         checkpoint_every: optimizer steps between checkpoints.
@@ -453,6 +455,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    shard: bool = False
     ema_decay: float | None = None
     seed: int = 0
     checkpoint_every: int = 100
@@ -530,12 +533,29 @@ class Recipe:
                 "adapter.text_encoder trains the text encoder in every step, and model.offload keeps it in main "
                 "memory; leave one of them out."
             )
+        if self.training.shard:
+            self._check_shard()
         self._check_control()
-        bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
-        if self.tuning.retention_ratio > 0 and bank_rows == 0:
+        rows = self.training.batch_size * self.training.gradient_accumulation_steps
+        if self.tuning.retention_ratio > 0 and int(rows * self.tuning.retention_ratio) == 0:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
                 f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
+            )
+
+    def _check_shard(self) -> None:
+        """What cannot be spread over processes."""
+        training = self.training
+        if self.method != "full":
+            raise UserError(
+                f"training.shard spreads all weights of a denoiser that trains, and method is {self.method}, whose "
+                "weights that train are few; leave it out."
+            )
+        if training.optimizer != "adamw" or training.mixed_precision == "fp16":
+            given = "mixed_precision fp16" if training.optimizer == "adamw" else f"optimizer {training.optimizer}"
+            raise UserError(
+                f"training.shard is true and training.{given}, which does not know sharded weights; use adamw, and "
+                "bf16 or no."
             )
 
     def _check_control(self) -> None:
