@@ -415,7 +415,14 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.inputs import cache_folder, check_captions, prepare_bank, read_data, resolution_of
+    from difftuning_control.inputs import (
+        cache_folder,
+        check_captions,
+        prepare_bank,
+        read_data,
+        read_stream,
+        resolution_of,
+    )
     from difftuning_control.processes import check_shared, ending_together
     from difftuning_control.trainer import load_base, make_accelerator
 
@@ -423,9 +430,12 @@ def run_bank(command: BankCommand) -> None:
     with ending_together(accelerator):
         check_shared(accelerator, cache_folder(command.data), "data.cache")
         family = load_base(command).to(accelerator.device)
-        data, held_out = read_data(command)
-        check_captions(family, command, data, held_out)
-        captions = [e.caption for e in data.examples]
+        if command.data.stream:
+            captions = read_stream(command, family)[0].captions(command.bank.size)
+        else:
+            data, held_out = read_data(command)
+            check_captions(family, command, data, held_out)
+            captions = [e.caption for e in data.examples]
         resolution = resolution_of(family, command.data)
         bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
     if accelerator.is_main_process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from difftuning_control.cache import Framing, PromptEmbeddings, cached_embedding
 from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
-from difftuning_control.data import ImageData, load_images
+from difftuning_control.data import Example, ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.families.family import Family
+    from difftuning_control.streaming import Stream
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -57,6 +58,7 @@ class TrainingInputs:
     sample_prompts: list[str]
     resolution: int
     control: ControlInputs | None = None
+    stream: Stream | None = None
 
 
 def resolution_of(family: Family, data: DataConfig) -> int:
@@ -75,8 +77,14 @@ def check_resolution(family: Family, side: int, name: str) -> int:
 
 
 def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
-    """Pictures to tune on and held-out ones."""
+    """Pictures to tune on and held-out ones.
+
+    Raises:
+        UserError: also where they are to be streamed, which only training does.
+    """
     config = recipe.data
+    if config.stream:
+        raise UserError("data.stream is for train and bank, and this reads all pictures; leave it out, name a sample.")
     options: dict[str, Any] = {
         "caption_column": config.caption_column,
         "image_column": config.image_column,
@@ -95,6 +103,28 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
     return data.split(config.holdout)
 
 
+def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, ImageData]:
+    """A streamed data set, what stands for its pictures, and held-out ones.
+
+    Raises:
+        UserError: also where the model is told classes, all of which must be known.
+    """
+    from difftuning_control.streaming import Stream, StreamedData
+
+    config = recipe.data
+    if family.class_conditional:
+        raise UserError(
+            "data.stream is true, and all classes of this model must be known before training; leave it out."
+        )
+    held = config.holdout > 0 and config.validation_path is None
+    stream = Stream(config, recipe.training.validation_size if held else 0, recipe.training.seed)
+    held_out = stream.head()
+    if config.validation_path is not None:
+        plain = replace(config, path=config.validation_path, validation_path=None, holdout=0, stream=False)
+        held_out = read_data(replace(recipe, data=plain))[0]
+    return stream, StreamedData(config.path, [], held_out.skipped, digest=stream.collection.fingerprint), held_out
+
+
 def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
     """Refuse captions that the text encoder would cut, unless that is wanted, and classes that the model has not.
 
@@ -105,12 +135,21 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
     if recipe.data.truncate_captions:
         return
     for example in (*data.examples, *held_out.examples):
-        length, limit = family.prompt_tokens(example.caption)
-        if length > limit:
-            raise UserError(
-                f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
-                "let it be cut with --data.truncate_captions true."
-            )
+        check_caption(family, example)
+
+
+def check_caption(family: Family, example: Example) -> None:
+    """Refuse a caption that the text encoder would cut.
+
+    Raises:
+        UserError: with the two numbers.
+    """
+    length, limit = family.prompt_tokens(example.caption)
+    if length > limit:
+        raise UserError(
+            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
+            "let it be cut with --data.truncate_captions true."
+        )
 
 
 def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
@@ -224,13 +263,16 @@ def prepare_inputs(
     """
     show, share = accelerator.is_main_process, Share.of(accelerator)
     resolution = resolution_of(family, recipe.data)
-    size = recipe.training.validation_size
-    data, all_held_out = read_data(recipe)
+    size, stream = recipe.training.validation_size, None
+    if recipe.data.stream:
+        stream, data, all_held_out = read_stream(recipe, family)
+    else:
+        data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
     check_captions(family, recipe, data, all_held_out)
     if conditioner is not None:
         check_control(recipe, conditioner, all_held_out)
-    captions = [e.caption for e in data.examples]
+    captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
     held_captions = [e.caption for e in held_out.examples]
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
@@ -239,7 +281,8 @@ def prepare_inputs(
     framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
     cache = cache_folder(recipe.data)
     with progress(len(data) + len(held_out), "encoding pictures", show) as advance:
-        moments = cached_moments(family, data, framing, cache, advance, share=share)
+        if stream is None:
+            moments = cached_moments(family, data, framing, cache, advance, share=share)
         held = encoded(family, held_out, resolution, cache, advance, share)
     control = None
     if conditioner is not None:
@@ -250,7 +293,13 @@ def prepare_inputs(
     if control is not None:
         samples = (held_captions or captions)[: len(control.shown)]
     drawn = control.probe.prompts if control is not None and control.probe is not None else []
-    prompts = captions + held_captions + (bank.prompts if bank is not None else []) + samples + drawn
+    prompts = (
+        (captions if stream is None else [])
+        + held_captions
+        + (bank.prompts if bank is not None else [])
+        + samples
+        + drawn
+    )
     unique = len(set(prompts) | {""})
     with progress(unique, "encoding prompts", show) as advance:
         embeddings = cached_embeddings(family, prompts, cache, advance, share=share)
@@ -264,6 +313,13 @@ def prepare_inputs(
         rows = control.rows_of_bank(len(kept)) if control is not None else {}
         retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
         validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
+    if stream is not None:
+        from difftuning_control.streaming import empty_targets
+
+        targets = empty_targets(family, framing)
+        return TrainingInputs(
+            data, held_out, targets, embeddings, bank, validation, samples, resolution, stream=stream
+        )  # fmt: skip
     made = control.targets if control is not None else None
     sizes = sizes_of(family, data, framing)
     targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.batches import BatchSource, step_seed
 from difftuning_control.budget import ForgettingBudget
+from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
@@ -35,6 +36,7 @@ from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.streaming import Stream, StreamSource
 
 
 def _optimizer(name: str) -> Any:
@@ -96,12 +98,14 @@ class TrainingLoop:
             self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve,
             self.sharded,
         )  # fmt: skip
-        self.source = BatchSource(
+        self.source: BatchSource | StreamSource = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
             recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
             accelerator.num_processes, inputs.control.bank if inputs.control is not None else None,
             recipe.control.dropout, self.config.gradient_accumulation_steps,
         )  # fmt: skip
+        if inputs.stream is not None:
+            self.source = self._streamed(self.source, inputs.stream)
 
     def _attach(self) -> AdapterTuning | FullTuning | ControlNetTuning:
         """What trains, by the recipe's method."""
@@ -113,6 +117,17 @@ class TrainingLoop:
         assert self.inputs.control is not None
         spec = self.inputs.control.conditioner.spec
         return ControlNetTuning(self.family, spec, adapter if adapter.on == "controlnet" else None, seed)
+
+    def _streamed(self, plain: BatchSource, stream: Stream) -> StreamSource:
+        """A source of the pictures of a stream."""
+        from difftuning_control.inputs import check_caption
+        from difftuning_control.streaming import StreamSource
+
+        data, family = self.recipe.data, self.family
+        framing = Framing(self.inputs.resolution, data.flip, data.crops)
+        return StreamSource(
+            plain, stream, framing, lambda e: None if data.truncate_captions else check_caption(family, e)
+        )
 
     def run(self) -> tuple[dict[str, Any], float]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""

@@ -69,6 +69,9 @@ class DataConfig:
         default_caption: caption of pictures that have none.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
+        stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
+            .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
+            training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
         cache: folder of the latent and prompt caches; the user's cache folder when empty.
     """
 
@@ -85,6 +88,7 @@ class DataConfig:
     default_caption: str | None = None
     truncate_captions: bool = False
     skip_bad: bool = False
+    stream: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -535,12 +539,30 @@ class Recipe:
             )
         if self.training.shard:
             self._check_shard()
+        if self.data.stream:
+            self._check_stream()
         self._check_control()
         rows = self.training.batch_size * self.training.gradient_accumulation_steps
         if self.tuning.retention_ratio > 0 and int(rows * self.tuning.retention_ratio) == 0:
             raise UserError(
                 f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
                 f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
+            )
+
+    def _check_stream(self) -> None:
+        """What must know all pictures before the first step."""
+        needs = {
+            "method controlnet": self.method == "controlnet",
+            "data.limit": self.data.limit is not None,
+            "data.classes": self.data.classes is not None,
+            "tuning.label_space new": self.tuning.label_space == "new",
+            "tuning.schedule.kind auto": self.tuning.schedule.kind == "auto",
+            "model.offload": self.model.offload,
+        }
+        if (name := next((n for n, given in needs.items() if given), None)) is not None:
+            raise UserError(
+                f"data.stream is true and {name} is given, for which all pictures must be encoded before training; "
+                "leave one of them out."
             )
 
     def _check_shard(self) -> None:

@@ -306,7 +306,7 @@ def _describe(
         "fingerprints": fingerprints,
         "dtype": str(family.dtype),
         "data": {
-            "pictures": len(inputs.data),
+            "pictures": len(inputs.data) if inputs.stream is None else "streamed",
             "held_out": len(inputs.held_out),
             "skipped": inputs.data.skipped | inputs.held_out.skipped,
             "ignored_files": inputs.data.ignored_files,

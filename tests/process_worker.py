@@ -66,6 +66,20 @@ def fail_on(rank: int) -> None:
     BatchSource.rows = failing
 
 
+if __import__("os").environ.get("DBG"):
+    from difftuning_control.loop import TrainingLoop as _T
+
+    _c = _T._clip
+
+    def _p(self):
+        n = _c(self)
+        if self.accelerator.is_main_process:
+            print("norm", float(n))
+        return n
+
+    _T._clip = _p
+
+
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     from accelerate import PartialState
@@ -76,7 +90,7 @@ def main() -> None:
     trainer.ending_together = lambda accelerator: nullcontext()  # the processes live on after a job
     with small_files():
         for job in jobs["train"]:
-            state = PartialState()
+            state = PartialState(cpu=True)
             if job.get("copy") and state.is_main_process:
                 shutil.copytree(job["copy"], job["recipe"]["output"])
             state.wait_for_everyone()
