@@ -114,7 +114,7 @@ def _watch(store: Any, over: threading.Event) -> None:
         try:
             if store.check([FAILED]) and not over.is_set():
                 os._exit(int(store.get(FAILED).decode().split()[1]))
-        except torch.distributed.DistError:  # the store is gone, and with it whoever kept it
+        except RuntimeError:  # the store is gone, and with it whoever kept it
             return
 
 

@@ -66,20 +66,6 @@ def fail_on(rank: int) -> None:
     BatchSource.rows = failing
 
 
-if __import__("os").environ.get("DBG"):
-    from difftuning_control.loop import TrainingLoop as _T
-
-    _c = _T._clip
-
-    def _p(self):
-        n = _c(self)
-        if self.accelerator.is_main_process:
-            print("norm", float(n))
-        return n
-
-    _T._clip = _p
-
-
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     from accelerate import PartialState
