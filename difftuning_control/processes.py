@@ -119,8 +119,8 @@ def _watch(store: Any, over: threading.Event) -> None:
 
 
 def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
+    if isinstance(code := getattr(error, "code", None), int):  # of SystemExit, and of signals
+        return code
     codes: tuple[tuple[type[BaseException], int], ...] = (
         (UserError, 2), (OSError, 2), (NonFiniteLossError, 3), (KeyboardInterrupt, 130),
     )  # fmt: skip

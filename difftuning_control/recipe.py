@@ -542,12 +542,6 @@ class Recipe:
         if self.data.stream:
             self._check_stream()
         self._check_control()
-        rows = self.training.batch_size * self.training.gradient_accumulation_steps
-        if self.tuning.retention_ratio > 0 and int(rows * self.tuning.retention_ratio) == 0:
-            raise UserError(
-                f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
-                f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
-            )
 
     def _check_stream(self) -> None:
         """What must know all pictures before the first step."""

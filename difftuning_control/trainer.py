@@ -65,6 +65,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     output, folder = Path(recipe.output), None
     try:
         with ending_together(accelerator):
+            _check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
             check_shared(accelerator, output, "output")
@@ -74,6 +75,16 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         accelerator.end_training()
         if folder is not None:
             folder.release()
+
+
+def _check_bank_rows(recipe: Recipe, processes: int) -> None:
+    """Refuse a step that is too small for its share of bank rows."""
+    rows, ratio = rows_of_step(recipe, processes), recipe.tuning.retention_ratio
+    if recipe.uses_bank and int(rows * ratio) == 0:
+        raise UserError(
+            f"training.batch_size {recipe.training.batch_size} makes {rows} rows a step, and tuning.retention_ratio "
+            f"{ratio} leaves no row for the bank; raise one of them."
+        )
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def main() -> None:
     together, PartialState.destroy_process_group = trainer.ending_together, lambda self, group=None: None
     trainer.ending_together = lambda accelerator: nullcontext()  # the processes live on after a job
     with small_files():
+        if jobs.get("fail"):
+            cli.main(["bank", "--config", jobs["fail"]])
         for job in jobs["train"]:
             state = PartialState(cpu=True)
             if job.get("copy") and state.is_main_process:

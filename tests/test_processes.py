@@ -19,6 +19,8 @@ from PIL import Image
 from process_worker import run, small_files
 from safetensors.torch import load_file
 
+from difftuning_control.cli import main
+from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe import (
@@ -30,6 +32,7 @@ from difftuning_control.recipe import (
     TrainingConfig,
     TuningConfig,
 )  # fmt: skip
+from difftuning_control.trainer import train
 
 WORKER = Path(__file__).with_name("process_worker.py")
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -64,7 +67,7 @@ def make(tmp_path_factory, model_dir, pictures):
 
 
 def launch(folder: Path, jobs: list[dict], fail: Recipe | None = None) -> subprocess.CompletedProcess:
-    """Run jobs in two processes, one after the other; perhaps one last that fails on one of them."""
+    """Run jobs in two processes, one after the other; perhaps last one that fails on one of them, its bank first."""
     folder.mkdir(exist_ok=True)
     if fail is not None:
         write_recipe(folder, fail)
@@ -152,6 +155,30 @@ def test_two_processes_train_a_lora_as_one_does_and_write_the_same_bank_and_cach
     mine, its = (files(Path(r.data.cache)) for r in (recipe, expected))
     assert len(its) > 6
     assert mine == its
+
+
+def test_the_verb_bank_draws_in_two_processes_and_speaks_once(first):
+    _, done = first
+    assert done.stdout.count("done:") == 1
+    assert "holds 10 samples" in done.stdout
+
+
+def test_a_mistake_that_all_processes_find_is_said_once_a_machine(monkeypatch, capsys):
+    for rank, said in (("0", "difftune: there is no option --nonsense"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--nonsense", "3"])
+        found = capsys.readouterr().err
+        assert found.startswith(said)
+        assert bool(found) == bool(said)
+
+
+def test_a_step_too_small_for_a_bank_row_is_refused_and_nothing_is_written(make):
+    recipe = make("small", 1, gradient_accumulation_steps=1)
+    recipe = replace(recipe, training=replace(recipe.training, batch_size=4))
+    with pytest.raises(UserError, match=r"batch_size 4 makes 4 rows a step, .* leaves no row for the bank"):
+        train(recipe)
+    assert not Path(recipe.output).exists()
 
 
 def test_rows_split_over_forwards_are_those_of_one_forward(make, first):

@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@180
 set -uo pipefail
-SAVED=${SAVED:?set SAVED to the code with which difftune ends after it was told to stop and has saved}
+STOPPED=143   # the exit code after SIGTERM, when a checkpoint is saved
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -20,7 +20,7 @@ export WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=1 --wait=60 bash -c \
   'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m difftuning_control.cli "$@"' difftune "$@"
 code=$?
-if [ "$code" -eq "$SAVED" ]; then   # stopped by the scheduler, checkpoint written: go on when there is room again
+if [ "$code" -eq "$STOPPED" ]; then   # go on when there is room again
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
