@@ -1,14 +1,14 @@
 """Training batches as a function of the step: what row r of step s holds depends on the seed, s and r alone.
 
-So a resumed run sees what an undisturbed one would have seen, without any saved state of a loader, and the rows of a
-global batch are the same on one process or on many.
+So a resumed run sees what an undisturbed one would have seen, without any saved state of a loader, and the rows of an
+optimizer step are the same on one process or on many, in one forward or in several.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -60,12 +60,26 @@ class TargetSet:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The rows of one process: the batch, its noise and noise levels, and the counts of the global batch by role."""
+    """The rows of one forward on one process: the batch, its noise and noise levels, and the counts of the optimizer
+    step's rows by role."""
 
     batch: LatentBatch
     noise: Tensor
     levels: Tensor
     counts: tuple[int, int]
+
+
+class Draws(NamedTuple):
+    """Of an optimizer step: how many rows are targets and how many from the bank, and of every row whether it is from
+    the bank, its noise level, whether its prompt is dropped, which view it is, and whether its condition is blank."""
+
+    targets: int
+    banks: int
+    is_retention: Tensor
+    levels: Tensor
+    dropped: Tensor
+    views: Tensor
+    blank: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ class BatchSource:
         bank_prompts: own, or empty (bank rows train with the empty prompt).
         prompt_dropout: share of target rows that get the empty prompt.
         size: rows of a forward on one process.
+        forwards: forwards to an optimizer step.
+        items: which of the targets each of this process's target rows is; drawn in a random order when None.
         bank_conditions: one an item, for a ControlNet; bank rows have a blank condition without.
         condition_dropout: share of target rows that get a blank condition.
     """
@@ -93,22 +109,35 @@ class BatchSource:
     num_processes: int = 1
     bank_conditions: Conditions | None = None
     condition_dropout: float = 0.0
+    forwards: int = 1
+    items: dict[int, int] | None = None
 
-    def rows(self, step: int) -> TrainingRows:
-        """The rows of this process in forward number `step`."""
-        total = self.size * self.num_processes
+    def mine(self, forward: int) -> range:
+        """Which rows of the optimizer step this process has in one of its forwards."""
+        parts = self.num_processes * self.forwards
+        return range(self.process_index + self.num_processes * forward, self.size * parts, parts)
+
+    def draws(self, step: int) -> Draws:
+        """What is drawn for the rows of an optimizer step, whatever pictures they are."""
+        total = self.size * self.num_processes * self.forwards
         banks = self.objective.retention_rows(total) if self.bank is not None else 0
-        targets = total - banks
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
-        is_retention = torch.arange(total) >= targets
+        is_retention = torch.arange(total) >= total - banks
         levels = self.objective.sample_levels(is_retention, generator)
         dropped = torch.rand(total, generator=generator) < self.prompt_dropout
         views = torch.randint(self.targets.moments.views, (total,), generator=generator)
         blank = torch.rand(total, generator=generator) < self.condition_dropout
-        target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))
+        return Draws(total - banks, banks, is_retention, levels, dropped, views, blank)
+
+    def rows(self, step: int, forward: int = 0) -> TrainingRows:
+        """The rows of this process in one of the forwards of optimizer step `step`."""
+        targets, banks, is_retention, levels, dropped, views, blank = self.draws(step)
+        target_rows: list[int] | dict[int, int] | None = self.items
+        if target_rows is None:
+            target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))
         bank_rows = shuffled(self.seed, BANK, step * banks, banks, len(self.bank)) if self.bank is not None else []
 
-        mine = range(self.process_index, total, self.num_processes)
+        mine = self.mine(forward)
         shape = self.targets.moments.mean.shape[2:]
         noises = torch.stack([self._noise(step, row, shape) for row in mine])
         latents, prompts, names, conditions, sizes = [], [], [], [], []

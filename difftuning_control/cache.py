@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data import Example, ImageData, frame, placed
-from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
+from difftuning_control.fingerprint import digest_of
+from difftuning_control.processes import ALONE, Share, files_together
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -109,22 +110,24 @@ class LatentMoments:
 
 
 def cached_moments(
-    family: Family, data: ImageData, framing: Framing, folder: Path, advance: Advance, batch_size: int = 16
+    family: Family,
+    data: ImageData,
+    framing: Framing,
+    folder: Path,
+    advance: Advance,
+    batch_size: int = 16,
+    share: Share = ALONE,
 ) -> LatentMoments:
     """The moments of every picture, from the cache where it has them. `advance(n)` is told of n pictures done."""
-    shards = []
-    for start in range(0, len(data), SHARD):
-        examples = data.examples[start : start + SHARD]
-        views = vars(framing.settled())
-        key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), views])
-        path = folder / f"moments-{key}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            tensors = _encode(family, examples, framing, advance, batch_size)
-            write_tensors(path, tensors)
-        else:
-            advance(len(examples))
-        shards.append(tensors)
+    parts = [data.examples[start : start + SHARD] for start in range(0, len(data), SHARD)]
+    identity = [family.fingerprints["vae"], str(family.dtype), vars(framing.settled())]
+    keys = [digest_of([[e.digest for e in part], *identity]) for part in parts]
+    shards = files_together(
+        [folder / f"moments-{key}.safetensors" for key in keys],
+        lambda i: _encode(family, parts[i], framing, advance, batch_size),
+        share,
+        lambda i: advance(len(parts[i])),
+    )
     return LatentMoments(torch.cat([s["mean"] for s in shards]), torch.cat([s["std"] for s in shards]))
 
 
@@ -156,7 +159,12 @@ class PromptEmbeddings:
 
 
 def cached_embeddings(
-    family: Family, prompts: list[str], folder: Path, advance: Advance, batch_size: int = 32
+    family: Family,
+    prompts: list[str],
+    folder: Path,
+    advance: Advance,
+    batch_size: int = 32,
+    share: Share = ALONE,
 ) -> PromptEmbeddings:
     """Embeddings of the different prompts and of the empty one, from the cache where it has them.
 
@@ -166,19 +174,25 @@ def cached_embeddings(
     if family.encodes_in_step:
         advance(len(unique))
         return PromptEmbeddings({p: i for i, p in enumerate(unique)}, family.tokenize(unique))
-    path = folder / f"prompts-{digest_of([unique, family.conditioning_fingerprint])}.safetensors"
-    tensors = read_tensors(path)
-    if tensors is None:
-        parts = []
-        with family.encoding():
-            for start in range(0, len(unique), batch_size):
-                chunk = unique[start : start + batch_size]
-                parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
-                advance(len(chunk))
-        tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        write_tensors(path, tensors)
-    else:
-        advance(len(unique))
+    parts = [unique[start : start + SHARD] for start in range(0, len(unique), SHARD)]
+    keys = [digest_of([part, family.conditioning_fingerprint]) for part in parts]
+    shards = files_together(
+        [folder / f"prompts-{key}.safetensors" for key in keys],
+        lambda i: _encode_prompts(family, parts[i], advance, batch_size),
+        share,
+        lambda i: advance(len(parts[i])),
+    )
+    tensors = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
     embeddings = PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
     family.remember(embeddings)
     return embeddings
+
+
+def _encode_prompts(family: Family, prompts: list[str], advance: Advance, batch_size: int) -> dict[str, Tensor]:
+    parts = []
+    with family.encoding():
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
+            advance(len(chunk))
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

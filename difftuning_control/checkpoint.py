@@ -2,7 +2,8 @@
 
 A checkpoint holds what changes while training: trainable weights, optimizer, averaged weights, learning-rate schedule,
 gradient scaler, budget, fidelity curve and step. The data order and all noise follow from the step (see `batches`), so
-a resumed run continues bit for bit.
+a resumed run continues bit for bit. Where the weights are spread over processes (`sharding`), each writes its part of
+the tensors; either kind of checkpoint is read by any number of processes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of_file, read_tensors, write_json, write_tensors
 
 NAME = re.compile(r"checkpoint-(\d+)")
+OPTIMIZER = re.compile(r"\d{6}\.\w+")  # the optimizer's name of one of its tensors: of which parameter, and what
 
 
 @dataclass
@@ -36,21 +38,33 @@ class TrainingState:
     scaler: Any | None = None
     budget: Any | None = None
     fidelity: Any | None = None
+    sharded: bool = False
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights, under the names that a checkpoint has for them."""
+        return {} if self.ema is None else {f"{i:06d}": p for i, p in enumerate(self.ema.shadow_params)}
 
 
 def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str) -> Path:
     """Write `checkpoint-<step>`, whole or not at all, then delete the older ones.
+
+    One process comes here, or all of them together where the state is sharded.
 
     Args:
         identity: digest of what the run depends on; a resume with another one is refused.
     """
     final = output / f"checkpoint-{step}"
     temporary = output / f".checkpoint-{step}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_tensors(temporary / "weights.safetensors", {n: p.data for n, p in state.parameters.items()})
+    main = not state.sharded or torch.distributed.get_rank() == 0
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    weights = {n: p.data for n, p in state.parameters.items()}
     tensors, scalars = _split(state.optimizer.state_dict()["state"])
-    write_tensors(temporary / "optimizer.safetensors", tensors)
+    parts = {"weights": weights, "optimizer": tensors, **({"ema": state.averages()} if state.ema is not None else {})}
+    files = _write(temporary, parts, state.sharded)
+    if not main:
+        return final
     values: dict[str, Any] = {
         "step": step,
         "identity": identity,
@@ -59,17 +73,14 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         "lr_scheduler": {k: v for k, v in state.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
     }
     if state.ema is not None:
-        averaged = state.ema.state_dict()
-        shadows = averaged.pop("shadow_params")
-        write_tensors(temporary / "ema.safetensors", {f"{i:06d}": p for i, p in enumerate(shadows)})
-        values["ema"] = averaged
+        values["ema"] = {k: v for k, v in state.ema.state_dict().items() if k != "shadow_params"}
     if state.scaler is not None:
         values["scaler"] = state.scaler.state_dict()
     if state.budget is not None:
         values["budget"] = state.budget.state_dict()
     if state.fidelity is not None:
         values["fidelity"] = state.fidelity.state_dict()
-    values["files"] = {p.name: digest_of_file(p) for p in sorted(temporary.iterdir())}
+    values["files"], values["sharded"] = files, state.sharded
     write_json(temporary / "state.json", values)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -77,6 +88,20 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         if older != final:
             shutil.rmtree(older)
     return final
+
+
+def _write(folder: Path, parts: dict[str, dict[str, Tensor]], sharded: bool) -> dict[str, Any]:
+    """The tensors as a file a part, or as a file a process; gives the digest of each file."""
+    if not sharded:
+        for name, tensors in parts.items():
+            write_tensors(folder / f"{name}.safetensors", tensors)
+        return {p.name: digest_of_file(p) for p in sorted(folder.iterdir())}
+    from difftuning_control.sharding import digests_together, write_shards
+
+    torch.distributed.barrier()  # the folder is there
+    write_shards(folder, {name: tensor for tensors in parts.values() for name, tensor in tensors.items()})
+    torch.distributed.barrier()
+    return digests_together(sorted(folder.glob("*.safetensors")))
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -100,23 +125,21 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
             f"{folder} was written with another recipe, base or data; resume with the same, or start afresh with "
             "--overwrite."
         )
-    damaged = [n for n, d in values["files"].items() if not (folder / n).exists() or digest_of_file(folder / n) != d]
+    if state.sharded:
+        from difftuning_control.sharding import digests_together
+
+        found: dict[str, str | None] = digests_together([folder / name for name in values["files"]])
+    else:
+        found = {n: digest_of_file(folder / n) if (folder / n).exists() else None for n in values["files"]}
+    damaged = [name for name, digest in values["files"].items() if found[name] != digest]
     if damaged:
         raise UserError(f"{folder} is damaged ({', '.join(damaged)}); delete it to resume from an earlier state.")
-    weights = read_tensors(folder / "weights.safetensors") or {}
-    if set(weights) != set(state.parameters):
-        raise UserError(f"{folder} holds weights of another model or adapter; start afresh with --overwrite.")
-    with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(weights[name])
-    tensors = read_tensors(folder / "optimizer.safetensors") or {}
-    merged = _merge(tensors, values["optimizer"])
+    read = _read_shards if state.sharded or values.get("sharded") else _read_files
+    merged = _merge(read(folder, state), values["optimizer"])
     state.optimizer.load_state_dict({"state": merged, "param_groups": values["param_groups"]})
     state.lr_scheduler.load_state_dict(values["lr_scheduler"] | {"lr_lambdas": [None] * len(values["param_groups"])})
     if state.ema is not None:
-        shadows = read_tensors(folder / "ema.safetensors") or {}
-        device = state.ema.shadow_params[0].device
-        state.ema.load_state_dict(values["ema"] | {"shadow_params": [shadows[k].to(device) for k in sorted(shadows)]})
+        state.ema.load_state_dict(values["ema"] | {"shadow_params": state.ema.shadow_params})
     if state.scaler is not None and values.get("scaler"):
         state.scaler.load_state_dict(values["scaler"])
     if state.budget is not None:
@@ -126,16 +149,55 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
     return int(values["step"])
 
 
+def _read_files(folder: Path, state: TrainingState) -> dict[str, Tensor]:
+    """Fill weights and averaged weights from a file each; gives the optimizer's tensors."""
+    _fill(folder, dict(state.parameters), read_tensors(folder / "weights.safetensors") or {})
+    if state.ema is not None:
+        _fill(folder, state.averages(), read_tensors(folder / "ema.safetensors") or {})
+    return read_tensors(folder / "optimizer.safetensors") or {}
+
+
+def _fill(folder: Path, targets: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in targets.items()}:
+        raise _other_model(folder)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(found[name])
+
+
+def _read_shards(folder: Path, state: TrainingState) -> dict[str, Tensor]:
+    """Fill weights and averaged weights from files that hold parts of them; gives the optimizer's tensors, spread as
+    the weights are that they belong to."""
+    from difftuning_control.sharding import read_shards, shapes
+
+    sizes = shapes(folder)
+    targets: dict[str, Tensor] = {n: p.data for n, p in state.parameters.items()} | state.averages()
+    optimizer = {n: size for n, size in sizes.items() if OPTIMIZER.fullmatch(n)}
+    if {n: t.shape for n, t in targets.items()} != {n: s for n, s in sizes.items() if n not in optimizer}:
+        raise _other_model(folder)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    made = {}
+    for name, size in optimizer.items():
+        parameter = parameters[int(name.split(".")[0])]
+        made[name] = torch.zeros_like(parameter.data) if size == parameter.shape else torch.zeros(size)
+    read_shards(folder, targets | made, state.sharded)
+    return made
+
+
+def _other_model(folder: Path) -> UserError:
+    return UserError(f"{folder} holds weights of another model or adapter; start afresh with --overwrite.")
+
+
 def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's state by parameter and name, as tensors and as JSON values."""
     tensors, scalars = {}, {}
     for number, entries in state.items():
         for name, value in entries.items():
             key = f"{number:06d}.{name}"
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.ndim:
                 tensors[key] = value
-            else:
-                scalars[key] = value
+            else:  # AdamW makes a tensor of its steps again
+                scalars[key] = value.item() if isinstance(value, torch.Tensor) else value
     return tensors, scalars
 
 

@@ -184,19 +184,21 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
         RUNNERS[verb](command)
     except UserError as error:
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(error, str(error), 2))
     except NonFiniteLossError as error:
-        sys.exit(_fail(str(error), 3))
+        sys.exit(_fail(error, str(error), 3))
     except OSError as error:  # no space, no permission, a file where a folder should be
         place, reason = error.filename or "a file", error.strerror or error
-        sys.exit(_fail(f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
-    except KeyboardInterrupt:
+        sys.exit(_fail(error, f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
+    except KeyboardInterrupt as error:
         again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
-        sys.exit(_fail(f"interrupted; {again}.", 130))
+        sys.exit(_fail(error, f"interrupted; {again}.", 130))
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+def _fail(error: BaseException, message: str, code: int) -> int:
+    """Say it once: of the processes of a machine the first, before they know each other, then the first that failed."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "speaks_for_all", False):
+        print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -413,17 +415,32 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.families import best_device
-    from difftuning_control.inputs import check_captions, prepare_bank, read_data, resolution_of
-    from difftuning_control.trainer import load_base
+    from difftuning_control.inputs import (
+        cache_folder,
+        check_captions,
+        prepare_bank,
+        read_data,
+        read_stream,
+        resolution_of,
+    )
+    from difftuning_control.processes import check_shared, ending_together
+    from difftuning_control.trainer import load_base, make_accelerator
 
-    family = load_base(command).to(best_device())
-    data, held_out = read_data(command)
-    check_captions(family, command, data, held_out)
-    captions = [e.caption for e in data.examples]
-    resolution = resolution_of(family, command.data)
-    bank = prepare_bank(family, command.bank, command.data, captions, resolution)
-    print(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
+    accelerator = make_accelerator(command)
+    with ending_together(accelerator):
+        check_shared(accelerator, cache_folder(command.data), "data.cache")
+        family = load_base(command).to(accelerator.device)
+        if command.data.stream:
+            captions = read_stream(command, family)[0].captions(command.bank.size)
+        else:
+            data, held_out = read_data(command)
+            check_captions(family, command, data, held_out)
+            captions = [e.caption for e in data.examples]
+        resolution = resolution_of(family, command.data)
+        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
+    if accelerator.is_main_process:
+        print(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
+    accelerator.end_training()
 
 
 def run_sample(command: SampleCommand) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from difftuning_control.cache import Framing
 from difftuning_control.control import SUPPLIED, Conditioner
 from difftuning_control.data import Example, ImageData
-from difftuning_control.fingerprint import digest_of, digest_of_tensors, read_tensors, write_tensors
+from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import to_arrays
+from difftuning_control.processes import ALONE, Share, files_together
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
@@ -74,29 +75,31 @@ def cached_conditions(
     folder: Path,
     advance: Callable[[int], object],
     workers: int | None = None,
+    share: Share = ALONE,
 ) -> Conditions:
     """The condition of every view of every picture, framed as `cached_moments` frames the pictures themselves."""
     names = [f"{e.digest} {e.condition_digest or ''}" for e in data.examples]
     identity = [conditioner.fingerprint, vars(framing.settled())]
-    return _make(lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers)
+    return _make(
+        lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers, share
+    )
 
 
-def encoded_conditions(family: Family, conditions: Conditions, folder: Path) -> Conditions:
+def encoded_conditions(family: Family, conditions: Conditions, folder: Path, share: Share = ALONE) -> Conditions:
     """Conditions as the family's ControlNet reads them: latents, made once, where it reads latents."""
     if not family.encodes_control:
         return conditions
-    shards, identity = [], [family.control_fingerprint, FORMAT]
-    tensors: dict[str, Tensor] | None = None
-    for shard in conditions.shards:
-        path = folder / f"control-{digest_of([digest_of_tensors({'conditions': shard}), identity])}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
-            *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
-            tensors = {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
-            write_tensors(path, tensors)
-        shards.append(tensors["control"])
-    return Conditions(shards, tensors["empty"] if tensors is not None else None)
+    identity = [family.control_fingerprint, FORMAT]
+    keys = [digest_of([digest_of_tensors({"conditions": shard}), identity]) for shard in conditions.shards]
+
+    def make(i: int) -> dict[str, Tensor]:
+        shard = conditions.shards[i]
+        rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
+        *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
+        return {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
+
+    made = files_together([folder / f"control-{key}.safetensors" for key in keys], make, share)
+    return Conditions([tensors["control"] for tensors in made], made[-1]["empty"] if made else None)
 
 
 def conditions_of(
@@ -126,6 +129,7 @@ def bank_conditions(
     folder: Path,
     advance: Callable[[int], object],
     workers: int | None = None,
+    share: Share = ALONE,
 ) -> Conditions:
     """The condition of every bank item: its latents decoded once, and annotated like any other picture."""
     decoded: dict[int, np.ndarray] = {}
@@ -140,7 +144,7 @@ def bank_conditions(
 
     identity = [conditioner.fingerprint, bank.fingerprint, family.fingerprints["vae"], str(family.dtype)]
     names = [f"bank {i}" for i in range(len(bank))]
-    return _make(make, identity, names, folder, advance, workers, fetch)
+    return _make(make, identity, names, folder, advance, workers, share, fetch)
 
 
 def _make(
@@ -150,6 +154,7 @@ def _make(
     folder: Path,
     advance: Callable[[int], object],
     workers: int | None,
+    share: Share,
     fetch: Callable[[int, int], None] = lambda start, stop: None,
 ) -> Conditions:
     """Conditions by shard, from the cache where it has them.
@@ -160,24 +165,21 @@ def _make(
         workers: threads; as many as there are CPU cores when None, at most 8.
         fetch: told ahead of the numbers start … stop − 1 that will be made.
     """
-    shards = []
     count = workers or min(8, os.cpu_count() or 1)
-    for start in range(0, len(names), SHARD):
-        part = names[start : start + SHARD]
-        path = folder / f"conditions-{digest_of([FORMAT, identity, part])}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            fetch(start, start + len(part))
-            made = _ahead(make, range(start, start + len(part)), count, advance)
-            pixels = torch.stack([torch.from_numpy(array) for array in made]).permute(0, 1, 4, 2, 3)
-            grey = bool((pixels[:, :, :1] == pixels).all())
-            write_tensors(path, {"conditions": pixels[:, :, :1] if grey else pixels})
-            tensors = read_tensors(path)
-            assert tensors is not None
-        else:
-            advance(len(part))
-        shards.append(tensors["conditions"])
-    return Conditions(shards)
+    parts = [range(start, min(start + SHARD, len(names))) for start in range(0, len(names), SHARD)]
+    keys = [digest_of([FORMAT, identity, [names[i] for i in part]]) for part in parts]
+
+    def make_part(number: int) -> dict[str, Tensor]:
+        part = parts[number]
+        fetch(part.start, part.stop)
+        made = _ahead(make, part, count, advance)
+        pixels = torch.stack([torch.from_numpy(array) for array in made]).permute(0, 1, 4, 2, 3)
+        grey = bool((pixels[:, :, :1] == pixels).all())
+        return {"conditions": pixels[:, :, :1] if grey else pixels}
+
+    paths = [folder / f"conditions-{key}.safetensors" for key in keys]
+    found = files_together(paths, make_part, share, lambda i: advance(len(parts[i])))
+    return Conditions([tensors["conditions"] for tensors in found])
 
 
 def _ahead(

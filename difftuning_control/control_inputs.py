@@ -15,6 +15,7 @@ from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.fidelity import FidelityProbe
+from difftuning_control.processes import Share
 from difftuning_control.progress import progress
 
 SHOWN = 6
@@ -109,18 +110,21 @@ def prepare_control(
     wanted = control.fidelity.every > 0
     own = bank is not None and control.bank_condition == "own"
     total = len(data) + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
-    with accelerator.main_process_first(), progress(total, "annotating", show) as advance:
-        targets = cached_conditions(conditioner, data, framing, cache, advance, workers)
+    share = Share.of(accelerator)
+    with progress(total, "annotating", show) as advance:
+        targets = cached_conditions(conditioner, data, framing, cache, advance, workers, share)
         blank = targets.blank
         if len(blank) == len(data):
             raise UserError(_nothing(conditioner.spec.annotator, len(data)))
-        held = cached_conditions(conditioner, held_out, still, cache, advance, workers) if len(held_out) else None
+        held = None
+        if len(held_out):
+            held = cached_conditions(conditioner, held_out, still, cache, advance, workers, share)
         of_bank = None
         if bank is not None and own:
-            of_bank = bank_conditions(conditioner, family, bank, cache, advance, workers)
+            of_bank = bank_conditions(conditioner, family, bank, cache, advance, workers, share)
         probe = None
         if wanted:
-            asked = cached_conditions(conditioner, probed, still, cache, advance, workers)
+            asked = cached_conditions(conditioner, probed, still, cache, advance, workers, share)
             watched = control.fidelity
             sampling = {"seed": recipe.training.seed, "steps": watched.steps, "guidance_scale": watched.guidance_scale,
                         "resolution": framing.resolution}  # fmt: skip
@@ -128,9 +132,8 @@ def prepare_control(
     names = [data.examples[i].name for i in blank]
     few = held if held is not None else targets
     shown = few.rows(range(min(SHOWN, len(few))))
-    with accelerator.main_process_first():
-        targets = encoded_conditions(family, targets, cache)
-        held, of_bank = (encoded_conditions(family, p, cache) if p is not None else None for p in (held, of_bank))
+    targets = encoded_conditions(family, targets, cache, share)
+    held, of_bank = (encoded_conditions(family, p, cache, share) if p is not None else None for p in (held, of_bank))
     return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)
 
 

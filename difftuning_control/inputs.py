@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from difftuning_control.cache import Framing, PromptEmbeddings, cached_embedding
 from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
-from difftuning_control.data import ImageData, load_images
+from difftuning_control.data import Example, ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.processes import ALONE, Share
 from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
 from difftuning_control.validation import BandValidator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.families.family import Family
+    from difftuning_control.streaming import Stream
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -56,6 +58,7 @@ class TrainingInputs:
     sample_prompts: list[str]
     resolution: int
     control: ControlInputs | None = None
+    stream: Stream | None = None
 
 
 def resolution_of(family: Family, data: DataConfig) -> int:
@@ -74,8 +77,14 @@ def check_resolution(family: Family, side: int, name: str) -> int:
 
 
 def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
-    """Pictures to tune on and held-out ones."""
+    """Pictures to tune on and held-out ones.
+
+    Raises:
+        UserError: also where they are to be streamed, which only training does.
+    """
     config = recipe.data
+    if config.stream:
+        raise UserError("data.stream is for train and bank, and this reads all pictures; leave it out, name a sample.")
     options: dict[str, Any] = {
         "caption_column": config.caption_column,
         "image_column": config.image_column,
@@ -94,6 +103,28 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
     return data.split(config.holdout)
 
 
+def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, ImageData]:
+    """A streamed data set, what stands for its pictures, and held-out ones.
+
+    Raises:
+        UserError: also where the model is told classes, all of which must be known.
+    """
+    from difftuning_control.streaming import Stream, StreamedData
+
+    config = recipe.data
+    if family.class_conditional:
+        raise UserError(
+            "data.stream is true, and all classes of this model must be known before training; leave it out."
+        )
+    held = config.holdout > 0 and config.validation_path is None
+    stream = Stream(config, recipe.training.validation_size if held else 0, recipe.training.seed)
+    held_out = stream.head()
+    if config.validation_path is not None:
+        plain = replace(config, path=config.validation_path, validation_path=None, holdout=0, stream=False)
+        held_out = read_data(replace(recipe, data=plain))[0]
+    return stream, StreamedData(config.path, [], held_out.skipped, digest=stream.collection.fingerprint), held_out
+
+
 def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
     """Refuse captions that the text encoder would cut, unless that is wanted, and classes that the model has not.
 
@@ -104,12 +135,21 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
     if recipe.data.truncate_captions:
         return
     for example in (*data.examples, *held_out.examples):
-        length, limit = family.prompt_tokens(example.caption)
-        if length > limit:
-            raise UserError(
-                f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
-                "let it be cut with --data.truncate_captions true."
-            )
+        check_caption(family, example)
+
+
+def check_caption(family: Family, example: Example) -> None:
+    """Refuse a caption that the text encoder would cut.
+
+    Raises:
+        UserError: with the two numbers.
+    """
+    length, limit = family.prompt_tokens(example.caption)
+    if length > limit:
+        raise UserError(
+            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
+            "let it be cut with --data.truncate_captions true."
+        )
 
 
 def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
@@ -149,34 +189,33 @@ def prepare_bank(
 ) -> KnowledgeBank:
     """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
     path = Path(config.path).expanduser() if config.path is not None else None
-    show = accelerator is None or accelerator.is_main_process
+    share = ALONE if accelerator is None else Share.of(accelerator)
+    show = share.index == 0
     if path is not None and path.is_file():
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        return _bank_of_pictures(family, path, data, resolution, show)
+        return _bank_of_pictures(family, path, data, resolution, show, share)
     request = BankRequest(
         tuple(bank_prompts(family, config, captions)), config.size, config.guidance_scale, config.steps, resolution,
         config.seed,
     )  # fmt: skip
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
-        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None)
-    processes: dict[str, Any] = {}
-    if accelerator is not None:
-        processes = {
-            "process_index": accelerator.process_index,
-            "num_processes": accelerator.num_processes,
-            "wait": accelerator.wait_for_everyone,
-        }
+        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
     with progress(request.size, "knowledge bank", show) as advance:
-        return KnowledgeBank.build(family, folder, request, batch_size=config.batch_size, advance=advance, **processes)
+        return KnowledgeBank.build(
+            family, folder, request, batch_size=config.batch_size, advance=advance, process_index=share.index,
+            num_processes=share.count, wait=share.wait,
+        )  # fmt: skip
 
 
-def _bank_of_pictures(family: Family, path: Path, data: DataConfig, resolution: int, show: bool) -> KnowledgeBank:
+def _bank_of_pictures(
+    family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
+) -> KnowledgeBank:
     """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
     pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False)
     with progress(len(pictures), "bank pictures", show) as advance:
-        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance)
+        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]
     sizes = sizes_of(family, pictures, Framing(resolution))
     return KnowledgeBank.from_latents(
@@ -189,13 +228,20 @@ def sizes_of(family: Family, data: ImageData, framing: Framing) -> torch.Tensor 
     return torch.stack([framing.sizes(e) for e in data.examples]) if family.takes_sizes and len(data) else None
 
 
-def encoded(family: Family, data: ImageData, resolution: int, cache: Path, advance: Callable[[int], object]) -> Part:
+def encoded(
+    family: Family,
+    data: ImageData,
+    resolution: int,
+    cache: Path,
+    advance: Callable[[int], object],
+    share: Share = ALONE,
+) -> Part:
     """Pictures in the middle of their frames, as rows to measure on."""
     prompts = [e.caption for e in data.examples]
     if not prompts:
         return Part(torch.empty(0), [])
     framing = Framing(resolution)
-    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance).mean[:, 0])
+    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance, share=share).mean[:, 0])
     sizes = sizes_of(family, data, framing)
     return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
 
@@ -215,15 +261,18 @@ def prepare_inputs(
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
-    show = accelerator.is_main_process
+    show, share = accelerator.is_main_process, Share.of(accelerator)
     resolution = resolution_of(family, recipe.data)
-    size = recipe.training.validation_size
-    data, all_held_out = read_data(recipe)
+    size, stream = recipe.training.validation_size, None
+    if recipe.data.stream:
+        stream, data, all_held_out = read_stream(recipe, family)
+    else:
+        data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
     check_captions(family, recipe, data, all_held_out)
     if conditioner is not None:
         check_control(recipe, conditioner, all_held_out)
-    captions = [e.caption for e in data.examples]
+    captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
     held_captions = [e.caption for e in held_out.examples]
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
@@ -231,9 +280,10 @@ def prepare_inputs(
     bank = begin_label_space(family, recipe, data, bank)
     framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
     cache = cache_folder(recipe.data)
-    with accelerator.main_process_first(), progress(len(data) + len(held_out), "encoding pictures", show) as advance:
-        moments = cached_moments(family, data, framing, cache, advance)
-        held = encoded(family, held_out, resolution, cache, advance)
+    with progress(len(data) + len(held_out), "encoding pictures", show) as advance:
+        if stream is None:
+            moments = cached_moments(family, data, framing, cache, advance, share=share)
+        held = encoded(family, held_out, resolution, cache, advance, share)
     control = None
     if conditioner is not None:
         control = prepare_control(
@@ -243,10 +293,16 @@ def prepare_inputs(
     if control is not None:
         samples = (held_captions or captions)[: len(control.shown)]
     drawn = control.probe.prompts if control is not None and control.probe is not None else []
-    prompts = captions + held_captions + (bank.prompts if bank is not None else []) + samples + drawn
+    prompts = (
+        (captions if stream is None else [])
+        + held_captions
+        + (bank.prompts if bank is not None else [])
+        + samples
+        + drawn
+    )
     unique = len(set(prompts) | {""})
-    with accelerator.main_process_first(), progress(unique, "encoding prompts", show) as advance:
-        embeddings = cached_embeddings(family, prompts, cache, advance)
+    with progress(unique, "encoding prompts", show) as advance:
+        embeddings = cached_embeddings(family, prompts, cache, advance, share=share)
 
     validation = {}
     if held_captions:
@@ -257,6 +313,13 @@ def prepare_inputs(
         rows = control.rows_of_bank(len(kept)) if control is not None else {}
         retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
         validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
+    if stream is not None:
+        from difftuning_control.streaming import empty_targets
+
+        targets = empty_targets(family, framing)
+        return TrainingInputs(
+            data, held_out, targets, embeddings, bank, validation, samples, resolution, stream=stream
+        )  # fmt: skip
     made = control.targets if control is not None else None
     sizes = sizes_of(family, data, framing)
     targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.batches import BatchSource, step_seed
 from difftuning_control.budget import ForgettingBudget
+from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
@@ -35,6 +36,7 @@ from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.streaming import Stream, StreamSource
 
 
 def _optimizer(name: str) -> Any:
@@ -62,7 +64,7 @@ class TrainingLoop:
         self.recipe, self.family, self.objective = recipe, family, objective
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
-        self.end = self.config.max_steps
+        self.end, self.sharded = self.config.max_steps, False
         # measured on the pretrained weights, before anything is attached to them
         self.model = family.model
         self.base_losses = self._validate(self.model)
@@ -74,27 +76,36 @@ class TrainingLoop:
             for module in (family.denoiser, family.controlnet):
                 if module is not None:
                     module.enable_gradient_checkpointing()
+        if self.config.shard and accelerator.num_processes > 1:
+            from difftuning_control.sharding import shard
+
+            shard(self.model, accelerator)
+            self.sharded = True
         self.parameters = self.tuning.parameters()
         optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,
         )  # fmt: skip
-        self.denoiser, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.denoiser = self.model if self.sharded else accelerator.prepare(self.model)
+        self.optimizer = accelerator.prepare(optimizer)
         self.ema = None
         if self.config.ema_decay is not None:
             self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay, use_ema_warmup=True)
         self.probe = inputs.control.probe if inputs.control is not None else None
         self.curve = FidelityCurve(self.probe.kind) if self.probe is not None else None
         self.state = TrainingState(
-            self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve
+            self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve,
+            self.sharded,
         )  # fmt: skip
-        self.source = BatchSource(
+        self.source: BatchSource | StreamSource = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
             recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
             accelerator.num_processes, inputs.control.bank if inputs.control is not None else None,
-            recipe.control.dropout,
+            recipe.control.dropout, self.config.gradient_accumulation_steps,
         )  # fmt: skip
+        if inputs.stream is not None:
+            self.source = self._streamed(self.source, inputs.stream)
 
     def _attach(self) -> AdapterTuning | FullTuning | ControlNetTuning:
         """What trains, by the recipe's method."""
@@ -106,6 +117,17 @@ class TrainingLoop:
         assert self.inputs.control is not None
         spec = self.inputs.control.conditioner.spec
         return ControlNetTuning(self.family, spec, adapter if adapter.on == "controlnet" else None, seed)
+
+    def _streamed(self, plain: BatchSource, stream: Stream) -> StreamSource:
+        """A source of the pictures of a stream."""
+        from difftuning_control.inputs import check_caption
+        from difftuning_control.streaming import StreamSource
+
+        data, family = self.recipe.data, self.family
+        framing = Framing(self.inputs.resolution, data.flip, data.crops)
+        return StreamSource(
+            plain, stream, framing, lambda e: None if data.truncate_captions else check_caption(family, e)
+        )
 
     def run(self) -> tuple[dict[str, Any], float]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
@@ -144,12 +166,13 @@ class TrainingLoop:
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step over `gradient_accumulation_steps` forwards."""
         sums: dict[str, float] = {}
-        accumulation = self.config.gradient_accumulation_steps
-        for part in range(accumulation):
-            number = step * accumulation + part
+        seen: list[Tensor] = []
+        forwards = self.config.gradient_accumulation_steps
+        for forward in range(forwards):
+            number = step * forwards + forward
             torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
-                rows = self.source.rows(number)
+                rows = self.source.rows(step, forward)
                 batch = rows.batch.to(self.accelerator.device, self.family.dtype)
                 levels, noise = rows.levels.to(batch.latents.device), rows.noise.to(batch.latents)
                 with self.accelerator.autocast():
@@ -158,29 +181,41 @@ class TrainingLoop:
                 u = self.objective.process.u.to(levels.device)[levels]
                 multipliers = self.budget.weights(u) if self.budget is not None else None
                 loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts, multipliers)
-                # processes average their gradients, and accelerate divides by the accumulation steps
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
+                # the number of forwards
+                self.accelerator.backward(loss * (self.accelerator.num_processes * forwards))
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(
-                        self.parameters.values(), self.config.max_grad_norm or math.inf
-                    )  # fmt: skip
+                    norm = self._clip()
                     if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
                         self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if self.budget is not None:
-                self._follow_budget(losses.detach(), u, batch.is_retention)
+            seen.append(torch.stack([losses.detach().float(), u.float(), batch.is_retention.float()], 1))
             for name, value in self._by_role(loss.detach(), losses.detach(), batch.is_retention, rows.counts).items():
-                sums[name] = sums.get(name, 0.0) + value / accumulation
+                sums[name] = sums.get(name, 0.0) + value
+        if self.budget is not None:
+            self._follow_budget(torch.cat(seen))
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.parameters.values())
         return sums
 
-    def _follow_budget(self, losses: Tensor, u: Tensor, is_retention: Tensor) -> None:
-        """One step of dual ascent on the bank rows of all processes, with the same result on each."""
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to the norm that they may have; gives the norm before."""
+        parameters, most = self.parameters.values(), self.config.max_grad_norm or math.inf
+        if not self.sharded:
+            return self.accelerator.clip_grad_norm_(parameters, most)
+        from difftuning_control.sharding import clip_grad_norm
+
+        return clip_grad_norm(parameters, most)
+
+    def _follow_budget(self, rows: Tensor) -> None:
+        """One step of dual ascent on the bank rows of all processes, with the same result on each.
+
+        Args:
+            rows: ℓ, u and whether it is a bank row of each of this process's rows, (B, 3).
+        """
         assert self.budget is not None
-        rows = torch.stack([losses.float(), u.float(), is_retention.float()], 1)
         found, places, banks = self.accelerator.gather(rows).unbind(1)
         self.budget.update(found[banks > 0], places[banks > 0])
 
@@ -218,7 +253,8 @@ class TrainingLoop:
             self._sample_grid(done)
         if done in self.config.save_at:
             self._keep(done)
-        if done % self.config.checkpoint_every == 0 and not last and self.accelerator.is_main_process:
+        writes = self.sharded or self.accelerator.is_main_process
+        if done % self.config.checkpoint_every == 0 and not last and writes:
             save_checkpoint(self.output, done, self.state, self.identity)
 
     @contextmanager
@@ -232,6 +268,14 @@ class TrainingLoop:
             yield
         finally:
             self.ema.restore(self.parameters.values())
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        """Where they are sharded, the main process has them whole for the while."""
+        if not self.sharded:
+            return nullcontext()
+        from difftuning_control.sharding import gathered
+
+        return gathered(self.family, self.accelerator.is_main_process)
 
     def _validate(self, denoiser: torch.nn.Module) -> dict[str, BandLosses]:
         with self.accelerator.autocast():
@@ -248,7 +292,7 @@ class TrainingLoop:
 
     def _sample(self, controlled: bool = True) -> list[Any]:
         """The pictures of a sample grid; `controlled` off draws them without the ControlNet."""
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process and not self.sharded:  # of a sharded model no process can draw alone
             return []
         shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
         with self.accelerator.autocast():
@@ -315,19 +359,20 @@ class TrainingLoop:
         return step
 
     def _write_weights(self) -> Path:
-        """The weights as they would be used, in a temporary folder of the output."""
-        partial = self.output / ".result.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with self._averaged_weights():
-            self.tuning.save(partial)
+        """The weights as they would be used, in a temporary folder of the output that the main process writes."""
+        partial, main = self.output / ".result.partial", self.accelerator.is_main_process
+        with self._averaged_weights(), self._whole_weights():
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                self.tuning.save(partial)
         return partial
 
     def _keep(self, step: int) -> None:
         """The weights after `step` steps, loadable like the result, with their losses by noise band."""
         losses = self._validate_tuned(step)
+        partial, folder = self._write_weights(), self.output / f"step-{step:06d}"
         if not self.accelerator.is_main_process:
             return
-        partial, folder = self._write_weights(), self.output / f"step-{step:06d}"
         table = {role: {"base": self.base_losses[role].to_dict(), "tuned": t.to_dict()} for role, t in losses.items()}
         write_json(partial / "losses.json", table)
         shutil.rmtree(folder, ignore_errors=True)
@@ -335,9 +380,9 @@ class TrainingLoop:
 
     def _save(self) -> None:
         """The result in diffusers' own format, renamed into place once it is whole."""
+        partial, result = self._write_weights(), self.output / self.tuning.result
         if not self.accelerator.is_main_process:
             return
-        partial, result = self._write_weights(), self.output / self.tuning.result
         if result.suffix == ".safetensors":
             for file in partial.iterdir():  # beside an adapter perhaps what trains whole
                 file.replace(self.output / file.name)

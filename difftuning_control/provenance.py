@@ -43,7 +43,7 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     if schedule["path"] is not None:  # what the file says, not where it lies
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
     for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
-                 "sample_steps", "sample_guidance_scale", "trackers"):  # fmt: skip
+                 "sample_steps", "sample_guidance_scale", "trackers", "shard"):  # fmt: skip
         values["training"].pop(name)
     values["control"].pop("workers")
     if recipe.training.stop_when is None:
@@ -51,19 +51,26 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def rows_of_step(recipe: Recipe, processes: int) -> int:
+    """How many rows all processes have in an optimizer step."""
+    return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
+
+
 def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
     """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
 
     Args:
-        processes: how many share the work; the batch is theirs together.
+        processes: how many share the work. How a step's rows are dealt out decides nothing but rounding.
     """
     values = deciding_settings(recipe)
+    for name in ("batch_size", "gradient_accumulation_steps"):
+        values["training"].pop(name)
     # where things lie does not matter: what they are is in the fingerprints
     for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",)),
                            ("control", ("path", "validation_path", "weights", "init"))):  # fmt: skip
         for name in names:
             values[section].pop(name)
-    return digest_of([values, fingerprints, processes])
+    return digest_of([values, fingerprints, rows_of_step(recipe, processes)])
 
 
 def read_run(output: Path) -> dict[str, Any] | None:

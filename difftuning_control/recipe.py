@@ -69,6 +69,9 @@ class DataConfig:
         default_caption: caption of pictures that have none.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
+        stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
+            .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
+            training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
         cache: folder of the latent and prompt caches; the user's cache folder when empty.
     """
 
@@ -85,6 +88,7 @@ class DataConfig:
     default_caption: str | None = None
     truncate_captions: bool = False
     skip_bad: bool = False
+    stream: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -426,6 +430,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; none when empty.
         mixed_precision: no, fp16 or bf16.
         gradient_checkpointing: less memory for more time.
+        shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
+            still fit once on every device, 4 bytes a weight, before training.
         ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
         seed: of everything random.
         checkpoint_every: optimizer steps between checkpoints.
@@ -453,6 +459,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    shard: bool = False
     ema_decay: float | None = None
     seed: int = 0
     checkpoint_every: int = 100
@@ -530,12 +537,41 @@ class Recipe:
                 "adapter.text_encoder trains the text encoder in every step, and model.offload keeps it in main "
                 "memory; leave one of them out."
             )
+        if self.training.shard:
+            self._check_shard()
+        if self.data.stream:
+            self._check_stream()
         self._check_control()
-        bank_rows = int(self.training.batch_size * self.tuning.retention_ratio)
-        if self.tuning.retention_ratio > 0 and bank_rows == 0:
+
+    def _check_stream(self) -> None:
+        """What must know all pictures before the first step."""
+        needs = {
+            "method controlnet": self.method == "controlnet",
+            "data.limit": self.data.limit is not None,
+            "data.classes": self.data.classes is not None,
+            "tuning.label_space new": self.tuning.label_space == "new",
+            "tuning.schedule.kind auto": self.tuning.schedule.kind == "auto",
+            "model.offload": self.model.offload,
+        }
+        if (name := next((n for n, given in needs.items() if given), None)) is not None:
             raise UserError(
-                f"training.batch_size {self.training.batch_size} with tuning.retention_ratio "
-                f"{self.tuning.retention_ratio} leaves no row for the bank; raise one of them."
+                f"data.stream is true and {name} is given, for which all pictures must be encoded before training; "
+                "leave one of them out."
+            )
+
+    def _check_shard(self) -> None:
+        """What cannot be spread over processes."""
+        training = self.training
+        if self.method != "full":
+            raise UserError(
+                f"training.shard spreads all weights of a denoiser that trains, and method is {self.method}, whose "
+                "weights that train are few; leave it out."
+            )
+        if training.optimizer != "adamw" or training.mixed_precision == "fp16":
+            given = "mixed_precision fp16" if training.optimizer == "adamw" else f"optimizer {training.optimizer}"
+            raise UserError(
+                f"training.shard is true and training.{given}, which does not know sharded weights; use adamw, and "
+                "bf16 or no."
             )
 
     def _check_control(self) -> None:

@@ -28,16 +28,18 @@ from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.families.dit_adapters import CLASSES_FILE
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
-from difftuning_control.inputs import TrainingInputs, prepare_inputs, resolution_of
+from difftuning_control.inputs import TrainingInputs, cache_folder, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.processes import check_shared, ending_together
 from difftuning_control.provenance import (
     OutputFolder,
     describe_device,
     model_card,
     read_run,
     recipe_identity,
+    rows_of_step,
     versions,
     write_recipe,
 )
@@ -60,14 +62,29 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
     accelerator = make_accelerator(recipe)
-    output = Path(recipe.output)
-    folder = OutputFolder(output, recipe.training.resume, overwrite) if accelerator.is_main_process else None
+    output, folder = Path(recipe.output), None
     try:
-        return _train(recipe, accelerator, output, folder)
+        with ending_together(accelerator):
+            _check_bank_rows(recipe, accelerator.num_processes)
+            if accelerator.is_main_process:
+                folder = OutputFolder(output, recipe.training.resume, overwrite)
+            check_shared(accelerator, output, "output")
+            check_shared(accelerator, cache_folder(recipe.data), "data.cache")
+            return _train(recipe, accelerator, output, folder)
     finally:
         accelerator.end_training()
         if folder is not None:
             folder.release()
+
+
+def _check_bank_rows(recipe: Recipe, processes: int) -> None:
+    """Refuse a step that is too small for its share of bank rows."""
+    rows, ratio = rows_of_step(recipe, processes), recipe.tuning.retention_ratio
+    if recipe.uses_bank and int(rows * ratio) == 0:
+        raise UserError(
+            f"training.batch_size {recipe.training.batch_size} makes {rows} rows a step, and tuning.retention_ratio "
+            f"{ratio} leaves no row for the bank; raise one of them."
+        )
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:
@@ -83,9 +100,11 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         fingerprints["probe"] = inputs.control.probe.fingerprint
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
-    if recipe.training.resume and (finished := _finished(output, identity)) is not None:
+    if recipe.training.resume and (finished := _finished(output, identity, recipe, accelerator)) is not None:
         return finished
-    measured = _auto_schedule(recipe, family, inputs, output) if recipe.tuning.schedule.kind == "auto" else None
+    measured = None
+    if recipe.tuning.schedule.kind == "auto":
+        measured = _auto_schedule(recipe, family, inputs, output, accelerator.num_processes)
     if measured is not None:
         objective = replace(objective, schedule=schedule_from_dict({k: measured[k] for k in TABLE}))
     budget = None
@@ -220,13 +239,15 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
         raise UserError(f"tuning: {error}") from None
 
 
-def _auto_schedule(recipe: Recipe, family: Family, inputs: TrainingInputs, output: Path) -> dict[str, Any]:
+def _auto_schedule(
+    recipe: Recipe, family: Family, inputs: TrainingInputs, output: Path, processes: int
+) -> dict[str, Any]:
     """What `schedule.json` holds: measured on the pretrained weights, or read back where a run is resumed."""
     kept = output / "schedule.json"
     if recipe.training.resume and kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
     assert inputs.bank is not None
-    targets, batch = inputs.targets, recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    targets, batch = inputs.targets, rows_of_step(recipe, processes)
     rows = affordable_rows(recipe.training.max_steps, batch, min(len(targets), len(inputs.bank)))
     sizes = targets.sizes[:, 0] if targets.sizes is not None else None
     target = Part(family.scale_latents(targets.moments.mean[:, 0]), targets.captions, sizes)
@@ -260,10 +281,16 @@ def _describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[s
     }
 
 
-def _finished(output: Path, identity: str) -> dict[str, Any] | None:
+def _finished(output: Path, identity: str, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any] | None:
     run = read_run(output)
     if run is None:
         return None
+    before, now = run.get("rows_per_step"), rows_of_step(recipe, accelerator.num_processes)
+    if before not in (None, now):
+        raise UserError(
+            f"the run in {output} had {before} rows to a step, and here they are {now} on {accelerator.num_processes} "
+            "processes; choose training.batch_size and training.gradient_accumulation_steps so that they are the same."
+        )
     if run["identity"] != identity:
         raise UserError(
             f"the run in {output} had another recipe, base or data; resume with the same, or start "
@@ -290,7 +317,7 @@ def _describe(
         "fingerprints": fingerprints,
         "dtype": str(family.dtype),
         "data": {
-            "pictures": len(inputs.data),
+            "pictures": len(inputs.data) if inputs.stream is None else "streamed",
             "held_out": len(inputs.held_out),
             "skipped": inputs.data.skipped | inputs.held_out.skipped,
             "ignored_files": inputs.data.ignored_files,
@@ -310,6 +337,7 @@ def _describe(
         "versions": versions(),
         "device": describe_device(accelerator.device),
         "processes": accelerator.num_processes,
+        "rows_per_step": rows_of_step(recipe, accelerator.num_processes),
         "seed": recipe.training.seed,
     }
 

@@ -87,7 +87,6 @@ def test_a_recipe_is_plain_values_all_the_way_down():
             "auto measures against",
         ),
         (lambda: Recipe("full", adapter=AdapterConfig(rank=4)), "method full trains no adapter"),
-        (lambda: Recipe(training=TrainingConfig(batch_size=4)), "batch_size 4 .* leaves no row for the bank"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(make, message):

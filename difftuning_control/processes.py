@@ -1,0 +1,150 @@
+"""Several processes that act as one: who makes which part, and how the failure of one ends them all."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.fingerprint import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FAILED = "difftuning-control/failed"  # a key of the store that all processes of a run can read
+WATCH = 0.5  # seconds between two looks at it
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of work that several do together; all of it where there is one process.
+
+    Args:
+        index, count: of the processes.
+        wait: their barrier.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], object] = lambda: None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Share:
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+    def numbers(self, total: int) -> range:
+        """Which of `total` parts this process makes."""
+        return range(self.index, total, self.count)
+
+
+ALONE = Share()
+
+
+def files_together(
+    paths: Sequence[Path],
+    make: Callable[[int], dict[str, Tensor]],
+    share: Share,
+    advance: Callable[[int], object] = lambda number: None,
+) -> list[dict[str, Tensor]]:
+    """The tensors of every file; each one that is not there, or is damaged, is made by one process.
+
+    Args:
+        make: from a file's number to its tensors.
+        advance: told of the number of each file that this process did not make.
+    """
+    made = set()
+    for number in share.numbers(len(paths)):
+        if read_tensors(paths[number]) is None:
+            write_tensors(paths[number], make(number))
+            made.add(number)
+    share.wait()
+    found = []
+    for number, path in enumerate(paths):
+        tensors = read_tensors(path)
+        if tensors is None:  # where the others' files are not seen, they are made again
+            write_tensors(path, make(number))
+            tensors = read_tensors(path)
+            assert tensors is not None
+        elif number not in made:
+            advance(number)
+        found.append(tensors)
+    return found
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, what one process raises ends them all, also those that wait for it: the first to fail raises its error,
+    marked `speaks_for_all`, the others end without a word and with the same exit code."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    store, over = torch.distributed.distributed_c10d._get_default_store(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(store.clone(), over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        over.set()
+        mine = f"{accelerator.process_index} {_exit_code(error)}"
+        first = store.compare_set(FAILED, "", mine).decode()
+        if first != mine:
+            raise SystemExit(int(first.split()[1])) from None
+        error.speaks_for_all = True  # type: ignore[attr-defined]  # see cli
+        time.sleep(3 * WATCH)  # the store may end with this process, and the others must have read it
+        raise
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(store: Any, over: threading.Event) -> None:
+    """End this process, wherever it waits, once another one has failed."""
+    while not over.wait(WATCH):
+        try:
+            if store.check([FAILED]) and not over.is_set():
+                os._exit(int(store.get(FAILED).decode().split()[1]))
+        except RuntimeError:  # the store is gone, and with it whoever kept it
+            return
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(code := getattr(error, "code", None), int):  # of SystemExit, and of signals
+        return code
+    codes: tuple[tuple[type[BaseException], int], ...] = (
+        (UserError, 2), (OSError, 2), (NonFiniteLossError, 3), (KeyboardInterrupt, 130),
+    )  # fmt: skip
+    return next((code for kind, code in codes if isinstance(error, kind)), 1)
+
+
+def check_shared(accelerator: Accelerator, folder: Path, option: str) -> None:
+    """Refuse a folder that not every process sees: they read there what others wrote.
+
+    Raises:
+        UserError: naming the option that names the folder.
+    """
+    if accelerator.num_processes == 1:
+        return
+    name = broadcast_object_list([f".seen-by-all-{uuid.uuid4().hex}"])[0]
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    accelerator.wait_for_everyone()
+    seen = all(gather_object([(folder / name).exists()]))
+    if accelerator.is_main_process:
+        (folder / name).unlink(missing_ok=True)
+    if not seen:
+        raise UserError(
+            f"the folder {folder} is not the same for all processes; give one on a disk that all machines share, with "
+            f"--{option}."
+        )

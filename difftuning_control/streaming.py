@@ -1,0 +1,338 @@
+"""Pictures that are read while training, for collections that fit no disk: files → lanes → blocks → rows.
+
+A collection is a list of files: WebDataset tar shards, Parquet files, or a `metadata.jsonl` with pictures beside it.
+Lane l of L reads files l, l + L, … to their ends, over and over, each time in another order, and its rows are shuffled
+in blocks. Row r of an optimizer step comes from lane r mod L, so which picture it holds depends on the seed, the step
+and r alone, on any number of processes; a process reads the lanes of its rows only, and where their number divides L,
+nobody else reads them. Nothing is kept but a block a lane: latents and prompts are encoded in the step, and a resumed
+run reads its lanes forward to their places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, step_seed
+from difftuning_control.cache import Framing, LatentMoments, PromptEmbeddings
+from difftuning_control.data import Example, ImageData, Row, _Checker, _outside, _place, decode_image
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+    from difftuning_control.recipe import DataConfig
+
+LANES, BLOCK = 64, 128
+KINDS = {"webdataset": "*.tar", "parquet": "*.parquet", "json": "metadata.jsonl"}
+
+
+class Collection:
+    """The files of a streamed data set, by path or by Hub name; any of them can be read from its first row on.
+
+    Raises:
+        UserError: if there are none, of several kinds, or without pictures or captions.
+    """
+
+    def __init__(self, config: DataConfig):
+        import datasets
+
+        self.config, self.folder = config, _place(config.path)
+        self.kind, paths = self._find() if self.folder.is_dir() else ("", [])
+        names: Any = {"path": self.kind, "data_files": [str(p) for p in paths]} if paths else {"path": config.path}
+        try:
+            data = datasets.load_dataset(**names, split="train", streaming=True)
+            self.columns = list(data.features or next(iter(data)))
+        except Exception as error:
+            raise UserError(
+                f"{config.path} cannot be streamed ({type(error).__name__}); give a folder of WebDataset .tar shards, "
+                "of Parquet files or with a metadata.jsonl, or a data set that this machine can reach."
+            ) from None
+        self.image = self._image_column(data.features or {})
+        if self.kind != "json":
+            data = data.cast_column(self.image, datasets.Image(decode=False))
+        known = (config.caption_column, *(("txt", "json") if self.kind == "webdataset" else ()))
+        if config.default_caption is None and not any(name in self.columns for name in known):
+            raise UserError(
+                f"{config.path} has no column {config.caption_column!r}, only {', '.join(self.columns)}; name it with "
+                "--data.caption_column."
+            )
+        self.data, self.files = data, data.num_shards
+        sizes = [(str(p.relative_to(self.folder)), p.stat().st_size) for p in paths]
+        self.fingerprint = digest_of([config.path if not paths else self.kind, sizes, self.files])
+
+    def _find(self) -> tuple[str, list[Path]]:
+        found = {kind: sorted(self.folder.rglob(pattern)) for kind, pattern in KINDS.items()}
+        kinds = [kind for kind, paths in found.items() if paths]
+        if len(kinds) != 1:
+            what = "files of several kinds" if kinds else "nothing that can be streamed"
+            raise UserError(
+                f"{self.folder} holds {what}; expected WebDataset .tar shards, Parquet files, or a metadata.jsonl."
+            )
+        paths = found[kinds[0]]
+        for path in paths:
+            if (target := _outside(path, self.folder)) is not None:
+                raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
+        return kinds[0], paths
+
+    def _image_column(self, features: Any) -> str:
+        import datasets
+
+        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        wanted = "file_name" if self.kind == "json" else self.config.image_column
+        if wanted in self.columns:
+            return wanted
+        if self.kind == "webdataset" and pictures:  # named by the files' endings
+            return pictures[0]
+        raise UserError(
+            f"{self.config.path} has no column {wanted!r}, only {', '.join(self.columns)}; name it with "
+            "--data.image_column."
+        )
+
+    def rows(self, file: int, start: int = 0) -> Iterator[Row]:
+        """The rows of a file, from row `start` on."""
+        for number, row in enumerate(self.data.shard(self.files, file)):
+            if number >= start:
+                yield Row(self._name(row, file, number), self._reader(row[self.image]), self._caption(row))
+
+    def _name(self, row: dict[str, Any], file: int, number: int) -> str:
+        return str(row.get("__key__") or row.get("file_name") or f"row {number} of file {file}")
+
+    def _caption(self, row: dict[str, Any]) -> Any:
+        for value in (row.get(self.config.caption_column), row.get("txt")):
+            if value is not None:
+                return value
+        beside = row.get("json")
+        return beside.get(self.config.caption_column) if isinstance(beside, dict) else None
+
+    def _reader(self, cell: Any) -> Callable[[], bytes]:
+        def read() -> bytes:
+            if self.kind == "json":
+                path = self.folder / str(cell)
+                if _outside(path, self.folder) is not None:
+                    raise UserError("is named by metadata.jsonl but lies outside the folder")
+                return path.read_bytes()
+            if (cell or {}).get("bytes") is None:
+                raise UserError("has no picture")
+            return cell["bytes"]
+
+        return read
+
+
+class Lane:
+    """An endless sequence of a collection's rows, read forward, the rows of each block in an order of its own."""
+
+    def __init__(self, number: int, files: list[int], seed: int, read: Callable[[int], Iterator[Row]]):
+        self.number, self.files, self.seed, self.read = number, files, seed, read
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stream, self._number, self._block = self._endless(), -1, list[Row]()
+
+    def _endless(self) -> Iterator[Row]:
+        for epoch in count():
+            found = False
+            for i in np.random.default_rng(step_seed(self.seed, self.number, epoch)).permutation(len(self.files)):
+                for row in self.read(self.files[i]):
+                    found = True
+                    yield row
+            if not found:
+                raise UserError("a part of the streamed data set has no rows to tune on; give larger files, or more.")
+
+    def candidates(self, position: int) -> list[Row]:
+        """The row at a position, and those that stand in for it where it cannot be used."""
+        number, place = divmod(position, BLOCK)
+        if number < self._number:
+            self._begin()
+        while self._number < number:
+            self._block, self._number = list(islice(self._stream, BLOCK)), self._number + 1
+        order = np.random.default_rng(step_seed(self.seed, self.number, number, 1)).permutation(BLOCK)
+        return [self._block[order[(place + k) % BLOCK]] for k in range(BLOCK)]
+
+
+class Stream:
+    """A streamed data set as a run uses it: rows to hold out, captions for the bank, and the pictures of every step.
+
+    Args:
+        holdout: how many pictures are held out: the first usable ones of the first file.
+        seed: of the order.
+    """
+
+    def __init__(self, config: DataConfig, holdout: int, seed: int):
+        self.config, self.seed, self.holdout = config, seed, holdout
+        self.collection = Collection(config)
+        self.begin = 0  # the first row of the first file to tune on
+        self._lanes: dict[tuple[int, int], Lane] = {}
+
+    def head(self) -> ImageData:
+        """The pictures that are held out."""
+        found: dict[str, Example] = {}
+        skipped: dict[str, str] = {}
+        rows = self.collection.rows(0)
+        while len(found) < self.holdout:
+            part = list(islice(rows, self.holdout - len(found)))
+            if not part:
+                raise UserError(
+                    f"the first file of {self.config.path} has fewer than {self.holdout} usable rows to hold out; name "
+                    "a data.validation_path, or lower training.validation_size."
+                )
+            self.begin += len(part)
+            checker = _Checker(self.config.skip_bad, self.config.default_caption)
+            examples = [e for row in part if (e := checker._example(row)) is not None]
+            checker._stop_if_bad(self.config.path)
+            found |= {e.name: e for e in examples}
+            skipped |= checker.bad
+        return ImageData(self.config.path, list(found.values()), skipped)
+
+    def captions(self, most: int) -> list[str]:
+        """The captions of the first `most` rows to tune on."""
+        files = range(self.collection.files)
+        rows = (row for file in files for row in self._read(file))
+        found = [self._caption_of(row) for row in islice(rows, most)]
+        if not any(c is not None for c in found):
+            raise UserError(f"{self.config.path} has no captions to tune on; see --data.caption_column.")
+        return [c for c in found if c is not None]
+
+    def pictures(self, step: int, rows: range, total: int, decoded: Callable[..., Any]) -> list[Example]:
+        """The pictures of some rows of a step that has `total` target rows in all, decoded by `decoded` (a map)."""
+        lanes = 1 << (min(self.collection.files, total, LANES).bit_length() - 1)
+        wanted = []
+        for row in rows:
+            lane = row % lanes
+            position = step * len(range(lane, total, lanes)) + row // lanes
+            wanted.append(self._lane(lane, lanes).candidates(position))
+        return list(decoded(self._usable, wanted))
+
+    def _lane(self, number: int, lanes: int) -> Lane:
+        key = (number, lanes)
+        if key not in self._lanes:
+            order = np.random.default_rng(self.seed).permutation(self.collection.files)
+            self._lanes[key] = Lane(number, order[number::lanes].tolist(), self.seed, self._read)
+        return self._lanes[key]
+
+    def _read(self, file: int) -> Iterator[Row]:
+        return self.collection.rows(file, self.begin if file == 0 else 0)
+
+    def _caption_of(self, row: Row) -> str | None:
+        text = row.caption.strip() if isinstance(row.caption, str) else ""
+        return text or self.config.default_caption
+
+    def _usable(self, candidates: list[Row]) -> Example:
+        """The first of these rows that can be used; only the first of all unless bad ones are skipped."""
+        reason = ""
+        for row in candidates if self.config.skip_bad else candidates[:1]:
+            try:
+                caption = self._caption_of(row)
+                if caption is None:
+                    raise UserError("has no caption; write one, or give one for all with --data.default_caption")
+                content = row.read()
+                return _decoded(row.name, caption, content)
+            except (UserError, OSError) as error:
+                reason = reason or f"{row.name} in {self.config.path} {getattr(error, 'strerror', None) or error}"
+        raise UserError(f"{reason}; mend it, or leave such rows out: --data.skip_bad true.")
+
+
+def _decoded(name: str, caption: str, content: bytes) -> Example:
+    """A picture that is in memory already."""
+    image = decode_image(content)
+    return Example(name, caption, hashlib.sha256(content).hexdigest(), lambda: image, size=image.size)
+
+
+@dataclass(frozen=True)
+class StreamedData(ImageData):
+    """What stands for the pictures of a stream, which are not known: none, and a fingerprint of their files."""
+
+    digest: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.digest
+
+
+@dataclass(frozen=True)
+class StreamedEmbeddings(PromptEmbeddings):
+    """Embeddings of a forward's captions, over those that stay."""
+
+    below: PromptEmbeddings
+
+    def rows(self, prompts: list[str]) -> dict[str, Tensor]:
+        found = [(self if p in self.index else self.below, p) for p in prompts]
+        return {n: torch.stack([e.tensors[n][e.index[p]] for e, p in found]) for n in self.below.tensors}
+
+
+class StreamSource:
+    """Batches like those of `BatchSource`, with target rows that are read, framed and encoded for each forward.
+
+    The next forward's pictures are read and decoded by threads while the model computes.
+
+    Args:
+        plain: with the settings, the bank and the embeddings that stay; its own targets are not used.
+        check: refuses a picture's caption.
+    """
+
+    def __init__(self, plain: BatchSource, stream: Stream, framing: Framing, check: Callable[[Example], None]):
+        self.plain, self.stream, self.framing, self.check = plain, stream, framing, check
+        self._reader, self._decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._next: tuple[tuple[int, int], Future] | None = None
+
+    def rows(self, step: int, forward: int = 0) -> TrainingRows:
+        """The rows of this process in one of the forwards of optimizer step `step`."""
+        place, examples = (step, forward), None
+        if self._next is not None and self._next[0] == place:
+            examples = self._next[1].result()
+        if examples is None:
+            examples = self._reader.submit(self._examples, *place).result()
+        after = (step, forward + 1) if forward + 1 < self.plain.forwards else (step + 1, 0)
+        self._next = (after, self._reader.submit(self._examples, *after))
+        for example in examples:
+            self.check(example)
+        rows = [r for r in self.plain.mine(forward) if r < self.plain.draws(step).targets]
+        found = replace(
+            self.plain, targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),
+            embeddings=self._embeddings([e.caption for e in examples]), items={r: i for i, r in enumerate(rows)},
+        )  # fmt: skip
+        return found.rows(step, forward)
+
+    def _examples(self, step: int, forward: int) -> list[Example]:
+        mine, targets = self.plain.mine(forward), self.plain.draws(step).targets
+        rows = range(mine.start, min(mine.stop, targets), mine.step)
+        return self.stream.pictures(step, rows, targets, self._decoders.map)
+
+    def _targets(self, examples: list[Example], views: list[int]) -> TargetSet:
+        """The pictures as target rows, only the view that is wanted of each; an empty frame stands last."""
+        family, side = self.plain.family, self.framing.resolution
+        pixels = [self.framing.pixels(e)[view] for e, view in zip(examples, views)]
+        mean, std = family.encode_moments(torch.stack([*pixels, torch.zeros(3, side, side)]))
+        kept = [t.cpu().unsqueeze(1).expand(-1, self.framing.views, -1, -1, -1) for t in (mean, std)]
+        sizes = None
+        if family.takes_sizes:
+            empty = torch.tensor([[side, side, 0, 0, side, side]] * self.framing.views)
+            sizes = torch.stack([*(self.framing.sizes(e) for e in examples), empty])
+        captions, names = [e.caption for e in examples], [e.name for e in examples]
+        return TargetSet(LatentMoments(*kept), [*captions, ""], [*names, ""], sizes=sizes)
+
+    def _embeddings(self, captions: list[str]) -> StreamedEmbeddings:
+        family, stay = self.plain.family, self.plain.embeddings
+        fresh = [c for c in dict.fromkeys(captions) if c not in stay.index]
+        found: dict[str, Tensor] = {}
+        if fresh:
+            encode = family.tokenize if family.encodes_in_step else family.encode_prompts
+            found = {name: tensor.cpu() for name, tensor in encode(fresh).items()}
+        return StreamedEmbeddings({c: i for i, c in enumerate(fresh)}, found, stay)
+
+
+def empty_targets(family: Family, framing: Framing) -> TargetSet:
+    """What stands for the pictures of a stream where only their shape is asked."""
+    mean, std = family.encode_moments(torch.zeros(1, 3, framing.resolution, framing.resolution))
+    kept = [t.cpu().unsqueeze(1).expand(-1, framing.views, -1, -1, -1) for t in (mean, std)]
+    return TargetSet(LatentMoments(*kept), [""], [""])
