@@ -67,6 +67,11 @@ class TrainingRows:
     noise: Tensor
     levels: Tensor
     counts: tuple[int, int]
+    apart: TrainingRows | None = None  # bank rows of another shape, which take a forward of their own
+
+    @property
+    def parts(self) -> list[TrainingRows]:
+        return [self] if self.apart is None else [self, self.apart]
 
 
 class Draws(NamedTuple):
@@ -93,6 +98,7 @@ class BatchSource:
         forwards: forwards to an optimizer step.
         items: which of the targets each of this process's target rows is; drawn in a random order when None.
         bank_conditions: one an item, for a ControlNet; bank rows have a blank condition without.
+        nothing: that blank condition, of the bank's shape.
         condition_dropout: share of target rows that get a blank condition.
     """
 
@@ -111,6 +117,7 @@ class BatchSource:
     condition_dropout: float = 0.0
     forwards: int = 1
     items: dict[int, int] | None = None
+    nothing: Tensor | None = None
 
     def mine(self, forward: int) -> range:
         """Which rows of the optimizer step this process has in one of its forwards."""
@@ -139,16 +146,17 @@ class BatchSource:
 
         mine = self.mine(forward)
         shape = self.targets.moments.mean.shape[2:]
-        noises = torch.stack([self._noise(step, row, shape) for row in mine])
+        other = self.bank.latents.shape[1:] if self.bank is not None else shape
+        noises = [self._noise(step, row, shape if row < targets else other) for row in mine]
         latents, prompts, names, conditions, sizes = [], [], [], [], []
         for place, row in enumerate(mine):
             if row < targets:
                 item = target_rows[row]
-                picture = self.targets.moments.draw(torch.tensor(item), views[row], noises[place, 0])
+                picture = self.targets.moments.draw(torch.tensor(item), views[row], noises[place][0])
                 latents.append(self.family.scale_latents(picture))
                 prompts.append("" if dropped[row] else self.targets.captions[item])
                 names.append(self.targets.names[item])
-                conditions.append(self._condition(self.targets.conditions, item, int(views[row]), bool(blank[row])))
+                conditions.append(self._condition(item, int(views[row]), bool(blank[row])))
                 sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)
             else:
                 assert self.bank is not None
@@ -156,24 +164,41 @@ class BatchSource:
                 latents.append(self.bank.latents[item])
                 prompts.append(self.bank.prompts[item] if self.bank_prompts == "own" else "")
                 names.append(f"bank item {item}")
-                conditions.append(self._condition(self.bank_conditions, item, 0, False))
+                conditions.append(self._bank_condition(item))
                 sizes.append(self._bank_sizes(item))
-        chosen = torch.tensor(list(mine))
-        conditioning = self.embeddings.rows(prompts)
-        if self.targets.conditions is not None:
-            conditioning["control"] = torch.stack([c for c in conditions if c is not None])
-        if self.targets.sizes is not None:
-            conditioning["sizes"] = torch.stack([s for s in sizes if s is not None])
-        batch = LatentBatch(torch.stack(latents), conditioning, is_retention[chosen], names)
-        return TrainingRows(batch, noises[:, 1], levels[chosen], (targets, banks))
 
-    def _condition(self, conditions: Conditions | None, item: int, view: int, blank: bool) -> Tensor | None:
-        """A row of `Conditions`, black where it is blank; None where no ControlNet trains."""
+        def together(places: list[int], apart: TrainingRows | None = None) -> TrainingRows:
+            chosen = torch.tensor([mine[p] for p in places])
+            conditioning = self.embeddings.rows([prompts[p] for p in places])
+            for name, values in (("control", conditions), ("sizes", sizes)):
+                if values[places[0]] is not None:
+                    conditioning[name] = torch.stack([v for p in places if (v := values[p]) is not None])
+            batch = LatentBatch(
+                torch.stack([latents[p] for p in places]), conditioning, is_retention[chosen],
+                [names[p] for p in places],
+            )  # fmt: skip
+            noise = torch.stack([noises[p][1] for p in places])
+            return TrainingRows(batch, noise, levels[chosen], (targets, banks), apart)
+
+        of_targets = [place for place, row in enumerate(mine) if row < targets]
+        of_bank = [place for place, row in enumerate(mine) if row >= targets]
+        if shape == other or not of_targets or not of_bank:
+            return together(of_targets + of_bank)
+        return together(of_targets, together(of_bank))
+
+    def _condition(self, item: int, view: int, blank: bool) -> Tensor | None:
+        """Of a target row, black where it is blank; None where no ControlNet trains."""
+        conditions = self.targets.conditions
+        if conditions is None:
+            return None
+        return conditions.blank_row if blank else conditions.row(item, view)
+
+    def _bank_condition(self, item: int) -> Tensor | None:
         if self.targets.conditions is None:
             return None
-        if conditions is None or blank:
-            return self.targets.conditions.blank_row
-        return conditions.row(item, view)
+        if self.bank_conditions is not None:
+            return self.bank_conditions.row(item, 0)
+        return self.nothing if self.nothing is not None else self.targets.conditions.blank_row
 
     def _bank_sizes(self, item: int) -> Tensor | None:
         """Those of the picture where the bank is of real ones; a sample is as large as it was drawn, and whole."""
@@ -182,7 +207,8 @@ class BatchSource:
         assert self.bank is not None
         if self.bank.sizes is not None:
             return self.bank.sizes[item]
-        frame = self.targets.sizes[0, 0, 4:]
+        factor = self.targets.sizes[0, 0, 4] // self.targets.moments.mean.shape[3]
+        frame = factor * torch.tensor(self.bank.latents.shape[2:])
         return torch.cat([frame, torch.zeros_like(frame), frame])
 
     def _noise(self, step: int, row: int, shape: torch.Size) -> Tensor:

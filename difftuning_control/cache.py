@@ -29,19 +29,29 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures become squares.
+    """How pictures become squares, or the frames of a bucket.
 
     Args:
         resolution: side in pixels.
         flip: also keep the mirror image; training draws one of the two.
         crops: how many positions of the square to keep where a picture is not square: 1 is the centre, more are drawn.
         seed: of these positions.
+        shape: height and width of the frame where it is no square.
     """
 
     resolution: int
     flip: bool = False
     crops: int = 1
     seed: int = 0
+    shape: tuple[int, int] | None = None
+
+    @property
+    def height(self) -> int:
+        return self.shape[0] if self.shape is not None else self.resolution
+
+    @property
+    def width(self) -> int:
+        return self.shape[1] if self.shape is not None else self.resolution
 
     @property
     def views(self) -> int:
@@ -65,27 +75,29 @@ class Framing:
         References:
             SDXL: Improving Latent Diffusion Models (Podell et al., 2023), https://arxiv.org/abs/2307.01952
         """
-        side, (width, height) = self.resolution, example.size
+        width, height = example.size
         rows = []
         for mirrored in (False, True) if self.flip else (False,):
             for place in self.places(example):
-                (resized, _), left, top = placed(example.size, side, side, place)
-                rows.append([height, width, top, resized - side - left if mirrored else left, side, side])
+                (resized, _), left, top = placed(example.size, self.height, self.width, place)
+                rows.append(
+                    [height, width, top, resized - self.width - left if mirrored else left, self.height, self.width]
+                )
         return torch.tensor(rows)
 
     def arrange(self, example: Example, framed: Callable[[tuple[float, float]], np.ndarray]) -> np.ndarray:
-        """All views, (views, resolution, resolution, 3) uint8, of what `framed` gives for each place of the frame;
+        """All views, (views, height, width, 3) uint8, of what `framed` gives for each place of the frame;
         mirror images come last."""
         views = np.stack([framed(place) for place in self.places(example)])
         return np.concatenate([views, views[:, :, ::-1]]) if self.flip else views
 
     def pictures(self, example: Example) -> np.ndarray:
-        """All views of a picture, (views, resolution, resolution, 3) uint8."""
+        """All views of a picture, (views, height, width, 3) uint8."""
         image = example.load()
-        return self.arrange(example, lambda place: frame(image, self.resolution, self.resolution, place))
+        return self.arrange(example, lambda place: frame(image, self.height, self.width, place))
 
     def pixels(self, example: Example) -> Tensor:
-        """All views of a picture, (views, 3, resolution, resolution) in [-1, 1]."""
+        """All views of a picture, (views, 3, height, width) in [-1, 1]."""
         views = np.ascontiguousarray(self.pictures(example).transpose(0, 3, 1, 2), dtype=np.float32)
         return torch.from_numpy(views / 127.5 - 1)
 

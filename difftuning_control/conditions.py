@@ -118,8 +118,8 @@ def _views(conditioner: Conditioner, example: Example, framing: Framing) -> np.n
     if conditioner.spec.annotator != SUPPLIED:
         return np.stack([conditioner.condition(view) for view in framing.pictures(example)])
     assert example.load_condition is not None
-    supplied, side = example.load_condition(), framing.resolution
-    return framing.arrange(example, lambda place: conditioner.frame_condition(supplied, side, side, place))
+    supplied, size = example.load_condition(), (framing.height, framing.width)
+    return framing.arrange(example, lambda place: conditioner.frame_condition(supplied, *size, place))
 
 
 def bank_conditions(

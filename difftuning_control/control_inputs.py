@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.buckets import Bucket
     from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
 
@@ -44,7 +45,8 @@ class ControlInputs:
 
     Args:
         conditioner: makes conditions; its spec is saved with the weights.
-        targets: of the pictures to tune on, in all their views.
+        targets: of the pictures to tune on, in all their views; of each bucket of them.
+        nothing: a condition that shows nothing, of the bank's shape.
         held_out: of the pictures that validation uses.
         bank: of the bank's items; they have blank conditions when None.
         probe: measures fidelity on held-out pictures; None where there are none, or it is not wanted.
@@ -53,7 +55,8 @@ class ControlInputs:
     """
 
     conditioner: Conditioner
-    targets: Conditions
+    targets: list[Conditions]
+    nothing: Tensor
     held_out: Conditions | None
     bank: Conditions | None
     probe: FidelityProbe | None
@@ -68,7 +71,7 @@ class ControlInputs:
     def rows_of_bank(self, last: int) -> dict[str, Tensor]:
         """The control of the bank's last so many items."""
         if self.bank is None:
-            return {"control": torch.stack([self.targets.blank_row] * last)}
+            return {"control": torch.stack([self.nothing] * last)}
         return {"control": self.bank.rows(range(len(self.bank) - last, len(self.bank)))}
 
 
@@ -91,11 +94,10 @@ def prepare_control(
     recipe: Recipe,
     family: Family,
     conditioner: Conditioner,
-    data: ImageData,
+    buckets: list[Bucket],
     held_out: ImageData,
     all_held_out: ImageData,
     bank: KnowledgeBank | None,
-    framing: Framing,
     cache: Path,
     accelerator: Accelerator,
 ) -> ControlInputs:
@@ -104,18 +106,21 @@ def prepare_control(
     Raises:
         UserError: if the annotator finds nothing on any picture.
     """
-    control, still, show = recipe.control, Framing(framing.resolution), accelerator.is_main_process
+    control, show = recipe.control, accelerator.is_main_process
+    still, total_pictures = Framing(buckets[0].framing.resolution), sum(len(b.data) for b in buckets)
     workers = control.workers or conditioner.default_workers
     probed = all_held_out.sample(control.fidelity.size)
     wanted = control.fidelity.every > 0
     own = bank is not None and control.bank_condition == "own"
-    total = len(data) + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
+    total = (
+        total_pictures + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
+    )
     share = Share.of(accelerator)
     with progress(total, "annotating", show) as advance:
-        targets = cached_conditions(conditioner, data, framing, cache, advance, workers, share)
-        blank = targets.blank
-        if len(blank) == len(data):
-            raise UserError(_nothing(conditioner.spec.annotator, len(data)))
+        targets = [cached_conditions(conditioner, b.data, b.framing, cache, advance, workers, share) for b in buckets]
+        names = [b.data.examples[i].name for b, made in zip(buckets, targets) for i in made.blank]
+        if len(names) == total_pictures:
+            raise UserError(_nothing(conditioner.spec.annotator, total_pictures))
         held = None
         if len(held_out):
             held = cached_conditions(conditioner, held_out, still, cache, advance, workers, share)
@@ -127,14 +132,16 @@ def prepare_control(
             asked = cached_conditions(conditioner, probed, still, cache, advance, workers, share)
             watched = control.fidelity
             sampling = {"seed": recipe.training.seed, "steps": watched.steps, "guidance_scale": watched.guidance_scale,
-                        "resolution": framing.resolution}  # fmt: skip
+                        "resolution": still.resolution}  # fmt: skip
             probe = FidelityProbe.build(conditioner, probed, asked.rows(range(len(probed))), sampling)
-    names = [data.examples[i].name for i in blank]
-    few = held if held is not None else targets
+    few = held if held is not None else targets[0]
     shown = few.rows(range(min(SHOWN, len(few))))
-    targets = encoded_conditions(family, targets, cache, share)
+    targets = [encoded_conditions(family, made, cache, share) for made in targets]
+    nothing = torch.zeros(3, still.height, still.width, dtype=torch.uint8)
+    if family.encodes_control:
+        nothing = family.encode_control(nothing[None]).float().cpu()[0]
     held, of_bank = (encoded_conditions(family, p, cache, share) if p is not None else None for p in (held, of_bank))
-    return ControlInputs(conditioner, targets, held, of_bank, probe, names, shown)
+    return ControlInputs(conditioner, targets, nothing, held, of_bank, probe, names, shown)
 
 
 def _nothing(annotator: str, count: int) -> str:

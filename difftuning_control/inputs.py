@@ -13,6 +13,7 @@ import torch
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import TargetSet
+from difftuning_control.buckets import describe, into_buckets
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
 from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
@@ -59,6 +60,8 @@ class TrainingInputs:
     resolution: int
     control: ControlInputs | None = None
     stream: Stream | None = None
+    buckets: list[TargetSet] | None = None  # all the targets by shape; `targets` are the fullest bucket then
+    bucketing: dict[str, object] | None = None  # see `buckets.describe`
 
 
 def resolution_of(family: Family, data: DataConfig) -> int:
@@ -279,15 +282,16 @@ def prepare_inputs(
         bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, accelerator)
     bank = begin_label_space(family, recipe, data, bank)
     framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
+    buckets = into_buckets(family, recipe.data, data, resolution)
     cache = cache_folder(recipe.data)
     with progress(len(data) + len(held_out), "encoding pictures", show) as advance:
         if stream is None:
-            moments = cached_moments(family, data, framing, cache, advance, share=share)
+            moments = [cached_moments(family, b.data, b.framing, cache, advance, share=share) for b in buckets]
         held = encoded(family, held_out, resolution, cache, advance, share)
     control = None
     if conditioner is not None:
         control = prepare_control(
-            recipe, family, conditioner, data, held_out, all_held_out, bank, framing, cache, accelerator
+            recipe, family, conditioner, buckets, held_out, all_held_out, bank, cache, accelerator
         )  # fmt: skip
     samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
     if control is not None:
@@ -320,10 +324,16 @@ def prepare_inputs(
         return TrainingInputs(
             data, held_out, targets, embeddings, bank, validation, samples, resolution, stream=stream
         )  # fmt: skip
-    made = control.targets if control is not None else None
-    sizes = sizes_of(family, data, framing)
-    targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)
-    return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution, control)
+    sets = []
+    for number, bucket in enumerate(buckets):
+        examples = bucket.data.examples
+        made = control.targets[number] if control is not None else None
+        sizes = sizes_of(family, bucket.data, bucket.framing)
+        sets.append(
+            TargetSet(moments[number], [e.caption for e in examples], [e.name for e in examples], made, sizes)
+        )  # fmt: skip
+    found = TrainingInputs(data, held_out, sets[0], embeddings, bank, validation, samples, resolution, control)
+    return replace(found, buckets=sets, bucketing=describe(buckets)) if recipe.data.buckets else found
 
 
 def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
-from difftuning_control.batches import BatchSource, step_seed
+from difftuning_control.batches import BatchSource, TrainingRows, step_seed
+from difftuning_control.buckets import BucketSource
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
@@ -98,14 +99,18 @@ class TrainingLoop:
             self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve,
             self.sharded,
         )  # fmt: skip
-        self.source: BatchSource | StreamSource = BatchSource(
+        plain = BatchSource(
             family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
             recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
             accelerator.num_processes, inputs.control.bank if inputs.control is not None else None,
             recipe.control.dropout, self.config.gradient_accumulation_steps,
+            nothing=inputs.control.nothing if inputs.control is not None else None,
         )  # fmt: skip
+        self.source: BatchSource | BucketSource | StreamSource = plain
+        if inputs.buckets is not None:
+            self.source = BucketSource(plain, inputs.buckets)
         if inputs.stream is not None:
-            self.source = self._streamed(self.source, inputs.stream)
+            self.source = self._streamed(plain, inputs.stream)
 
     def _attach(self) -> AdapterTuning | FullTuning | ControlNetTuning:
         """What trains, by the recipe's method."""
@@ -173,14 +178,12 @@ class TrainingLoop:
             torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
                 rows = self.source.rows(step, forward)
-                batch = rows.batch.to(self.accelerator.device, self.family.dtype)
-                levels, noise = rows.levels.to(batch.latents.device), rows.noise.to(batch.latents)
-                with self.accelerator.autocast():
-                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
-                self._stop_if_not_finite(losses, step, batch.ids)
+                parts = [self._losses(part) for part in rows.parts]
+                losses, levels, is_retention = (torch.cat(found) for found in zip(*parts))
+                self._stop_if_not_finite(losses, step, [name for part in rows.parts for name in part.batch.ids])
                 u = self.objective.process.u.to(levels.device)[levels]
                 multipliers = self.budget.weights(u) if self.budget is not None else None
-                loss = self.objective.combine(losses, levels, batch.is_retention, rows.counts, multipliers)
+                loss = self.objective.combine(losses, levels, is_retention, rows.counts, multipliers)
                 # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
                 # the number of forwards
                 self.accelerator.backward(loss * (self.accelerator.num_processes * forwards))
@@ -190,8 +193,8 @@ class TrainingLoop:
                         self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            seen.append(torch.stack([losses.detach().float(), u.float(), batch.is_retention.float()], 1))
-            for name, value in self._by_role(loss.detach(), losses.detach(), batch.is_retention, rows.counts).items():
+            seen.append(torch.stack([losses.detach().float(), u.float(), is_retention.float()], 1))
+            for name, value in self._by_role(loss.detach(), losses.detach(), is_retention, rows.counts).items():
                 sums[name] = sums.get(name, 0.0) + value
         if self.budget is not None:
             self._follow_budget(torch.cat(seen))
@@ -199,6 +202,14 @@ class TrainingLoop:
         if self.ema is not None:
             self.ema.step(self.parameters.values())
         return sums
+
+    def _losses(self, rows: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
+        """ℓ, the noise level and whether it is a bank row, of every row of one forward, each (B,)."""
+        batch = rows.batch.to(self.accelerator.device, self.family.dtype)
+        levels, noise = rows.levels.to(batch.latents.device), rows.noise.to(batch.latents)
+        with self.accelerator.autocast():
+            losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
+        return losses, levels, batch.is_retention
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to the norm that they may have; gives the norm before."""

@@ -69,6 +69,10 @@ class DataConfig:
         default_caption: caption of pictures that have none.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
+        buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
+            shape a step; held-out pictures, samples and a bank of samples stay square.
+        bucket_step: sides of the buckets are multiples of this many pixels; a sixteenth of the resolution when empty.
+        bucket_aspect: no side of a bucket is longer than so many times the other.
         stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
             .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
             training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
@@ -88,11 +92,22 @@ class DataConfig:
     default_caption: str | None = None
     truncate_captions: bool = False
     skip_bad: bool = False
+    buckets: bool = False
+    bucket_step: int | None = None
+    bucket_aspect: float = 2.0
     stream: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
         _need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
+        _need(
+            self.bucket_step is None or self.bucket_step >= 8, "data.bucket_step", self.bucket_step, "at least 8 pixels"
+        )
+        _need(1 < self.bucket_aspect <= 8, "data.bucket_aspect", self.bucket_aspect, "more than 1 and at most 8")
+        if not self.buckets and (self.bucket_step is not None or self.bucket_aspect != 2.0):
+            raise UserError(
+                "data.bucket_step and data.bucket_aspect are for data.buckets true; give it, or leave them out."
+            )
         _need(1 <= self.crops <= 64, "data.crops", self.crops, "1 to 64")
         _need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
         _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
@@ -549,6 +564,7 @@ class Recipe:
             "method controlnet": self.method == "controlnet",
             "data.limit": self.data.limit is not None,
             "data.classes": self.data.classes is not None,
+            "data.buckets": self.data.buckets,
             "tuning.label_space new": self.tuning.label_space == "new",
             "tuning.schedule.kind auto": self.tuning.schedule.kind == "auto",
             "model.offload": self.model.offload,

@@ -322,6 +322,7 @@ def _describe(
             "skipped": inputs.data.skipped | inputs.held_out.skipped,
             "ignored_files": inputs.data.ignored_files,
             "resolution": inputs.resolution,
+            "buckets": inputs.bucketing,
         },
         "bank": None if bank is None else {"items": len(bank), "folder": str(bank.folder or bank.manifest["source"])},
         "classes": describe_classes(family, recipe, inputs.data),
