@@ -25,6 +25,7 @@ from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
+from difftuning_control.outside import refuse_pickle
 from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -130,6 +131,7 @@ def _find(path: Path) -> Path:
         for name in (LORA_FILE, DIFFFIT_FILE):
             if (path / name).exists():
                 return path / name
+    refuse_pickle(f"the adapter {path}", path, "adapter")
     raise UserError(
         f"{path} holds no adapter; expected the output folder of a run, a folder with {LORA_FILE}, {DIFFFIT_FILE} or "
         f"{PEFT_CONFIG}, or a safetensors file."

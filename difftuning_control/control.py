@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -293,6 +294,8 @@ def _source(name: str) -> str:
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:  # a spec from elsewhere could name os:system
+        raise UserError(f"the annotator {name} is of Python's own library, which has none; name a function of yours.")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module may raise anything when it is imported

@@ -17,6 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
 from difftuning_control.inputs import check_resolution
+from difftuning_control.outside import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.progress import progress
 from difftuning_control.provenance import refuse_file
@@ -102,7 +103,7 @@ def _check_control(run: str | None, record: dict[str, Any] | None, control: str 
 
 def _read_picture(path: str) -> Image.Image:
     try:
-        return decode_image(Path(path).expanduser().read_bytes())
+        return decode_image(read_file(Path(path).expanduser(), MAX_PIXELS * BYTES_PER_PIXEL))
     except OSError:
         raise UserError(f"the picture {path} of --control cannot be read; name an image file.") from None
     except UserError as error:

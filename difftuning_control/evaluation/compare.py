@@ -41,6 +41,7 @@ from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_m
 from difftuning_control.studies import Evaluation
 from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
+from difftuning_control.words import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -259,7 +260,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
     lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
     for side in sides:
-        row = [side["name"]]
+        row = [harmless(side["name"])]
         for name in names:
             value = side["summary"][name]
             shown = COLUMNS[name](value["mean"])
