@@ -32,6 +32,7 @@ from difftuning_control.annotators import Annotator, annotator, load_annotator
 from difftuning_control.data import frame, to_rgb
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
+from difftuning_control.outside import from_json, read_text
 
 SUPPLIED = "supplied"
 SPEC_FILE = "control_spec.json"
@@ -127,7 +128,7 @@ class ControlSpec:
         """
         path = Path(folder) / SPEC_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = from_json(read_text(path))
             if not isinstance(beside := values.pop("weights_files"), dict):
                 raise ValueError("weights_files is no table")
             if values.pop("format") != FORMAT:

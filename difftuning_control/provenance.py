@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
+from difftuning_control.outside import from_json, read_text
 from difftuning_control.recipe import Recipe
 from difftuning_control.words import plain_markdown, python_text
 
@@ -71,7 +71,8 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
 def read_run(output: Path) -> dict[str, Any] | None:
     """The `run.json` of an output folder, or None."""
     try:
-        return json.loads((output / "run.json").read_text(encoding="utf-8"))
+        found = from_json(read_text(output / "run.json"))
+        return found if isinstance(found, dict) and "status" in found else None
     except (OSError, ValueError):
         return None
 

@@ -25,6 +25,7 @@ from difftuning_control.data import Columns, dataset_rows, decode_image, images_
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.fingerprint import write_tensors
 from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS, read_file, without_secrets
 
 
@@ -278,6 +279,13 @@ def test_features_of_a_pickled_network_are_refused(tmp_path, trap):
     trap(tmp_path / "clip" / "pytorch_model.bin")
     with pytest.raises(UserError, match="as a pickle"):
         load_features(str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[1]", "5"])
+def test_an_adapter_whose_header_is_no_table_is_refused_in_a_sentence(pipe, tmp_path, text):
+    write_tensors(tmp_path / "a.safetensors", {"x.lora_A.weight": torch.ones(2)}, {"lora_adapter_metadata": text})
+    with pytest.raises(UserError, match=r"the header of .* cannot be read"):
+        load_adapter(pipe, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("where", ["class of a part", "class of the pipeline", "custom pipeline"])

@@ -78,7 +78,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
     features = load_features(request.features, family.device)
     training, held_out = read_data(recipe)
-    real = load_images(request.data, need_captions=True) if request.data is not None else held_out
+    real = load_images(request.data, max_pixels=recipe.data.max_pixels) if request.data is not None else held_out
     for run, record in records.items():
         _check_data(run, record, request.runs[0], training, real)
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
@@ -91,7 +91,9 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
         )
     if request.source is not None:
-        old = through_autoencoder(family, load_images(request.source, need_captions=False), resolution)
+        old = through_autoencoder(
+            family, load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels), resolution
+        )
     else:
         assert bank is not None
         old = decoded(family, bank.latents[:MOST])
