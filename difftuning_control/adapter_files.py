@@ -25,6 +25,7 @@ from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
+from difftuning_control.outside import from_json, read_text, refuse_pickle
 from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -130,6 +131,7 @@ def _find(path: Path) -> Path:
         for name in (LORA_FILE, DIFFFIT_FILE):
             if (path / name).exists():
                 return path / name
+    refuse_pickle(f"the adapter {path}", path, "adapter")
     raise UserError(
         f"{path} holds no adapter; expected the output folder of a run, a folder with {LORA_FILE}, {DIFFFIT_FILE} or "
         f"{PEFT_CONFIG}, or a safetensors file."
@@ -150,7 +152,7 @@ def _header(path: Path) -> dict[str, Any]:
     """What this package wrote into a file's header; nothing in other people's files."""
     text = _metadata(path)[0].get(HEADER, "{}")
     try:
-        found = json.loads(text)
+        found = from_json(text)
         if found.get("kind") == "tlora":
             found = {"kind": "tlora", "rank": int(found["rank"]), "limits": [float(v) for v in found["limits"]]}
             if len(found["limits"]) >= found["rank"]:
@@ -166,7 +168,10 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     (metadata, shapes), header = _metadata(path), _header(path)
     dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
     _check_strength("dora" if dora else None, strength)
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        config = dict(from_json(metadata.get("lora_adapter_metadata", "{}")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the header of {path} cannot be read (lora_adapter_metadata: {error}).") from None
     rank = header.get("rank", 1)
     uneven = next((key for key, shape in shapes.items() if ".lora_A." in key and shape[0] % rank), None)
     if uneven is not None:
@@ -244,7 +249,7 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
     kinds = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "OFT": peft.OFTConfig,
              "BOFT": peft.BOFTConfig, "IA3": peft.IA3Config}  # fmt: skip
     try:
-        values = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+        values = from_json(read_text(folder / PEFT_CONFIG))
         kind = values.pop("peft_type")
         config: Any = kinds[kind](**{k: v for k, v in values.items() if k != "auto_mapping"})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -159,6 +159,11 @@ def _of_run(
 ) -> dict[str, Any]:
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
     kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
+    if len(kept) < 2:
+        raise UserError(
+            f"the run {run} held out {len(kept)} sample of its bank, and what it forgot is measured on 2 at least; run "
+            "it with a larger bank.size or training.validation_size."
+        )
     words = kept.retained_prompts(recipe.tuning.retention_prompts)
     fresh = found.fresh if len(found.fresh.prompts) >= LEAST_ROWS else found.target
     parts = {"bank": part_of(kept, words), "target": fresh}

@@ -177,7 +177,9 @@ class KnowledgeBank:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             identity, names = manifest["identity"], manifest["shards"]
             files = names | {"prompts.jsonl": manifest["prompts"]}
-        except (OSError, ValueError, KeyError):
+            if any(Path(name).name != name for name in files):
+                raise ValueError("a shard that lies elsewhere")
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} holds no complete bank (no readable manifest.json); build it again.") from None
         if base is not None:
             _check_base(folder, identity, base)

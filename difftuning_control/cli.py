@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -16,10 +17,13 @@ from typing import Any
 
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
+from difftuning_control.outside import is_text, read_text, without_secrets
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.words import harmless
 
 PROGRAM = "difftune"
+DEEPEST, LARGEST = 32, 100_000  # levels and values of a recipe
 
 
 @dataclass
@@ -178,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `difftune` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
+    logging.setLogRecordFactory(_Record)
     try:
         verb, command = parse(arguments)
         if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -198,8 +203,24 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: BaseException, message: str, code: int) -> int:
     """Say it once: of the processes of a machine the first, before they know each other, then the first that failed."""
     if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "speaks_for_all", False):
-        print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{PROGRAM}: {harmless(without_secrets(' '.join(message.split())))}", file=sys.stderr)
     return code
+
+
+def say(text: str) -> None:
+    """Print lines in which names and captions from outside cannot command the terminal."""
+    print(_shown(text))
+
+
+def _shown(text: str) -> str:
+    return "\n".join(harmless(line) for line in without_secrets(text).split("\n"))
+
+
+class _Record(logging.LogRecord):
+    """What libraries log: addresses with a password in them, and prompts."""
+
+    def getMessage(self) -> str:  # noqa: N802 as it is called there
+        return _shown(super().getMessage())
 
 
 def parse(arguments: list[str]) -> tuple[str, Any]:
@@ -211,6 +232,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     import jsonargparse
 
     known: dict[str, Any] = {}
+    if not all(map(is_text, arguments)):
+        raise UserError("the command has bytes that are no UTF-8 text; rename such files and folders.")
     if arguments and not arguments[0].startswith("-"):
         if arguments[0] not in COMMANDS:
             raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}")
@@ -234,6 +257,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         return verb, COMMANDS[verb](**settings)
     except UserError:
         raise
+    except RecursionError:
+        raise UserError("a value of the command is nested too deeply; give a flat one.") from None
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(_one_sentence(str(error), known)) from None
 
@@ -295,7 +320,7 @@ def _place_of_study(verb: str, recipe: dict[str, Any]) -> list[str]:
 def _check_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe file whose keys are all known."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError:
         raise UserError(f"the recipe {path or '(no name given)'} cannot be read; name a YAML file.") from None
     except UnicodeDecodeError:
@@ -312,12 +337,44 @@ def _from_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise UserError(f"{where} is nested more than {DEEPEST} levels deep; give a flatter one.")
+        values = yaml.safe_load(text)
+        if _expanded(values, {}) > LARGEST:
+            raise UserError(f"{where} has aliases (*) that stand for more than {LARGEST} values; write them out.")
+        return values
+    except UserError:
+        raise
+    except ValueError as error:  # a date or a number that there is not
+        raise UserError(f"{where} has a value that cannot be read ({str(error).partition(';')[0]}).") from None
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where} is not valid YAML: {error.problem}{line}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _expanded(value: Any, sizes: dict[int, float]) -> float:
+    """How many values a YAML value has when its aliases are written out; infinite where it holds itself."""
+    if not isinstance(value, (dict, list, set, tuple)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until it is known
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return sizes[id(value)]
+
+
+def _is_clean(value: Any) -> bool:
+    """Whether all texts in a value are Unicode without a NUL, which no path and no argument may have."""
+    if isinstance(value, dict):
+        return all(_is_clean(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_clean, value))
+    return not isinstance(value, str) or ("\0" not in value and is_text(value))
 
 
 def _check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], where: str) -> None:
@@ -332,6 +389,8 @@ def _check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], wher
         elif not (value is None and optional) and (is_section or value is None):
             found = "empty" if value is None else value
             raise UserError(f"{key} is {found} in {where}; expected {_expected(known[key])}.")
+        elif not _is_clean(value):
+            raise UserError(f"{key} has a NUL or half a character (a lone surrogate) in {where}; leave it out.")
 
 
 def _nearest(key: str, known: typing.Iterable[str], mark: str = "") -> str:
@@ -384,10 +443,10 @@ def run_train(command: TrainCommand) -> None:
     run = train(_recipe(command), command.overwrite)
     if not PartialState().is_main_process:
         return
-    print(f"done: {command.output} ({run['status']})")
+    say(f"done: {command.output} ({run['status']})")
     for role, losses in run["losses"].items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
-        print(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+        say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
     _print_control(run)
 
 
@@ -398,7 +457,7 @@ def _print_control(run: dict[str, Any]) -> None:
     blank = run["control"]["blank"]
     if blank:
         names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
-        print(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
+        say(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
     curve = run.get("fidelity")
     if curve is None:
         return
@@ -407,11 +466,11 @@ def _print_control(run: dict[str, Any]) -> None:
     if found is not None:
         way = "suddenly" if found["sudden"] else "gradually"
         said = f"converged {way} at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})"
-    print(
+    say(
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
     )
-    print(f"  report: {run['recipe']['output']}/report.html")
+    say(f"  report: {run['recipe']['output']}/report.html")
 
 
 def run_bank(command: BankCommand) -> None:
@@ -439,14 +498,14 @@ def run_bank(command: BankCommand) -> None:
         resolution = resolution_of(family, command.data)
         bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
     if accelerator.is_main_process:
-        print(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
+        say(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
     accelerator.end_training()
 
 
 def run_sample(command: SampleCommand) -> None:
     from difftuning_control.sampling import sample_to_folder
 
-    print(f"done: {sample_to_folder(**dataclasses.asdict(command))}")
+    say(f"done: {sample_to_folder(**dataclasses.asdict(command))}")
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
@@ -455,10 +514,10 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
     check_folder(command.output, "evaluation.json", command.overwrite)
     result = evaluate(Evaluation(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Evaluation)}))
-    print(table(result))
+    say(table(result))
     for warning in result["warnings"]:
-        print(f"note: {warning}")
-    print(f"done: {command.output}/evaluation.json, grid.png")
+        say(f"note: {warning}")
+    say(f"done: {command.output}/evaluation.json, grid.png")
 
 
 def run_export(command: ExportCommand) -> None:
@@ -466,9 +525,9 @@ def run_export(command: ExportCommand) -> None:
 
     folder = export(ExportRequest(**{f.name: getattr(command, f.name) for f in dataclasses.fields(ExportRequest)}),
                     command.overwrite)  # fmt: skip
-    print(f"done: {folder}/README.md says how it is used")
+    say(f"done: {folder}/README.md says how it is used")
     if command.push is not None:
-        print(f"uploaded: https://huggingface.co/{command.push}")
+        say(f"uploaded: https://huggingface.co/{command.push}")
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
@@ -482,15 +541,15 @@ def run_analyze(command: AnalyzeCommand) -> None:
     check_folder(command.output, "analysis.json", command.overwrite)
     load_words(command.language)
     result = analyze(recipe, command.analysis, command.run)
-    print(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
+    say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
     columns = (result["u"], result["target"]["loss"], result["bank"]["loss"], result["gap"]["mean"],
                result["schedule"]["psi"], result["schedule"]["xi"])  # fmt: skip
     for u, target, bank, gap, psi, xi in zip(*columns):
-        print(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")
+        say(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")
     if result["forgetting"] is not None:
         rises = zip(result["forgetting"]["u"], result["forgetting"]["mean"])
-        print("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
-    print(f"done: {write_analysis(result, Path(command.output), command.language)} ({', '.join(result['advice'])})")
+        say("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
+    say(f"done: {write_analysis(result, Path(command.output), command.language)} ({', '.join(result['advice'])})")
 
 
 def run_pilot(command: PilotCommand) -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -31,6 +32,7 @@ from difftuning_control.annotators import Annotator, annotator, load_annotator
 from difftuning_control.data import frame, to_rgb
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
+from difftuning_control.outside import from_json, read_text
 
 SUPPLIED = "supplied"
 SPEC_FILE = "control_spec.json"
@@ -126,7 +128,7 @@ class ControlSpec:
         """
         path = Path(folder) / SPEC_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = from_json(read_text(path))
             if not isinstance(beside := values.pop("weights_files"), dict):
                 raise ValueError("weights_files is no table")
             if values.pop("format") != FORMAT:
@@ -293,6 +295,8 @@ def _source(name: str) -> str:
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
+    if module.partition(".")[0] in sys.stdlib_module_names:  # a spec from elsewhere could name os:system
+        raise UserError(f"the annotator {name} is of Python's own library, which has none; name a function of yours.")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module may raise anything when it is imported

@@ -10,20 +10,31 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
 
 from difftuning_control.errors import UserError
+from difftuning_control.outside import (
+    BYTES_PER_PIXEL,
+    MAX_PIXELS,
+    MOST_PIXELS,
+    from_json,
+    is_text,
+    read_file,
+    read_text,
+)
 
+# what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 CONDITION = "has a condition that "  # what is wrong with it follows
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
@@ -108,6 +119,7 @@ def load_images(
     condition_column: str | None = None,
     condition_path: str | None = None,
     classes: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -120,18 +132,19 @@ def load_images(
         condition_path: folder of these pictures, each named like its picture (another extension is fine).
         classes: folders, where captions are the names of sub-folders, or label, where they are what the column `label`
             names: text, a number, or a `datasets` ClassLabel.
+        max_pixels: a picture with more is not decoded, nor is a file read that is larger than such a picture.
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
-    checker = _Checker(skip_bad, default_caption if need_captions else default_caption or "")
+    checker = _Checker(skip_bad, default_caption if need_captions else default_caption or "", max_pixels)
     folder = _place(path)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
     rows: list[Row]
     if classes == "folders":
         rows, ignored = _class_rows(path, folder, checker)
     elif folder.is_dir() and (local := _local_dataset(folder)) is not None:
-        rows, ignored = dataset_rows(local, columns, checker.default_caption is None), 0
+        rows, ignored = dataset_rows(local, columns, checker.default_caption is None, [folder]), 0
     elif folder.is_dir():
         rows, ignored = _folder_rows(folder, columns, checker)
     elif folder.exists():
@@ -155,14 +168,17 @@ def _place(path: str) -> Path:
     return Path(path).expanduser()
 
 
+Read = Callable[[int], bytes]  # gives the bytes of a picture, if they are no more than so many
+
+
 @dataclass(frozen=True)
 class Row:
     """A picture before it is checked; `condition` reads the picture supplied as its condition."""
 
     name: str
-    read: Callable[[], bytes]
+    read: Read
     caption: Any
-    condition: Callable[[], bytes] | None = None
+    condition: Read | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,7 @@ def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> tuple[lis
     for row in rows:
         files = found.get(str(Path(row.name).with_suffix("")), [])
         if len(files) == 1:
-            paired.append(replace(row, condition=files[0].read_bytes))
+            paired.append(replace(row, condition=partial(read_file, files[0])))
         else:
             names = " and ".join(file.name for file in files)
             checker.bad[row.name] = f"has {len(files)} conditions, {names}" if files else f"has no condition in {path}"
@@ -208,8 +224,8 @@ def _with_conditions(rows: list[Row], path: str, checker: _Checker) -> tuple[lis
 class _Checker:
     """Turns raw rows into examples, collecting what is wrong with each."""
 
-    def __init__(self, skip_bad: bool, default_caption: str | None):
-        self.skip_bad, self.default_caption = skip_bad, default_caption
+    def __init__(self, skip_bad: bool, default_caption: str | None, max_pixels: int = MAX_PIXELS):
+        self.skip_bad, self.default_caption, self.max_pixels = skip_bad, default_caption, max_pixels
         self.bad: dict[str, str] = {}
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
@@ -232,11 +248,14 @@ class _Checker:
         if caption is None:
             self.bad[row.name] = "has no caption; write one, or give one for all with --data.default_caption"
             return None
+        if not is_text(caption):
+            self.bad[row.name] = "has a caption with halves of characters (lone surrogates); expected Unicode text"
+            return None
         picture = self._picture(row.name, row.read)
         if picture is None:
             return None
         if row.condition is None:
-            return Example(row.name, caption, picture[1], lambda: decode_image(row.read()), size=picture[0])
+            return Example(row.name, caption, picture[1], lambda: self.decode(row.read), size=picture[0])
         condition = self._picture(row.name, row.condition, CONDITION)
         if condition is None:
             return None
@@ -246,15 +265,18 @@ class _Checker:
             return None
         read = row.condition
         return Example(
-            row.name, caption, picture[1], lambda: decode_image(row.read()), condition[1], lambda: decode_image(read()),
+            row.name, caption, picture[1], lambda: self.decode(row.read), condition[1], lambda: self.decode(read),
             picture[0],
         )  # fmt: skip
 
-    def _picture(self, name: str, read: Callable[[], bytes], what: str = "") -> tuple[tuple[int, int], str] | None:
+    def decode(self, read: Read) -> Image.Image:
+        return decode_image(read(self.max_pixels * BYTES_PER_PIXEL), self.max_pixels)
+
+    def _picture(self, name: str, read: Read, what: str = "") -> tuple[tuple[int, int], str] | None:
         """Size and digest of a picture that can be used."""
         try:
-            content = read()
-            return decode_image(content).size, hashlib.sha256(content).hexdigest()
+            content = read(self.max_pixels * BYTES_PER_PIXEL)
+            return decode_image(content, self.max_pixels).size, hashlib.sha256(content).hexdigest()
         except UserError as error:
             self.bad[name] = f"{what}{error}"
         except OSError as error:
@@ -270,18 +292,20 @@ class _Checker:
             )
 
 
-def decode_image(content: bytes) -> Image.Image:
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An encoded picture as 8-bit RGB, upright, on white where it is transparent.
 
     Raises:
-        UserError: if it is empty, no picture, damaged, or animated.
+        UserError: if it is empty, no picture of the known formats, damaged, animated, or has more than `max_pixels`.
     """
     if not content:
         raise UserError("is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata in pictures that are whole
-            with Image.open(io.BytesIO(content)) as opened:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                if opened.width * opened.height > max_pixels:
+                    raise _too_large(opened.width * opened.height, max_pixels)
                 # the further frames of a phone's JPEG (MPO) are its previews, depth and gain maps
                 if opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
                     raise UserError(f"is animated ({frames} frames); save the frame you want as a picture")
@@ -292,9 +316,15 @@ def decode_image(content: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError("is not a picture that can be read") from None
     except Image.DecompressionBombError:
-        raise UserError("has too many pixels to be read safely") from None
+        raise _too_large(MOST_PIXELS + 1, max_pixels) from None
     except Exception as error:  # decoders raise whatever they stumble over
         raise UserError(f"is damaged or of an unsupported kind ({' '.join(str(error).split())})") from None
+
+
+def _too_large(pixels: int, allowed: int) -> UserError:
+    if pixels > MOST_PIXELS:
+        return UserError(f"has more than {MOST_PIXELS} pixels, expected at most {allowed}; scale it down")
+    return UserError(f"has {pixels} pixels, expected at most {allowed} (--data.max_pixels allows more)")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -328,8 +358,17 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 def _outside(path: Path, root: Path) -> str | None:
     """Where a path leads if that is not in the folder `root`; symbolic links are followed."""
+    if "\0" in str(path):  # which no file has in its name
+        return None
     target = os.path.realpath(path)
     return None if Path(target).is_relative_to(os.path.realpath(root)) else target
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
 
 
 def _visible_files(folder: Path) -> set[Path]:
@@ -357,11 +396,14 @@ def _folder_rows(folder: Path, columns: Columns, checker: _Checker) -> tuple[lis
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif not path.is_dir():
             try:
-                text = beside.read_text(encoding="utf-8-sig") if beside.exists() else None
+                text = read_text(beside) if beside.exists() else None
+            except OSError as error:
+                checker.bad[name] = f"has a caption, {beside.name}, that cannot be read ({error.strerror})"
+                continue
             except UnicodeDecodeError:
                 checker.bad[name] = f"has a caption, {beside.name}, that is not UTF-8 text; save it as UTF-8"
                 continue
-            rows.append(Row(name, path.read_bytes, text))
+            rows.append(Row(name, partial(read_file, path), text))
     return rows, len(files - used)
 
 
@@ -385,7 +427,7 @@ def _class_rows(path: str, folder: Path, checker: _Checker) -> tuple[list[Row], 
             where = "lies in no class folder" if len(parts) == 1 else "lies deeper than its class folder"
             checker.bad[name] = f"{where}; expected {folder.name}/class/picture"
         else:
-            rows.append(Row(name, picture.read_bytes, parts[0]))
+            rows.append(Row(name, partial(read_file, picture), parts[0]))
     found = {row.caption for row in rows}
     subfolders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     empty = next((name for name in subfolders if name not in found), None)
@@ -402,15 +444,17 @@ def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) 
     if (target := _outside(path, folder)) is not None:
         raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if path.suffix == ".csv":
             rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [from_json(line) for line in text.split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}; expected one JSON object a line, or CSV.") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {str(error).partition('; use sys')[0]}; expected one JSON object a line, or CSV."
+        ) from None
     columns = sorted({key for row in rows if isinstance(row, dict) for key in row if key})
     if not rows or not all(isinstance(row, dict) and row.get("file_name") for row in rows):
         raise UserError(f"{path} needs a file_name in every row; found the columns {', '.join(columns) or 'none'}.")
@@ -422,28 +466,33 @@ def _metadata_rows(path: Path, folder: Path, names: Columns, checker: _Checker) 
         raise UserError(
             f"{path} has no column {names.condition!r}, only {', '.join(columns)}; name it with --control.column."
         )
-    for row in rows:
-        name = str(row["file_name"])
-        picture, condition = folder / name, None
-        used = {"": picture}
+    for number, row in enumerate(rows, 1):
+        file_name = row["file_name"]
+        if not isinstance(file_name, str):
+            checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
+            continue
+        used = {"": folder / file_name}
         if names.condition is not None:
-            condition = used[CONDITION] = folder / str(row.get(names.condition) or "")
+            used[CONDITION] = folder / str(row.get(names.condition) or "")
         for what, file in used.items():
             if _outside(file, folder) is not None:
-                checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"
-            elif not file.is_file():
-                checker.bad[name] = f"{what}is named by {path.name} but does not exist"
-        if name not in checker.bad:
-            read = condition.read_bytes if condition is not None else None
-            yield Row(name, picture.read_bytes, names.caption_of(row.get(names.caption)), read), set(used.values())
+                checker.bad[file_name] = f"{what}is named by {path.name} but lies outside the folder"
+            elif not _is_file(file):
+                checker.bad[file_name] = f"{what}is named by {path.name} but does not exist"
+        if file_name not in checker.bad:
+            picture, *condition = (partial(read_file, file) for file in used.values())
+            yield Row(file_name, picture, names.caption_of(row.get(names.caption)), *condition), set(used.values())
 
 
 def _local_dataset(folder: Path) -> Any:
     """What `save_to_disk` left, or the rows of Parquet files; None for a folder of pictures."""
-    parquet = sorted(str(p) for p in folder.rglob("*.parquet"))
+    parquet = sorted(str(p) for p in folder.rglob("*.parquet") if p.is_file())
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
     if not parquet and not saved:
         return None
+    for file in parquet:
+        if (target := _outside(Path(file), folder)) is not None:
+            raise UserError(f"{file} leads outside the folder, to {target}; copy it into the folder.")
     import datasets
 
     try:
@@ -470,11 +519,21 @@ def _dataset_rows(name: str, columns: Columns, need_captions: bool) -> list[Row]
             f"{name} is no folder here and cannot be loaded as a data set ({type(error).__name__}); "
             "give a folder of pictures, or a data set that this machine can reach."
         ) from None
-    return dataset_rows(data, columns, need_captions)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
+    return dataset_rows(data, columns, need_captions, cached)
 
 
-def dataset_rows(data: Any, columns: Columns, need_captions: bool = True) -> list[Row]:
-    """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions."""
+def dataset_rows(
+    data: Any, columns: Columns, need_captions: bool = True, within: Sequence[Path] | None = None
+) -> list[Row]:
+    """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions.
+
+    Args:
+        within: folders in which files that are named instead of held must lie, the first for relative names; files
+            from anywhere when None.
+    """
     import datasets
 
     if not isinstance(data, datasets.Dataset):
@@ -489,8 +548,8 @@ def dataset_rows(data: Any, columns: Columns, need_captions: bool = True) -> lis
             f"the data set has no column {missing[0]!r}, only {found}; name it with --data.image_column, "
             "--data.caption_column or --control.column."
         )
-    read = _reader(data, columns.image)
-    read_condition = _reader(data, columns.condition) if columns.condition is not None else None
+    read = _reader(data, columns.image, within)
+    read_condition = _reader(data, columns.condition, within) if columns.condition is not None else None
     captions = list(data[columns.caption]) if columns.caption in data.column_names else [None] * len(data)
     feature = data.features.get(columns.caption)
     if isinstance(feature, datasets.ClassLabel):
@@ -502,7 +561,7 @@ def dataset_rows(data: Any, columns: Columns, need_captions: bool = True) -> lis
     ]
 
 
-def _reader(data: Any, column: str) -> Callable[[int], Callable[[], bytes]]:
+def _reader(data: Any, column: str, within: Sequence[Path] | None) -> Callable[[int], Read]:
     """Gives for a row's number what reads the bytes of its picture."""
     import datasets
 
@@ -514,12 +573,17 @@ def _reader(data: Any, column: str) -> Callable[[int], Callable[[], bytes]]:
             "--control.column."
         ) from None
 
-    def content(i: int) -> Callable[[], bytes]:
-        def read() -> bytes:
+    def content(i: int) -> Read:
+        def read(most: int) -> bytes:
             cell = raw[i][column] or {}
-            if cell.get("bytes") is None and cell.get("path") is None:
+            if cell.get("bytes") is not None:
+                return cell["bytes"]
+            if cell.get("path") is None:
                 raise UserError("has no picture")
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            path = Path(cell["path"]) if within is None else within[0] / cell["path"]
+            if within is not None and all(_outside(path, folder) is not None for folder in within):
+                raise UserError(f"names a picture outside the data set, {path}")
+            return read_file(path, most)
 
         return read
 

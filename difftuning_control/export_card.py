@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.provenance import model_card, prompt_of
+from difftuning_control.words import plain_markdown, python_text
 
 if TYPE_CHECKING:
     from difftuning_control.export import ExportRequest
@@ -58,11 +59,11 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
         figures: of `evaluation_lines`.
     """
     if request.format == "comfyui":
-        use = [PLACES["comfyui"].format(file=parts.file)]
+        use = [PLACES["comfyui"].format(file=plain_markdown(parts.file or ""))]
     else:
         use = ["```python", *_code(request, recipe, run, parts), "```"]
     if request.format == "kohya":
-        use = [PLACES["kohya"].format(file=parts.file), "", *use]
+        use = [PLACES["kohya"].format(file=plain_markdown(parts.file or "")), "", *use]
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
@@ -75,7 +76,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     """Lines of Python: where things lie, the pipeline, what belongs to it, and a picture."""
     used: dict[str, list[str]] = {"diffusers": [], "difftuning_control": [], "huggingface_hub": [], "PIL": []}
     is_whole = request.format == "diffusers" and request.base == "copied"
-    where = json.dumps(request.push or request.to, ensure_ascii=False)
+    where = python_text(request.push or request.to)
     body = [f"folder = {where}" if request.push is None else f"folder = snapshot_download({where})"]
     if request.push is not None:
         used["huggingface_hub"].append("snapshot_download")
@@ -84,7 +85,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
         used["difftuning_control"].append("embedded_model")
         body.append("base = str(embedded_model())")
     elif not is_whole:
-        body.append(f"base = {json.dumps(recipe.model.id, ensure_ascii=False)}")
+        body.append(f"base = {python_text(recipe.model.id)}")
     if parts.controlnet is not None and not is_whole:
         used["diffusers"].append(parts.controlnet)
         body.append(f'controlnet = {parts.controlnet}.from_pretrained(f"{{folder}}/controlnet")')
@@ -97,7 +98,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
         if recipe.adapter.kind in ("lora", "dora"):
-            name = "" if parts.file is None else f", weight_name={json.dumps(parts.file, ensure_ascii=False)}"
+            name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:
             used["difftuning_control"].append("load_adapter")
@@ -138,7 +139,7 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
             rows = cells({"base": result["base"], "sides": [{**side, "name": "tuned"}]})
             asked = result["settings"]
             words = f"{asked['pictures']} prompts, {len(asked['seeds'])} seeds, {asked['steps']} steps, guidance "
-            words += f"{asked['guidance_scale']:g}, features {asked['features']}"
+            words += f"{asked['guidance_scale']:g}, features {plain_markdown(str(asked['features']))}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"the evaluation {path} cannot be read; name one of difftune evaluate.") from None
     if side is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from difftuning_control.adapter_files import load_adapter, merge_adapter
+from difftuning_control.adapter_files import LORA_FILE, load_adapter, merge_adapter
 from difftuning_control.adapter_kinds import ADAPTER
 from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.control import ControlSpec
@@ -78,7 +78,7 @@ def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
 
 def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:
     base = _checked_base(record, recipe, request.run)
-    base.pipe.load_lora_weights(request.run, adapter_name=ADAPTER)
+    load_adapter(base.pipe, Path(request.run) / LORA_FILE)
     layers = lora_layers(base.denoiser, ADAPTER)
     tensors = (kohya_tensors if request.format == "kohya" else comfyui_tensors)(layers, base.denoiser.config)
     name = f"{Path(request.run).resolve().name}.safetensors"

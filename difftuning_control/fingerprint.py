@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from difftuning_control.outside import without_secrets
+
 
 def digest_of(values: Any) -> str:
     """16 hexadecimal digits of a JSON-able value; the order of keys does not matter."""
@@ -51,11 +53,11 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside the target, then rename."""
+    """Write to a temporary name beside the target, then rename. Secrets are left out; what is no Unicode is escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(without_secrets(text))
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
 

@@ -23,6 +23,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.outside import read_text
 from difftuning_control.processes import ALONE, Share
 from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
@@ -93,6 +94,7 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
         "image_column": config.image_column,
         "default_caption": config.default_caption,
         "skip_bad": config.skip_bad,
+        "max_pixels": config.max_pixels,
         "classes": config.classes,
     }
     if recipe.method == "controlnet":
@@ -169,7 +171,7 @@ def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> lis
         return bank_classes(family, config.prompts)
     path = Path(config.prompts).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).split("\n")]
     except OSError:
         expected = "captions, empty, classes, both" if family.class_conditional else "captions, empty"
         raise UserError(
@@ -216,7 +218,8 @@ def _bank_of_pictures(
     family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
 ) -> KnowledgeBank:
     """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
-    pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False)
+    pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False,
+                           max_pixels=data.max_pixels)  # fmt: skip
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]

@@ -31,6 +31,7 @@ from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.fingerprint import write_json, write_text
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.outside import without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe import Recipe
 from difftuning_control.validation import BandLosses, compute_loss
@@ -138,7 +139,9 @@ class TrainingLoop:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
         first = self._resume()
         if self.config.trackers:
-            self.accelerator.init_trackers("difftuning-control", {"recipe": json.dumps(self.recipe.to_dict())})
+            self.accelerator.init_trackers(
+                "difftuning-control", {"recipe": without_secrets(json.dumps(self.recipe.to_dict()))}
+            )
         if self.curve is not None and first == 0:
             self._measure_fidelity(0)
         self.denoiser.train()

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difftuning_control.batches import step_seed
+from difftuning_control.words import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -88,9 +89,12 @@ def save_grid(
     temporary.replace(path)
 
 
+MOST = 1000  # characters of a caption that are looked at
+
+
 def _two_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """The caption broken into at most two lines of the given width, shortened with an ellipsis."""
-    lines, rest = [], " ".join(text.split())
+    lines, rest = [], " ".join(harmless(text[:MOST]).split())
     for number in range(2):
         words = rest.split(" ")
         taken = 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
+from difftuning_control.outside import from_json, read_text
 from difftuning_control.recipe import Recipe
-from difftuning_control.words import harmless
+from difftuning_control.words import plain_markdown, python_text
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
@@ -42,6 +43,7 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     schedule = values["tuning"]["schedule"]
     if schedule["path"] is not None:  # what the file says, not where it lies
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
+    values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
     for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
                  "sample_steps", "sample_guidance_scale", "trackers", "shard"):  # fmt: skip
         values["training"].pop(name)
@@ -76,7 +78,8 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
 def read_run(output: Path) -> dict[str, Any] | None:
     """The `run.json` of an output folder, or None."""
     try:
-        return json.loads((output / "run.json").read_text(encoding="utf-8"))
+        found = from_json(read_text(output / "run.json"))
+        return found if isinstance(found, dict) and "status" in found else None
     except (OSError, ValueError):
         return None
 
@@ -132,8 +135,8 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, resume: bool, overwrite: bool):
-        self.path, self._created = path, not path.exists()
         refuse_file(path)
+        self.path, self._created = path, [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")
         try:
@@ -155,11 +158,12 @@ class OutputFolder:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:
-        """Give the lock back; a folder that was made for nothing goes too."""
+        """Give the lock back; folders that were made for nothing go too."""
         self._lock.release()
         (self.path / ".lock").unlink(missing_ok=True)
-        if self._created and not any(self.path.iterdir()):
-            self.path.rmdir()
+        with suppress(OSError):  # the first that holds something
+            for folder in self._created:
+                folder.rmdir()
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:
@@ -216,7 +220,7 @@ def model_card(
         words = "plain fine-tuning"
     lines = [
         "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
-        f"# {titles[recipe.method]} {base_name(recipe.model.id)}", "",
+        f"# {titles[recipe.method]} {plain_markdown(base_name(recipe.model.id))}", "",
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
         f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
         *_class_lines(run.get("classes")), *(figures or []), *_fidelity_lines(run.get("fidelity")),
@@ -229,7 +233,7 @@ def _class_lines(found: dict[str, Any] | None) -> list[str]:
     """Which number each class has, at most the first hundred."""
     if found is None:
         return []
-    named = [f"{number} {harmless(name)}" for name, number in found["classes"].items()]
+    named = [f"{number} {plain_markdown(name)}" for name, number in found["classes"].items()]
     more = f", … ({len(named)} in all)" if len(named) > 100 else ""
     what = "Classes of a new label space" if found["label_space"] == "new" else "Classes of the pictures"
     return [f"{what}: {', '.join(named[:100])}{more}.", ""]
@@ -237,22 +241,23 @@ def _class_lines(found: dict[str, Any] | None) -> list[str]:
 
 def prompt_of(run: dict[str, Any]) -> str:
     """One of a run's prompts as a string of Python."""
-    return json.dumps(" ".join((run["prompts"] or [""])[0].replace("`", "'").split()), ensure_ascii=False)
+    return python_text(" ".join((run["prompts"] or [""])[0].split()))
 
 
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
-    base = run["base_path"] if recipe.model.id == "embedded" else recipe.model.id
+    base = python_text(run["base_path"] if recipe.model.id == "embedded" else recipe.model.id)
+    output = python_text(recipe.output)
     prompt = prompt_of(run)
     if recipe.method == "controlnet":
-        place, (controlnet, pipeline) = f"{recipe.output}/controlnet", run["control"]["classes"]
+        place, (controlnet, pipeline) = python_text(f"{recipe.output}/controlnet"), run["control"]["classes"]
         return [
             f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
             "from difftuning_control import Conditioner, ControlSpec", "",
-            f'controlnet = {controlnet}.from_pretrained("{place}")',
-            f'pipe = {pipeline}.from_pretrained("{base}", controlnet=controlnet)',
-            f'condition = Conditioner(ControlSpec.load("{place}")).prepare(Image.open("photo.png"))',
+            f'controlnet = {controlnet}.from_pretrained({place})',
+            f'pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)',
+            f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
     call = f"image = pipe({prompt}).images[0]"
@@ -260,16 +265,16 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         given = f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
         call = f"image = pipe({given}).images[0]"
     if recipe.method == "full":
-        load = [f'pipe = DiffusionPipeline.from_pretrained("{recipe.output}/pipeline")']
+        load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{recipe.output}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]
-    start, load = ["from diffusers import DiffusionPipeline"], [f'pipe = DiffusionPipeline.from_pretrained("{base}")']
+    start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
     if recipe.adapter.kind in ("lora", "dora") and classes is None:
-        load.append(f'pipe.load_lora_weights("{recipe.output}")')
+        load.append(f"pipe.load_lora_weights({output})")
     else:
         start.append("from difftuning_control import load_adapter")
         if recipe.adapter.kind == "tlora":
             load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
-        load.append(f'load_adapter(pipe, "{recipe.output}")')
+        load.append(f"load_adapter(pipe, {output})")
     return [*start, "", *load, call]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from difftuning_control.errors import UserError
+from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS, from_json, read_text
 from difftuning_control.schedules import Schedule, schedule_from_dict
 
 MAX_SEED = 2**31 - 1
@@ -76,6 +77,7 @@ class DataConfig:
         stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
             .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
             training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
+        max_pixels: pictures with more are refused before they are decoded.
         cache: folder of the latent and prompt caches; the user's cache folder when empty.
     """
 
@@ -96,6 +98,7 @@ class DataConfig:
     bucket_step: int | None = None
     bucket_aspect: float = 2.0
     stream: bool = False
+    max_pixels: int = MAX_PIXELS
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +114,7 @@ class DataConfig:
         _need(1 <= self.crops <= 64, "data.crops", self.crops, "1 to 64")
         _need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
         _need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+        _need(1 <= self.max_pixels <= MOST_PIXELS, "data.max_pixels", self.max_pixels, f"1 to {MOST_PIXELS}")
         if self.classes is not None and self.default_caption is not None:
             raise UserError(
                 f"data.classes is {self.classes}, so every picture has its caption; leave out data.default_caption."
@@ -157,7 +161,7 @@ class ScheduleConfig:
         try:
             if self.kind == "measured":
                 assert self.path is not None
-                table = json.loads(Path(self.path).read_text(encoding="utf-8"))
+                table = from_json(read_text(Path(self.path)))
                 return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
             if self.kind == "auto":
                 return schedule_from_dict({"kind": "constant", "psi": 1.0, "xi": 1.0})

@@ -237,7 +237,7 @@ def _data_uri(folder: Path, file: str, largest: int = LARGEST) -> str:
                 buffer = io.BytesIO()
                 small.save(buffer, "PNG", optimize=True)
                 content = buffer.getvalue()
-    except (OSError, UnidentifiedImageError):
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
         raise UserError(
             f"the picture {harmless(str(path))} of the pilot is missing or damaged; put it back, or start "
             "afresh with --overwrite."

@@ -17,6 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
 from difftuning_control.inputs import check_resolution
+from difftuning_control.outside import BYTES_PER_PIXEL, MAX_PIXELS, read_file, without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.progress import progress
 from difftuning_control.provenance import refuse_file
@@ -77,7 +78,7 @@ def sample_to_folder(
                 pictures = sample_pictures(tuned, prompts, **settings, advance=advance, control=asked)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+        name = re.sub(r"[^a-z0-9]+", "-", without_secrets(prompt).lower()).strip("-")[:60] or "empty"
         picture.save(folder / f"{i:03d}-{name}.png")
     if condition is not None:
         condition.save(folder / "condition.png")
@@ -102,7 +103,7 @@ def _check_control(run: str | None, record: dict[str, Any] | None, control: str 
 
 def _read_picture(path: str) -> Image.Image:
     try:
-        return decode_image(Path(path).expanduser().read_bytes())
+        return decode_image(read_file(Path(path).expanduser(), MAX_PIXELS * BYTES_PER_PIXEL))
     except OSError:
         raise UserError(f"the picture {path} of --control cannot be read; name an image file.") from None
     except UserError as error:

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, step_seed
 from difftuning_control.cache import Framing, LatentMoments, PromptEmbeddings
-from difftuning_control.data import Example, ImageData, Row, _Checker, _outside, _place, decode_image
+from difftuning_control.data import Example, ImageData, Read, Row, _Checker, _outside, _place, decode_image
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
+from difftuning_control.outside import BYTES_PER_PIXEL, is_text, read_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -115,13 +116,13 @@ class Collection:
         beside = row.get("json")
         return beside.get(self.config.caption_column) if isinstance(beside, dict) else None
 
-    def _reader(self, cell: Any) -> Callable[[], bytes]:
-        def read() -> bytes:
+    def _reader(self, cell: Any) -> Read:
+        def read(most: int) -> bytes:
             if self.kind == "json":
                 path = self.folder / str(cell)
                 if _outside(path, self.folder) is not None:
                     raise UserError("is named by metadata.jsonl but lies outside the folder")
-                return path.read_bytes()
+                return read_file(path, most)
             if (cell or {}).get("bytes") is None:
                 raise UserError("has no picture")
             return cell["bytes"]
@@ -187,7 +188,7 @@ class Stream:
                     "a data.validation_path, or lower training.validation_size."
                 )
             self.begin += len(part)
-            checker = _Checker(self.config.skip_bad, self.config.default_caption)
+            checker = _Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
             examples = [e for row in part if (e := checker._example(row)) is not None]
             checker._stop_if_bad(self.config.path)
             found |= {e.name: e for e in examples}
@@ -235,16 +236,18 @@ class Stream:
                 caption = self._caption_of(row)
                 if caption is None:
                     raise UserError("has no caption; write one, or give one for all with --data.default_caption")
-                content = row.read()
-                return _decoded(row.name, caption, content)
+                if not is_text(caption):
+                    raise UserError("has a caption that is no text")
+                content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
+                return _decoded(row.name, caption, content, self.config.max_pixels)
             except (UserError, OSError) as error:
                 reason = reason or f"{row.name} in {self.config.path} {getattr(error, 'strerror', None) or error}"
         raise UserError(f"{reason}; mend it, or leave such rows out: --data.skip_bad true.")
 
 
-def _decoded(name: str, caption: str, content: bytes) -> Example:
+def _decoded(name: str, caption: str, content: bytes, max_pixels: int) -> Example:
     """A picture that is in memory already."""
-    image = decode_image(content)
+    image = decode_image(content, max_pixels)
     return Example(name, caption, hashlib.sha256(content).hexdigest(), lambda: image, size=image.size)
 
 

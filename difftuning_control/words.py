@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import string
 import unicodedata
 from pathlib import Path
@@ -73,3 +75,14 @@ def _show(c: str) -> str:
         return "␡"
     hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and c not in JOINERS
     return f"⟨U+{code:04X}⟩" if hidden else c
+
+
+def plain_markdown(text: str) -> str:
+    """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", harmless(text)), quote=False)
+
+
+def python_text(text: str) -> str:
+    """A text as a string of Python that stands in a code block of Markdown; what is not to be seen is escaped."""
+    shown = json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
+    return "".join(c if harmless(c) == c else c.encode("unicode_escape").decode() for c in shown)

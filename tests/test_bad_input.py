@@ -338,7 +338,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "damaged weights": (
         lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), ("could not be loaded",)
     ),
-    "pickled weights": (pickled, ("could not be loaded", "a diffusers directory with safetensors weights")),
+    "pickled weights": (pickled, ("as a pickle (diffusion_pytorch_model.bin)", "is never loaded", "convert it: ")),
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_m
 from difftuning_control.studies import Evaluation
 from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
+from difftuning_control.words import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -77,7 +78,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
     features = load_features(request.features, family.device)
     training, held_out = read_data(recipe)
-    real = load_images(request.data, need_captions=True) if request.data is not None else held_out
+    real = load_images(request.data, max_pixels=recipe.data.max_pixels) if request.data is not None else held_out
     for run, record in records.items():
         _check_data(run, record, request.runs[0], training, real)
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
@@ -90,7 +91,9 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
         )
     if request.source is not None:
-        old = through_autoencoder(family, load_images(request.source, need_captions=False), resolution)
+        old = through_autoencoder(
+            family, load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels), resolution
+        )
     else:
         assert bank is not None
         old = decoded(family, bank.latents[:MOST])
@@ -259,7 +262,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
     lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
     for side in sides:
-        row = [side["name"]]
+        row = [harmless(side["name"])]
         for name in names:
             value = side["summary"][name]
             shown = COLUMNS[name](value["mean"])

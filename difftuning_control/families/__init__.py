@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftuning_control.errors import UserError
+from difftuning_control.outside import refuse_pickle
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -82,11 +83,12 @@ def load_family(
                 what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
                 raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
             pipe = DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, variant=variant, use_safetensors=True, **_left_out(index)
+                path, dtype=dtype, variant=variant, use_safetensors=True, trust_remote_code=False, **_left_out(index)
             )
     except UserError:
         raise
     except Exception as error:
+        refuse_pickle(f"the model {model}", path, "model")
         expected = "`embedded`, a diffusers directory with safetensors weights"
         raise _not_loaded(f"the model {model}", path, error, expected) from None
     family = family_of(pipe)
@@ -130,6 +132,7 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
+        refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
         expected = "a directory with config.json and safetensors weights"
         raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
     return found
@@ -140,9 +143,37 @@ def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserEr
         return UserError(
             f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
         )
+    if not Path(path).is_dir():
+        return UserError(
+            f"{what} is no directory here and could not be downloaded ({why_not(error)}); give {expected}, or a Hub "
+            "id that this machine can reach."
+        )
     reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
-    where = "could not be loaded" if Path(path).is_dir() else "is no directory here and could not be downloaded"
-    return UserError(f"{what} {where} ({reason}); expected {expected}, or a Hub id that this machine can reach.")
+    return UserError(f"{what} could not be loaded ({reason}); expected {expected}, or a Hub id.")
+
+
+def why_not(error: BaseException) -> str:
+    """Why the Hub gave nothing, in a few words; of its many errors only what lies behind them tells."""
+    from huggingface_hub import constants
+
+    behind, chain = error, [error]
+    while (nearest := behind.__cause__ or behind.__context__) is not None and nearest not in chain:
+        chain.append(behind := nearest)
+    names = {kind.__name__ for found in chain for kind in type(found).__mro__}
+    if constants.HF_HUB_OFFLINE:
+        return "offline mode is on: HF_HUB_OFFLINE"
+    if names & {"RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"}:
+        return "the Hub has none of this name, or it is private"
+    if names & {
+        "ConnectError",
+        "ConnectionError",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "Timeout",
+        "LocalEntryNotFoundError",
+    }:
+        return "the Hub cannot be reached"
+    return textwrap.shorten(str(error), 120, placeholder=" …").rstrip(". ") or type(error).__name__
 
 
 def best_device() -> torch.device:
@@ -176,6 +207,7 @@ def quiet_loading() -> Iterator[None]:
 def _check_directory(path: str) -> None:
     folder = Path(path)
     if folder.is_file():
+        refuse_pickle(f"the model {path}", path, "checkpoint")
         raise UserError(
             f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
         )

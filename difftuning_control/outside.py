@@ -1,0 +1,138 @@
+"""What comes from outside: files that are none, text that is none, pickles, and secrets that would get around."""
+
+from __future__ import annotations
+
+import errno
+import html
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.errors import UserError
+
+MAX_PIXELS = 89_478_485  # of a picture: where Pillow begins to warn of decompression bombs
+MOST_PIXELS = 2 * MAX_PIXELS  # where Pillow itself refuses
+BYTES_PER_PIXEL = 8  # of the largest file that such a picture may be: four channels of 16 bits, not compressed
+MOST_TEXT = 1 << 30  # bytes of a recipe, a caption, a list of prompts or metadata
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_CONVERT = {
+    "model": 'python -c \'from diffusers import DiffusionPipeline as P; P.from_pretrained("{path}", '
+    'use_safetensors=False).save_pretrained("converted")\'',
+    "checkpoint": 'python -c \'from diffusers import StableDiffusionPipeline as P; P.from_single_file("{path}")'
+    '.save_pretrained("converted")\'',
+    "ControlNet": 'python -c \'from diffusers import ControlNetModel as C; C.from_pretrained("{path}", '
+    'use_safetensors=False).save_pretrained("converted")\'',
+    "network": 'python -c \'from transformers import AutoModel as M; M.from_pretrained("{path}", use_safetensors=False)'
+    '.save_pretrained("converted")\'',
+    "adapter": "python -c 'import torch; from safetensors.torch import save_file as s; "
+    's(torch.load("{path}", weights_only=True), "converted.safetensors")\'',
+}
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, most: int = MOST_TEXT) -> bytes:
+    """The content of an ordinary file; pipes and devices are not waited for.
+
+    Raises:
+        OSError: if it cannot be read, is no ordinary file, or has more than `most` bytes.
+    """
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no file can have this name", str(path).replace("\0", "␀"))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, expected at most {most}", str(path))
+        return file.read(most)
+
+
+def read_text(path: str | Path) -> str:
+    """An ordinary file as UTF-8 text, without a byte order mark and with any kind of line end as \\n.
+
+    Raises:
+        OSError, UnicodeDecodeError: if it is none.
+    """
+    return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def from_json(text: str) -> Any:
+    """A JSON value; a ValueError also where it is nested too deeply or has a number that is too long."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: lone surrogates are halves of characters, or bytes that are no text."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+# --- pickles --------------------------------------------------------------------------------------------------------
+
+
+def refuse_pickle(what: str, place: str | Path, kind: str) -> None:
+    """Refuse a pickle, or a directory of which a part has its weights as pickles only; nothing of it is read.
+
+    Args:
+        what: for the sentence: the model runs/x.
+        kind: model, checkpoint (a model as one file), ControlNet, network (of transformers) or adapter.
+
+    Raises:
+        UserError: with the way to convert it.
+    """
+    place = Path(place)
+    found = place if place.suffix.lower() in PICKLED and place.is_file() else _pickled_part(place)
+    if found is not None:
+        way = _CONVERT[kind].format(path=place if kind != "adapter" else found)
+        raise UserError(
+            f"{what} has its weights as a pickle ({found.name}), which may run code when it is read and is never "
+            f"loaded; where you trust its source, convert it: {way}."
+        )
+
+
+def _pickled_part(folder: Path) -> Path | None:
+    """A pickle without safetensors beside it, in a directory of weights or one level below."""
+    if not folder.is_dir():
+        return None
+    for part in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        files = sorted(p for p in part.iterdir() if p.is_file())
+        pickles = [p for p in files if p.suffix.lower() in PICKLED and p.name != "training_args.bin"]
+        if pickles and not any(p.suffix == ".safetensors" for p in files):
+            return pickles[0]
+    return None
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+HIDDEN = "(secret)"
+_SECRET = "(?:token|api_?key|access_?key|password|passwd|secret)"
+_NAMES = re.compile(_SECRET + "$", re.IGNORECASE)
+_PATTERNS = (
+    (re.compile(r"://[^/\s@\"'<>]+@"), f"://{HIDDEN}@"),
+    (re.compile(rf"([?&;][\w.-]*{_SECRET}=)[^\s&;\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"((?<!\S)--[\w.-]*{_SECRET}(?:=|\s+))[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), HIDDEN),
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text without what is secret: values of variables such as HF_TOKEN, users in addresses, tokens of the Hub.
+
+    Values of fewer than 12 characters, or without a digit, are taken for words.
+    """
+    for name, value in os.environ.items():
+        if _NAMES.search(name) and len(value) >= 12 and any(c.isdigit() for c in value):
+            for form in {value, json.dumps(value)[1:-1], html.escape(value)}:
+                text = text.replace(form, HIDDEN)
+    for pattern, shown in _PATTERNS:
+        text = pattern.sub(shown, text)
+    return text
