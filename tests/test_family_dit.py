@@ -33,6 +33,7 @@ from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
+from difftuning_control.inputs import prepare_bank
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, to_images
@@ -329,6 +330,16 @@ def write_classes(folder: Path, names: tuple[str, ...] = ("bee", "dog"), each: i
             pixels[3 + number : 13, 3 : 9 + i] = colour
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def test_a_bank_of_real_pictures_is_read_by_class_folders(tmp_path):
+    family, data = family_of(tiny_dit()), DataConfig(cache=str(tmp_path / "cache"))
+    folder = write_classes(tmp_path / "real", each=2)
+    bank = prepare_bank(family, BankConfig(path=str(folder)), data, [], 16)
+    assert bank.retained_prompts("own") == ["bee", "bee", "dog", "dog"]
+    assert bank.retained_prompts("empty") == [""] * 4
+    bank = prepare_bank(family, BankConfig(path=str(folder / "bee")), data, [], 16)
+    assert bank.retained_prompts("own") == ["", ""]
 
 
 def test_class_folders_name_the_captions(tmp_path):
