@@ -154,9 +154,10 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         found = from_json(text)
         if found.get("kind") == "tlora":
-            found = {"kind": "tlora", "rank": int(found["rank"]), "limits": [float(v) for v in found["limits"]]}
-            if len(found["limits"]) >= found["rank"]:
-                raise ValueError("more limits than ranks")
+            limits, sign = [float(v) for v in found["limits"]], int(found.get("sign", 1))
+            found = {"kind": "tlora", "rank": int(found["rank"]), "limits": limits, "sign": sign}
+            if len(limits) >= found["rank"] or abs(sign) != 1:
+                raise ValueError("more limits than ranks, or no sign")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"the header of {path} cannot be read ({HEADER}: {text:.100}); save the adapter anew."
@@ -188,7 +189,7 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
         _remove(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
     if header.get("kind") == "tlora":
-        mask_ranks(denoiser, name, header["rank"], header["limits"])
+        mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
     if strength != 1:
         for module in (denoiser, *_encoders(pipe)):
             for layer in _layers(module, name):
@@ -216,7 +217,8 @@ def _check_lora(
             )
         if down is None or up is None:
             raise UserError(f"the adapter {path} is not whole: A or B of {prefix}.{layer} is missing.")
-        out, into = target.weight.shape[:2]
+        linear = isinstance(target, nn.Linear)  # the weight of a quantised one is packed
+        out, into = (target.out_features, target.in_features) if linear else target.weight.shape[:2]
         if (up[0], down[1]) != (out, into) or up[1] != down[0]:
             raise UserError(
                 f"the adapter {path} does not fit this model: it was made for {prefix}.{layer} of {up[0]} × {down[1]}, "

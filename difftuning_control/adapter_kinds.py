@@ -83,7 +83,9 @@ def target_layers(
 
 
 def _size(layer: Any) -> tuple[int, int]:
-    """Rows and columns of a layer's weight, as a matrix."""
+    """Rows and columns of a layer's weight, as a matrix; a quantised one is packed."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
     return len(layer.weight), layer.weight[0].numel()
 
 
@@ -150,10 +152,10 @@ def attach(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's BOFT warns of its CUDA kernel, which is not needed
         torch.manual_seed(seed)
-        weights = {name: layer.weight.data for name, layer in layers.items()}
+        weights = {name: layer.weight.data for name, layer in layers.items() if config.init == "pissa"}
         module.add_adapter(peft_config(config, names), ADAPTER)
-        for name, layer in layers.items():
-            layer.weight.data = weights[name]  # PiSSA's initialisation takes its part out of it
+        for name, weight in weights.items():
+            layers[name].weight.data = weight  # PiSSA's initialisation takes its part out of it
         tuned = {name: module.get_submodule(name) for name in layers}
         if config.kind == "tlora" and config.init != "gaussian":
             _start_orthogonally(tuned, config.full_rank)
@@ -165,16 +167,17 @@ def attach(
                 parameter.data = parameter.data.float()
     if config.kind == "tlora":
         assert process is not None
-        mask_ranks(module, ADAPTER, config.full_rank, rank_limits(process, config.full_rank, config.lowest_rank))
+        limits = rank_limits(process, config.full_rank, config.lowest_rank)
+        mask_ranks(module, ADAPTER, config.full_rank, limits, process.time_sign)
 
 
-def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float]) -> None:
+def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float], sign: int = 1) -> None:
     """Put the mask of a T-LoRA on its layers."""
     from peft.tuners.lora import LoraLayer
 
     layers = [m for m in denoiser.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
     runs = len(factors(layers[0], name)[0]) // rank  # two where its start is subtracted
-    mask = RankMask(denoiser, rank, limits, runs)
+    mask = RankMask(denoiser, rank, limits, runs, sign)
     for layer in layers:
         mask.cover(layer.lora_A[name])
     own_parts(denoiser)[name] = mask

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,20 @@ def _other_model(folder: Path) -> UserError:
 
 
 def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state by parameter and name, as tensors and as JSON values."""
-    tensors, scalars = {}, {}
+    """The optimizer's state by parameter and name, as tensors and as JSON values.
+
+    bitsandbytes wraps its tensors in a dictionary, which it needs not when it loads, and parameters share some of them,
+    which safetensors refuses.
+    """
+    tensors, scalars, seen = {}, {}, set()
     for number, entries in state.items():
-        for name, value in entries.items():
+        wrapped = [value for value in entries.values() if isinstance(value, dict)]
+        plain = {name: value for name, value in entries.items() if not isinstance(value, dict)}
+        for name, value in ChainMap(plain, *wrapped).items():
             key = f"{number:06d}.{name}"
             if isinstance(value, torch.Tensor) and value.ndim:
-                tensors[key] = value
+                tensors[key] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
             else:  # AdamW makes a tensor of its steps again
                 scalars[key] = value.item() if isinstance(value, torch.Tensor) else value
     return tensors, scalars

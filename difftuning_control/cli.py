@@ -48,8 +48,8 @@ class SampleCommand:
 
     Args:
         run: folder of a finished run.
-        model: the pretrained model (--model.id, --model.variant, --model.float8, --model.offload); that of the run when
-            --run is given.
+        model: the pretrained model (--model.id, --model.variant, --model.quantization, --model.offload); that of
+            the run when --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
         control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
         control_ready: the picture given as --control is a condition already.

@@ -97,10 +97,10 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
-    if record.get("classes") is not None and recipe.method == "lora":
+    if not record.get("loads_lora", record.get("classes") is None) and recipe.method == "lora":
         raise UserError(
-            f"the run {request.run} is an adapter on a DiTPipeline, which load_adapter takes from the run's own "
-            "folder; only runs of method full are exported for it."
+            f"the run {request.run} is an adapter on a {record['family']} pipeline, into which stock diffusers loads "
+            "none: load_adapter takes it from the run's own folder; only runs of method full are exported for it."
         )
     _check_adapter(request, recipe)
     check_outputs(record, request.run)

@@ -70,9 +70,9 @@ def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
     """The base in float32, which is compared in the precision that the run's fingerprints were taken in."""
     dtype = getattr(torch, (record.get("dtype") or "torch.float32").removeprefix("torch."))
     model = recipe.model
-    family = load_family(model.id, dtype, model.variant, float8=model.float8)
+    family = load_family(model.id, dtype, model.variant, quantization=model.quantization)
     check_base(family, record, run)
-    exact = dtype == torch.float32 and not model.float8
+    exact = dtype == torch.float32 and model.quantization is None
     return family if exact else load_family(model.id, torch.float32, model.variant)
 
 

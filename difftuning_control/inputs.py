@@ -217,9 +217,14 @@ def prepare_bank(
 def _bank_of_pictures(
     family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
 ) -> KnowledgeBank:
-    """Real source pictures instead of samples; pictures without captions stand for the empty prompt."""
-    pictures = load_images(str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False,
-                           max_pixels=data.max_pixels)  # fmt: skip
+    """Real source pictures instead of samples; pictures without captions stand for the empty prompt, and of a model
+    that is told classes those in sub-folders for the class that a sub-folder is named after."""
+    folders = any(p.is_dir() for p in path.iterdir()) and not any(path.glob("metadata.*"))
+    by_folder = family.class_conditional and folders
+    pictures = load_images(
+        str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False,
+        classes="folders" if by_folder else None, max_pixels=data.max_pixels,
+    )  # fmt: skip
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]

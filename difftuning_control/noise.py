@@ -68,13 +68,15 @@ class NoiseProcess:
             ValueError: if the scheduler is of neither kind, predicts something else, or `base_density` is unknown.
         """
         config = scheduler.config
-        if "FlowMatch" in type(scheduler).__name__:
+        prediction = config.get("prediction_type", "epsilon")
+        by_flow = prediction == "flow_prediction" and config.get("use_flow_sigmas", False)
+        by_flow = by_flow and not config.get("use_dynamic_shifting", False)
+        if by_flow or "FlowMatch" in type(scheduler).__name__:
             sigmas = _flow_sigmas(config)
             timesteps = sigmas * config.num_train_timesteps
             density = _base_density(base_density, len(sigmas))
             return cls(1 - sigmas, sigmas, timesteps, sigmas, density, "flow")
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        prediction = config.get("prediction_type", "epsilon")
         continuous = config.get("timestep_type") == "continuous"  # the model is told a function of σ there, not t
         if alphas_cumprod is None or continuous or prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -99,10 +101,15 @@ class NoiseProcess:
         timesteps = self.timesteps * (sigmas / self.sigmas)
         return replace(self, alphas=1 - sigmas, sigmas=sigmas, timesteps=timesteps, u=sigmas)
 
+    @property
+    def time_sign(self) -> int:
+        """1 where timesteps rise with the noise, −1 where they fall."""
+        return 1 if self.timesteps[0] < self.timesteps[-1] else -1
+
     def levels_of(self, timesteps: Tensor) -> Tensor:
         """The level nearest to each of the model's timesteps, (B,)."""
-        grid = self.timesteps.to(timesteps.device, torch.float32)
-        values = timesteps.to(torch.float32)
+        grid = self.time_sign * self.timesteps.to(timesteps.device, torch.float32)
+        values = self.time_sign * timesteps.to(torch.float32)
         right = torch.searchsorted(grid, values.contiguous()).clamp(max=len(grid) - 1)
         left = (right - 1).clamp(min=0)
         return torch.where(values - grid[left] <= grid[right] - values, left, right)
@@ -151,7 +158,7 @@ def _flow_sigmas(config: Any) -> Tensor:
     count = config.num_train_timesteps
     sigmas = torch.arange(1, count + 1, dtype=torch.float32) / count  # as diffusers does: it looks timesteps up with ==
     if not config.get("use_dynamic_shifting", False):
-        sigmas = _shift(sigmas, config.get("shift", 1.0))
+        sigmas = _shift(sigmas, config.get("shift", config.get("flow_shift", 1.0)))
     return sigmas
 
 

@@ -268,11 +268,12 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{recipe.output}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
-    if recipe.adapter.kind in ("lora", "dora") and classes is None:
+    stock = run.get("loads_lora", classes is None)  # records of earlier versions do not say
+    if recipe.adapter.kind in ("lora", "dora") and stock:
         load.append(f"pipe.load_lora_weights({output})")
     else:
         start.append("from difftuning_control import load_adapter")
-        if recipe.adapter.kind == "tlora":
+        if recipe.adapter.kind == "tlora" and stock:
             load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
         load.append(f"load_adapter(pipe, {output})")
     return [*start, "", *load, call]

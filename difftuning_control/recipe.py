@@ -41,13 +41,15 @@ class ModelConfig:
     Args:
         id: `embedded`, a diffusers directory, or a Hub id.
         variant: weights variant to load, such as fp16.
-        float8: keep the weights of a frozen transformer (SD3, FLUX) in 8 bits and compute in training.mixed_precision.
+        quantization: keep the weights of a frozen transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
+            compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8 or nf4 (4 bits; both need
+            bitsandbytes).
         offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place.
     """
 
     id: str = "embedded"
     variant: str | None = None
-    float8: bool = False
+    quantization: Literal["float8", "int8", "nf4"] | None = None
     offload: bool = False
 
 
@@ -544,13 +546,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
-        if self.method == "full" and self.model.float8:
-            raise UserError("model.float8 keeps weights that do not train in 8 bits, and method full trains them all.")
-        if self.method == "lora" and self.model.float8 and self.adapter.kind not in ("lora", "tlora"):
-            raise UserError(
-                f"model.float8 is true and adapter.kind {self.adapter.kind}, which loading would round to 8 bits too; "
-                "use lora or tlora, or leave model.float8 out."
-            )
+        self._check_quantization()
         if self.adapter.text_encoder and self.model.offload:
             raise UserError(
                 "adapter.text_encoder trains the text encoder in every step, and model.offload keeps it in main "
@@ -592,6 +588,22 @@ class Recipe:
             raise UserError(
                 f"training.shard is true and training.{given}, which does not know sharded weights; use adamw, and "
                 "bf16 or no."
+            )
+
+    def _check_quantization(self) -> None:
+        """What a quantised base cannot do."""
+        kind = self.model.quantization
+        if kind is None:
+            return
+        if self.method == "full":
+            raise UserError(
+                f"model.quantization {kind} is for weights that do not train, and method full trains them all."
+            )
+        if self.method == "lora" and (self.adapter.kind not in ("lora", "tlora") or self.adapter.init == "pissa"):
+            init = " with init pissa" if self.adapter.init == "pissa" else ""
+            raise UserError(
+                f"model.quantization is {kind} and adapter.kind {self.adapter.kind}{init}, which do not go together; "
+                "use lora or tlora, or leave model.quantization out."
             )
 
     def _check_control(self) -> None:

@@ -56,7 +56,10 @@ def sample_to_folder(
     _check_control(run, record, control)
     photo = _read_picture(control) if control is not None else None
     dtype = getattr(torch, (record or {}).get("dtype", "torch.float32").removeprefix("torch."))  # that of the tuning
-    memory = {name: chosen.get(name, False) for name in ("float8", "offload")}  # records of earlier versions have none
+    memory = {
+        "quantization": chosen.get("quantization"),
+        "offload": chosen.get("offload", False),
+    }  # earlier ones had none
     family = load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
     settings["resolution"] = check_resolution(family, side, "resolution")

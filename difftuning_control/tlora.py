@@ -38,10 +38,11 @@ def ranks(u: Tensor, levels: int, rank: int, min_rank: int) -> Tensor:
 def rank_limits(process: NoiseProcess, rank: int, min_rank: int) -> list[float]:
     """Of each component past the first `min_rank`: the timestep, as the model takes it, above which it is masked.
 
-    Half-way between two levels, so that a sampler's timesteps off the grid count as the nearest level's.
+    Half-way between two levels, so that a sampler's timesteps off the grid count as the nearest level's. Where
+    timesteps fall with the noise, these are negated, and so are those that `RankMask` compares.
     """
     found = ranks(process.u, len(process), rank, min_rank)
-    timesteps = process.timesteps.double()
+    timesteps = process.time_sign * process.timesteps.double()
     edges = torch.cat([timesteps[:1] - 1, (timesteps[1:] + timesteps[:-1]) / 2, timesteps[-1:] + 1])
     return [float(edges[int((found > component).sum())]) for component in range(min_rank, rank)]
 
@@ -54,10 +55,11 @@ class RankMask:
     Args:
         rank, limits: of the components, see `rank_limits`; those before the limits' are never masked.
         runs: how many times a layer has all components, one after the other.
+        sign: −1 where timesteps fall with the noise.
     """
 
-    def __init__(self, denoiser: nn.Module, rank: int, limits: list[float], runs: int = 1):
-        self.rank, self.limits = rank, limits
+    def __init__(self, denoiser: nn.Module, rank: int, limits: list[float], runs: int = 1, sign: int = 1):
+        self.rank, self.limits, self.sign = rank, limits, sign
         self.place = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
         self.gate: Tensor | None = None
         self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
@@ -68,11 +70,11 @@ class RankMask:
         layer.register_forward_hook(self._apply)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "tlora", "rank": self.rank, "limits": self.limits}
+        return {"kind": "tlora", "rank": self.rank, "limits": self.limits, "sign": self.sign}
 
     def _see(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.place]
-        timesteps = torch.as_tensor(timestep).reshape(-1, 1)
+        timesteps = self.sign * torch.as_tensor(timestep).reshape(-1, 1)
         self._limits = self._limits.to(timesteps.device)
         self.gate = (timesteps <= self._limits).float()
 

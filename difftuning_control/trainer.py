@@ -179,7 +179,9 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 def load_base(recipe: Recipe) -> Family:
     """The model that a recipe tunes, as it tunes it, on the CPU."""
     model = recipe.model
-    return load_family(model.id, base_dtype(recipe), model.variant, float8=model.float8, offload=model.offload)
+    return load_family(
+        model.id, base_dtype(recipe), model.variant, quantization=model.quantization, offload=model.offload
+    )
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -198,7 +200,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             )
     if recipe.training.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise UserError(
-            "training.optimizer is adamw8bit, which needs bitsandbytes; run pip install bitsandbytes, or use adamw."
+            "training.optimizer is adamw8bit, which needs bitsandbytes; run pip install "
+            "'difftuning-control[quantised]', or use adamw."
         )
     precision = recipe.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
@@ -316,6 +319,7 @@ def _describe(
         "base_path": str(family.pipe.config._name_or_path),
         "fingerprints": fingerprints,
         "dtype": str(family.dtype),
+        "loads_lora": hasattr(family.pipe, "load_lora_weights"),
         "data": {
             "pictures": len(inputs.data) if inputs.stream is None else "streamed",
             "held_out": len(inputs.held_out),

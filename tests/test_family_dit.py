@@ -33,6 +33,7 @@ from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
+from difftuning_control.inputs import prepare_bank
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, to_images
@@ -206,7 +207,7 @@ def test_only_the_models_own_size_is_taken(family):
     family.check_resolution(16, "data.resolution")
     with pytest.raises(UserError, match=r"data.resolution is 32; this model draws at 16 pixels only"):
         family.check_resolution(32, "data.resolution")
-    with pytest.raises(UserError, match="diffusers has no ControlNet for a DiTPipeline"):
+    with pytest.raises(UserError, match="no ControlNet for a DiTPipeline here"):
         family.new_controlnet(0)
 
 
@@ -329,6 +330,16 @@ def write_classes(folder: Path, names: tuple[str, ...] = ("bee", "dog"), each: i
             pixels[3 + number : 13, 3 : 9 + i] = colour
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def test_a_bank_of_real_pictures_is_read_by_class_folders(tmp_path):
+    family, data = family_of(tiny_dit()), DataConfig(cache=str(tmp_path / "cache"))
+    folder = write_classes(tmp_path / "real", each=2)
+    bank = prepare_bank(family, BankConfig(path=str(folder)), data, [], 16)
+    assert bank.retained_prompts("own") == ["bee", "bee", "dog", "dog"]
+    assert bank.retained_prompts("empty") == [""] * 4
+    bank = prepare_bank(family, BankConfig(path=str(folder / "bee")), data, [], 16)
+    assert bank.retained_prompts("own") == ["", ""]
 
 
 def test_class_folders_name_the_captions(tmp_path):
@@ -795,7 +806,7 @@ def test_whole_weights_are_exported_with_their_classes_and_adapters_are_refused(
     lora = finished(SETTINGS["lora, new"]).output
     code, _, err = difftune(capsys, "export", f"--run={lora}", f"--to={tmp_path / 'lora'}", "--pipeline=stock")
     assert code == 2
-    assert "an adapter on a DiTPipeline, which load_adapter takes from the run's own folder" in err
+    assert "an adapter on a dit pipeline, into which stock diffusers loads none: load_adapter takes it" in err
 
 
 @pytest.mark.parametrize("name", ["lora, new", "full, new", "lora"])

@@ -108,7 +108,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
 def test_gradients_through_8_bits_are_those_through_the_rounded_weights(make, checkpointing):
     """Storage alone is in 8 bits: forward and backward are those of a model whose weights were rounded once."""
     stored, plain = family_of(make()), family_of(make())
-    stored.store_in_float8()
+    stored.quantise("float8")
     parameters = dict(stored.denoiser.named_parameters())
     cast = {n for n, p in parameters.items() if p.dtype == FLOAT8}
     assert sum(parameters[n].numel() for n in cast) > 0.5 * sum(p.numel() for p in parameters.values())
@@ -137,7 +137,7 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
     make().save_pretrained(tmp_path / "model")
     more = {"adapter": AdapterConfig(on="controlnet" if method == "controlnet" else "denoiser", rank=2)}
     run = replace(
-        recipe, method=method, model=ModelConfig(str(tmp_path / "model"), float8=True, offload=True),
+        recipe, method=method, model=ModelConfig(str(tmp_path / "model"), quantization="float8", offload=True),
         data=replace(recipe.data, resolution=16), training=replace(recipe.training, mixed_precision="bf16"), **more,
     )  # fmt: skip
     run.control.fidelity.every = 0 if method == "controlnet" else 50
@@ -166,10 +166,12 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
 
 
 def test_8_bits_are_refused_where_they_do_not_work(model_dir, tmp_path):
-    with pytest.raises(UserError, match=r"float8 is for transformers \(SD3, FLUX\), and a StableDiffusionPipeline"):
-        load_family(str(model_dir), float8=True)
+    with pytest.raises(
+        UserError, match=r"quantization is for the transformers of SD3, .*this is a StableDiffusionPipeline"
+    ):
+        load_family(str(model_dir), quantization="float8")
     with pytest.raises(UserError, match="method full trains them all"):
-        Recipe("full", ModelConfig(float8=True))
+        Recipe("full", ModelConfig(quantization="float8"))
 
 
 def test_the_8_bit_optimizer_without_its_package_is_refused_before_anything_is_written(recipe, monkeypatch):

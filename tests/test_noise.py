@@ -264,7 +264,7 @@ def test_the_logit_normal_density_is_what_diffusers_draws():
     [
         (DDPMScheduler(prediction_type="sample"), "DDPMScheduler with prediction_type 'sample' is not supported"),
         (EDMEulerScheduler(), "EDMEulerScheduler with .* expected a DDPM-type scheduler"),
-        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "'flow_prediction'"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction"), "'flow_prediction'"),
     ],
 )
 def test_a_scheduler_of_another_kind_is_refused(scheduler, message):

@@ -8,13 +8,14 @@ from conftest import tiny_tokenizer, tiny_xl_pipeline
 T5_WORDS = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
 
 
-def tiny_vae(shift_factor: float, sharp: bool = False):
-    """An autoencoder that halves pictures; `sharp` has no spread around the mean."""
+def tiny_vae(shift_factor: float | None, sharp: bool = False, halvings: int = 1):
+    """An autoencoder that halves pictures, so many times; `sharp` has no spread around the mean."""
     from diffusers import AutoencoderKL
 
+    blocks = halvings + 1
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        block_out_channels=(8,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks, layers_per_block=1, latent_channels=4, norm_num_groups=4,
         sample_size=16, mid_block_add_attention=False, scaling_factor=0.7, shift_factor=shift_factor,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
@@ -115,3 +116,71 @@ def tiny_dit(seed: int = 0, variance: bool = True, classes: int = 1000, names: t
     )  # fmt: skip
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     return DiTPipeline(transformer, tiny_vae(None), scheduler, id2label=dict(enumerate(names)))
+
+
+def tiny_pixart(seed: int = 0, variance: bool = True, alpha: bool = False):
+    """`alpha` is told the size of its pictures, at which it then has 128 latents a side; Σ has 8."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_t5()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8 if variance else 4, num_layers=2,
+        cross_attention_dim=24, sample_size=128 if alpha else 8, patch_size=2, caption_channels=32, norm_num_groups=4,
+    )  # fmt: skip
+    return (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
+        tokenizer=tokenizer, text_encoder=encoder, vae=tiny_vae(None), transformer=transformer,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+    )  # fmt: skip
+
+
+def tiny_gemma():
+    """A Gemma 2 model and its tokenizer of single letters."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *map(chr, range(33, 127)), "\n"]
+    tokenizer = GemmaTokenizer(
+        vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=2048, add_bos_token=True
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=4096, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    return Gemma2Model(config), tokenizer
+
+
+def tiny_sana(seed: int = 0, timestep_scale: float = 1.0):
+    """32×32 pictures, as small as its pipeline takes; latents of 16×16 without a spread."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_gemma()
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+    )  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
+        sample_size=16, patch_size=1, timestep_scale=timestep_scale,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    return SanaPipeline(tokenizer, encoder, vae, transformer, scheduler)
+
+
+def tiny_lumina2(seed: int = 0, dynamic: bool = False):
+    """64×64 pictures and latents of 8×8: its pipeline knows no other factor."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_gemma()
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), cap_feat_dim=16,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0, use_dynamic_shifting=dynamic)
+    return Lumina2Pipeline(transformer, scheduler, tiny_vae(0.06, halvings=3), encoder, tokenizer)

@@ -25,6 +25,10 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
     "FluxPipeline": ("flux", "Flux"),
     "DiTPipeline": ("dit", "DiT"),
+    "PixArtAlphaPipeline": ("pixart", "PixArtAlpha"),
+    "PixArtSigmaPipeline": ("pixart", "PixArtSigma"),
+    "SanaPipeline": ("sana", "Sana"),
+    "Lumina2Pipeline": ("lumina2", "Lumina2"),
 }
 
 
@@ -58,18 +62,18 @@ def load_family(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     *,
-    float8: bool = False,
+    quantization: str | None = None,
     offload: bool = False,
 ) -> Family:
     """Load `embedded`, a directory, or a Hub model. Weights come from safetensors files only.
 
     Args:
-        float8: keep the denoiser's weights in 8 bits and compute in `dtype`.
+        quantization: keep the denoiser's weights in fewer bits (float8, int8 or nf4) and compute in `dtype`.
         offload: keep the text encoders on the CPU but for the while of encoding.
 
     Raises:
         UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights;
-            or its family cannot be kept in 8 bits.
+            or its family cannot be quantised.
     """
     path = str(embedded_model()) if model == "embedded" else model
     _check_directory(path)
@@ -93,8 +97,8 @@ def load_family(
         raise _not_loaded(f"the model {model}", path, error, expected) from None
     family = family_of(pipe)
     family.offload = offload
-    if float8:
-        family.store_in_float8()
+    if quantization is not None:
+        family.quantise(quantization)
     return family
 
 

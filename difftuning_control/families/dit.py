@@ -23,9 +23,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of
+from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, save_transformer_lora, tables_of
 from difftuning_control.families.family import Family
-from difftuning_control.fingerprint import digest_of, write_json, write_tensors
+from difftuning_control.fingerprint import digest_of, write_json
 
 STOCK_NULL = 1000  # the class that `DiTPipeline` draws without one, whatever the model's own number of classes
 SPREAD = 0.02  # of new class embeddings, as a DiT's are drawn
@@ -249,12 +249,8 @@ class DiT(Family):
         text_encoder_layers: dict[str, Tensor] | None = None,
         text_encoder_metadata: dict[str, Any] | None = None,
     ) -> None:
-        """As diffusers writes it for its other transformers; `load_adapter` puts it on a pipeline."""
         assert text_encoder_layers is None
-        tensors = {f"{self.component}.{name}": tensor for name, tensor in layers.items()}
-        settings = {f"{self.component}.{name}": value for name, value in metadata.items()}
-        header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
-        write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, header)
+        save_transformer_lora(folder, layers, metadata)
 
     def save_trained_whole(self, folder: Path) -> None:
         """`class_embeddings.safetensors`, of a new label space."""

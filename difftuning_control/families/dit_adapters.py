@@ -1,13 +1,15 @@
-"""Adapters on a DiT, which diffusers has no methods for, and the embeddings of new classes that train beside them."""
+"""Adapters on a DiT or PixArt, which diffusers has no methods for, and the embeddings of a DiT's new classes that train
+beside them."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors import SafetensorError, safe_open
@@ -17,21 +19,29 @@ from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import read_tensors, write_tensors
 
+WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
 CLASSES_FILE = "class_embeddings.safetensors"
 NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
 
 
-class TunableDiT(DiTTransformer2DModel, PeftAdapterMixin):
-    """diffusers' DiT with the methods for adapters that its other transformers have."""
-
-
-TunableDiT.__name__ = DiTTransformer2DModel.__name__  # which is what `save_pretrained` writes down
+@cache
+def _tunable(kind: type) -> type:
+    """A class with the methods for adapters that diffusers' other transformers have; saved under its own name."""
+    return type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
 
 
 def make_tunable(transformer: Any) -> None:
-    """Give a DiT these methods; it stays the same object."""
-    if isinstance(transformer, DiTTransformer2DModel) and not isinstance(transformer, TunableDiT):
-        transformer.__class__ = TunableDiT
+    """Give a DiT or PixArt these methods; it stays the same object."""
+    if isinstance(transformer, WITHOUT_ADAPTERS) and not isinstance(transformer, PeftAdapterMixin):
+        transformer.__class__ = _tunable(type(transformer))
+
+
+def save_transformer_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """As diffusers writes it for its other transformers; `load_adapter` puts it on a pipeline."""
+    tensors = {f"transformer.{name}": tensor for name, tensor in layers.items()}
+    settings = {f"transformer.{name}": value for name, value in metadata.items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, header)
 
 
 def tables_of(transformer: Any) -> dict[str, nn.Parameter]:

@@ -164,15 +164,15 @@ class Family(ABC):
                 module.to("cpu")
             self.denoiser.to(place)
 
-    def store_in_float8(self) -> None:
-        """Keep the denoiser's weights in 8 bits while they are not used.
+    def quantise(self, kind: str) -> None:
+        """Keep the denoiser's weights in fewer bits: float8, int8 or nf4.
 
         Raises:
-            UserError: if that does not work in this family.
+            UserError: if that does not work in this family, or a package is missing.
         """
         raise UserError(
-            f"model.float8 is for transformers (SD3, FLUX), and a {type(self.pipe).__name__} has a "
-            f"{self.component}, whose convolutions nothing can be trained through then; leave it out."
+            "model.quantization is for the transformers of SD3, FLUX, PixArt, Sana and Lumina2, and this is a "
+            f"{type(self.pipe).__name__}; leave it out."
         )
 
     def mend_adapter(self, path: Path) -> None:
@@ -225,10 +225,14 @@ class Family(ABC):
         config = self.pipe.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return self.process
-        tokens = (resolution // self.resolution_step) ** 2
+        tokens = self.shift_tokens(resolution)
         few, many = config.base_image_seq_len, config.max_image_seq_len
         mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - few) / (many - few)
         return self.process.shifted(math.exp(mu) if config.time_shift_type == "exponential" else mu)
+
+    def shift_tokens(self, resolution: int) -> int:
+        """How many tokens the stock pipeline tells a scheduler with dynamic shifting that a side in pixels has."""
+        return (resolution // self.resolution_step) ** 2
 
     @abstractmethod
     def denoiser_inputs(
@@ -291,13 +295,18 @@ class Family(ABC):
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """VAE latents to the denoiser's scale."""
-        return (latents - (self.pipe.vae.config.shift_factor or 0.0)) * self.pipe.vae.config.scaling_factor
+        return (latents - self.latent_shift) * self.pipe.vae.config.scaling_factor
+
+    @property
+    def latent_shift(self) -> float:
+        """What is taken from VAE latents before they are scaled."""
+        return self.pipe.vae.config.get("shift_factor") or 0.0
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) float32 in [-1, 1] of the denoiser's latents."""
         latents = latents.to(self.device, self.dtype) / self.pipe.vae.config.scaling_factor
-        return self.pipe.vae.decode(latents + (self.pipe.vae.config.shift_factor or 0.0)).sample.float().clamp(-1, 1)
+        return self.pipe.vae.decode(latents + self.latent_shift).sample.float().clamp(-1, 1)
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
@@ -415,7 +424,7 @@ class Family(ABC):
         """
         if self.controlnet_class is None:
             raise UserError(
-                f"diffusers has no ControlNet for a {type(self.pipe).__name__}; train a LoRA or all weights instead."
+                f"there is no ControlNet for a {type(self.pipe).__name__} here; train a LoRA or all weights instead."
             )
 
     def new_controlnet(self, seed: int) -> Any:

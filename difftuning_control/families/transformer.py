@@ -1,4 +1,5 @@
-"""What Stable Diffusion 3 and FLUX share: flow matching, a transformer, ControlNets that read conditions as latents.
+"""What transformers on VAE latents share; and what Stable Diffusion 3 and FLUX do: flow matching, and ControlNets that
+read conditions as latents.
 
 References:
     Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024),
@@ -19,41 +20,25 @@ from torch import Tensor
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
+from difftuning_control.families.quantised import need_bitsandbytes, plain_state, quantise_linears
 from difftuning_control.fingerprint import digest_of
 
 FLOAT8 = torch.float8_e4m3fn
 
 
-class FlowTransformer(Family):
-    """A transformer on VAE latents, trained at noise levels from a logit-normal density.
-
-    Conditioning: `prompt_embeds` (B, L, D) and `pooled_prompt_embeds` (B, D').
-    """
+class LatentTransformer(Family):
+    """A transformer on VAE latents."""
 
     component = "transformer"
-    base_density = "logit_normal"
-    lora_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
-    control_argument = "control_image"
-    condition_range = (-1.0, 1.0)
-    encodes_control = True
-    t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
-    t5 = "3"  # its number among the text encoders
 
-    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
-        """Those of T5, where there is one: it reads on where CLIP stops."""
-        tokenizer = getattr(self.pipe, f"tokenizer_{self.t5}", None)
-        if tokenizer is None:
-            return super().prompt_tokens(prompt)
-        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
-
-    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
-        return super().prompt_arguments(prompts) | {"max_sequence_length": self.t5_length}
-
-    def store_in_float8(self) -> None:
-        """By diffusers' layerwise casting: weights are in `dtype` while their layer computes, and norms always."""
-        self.denoiser.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=self.dtype)
+    def quantise(self, kind: str) -> None:
+        """float8 by diffusers' layerwise casting: weights are in `dtype` while their layer computes, and norms always;
+        the others by `quantised.py`."""
+        if kind == "float8":
+            self.denoiser.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=self.dtype)
+        else:
+            need_bitsandbytes(kind)
+            quantise_linears(self.denoiser, kind, self.dtype)
 
     def mend_adapter(self, path: Path) -> None:
         """Loaded beside weights in 8 bits, a LoRA is rounded to these too; take it from its file again, in `dtype`."""
@@ -76,11 +61,38 @@ class FlowTransformer(Family):
                 f"gives {given}; give a plain text-to-image model."
             )
 
+
+class FlowTransformer(LatentTransformer):
+    """A transformer on VAE latents, trained at noise levels from a logit-normal density.
+
+    Conditioning: `prompt_embeds` (B, L, D) and `pooled_prompt_embeds` (B, D').
+    """
+
+    base_density = "logit_normal"
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
+    control_argument = "control_image"
+    condition_range = (-1.0, 1.0)
+    encodes_control = True
+    t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
+    t5 = "3"  # its number among the text encoders
+
+    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
+        """Those of T5, where there is one: it reads on where CLIP stops."""
+        tokenizer = getattr(self.pipe, f"tokenizer_{self.t5}", None)
+        if tokenizer is None:
+            return super().prompt_tokens(prompt)
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
+
+    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        return super().prompt_arguments(prompts) | {"max_sequence_length": self.t5_length}
+
     # --- control ----------------------------------------------------------------------------------------------------
 
     def control_shift(self) -> float:
         """What is taken from a condition's latents before they are scaled."""
-        return self.pipe.vae.config.shift_factor or 0.0
+        return self.latent_shift
 
     @property
     def control_fingerprint(self) -> str:
@@ -103,7 +115,7 @@ class FlowTransformer(Family):
         config = {k: v for k, v in self.denoiser.config.items() if k in known} | own
         found = self.controlnet_class(**config)
         for name in copied:
-            weights = getattr(self.denoiser, name).state_dict()
+            weights = plain_state(getattr(self.denoiser, name))
             part = getattr(found, name)
             part.load_state_dict({k: weights[k] for k in part.state_dict()})
         return found

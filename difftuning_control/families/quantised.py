@@ -1,0 +1,81 @@
+"""The frozen linear layers of a transformer in 4 or 8 bits, by bitsandbytes.
+
+    nf4     4 bits a weight, quantiles of a normal density in blocks of 64; a block's factor in 8 bits: 4.13 bits
+    int8    8 bits a weight and a factor a row; inputs larger than 6 are multiplied in `dtype`
+
+They are the layers that diffusers' own `BitsAndBytesConfig` makes, which loads on a GPU only. Rounding happens on the
+CPU after loading, so that a base is the same one on every machine.
+
+References:
+    QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., 2023), https://arxiv.org/abs/2305.14314
+    LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (Dettmers et al., 2022),
+    https://arxiv.org/abs/2208.07339
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difftuning_control.errors import UserError
+
+OUTLIER = 6.0  # of int8, as in diffusers and the paper
+
+
+def need_bitsandbytes(kind: str) -> None:
+    """Refuse a machine without it.
+
+    Raises:
+        UserError: saying what to install.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization is {kind}, which needs bitsandbytes; run pip install 'difftuning-control[quantised]', "
+            "or use float8, which needs nothing."
+        )
+
+
+def quantise_linears(denoiser: Any, kind: str, dtype: torch.dtype) -> None:
+    """Put quantised layers in the place of all linear ones, in `denoiser` itself.
+
+    Args:
+        kind: nf4 or int8.
+        dtype: of the computation.
+    """
+    for module in list(denoiser.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(module, name, _quantised(layer, kind, dtype))
+    setattr(denoiser, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)  # which peft asks for
+
+
+def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    sizes, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
+    found: Any
+    if kind == "nf4":
+        found = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+        found.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        found = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+        found.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    found.bias = layer.bias
+    return found.requires_grad_(False).to("cpu")
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's weights by name, those of quantised layers as numbers again."""
+    state = module.state_dict()
+    for name, layer in module.named_modules():
+        kind = type(getattr(layer, "weight", None)).__name__
+        if kind in ("Params4bit", "Int8Params"):
+            from peft.utils.integrations import dequantize_bnb_weight
+
+            own: Any = layer
+            key = f"{name}.weight" if name else "weight"
+            state[key] = dequantize_bnb_weight(own.weight, getattr(own, "state", None))
+    return state

@@ -1,0 +1,184 @@
+"""PixArt, Sana and Lumina2 through our trainer: what trains moves, what does not stays, and what is saved reloads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import trained_once, write_pictures
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from test_controlnet import differing
+from test_family_masked import SIDES, exact
+from test_family_training import LORA_FILE, PROMPTS, assert_same_pictures, generators
+from test_trainer import record, rows
+from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
+
+from difftuning_control import load_adapter, trainer
+from difftuning_control.families import load_family
+from difftuning_control.families.lumina2 import Lumina2
+from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.pictures import sample_pictures
+from difftuning_control.recipe import (
+    AdapterConfig,
+    BankConfig,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    TrainingConfig,
+    TuningConfig,
+)
+from difftuning_control.runs import tuned_model
+from difftuning_control.trainer import train
+
+MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
+SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch):
+    """Fewer tokens of padding, which saves time."""
+    monkeypatch.setattr(MaskedTransformer, "text_length", 24)
+    monkeypatch.setattr(Lumina2, "text_length", 256)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    write_pictures(folder / "pictures", 8, 64)
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / "models" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(root):
+    training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
+                "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+
+    def recipe(name, family, method="lora", **sections):
+        data = {
+            "path": str(root / "pictures"),
+            "holdout": 0.25,
+            "resolution": SIDES[family],
+            "cache": str(root / "cache"),
+        }
+        return Recipe(
+            method,
+            ModelConfig(str(root / "models" / family), **sections.get("model", {})),
+            DataConfig(**data),
+            TuningConfig(**{"prompt_dropout": 0.4, **sections.get("tuning", {})}),
+            BankConfig(size=6, steps=2, batch_size=3, prompts="captions"),
+            AdapterConfig(**sections.get("adapter", {"rank": 2, "alpha": 4.0} if method == "lora" else {})),
+            training=TrainingConfig(**training | sections.get("training", {})),
+            output=str(root / name),
+        )
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(make):
+    return trained_once(make)
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+def stock_pictures(pipe, family: str):
+    size = {"height": SIDES[family], "width": SIDES[family], "max_sequence_length": 256 if family == "lumina2" else 24}
+    return pipe(
+        PROMPTS, num_inference_steps=2, guidance_scale=3.0, generator=generators(), **size, **exact(pipe)
+    ).images
+
+
+def tuned_pictures(recipe):
+    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+        return sample_pictures(tuned, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
+
+
+def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name):
+    recipe = finished({"family": name})
+    base = DiffusionPipeline.from_pretrained(recipe.model.id)
+    before = stock_pictures(base, name)
+    card = (Path(recipe.output) / "README.md").read_text()
+    if name == "pixart":
+        load_adapter(base, recipe.output)
+        assert "load_adapter(pipe" in card
+        assert "load_lora_weights" not in card
+    else:
+        base.load_lora_weights(recipe.output)
+        assert "pipe.load_lora_weights" in card
+    after = stock_pictures(base, name)
+    assert_same_pictures(after, tuned_pictures(recipe))
+    assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
+
+
+def test_full_weights_reload_in_the_stock_pipeline_and_draw_the_same(finished, name):
+    recipe = finished({"family": name, "method": "full"})
+    pipe, base = (DiffusionPipeline.from_pretrained(p) for p in (f"{recipe.output}/pipeline", recipe.model.id))
+    assert type(pipe) is type(base)
+    assert_same_pictures(stock_pictures(pipe, name), tuned_pictures(recipe))
+    changed = {
+        part: differing(module.state_dict(), getattr(base, part).state_dict())
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    assert changed.pop("transformer") == {n for n, _ in base.transformer.named_parameters()}
+    assert not any(changed.values())
+
+
+def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
+    loaded, attached = [], {}
+
+    def load(*args, **options):
+        loaded.append(load_family(*args, **options))
+        return loaded[-1]
+
+    class Watched(trainer.TrainingLoop):
+        def __init__(self, *args):
+            super().__init__(*args)
+            attached.update({n: p.detach().clone() for n, p in self.parameters.items()})
+
+    monkeypatch.setattr(trainer, "load_family", load)
+    monkeypatch.setattr(trainer, "TrainingLoop", Watched)
+    train(replace(make("", name, tuning={"estimator": "weight"}), output=str(tmp_path)))
+    (family,) = loaded
+    trained = {n: p.detach() for n, p in family.denoiser.named_parameters() if p.requires_grad}
+    assert set(trained) == set(attached) == differing(trained, attached)
+    fresh = load_family(str(make("", name).model.id))
+    for part, module in fresh.modules.items():
+        now = {k.replace(".base_layer.", "."): v for k, v in family.modules[part].state_dict().items()}
+        assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
+
+
+def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
+    checkpointing = {"gradient_checkpointing": True}
+    recipe = replace(make("", name, training=checkpointing, model={"offload": True}), output=str(tmp_path))
+    train(recipe)
+    found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, finished({"family": name})))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path):
+    recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
+    train(recipe)
+    found, expected = (rows(r)[0]["target_loss"] for r in (recipe, finished({"family": name})))
+    assert abs(found / expected - 1) < 0.1
+
+
+def test_the_variance_of_pixart_trains_where_that_is_asked_for(finished):
+    fixed, hybrid = (
+        load_file(f"{finished({'family': 'pixart', 'method': 'full', **more}).output}/pipeline/transformer/{FILE}")
+        for more in ({}, {"tuning": {"variance": "hybrid"}})
+    )
+    rows = torch.arange(2 * 2 * 8) % 8 >= 4  # of v, in the last layer
+    start = tiny_pixart().transformer.state_dict()["proj_out.weight"]
+    assert torch.equal(fixed["proj_out.weight"][rows], start[rows])
+    assert not torch.equal(hybrid["proj_out.weight"][rows], start[rows])
+
+
+FILE = "diffusion_pytorch_model.safetensors"
