@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -22,8 +23,9 @@ from difftuning_control.fingerprint import read_tensors, write_tensors
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FAILED = "difftuning-control/failed"  # a key of the store that all processes of a run can read
-WATCH = 0.5  # seconds between two looks at it
+# keys of the store that all processes of a run can read: who failed first, and that it has said so
+FIRST, FAILED = "difftuning-control/first", "difftuning-control/failed"
+WATCH, PATIENCE = 0.5, 60.0  # seconds between two looks at them, and until a process that failed too ends by itself
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def files_together(
 @contextmanager
 def ending_together(accelerator: Accelerator) -> Iterator[None]:
     """Inside, what one process raises ends them all, also those that wait for it: the first to fail raises its error,
-    marked `speaks_for_all`, the others end without a word and with the same exit code."""
+    marked `speaks_for_all`, and once it has ended the others do without a word and with the same exit code."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -95,17 +97,22 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        over.set()
         mine = f"{accelerator.process_index} {_exit_code(error)}"
-        first = store.compare_set(FAILED, "", mine).decode()
+        first = store.compare_set(FIRST, "", mine).decode()
         if first != mine:
+            time.sleep(PATIENCE)  # the watcher ends this process
             raise SystemExit(int(first.split()[1])) from None
         error.speaks_for_all = True  # type: ignore[attr-defined]  # see cli
-        time.sleep(3 * WATCH)  # the store may end with this process, and the others must have read it
+        atexit.register(_end_the_others, store, _exit_code(error))  # launchers kill all once one ends: speak first
         raise
     finally:
         over.set()
         watcher.join()
+
+
+def _end_the_others(store: Any, code: int) -> None:
+    store.set(FAILED, str(code))
+    time.sleep(3 * WATCH)  # the store may end with this process, and the others must have read it
 
 
 def _watch(store: Any, over: threading.Event) -> None:
@@ -113,7 +120,7 @@ def _watch(store: Any, over: threading.Event) -> None:
     while not over.wait(WATCH):
         try:
             if store.check([FAILED]) and not over.is_set():
-                os._exit(int(store.get(FAILED).decode().split()[1]))
+                os._exit(int(store.get(FAILED).decode()))
         except RuntimeError:  # the store is gone, and with it whoever kept it
             return
 
