@@ -21,6 +21,7 @@ from difftuning_control.data import ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
+from difftuning_control.gates import check_gates
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.progress import progress
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe
@@ -45,7 +46,8 @@ def cache_folder(data: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything a run reads. `validation` maps target and bank to their validators."""
+    """Everything a run reads. `validation` maps target and bank to their validators; `held_out` is the part of
+    `all_held_out` that they see."""
 
     data: ImageData
     held_out: ImageData
@@ -55,6 +57,7 @@ class TrainingInputs:
     validation: dict[str, BandValidator]
     sample_prompts: list[str]
     resolution: int
+    all_held_out: ImageData
     control: ControlInputs | None = None
 
 
@@ -221,6 +224,7 @@ def prepare_inputs(
     data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
     check_captions(family, recipe, data, all_held_out)
+    check_gates(recipe, data, all_held_out)
     if conditioner is not None:
         check_control(recipe, conditioner, all_held_out)
     captions = [e.caption for e in data.examples]
@@ -260,7 +264,9 @@ def prepare_inputs(
     made = control.targets if control is not None else None
     sizes = sizes_of(family, data, framing)
     targets = TargetSet(moments, captions, [e.name for e in data.examples], made, sizes)
-    return TrainingInputs(data, held_out, targets, embeddings, bank, validation, samples, resolution, control)
+    return TrainingInputs(
+        data, held_out, targets, embeddings, bank, validation, samples, resolution, all_held_out, control
+    )
 
 
 def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
