@@ -191,9 +191,13 @@ def test_a_session_has_a_line_for_its_beginning_and_one_for_its_end(tmp_path):
     ids=lambda v: type(v).__name__,
 )
 def test_a_session_that_breaks_off_says_how(tmp_path, error, outcome):
-    with pytest.raises(type(error)), Session(tmp_path) as session:
-        session.begin()
-        raise error
+    def work() -> None:
+        with Session(tmp_path) as session:
+            session.begin()
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
     assert outcomes(tmp_path) == [("begun", None), outcome]
     assert not read_audit(tmp_path).is_ended
 

@@ -45,7 +45,7 @@ def words(root: Path, model_dir: Path) -> Callable[..., list[str]]:
     features = save_tiny_dinov2(root / "features")
 
     def command(output: str, drawn: bool = True, **changes: Any) -> list[str]:
-        values = {"data.holdout": 0.45, "output": root / output}
+        values = {"data.holdout": 0.45, "bank.size": 10, "output": root / output}
         if drawn:
             values |= {"gates.features": features, "gates.pictures": 5, "gates.seeds": "[0, 1]", "gates.steps": 2}
         return ["train", *flags(settings(model_dir, data, root, **values, **changes))]
@@ -89,8 +89,9 @@ def test_a_failed_run_is_kept_whole_and_marked(failed):
 
 
 def test_gates_are_judged_by_the_numbers_of_an_evaluation(failed, root, capsys):
-    evaluate = ["evaluate", "--runs", json.dumps([str(failed)]), "--features", str(root / "features"), "--pictures", "5",
-                "--seeds", "[0, 1]", "--steps", "2", "--output", str(root / "evaluation")]  # fmt: skip
+    values = {"runs": json.dumps([str(failed)]), "features": root / "features", "pictures": 5, "seeds": "[0, 1]",
+              "steps": 2, "output": root / "evaluation"}  # fmt: skip
+    evaluate = ["evaluate", *flags(values)]
     with pytest.raises(SystemExit) as stopped:
         main(evaluate)
     assert stopped.value.code == 4
@@ -262,7 +263,7 @@ def test_held_out_copies_of_what_is_tuned_on_are_refused(words, root, tmp_path, 
 def test_no_gate_is_no_gate():
     recipe = Recipe(tuning=PLAIN)
     assert recipe.gates.limits == {}
-    with pytest.raises(UserError, match="gates.kid needs a knowledge bank"):
+    with pytest.raises(UserError, match=r"gates\.kid needs a knowledge bank"):
         Recipe(tuning=PLAIN, gates=GatesConfig(kid=0.1))
     assert Recipe(tuning=PLAIN, gates=GatesConfig(kid=0.1), bank=BankConfig(path="pictures")).gates.draws
     _, command = parse(["train", "--gates", "{kid: 0.1, memorisation: 0.9}"])

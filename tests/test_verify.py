@@ -231,7 +231,7 @@ def test_a_power_cut_in_the_audit_is_said_and_is_no_change(root, capsys):
 def test_what_is_left_out_is_said_and_counts_where_it_is_strict(root, capsys):
     shutil.rmtree(root / "data")
     shutil.rmtree(root / "bank")
-    assert [part for part in found()] == ["data", "bank"]
+    assert list(found()) == ["data", "bank"]
     capsys.readouterr()
     main(["verify", "run", "--skip", '["data", "bank"]'])
     shown = capsys.readouterr().out

@@ -140,7 +140,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
                 found = side(run, tuned)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
             sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
-    if bank is not None and probe is None:  # beside a ControlNet the model stays as it was
+    measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
+    if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
         for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
     for run, found in zip(records, sides):
