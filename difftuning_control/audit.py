@@ -136,6 +136,8 @@ def noted(*folders: str | Path) -> Iterator[dict[str, str]]:
 def _note(folders: Sequence[str | Path], artefacts: dict[str, str], error: BaseException | None) -> None:
     outcome, said = how_it_ended(error)
     for folder in map(Path, folders):
+        if error is not None and not folder.is_dir():  # it failed before there was anything
+            continue
         try:
             append(folder, outcome, said=said, artefacts=artefacts)
         except OSError as reason:

@@ -87,6 +87,8 @@ def source_files(place: Path) -> Iterator[tuple[str, Path]]:
         values = json.loads(index.read_text(encoding="utf-8"))
         folders = [place / n for n, v in sorted(values.items()) if n != "safety_checker" and isinstance(v, list)]
     for folder in folders:
+        if not folder.is_dir():  # of a component that the model was saved without
+            continue
         files = folder.rglob("*") if folder != place else folder.iterdir()
         for path in sorted(p for p in files if p.suffix in KINDS and p.is_file()):
             yield path.relative_to(place).as_posix(), path

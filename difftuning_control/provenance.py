@@ -77,7 +77,7 @@ def read_run(output: Path) -> dict[str, Any] | None:
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless it is a run to resume or to overwrite."""
-    if not any(p.name != ".lock" for p in output.iterdir()):
+    if not any(p.name not in (".lock", "audit.jsonl") for p in output.iterdir()):
         return
     run = read_run(output)
     if resume and run is not None:

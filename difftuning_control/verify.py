@@ -89,9 +89,16 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
         UserError: if there is no finished run.
     """
     run = Path(request.run)
-    record = finished_run(run)
-    recipe = recipe_of(record)
     chain = read_audit(run)
+    try:
+        record = finished_run(run)
+        recipe = recipe_of(record)
+    except (UserError, KeyError, TypeError, AttributeError):
+        if not chain.is_ended or chain.last_hash_of("run.json") in (None, _digest_of(run / "run.json")):
+            raise
+        lost = Part("record", 1)  # it was finished once
+        lost.find("run.json", "changed" if (run / "run.json").is_file() else "missing", f"{FILE} tells of another")
+        return _result(request, [lost, _audit({"files": None}, chain, request.head)], chain)
     found = [_record(run, record, chain), _audit(record, chain, request.head), _outputs(run, record)]
     sources = record.get("sources")
     for name in ("base", "controlnet", "schedule"):
@@ -102,6 +109,14 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
     found += _data(run, record, recipe, request)
     if record["bank"] is not None:
         found.append(_skipped("bank", request) or _bank(record, recipe))
+    return _result(request, found, chain)
+
+
+def _digest_of(path: Path) -> str | None:
+    return digest_of_file(path) if path.is_file() else None
+
+
+def _result(request: VerifyRequest, found: list[Part], chain: Chain) -> dict[str, Any]:
     unchecked = [part.name for part in found if part.unchecked is not None]
     changed = any(part.findings for part in found) or (request.strict and bool(unchecked))
     return {

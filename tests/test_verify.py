@@ -388,9 +388,21 @@ def test_a_mistake_is_exit_code_two(root, capsys, words, expected):
     assert_refused(["verify", *words], capsys, root, expected)
 
 
+def test_a_record_that_is_no_more_is_found_where_the_audit_tells_of_it(root):
+    path = root / "run" / "run.json"
+    content = path.read_text()
+    for changed in ("{", "{}", content.replace('"status": "complete"', '"status": "running"')):
+        path.write_text(changed)
+        assert [f[:2] for f in found()["record"]] == [("changed", "run.json")]
+    path.unlink()
+    assert [f[:2] for f in found()["record"]] == [("missing", "run.json")]
+
+
 def test_an_unfinished_run_is_refused(root, capsys):
     path = root / "run" / "run.json"
     write_json(path, json.loads(path.read_text()) | {"status": "running"})
+    lines = (root / "run" / FILE).read_bytes().splitlines(keepends=True)
+    (root / "run" / FILE).write_bytes(lines[0])
     assert_refused(["verify", "run"], capsys, root, "is running, not complete")
 
 
