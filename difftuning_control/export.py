@@ -219,7 +219,7 @@ def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe
             "fingerprints": record["fingerprints"]["base"],
         },
         "settings": {name: getattr(request, name) for name in settings},
-        "gates": record.get("gates"),
+        "gates": {k: v for k, v in record["gates"].items() if k != "asked"} if record.get("gates") else None,
         "despite_gates": despite_gates(request, record),
         "pipeline": parts.stock,
         "schedule": _schedule(request.run),

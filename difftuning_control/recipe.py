@@ -560,8 +560,8 @@ class Recipe:
         adapter: what is trained with method lora, or of a ControlNet.
         control: what a ControlNet is taught.
         training: the loop.
-        gates: limits that the finished run is judged by.
         output: folder of the results.
+        gates: limits that the finished run is judged by.
     """
 
     method: Literal["lora", "full", "controlnet"] = "lora"
@@ -572,8 +572,8 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    gates: GatesConfig = field(default_factory=GatesConfig)
     output: str = "runs/difftuning"
+    gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():

@@ -93,9 +93,11 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
     try:
         record = finished_run(run)
         recipe = recipe_of(record)
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         if not chain.is_ended or chain.last_hash_of("run.json") in (None, _digest_of(run / "run.json")):
-            raise
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{run}/run.json is of no run; give the output folder of difftune train.") from None
         lost = Part("record", 1)  # it was finished once
         lost.find("run.json", "changed" if (run / "run.json").is_file() else "missing", f"{FILE} tells of another")
         return _result(request, [lost, _audit({"files": None}, chain, request.head)], chain)

@@ -167,6 +167,7 @@ def test_a_failed_run_is_exported_where_that_is_said_and_written_down(failed, tm
     marker = json.loads((tmp_path / "out" / "export.json").read_text())
     assert marker["despite_gates"] is True
     assert marker["gates"]["figures"]["memorisation"]["passed"] is False
+    assert str(failed.parent) not in json.dumps(marker)
     assert flag in read_audit(failed).entries[-1]["command"]
 
 
