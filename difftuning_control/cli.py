@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control import audit
+from difftuning_control.errors import GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
 from difftuning_control.outside import is_text, read_text, without_secrets
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
+from difftuning_control.run_list import RunsRequest
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.verify import VerifyRequest
 from difftuning_control.words import harmless
 
 PROGRAM = "difftune"
@@ -174,13 +177,15 @@ class DemoCommand:
 COMMANDS: dict[str, type] = {
     "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
     "export": ExportCommand, "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
+    "verify": VerifyRequest, "runs": RunsRequest,
 }  # fmt: skip
-POSITIONAL = {"export": "run"}  # what a word without a key is, at such a verb
+POSITIONAL = {"export": "run", "verify": "run", "runs": "folder"}  # what a word without a key is, at such a verb
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `difftune` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     logging.setLogRecordFactory(_Record)
     try:
@@ -192,6 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(error, str(error), 2))
     except NonFiniteLossError as error:
         sys.exit(_fail(error, str(error), 3))
+    except GatesFailedError as error:
+        sys.exit(_fail(error, str(error), 4))
     except OSError as error:  # no space, no permission, a file where a folder should be
         place, reason = error.filename or "a file", error.strerror or error
         sys.exit(_fail(error, f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
@@ -200,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(error, f"interrupted; {again}.", 130))
 
 
-def _fail(error: BaseException, message: str, code: int) -> int:
+def _fail(error: BaseException | None, message: str, code: int) -> int:
     """Say it once: of the processes of a machine the first, before they know each other, then the first that failed."""
     if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "speaks_for_all", False):
         print(f"{PROGRAM}: {harmless(without_secrets(' '.join(message.split())))}", file=sys.stderr)
@@ -209,7 +216,7 @@ def _fail(error: BaseException, message: str, code: int) -> int:
 
 def say(text: str) -> None:
     """Print lines in which names and captions from outside cannot command the terminal."""
-    print(_shown(text))
+    say(_shown(text))
 
 
 def _shown(text: str) -> str:
@@ -289,6 +296,9 @@ def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         key, equals, value = argument[2:].partition("=")
+        if argument.startswith("--") and key not in known and key.replace("-", "_") in known:
+            key = key.replace("-", "_")
+            argument = f"--{key}{equals}{value}"
         bare = not equals and (not rest or rest[0].startswith("--"))
         if key in ("help", "print_config"):
             flags.append(argument)
@@ -438,6 +448,7 @@ def _recipe(command: Recipe) -> Recipe:
 def run_train(command: TrainCommand) -> None:
     from accelerate import PartialState
 
+    from difftuning_control.gates import stop_if_failed
     from difftuning_control.trainer import train
 
     run = train(_recipe(command), command.overwrite)
@@ -448,6 +459,16 @@ def run_train(command: TrainCommand) -> None:
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
     _print_control(run)
+    _print_gates(run.get("gates"))
+    stop_if_failed(run.get("gates"), command.output)
+
+
+def _print_gates(judged: dict[str, Any] | None) -> None:
+    if judged is not None:
+        from difftuning_control.gates import gate_lines
+
+        for name, line in gate_lines(judged).items():
+            say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
 
 
 def _print_control(run: dict[str, Any]) -> None:
@@ -474,6 +495,7 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
+    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.inputs import (
         cache_folder,
         check_captions,
@@ -498,33 +520,51 @@ def run_bank(command: BankCommand) -> None:
         resolution = resolution_of(family, command.data)
         bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
     if accelerator.is_main_process:
+        if bank.folder is not None:
+            with audit.noted(bank.folder) as artefacts:
+                artefacts["manifest.json"] = digest_of_file(bank.folder / "manifest.json")
         say(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
     accelerator.end_training()
 
 
 def run_sample(command: SampleCommand) -> None:
+    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.sampling import sample_to_folder
 
-    say(f"done: {sample_to_folder(**dataclasses.asdict(command))}")
+    with audit.noted(*filter(None, [command.run])) as artefacts:
+        done = sample_to_folder(**dataclasses.asdict(command))
+        artefacts["samples.json"] = digest_of_file(Path(command.output) / "samples.json")
+    say(f"done: {done}")
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
     from difftuning_control.evaluation.compare import evaluate, table
+    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.gates import stop_if_failed
     from difftuning_control.provenance import check_folder
 
     check_folder(command.output, "evaluation.json", command.overwrite)
-    result = evaluate(Evaluation(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Evaluation)}))
+    with audit.noted(*command.runs) as artefacts:
+        result = evaluate(Evaluation(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Evaluation)}))
+        artefacts["evaluation.json"] = digest_of_file(Path(command.output) / "evaluation.json")
     say(table(result))
     for warning in result["warnings"]:
         say(f"note: {warning}")
     say(f"done: {command.output}/evaluation.json, grid.png")
+    for side in result["sides"]:
+        _print_gates(side.get("gates"))
+    for side in result["sides"]:
+        stop_if_failed(side.get("gates"), side["name"])
 
 
 def run_export(command: ExportCommand) -> None:
-    from difftuning_control.export import export
+    from difftuning_control.export import MARKER, export
+    from difftuning_control.fingerprint import digest_of_file
 
-    folder = export(ExportRequest(**{f.name: getattr(command, f.name) for f in dataclasses.fields(ExportRequest)}),
-                    command.overwrite)  # fmt: skip
+    with audit.noted(command.run) as artefacts:
+        folder = export(ExportRequest(**{f.name: getattr(command, f.name) for f in dataclasses.fields(ExportRequest)}),
+                        command.overwrite)  # fmt: skip
+        artefacts[MARKER] = digest_of_file(folder / MARKER)
     say(f"done: {folder}/README.md says how it is used")
     if command.push is not None:
         say(f"uploaded: https://huggingface.co/{command.push}")
@@ -532,6 +572,7 @@ def run_export(command: ExportCommand) -> None:
 
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.analysis import analyze, write_analysis
+    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.provenance import check_folder
     from difftuning_control.words import load_words
 
@@ -540,7 +581,10 @@ def run_analyze(command: AnalyzeCommand) -> None:
         raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
     check_folder(command.output, "analysis.json", command.overwrite)
     load_words(command.language)
-    result = analyze(recipe, command.analysis, command.run)
+    with audit.noted(command.run or command.output) as artefacts:
+        result = analyze(recipe, command.analysis, command.run)
+        report = write_analysis(result, Path(command.output), command.language)
+        artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
     say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
     columns = (result["u"], result["target"]["loss"], result["bank"]["loss"], result["gap"]["mean"],
                result["schedule"]["psi"], result["schedule"]["xi"])  # fmt: skip
@@ -549,7 +593,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
     if result["forgetting"] is not None:
         rises = zip(result["forgetting"]["u"], result["forgetting"]["mean"])
         say("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
-    say(f"done: {write_analysis(result, Path(command.output), command.language)} ({', '.join(result['advice'])})")
+    say(f"done: {report} ({', '.join(result['advice'])})")
 
 
 def run_pilot(command: PilotCommand) -> None:
@@ -572,9 +616,30 @@ def run_demo(command: DemoCommand) -> None:
     demo(Path(command.output), command.steps, command.seed, command.language, command.overwrite)
 
 
+def run_verify(command: VerifyRequest) -> None:
+    from difftuning_control.verify import table, verify
+
+    result = verify(command)
+    say(json.dumps(result, indent=2) if command.json else table(result))
+    if result["status"] == "changed":
+        differing = ", ".join(p["part"] for p in result["parts"] if p["findings"]) or "nothing that could be checked"
+        unchecked = f"; not checked: {', '.join(result['unchecked'])}" if result["unchecked"] else ""
+        sys.exit(_fail(None, f"{command.run} is not what it was ({differing}){unchecked}.", 1))
+
+
+def run_runs(command: RunsRequest) -> None:
+    from difftuning_control.run_list import as_csv, as_json, list_runs, print_table
+
+    rows = list_runs(command.folder)
+    if command.json or command.csv:
+        sys.stdout.write(as_json(rows) + "\n" if command.json else as_csv(rows))  # made harmless in their own ways
+    else:
+        print_table(rows)
+
+
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
-    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo,
+    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo, "verify": run_verify, "runs": run_runs,
 }  # fmt: skip
 
 if __name__ == "__main__":

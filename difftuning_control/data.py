@@ -138,8 +138,27 @@ def load_images(
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
     checker = _Checker(skip_bad, default_caption if need_captions else default_caption or "", max_pixels)
-    folder = _place(path)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
+    return checker.data(path, *_rows(path, columns, checker, condition_path, classes))
+
+
+def list_rows(
+    path: str, columns: Columns, default_caption: str | None, condition_path: str | None, classes: str | None
+) -> tuple[list[Row], dict[str, str]]:
+    """What `load_images` would check and decode, before that; and what is wrong with other pictures, by name.
+
+    Raises:
+        UserError: if nothing can be listed.
+    """
+    checker = _Checker(True, default_caption)
+    return _rows(path, columns, checker, condition_path, classes)[0], checker.bad
+
+
+def _rows(
+    path: str, columns: Columns, checker: _Checker, condition_path: str | None, classes: str | None
+) -> tuple[list[Row], int]:
+    """The pictures before they are checked, and how many other files lie beside them."""
+    folder = _place(path)
     rows: list[Row]
     if classes == "folders":
         rows, ignored = _class_rows(path, folder, checker)
@@ -158,7 +177,7 @@ def load_images(
             raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
         rows, more = _with_conditions(rows, condition_path, checker)
         ignored += more
-    return checker.data(path, rows, ignored)
+    return rows, ignored
 
 
 def _place(path: str) -> Path:
@@ -179,6 +198,10 @@ class Row:
     read: Read
     caption: Any
     condition: Read | None = None
+
+    def caption_or(self, default: str | None) -> str | None:
+        """The caption as it is trained with, or the default where there is none."""
+        return (self.caption or "").strip() or default
 
 
 @dataclass(frozen=True)
@@ -244,7 +267,7 @@ class _Checker:
         if caption is not None and not isinstance(caption, str):
             self.bad[row.name] = f"has a {type(caption).__name__} for a caption; expected text"
             return None
-        caption = (caption or "").strip() or self.default_caption
+        caption = row.caption_or(self.default_caption)
         if caption is None:
             self.bad[row.name] = "has no caption; write one, or give one for all with --data.default_caption"
             return None

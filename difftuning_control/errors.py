@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the weights are those of the last good step."""
+
+
+class GatesFailedError(RuntimeError):
+    """A run was judged by the gates of its recipe and fails one; it is kept, and marked."""

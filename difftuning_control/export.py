@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.export_card import Parts, evaluation_lines, export_card
+from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
 from difftuning_control.export_files import write_parts
 from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import write_json, write_text
+from difftuning_control.gates import check_passed
 from difftuning_control.provenance import base_name, check_folder, versions
 from difftuning_control.runs import check_outputs, finished_run, recipe_of
 from difftuning_control.strength import psi_of_run
@@ -56,6 +57,7 @@ class ExportRequest:
             precision a LoRA is rounded to it.
         evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
         push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
+        despite_gates: export a run that fails its gates, or was not judged by them; the card says so.
     """
 
     run: str
@@ -68,6 +70,7 @@ class ExportRequest:
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     evaluation: str | None = None
     push: str | None = None
+    despite_gates: bool = False
 
     def __post_init__(self) -> None:
         chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
@@ -104,6 +107,8 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
         )
     _check_adapter(request, recipe)
     check_outputs(record, request.run)
+    if not request.despite_gates:
+        check_passed(record, request.run)
     _check_place(request, record, overwrite)
     if request.push is not None:
         _check_hub()
@@ -214,6 +219,8 @@ def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe
             "fingerprints": record["fingerprints"]["base"],
         },
         "settings": {name: getattr(request, name) for name in settings},
+        "gates": {k: v for k, v in record["gates"].items() if k != "asked"} if record.get("gates") else None,
+        "despite_gates": despite_gates(request, record),
         "pipeline": parts.stock,
         "schedule": _schedule(request.run),
         "versions": versions(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.gates import check_passed
 from difftuning_control.provenance import model_card, prompt_of
 from difftuning_control.words import plain_markdown, python_text
 
@@ -33,6 +34,9 @@ GUIDANCE = (
 SCHEDULE = (
     "`set_extras(adapter_schedule=…)` takes the `schedule` of `export.json`, the ψ of training, or one of your own."
 )
+
+
+DESPITE = "**Exported despite its quality gates** (`--despite-gates`): it fails them, or was not judged by them."
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,20 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
         use += ["", GUIDANCE] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
+    if despite_gates(request, run):
+        use += ["", DESPITE]
     return model_card(recipe, run, use, figures, CLOSING)
+
+
+def despite_gates(request: ExportRequest, run: dict[str, Any]) -> bool:
+    """Whether an export was asked for that the run's gates would have refused."""
+    if not request.despite_gates:
+        return False
+    try:
+        check_passed(run, request.run)
+    except UserError:
+        return True
+    return False
 
 
 def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts) -> list[str]:

@@ -22,6 +22,7 @@ from difftuning_control.data import Example, ImageData, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
+from difftuning_control.gates import check_gates
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.outside import read_text
 from difftuning_control.processes import ALONE, Share
@@ -49,7 +50,8 @@ def cache_folder(data: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything a run reads. `validation` maps target and bank to their validators."""
+    """Everything a run reads. `validation` maps target and bank to their validators; `held_out` is the part of
+    `all_held_out` that they see."""
 
     data: ImageData
     held_out: ImageData
@@ -59,6 +61,7 @@ class TrainingInputs:
     validation: dict[str, BandValidator]
     sample_prompts: list[str]
     resolution: int
+    all_held_out: ImageData
     control: ControlInputs | None = None
     stream: Stream | None = None
     buckets: list[TargetSet] | None = None  # all the targets by shape; `targets` are the fullest bucket then
@@ -281,6 +284,7 @@ def prepare_inputs(
         data, all_held_out = read_data(recipe)
     held_out = all_held_out.sample(size)
     check_captions(family, recipe, data, all_held_out)
+    check_gates(recipe, data, all_held_out)
     if conditioner is not None:
         check_control(recipe, conditioner, all_held_out)
     captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
@@ -330,7 +334,7 @@ def prepare_inputs(
 
         targets = empty_targets(family, framing)
         return TrainingInputs(
-            data, held_out, targets, embeddings, bank, validation, samples, resolution, stream=stream
+            data, held_out, targets, embeddings, bank, validation, samples, resolution, all_held_out, stream=stream
         )  # fmt: skip
     sets = []
     for number, bucket in enumerate(buckets):
@@ -340,7 +344,9 @@ def prepare_inputs(
         sets.append(
             TargetSet(moments[number], [e.caption for e in examples], [e.name for e in examples], made, sizes)
         )  # fmt: skip
-    found = TrainingInputs(data, held_out, sets[0], embeddings, bank, validation, samples, resolution, control)
+    found = TrainingInputs(
+        data, held_out, sets[0], embeddings, bank, validation, samples, resolution, all_held_out, control
+    )  # fmt: skip
     return replace(found, buckets=sets, bucketing=describe(buckets)) if recipe.data.buckets else found
 
 

@@ -22,6 +22,8 @@ from PIL import Image
 
 from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
+from difftuning_control.audit import FILE as AUDIT
+from difftuning_control.audit import Session, clear_but_audit
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
 from difftuning_control.conditions import conditions_of
@@ -41,10 +43,10 @@ from difftuning_control.evaluation.evaluate import (
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe, main_figure
-from difftuning_control.fingerprint import digest_of, write_json
+from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
-from difftuning_control.recipe import Recipe, ScheduleConfig, TuningConfig
+from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.trainer import load_base, train
@@ -345,7 +347,7 @@ class Pilot:
         )  # fmt: skip
         tuning = side_tuning(side, self.recipe.tuning, self.schedule)
         output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
-        return replace(self.recipe, tuning=tuning, training=training, output=output)
+        return replace(self.recipe, tuning=tuning, training=training, gates=GatesConfig(), output=output)
 
     def _try(self, side: str, rate: float, seed: int) -> list[dict[str, Any]] | None:
         """The rows of a run of the search; None if its loss became infinite."""
@@ -440,7 +442,7 @@ def pilot(
 
     output = Path(recipe.output)
     marker, identity = output / MARKER, _identity(recipe, config)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    if output.exists() and (output.is_file() or any(p.name != AUDIT for p in output.iterdir())):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
         if _marker(output)["identity"] != identity and not overwrite:
@@ -451,8 +453,11 @@ def pilot(
     torch.manual_seed(recipe.training.seed)
     job = Pilot(recipe, config, output, tell)
     if overwrite:
-        shutil.rmtree(output, ignore_errors=True)
-    write_json(marker, _marker(output) | {"identity": identity})
-    result = job.run()
-    tell(f"report: {write_pilot_report(result, output, language)}")
+        clear_but_audit(output)
+    with Session(output) as session:
+        write_json(marker, _marker(output) | {"identity": identity})
+        session.begin()
+        result = job.run()
+        tell(f"report: {write_pilot_report(result, output, language)}")
+        session.artefacts = {name: digest_of_file(output / name) for name in ("pilot.json", "report.html")}
     return result

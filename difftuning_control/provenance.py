@@ -24,7 +24,7 @@ from difftuning_control.words import plain_markdown, python_text
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
     "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
-    "class_embeddings.safetensors",
+    "class_embeddings.safetensors", "inputs.jsonl", "gates",
 )  # fmt: skip
 KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
               "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
@@ -39,6 +39,7 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     """A recipe's values without what only watches or says where things are written."""
     values = recipe.to_dict()
     values.pop("output")
+    values.pop("gates")
     values["data"].pop("cache")
     schedule = values["tuning"]["schedule"]
     if schedule["path"] is not None:  # what the file says, not where it lies
@@ -86,7 +87,7 @@ def read_run(output: Path) -> dict[str, Any] | None:
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless it is a run to resume or to overwrite."""
-    if not any(p.name != ".lock" for p in output.iterdir()):
+    if not any(p.name not in (".lock", "audit.jsonl") for p in output.iterdir()):
         return
     run = read_run(output)
     if resume and run is not None:
@@ -224,6 +225,7 @@ def model_card(
         f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
         f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
         *_class_lines(run.get("classes")), *(figures or []), *_fidelity_lines(run.get("fidelity")),
+        *_gate_lines(run.get("gates")),
         "## Loss by noise band", "", *_loss_table(run["losses"]), "", closing, "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -297,6 +299,19 @@ def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
         "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
         *(f"| {label} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for label, row in shown), "",
     ]  # fmt: skip
+
+
+def _gate_lines(judged: dict[str, Any] | None) -> list[str]:
+    """The limits that the run was judged by, and whether it keeps them."""
+    if judged is None:
+        return []
+    rows = [
+        f"| {name} | {'unknown' if g['value'] is None else format(g['value'], '.4g')} | at {g['at']} {g['limit']:g} | "
+        f"{'yes' if g['passed'] else '**no**'} |"
+        for name, g in judged["figures"].items()
+    ]
+    said = "The run passes its gates." if judged["passed"] else "**The run fails its gates.**"
+    return ["## Quality gates", "", said, "", "| | measured | asked | passed |", "|---|---|---|---|", *rows, ""]
 
 
 def _loss_table(losses: dict[str, Any]) -> list[str]:

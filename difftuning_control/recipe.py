@@ -14,6 +14,8 @@ from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS, from_json, read_
 from difftuning_control.schedules import Schedule, schedule_from_dict
 
 MAX_SEED = 2**31 - 1
+GATES = ("kid", "retention_loss", "fidelity", "memorisation")
+DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
 DEFAULT_TAU = 0.3
 DEFAULT_RANK = 16
 ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -517,6 +519,62 @@ class TrainingConfig:
 
 
 @dataclass
+class GatesConfig:
+    """Limits that a finished run is judged by; one that fails them is marked, and not exported unasked.
+
+    Args:
+        kid: at most, on held-out pictures (the KID itself, of which tables show × 1000).
+        retention_loss: at most, the rise of the loss on held-out bank samples over the base's (0.1 is 10 %).
+        fidelity: of a ControlNet, the main figure on held-out conditions; at least, or at most for depth (rmse).
+        memorisation: at most, the mean cosine to the nearest training picture.
+        features: lite0, dinov2, clip, inception, or a local model directory, for kid and memorisation.
+        pictures: how many held-out pictures give their captions.
+        seeds: of the noise; every caption is drawn once a seed, and means over the seeds are judged.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    kid: float | None = None
+    retention_loss: float | None = None
+    fidelity: float | None = None
+    memorisation: float | None = None
+    features: str = "lite0"
+    pictures: int = 64
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    steps: int = 20
+    guidance_scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("kid", 0, math.inf), ("retention_loss", -1, math.inf), ("fidelity", 0, 1),
+                                ("memorisation", -1, 1)):  # fmt: skip
+            value = getattr(self, name)
+            expected = f"{low} to {high}" if high < math.inf else f"a finite number of at least {low}"
+            _need(value is None or (low <= value <= high and value < math.inf), f"gates.{name}", value, expected)
+        for name, least in (("pictures", 5), ("steps", 1)):
+            _need(getattr(self, name) >= least, f"gates.{name}", getattr(self, name), f"at least {least}")
+        _need(0 <= self.guidance_scale < math.inf, "gates.guidance_scale", self.guidance_scale, "at least 0")
+        seeds = self.seeds
+        different = bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0
+        _need(different, "gates.seeds", seeds, "different whole numbers of at least 0")
+        drawn = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in GATES}
+        if not self.draws and drawn != DRAWN:
+            raise UserError(
+                "gates has settings of the pictures to draw, but no limit on kid, fidelity or memorisation; give one, "
+                "or leave them out."
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set."""
+        return {name: getattr(self, name) for name in GATES if getattr(self, name) is not None}
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures must be drawn to judge by these."""
+        return any(name != "retention_loss" for name in self.limits)
+
+
+@dataclass
 class Recipe:
     """A training run.
 
@@ -531,6 +589,7 @@ class Recipe:
         control: what a ControlNet is taught.
         training: the loop.
         output: folder of the results.
+        gates: limits that the finished run is judged by.
     """
 
     method: Literal["lora", "full", "controlnet"] = "lora"
@@ -542,6 +601,7 @@ class Recipe:
     control: ControlConfig = field(default_factory=ControlConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/difftuning"
+    gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
         if self.method == "full" and self.adapter != AdapterConfig():
@@ -557,6 +617,7 @@ class Recipe:
         if self.data.stream:
             self._check_stream()
         self._check_control()
+        self._check_gates()
 
     def _check_stream(self) -> None:
         """What must know all pictures before the first step."""
@@ -637,6 +698,32 @@ class Recipe:
             )
         if control.path is not None and (control.validation_path is None) != (self.data.validation_path is None):
             raise UserError("give data.validation_path and control.validation_path together, or neither.")
+
+    def _check_gates(self) -> None:
+        """Gates whose figure this recipe cannot give."""
+        gates = self.gates
+        if gates.fidelity is not None and self.method != "controlnet":
+            raise UserError(f"gates.fidelity is for ControlNets, but method is {self.method}; leave it out.")
+        if gates.retention_loss is not None and self.method == "controlnet":
+            raise UserError(
+                "gates.retention_loss limits what the denoiser forgets, and beside a ControlNet it stays as it is; "
+                "leave it out."
+            )
+        if gates.limits and not self.uses_bank and self.bank.path is None:
+            raise UserError(
+                f"gates.{next(iter(gates.limits))} needs a knowledge bank, which stands for the old domain, and this "
+                "recipe has none; raise tuning.retention_ratio and retention_weight, name a bank.path, or leave the "
+                "gate out."
+            )
+        if gates.draws and self.data.holdout == 0 and self.data.validation_path is None:
+            name = next(name for name in gates.limits if name != "retention_loss")
+            raise UserError(
+                f"gates.{name} is judged on held-out pictures, and there are none; raise data.holdout, name a "
+                "data.validation_path, or leave the gate out."
+            )
+        least = 5 if gates.draws else 2
+        if gates.limits and self.bank.path is None:
+            _need(self.bank.size >= least, "bank.size", self.bank.size, f"at least {least} with these gates")
 
     @property
     def uses_bank(self) -> bool:

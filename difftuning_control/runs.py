@@ -52,6 +52,7 @@ def recipe_of(record: dict[str, Any]) -> Recipe:
         adapter=sections.AdapterConfig(**values["adapter"]),
         control=sections.ControlConfig(**control),
         training=sections.TrainingConfig(**values["training"]),
+        gates=sections.GatesConfig(**values.get("gates", {})),
         output=values["output"],
     )
 

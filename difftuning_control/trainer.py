@@ -17,26 +17,27 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from difftuning_control.adapters import result_of
+from difftuning_control.audit import Session, read_audit
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
-from difftuning_control.control_report import write_control_report
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.families.dit_adapters import CLASSES_FILE
-from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json, write_text
+from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
+from difftuning_control.gates import failed, judge_run
 from difftuning_control.inputs import TrainingInputs, cache_folder, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
+from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.processes import check_shared, ending_together
 from difftuning_control.provenance import (
     OutputFolder,
     describe_device,
-    model_card,
     read_run,
     recipe_identity,
     rows_of_step,
@@ -64,13 +65,17 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
-        with ending_together(accelerator):
+        with ending_together(accelerator), Session(output) as session:
             _check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            return _train(recipe, accelerator, output, folder)
+            run = _train(recipe, accelerator, output, folder, session)
+            if folder is not None:
+                _judge(run, recipe, output, session)
+            accelerator.wait_for_everyone()
+            return run
     finally:
         accelerator.end_training()
         if folder is not None:
@@ -87,7 +92,9 @@ def _check_bank_rows(recipe: Recipe, processes: int) -> None:
         )
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None, session: Session
+) -> dict[str, Any]:
     started = time.time()
     family = load_base(recipe).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
@@ -118,8 +125,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     if folder is not None:
         if not recipe.training.resume:
             folder.clear()
+        run["sources"], run["inputs"] = sources_of(recipe), write_inputs(output, inputs.data, inputs.all_held_out)
         write_json(output / "run.json", run)
         write_recipe(output, recipe)
+        session.begin(digest_of_file(output / "recipe.yaml"))
         if measured is not None:
             write_json(output / "schedule.json", measured)
     prepared = time.time()
@@ -140,14 +149,29 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     run["status"] = "complete"
     if folder is not None:
         run["outputs"] = _hash_outputs(output, output / result_of(recipe))
-        write_text(output / "README.md", model_card(recipe, run))
-        if recipe.method == "controlnet":
-            write_control_report(run, output)
-        write_json(output / "run.json", run)
+        write_record(run, recipe, output)
         for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
             shutil.rmtree(checkpoint)
-    accelerator.wait_for_everyone()
     return run
+
+
+def _judge(run: dict[str, Any], recipe: Recipe, output: Path, session: Session) -> None:
+    """Judge a finished run by the recipe's gates, if that was not done, and have the audit vouch for its record."""
+    judged = run.get("gates")
+    if recipe.gates.limits and (judged is None or judged["asked"] != dataclasses.asdict(recipe.gates)):
+        if not session.number:
+            session.begin()
+        run["gates"] = judge_run(run, recipe, output)
+        run["recipe"]["gates"] = dataclasses.asdict(recipe.gates)
+        write_recipe(output, recipe)
+        write_record(run, recipe, output)
+    if "gates" in run:
+        session.said = failed(run["gates"]) or None
+    if not session.number and read_audit(output).is_ended:
+        return
+    if not session.number:  # the power went between the record and the line that vouches for it
+        session.begin()
+    session.artefacts = {"run.json": digest_of_file(output / "run.json"), **run["outputs"]}
 
 
 def _attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Conditioner:
@@ -327,8 +351,15 @@ def _describe(
             "ignored_files": inputs.data.ignored_files,
             "resolution": inputs.resolution,
             "buckets": inputs.bucketing,
+            "local": local_places(recipe.data.path, recipe.data.validation_path),
         },
-        "bank": None if bank is None else {"items": len(bank), "folder": str(bank.folder or bank.manifest["source"])},
+        "bank": None
+        if bank is None
+        else {
+            "items": len(bank),
+            "folder": str(bank.folder or bank.manifest["source"]),
+            "pictures": bank.folder is None,
+        },
         "classes": describe_classes(family, recipe, inputs.data),
         "control": None
         if inputs.control is None

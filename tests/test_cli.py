@@ -171,6 +171,7 @@ def test_train_leaves_the_files_that_the_design_names(trained):
     assert run["status"] == "complete"
     assert {p.name for p in trained.iterdir()} == {
         "pytorch_lora_weights.safetensors", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
+        "inputs.jsonl", "audit.jsonl",
     }  # fmt: skip
     assert len((trained / "metrics.jsonl").read_text().splitlines()) >= 2
 

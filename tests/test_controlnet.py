@@ -425,7 +425,7 @@ def test_a_controlnet_leaves_the_files_that_the_design_names(command):
     run = command[0]
     assert {p.name for p in run.iterdir()} == {
         "controlnet", "recipe.yaml", "run.json", "metrics.jsonl", "fidelity.json", "README.md", "report.html",
-        "samples",
+        "samples", "inputs.jsonl", "audit.jsonl",
     }  # fmt: skip
     assert {p.name for p in (run / "controlnet").iterdir()} == {"config.json", "control_spec.json", FILE}
     values = json.loads((run / "run.json").read_text())

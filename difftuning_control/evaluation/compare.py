@@ -34,6 +34,7 @@ from difftuning_control.families import best_device
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import Curve, compare, part_of, row_validator
+from difftuning_control.gates import judge
 from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.pictures import save_grid
 from difftuning_control.progress import progress
@@ -142,9 +143,13 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
                 found = side(run, tuned)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
             sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
-    if bank is not None and probe is None:  # beside a ControlNet the model stays as it was
+    measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
+    if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
         for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
             found["forgetting"] = {"u": curve.u, **curve.to_dict()}
+    for run, found in zip(records, sides):
+        if recipes[run].gates.limits:
+            found["gates"] = judge(recipes[run].gates, {"losses": records[run]["losses"], **found})
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
     result: dict[str, Any] = {
         "status": "complete",

@@ -1,0 +1,191 @@
+"""`difftune runs`: every run below a folder with its state, settings, figures and gates."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.words import harmless
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STATES = {"complete": "done", "failed": "failed", "running": "interrupted"}
+COLUMNS = ("run", "state", "model", "method", "steps", "target_loss", "retention_loss", "fidelity", "kid",
+           "memorisation", "gates")  # fmt: skip
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "＝",
+    "＋",
+    "－",
+    "＠",
+    "\t",
+    "\r",
+    "\n",
+)  # with these a spreadsheet takes a cell for a formula
+
+
+@dataclass(frozen=True)
+class RunsRequest:
+    """List the runs below a folder with their state, figures and gates: difftune runs DIR.
+
+    Args:
+        folder: runs are looked for in it and in all folders below.
+        json: print a JSON array.
+        csv: print CSV; cells that a spreadsheet would take for formulas begin with an apostrophe.
+    """
+
+    folder: str = "runs"
+    json: bool = False
+    csv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise UserError("give --json or --csv, not both.")
+
+
+def list_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """A row for each run, by its place; figures that were not measured are None, and losses are of held-out pictures.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; give one with runs in it.")
+    return [_row(place, root) for place in _places(root)]
+
+
+def _places(root: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if "run.json" in names:
+            yield Path(place)
+
+
+def _row(place: Path, root: Path) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row["run"] = place.name if place == root else place.relative_to(root).as_posix()
+    try:
+        run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+        return row | _described(run, place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return row | {"state": "unreadable"}
+
+
+def _described(run: dict[str, Any], place: Path) -> dict[str, Any]:
+    from difftuning_control.gates import retention_loss
+
+    recipe, judged, curve = run["recipe"], run.get("gates"), run.get("fidelity")
+    state = STATES[run["status"]]
+    if state == "interrupted" and _is_locked(place):
+        state = "running"
+    figures = {name: found["value"] for name, found in (judged or {"figures": {}})["figures"].items()}
+    target = run.get("losses", {}).get("target")
+    adapter = recipe["adapter"]["kind"] if recipe["method"] == "lora" else None
+    done = run["steps"] if "steps" in run else _last_step(place)
+    fidelity = curve["figures"][curve["main"]][-1] if curve and curve["steps"] else None
+    return {
+        "state": state,
+        "model": recipe["model"]["id"],
+        "method": adapter or recipe["method"],
+        "steps": done,
+        "target_loss": _mean(target["tuned"]["loss"]) if target is not None else None,
+        "retention_loss": figures.get("retention_loss", retention_loss(run)),
+        "fidelity": figures.get("fidelity", fidelity),
+        "kid": figures.get("kid"),
+        "memorisation": figures.get("memorisation"),
+        "gates": None if judged is None else "passed" if judged["passed"] else "failed",
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _last_step(place: Path) -> int:
+    """The last step that a run logged whole; 0 if there is none."""
+    try:
+        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _is_locked(place: Path) -> bool:
+    """Whether a process holds the folder, which a run does as long as it lives."""
+    from filelock import FileLock, Timeout
+
+    lock = place / ".lock"
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def as_json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=2)  # in ASCII: names can hold what a terminal obeys
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([_cell(row[name]) for name in COLUMNS] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value as it may stand in a spreadsheet."""
+    if not isinstance(value, str):
+        return value
+    return "'" + harmless(value) if value.startswith(FORMULA) else harmless(value)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The runs as a table as wide as the terminal; in a file or a pipe as wide as it needs to be."""
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() else 10_000
+    Console(width=wide, highlight=False).print(as_table(rows))
+
+
+def as_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"done": "green", "passed": "green", "running": "cyan", "failed": "red", "unreadable": "red"}
+    used = [name for name in COLUMNS if name in COLUMNS[:5] or any(row[name] is not None for row in rows)]
+    table = Table(box=SIMPLE_HEAD)
+    for name in used:
+        table.add_column(name, justify="left" if name in (*COLUMNS[:4], "gates") else "right", overflow="fold")
+    for row in rows:
+        cells = [_shown(name, row[name]) for name in used]
+        table.add_row(*(Text(cell, colours.get(cell, "")) for cell in cells))  # a Text's markup is no markup
+    return table
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name == "retention_loss":
+        return f"{value:+.1%}"
+    return f"{value:.4g}" if isinstance(value, float) else harmless(str(value))
