@@ -50,8 +50,8 @@ class ExportRequest:
         base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
         adapter: separate keeps the LoRA in its own file; fused adds it to the weights.
         pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
-        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole UNet, or
-            its difference to the tuned one.
+        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole denoiser
+            (of a transformer, as source_transformer), or its difference to the tuned one.
         dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
             precision a LoRA is rounded to it.
         evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
@@ -97,11 +97,6 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
-    if record.get("classes") is not None and recipe.method == "lora":
-        raise UserError(
-            f"the run {request.run} is an adapter on a DiTPipeline, which load_adapter takes from the run's own "
-            "folder; only runs of method full are exported for it."
-        )
     _check_adapter(request, recipe)
     check_outputs(record, request.run)
     _check_place(request, record, overwrite)
@@ -131,7 +126,7 @@ def _check_method(request: ExportRequest, method: str) -> None:
         raise UserError(f"{what}, whose result is a whole pipeline; leave out --base referenced.")
     if method != "full" and request.source_unet != "none":
         raise UserError(
-            f"{what}, beside which the base's UNet is still there; leave out --source_unet {request.source_unet}."
+            f"{what}, beside which the base's denoiser is still there; leave out --source_unet {request.source_unet}."
         )
 
 

@@ -81,6 +81,7 @@ def denoiser_of(pipe: Any) -> Any:
 def controlnet(pipe: Any, seed: int = 5) -> Any:
     """A ControlNet for a tiny pipeline that already adds something."""
     torch.manual_seed(seed)
+    config = dict(denoiser_of(pipe).config)  # into which `from_transformer` writes what it is given
     if hasattr(pipe, "unet"):
         found: Any = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
         zeros = [*found.controlnet_down_blocks, found.controlnet_mid_block, found.controlnet_cond_embedding.conv_out]
@@ -91,6 +92,7 @@ def controlnet(pipe: Any, seed: int = 5) -> Any:
         heads = {"attention_head_dim": 8, "num_attention_heads": 4}
         found = FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **heads)
         zeros = [*found.controlnet_blocks, *found.controlnet_single_blocks, found.controlnet_x_embedder]
+    denoiser_of(pipe).register_to_config(**{n: v for n, v in config.items() if n.startswith("num_")})
     for block in zeros:
         torch.nn.init.normal_(block.weight, std=0.3)
     return found

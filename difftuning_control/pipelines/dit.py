@@ -43,10 +43,11 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
             source_transformer, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule, hand_over=hand_over,
         )  # fmt: skip
-        self.register_to_config(id2label=id2label)
+        pipe: Any = self
+        pipe.register_to_config(id2label=id2label)
         for name in ("transformer", "source_transformer"):
-            if getattr(self, name) is not None:  # perhaps a DiT that takes adapters, which is saved as what it is
-                self.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
+            if getattr(pipe, name) is not None:  # perhaps a DiT that takes adapters, which is saved as what it is
+                pipe.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
 
     def _branch(self, call: dict[str, Any]) -> AtForward:
         """The second half of a guided batch is told the null class."""

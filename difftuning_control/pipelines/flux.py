@@ -26,7 +26,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetModel
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.models.controlnets.controlnet_sd3 import SD3MultiControlNetModel
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     SiglipImageProcessor,
