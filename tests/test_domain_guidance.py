@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
+)
 from peft import IA3Config, LoHaConfig, LoraConfig
 from pipeline_samples import (
     EVERY,
@@ -448,3 +453,12 @@ def test_what_cannot_be_with_a_compiled_denoiser_is_told():
     plain.compile(backend="eager")
     with pytest.raises(UserError, match=r"the UNet was compiled in place \(unet\.compile\(\)\), where no hook reaches"):
         draw(pipe, "sd")
+
+
+def test_a_cache_of_blocks_is_told():
+    pipe = with_both("flux", domain_guidance=True)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UserError, match=r"call pipe\.transformer\.disable_cache\(\)"):
+        draw(pipe, "flux")
+    pipe.transformer.disable_cache()
+    assert np.isfinite(draw(pipe, "flux")).all()

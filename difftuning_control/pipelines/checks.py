@@ -85,3 +85,16 @@ def check_compiled(module: nn.Module, component: str, schedule: Strength | None)
             f"the {name} is compiled and would be compiled anew for every value of adapter_schedule; use hand_over, "
             "or leave it uncompiled."
         )
+
+
+def check_cache(module: Any, component: str) -> None:
+    """Refuse a cache of what blocks gave in the forward before, which may have been with other weights.
+
+    Raises:
+        UserError: if one is enabled.
+    """
+    if getattr(module, "is_cache_enabled", False):
+        raise UserError(
+            f"the {NAMES[component]} reuses what it computed a forward before (enable_cache), which domain_guidance "
+            f"would mix with what other weights computed; call pipe.{component}.disable_cache()."
+        )

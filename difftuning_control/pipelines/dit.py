@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NewClasses
+from difftuning_control.families.dit_adapters import NewClasses, TunableDiT
 from difftuning_control.guidance import AtForward, TunedWeights
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.strength import Strength
@@ -28,11 +28,11 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        transformer: DiTTransformer2DModel | TunableDiT,  # `from_pipe` compares the very class
         vae: AutoencoderKL,
         scheduler: KarrasDiffusionSchedulers,
         id2label: dict | None = None,
-        source_transformer: DiTTransformer2DModel | None = None,
+        source_transformer: DiTTransformer2DModel | TunableDiT | None = None,
         domain_guidance: bool = False,
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,

@@ -30,6 +30,7 @@ from difftuning_control.guidance import (
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
     NAMES,
+    check_cache,
     check_compiled,
     check_ip_adapter,
     check_scalable,
@@ -210,6 +211,7 @@ class TunedSampling:
         scale = call[self.guidance_argument]
         if extras.domain_guidance:
             self._check_guidance(scale)
+            check_cache(self.denoiser, self.component)
             branch = self._branch(call)
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, extras.adapter_schedule)
