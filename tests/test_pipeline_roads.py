@@ -28,6 +28,7 @@ from pipeline_samples import (
     stock,
     traces,
 )
+from tiny_models import tiny_sd3
 
 import difftuning_control
 from difftuning_control.adapter_files import merge_adapter
@@ -211,6 +212,15 @@ def test_from_pipe_there_and_back_keeps_settings(kind):
     assert settings_of(again) == expected_settings(kind)
     assert settings_of(OURS[kind].from_pipe(ours)) == expected_settings(kind)
     assert OURS[kind].from_pipe(ours, hand_over=0.5).extras.hand_over == 0.5
+
+
+def test_sd3_without_t5_is_loaded_as_the_stock_class_is(tmp_path):
+    """Which wants to be told that there is none; what the card of an export has too."""
+    pipe = quiet(OURS["sd3"](**tiny_sd3(t5=False).components))
+    pipe.save_pretrained(tmp_path)
+    again = quiet(DiffusionPipeline.from_pretrained(str(tmp_path), text_encoder_3=None, tokenizer_3=None))
+    assert type(again) is OURS["sd3"]
+    assert draw(again, "sd3").shape == draw(pipe, "sd3").shape == (1, 16, 16, 3)
 
 
 def test_class_names_go_along(tmp_path):
