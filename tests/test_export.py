@@ -692,7 +692,7 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
         ("full", "--base referenced", "whose result is a whole pipeline; leave out --base referenced."),
         ("full", "--source_unet whole --pipeline stock", "no use for a source UNet; it needs --pipeline difftuning."),
         ("full", "--source_unet difference --pipeline stock", "no use for a source UNet; it needs --pipeline difft"),
-        ("lora", "--source_unet whole", "the base's UNet is still there; leave out --source_unet whole."),
+        ("lora", "--source_unet whole", "the base's denoiser is still there; leave out --source_unet whole."),
         ("controlnet", "--source_unet difference", "is still there; leave out --source_unet difference."),
         ("lora", "--push one/two/three", "push is 'one/two/three'; expected a repository on the Hub, such as user/na"),
         ("lora", "--push /a", "push is '/a'; expected a repository on the Hub"),
