@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from difftuning_control.adapter_kinds import ADAPTER, BESIDE, lora_state, mask_ranks, own_parts
+from difftuning_control.adapter_kinds import ADAPTER, BESIDE, keep_part, lora_state, mask_ranks, own_parts
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
@@ -114,7 +114,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
     beside = (place if place.is_dir() else place.parent) / CLASSES_FILE
     if beside.exists():
         try:
-            own_parts(denoiser)[BESIDE.format(adapter_name)] = NewClasses(pipe, beside, adapter_name, strength)
+            keep_part(denoiser, BESIDE.format(adapter_name), NewClasses(pipe, beside, adapter_name, strength))
         except UserError:
             _remove(pipe, denoiser, adapter_name)
             raise
@@ -289,7 +289,7 @@ def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None
         raise _does_not_fit(path, error) from None
     own = DiffFit(denoiser, name)
     own.set(read_tensors(path) or {}, strength)
-    own_parts(denoiser)[name] = own
+    keep_part(denoiser, name, own)
 
 
 def _compare(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -180,12 +180,20 @@ def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float], sign: i
     mask = RankMask(denoiser, rank, limits, runs, sign)
     for layer in layers:
         mask.cover(layer.lora_A[name])
-    own_parts(denoiser)[name] = mask
+    keep_part(denoiser, name, mask)
 
 
 def own_parts(module: Any) -> dict[str, Any]:
-    """What this package has put on a denoiser beside peft's layers, a `RankMask` or a `DiffFit` by adapter name."""
-    return module.__dict__.setdefault(OWN, {})
+    """What this package has put on a denoiser beside peft's layers, a `RankMask` or a `DiffFit` by adapter name.
+
+    Of a compiled denoiser, which is a module around it, those of the denoiser itself.
+    """
+    return vars(getattr(module, "_orig_mod", module)).get(OWN, {})
+
+
+def keep_part(module: Any, name: str, part: Any) -> None:
+    """Add to what `own_parts` gives."""
+    vars(getattr(module, "_orig_mod", module)).setdefault(OWN, {})[name] = part
 
 
 def _start_orthogonally(layers: dict[str, Any], rank: int) -> None:

@@ -16,7 +16,7 @@ from difftuning_control.adapter_files import (
     save_lora,
     save_peft,
 )
-from difftuning_control.adapter_kinds import ADAPTER, BESIDE, LORA_KINDS, attach, own_parts
+from difftuning_control.adapter_kinds import ADAPTER, BESIDE, LORA_KINDS, attach, keep_part
 from difftuning_control.difffit import DiffFit, TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.lora_start import FACTOR, Down, Up, factors
@@ -61,7 +61,7 @@ class AdapterTuning:
             for parameter in own.parameters.values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-            own_parts(family.denoiser)[ADAPTER] = own
+            keep_part(family.denoiser, ADAPTER, own)
         else:
             attach(family.denoiser, config, seed, family.lora_targets, family.process)
         if whole := family.trained_whole():
@@ -69,7 +69,7 @@ class AdapterTuning:
             for parameter in whole.values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-            own_parts(family.denoiser)[BESIDE.format(ADAPTER)] = beside
+            keep_part(family.denoiser, BESIDE.format(ADAPTER), beside)
         if config.text_encoder:
             attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, family.text_lora_targets)
 

@@ -57,7 +57,7 @@ class _ControlHook(SamplingHook):
         self.strength, self.use = strength, use
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        sample = argument(args, kwargs, 0, "sample")
+        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
         if strength * kwargs.get("conditioning_scale", 1.0) == 0:
             self.use.skipped += 1
@@ -66,15 +66,36 @@ class _ControlHook(SamplingHook):
         found = self.fn_ref.original_forward(*args, **kwargs)
         self.use.run += 1
         self.use.clocks.append((start, _now(sample.device)))
-        if strength == 1:
-            return found
-        down, mid = found[0], found[1]
-        scaled = tuple(d * strength for d in down), mid * strength
-        return scaled if isinstance(found, tuple) else type(found)(*scaled)
+        return found if strength == 1 else _times(found, strength)
+
+
+def _times(residuals: Any, strength: float) -> Any:
+    """Every tensor of what a ControlNet gives, times the strength."""
+    if isinstance(residuals, Tensor):
+        return residuals * strength
+    if isinstance(residuals, dict):  # diffusers' output classes are
+        return type(residuals)(**{name: _times(value, strength) for name, value in residuals.items()})
+    return None if residuals is None else type(residuals)(_times(value, strength) for value in residuals)
 
 
 def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
-    """Residuals that add nothing, without a forward; those of the down blocks are (B, 1, 1, 1) and broadcast.
+    """Residuals that add nothing, without a forward: as many as the ControlNet gives, of one element a row where it
+    does, so that they broadcast."""
+    if hasattr(controlnet, "controlnet_down_blocks"):
+        return _no_unet_residuals(controlnet, sample, return_dict)
+    from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
+    from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
+
+    blocks = [sample.new_zeros(len(sample), 1, 1) for _ in controlnet.controlnet_blocks]
+    if not hasattr(controlnet, "controlnet_single_blocks"):
+        return SD3ControlNetOutput(blocks) if return_dict else (blocks,)  # type: ignore[arg-type]
+    single = [sample.new_zeros(len(sample), 1, 1) for _ in controlnet.controlnet_single_blocks]
+    found = blocks or None, single or None
+    return FluxControlNetOutput(*found) if return_dict else found  # type: ignore[arg-type]
+
+
+def _no_unet_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
+    """Those of the down blocks are (B, 1, 1, 1).
 
     The middle's has its full size, since several ControlNets add theirs into the first one's in place.
     """

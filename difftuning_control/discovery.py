@@ -20,6 +20,11 @@ PIPELINES = (
     "DiffTuningControlNetPipeline",
     "DiffTuningXLPipeline",
     "DiffTuningXLControlNetPipeline",
+    "DiffTuningSD3Pipeline",
+    "DiffTuningSD3ControlNetPipeline",
+    "DiffTuningFluxPipeline",
+    "DiffTuningFluxControlNetPipeline",
+    "DiffTuningDiTPipeline",
 )
 TABLES = "diffusers.pipelines.auto_pipeline"
 
@@ -50,9 +55,16 @@ def _add_to_tables(module: Any) -> None:
         "difftuning-sd-controlnet": (ours.DiffTuningControlNetPipeline, "stable-diffusion-controlnet"),
         "difftuning-sdxl": (ours.DiffTuningXLPipeline, "stable-diffusion-xl"),
         "difftuning-sdxl-controlnet": (ours.DiffTuningXLControlNetPipeline, "stable-diffusion-xl-controlnet"),
+        "difftuning-sd3": (ours.DiffTuningSD3Pipeline, "stable-diffusion-3"),
+        "difftuning-sd3-controlnet": (ours.DiffTuningSD3ControlNetPipeline, "stable-diffusion-3-controlnet"),
+        "difftuning-flux": (ours.DiffTuningFluxPipeline, "flux"),
+        "difftuning-flux-controlnet": (ours.DiffTuningFluxControlNetPipeline, "flux-controlnet"),
     }
     for name, (pipeline, stock) in rows.items():
-        texts[name], images[name], masks[name] = pipeline, images[stock], masks[stock]
+        texts[name] = pipeline
+        for others in (images, masks):
+            if stock in others:  # SD3's ControlNets have no image-to-image pipeline
+                others[name] = others[stock]
 
 
 WANTED: dict[str, Callable[[Any], None]] = {

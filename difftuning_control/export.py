@@ -51,8 +51,8 @@ class ExportRequest:
         base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
         adapter: separate keeps the LoRA in its own file; fused adds it to the weights.
         pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
-        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole UNet, or
-            its difference to the tuned one.
+        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole denoiser
+            (of a transformer, as source_transformer), or its difference to the tuned one.
         dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
             precision a LoRA is rounded to it.
         evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
@@ -100,7 +100,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
-    if not record.get("loads_lora", record.get("classes") is None) and recipe.method == "lora":
+    if record.get("loads_lora") is False and record.get("classes") is None and recipe.method == "lora":
         raise UserError(
             f"the run {request.run} is an adapter on a {record['family']} pipeline, into which stock diffusers loads "
             "none: load_adapter takes it from the run's own folder; only runs of method full are exported for it."
@@ -136,7 +136,7 @@ def _check_method(request: ExportRequest, method: str) -> None:
         raise UserError(f"{what}, whose result is a whole pipeline; leave out --base referenced.")
     if method != "full" and request.source_unet != "none":
         raise UserError(
-            f"{what}, beside which the base's UNet is still there; leave out --source_unet {request.source_unet}."
+            f"{what}, beside which the base's denoiser is still there; leave out --source_unet {request.source_unet}."
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.gates import check_passed
-from difftuning_control.provenance import model_card, prompt_of
+from difftuning_control.provenance import asked_for, model_card
 from difftuning_control.words import plain_markdown, python_text
 
 if TYPE_CHECKING:
@@ -48,12 +48,16 @@ class Parts:
         ours: the name of the one-line file, without its ending, and the class in it; None in a stock export.
         controlnet: diffusers' class of the ControlNet, if there is one.
         file: the LoRA file for another program, if that is what was exported.
+        component: the denoiser's name in the pipeline.
+        absent: components that the model was saved without, which diffusers wants to be told.
     """
 
     stock: str
     ours: tuple[str, str] | None
     controlnet: str | None
     file: str | None
+    component: str = "unet"
+    absent: tuple[str, ...] = ()
 
 
 def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts, figures: list[str]) -> str:
@@ -71,7 +75,8 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        use += ["", GUIDANCE] if has_adapter or request.source_unet != "none" else []
+        guidance = GUIDANCE.replace("guidance_scale", "true_cfg_scale") if parts.stock.startswith("Flux") else GUIDANCE
+        use += ["", guidance] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):
         use += ["", DESPITE]
@@ -108,13 +113,14 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
         body.append(f'controlnet = {parts.controlnet}.from_pretrained(f"{{folder}}/controlnet")')
         options.append("controlnet=controlnet")
         klass = parts.stock if parts.ours is None else klass
+    options += [f"{name}=None" for name in parts.absent]
     if parts.ours is not None:
         options += [] if is_whole else [f'custom_pipeline=f"{{folder}}/{parts.ours[0]}.py"']
         options.append("trust_remote_code=True")
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
-        if recipe.adapter.kind in ("lora", "dora"):
+        if recipe.adapter.kind in ("lora", "dora") and run.get("classes") is None:
             name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:
@@ -122,22 +128,22 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
             body.append("load_adapter(pipe, folder)")
     if request.source_unet == "difference":
         used["difftuning_control"].append("load_source")
-        body.append('source = load_source(pipe.unet, f"{folder}/source_difference.safetensors")')
-        body.append("pipe.register_modules(source_unet=source)")
+        body.append(f'source = load_source(pipe.{parts.component}, f"{{folder}}/source_difference.safetensors")')
+        body.append(f"pipe.register_modules(source_{parts.component}=source)")
     if request.source_unet != "none":
         body.append("pipe.set_extras(domain_guidance=True)")
-    prompt = prompt_of(run)
+    prompt, image = asked_for(run), (run.get("control") or {}).get("argument", "image")
     if parts.controlnet is None:
         body.append(f"image = pipe({prompt}).images[0]")
     elif parts.ours is not None:
         used["PIL"].append("Image")
-        body.append(f'image = pipe({prompt}, image=Image.open("photo.png"), preprocess=True).images[0]')
+        body.append(f'image = pipe({prompt}, {image}=Image.open("photo.png"), preprocess=True).images[0]')
     else:
         used["PIL"].append("Image")
         used["difftuning_control"] += ["Conditioner", "ControlSpec"]
         spec = 'ControlSpec.load(f"{folder}/controlnet")'
         body.append(f'condition = Conditioner({spec}).prepare(Image.open("photo.png"))')
-        body.append(f"image = pipe({prompt}, image=condition).images[0]")
+        body.append(f"image = pipe({prompt}, {image}=condition).images[0]")
     return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
 
 

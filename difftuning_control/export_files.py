@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from difftuning_control.adapter_files import LORA_FILE, load_adapter, merge_adapter
+from difftuning_control.adapter_files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
 from difftuning_control.adapter_kinds import ADAPTER
 from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
 from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.dit_adapters import CLASSES_FILE
 from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors, write_text
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 from difftuning_control.runs import check_base
@@ -33,6 +34,11 @@ PIPELINES = {
     "StableDiffusionControlNetPipeline": ("difftuning_sd_controlnet", "DiffTuningControlNetPipeline"),
     "StableDiffusionXLPipeline": ("difftuning_sdxl", "DiffTuningXLPipeline"),
     "StableDiffusionXLControlNetPipeline": ("difftuning_sdxl_controlnet", "DiffTuningXLControlNetPipeline"),
+    "StableDiffusion3Pipeline": ("difftuning_sd3", "DiffTuningSD3Pipeline"),
+    "StableDiffusion3ControlNetPipeline": ("difftuning_sd3_controlnet", "DiffTuningSD3ControlNetPipeline"),
+    "FluxPipeline": ("difftuning_flux", "DiffTuningFluxPipeline"),
+    "FluxControlNetPipeline": ("difftuning_flux_controlnet", "DiffTuningFluxControlNetPipeline"),
+    "DiTPipeline": ("difftuning_dit", "DiffTuningDiTPipeline"),
 }
 """For each stock class, the one-line file and the class of ours that take its place."""
 
@@ -59,11 +65,14 @@ def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
         write_text(folder / f"{ours[0]}.py", f"from difftuning_control.pipelines import {ours[1]}{NOTE}\n")
     for config in folder.rglob("config.json"):
         _amend(config)
+    component, denoiser = denoiser_of(pipe)
     if request.base == "copied":
-        source = {"source_unet": ["diffusers", type(pipe.unet).__name__]} if request.source_unet == "whole" else {}
+        whole = request.source_unet == "whole"
+        source = {f"source_{component}": ["diffusers", type(denoiser).__name__]} if whole else {}
         _amend(folder / "model_index.json", **({"_class_name": list(ours)} if ours is not None else {}), **source)
     controlnet = type(pipe.controlnet).__name__ if recipe.method == "controlnet" else None
-    return Parts(stock, ours, controlnet, None)
+    absent = tuple(n for n in ("text_encoder_3", "tokenizer_3") if getattr(pipe, n, pipe) is None)
+    return Parts(stock, ours, controlnet, None, component, absent)
 
 
 def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
@@ -99,7 +108,8 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
         base.save_pipeline(folder)
     if request.adapter == "separate":
         result = run / adapter_result(recipe.adapter)
-        for file in sorted(result.iterdir()) if result.is_dir() else [result]:
+        beside = [run / CLASSES_FILE] if (run / CLASSES_FILE).exists() else []
+        for file in [*beside, *(sorted(result.iterdir()) if result.is_dir() else [result])]:
             target = folder / file.relative_to(run)
             target.parent.mkdir(exist_ok=True)
             if request.torch_dtype is None or file.suffix != ".safetensors":
@@ -133,7 +143,8 @@ def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     if request.source_unet != "none":
         source = _checked_base(record, recipe, request.run).denoiser.to(dtype)
         if request.source_unet == "whole":
-            source.save_pretrained(folder / "source_unet", safe_serialization=True)
+            place = folder / f"source_{denoiser_of(tuned.pipe)[0]}"
+            source.save_pretrained(place, safe_serialization=True)
         else:
             kept = torch.float32 if request.dtype == "float32" else torch.float16
             save_difference(tuned.denoiser, source, folder / SOURCE_FILE, kept)

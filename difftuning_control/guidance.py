@@ -2,11 +2,12 @@
 
     where                     what answers a forward
     u ≤ u₀ (hand-over)        the pretrained weights
-    unconditional half        the pretrained weights (Domain Guidance), else as the conditional half
-    conditional half          the tuned weights, an adapter at the strength s(u)
+    unconditional rows        the pretrained weights (Domain Guidance), else as the conditional ones
+    conditional rows          the tuned weights, an adapter at the strength s(u)
 
 The pretrained weights are the tuned ones with the adapter off, or a second module (`source`). With them the guided
-prediction is ε̂ = ε_pretrained(x, ∅) + w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w as diffusers' `guidance_scale`.
+prediction is ε̂ = ε_pretrained(x, ∅) + w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w as diffusers' `guidance_scale`. Where
+a sampler has no unconditional rows (FLUX) the pretrained weights answer the same rows a second time.
 
 References:
     Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
@@ -21,7 +22,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 
 TUNED = "difftuning_tuned_weights"
 AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in [0, 1]
+Branch = Literal["tuned", "pretrained", "unconditional first", "conditional first", "both"]
+"""Which weights answer a forward: the tuned or the pretrained ones for all rows; the pretrained ones for the first or
+the second half; or each of them for all rows, of which `scale` then makes one prediction."""
+
+AtForward = Callable[[dict[str, Any]], Branch]  # a forward's keyword arguments to what answers it
 
 
 # --- which weights act ----------------------------------------------------------------------------------------------
@@ -111,8 +117,9 @@ class TunedWeights:
     def __post_init__(self) -> None:
         if self.source is None and not self.adapters:
             raise UserError(
-                "there is nothing to switch off: no adapter acts in the denoiser, and there is no source_unet; load "
-                "the adapter (load_lora_weights, not fused), or give the pretrained UNet as source_unet."
+                "there is nothing to switch off: no adapter acts in the denoiser, and no pretrained one is beside it; "
+                "load the adapter (load_lora_weights or load_adapter, not fused), or give the pretrained UNet as "
+                "source_unet, a transformer as source_transformer."
             )
 
     def run(self, forward: Callable[..., Any], strength: float, *args: Any, **kwargs: Any) -> Any:
@@ -159,22 +166,34 @@ def pausing(callback: Callable[..., Any], hooks: Sequence[SamplingHook]) -> Call
 class _TunedWeightsHook(SamplingHook):
     """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
 
-    def __init__(self, weights: TunedWeights, strength: AtTimestep, is_guided: Callable[[], bool], mask: _Rows | None):
+    def __init__(
+        self, weights: TunedWeights, strength: AtTimestep, branch: AtForward, scale: float, mask: _Rows | None
+    ):
         super().__init__()
-        self.weights, self.strength, self.is_guided, self.mask = weights, strength, is_guided, mask
+        self.weights, self.strength, self.branch, self.scale, self.mask = weights, strength, branch, scale, mask
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        branch = self.branch(kwargs)
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
         forward = self.fn_ref.original_forward
-        if strength == 0 or not self.is_guided():
+        if strength == 0 or branch == "pretrained":
+            return self.weights.run(forward, 0, *args, **kwargs)
+        if branch == "tuned":
             return self.weights.run(forward, strength, *args, **kwargs)
-        sample = argument(args, kwargs, 0, "sample")
+        if branch == "both":
+            tuned = self.weights.run(forward, strength, *args, **kwargs)
+            return _apart(self.weights.run(forward, 0, *args, **kwargs), tuned, self.scale)
+        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        pretrained = 0 if branch == "unconditional first" else 1
         if self.mask is not None:
-            with self.mask.second_half(sample):
+            with self.mask.half(sample, 1 - pretrained):
                 return self.weights.run(forward, strength, *args, **kwargs)
-        (first, first_named), (second, second_named) = (_half((args, kwargs), len(sample), i) for i in (0, 1))
-        unconditional = self.weights.run(forward, 0, *first, **first_named)
-        return _joined(unconditional, self.weights.run(forward, strength, *second, **second_named))
+        halves = []
+        for i in range(2):
+            its_args, its_kwargs = _half((args, kwargs), len(sample), i)
+            its = 0.0 if i == pretrained else strength
+            halves.append(self.weights.run(forward, its, *its_args, **its_kwargs))
+        return _joined(*halves)
 
 
 class _Rows:
@@ -187,9 +206,11 @@ class _Rows:
         self.mask: Tensor | None = None
 
     @contextmanager
-    def second_half(self, sample: Tensor) -> Iterator[None]:
+    def half(self, sample: Tensor, which: int) -> Iterator[None]:
+        """While open, they act on the first or the second half only."""
         rows = len(sample)
-        self.mask = (torch.arange(rows, device=sample.device) >= rows // 2).to(sample.dtype)
+        second = torch.arange(rows, device=sample.device) >= rows // 2
+        self.mask = (second if which else ~second).to(sample.dtype)
         try:
             yield
         finally:
@@ -237,8 +258,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    """What a forward was given, by place or by name."""
-    return args[place] if len(args) > place else kwargs[name]
+    """What a forward was given, by name, or by place."""
+    return kwargs[name] if name in kwargs else args[place]
 
 
 def _half(value: Any, rows: int, which: int) -> Any:
@@ -255,6 +276,13 @@ def _joined(first: Any, second: Any) -> Any:
     if isinstance(first, tuple):
         return tuple(torch.cat(pair) for pair in zip(first, second))
     return type(first)(**{name: torch.cat([first[name], second[name]]) for name in first})
+
+
+def _apart(pretrained: Any, tuned: Any, scale: float) -> Any:
+    """pretrained + scale · (tuned − pretrained)."""
+    if isinstance(tuned, tuple):
+        return tuple(p + scale * (t - p) for p, t in zip(pretrained, tuned))
+    return type(tuned)(**{name: pretrained[name] + scale * (tuned[name] - pretrained[name]) for name in tuned})
 
 
 @contextmanager
@@ -289,17 +317,18 @@ def tuned_weights(
     module: nn.Module,
     weights: TunedWeights,
     strength: AtTimestep = lambda timestep: 1.0,
-    is_guided: Callable[[], bool] = lambda: False,
+    branch: AtForward = lambda inputs: "tuned",
+    scale: float = 1.0,
 ) -> Iterator[SamplingHook]:
     """While open, a denoiser runs with `weights` at the strength of each timestep.
 
     Args:
-        is_guided: whether the batch now holds unconditional rows in its first half which the pretrained weights are to
-            answer.
+        branch: which weights answer a forward.
+        scale: w in ε_pretrained + w (ε_tuned − ε_pretrained), where both do.
     """
     mask = _Rows() if can_mask(weights) and not is_compiled(module) else None
     masked = mask.over(weights) if mask is not None else nullcontext()
-    with masked, hooked(module, _TunedWeightsHook(weights, strength, is_guided, mask), TUNED) as hook:
+    with masked, hooked(module, _TunedWeightsHook(weights, strength, branch, scale, mask), TUNED) as hook:
         yield hook
 
 

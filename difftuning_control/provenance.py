@@ -246,6 +246,14 @@ def prompt_of(run: dict[str, Any]) -> str:
     return python_text(" ".join((run["prompts"] or [""])[0].split()))
 
 
+def asked_for(run: dict[str, Any]) -> str:
+    """What a pipeline's call is given, in Python: one of the run's prompts, or its class."""
+    prompt = prompt_of(run)
+    if (classes := run.get("classes")) is None:
+        return prompt
+    return f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
+
+
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     base = python_text(run["base_path"] if recipe.model.id == "embedded" else recipe.model.id)
@@ -262,15 +270,12 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
         ]  # fmt: skip
-    call = f"image = pipe({prompt}).images[0]"
-    if (classes := run.get("classes")) is not None:
-        given = f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
-        call = f"image = pipe({given}).images[0]"
+    call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":
         load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{recipe.output}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
-    stock = run.get("loads_lora", classes is None)  # records of earlier versions do not say
+    stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
     if recipe.adapter.kind in ("lora", "dora") and stock:
         load.append(f"pipe.load_lora_weights({output})")
     else:

@@ -26,8 +26,7 @@ from difftuning_control.runs import finished_run, recipe_of
 from difftuning_control.words import harmless
 
 if TYPE_CHECKING:
-    from difftuning_control.recipe import DataConfig
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe import DataConfig, Recipe
 
 PARTS = ("record", "audit", "outputs", "base", "controlnet", "schedule", "data", "validation", "bank")
 SHOWN = 20  # findings of a part that are printed

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.adapter_files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE
+from difftuning_control.adapter_kinds import OWN, keep_part, own_parts
 from difftuning_control.adapters import AdapterTuning, adapter_result, merged
 from difftuning_control.analysis import analyze
 from difftuning_control.checkpoint import checkpoints
-from difftuning_control.difffit import GAMMA
+from difftuning_control.difffit import GAMMA, DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
@@ -570,3 +571,17 @@ def test_the_output_of_an_earlier_run_of_another_kind_goes(recipe, tmp_path):
     assert LORA_FILE in left
     assert not left & {"adapter", DIFFFIT_FILE}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["adapter"]["kind"] == "lora"
+
+
+def test_own_parts_are_read_without_a_trace_and_found_on_a_compiled_denoiser(pipe):
+    torch._dynamo.reset()
+    assert own_parts(pipe.unet) == {}
+    assert OWN not in vars(pipe.unet)
+    compiled = torch.compile(pipe.unet, backend="eager")
+    keep_part(compiled, "tuned", DiffFit(pipe.unet, "tuned"))
+    assert OWN not in vars(compiled)
+    assert own_parts(compiled) is own_parts(pipe.unet)
+    assert active_adapters(compiled) == active_adapters(pipe.unet) == ["tuned"]
+    pipe.unet = compiled
+    unload_adapter(pipe, "tuned")
+    assert own_parts(compiled) == own_parts(compiled._orig_mod) == {}

@@ -37,6 +37,7 @@ from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import cells, evaluate
 from difftuning_control.export import ExportRequest, export
+from difftuning_control.export_card import Parts, export_card
 from difftuning_control.export_files import PIPELINES
 from difftuning_control.families import load_family
 from difftuning_control.fingerprint import write_json
@@ -266,6 +267,15 @@ def test_the_same_export_twice_is_the_same_byte_by_byte(run, tmp_path, method, s
     for _ in range(2):
         found.append(snapshot(export(ExportRequest(run(method).output, str(place), **settings), overwrite=True)))
     assert found[0] == found[1]
+
+
+def test_the_card_tells_diffusers_what_a_model_was_saved_without(lora):
+    """As SD 3 without T5, which it would ask for."""
+    record = json.loads((Path(lora.output) / "run.json").read_text())
+    absent = ("text_encoder_3", "tokenizer_3")
+    parts = Parts("StableDiffusion3Pipeline", None, None, None, "transformer", absent)
+    card = export_card(ExportRequest(lora.output, "there", pipeline="stock"), lora, record, parts, [])
+    assert "from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)" in card
 
 
 # --- stock diffusers opens it ---------------------------------------------------------------------------------------
@@ -682,7 +692,7 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
         ("full", "--base referenced", "whose result is a whole pipeline; leave out --base referenced."),
         ("full", "--source_unet whole --pipeline stock", "no use for a source UNet; it needs --pipeline difftuning."),
         ("full", "--source_unet difference --pipeline stock", "no use for a source UNet; it needs --pipeline difft"),
-        ("lora", "--source_unet whole", "the base's UNet is still there; leave out --source_unet whole."),
+        ("lora", "--source_unet whole", "the base's denoiser is still there; leave out --source_unet whole."),
         ("controlnet", "--source_unet difference", "is still there; leave out --source_unet difference."),
         ("lora", "--push one/two/three", "push is 'one/two/three'; expected a repository on the Hub, such as user/na"),
         ("lora", "--push /a", "push is '/a'; expected a repository on the Hub"),

@@ -37,6 +37,7 @@ from difftuning_control.inputs import prepare_bank
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, to_images
+from difftuning_control.pipelines import DiffTuningDiTPipeline
 from difftuning_control.recipe import (
     AdapterConfig,
     BankConfig,
@@ -798,15 +799,53 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     assert (code, err if code else "") == (0, "")
 
 
-def test_whole_weights_are_exported_with_their_classes_and_adapters_are_refused(finished, capsys, tmp_path):
-    full = finished(SETTINGS["full, new"]).output
-    code, _, err = difftune(capsys, "export", f"--run={full}", f"--to={tmp_path / 'full'}", "--pipeline=stock")
+@pytest.mark.parametrize("pipeline", ["stock", "difftuning"])
+@pytest.mark.parametrize("name", ["full, new", "lora, new", "lora", "fused"])
+def test_a_run_is_exported_and_draws_the_same(finished, capsys, tmp_path, name, pipeline):
+    """An adapter beside the base's modules, by the lines of the card, or fused into them with its classes."""
+    recipe = finished(SETTINGS["lora, new" if name == "fused" else name])
+    flags = [f"--pipeline={pipeline}", *(["--adapter=fused"] if name == "fused" else [])]
+    code, _, err = difftune(capsys, "export", f"--run={recipe.output}", f"--to={tmp_path / 'export'}", *flags)
     assert (code, err if code else "") == (0, "")
-    assert DiTPipeline.from_pretrained(tmp_path / "full").labels == {"eel": 0, "owl": 1, "yak": 2}
-    lora = finished(SETTINGS["lora, new"]).output
-    code, _, err = difftune(capsys, "export", f"--run={lora}", f"--to={tmp_path / 'lora'}", "--pipeline=stock")
+    code = (tmp_path / "export" / "README.md").read_text().split("```python")[1].split("```")[0]
+    lines: dict[str, Any] = {}
+    exec(code.replace("image = pipe(", "labels = (").replace(").images[0]", ")"), lines)
+    pipe = lines["pipe"]
+    assert type(pipe) is (DiffTuningDiTPipeline if pipeline == "difftuning" else DiTPipeline)
+    assert (tmp_path / "export" / "difftuning_dit.py").exists() == (pipeline == "difftuning")
+    pipe.set_progress_bar_config(disable=True)
+    assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
+    assert set(lines["labels"]) <= set(pipe.labels.values())
+
+
+def test_domain_guidance_leaves_the_null_class_to_the_pretrained_model(finished):
+    """With new classes, whose embeddings the adapter brought; they are off for the unconditional rows only."""
+    recipe = finished(SETTINGS["lora, new"])
+    pipe = DiffTuningDiTPipeline.from_pretrained(recipe.model.id, domain_guidance=True)
+    pipe.set_progress_bar_config(disable=True)
+    base = DiTPipeline.from_pretrained(recipe.model.id).transformer
+    load_adapter(pipe, recipe.output)
+    before, seen = {n: t.detach().clone() for n, t in tables_of(pipe.transformer).items()}, []
+    handle = pipe.transformer.register_forward_hook(lambda m, a, k, out: seen.append((a, k, out[0])), with_kwargs=True)
+    pipe(pipe.get_label_ids(["yak"]), guidance_scale=3.0, num_inference_steps=2, generator=generators(0))
+    handle.remove()
+    with torch.no_grad():
+        for args, kwargs, answer in seen:
+            tuned, pretrained = pipe.transformer(*args, **kwargs)[0], base(*args, **kwargs)[0]
+            assert (answer - torch.cat([tuned[:1], pretrained[1:]])).abs().max() < 1e-5
+            assert (tuned[0] - pretrained[0]).abs().max() > 1e-3
+    assert all(torch.equal(before[n], t) for n, t in tables_of(pipe.transformer).items())
+    for setting in ({"hand_over": 0.5}, {"adapter_schedule": {"kind": "power", "tau": 1.0}}):
+        pipe.set_extras(**{"hand_over": None, "adapter_schedule": None} | setting)
+        with pytest.raises(UserError, match="the adapter brought classes of its own"):
+            pipe([0], num_inference_steps=2)
+
+
+def test_other_tools_have_no_names_for_a_dit(finished, capsys, tmp_path):
+    lora = finished(SETTINGS["lora"]).output
+    code, _, err = difftune(capsys, "export", f"--run={lora}", f"--to={tmp_path / 'lora'}", "--format=kohya")
     assert code == 2
-    assert "an adapter on a dit pipeline, into which stock diffusers loads none: load_adapter takes it" in err
+    assert "are known for UNets only" in err
 
 
 @pytest.mark.parametrize("name", ["lora, new", "full, new", "lora"])

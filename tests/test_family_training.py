@@ -30,6 +30,7 @@ from difftuning_control.cache import Framing
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data import frame, load_images
 from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.transformer import FlowTransformer
@@ -166,6 +167,49 @@ def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     after = stock_pictures(base)
     assert_same_pictures(after, tuned_pictures(recipe))
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
+
+
+def opened(folder: Path) -> Any:
+    """The pipeline that the lines of an export's card make."""
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+    lines: dict[str, Any] = {}
+    exec(code.rpartition("image = pipe(")[0], lines)
+    lines["pipe"].set_progress_bar_config(disable=True)
+    return lines["pipe"]
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
+@pytest.mark.parametrize("settings", [{}, {"pipeline": "stock"}, {"pipeline": "stock", "adapter": "fused"}], ids=str)
+def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, settings, tmp_path):
+    recipe = finished({"family": name})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), **settings))
+    pipe = opened(folder)
+    stock, ours = {
+        "sd3": ("StableDiffusion3Pipeline", "DiffTuningSD3Pipeline"), "flux": ("FluxPipeline", "DiffTuningFluxPipeline")
+    }[name]  # fmt: skip
+    assert type(pipe).__name__ == (stock if settings else ours)
+    assert_same_pictures(stock_pictures(pipe), tuned_pictures(recipe))
+    if not settings:
+        pipe.set_extras(domain_guidance=True)
+        scale = {"true_cfg_scale": 2.0} if name == "flux" else {}
+        pairs = zip(stock_pictures(pipe, **scale), tuned_pictures(recipe))
+        assert all((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
+@pytest.mark.parametrize("source", ["whole", "difference"])
+def test_exported_weights_have_the_base_beside_them(finished, name, source, tmp_path):
+    recipe = finished({"family": name, "method": "full", **WEIGHT})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), source_unet=source))
+    assert (folder / "source_transformer").is_dir() == (source == "whole")
+    pipe = opened(folder)
+    assert pipe.extras.domain_guidance
+    base = load_family(recipe.model.id).denoiser.state_dict()
+    found = pipe.source_transformer.state_dict()
+    assert found.keys() == base.keys()
+    assert all(torch.allclose(found[n], t, atol=1e-5) for n, t in base.items())
+    pipe.set_extras(domain_guidance=False)
+    assert_same_pictures(stock_pictures(pipe), tuned_pictures(recipe))
 
 
 def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
@@ -28,6 +28,9 @@ NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.jso
 def _tunable(kind: type) -> type:
     """A class with the methods for adapters that diffusers' other transformers have; saved under its own name."""
     return type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+
+
+TunableDiT = DiTTransformer2DModel if TYPE_CHECKING else _tunable(DiTTransformer2DModel)
 
 
 def make_tunable(transformer: Any) -> None:

@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers import ControlNetModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.control_strength import ControlUse, control_strength
 from difftuning_control.errors import UserError
 from difftuning_control.noise import NoiseProcess
-from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound, check_compiled
+from difftuning_control.pipelines.checks import check_compiled
+from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound
+from difftuning_control.pipelines.specs import find_spec
 from difftuning_control.strength import Strength, as_strength, stored
 
 logger = logging.get_logger(__name__)
-CONDITION_RANGE = (0.0, 1.0)  # what the stock pipelines make of a picture
 
 
 class ControlledSampling(TunedSampling):
@@ -32,23 +32,45 @@ class ControlledSampling(TunedSampling):
 
     Attributes:
         control_use: of the last call with a `control_schedule`, how often each ControlNet ran and was skipped.
+        controlnet_class, control_keys: of its ControlNets, and what their configuration and the denoiser's have in
+            common.
+        control_argument: of the call, that takes the condition.
+        condition_range: what the stock pipeline makes of a picture.
+        conditions_by_row: whether for several ControlNets and a batch it takes a list for each row, and not for each
+            ControlNet.
     """
 
     controlnet: Any
     control_use: list[ControlUse]
+    controlnet_class: ClassVar[Any]
+    control_keys: ClassVar[tuple[str, ...]] = ("in_channels", "num_attention_heads", "attention_head_dim")
+    control_argument: ClassVar[str] = "control_image"
+    condition_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    conditions_by_row: ClassVar[bool] = False
 
-    def _start_extras(self, source_unet: Any, control_schedule: Any = None, **settings: Any) -> None:
+    def _start_extras(self, source: Any, control_schedule: Any = None, **settings: Any) -> None:
         self._control_schedule: list[Strength | None] | None = None
         self._specs: list[tuple[Any, ControlSpec]] = []  # each with its ControlNet, which may be exchanged
         self._conditioners: dict[int, Conditioner] = {}
         self.control_use = []
-        super()._start_extras(source_unet, **settings)
+        super()._start_extras(source, **settings)
         self.set_extras(control_schedule=control_schedule)
 
     @property
     def nets(self) -> list[Any]:
         """The ControlNets, one or several."""
         return list(getattr(self.controlnet, "nets", [self.controlnet]))
+
+    @classmethod
+    def check_controlnet(cls, pipe: Any, controlnet: Any, name: str) -> None:
+        """Refuse a ControlNet that was made for another model than a pipeline's.
+
+        Raises:
+            UserError: with the two values that differ.
+        """
+        from difftuning_control.families.family import compare_configs
+
+        compare_configs(getattr(pipe, cls.component), controlnet, name, cls.control_keys)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +115,7 @@ class ControlledSampling(TunedSampling):
             )
         for spec in given:
             if spec is not None:
-                spec.check_range(CONDITION_RANGE)
+                spec.check_range(self.condition_range)
         self._specs = [(net, spec) for net, spec in zip(self._unwrapped_nets(), given) if spec is not None]
 
     def control_spec(self, index: int = 0) -> ControlSpec:
@@ -115,7 +137,7 @@ class ControlledSampling(TunedSampling):
         known = next((spec for net, spec in self._specs if net is nets[index]), None)
         if known is not None:
             return known
-        found = find_spec(nets[index], missing_ok)
+        found = find_spec(nets[index], self.condition_range, missing_ok)
         self._specs += [(nets[index], found)] if found is not None else []
         return found
 
@@ -133,7 +155,8 @@ class ControlledSampling(TunedSampling):
 
         Args:
             image: a PIL photo or a list of them for a batch; for several ControlNets a list with one for each, or, as
-                in the stock class, such a list for each row of a batch.
+                in the stock class, such a list for each row of a batch (Stable Diffusion), or one of the batch's
+                pictures for each ControlNet (SD3, FLUX).
             preprocess: for which of several ControlNets; the others' conditions are left as they are.
 
         Raises:
@@ -141,7 +164,7 @@ class ControlledSampling(TunedSampling):
         """
         several, count = hasattr(self.controlnet, "nets"), len(self.nets)
         each = list(image) if several and isinstance(image, (list, tuple)) else [image]
-        by_row = several and bool(each) and isinstance(each[0], list)
+        by_row = self.conditions_by_row and several and bool(each) and isinstance(each[0], list)
         each = [list(column) for column in zip(*each)] if by_row else each
         wanted = list(preprocess) if isinstance(preprocess, (list, tuple)) else [preprocess] * count
         if len(each) != count or len(wanted) != count:
@@ -180,7 +203,8 @@ class ControlledSampling(TunedSampling):
             call = bound(stock, self, *args, **kwargs)
             given = call.arguments
             size = (given["height"], given["width"])
-            given["image"], given["height"], given["width"] = self.prepare_conditions(given["image"], preprocess, *size)
+            found = self.prepare_conditions(given[self.control_argument], preprocess, *size)
+            given[self.control_argument], given["height"], given["width"] = found
             args, kwargs = call.args[1:], call.kwargs
         if self._control_schedule is None:
             return self._sample(stock, args, kwargs)
@@ -199,7 +223,7 @@ class ControlledSampling(TunedSampling):
             self.control_use = [ControlUse() for _ in self.nets]
             hooks = []
             for net, strength, use in zip(self.nets, self._control_schedule, self.control_use):
-                check_compiled(net, "ControlNet", None)
+                check_compiled(net, "controlnet", None)
                 hooks.append(stack.enter_context(control_strength(net, _at(strength, process), use)))
             found = self._sample(stock, args, kwargs, hooks)
         for i, use in enumerate(self.control_use):
@@ -235,86 +259,6 @@ class ControlledSampling(TunedSampling):
                 spec.save(place)
 
 
-def find_spec(controlnet: Any, missing_ok: bool = False) -> Any:
-    """The `control_spec.json` beside a ControlNet's weights, in a folder or in a Hub repository.
-
-    Args:
-        missing_ok: None where there is none.
-
-    Raises:
-        UserError: if there is none, or it does not belong to these weights.
-    """
-    origin = controlnet.config.get("_name_or_path")
-    place = Path(origin) if origin and Path(origin).is_dir() else _from_hub(origin) if origin else None
-    if place is not None and not (place / SPEC_FILE).is_file():
-        place = _from_snapshot(place)
-    if place is None or not (place / SPEC_FILE).is_file():
-        if missing_ok:
-            return None
-        raise UserError(
-            f"preprocess=True needs to know how conditions are made, and there is no {SPEC_FILE} beside the ControlNet "
-            f"({origin or 'not loaded from a folder'}); give set_control_specs("
-            "ControlSpec(…)), or prepare the condition yourself and leave preprocess out."
-        )
-    spec = ControlSpec.load(place)
-    spec.check_range(CONDITION_RANGE)
-    is_local = Path(origin).is_dir() and not any(p.name.startswith("models--") for p in place.parents)
-    if spec.is_function and not is_local:  # what others have published must not say which code is run here
-        raise UserError(
-            f"the {SPEC_FILE} of {origin} on the Hub names the function {spec.annotator}, which is not run unasked; "
-            "look at it, and give it yourself: set_control_specs(ControlSpec(…))."
-        )
-    return spec
-
-
-def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | None:
-    """The snapshot folder of a Hub repository that has a spec."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, file, **where)).parent
-    except Exception:  # no such file, no such repository, offline: all the same here
-        return None
-
-
-def _from_snapshot(folder: Path) -> Path | None:
-    """The same for a ControlNet that came with a pipeline, of which diffusers loads only weights and configurations.
-
-    Such a folder is …/models--owner--name/snapshots/<revision>/controlnet.
-    """
-    revision = next((p for p in folder.parents if p.parent.name == "snapshots"), None)
-    if revision is None or not revision.parents[1].name.startswith("models--"):
-        return None
-    repository = revision.parents[1].name.removeprefix("models--").replace("--", "/")
-    file = (folder.relative_to(revision) / SPEC_FILE).as_posix()
-    return _from_hub(repository, file, revision=revision.name, cache_dir=revision.parents[2])
-
-
 def _at(strength: Strength | None, process: NoiseProcess) -> Callable[[Tensor], float]:
     """From a sampler's timestep to a ControlNet's strength."""
     return lambda timestep: 1.0 if strength is None else strength(process.u_at(timestep))
-
-
-def load_controlnets(pipe: Any, given: Any) -> list[Any]:
-    """ControlNets of a pipeline's device and dtype, from a model, a folder or Hub id, or a list of these.
-
-    Raises:
-        UserError: if one cannot be loaded, or was made for another model.
-    """
-    from difftuning_control.families import load_controlnet_model, quiet_loading
-    from difftuning_control.families.sd import check_controlnet
-
-    found, each = [], given if isinstance(given, (list, tuple)) else [given]
-    if not each:
-        raise UserError("there is no ControlNet to add; expected a ControlNetModel, its folder, or a list of these.")
-    for i, one in enumerate(each):
-        name = str(one) if isinstance(one, (str, Path)) else f"number {i + 1}"
-        if isinstance(one, (str, Path)):
-            one = load_controlnet_model(ControlNetModel, str(one), pipe.unet.dtype)
-        if not isinstance(unwrap_module(one), ControlNetModel):
-            raise UserError(f"{name} is a {type(one).__name__}; expected a ControlNetModel, its folder or its Hub id.")
-        name = one.config.get("_name_or_path") or name
-        check_controlnet(pipe.unet, pipe.vae_scale_factor, one, name)
-        with quiet_loading():  # diffusers names the modules to keep in float32 even where there are none
-            found.append(one.to(pipe._execution_device, pipe.unet.dtype))  # an offloaded UNet lies elsewhere
-    return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from diffusers.utils.torch_utils import unwrap_module
 
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.control import load_controlnets
+from difftuning_control.pipelines.flux import DiffTuningFluxControlNetPipeline
 from difftuning_control.pipelines.sd import DiffTuningControlNetPipeline
+from difftuning_control.pipelines.sd3 import DiffTuningSD3ControlNetPipeline
 from difftuning_control.pipelines.sdxl import DiffTuningXLControlNetPipeline
 
 CONTROLLED = {
@@ -16,6 +20,10 @@ CONTROLLED = {
     "StableDiffusionControlNetPipeline": DiffTuningControlNetPipeline,
     "StableDiffusionXLPipeline": DiffTuningXLControlNetPipeline,
     "StableDiffusionXLControlNetPipeline": DiffTuningXLControlNetPipeline,
+    "StableDiffusion3Pipeline": DiffTuningSD3ControlNetPipeline,
+    "StableDiffusion3ControlNetPipeline": DiffTuningSD3ControlNetPipeline,
+    "FluxPipeline": DiffTuningFluxControlNetPipeline,
+    "FluxControlNetPipeline": DiffTuningFluxControlNetPipeline,
 }
 
 
@@ -28,9 +36,10 @@ def add_control(
     after them.
 
     Args:
-        pipe: a Stable Diffusion or SDXL text-to-image or ControlNet pipeline, of diffusers or of this package.
-        controlnet: a `ControlNetModel`, its folder or Hub id, or a list of these; moved to the device and
-            dtype that the UNet computes with.
+        pipe: a Stable Diffusion, SDXL, SD3 or FLUX text-to-image or ControlNet pipeline, of diffusers or of this
+            package.
+        controlnet: a model of diffusers' class, its folder or Hub id, or a list of these; moved to the device and dtype
+            that the denoiser computes with.
         spec: how the new ControlNets' conditions are made, where no `control_spec.json` lies beside their weights.
         extras: settings as `set_extras` takes them.
 
@@ -40,17 +49,46 @@ def add_control(
     names = [c.__name__ for c in type(pipe).__mro__ if c.__name__ in CONTROLLED]
     if not names:
         raise UserError(
-            f"a control can be added to Stable Diffusion and SDXL text-to-image pipelines, and this is a "
+            f"a control can be added to Stable Diffusion, SDXL, SD3 and FLUX text-to-image pipelines, and this is a "
             f"{type(pipe).__name__}; make one of those with from_pipe first."
         )
     has = getattr(pipe, "controlnet", None)
     present = [] if has is None else list(getattr(has, "nets", [has]))
-    added = load_controlnets(pipe, controlnet)
+    target = CONTROLLED[names[0]]
+    added = load_controlnets(pipe, controlnet, target)
     nets = [*present, *added]
     if (schedule := getattr(pipe, "_control_schedule", None)) is not None:
         extras = {"control_schedule": [*schedule, *[None] * len(added)]} | extras
-    found = CONTROLLED[names[0]].from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
+    found = target.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
     if spec is not None:
         given = [spec] if isinstance(spec, ControlSpec) else list(spec)
         found.set_control_specs([*(found._spec(i, missing_ok=True) for i in range(len(present))), *given])
+    return found
+
+
+def load_controlnets(pipe: Any, given: Any, target: Any) -> list[Any]:
+    """ControlNets of a pipeline's device and dtype, from a model, a folder or Hub id, or a list of these.
+
+    Args:
+        target: the class of ours that they are for.
+
+    Raises:
+        UserError: if one cannot be loaded, or was made for another model.
+    """
+    from difftuning_control.families import load_controlnet_model, quiet_loading
+
+    klass, dtype = target.controlnet_class, getattr(pipe, target.component).dtype
+    found, each = [], given if isinstance(given, (list, tuple)) else [given]
+    if not each:
+        raise UserError(f"there is no ControlNet to add; expected a {klass.__name__}, its folder, or a list of these.")
+    for i, one in enumerate(each):
+        name = str(one) if isinstance(one, (str, Path)) else f"number {i + 1}"
+        if isinstance(one, (str, Path)):
+            one = load_controlnet_model(klass, str(one), dtype)
+        if not isinstance(unwrap_module(one), klass):
+            raise UserError(f"{name} is a {type(one).__name__}; expected a {klass.__name__}, its folder or its Hub id.")
+        name = one.config.get("_name_or_path") or name
+        target.check_controlnet(pipe, one, name)
+        with quiet_loading():  # diffusers names the modules to keep in float32 even where there are none
+            found.append(one.to(pipe._execution_device, dtype))  # an offloaded denoiser lies elsewhere
     return found

@@ -11,25 +11,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.guidance import (
+    AtForward,
     SamplingHook,
     TunedWeights,
     above,
     active_adapters,
-    adapters_at,
     pausing,
     tuned_weights,
     tuner_layers,
 )
 from difftuning_control.noise import NoiseProcess
+from difftuning_control.pipelines.checks import (
+    NAMES,
+    check_cache,
+    check_compiled,
+    check_ip_adapter,
+    check_scalable,
+    check_source,
+)
 from difftuning_control.strength import Strength, as_strength, check_u, stored
 
 DIFFUSERS_CALLBACKS = (PipelineCallback, MultiPipelineCallbacks)  # known by their class; they draw nothing
@@ -95,20 +101,44 @@ def bound(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.Bound
 
 
 class TunedSampling:
-    """Mixed into a stock pipeline class with a UNet, before it."""
+    """Mixed into a stock pipeline class, before it.
+
+    Attributes:
+        component: the denoiser's name in the pipeline; with `source_` before it, the pretrained one's.
+        source_keys: what the configurations of both have in common.
+        guidance_argument: of the call, that is w under Domain Guidance.
+    """
 
     extras: Extras
-    unet: Any
-    source_unet: Any
+    component: ClassVar[str] = "transformer"
+    source_keys: ClassVar[tuple[str, ...]] = (
+        "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
+        "pooled_projection_dim", "guidance_embeds", "num_embeds_ada_norm",
+    )  # fmt: skip
+    guidance_argument: ClassVar[str] = "guidance_scale"
 
-    def _start_extras(self, source_unet: Any, **settings: Any) -> None:
+    def _start_extras(self, source: Any, **settings: Any) -> None:
         pipe: Any = self
-        if source_unet is not None:
-            check_source(pipe.unet, source_unet)
-        pipe.register_modules(source_unet=source_unet)
+        if source is not None:
+            check_source(self.denoiser, source, self.component, self.source_keys)
+        pipe.register_modules(**{self.source_name: source})
         self.extras = Extras()
         self._text_tuned: list[TunedWeights] = []  # of encoders that are pretrained for negative prompts
         self.set_extras(**settings)
+
+    @property
+    def denoiser(self) -> Any:
+        """The tuned one."""
+        return getattr(self, self.component)
+
+    @property
+    def source_name(self) -> str:
+        return f"source_{self.component}"
+
+    @property
+    def source(self) -> Any:
+        """The pretrained denoiser beside it, or None."""
+        return getattr(self, self.source_name)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -169,63 +199,79 @@ class TunedSampling:
             hooks = list(others)
             if self.extras.is_active:
                 hooks.append(stack.enter_context(self._weights_hooked(call.arguments)))
-            callback = call.arguments["callback_on_step_end"]
+            callback = call.arguments.get("callback_on_step_end")
             if callback is not None and not isinstance(callback, DIFFUSERS_CALLBACKS):
                 call.arguments["callback_on_step_end"] = pausing(callback, hooks)
             return stock(*call.args, **call.kwargs)
 
     @contextmanager
     def _weights_hooked(self, call: dict[str, Any]) -> Iterator[SamplingHook]:
-        pipe: Any = self
         extras, weights = self.extras, self._weights()
+        branch: AtForward = lambda inputs: "tuned"  # noqa: E731
+        scale = call[self.guidance_argument]
         if extras.domain_guidance:
-            scale = call["guidance_scale"]
-            if scale <= 1 or self.unet.config.time_cond_proj_dim is not None:
-                raise UserError(
-                    f"domain_guidance does nothing at guidance_scale {scale:g} on this model, which needs a scale "
-                    "above 1 and a model without guidance embedding; raise the scale, or set_extras("
-                    "domain_guidance=False)."
-                )
+            self._check_guidance(scale)
+            check_cache(self.denoiser, self.component)
+            branch = self._branch(call)
         strength = self._strength(weights)
-        check_compiled(self.unet, "UNet", extras.adapter_schedule)
-
-        def is_guided() -> bool:
-            return extras.domain_guidance and pipe.do_classifier_free_guidance
-
+        check_compiled(self.denoiser, self.component, extras.adapter_schedule)
+        encoders = self._tuned_text_encoders(weights.adapters)
+        if encoders and (extras.hand_over is not None or extras.adapter_schedule is not None):
+            setting = "adapter_schedule" if extras.hand_over is None else "hand_over"
+            raise UserError(
+                f"{setting} acts on the {NAMES[self.component]}, but {', '.join(weights.adapters)} tuned "
+                f"{', '.join(encoders)} too, which would stay tuned at every step; set_extras({setting}=None), or "
+                f"switch the text encoder's part off (pipe.{next(iter(encoders))}.disable_adapters())."
+            )
         with ExitStack() as stack:
             if extras.domain_guidance:
-                self._text_tuned = self._tuned_text_encoders(weights.adapters)
+                self._text_tuned = list(encoders.values())
                 stack.callback(self._text_tuned.clear)
-            yield stack.enter_context(tuned_weights(self.unet, weights, strength, is_guided))
+            yield stack.enter_context(tuned_weights(self.denoiser, weights, strength, branch, scale))
+
+    def _check_guidance(self, scale: float) -> None:
+        """Refuse a call in which Domain Guidance would do nothing.
+
+        Raises:
+            UserError: in this case.
+        """
+        if scale <= 1:
+            raise UserError(
+                f"domain_guidance does nothing at {self.guidance_argument} {scale:g} on this model, which needs a "
+                "scale above 1; raise it, or set_extras(domain_guidance=False)."
+            )
+
+    def _branch(self, call: dict[str, Any]) -> AtForward:
+        """Which weights answer a forward under Domain Guidance: a guided batch has its unconditional rows first."""
+        pipe: Any = self
+        return lambda inputs: "unconditional first" if pipe.do_classifier_free_guidance else "tuned"
 
     def _weights(self) -> TunedWeights:
         """The tuned weights and the pretrained ones behind them, as they are now.
 
         Raises:
-            UserError: if it cannot be told which adapters were tuned, or there are none and no source UNet.
+            UserError: if it cannot be told which adapters were tuned, or there are none and no source.
         """
-        acting, named = active_adapters(self.unet), self.extras.tuned_adapters
-        absent = [name for name in named or () if name not in acting]
+        acting, named = active_adapters(self.denoiser), self.extras.tuned_adapters
+        absent, name = [n for n in named or () if n not in acting], NAMES[self.component]
         if absent:
             raise UserError(
-                f"tuned_adapters names {', '.join(absent)}, which does not act in the UNet (acting: "
+                f"tuned_adapters names {', '.join(absent)}, which does not act in the {name} (acting: "
                 f"{', '.join(acting) or 'none'}); load and activate it, not fused, or name another."
             )
-        if named is None and len(acting) > 1 and (self.source_unet is None or self.extras.adapter_schedule):
+        if named is None and len(acting) > 1 and (self.source is None or self.extras.adapter_schedule):
             raise UserError(
-                f"several adapters act in the UNet ({', '.join(acting)}); say which were tuned: "
+                f"several adapters act in the {name} ({', '.join(acting)}); say which were tuned: "
                 f"set_extras(tuned_adapters=[{acting[0]!r}])."
             )
         adapters = list(named) if named is not None else acting if len(acting) == 1 else []
         if self.extras.adapter_schedule is not None and not adapters:
-            raise UserError("adapter_schedule has no adapter to act on; load one (load_lora_weights), not fused.")
-        weights = TunedWeights(tuner_layers(self.unet), adapters, self.source_unet)
-        source = self.source_unet
-        if source is not None and getattr(self.unet, "encoder_hid_proj", None) is not None is source.encoder_hid_proj:
             raise UserError(
-                "an IP-Adapter is loaded into the UNet, but not into source_unet, which would not see the picture; "
-                "unload it, or use an adapter instead of a source_unet."
+                "adapter_schedule has no adapter to act on; load one (load_lora_weights or load_adapter), not fused."
             )
+        weights = TunedWeights(tuner_layers(self.denoiser), adapters, self.source)
+        if self.source is not None:
+            check_ip_adapter(self.denoiser, self.source, self.component)
         return weights
 
     def _strength(self, weights: TunedWeights) -> Callable[[Tensor], float]:
@@ -252,47 +298,19 @@ class TunedSampling:
         except ValueError as error:
             raise UserError(f"schedules over u do not work with this scheduler: {error}") from None
 
-    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
-        """As in the stock class, for the source UNet as well."""
-        parent: Any = super()
-        parent.enable_freeu(*args, **kwargs)
-        if self.source_unet is not None:
-            self.source_unet.enable_freeu(*args, **kwargs)
-
-    def disable_freeu(self) -> None:
-        """As in the stock class, for the source UNet as well."""
-        parent: Any = super()
-        parent.disable_freeu()
-        if self.source_unet is not None:
-            self.source_unet.disable_freeu()
-
-    # --- prompts ----------------------------------------------------------------------------------------------------
-
-    def _tuned_text_encoders(self, adapters: list[str]) -> list[TunedWeights]:
-        """The weights of each text encoder that one of the tuned adapters acts in."""
-        encoders = [getattr(self, name, None) for name in ("text_encoder", "text_encoder_2")]
-        present = [e for e in encoders if e is not None and set(active_adapters(e)) & set(adapters)]
-        return [TunedWeights(tuner_layers(encoder), adapters) for encoder in present]
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the stock class; under Domain Guidance the negative embeddings come from the pretrained encoders."""
-        parent: Any = super()
-        tuned = parent.encode_prompt(*args, **kwargs)
-        if not self._text_tuned:
-            return tuned
-        with ExitStack() as stack:
-            for weights in self._text_tuned:
-                stack.enter_context(adapters_at(weights.layers, weights.adapters, 0))
-            pretrained = parent.encode_prompt(*args, **kwargs)
-        return tuple(p if i % 2 else t for i, (t, p) in enumerate(zip(tuned, pretrained)))  # positive, negative, …
+    def _tuned_text_encoders(self, adapters: list[str]) -> dict[str, TunedWeights]:
+        """The weights of each text encoder that one of the tuned adapters acts in, by its name in the pipeline."""
+        encoders = {name: getattr(self, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+        tuned = {n: e for n, e in encoders.items() if e is not None and set(active_adapters(e)) & set(adapters)}
+        return {name: TunedWeights(tuner_layers(encoder), adapters) for name, encoder in tuned.items()}
 
     # --- from and to disk and other pipelines -----------------------------------------------------------------------
 
     @property
     def components(self) -> dict[str, Any]:
-        """As in the stock class; a source UNet only where there is one, so that stock classes take them all."""
+        """As in the stock class; a source only where there is one, so that stock classes take them all."""
         found = super().components  # type: ignore[misc]
-        return {k: v for k, v in found.items() if k != "source_unet" or v is not None}
+        return {k: v for k, v in found.items() if k != self.source_name or v is not None}
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -326,58 +344,7 @@ class TunedSampling:
         if loaded:
             raise UserError(
                 f"an adapter is loaded in {', '.join(loaded)}, and a saved pipeline does not hold it; unload it "
-                "(unload_lora_weights), or fuse it (fuse_lora, then unload), before saving."
+                "(unload_lora_weights or unload_adapter), or fuse it (fuse_lora, then unload), before saving."
             )
         parent: Any = super()
         parent.save_pretrained(save_directory, *args, **kwargs)
-
-
-def check_source(unet: Any, source: Any) -> None:
-    """Refuse a source UNet of another shape.
-
-    Raises:
-        UserError: with the two values that differ.
-    """
-    for key in ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels", "layers_per_block"):
-        ours, its = unet.config[key], source.config[key]
-        if ours != its:
-            raise UserError(
-                f"source_unet does not belong to this model: its {key} is {its}, the UNet's {ours}; give the UNet that "
-                "was tuned, as it was before."
-            )
-
-
-def check_scalable(weights: TunedWeights) -> None:
-    """Refuse adapters that have no scale.
-
-    Raises:
-        UserError: naming the kind.
-    """
-    for layer in weights.layers:
-        if isinstance(layer, TrainedWhole):
-            continue
-        its = [n for n in weights.adapters if n in layer._get_available_adapters()]
-        if any(n not in getattr(layer, "scaling", {}) for n in its):
-            kind = type(layer).__module__.split(".")[2]  # peft.tuners.<kind>
-            raise UserError(
-                f"adapter_schedule needs adapters with a scale, and {', '.join(its)} has none (a {kind}); use "
-                "hand_over, which switches it."
-            )
-
-
-def check_compiled(module: nn.Module, name: str, schedule: Strength | None) -> None:
-    """Refuse what would be compiled anew at every step, or what no hook reaches.
-
-    Raises:
-        UserError: in these cases.
-    """
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        raise UserError(
-            f"the {name} was compiled in place ({name.lower()}.compile()), where no hook reaches it; use "
-            f"torch.compile(pipe.{name.lower()}) instead."
-        )
-    if schedule is not None and is_compiled_module(module):
-        raise UserError(
-            f"the {name} is compiled and would be compiled anew for every value of adapter_schedule; use hand_over, "
-            "or leave it uncompiled."
-        )

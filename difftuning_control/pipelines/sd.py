@@ -17,12 +17,12 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from difftuning_control.pipelines.control import ControlledSampling
-from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.extras import like
+from difftuning_control.pipelines.unet import ControlledUNet, UNetSampling
 from difftuning_control.strength import Strength
 
 
-class DiffTuningPipeline(TunedSampling, StableDiffusionPipeline):
+class DiffTuningPipeline(UNetSampling, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that knows the pretrained model behind a tuned one.
 
     Args:
@@ -63,7 +63,7 @@ class DiffTuningPipeline(TunedSampling, StableDiffusionPipeline):
         return self._sample(StableDiffusionPipeline.__call__, args, kwargs)
 
 
-class DiffTuningControlNetPipeline(ControlledSampling, StableDiffusionControlNetPipeline):
+class DiffTuningControlNetPipeline(ControlledUNet, StableDiffusionControlNetPipeline):
     """`StableDiffusionControlNetPipeline` that knows the pretrained model and how its conditions are made.
 
     Args:

@@ -22,12 +22,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from difftuning_control.pipelines.control import ControlledSampling
-from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.extras import like
+from difftuning_control.pipelines.unet import ControlledUNet, UNetSampling
 from difftuning_control.strength import Strength
 
 
-class DiffTuningXLPipeline(TunedSampling, StableDiffusionXLPipeline):
+class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` that knows the pretrained model behind a tuned one.
 
     Args:
@@ -70,7 +70,7 @@ class DiffTuningXLPipeline(TunedSampling, StableDiffusionXLPipeline):
         return self._sample(StableDiffusionXLPipeline.__call__, args, kwargs)
 
 
-class DiffTuningXLControlNetPipeline(ControlledSampling, StableDiffusionXLControlNetPipeline):
+class DiffTuningXLControlNetPipeline(ControlledUNet, StableDiffusionXLControlNetPipeline):
     """`StableDiffusionXLControlNetPipeline` that knows the pretrained model and how its conditions are made.
 
     Args:

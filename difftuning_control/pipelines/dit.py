@@ -1,0 +1,77 @@
+"""DiT: a drop-in for the stock class-conditional pipeline, which diffusers has no ControlNets and no callbacks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from difftuning_control.errors import UserError
+from difftuning_control.families.dit_adapters import NewClasses, TunableDiT
+from difftuning_control.guidance import AtForward, TunedWeights
+from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.strength import Strength
+
+
+class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
+    """`DiTPipeline` that knows the pretrained model behind a tuned one, and whose class names are saved with it.
+
+    Args:
+        id2label: names of the classes, by number.
+        source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
+        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them.
+    """
+
+    _optional_components = [*DiTPipeline._optional_components, "source_transformer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel | TunableDiT,  # `from_pipe` compares the very class
+        vae: AutoencoderKL,
+        scheduler: KarrasDiffusionSchedulers,
+        id2label: dict | None = None,
+        source_transformer: DiTTransformer2DModel | TunableDiT | None = None,
+        domain_guidance: bool = False,
+        tuned_adapters: list | None = None,
+        adapter_schedule: dict | str | Strength | Callable | None = None,
+        hand_over: float | None = None,
+    ):
+        DiTPipeline.__init__(self, transformer, vae, scheduler, id2label)
+        self._start_extras(
+            source_transformer, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule, hand_over=hand_over,
+        )  # fmt: skip
+        pipe: Any = self
+        pipe.register_to_config(id2label=id2label)
+        for name in ("transformer", "source_transformer"):
+            if getattr(pipe, name) is not None:  # perhaps a DiT that takes adapters, which is saved as what it is
+                pipe.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
+
+    def _branch(self, call: dict[str, Any]) -> AtForward:
+        """The second half of a guided batch is told the null class."""
+        return lambda inputs: "conditional first"
+
+    def _weights(self) -> TunedWeights:
+        weights = super()._weights()
+        is_switched = self.extras.hand_over is not None or self.extras.adapter_schedule is not None
+        if is_switched and any(isinstance(layer, NewClasses) for layer in weights.layers):
+            setting = "adapter_schedule" if self.extras.hand_over is None else "hand_over"
+            raise UserError(
+                f"the adapter brought classes of its own, which the pretrained model has not, so it cannot go on with "
+                f"a picture of one; set_extras({setting}=None)."
+            )
+        return weights
+
+    @like(DiTPipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._sample(DiTPipeline.__call__, args, kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in `TunedSampling`; class names come along."""
+        found = super().from_pipe(pipeline, **kwargs)
+        if "id2label" not in kwargs:
+            found.labels = dict(pipeline.labels)
+        return found
