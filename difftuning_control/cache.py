@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ class Framing:
     def settled(self) -> Framing:
         """The same framing, equal to every other that gives the same views."""
         return replace(self, seed=self.seed if self.crops > 1 else 0)  # the seed only places crops
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the views depend on, for the keys of caches; a square's is what it was before there were others."""
+        return {k: v for k, v in vars(self.settled()).items() if k != "shape" or v is not None}
 
     def places(self, example: Example) -> list[tuple[float, float]]:
         """Where the frame lies in what is left over, for each crop."""
@@ -132,7 +137,7 @@ def cached_moments(
 ) -> LatentMoments:
     """The moments of every picture, from the cache where it has them. `advance(n)` is told of n pictures done."""
     parts = [data.examples[start : start + SHARD] for start in range(0, len(data), SHARD)]
-    identity = [family.fingerprints["vae"], str(family.dtype), vars(framing.settled())]
+    identity = [family.fingerprints["vae"], str(family.dtype), framing.identity]
     keys = [digest_of([[e.digest for e in part], *identity]) for part in parts]
     shards = files_together(
         [folder / f"moments-{key}.safetensors" for key in keys],

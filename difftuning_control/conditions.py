@@ -79,7 +79,7 @@ def cached_conditions(
 ) -> Conditions:
     """The condition of every view of every picture, framed as `cached_moments` frames the pictures themselves."""
     names = [f"{e.digest} {e.condition_digest or ''}" for e in data.examples]
-    identity = [conditioner.fingerprint, vars(framing.settled())]
+    identity = [conditioner.fingerprint, framing.identity]
     return _make(
         lambda i: _views(conditioner, data.examples[i], framing), identity, names, folder, advance, workers, share
     )

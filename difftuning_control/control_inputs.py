@@ -134,7 +134,10 @@ def prepare_control(
             sampling = {"seed": recipe.training.seed, "steps": watched.steps, "guidance_scale": watched.guidance_scale,
                         "resolution": still.resolution}  # fmt: skip
             probe = FidelityProbe.build(conditioner, probed, asked.rows(range(len(probed))), sampling)
-    few = held if held is not None else targets[0]
+    few = held
+    if few is None:  # of training, in squares
+        first = ImageData(buckets[0].data.source, buckets[0].data.examples[:SHOWN])
+        few = cached_conditions(conditioner, first, still, cache, lambda count: None, workers, share)
     shown = few.rows(range(min(SHOWN, len(few))))
     targets = [encoded_conditions(family, made, cache, share) for made in targets]
     nothing = torch.zeros(3, still.height, still.width, dtype=torch.uint8)

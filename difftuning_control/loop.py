@@ -181,23 +181,15 @@ class TrainingLoop:
             torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
                 rows = self.source.rows(step, forward)
-                parts = [self._losses(part) for part in rows.parts]
-                losses, levels, is_retention = (torch.cat(found) for found in zip(*parts))
-                self._stop_if_not_finite(losses, step, [name for part in rows.parts for name in part.batch.ids])
-                u = self.objective.process.u.to(levels.device)[levels]
-                multipliers = self.budget.weights(u) if self.budget is not None else None
-                loss = self.objective.combine(losses, levels, is_retention, rows.counts, multipliers)
-                # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
-                # the number of forwards
-                self.accelerator.backward(loss * (self.accelerator.num_processes * forwards))
+                loss, seen_here = self._backward(rows, step)
                 if self.accelerator.sync_gradients:
                     norm = self._clip()
                     if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
                         self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            seen.append(torch.stack([losses.detach().float(), u.float(), is_retention.float()], 1))
-            for name, value in self._by_role(loss.detach(), losses.detach(), is_retention, rows.counts).items():
+            seen.append(seen_here)
+            for name, value in self._by_role(loss, seen_here, rows.counts).items():
                 sums[name] = sums.get(name, 0.0) + value
         if self.budget is not None:
             self._follow_budget(torch.cat(seen))
@@ -206,13 +198,34 @@ class TrainingLoop:
             self.ema.step(self.parameters.values())
         return sums
 
-    def _losses(self, rows: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
-        """ℓ, the noise level and whether it is a bank row, of every row of one forward, each (B,)."""
-        batch = rows.batch.to(self.accelerator.device, self.family.dtype)
-        levels, noise = rows.levels.to(batch.latents.device), rows.noise.to(batch.latents)
-        with self.accelerator.autocast():
-            losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
-        return losses, levels, batch.is_retention
+    def _backward(self, rows: TrainingRows, step: int) -> tuple[Tensor, Tensor]:
+        """The gradients of one forward, or of two where bank rows have another shape; processes average them once.
+
+        Each part's backward comes before the next part's forward, which may mask layers in another way (T-LoRA).
+
+        Returns:
+            the objective, and ℓ, u and whether it is of the bank of each row, (B, 3).
+        """
+        total, seen, parts = torch.zeros(()), [], rows.parts
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.denoiser):
+                batch = part.batch.to(self.accelerator.device, self.family.dtype)
+                levels, noise = part.levels.to(batch.latents.device), part.noise.to(batch.latents)
+                with self.accelerator.autocast():
+                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
+                u = self.objective.process.u.to(levels.device)[levels]
+                multipliers = self.budget.weights(u) if self.budget is not None else None
+                loss = self.objective.combine(losses, levels, batch.is_retention, part.counts, multipliers)
+                # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
+                # the number of forwards
+                count = self.accelerator.num_processes * self.config.gradient_accumulation_steps
+                self.accelerator.backward(loss * count)
+            total = total.to(loss.device) + loss.detach()
+            seen.append(torch.stack([losses.detach().float(), u.float(), batch.is_retention.float()], 1))
+        found = torch.cat(seen)
+        # all processes ask once, however many parts each has
+        self._stop_if_not_finite(found[:, 0], step, [name for part in parts for name in part.batch.ids])
+        return total, found
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to the norm that they may have; gives the norm before."""
@@ -233,8 +246,9 @@ class TrainingLoop:
         found, places, banks = self.accelerator.gather(rows).unbind(1)
         self.budget.update(found[banks > 0], places[banks > 0])
 
-    def _by_role(self, loss: Tensor, losses: Tensor, is_retention: Tensor, counts: tuple[int, int]) -> dict[str, float]:
+    def _by_role(self, loss: Tensor, seen: Tensor, counts: tuple[int, int]) -> dict[str, float]:
         """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
+        losses, is_retention = seen[:, 0], seen[:, 2] > 0
         parts = torch.stack([loss, losses[~is_retention].sum(), losses[is_retention].sum()])
         total, target, bank = self.accelerator.reduce(parts, "sum").tolist()
         found = {"loss": total, "target_loss": target / counts[0]}

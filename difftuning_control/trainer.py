@@ -29,7 +29,7 @@ from difftuning_control.families.dit_adapters import CLASSES_FILE
 from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.gates import failed, judge_run
-from difftuning_control.inputs import TrainingInputs, cache_folder, prepare_inputs, resolution_of
+from difftuning_control.inputs import TrainingInputs, cache_folder, encoded, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.noise import NoiseProcess
@@ -275,9 +275,14 @@ def _auto_schedule(
         return json.loads(kept.read_text(encoding="utf-8"))
     assert inputs.bank is not None
     targets, batch = inputs.targets, rows_of_step(recipe, processes)
-    rows = affordable_rows(recipe.training.max_steps, batch, min(len(targets), len(inputs.bank)))
-    sizes = targets.sizes[:, 0] if targets.sizes is not None else None
-    target = Part(family.scale_latents(targets.moments.mean[:, 0]), targets.captions, sizes)
+    count = len(targets) if inputs.buckets is None else len(inputs.data)
+    rows = affordable_rows(recipe.training.max_steps, batch, min(count, len(inputs.bank)))
+    if inputs.buckets is not None:  # pictures of all buckets in squares, as the bank is
+        chosen, cache = inputs.data.sample(rows), cache_folder(recipe.data)
+        target = encoded(family, chosen, inputs.resolution, cache, lambda count: None)
+    else:
+        sizes = targets.sizes[:, 0] if targets.sizes is not None else None
+        target = Part(family.scale_latents(targets.moments.mean[:, 0]), targets.captions, sizes)
     measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
     return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 

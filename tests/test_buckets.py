@@ -32,10 +32,11 @@ from difftuning_control.recipe import (
     FidelityConfig,
     ModelConfig,
     Recipe,
+    ScheduleConfig,
     TrainingConfig,
     TuningConfig,
 )
-from difftuning_control.trainer import build_objective, make_accelerator, train
+from difftuning_control.trainer import _auto_schedule, build_objective, make_accelerator, train
 from difftuning_control.validation import compute_loss
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
@@ -344,3 +345,23 @@ def test_squares_are_in_one_bucket_and_encoded_as_without_buckets(make, pictures
     assert one.bucketing == {"pictures": {"16×16": len(one.data)}, "cropped": 0.0}
     assert other.bucketing is None
     assert torch.equal(one.targets.moments.mean, other.targets.moments.mean)
+
+
+def test_layers_masked_by_noise_level_are_recomputed_as_they_were(make):
+    """T-LoRA's mask is the last forward's, and a checkpointed forward is done again in its backward."""
+    rows = {"tuning": {"retention_ratio": 0.4}, "training": {"max_steps": 3, "weight_decay": 0.0}}
+    plain, checkpointed = (make(name, **rows) for name in ("plain", "checkpointed"))
+    found = []
+    for recipe, checkpointing in ((plain, False), (checkpointed, True)):
+        settings = replace(recipe.training, gradient_checkpointing=checkpointing)
+        train(replace(recipe, adapter=AdapterConfig("tlora", rank=4), training=settings))
+        found.append(load_file(Path(recipe.output) / "pytorch_lora_weights.safetensors"))
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path):
+    recipe = make("auto", tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 4000})
+    loop = loop_of(replace(recipe, tuning=TuningConfig()))
+    measured = _auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
+    assert measured["rows"] == len(loop.inputs.bank)
+    assert len(measured["psi"]) == len(measured["u"])

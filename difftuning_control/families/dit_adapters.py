@@ -30,7 +30,10 @@ def _tunable(kind: type) -> type:
     return type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
 
 
-TunableDiT = DiTTransformer2DModel if TYPE_CHECKING else _tunable(DiTTransformer2DModel)
+if TYPE_CHECKING:
+    TunableDiT = DiTTransformer2DModel
+else:
+    TunableDiT = _tunable(DiTTransformer2DModel)
 
 
 def make_tunable(transformer: Any) -> None:
