@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control import audit
+from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
 from difftuning_control.outside import is_text, read_text, without_secrets
@@ -60,6 +61,7 @@ class SampleCommand:
         output: folder of the pictures.
         steps: sampling steps.
         guidance_scale: classifier-free guidance.
+        domain_guidance_scale: the run draws at this scale (above 1) with Domain Guidance instead, the base as before.
         resolution: side in pixels; the model's own when empty.
         seed: of the noise.
         overwrite: replace pictures in the output folder.
@@ -74,6 +76,7 @@ class SampleCommand:
     output: str = "runs/samples"
     steps: int = 25
     guidance_scale: float = 4.0
+    domain_guidance_scale: float | None = None
     resolution: int | None = None
     seed: int = 0
     overwrite: bool = False
@@ -85,6 +88,11 @@ class SampleCommand:
             raise UserError(f"steps is {self.steps}; expected at least 1.")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
+        check_domain_scale(self.domain_guidance_scale)
+        if self.domain_guidance_scale is not None and self.run is None:
+            raise UserError(
+                "a pretrained model alone has nothing to guide; give --run or omit --domain_guidance_scale."
+            )
         if self.resolution is not None and self.resolution < 8:
             raise UserError(f"resolution is {self.resolution}; expected at least 8 pixels.")
         if not 0 <= self.seed <= MAX_SEED:

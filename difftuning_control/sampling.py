@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from difftuning_control.classes import begin_as
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data import decode_image
+from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.families import best_device, load_family
 from difftuning_control.fingerprint import write_json
@@ -34,6 +36,7 @@ def sample_to_folder(
     output: str,
     steps: int,
     guidance_scale: float,
+    domain_guidance_scale: float | None,
     resolution: int | None,
     seed: int,
     overwrite: bool,
@@ -54,6 +57,8 @@ def sample_to_folder(
     record = finished_run(run) if run is not None else None
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
     _check_control(run, record, control)
+    if domain_guidance_scale is not None:
+        check_domain_method(str(run), record["recipe"]["method"] if record is not None else "")
     photo = _read_picture(control) if control is not None else None
     dtype = getattr(torch, (record or {}).get("dtype", "torch.float32").removeprefix("torch."))  # that of the tuning
     memory = {
@@ -78,7 +83,12 @@ def sample_to_folder(
         else:
             with tuned_model(family, run, record) as tuned:
                 asked = _rows(condition, len(prompts)) if condition is not None else None
-                pictures = sample_pictures(tuned, prompts, **settings, advance=advance, control=asked)
+                drawn_at, guided = settings, cast(AbstractContextManager[None], nullcontext())
+                if domain_guidance_scale is not None:
+                    drawn_at = settings | {"guidance_scale": domain_guidance_scale}
+                    guided = domain_guided(family, tuned)
+                with guided:
+                    pictures = sample_pictures(tuned, prompts, **drawn_at, advance=advance, control=asked)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
         name = re.sub(r"[^a-z0-9]+", "-", without_secrets(prompt).lower()).strip("-")[:60] or "empty"
@@ -89,7 +99,9 @@ def sample_to_folder(
         rows = {"base": base, "tuned": pictures}
         shown = {"condition": [condition] * len(prompts)} if condition is not None else {}
         save_grid(folder / "grid.png", shown | rows, prompts)
-    given = {"control": control, "control_ready": control_ready} if control is not None else {}
+    given: dict[str, Any] = {"control": control, "control_ready": control_ready} if control is not None else {}
+    if domain_guidance_scale is not None:
+        given["domain_guidance_scale"] = domain_guidance_scale
     write_json(folder / "samples.json", {"run": run, "model": chosen, "prompts": prompts, **given, **settings})
     return f"{len(pictures)} pictures in {folder}"
 

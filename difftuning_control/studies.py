@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import UserError
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -38,6 +39,7 @@ class Evaluation:
         seeds: of the noise; every prompt is drawn once a seed, and the spread is over seeds.
         steps: sampling steps.
         guidance_scale: classifier-free guidance.
+        domain_guidance_scale: the runs draw at this scale (above 1) with Domain Guidance instead, the base as before.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
         output: folder of the results.
@@ -51,6 +53,7 @@ class Evaluation:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     steps: int = 20
     guidance_scale: float = 4.0
+    domain_guidance_scale: float | None = None
     outside: list[str] = field(default_factory=list)
     batch_size: int = 16
     output: str = "runs/evaluation"
@@ -60,6 +63,7 @@ class Evaluation:
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
         _check_seeds("seeds", self.seeds, 1)
         _check("", self, {"pictures": 5, "steps": 1, "guidance_scale": 0, "batch_size": 1})
+        check_domain_scale(self.domain_guidance_scale)
 
 
 @dataclass

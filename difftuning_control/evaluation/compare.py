@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from difftuning_control.classes import bank_classes, begin_label_space, class_na
 from difftuning_control.conditions import conditions_of
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData, load_images
+from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
     MOST,
@@ -68,6 +71,9 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     """
     records = {run: finished_run(run) for run in request.runs}
     recipes = {run: recipe_of(record) for run, record in records.items()}
+    domain = request.domain_guidance_scale
+    for run, its in recipes.items() if domain is not None else ():
+        check_domain_method(run, its.method)
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
     # as the first run's fingerprints were taken
     family = load_base(recipe)
@@ -124,10 +130,10 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     total = (len(records) + 1) * (len(sampling.repeated_prompts) + len(outside))
     with progress(total, "sampling") as advance:
 
-        def side(name: str, model: Family) -> dict[str, Any]:
-            pictures = sampling.draw(model, advance)
+        def side(name: str, model: Family, scale: float) -> dict[str, Any]:
+            pictures = replace(sampling, guidance_scale=scale).draw(model, advance)
             grid[name] = pictures[:8]
-            drawn[name] = features(far.draw(model, advance))
+            drawn[name] = features(replace(far, guidance_scale=scale).draw(model, advance))
             found, each, runs = features(pictures), len(sampling.prompts), []
             for i, seed in enumerate(request.seeds):
                 rows = slice(i * each, (i + 1) * each)
@@ -137,10 +143,13 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
 
         drawn: dict[str, Tensor] = {}
-        base = side("base", family)
+        base = side("base", family, request.guidance_scale)
         for run, record in records.items():
-            with tuned_model(family, run, record) as tuned:
-                found = side(run, tuned)
+            with (
+                tuned_model(family, run, record) as tuned,
+                domain_guided(family, tuned) if domain is not None else nullcontext(),
+            ):
+                found = side(run, tuned, request.guidance_scale if domain is None else domain)
             apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
             sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
     measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
@@ -156,7 +165,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         "model": recipe.model.id,
         "settings": {
             "features": features.name, "pictures": len(chosen), "real": len(reference.real), "seeds": request.seeds,
-            "steps": request.steps, "guidance_scale": request.guidance_scale, "outside": outside,
+            "steps": request.steps, "guidance_scale": request.guidance_scale,
+            "domain_guidance_scale": domain, "outside": outside,
         },
         "base": base,
         "sides": sides,

@@ -1,0 +1,73 @@
+"""Domain Guidance for what draws through a family: its pipeline is exchanged for our drop-in one for the while.
+
+The pictures are therefore those of the drop-in pipeline, see `guidance`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.errors import UserError
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+
+def check_domain_scale(scale: float | None) -> None:
+    """Refuse a scale of Domain Guidance at which the pretrained branch has no part.
+
+    Raises:
+        UserError: if it is not above 1.
+    """
+    if scale is not None and not 1 < scale < math.inf:
+        raise UserError(f"domain_guidance_scale is {scale}; expected a finite number above 1, or nothing for none.")
+
+
+def check_domain_method(run: str, method: str) -> None:
+    """Refuse a run beside whose denoiser there is no other one.
+
+    Raises:
+        UserError: for a ControlNet.
+    """
+    if method == "controlnet":
+        raise UserError(
+            f"the run {run} is a ControlNet, whose denoiser is the pretrained one; leave out --domain_guidance_scale."
+        )
+
+
+@contextmanager
+def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
+    """While open, `tuned` samples with the unconditional branch of guidance from the pretrained denoiser.
+
+    Args:
+        base: the pretrained model; the same object as `tuned` where that is the base with an adapter on.
+
+    Raises:
+        UserError: for a family without a drop-in pipeline here, or a tuned text encoder under `offload`.
+    """
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from difftuning_control.pipelines import DiffTuningPipeline, DiffTuningSD3Pipeline, DiffTuningXLPipeline
+
+    drop_ins: dict[type, Any] = {
+        StableDiffusionPipeline: DiffTuningPipeline,
+        StableDiffusionXLPipeline: DiffTuningXLPipeline,
+        StableDiffusion3Pipeline: DiffTuningSD3Pipeline,
+    }
+    before = tuned.pipe
+    if type(before) not in drop_ins:
+        raise UserError(
+            f"Domain Guidance is here for Stable Diffusion, SDXL and SD3, not for a {type(before).__name__}; leave out "
+            "--domain_guidance_scale."
+        )
+    if tuned.offload and getattr(before.text_encoder, "_hf_peft_config_loaded", False):
+        raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
+    source = base.denoiser if tuned is not base else None
+    tuned.pipe = drop_ins[type(before)].from_pipe(before, domain_guidance=True, **{f"source_{tuned.component}": source})
+    try:
+        yield
+    finally:
+        tuned.pipe = before
