@@ -136,7 +136,7 @@ def wide_pictures(folder: Path) -> Path:
     """Pictures of two shapes, so that bank rows, which are square, take a forward of their own in some steps."""
     folder.mkdir()
     for i in range(8):
-        Image.new("RGB", (32, 16) if i % 2 else (16, 16), (20 * i, 90, 200 - 9 * i)).save(folder / f"{i}.png")
+        Image.new("RGB", (32, 8) if i % 2 else (16, 16), (20 * i, 90, 200 - 9 * i)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"red {i}")
     return folder
 
@@ -214,7 +214,7 @@ def test_other_methods_and_another_number_of_processes(make, tmp_path):
         return replace(recipe, data=replace(recipe.data, path=str(shards), stream=True))
 
     def bucketed(recipe: Recipe) -> Recipe:
-        return replace(recipe, data=replace(recipe.data, path=str(wide), buckets=True))
+        return replace(recipe, data=replace(recipe.data, path=str(wide), buckets=True, bucket_aspect=4.0))
 
     shards, wide = tar_shards(tmp_path / "shards"), wide_pictures(tmp_path / "wide")
     full, control = make("full-1s", 1, "full"), make("control-1s", 1, "controlnet")
