@@ -224,7 +224,7 @@ def _fail(error: BaseException | None, message: str, code: int) -> int:
 
 def say(text: str) -> None:
     """Print lines in which names and captions from outside cannot command the terminal."""
-    say(_shown(text))
+    print(_shown(text))
 
 
 def _shown(text: str) -> str:

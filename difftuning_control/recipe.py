@@ -650,6 +650,11 @@ class Recipe:
                 f"training.shard is true and training.{given}, which does not know sharded weights; use adamw, and "
                 "bf16 or no."
             )
+        if self.data.buckets and self.uses_bank:
+            raise UserError(
+                "training.shard is true and data.buckets, where bank rows take a forward of their own that some "
+                "processes lack, while sharded weights are gathered in every forward by all; leave one of them out."
+            )
 
     def _check_quantization(self) -> None:
         """What a quantised base cannot do."""

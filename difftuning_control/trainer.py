@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from difftuning_control.adapters import result_of
 from difftuning_control.audit import Session, read_audit
@@ -236,7 +236,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=recipe.training.gradient_accumulation_steps,
         log_with=list(recipe.training.trackers) or None,
         project_dir=str(Path(recipe.output) / "logs"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],  # the others wait while one encodes
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=7)),  # the others wait while one draws pictures
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False
+            ),  # they stay, and forwards may be of different numbers
+        ],
     )
     set_seed(recipe.training.seed)
     return accelerator

@@ -11,7 +11,7 @@ import torch
 
 from difftuning_control import recipe as recipes
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import AdapterConfig, Recipe, ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe import AdapterConfig, DataConfig, Recipe, ScheduleConfig, TrainingConfig, TuningConfig
 
 SECTIONS = [c for c in vars(recipes).values() if dataclasses.is_dataclass(c)]
 BY_NAME = {
@@ -87,6 +87,15 @@ def test_a_recipe_is_plain_values_all_the_way_down():
             "auto measures against",
         ),
         (lambda: Recipe("full", adapter=AdapterConfig(rank=4)), "method full trains no adapter"),
+        (lambda: Recipe(training=TrainingConfig(shard=True)), "training.shard spreads all weights"),
+        (
+            lambda: Recipe("full", training=TrainingConfig(shard=True, optimizer="adamw8bit")),
+            "optimizer adamw8bit, which does not know sharded weights",
+        ),
+        (
+            lambda: Recipe("full", data=DataConfig(buckets=True), training=TrainingConfig(shard=True)),
+            "bank rows take a forward of their own",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(make, message):
