@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from difftuning_control.bench.settings import Bench
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
@@ -167,9 +168,21 @@ class DemoCommand:
     overwrite: bool = False
 
 
+@dataclass
+class BenchCommand(Bench):
+    """Time this trainer against diffusers' scripts, Diff-Tuning against plain tuning, and more, side by side.
+
+    Args:
+        overwrite: replace an earlier benchmark; its model and pictures are used again.
+    """
+
+    overwrite: bool = False
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
     "export": ExportCommand, "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
+    "bench": BenchCommand,
 }  # fmt: skip
 POSITIONAL = {"export": "run"}  # what a word without a key is, at such a verb
 
@@ -496,9 +509,16 @@ def run_demo(command: DemoCommand) -> None:
     demo(Path(command.output), command.steps, command.seed, command.language, command.overwrite)
 
 
+def run_bench(command: BenchCommand) -> None:
+    from difftuning_control.bench.run import bench
+
+    bench(Bench(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Bench)}), command.overwrite)
+    print(f"done: {command.output}/bench.json")
+
+
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
-    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo,
+    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo, "bench": run_bench,
 }  # fmt: skip
 
 if __name__ == "__main__":
