@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control import audit
+from difftuning_control.bench.settings import Bench
 from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
@@ -182,10 +183,21 @@ class DemoCommand:
     overwrite: bool = False
 
 
+@dataclass
+class BenchCommand(Bench):
+    """Time this trainer against diffusers' scripts, Diff-Tuning against plain tuning, and more, side by side.
+
+    Args:
+        overwrite: replace an earlier benchmark; its model and pictures are used again.
+    """
+
+    overwrite: bool = False
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
     "export": ExportCommand, "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
-    "verify": VerifyRequest, "runs": RunsRequest,
+    "verify": VerifyRequest, "runs": RunsRequest, "bench": BenchCommand,
 }  # fmt: skip
 POSITIONAL = {"export": "run", "verify": "run", "runs": "folder"}  # what a word without a key is, at such a verb
 
@@ -645,9 +657,17 @@ def run_runs(command: RunsRequest) -> None:
         print_table(rows)
 
 
+def run_bench(command: BenchCommand) -> None:
+    from difftuning_control.bench.run import bench
+
+    bench(Bench(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Bench)}), command.overwrite)
+    say(f"done: {command.output}/bench.json")
+
+
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
     "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo, "verify": run_verify, "runs": run_runs,
+    "bench": run_bench,
 }  # fmt: skip
 
 if __name__ == "__main__":

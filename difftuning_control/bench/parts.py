@@ -1,0 +1,201 @@
+"""Each part of the benchmark: both sides in turn, round by round, so that a noisy machine is noisy for both."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from difftuning_control.bench import material
+from difftuning_control.bench.settings import Bench
+from difftuning_control.bench.sides import OURS, Timed, ours, peer, ratio, run
+from difftuning_control.families import embedded_model
+from difftuning_control.recipe import Recipe
+
+SIDES = {"sd15": 512, "embedded": 64}
+PICTURES = 4  # of the timed trainings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The folders, model and pictures of all parts."""
+
+    bench: Bench
+    work: Path
+
+    @property
+    def side(self) -> int:
+        return SIDES[self.bench.size]
+
+    @property
+    def model(self) -> Path:
+        return embedded_model() if self.bench.size == "embedded" else material.sd15_sized(self.work / "sd15")
+
+    @property
+    def data(self) -> Path:
+        return material.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
+
+    def run(self, command: list[str], name: str) -> Timed:
+        return run(command, self.work / name, self.bench.threads)
+
+
+def against_peer(setting: Setting, part: str) -> dict[str, Any]:
+    """Steps a second against diffusers' script, ours with warm caches; what filling them cost is told beside."""
+    bench, steps = setting.bench, setting.bench.steps + 1
+    assert bench.peers is not None
+    mine = ours(part, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size)
+    theirs = peer(
+        part, bench.peers, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size
+    )  # fmt: skip
+    shutil.rmtree(setting.work / "cache", ignore_errors=True)
+    one = ours(part, setting.model, setting.data, setting.work, setting.side, 1, bench.batch_size)
+    cold, warm = setting.run(one, "cold"), setting.run(one, "warm")
+    rounds: list[tuple[Timed, Timed]] = []
+    for number in range(bench.rounds):
+        rounds.append((setting.run(theirs, f"peer-{part}-{number}"), setting.run(mine, f"ours-{part}-{number}")))
+    result: dict[str, Any] = {
+        "wall": ratio([(a.steps, b.steps) for a, b in rounds]),
+        "cpu": ratio([(a.cpu, b.cpu) for a, b in rounds]),
+        "first_step": {"peer": median(a.first_step or 0.0 for a, _ in rounds),
+                       "ours": median(b.first_step or 0.0 for _, b in rounds)},
+        "peak": {"peer": max(a.peak for a, _ in rounds), "ours": max(b.peak for _, b in rounds)},
+        "caching": {"seconds": cold.seconds - warm.seconds, "pictures": PICTURES},
+    }  # fmt: skip
+    for clock in ("steps", "cpu"):
+        result[f"seconds_{clock}"] = {
+            name: [median(getattr(r[i], clock)) for r in rounds] for i, name in enumerate(("peer", "ours"))
+        }
+    return result
+
+
+def difftuning(setting: Setting) -> dict[str, Any]:
+    """A step with a share of bank rows against a plain one of as many rows: what the objective costs."""
+    bench, rows = setting.bench, max(setting.bench.batch_size, 5)
+    plain = ours("lora", setting.model, setting.data, setting.work, setting.side, bench.steps + 1, rows)
+    bank = {
+        "tuning.retention_ratio": 0.2,
+        "tuning.retention_weight": 0.1,
+        "bank.size": 8,
+        "bank.steps": 2,
+        "bank.path": setting.work / "bank",
+    }
+    tuned = [*plain, *(f"--{k}={v}" for k, v in bank.items()), '--tuning.schedule={"kind": "power", "tau": 1.0}']
+    for command in (plain, tuned):
+        setting.run(command, "warm")
+    rounds = [(setting.run(tuned, f"difftuning-{n}"), setting.run(plain, f"plain-{n}")) for n in range(bench.rounds)]
+    return {
+        "wall": ratio([(a.steps, b.steps) for a, b in rounds]),
+        "cpu": ratio([(a.cpu, b.cpu) for a, b in rounds]),
+        "rows": rows,
+    }
+
+
+def bank(setting: Setting) -> dict[str, Any]:
+    """Pictures a second of the bank against a loop over the stock pipeline, a prompt a call and four (DreamBooth's)."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from difftuning_control.bank import BankRequest, KnowledgeBank
+    from difftuning_control.families import load_family
+
+    if setting.bench.threads is not None:
+        torch.set_num_threads(setting.bench.threads)
+    count = 64 if setting.bench.size == "embedded" else 2
+    family = load_family(str(setting.model))
+    request = BankRequest([f"disc {i}" for i in range(count)], count, steps=10, resolution=setting.side)
+    pipe = DiffusionPipeline.from_pretrained(setting.model)
+    pipe.set_progress_bar_config(disable=True)
+
+    def build() -> None:
+        shutil.rmtree(setting.work / "timed-bank", ignore_errors=True)
+        KnowledgeBank.build(family, setting.work / "timed-bank", request)
+
+    def loop(together: int) -> Callable[[], None]:
+        def draw() -> None:
+            for start in range(0, count, together):
+                prompts = [request.prompt_of(i) for i in range(start, min(start + together, count))]
+                pipe(prompts, num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
+                     height=setting.side, width=setting.side)  # fmt: skip
+
+        return draw
+
+    sides = {"bank": build, "loop of 1": loop(1), "loop of 4": loop(4)}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    clock = time.process_time if setting.bench.threads == 1 else time.perf_counter
+    for number in range(setting.bench.rounds + 1):
+        for name, draw in sides.items():
+            begun = clock()
+            draw()
+            ended = clock()
+            if number:  # the first round warms up
+                seconds[name].append(ended - begun)
+    return {
+        "pictures": count,
+        "clock": "cpu" if setting.bench.threads == 1 else "wall",
+        **{
+            name: ratio([([a], [b]) for a, b in zip(seconds[name], seconds["bank"])])
+            for name in sides
+            if name != "bank"
+        },
+    }
+
+
+def startup(setting: Setting) -> dict[str, Any]:
+    """Seconds from the command to the end of the first step, with warm caches."""
+    command = ours("lora", setting.model, setting.data, setting.work, setting.side, 1, setting.bench.batch_size)
+    setting.run(command, "warm")
+    found = [setting.run(command, f"startup-{n}").first_step or 0.0 for n in range(setting.bench.rounds)]
+    return {"seconds": median(found), "least": min(found), "most": max(found)}
+
+
+def memory(setting: Setting) -> dict[str, Any]:
+    """The most memory of each command on ten pictures and on many, in bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for count in (10, setting.bench.pictures):
+        data = material.pictures(setting.work / f"pictures-{count}", count, 64)
+        work = setting.work / f"memory-{count}"
+        train = ours("lora", embedded_model(), data, work, 64, 2, 4)[2:]
+        control = ["--method=controlnet", "--control.annotator=canny", f"--output={work}/controlnet"]
+        study = [f"--data.path={data}", f"--data.cache={work}/cache", "--bank.size=16", "--bank.steps=2", "--overwrite"]
+        few = ["--pictures=8", "--steps=2", "--seeds=[0]", "--overwrite", f"--output={work}/evaluation"]
+        commands = {
+            "train": train,
+            "train controlnet": [
+                *[f for f in train if not f.startswith(("--method", "--output", "--adapter"))],
+                *control,
+            ],
+            "bank": ["bank", *[f for f in study if f != "--overwrite"]],
+            "analyze": ["analyze", *study, f"--output={work}/analysis", "--analysis.rows=16"],
+            "evaluate": ["evaluate", f'--runs=["{work}/ours-lora"]', f"--data={data}", f"--source={data}", *few],
+        }
+        for name, command in commands.items():
+            timed = setting.run([*OURS, *command], f"memory-{count}-{name.replace(' ', '-')}")
+            found.setdefault(name, {})[str(count)] = timed.peak
+    return found
+
+
+def profile(setting: Setting) -> dict[str, float]:
+    """Where the time of a LoRA's step goes, in shares of its CPU time."""
+    import torch
+
+    from difftuning_control.bench.step_profile import profile_step
+    from difftuning_control.cli import parse
+
+    if setting.bench.threads is not None:
+        torch.set_num_threads(setting.bench.threads)
+    command = ours("lora", setting.model, setting.data, setting.work, setting.side, 1, setting.bench.batch_size)
+    _, found = parse(command[len(OURS) :])
+    recipe = Recipe(**{f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)})
+    return profile_step(recipe, setting.bench.steps)
+
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "lora": lambda setting: against_peer(setting, "lora"),
+    "controlnet": lambda setting: against_peer(setting, "controlnet"),
+    "difftuning": difftuning, "bank": bank, "startup": startup, "memory": memory, "profile": profile,
+}  # fmt: skip

@@ -1,0 +1,46 @@
+"""The benchmark's result as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GIB = 2**30
+
+
+def _shown(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row for each comparison: the ratio by CPU time and by wall time, median with least and most over the rounds."""
+    lines = ["| what | ratio, CPU time | ratio, wall time | peak memory |", "|---|---|---|---|"]
+    parts = result["parts"]
+    for name in ("lora", "controlnet"):
+        if name in parts:
+            part = parts[name]
+            peak = " against ".join(f"{part['peak'][side] / GIB:.1f} GiB" for side in ("ours", "peer"))
+            shown = f"{_shown(part['cpu'])} | {_shown(part['wall'])} | {peak}"
+            lines.append(f"| {name}: steps/s against diffusers' script | {shown} |")
+    if "difftuning" in parts:
+        part = parts["difftuning"]
+        lines.append(f"| plain against Diff-Tuning: steps/s | {_shown(part['cpu'])} | {_shown(part['wall'])} | |")
+    if "bank" in parts:
+        for name in ("loop of 1", "loop of 4"):
+            shown = _shown(parts["bank"][name])
+            by_cpu = parts["bank"]["clock"] == "cpu"
+            lines.append(
+                f"| bank: pictures/s against a {name} | {shown if by_cpu else ''} | {'' if by_cpu else shown} | |"
+            )
+    more = []
+    if "startup" in parts:
+        part = parts["startup"]
+        more.append(
+            f"First step {part['seconds']:.1f} s after the command ({part['least']:.1f} to {part['most']:.1f})."
+        )
+    if "profile" in parts:
+        shares = (f"{name} {share:.1%}" for name, share in parts["profile"].items() if name != "seconds_a_step")
+        more.append(f"A step of {parts['profile']['seconds_a_step']:.2f} CPU seconds: {', '.join(shares)}.")
+    for command, peaks in parts.get("memory", {}).items():
+        shown = ", ".join(f"{peak / GIB:.2f} GiB on {count} pictures" for count, peak in peaks.items())
+        more.append(f"Peak memory of `{command}`: {shown}.")
+    return "\n".join([*(lines if len(lines) > 2 else []), *([""] if more else []), *more])
