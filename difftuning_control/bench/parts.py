@@ -84,7 +84,8 @@ def difftuning(setting: Setting) -> dict[str, Any]:
         "bank.steps": 2,
         "bank.path": setting.work / "bank",
     }
-    tuned = [*plain, *(f"--{k}={v}" for k, v in bank.items()), '--tuning.schedule={"kind": "power", "tau": 1.0}']
+    shared = [flag for flag in plain if not flag.startswith("--tuning.")]
+    tuned = [*shared, *(f"--{k}={v}" for k, v in bank.items()), '--tuning.schedule={"kind": "power", "tau": 1.0}']
     for command in (plain, tuned):
         setting.run(command, "warm")
     rounds = [(setting.run(tuned, f"difftuning-{n}"), setting.run(plain, f"plain-{n}")) for n in range(bench.rounds)]
