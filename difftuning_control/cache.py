@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data import Example, ImageData, frame, placed
-from difftuning_control.fingerprint import digest_of, read_tensors, write_tensors
+from difftuning_control.durable import alone, sweep
+from difftuning_control.fingerprint import digest_of, read_checked, read_tensors, write_checked
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -89,6 +91,25 @@ class Framing:
         return torch.from_numpy(views / 127.5 - 1)
 
 
+def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object]) -> dict[str, Tensor]:
+    """The tensors of a file of the cache, made anew where it is absent or damaged.
+
+    Of several jobs that share a cache one makes it, and the others wait. `there()` is called where it was not made.
+    """
+    tensors = read_checked(path)
+    if tensors is None:
+        with alone(path):
+            tensors = read_checked(path)  # perhaps the job that we waited for has made it
+            if tensors is None:
+                sweep(path.parent, path.name + "*")
+                write_checked(path, make())
+                tensors = read_tensors(path)
+                assert tensors is not None
+                return tensors
+    there()
+    return tensors
+
+
 @dataclass(frozen=True)
 class LatentMoments:
     """Means and standard deviations of the VAE's posteriors, (N, views, C, h, w) float32, unscaled."""
@@ -118,13 +139,8 @@ def cached_moments(
         views = vars(framing.settled())
         key = digest_of([[e.digest for e in examples], family.fingerprints["vae"], str(family.dtype), views])
         path = folder / f"moments-{key}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            tensors = _encode(family, examples, framing, advance, batch_size)
-            write_tensors(path, tensors)
-        else:
-            advance(len(examples))
-        shards.append(tensors)
+        make = partial(_encode, family, examples, framing, advance, batch_size)
+        shards.append(kept(path, make, partial(advance, len(examples))))
     return LatentMoments(torch.cat([s["mean"] for s in shards]), torch.cat([s["std"] for s in shards]))
 
 
@@ -167,18 +183,17 @@ def cached_embeddings(
         advance(len(unique))
         return PromptEmbeddings({p: i for i, p in enumerate(unique)}, family.tokenize(unique))
     path = folder / f"prompts-{digest_of([unique, family.conditioning_fingerprint])}.safetensors"
-    tensors = read_tensors(path)
-    if tensors is None:
+
+    def make() -> dict[str, Tensor]:
         parts = []
         with family.encoding():
             for start in range(0, len(unique), batch_size):
                 chunk = unique[start : start + batch_size]
                 parts.append({k: v.cpu() for k, v in family.encode_prompts(chunk).items()})
                 advance(len(chunk))
-        tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        write_tensors(path, tensors)
-    else:
-        advance(len(unique))
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    tensors = kept(path, make, lambda: advance(len(unique)))
     embeddings = PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
     family.remember(embeddings)
     return embeddings

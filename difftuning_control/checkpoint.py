@@ -8,7 +8,6 @@ a resumed run continues bit for bit.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from difftuning_control.durable import discard, place
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_file, read_tensors, write_json, write_tensors
+from difftuning_control.fingerprint import DIGEST, digest_of, digest_of_file, read_tensors, write_json, write_tensors
 
 NAME = re.compile(r"checkpoint-(\d+)")
+DELETE = "delete it to resume from an earlier state, or from the beginning where there is none"
 
 
 @dataclass
@@ -36,23 +37,43 @@ class TrainingState:
     scaler: Any | None = None
     budget: Any | None = None
     fidelity: Any | None = None
+    logged: int = 0  # lines of metrics.jsonl
 
 
 def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str) -> Path:
-    """Write `checkpoint-<step>`, whole or not at all, then delete the older ones.
+    """Write `checkpoint-<step>`, whole or not at all, then delete the older ones; until then the last good one stays.
 
     Args:
         identity: digest of what the run depends on; a resume with another one is refused.
+
+    Raises:
+        OSError: if there is no space; the older checkpoints are as they were, and nothing is left of this one.
     """
     final = output / f"checkpoint-{step}"
     temporary = output / f".checkpoint-{step}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, step, state, identity)
+        if final.exists():
+            discard(final)
+        place(temporary, final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for older in output.glob("checkpoint-*"):
+        if NAME.fullmatch(older.name) and older != final:
+            discard(older)
+    return final
+
+
+def _write(temporary: Path, step: int, state: TrainingState, identity: str) -> None:
     write_tensors(temporary / "weights.safetensors", {n: p.data for n, p in state.parameters.items()})
     tensors, scalars = _split(state.optimizer.state_dict()["state"])
     write_tensors(temporary / "optimizer.safetensors", tensors)
     values: dict[str, Any] = {
         "step": step,
+        "logged": state.logged,
         "identity": identity,
         "optimizer": scalars,
         "param_groups": state.optimizer.state_dict()["param_groups"],
@@ -70,13 +91,8 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
     if state.fidelity is not None:
         values["fidelity"] = state.fidelity.state_dict()
     values["files"] = {p.name: digest_of_file(p) for p in sorted(temporary.iterdir())}
-    write_json(temporary / "state.json", values)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for older in checkpoints(output):
-        if older != final:
-            shutil.rmtree(older)
-    return final
+    values = json.loads(json.dumps(values, default=str))  # as it will be read back
+    write_json(temporary / "state.json", values | {DIGEST: digest_of(values)})
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -93,8 +109,11 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
     """
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{folder} is damaged (state.json); delete it to resume from an earlier state.") from None
+        digest = values.pop(DIGEST)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        digest = None
+    if digest is None or digest != digest_of(values):
+        raise UserError(f"{folder} is damaged (state.json); {DELETE}.")
     if values["identity"] != identity:
         raise UserError(
             f"{folder} was written with another recipe, base or data; resume with the same, or start afresh with "
@@ -102,7 +121,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         )
     damaged = [n for n, d in values["files"].items() if not (folder / n).exists() or digest_of_file(folder / n) != d]
     if damaged:
-        raise UserError(f"{folder} is damaged ({', '.join(damaged)}); delete it to resume from an earlier state.")
+        raise UserError(f"{folder} is damaged ({', '.join(damaged)}); {DELETE}.")
     weights = read_tensors(folder / "weights.safetensors") or {}
     if set(weights) != set(state.parameters):
         raise UserError(f"{folder} holds weights of another model or adapter; start afresh with --overwrite.")
@@ -123,6 +142,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         state.budget.load_state_dict(values["budget"])
     if state.fidelity is not None:
         state.fidelity.load_state_dict(values["fidelity"])
+    state.logged = values["logged"]
     return int(values["step"])
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.export import ExportRequest
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
+from difftuning_control.signals import Interrupted, watched
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 
 PROGRAM = "difftune"
@@ -178,21 +180,27 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `difftune` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
-    try:
-        verb, command = parse(arguments)
-        if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
-        RUNNERS[verb](command)
-    except UserError as error:
-        sys.exit(_fail(str(error), 2))
-    except NonFiniteLossError as error:
-        sys.exit(_fail(str(error), 3))
-    except OSError as error:  # no space, no permission, a file where a folder should be
-        place, reason = error.filename or "a file", error.strerror or error
-        sys.exit(_fail(f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
-    except KeyboardInterrupt:
-        again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
-        sys.exit(_fail(f"interrupted; {again}.", 130))
+    with watched():
+        try:
+            _run(arguments)
+        except UserError as error:
+            sys.exit(_fail(str(error), 2))
+        except NonFiniteLossError as error:
+            sys.exit(_fail(str(error), 3))
+        except OSError as error:  # no space, no permission, a file where a folder should be
+            place, reason = error.filename or "a file", error.strerror or error
+            sys.exit(_fail(f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
+        except KeyboardInterrupt as error:
+            found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
+            sys.exit(_fail(f"{found.describe()}; {again}.", found.code))
+
+
+def _run(arguments: list[str]) -> None:
+    verb, command = parse(arguments)
+    if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
+    RUNNERS[verb](command)
 
 
 def _fail(message: str, code: int) -> int:

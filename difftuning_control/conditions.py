@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.cache import Framing
+from difftuning_control.cache import Framing, kept
 from difftuning_control.control import SUPPLIED, Conditioner
 from difftuning_control.data import Example, ImageData
-from difftuning_control.fingerprint import digest_of, digest_of_tensors, read_tensors, write_tensors
+from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import to_arrays
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ def encoded_conditions(family: Family, conditions: Conditions, folder: Path) -> 
     tensors: dict[str, Tensor] | None = None
     for shard in conditions.shards:
         path = folder / f"control-{digest_of([digest_of_tensors({'conditions': shard}), identity])}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
-            *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
-            tensors = {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
-            write_tensors(path, tensors)
+        tensors = kept(path, partial(_encode, family, shard), lambda: None)
         shards.append(tensors["control"])
     return Conditions(shards, tensors["empty"] if tensors is not None else None)
+
+
+def _encode(family: Family, shard: Tensor) -> dict[str, Tensor]:
+    rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
+    *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
+    return {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
 
 
 def conditions_of(
@@ -165,18 +167,15 @@ def _make(
     for start in range(0, len(names), SHARD):
         part = names[start : start + SHARD]
         path = folder / f"conditions-{digest_of([FORMAT, identity, part])}.safetensors"
-        tensors = read_tensors(path)
-        if tensors is None:
-            fetch(start, start + len(part))
-            made = _ahead(make, range(start, start + len(part)), count, advance)
+
+        def annotate(numbers: range = range(start, start + len(part))) -> dict[str, Tensor]:
+            fetch(numbers.start, numbers.stop)
+            made = _ahead(make, numbers, count, advance)
             pixels = torch.stack([torch.from_numpy(array) for array in made]).permute(0, 1, 4, 2, 3)
             grey = bool((pixels[:, :, :1] == pixels).all())
-            write_tensors(path, {"conditions": pixels[:, :, :1] if grey else pixels})
-            tensors = read_tensors(path)
-            assert tensors is not None
-        else:
-            advance(len(part))
-        shards.append(tensors["conditions"])
+            return {"conditions": pixels[:, :, :1] if grey else pixels}
+
+        shards.append(kept(path, annotate, partial(advance, len(part)))["conditions"])
     return Conditions(shards)
 
 
@@ -187,7 +186,10 @@ def _ahead(
     with ThreadPoolExecutor(workers) as pool:
         rest = iter(numbers)
         waiting = [pool.submit(make, i) for i in islice(rest, 2 * workers)]
-        while waiting:
-            yield waiting.pop(0).result()
-            advance(1)
-            waiting += [pool.submit(make, i) for i in islice(rest, 1)]
+        try:
+            while waiting:
+                yield waiting.pop(0).result()
+                advance(1)
+                waiting += [pool.submit(make, i) for i in islice(rest, 1)]
+        finally:
+            pool.shutdown(cancel_futures=True)  # interrupted, it ends with the pictures that are under way

@@ -28,6 +28,7 @@ from difftuning_control.conditions import conditions_of
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.data import ImageData
+from difftuning_control.durable import is_empty
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     Reference,
@@ -440,7 +441,7 @@ def pilot(
 
     output = Path(recipe.output)
     marker, identity = output / MARKER, _identity(recipe, config)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    if output.exists() and (output.is_file() or not is_empty(output)):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
         if _marker(output)["identity"] != identity and not overwrite:

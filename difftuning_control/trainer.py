@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +22,7 @@ from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.control_report import write_control_report
+from difftuning_control.durable import discard, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.families.dit_adapters import CLASSES_FILE
@@ -84,6 +84,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity)) is not None:
+        if folder is not None:
+            _forget_checkpoints(output)  # killed at its very end, a run has not done so
         return finished
     measured = _auto_schedule(recipe, family, inputs, output) if recipe.tuning.schedule.kind == "auto" else None
     if measured is not None:
@@ -97,8 +99,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
     run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
     run["schedule"] = measured
     if folder is not None:
-        if not recipe.training.resume:
-            folder.clear()
+        folder.sweep() if recipe.training.resume else folder.clear()
         write_json(output / "run.json", run)
         write_recipe(output, recipe)
         if measured is not None:
@@ -125,8 +126,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output: Path, folder: Outpu
         if recipe.method == "controlnet":
             write_control_report(run, output)
         write_json(output / "run.json", run)
-        for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
-            shutil.rmtree(checkpoint)
+        _forget_checkpoints(output)  # only now is the result on disk and recorded
     accelerator.wait_for_everyone()
     return run
 
@@ -270,6 +270,12 @@ def _finished(output: Path, identity: str) -> dict[str, Any] | None:
             "afresh with --overwrite."
         )
     return run if run["status"] == "complete" else None
+
+
+def _forget_checkpoints(output: Path) -> None:
+    for checkpoint in checkpoints(output):
+        discard(checkpoint)
+    sweep(output)
 
 
 def _describe(
