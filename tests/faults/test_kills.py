@@ -18,7 +18,7 @@ from .harness import PHASES, Moment, contents, import_what_it_imported, run
 
 pytestmark = pytest.mark.slow
 KINDS = (signal.SIGKILL, signal.SIGTERM)
-CHAINS, LINKS = 1, 2  # of each phase so many commands, killed up to so many times each before they may end
+CHAINS, LINKS = 5, 5  # of each phase so many commands, killed up to so many times each before they may end
 STOPPED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (128 + signal.SIGTERM, -signal.SIGTERM)}
 SEED = 0
 
@@ -80,11 +80,8 @@ def test_no_kill_loses_anything(tmp_path, capsys):
             story = []
             for link in range(LINKS):
                 kind = KINDS[(chain + link) % 2]
-                place = (
-                    1 + int((chain + rng.random()) * count / CHAINS)
-                    if link == 0
-                    else rng.randint(1, max(1, count // 2))
-                )
+                spread = 1 + int((chain + rng.random()) * count / CHAINS)  # over all of the phase
+                place = spread if link == 0 else rng.randint(1, max(1, count // 2))
                 moment = Moment(kind, phase, min(place, count))
                 if link == LINKS - 1:
                     moment = Moment(kind, seconds=rng.random() * seconds[name])
@@ -101,6 +98,8 @@ def test_no_kill_loses_anything(tmp_path, capsys):
             differing = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
             if last.code != 0 or differing:
                 lost.append((name, story, last.code, last.said[-2000:], differing))
+            with capsys.disabled():
+                print(f"{phase} {chain + 1}/{CHAINS}: kills {sum(kills.values())}, lost {len(lost)}", flush=True)
     with capsys.disabled():
         print(f"\n{'phase':<16}{'SIGKILL':>9}{'SIGTERM':>9}")
         for phase in ("starting", *PHASES):
