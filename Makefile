@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-guidance embedded-model clean
+.PHONY: demo test test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -14,6 +14,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Kills, full disks, damaged files, signals under launchers; prints the table of kills.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/faults
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks

@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -29,9 +29,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from difftuning_control.durable import AUDIT, sync_folder
 from difftuning_control.errors import UserError
 
-FILE = "audit.jsonl"
+FILE = AUDIT
 FIRST = "0" * 64
 WHO = "DIFFTUNE_AUDIT_WHO"  # environment variable: who is named, or nobody where it is empty
 COMMAND: ContextVar[list[str] | None] = ContextVar("command", default=None)  # the words of the command that runs
@@ -204,7 +205,7 @@ def append(
         file.flush()
         os.fsync(file.fileno())
     if is_new:
-        _sync_folder(folder)
+        sync_folder(folder)
     return digest
 
 
@@ -234,16 +235,6 @@ def _locked(file: BinaryIO) -> Iterator[None]:
 
         fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name is on disk only once its folder is."""
-    with suppress(OSError):  # not every file system has it
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def clear_but_audit(folder: Path) -> None:

@@ -8,9 +8,8 @@ the same items; across batch sizes they are equal up to floating-point rounding.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from difftuning_control.durable import alone, place, sweep
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of, digest_of_file, read_tensors, write_json, write_tensors
+from difftuning_control.fingerprint import (
+    DIGEST,
+    digest_of,
+    digest_of_file,
+    read_checked,
+    read_tensors,
+    write_checked,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -149,8 +156,7 @@ class KnowledgeBank:
         partial = folder.with_name(f".{folder.name}.{digest_of(identity)}.partial")
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no bank; choose another folder for the bank.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder) if process_index == 0 else nullcontext():
+        with alone(folder) if process_index == 0 else nullcontext():
             wait()  # until no other job is at it; perhaps that one has completed the bank
             if not (folder / "manifest.json").exists():
                 partial.mkdir(exist_ok=True)
@@ -179,8 +185,11 @@ class KnowledgeBank:
             files = names | {"prompts.jsonl": manifest["prompts"]}
             if any(Path(name).name != name for name in files):
                 raise ValueError("a shard that lies elsewhere")
+            damaged = DIGEST in manifest and manifest[DIGEST] != _digest_of_manifest(manifest)
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} holds no complete bank (no readable manifest.json); build it again.") from None
+        if damaged:
+            raise UserError(f"{folder}/manifest.json is damaged; delete the bank {folder} and build it again.")
         if base is not None:
             _check_base(folder, identity, base)
         for name, digest in files.items():
@@ -205,17 +214,6 @@ class KnowledgeBank:
         return cls(latents, prompts, manifest={"source": source, "pictures": digest}, sizes=sizes)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While open, no other job on this machine builds the bank in `folder`."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        with lock:
-            yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-
-
 def _build_shard(
     family: Family,
     request: BankRequest,
@@ -226,7 +224,7 @@ def _build_shard(
 ) -> None:
     path = folder / f"bank-{shard:05d}.safetensors"
     items = range(shard * SHARD, min((shard + 1) * SHARD, request.size))
-    if read_tensors(path) is not None:
+    if read_checked(path) is not None:
         advance(len(items))
         return
     parts = []
@@ -239,10 +237,11 @@ def _build_shard(
         )  # fmt: skip
         parts.append(latents.cpu())
         advance(len(chunk))
-    write_tensors(path, {"latents": torch.cat(parts)})
+    write_checked(path, {"latents": torch.cat(parts)})
 
 
 def _complete(family: Family, request: BankRequest, identity: dict[str, Any], partial: Path, folder: Path) -> None:
+    sweep(partial)
     shards = sorted(partial.glob("bank-*.safetensors"))
     rows = [{"item": i, "prompt": request.prompt_of(i), "seed": request.seed_of(i)} for i in range(request.size)]
     lines = [json.dumps(row) for row in rows]
@@ -254,10 +253,14 @@ def _complete(family: Family, request: BankRequest, identity: dict[str, Any], pa
         "shards": {path.name: digest_of_file(path) for path in shards},
         "prompts": digest_of_file(partial / "prompts.jsonl"),
     }
-    write_json(partial / "manifest.json", manifest)
+    write_json(partial / "manifest.json", manifest | {DIGEST: _digest_of_manifest(manifest)})
     if folder.exists():
         folder.rmdir()
-    os.replace(partial, folder)
+    place(partial, folder)
+
+
+def _digest_of_manifest(manifest: dict[str, Any]) -> str:
+    return digest_of({k: v for k, v in manifest.items() if k != DIGEST})
 
 
 def _check_base(folder: Path, identity: dict[str, Any], base: Family) -> None:

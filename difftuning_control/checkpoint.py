@@ -9,7 +9,6 @@ the tensors; either kind of checkpoint is read by any number of processes.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import ChainMap
@@ -21,11 +20,13 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from difftuning_control.durable import discard, place
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_file, read_tensors, write_json, write_tensors
+from difftuning_control.fingerprint import DIGEST, digest_of, digest_of_file, read_tensors, write_json, write_tensors
 
 NAME = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER = re.compile(r"\d{6}\.\w+")  # the optimizer's name of one of its tensors: of which parameter, and what
+DELETE = "delete it to resume from an earlier state, or from the beginning where there is none"
 
 
 @dataclass
@@ -40,6 +41,7 @@ class TrainingState:
     budget: Any | None = None
     fidelity: Any | None = None
     sharded: bool = False
+    logged: int = 0  # lines of metrics.jsonl
 
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights, under the names that a checkpoint has for them."""
@@ -47,27 +49,48 @@ class TrainingState:
 
 
 def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str) -> Path:
-    """Write `checkpoint-<step>`, whole or not at all, then delete the older ones.
+    """Write `checkpoint-<step>`, whole or not at all, then delete the older ones; until then the last good one stays.
 
     One process comes here, or all of them together where the state is sharded.
 
     Args:
         identity: digest of what the run depends on; a resume with another one is refused.
+
+    Raises:
+        OSError: if there is no space; the older checkpoints are as they were, and nothing is left of this one.
     """
     final = output / f"checkpoint-{step}"
     temporary = output / f".checkpoint-{step}.partial"
     main = not state.sharded or torch.distributed.get_rank() == 0
-    if main:
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        tensors, scalars = _split(state.optimizer.state_dict()["state"])
+        averages = {"ema": state.averages()} if state.ema is not None else {}
+        weights = {n: p.data for n, p in state.parameters.items()}
+        files = _write(temporary, {"weights": weights, "optimizer": tensors, **averages}, state.sharded)
+        if main:
+            values = _values(step, state, identity, scalars) | {"files": files, "sharded": state.sharded}
+            values = json.loads(json.dumps(values, default=str))  # as it will be read back
+            write_json(temporary / "state.json", values | {DIGEST: digest_of(values)})
+            if final.exists():
+                discard(final)
+            place(temporary, final)
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    weights = {n: p.data for n, p in state.parameters.items()}
-    tensors, scalars = _split(state.optimizer.state_dict()["state"])
-    parts = {"weights": weights, "optimizer": tensors, **({"ema": state.averages()} if state.ema is not None else {})}
-    files = _write(temporary, parts, state.sharded)
-    if not main:
-        return final
+        raise
+    for older in output.glob("checkpoint-*") if main else ():
+        if NAME.fullmatch(older.name) and older != final:
+            discard(older)
+    return final
+
+
+def _values(step: int, state: TrainingState, identity: str, scalars: dict[str, Any]) -> dict[str, Any]:
+    """What is no tensor."""
     values: dict[str, Any] = {
         "step": step,
+        "logged": state.logged,
         "identity": identity,
         "optimizer": scalars,
         "param_groups": state.optimizer.state_dict()["param_groups"],
@@ -81,14 +104,7 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         values["budget"] = state.budget.state_dict()
     if state.fidelity is not None:
         values["fidelity"] = state.fidelity.state_dict()
-    values["files"], values["sharded"] = files, state.sharded
-    write_json(temporary / "state.json", values)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for older in checkpoints(output):
-        if older != final:
-            shutil.rmtree(older)
-    return final
+    return values
 
 
 def _write(folder: Path, parts: dict[str, dict[str, Tensor]], sharded: bool) -> dict[str, Any]:
@@ -119,8 +135,11 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
     """
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{folder} is damaged (state.json); delete it to resume from an earlier state.") from None
+        digest = values.pop(DIGEST)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        digest = None
+    if digest is None or digest != digest_of(values):
+        raise UserError(f"{folder} is damaged (state.json); {DELETE}.")
     if values["identity"] != identity:
         raise UserError(
             f"{folder} was written with another recipe, base or data; resume with the same, or start afresh with "
@@ -134,7 +153,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         found = {n: digest_of_file(folder / n) if (folder / n).exists() else None for n in values["files"]}
     damaged = [name for name, digest in values["files"].items() if found[name] != digest]
     if damaged:
-        raise UserError(f"{folder} is damaged ({', '.join(damaged)}); delete it to resume from an earlier state.")
+        raise UserError(f"{folder} is damaged ({', '.join(damaged)}); {DELETE}.")
     read = _read_shards if state.sharded or values.get("sharded") else _read_files
     merged = _merge(read(folder, state), values["optimizer"])
     state.optimizer.load_state_dict({"state": merged, "param_groups": values["param_groups"]})
@@ -147,6 +166,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         state.budget.load_state_dict(values["budget"])
     if state.fidelity is not None:
         state.fidelity.load_state_dict(values["fidelity"])
+    state.logged = values["logged"]
     return int(values["step"])
 
 

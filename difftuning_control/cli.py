@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from difftuning_control.export import ExportRequest
 from difftuning_control.outside import is_text, read_text, without_secrets
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
 from difftuning_control.run_list import RunsRequest
+from difftuning_control.signals import Interrupted, watched
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.verify import VerifyRequest
 from difftuning_control.words import harmless
@@ -208,23 +210,30 @@ def main(arguments: list[str] | None = None) -> None:
     audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     logging.setLogRecordFactory(_Record)
-    try:
-        verb, command = parse(arguments)
-        if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
-        RUNNERS[verb](command)
-    except UserError as error:
-        sys.exit(_fail(error, str(error), 2))
-    except NonFiniteLossError as error:
-        sys.exit(_fail(error, str(error), 3))
-    except GatesFailedError as error:
-        sys.exit(_fail(error, str(error), 4))
-    except OSError as error:  # no space, no permission, a file where a folder should be
-        place, reason = error.filename or "a file", error.strerror or error
-        sys.exit(_fail(error, f"{place} cannot be read or written ({reason}); mend that, or choose another place.", 2))
-    except KeyboardInterrupt as error:
-        again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
-        sys.exit(_fail(error, f"interrupted; {again}.", 130))
+    with watched():
+        try:
+            _run(arguments)
+        except UserError as error:
+            sys.exit(_fail(error, str(error), 2))
+        except NonFiniteLossError as error:
+            sys.exit(_fail(error, str(error), 3))
+        except GatesFailedError as error:
+            sys.exit(_fail(error, str(error), 4))
+        except OSError as error:  # no space, no permission, a file where a folder should be
+            place, reason = error.filename or "a file", error.strerror or error
+            said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
+            sys.exit(_fail(error, said, 2))
+        except KeyboardInterrupt as error:
+            found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
+            sys.exit(_fail(error, f"{found.describe()}; {again}.", found.code))
+
+
+def _run(arguments: list[str]) -> None:
+    verb, command = parse(arguments)
+    if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
+    RUNNERS[verb](command)
 
 
 def _fail(error: BaseException | None, message: str, code: int) -> int:

@@ -189,7 +189,10 @@ def _ahead(
     with ThreadPoolExecutor(workers) as pool:
         rest = iter(numbers)
         waiting = [pool.submit(make, i) for i in islice(rest, 2 * workers)]
-        while waiting:
-            yield waiting.pop(0).result()
-            advance(1)
-            waiting += [pool.submit(make, i) for i in islice(rest, 1)]
+        try:
+            while waiting:
+                yield waiting.pop(0).result()
+                advance(1)
+                waiting += [pool.submit(make, i) for i in islice(rest, 1)]
+        finally:
+            pool.shutdown(cancel_futures=True)  # interrupted, it ends with the pictures that are under way

@@ -13,16 +13,16 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from difftuning_control.durable import PARTIAL, alone, place
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
 from difftuning_control.export_files import write_parts
@@ -188,22 +188,33 @@ def _check_hub() -> None:
 
 @contextmanager
 def _taking_the_place_of(target: Path) -> Iterator[Path]:
-    """A new folder near the target, which is renamed to it when all went well."""
-    place = target.resolve()
-    near = next(folder for folder in place.parents if folder.is_dir())
-    room = Path(tempfile.mkdtemp(dir=near, prefix=f".{place.name}."))
+    """A new folder beside the target, which is renamed to it when all went well."""
+    final = target.resolve()
+    made = [folder for folder in final.parents if not folder.exists()]
+    room = final.with_name(f".{final.name}{PARTIAL}")
     new, old = room / "new", room / "old"
     try:
-        new.mkdir()
-        yield new
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            os.replace(place, old)
-        os.replace(new, place)
+        with alone(final):
+            try:
+                _restore(old, final)  # of an export that was killed
+                shutil.rmtree(room, ignore_errors=True)
+                new.mkdir(parents=True)
+                yield new
+                if final.exists():
+                    os.replace(final, old)
+                place(new, final)
+            finally:
+                _restore(old, final)
+                shutil.rmtree(room, ignore_errors=True)
     finally:
-        if old.exists() and not place.exists():
-            os.replace(old, place)
-        shutil.rmtree(room)
+        for folder in made:  # those above it that stayed empty
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _restore(old: Path, final: Path) -> None:
+    if old.exists() and not final.exists():
+        os.replace(old, final)
 
 
 def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe, parts: Parts, folder: Path) -> None:

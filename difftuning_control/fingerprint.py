@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from difftuning_control.durable import beside
 from difftuning_control.outside import without_secrets
+
+DIGEST = "digest"
 
 
 def digest_of(values: Any) -> str:
@@ -54,12 +57,8 @@ def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name beside the target, then rename. Secrets are left out; what is no Unicode is escaped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(without_secrets(text))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    with beside(path) as temporary:
+        temporary.write_text(without_secrets(text), encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -67,14 +66,19 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written to a temporary name beside the target, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A safetensors file, written to a temporary name beside the target, then renamed.
+
+    Raises:
+        OSError: if it cannot be written, as for any other file.
+    """
+    with beside(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def set_metadata(path: Path, values: dict[str, str]) -> None:
@@ -94,3 +98,18 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None
+
+
+def write_checked(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Like `write_tensors`, with a digest of the tensors beside them."""
+    write_tensors(path, tensors, {DIGEST: digest_of_tensors(tensors)})
+
+
+def read_checked(path: Path) -> dict[str, Tensor] | None:
+    """What `write_checked` wrote; None if it is absent, or a single bit of it has changed."""
+    tensors = read_tensors(path)
+    if tensors is None:
+        return None
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get(DIGEST)
+    return tensors if digest == digest_of_tensors(tensors) else None

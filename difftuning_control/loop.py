@@ -26,6 +26,7 @@ from difftuning_control.buckets import BucketSource
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from difftuning_control.durable import discard, place, sync
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.fingerprint import write_json, write_text
@@ -34,6 +35,7 @@ from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.outside import without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe import Recipe
+from difftuning_control.signals import Interrupted, asked, deferred
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class TrainingLoop:
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
         self.end, self.sharded = self.config.max_steps, False
+        self.saved: int | None = None  # the step of the last checkpoint
         # measured on the pretrained weights, before anything is attached to them
         self.model = family.model
         self.base_losses = self._validate(self.model)
@@ -135,7 +138,7 @@ class TrainingLoop:
             plain, stream, framing, lambda e: None if data.truncate_captions else check_caption(family, e)
         )
 
-    def run(self) -> tuple[dict[str, Any], float]:
+    def run(self) -> tuple[dict[str, Any], float | None]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
         first = self._resume()
         if self.config.trackers:
@@ -147,7 +150,7 @@ class TrainingLoop:
         self.denoiser.train()
         self.end = self._planned_end(first)
         seconds, step = 0.0, first
-        with tqdm(
+        with deferred(), tqdm(
             total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
             disable=not self.accelerator.is_main_process,
         ) as bar:  # fmt: skip
@@ -163,13 +166,14 @@ class TrainingLoop:
                     watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
                 self._log(step, losses | watched)
                 self._watch(step)
-        tuned = self._validate_tuned(step)
+                self._stop_if_asked(step)
+            tuned = self._validate_tuned(step)
+            self._save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
         losses_by_role = {
             role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.base_losses.items()
         }
-        self._save()
         done = step - first
-        return losses_by_role, done / seconds if seconds else math.nan
+        return losses_by_role, done / seconds if done else None
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step over `gradient_accumulation_steps` forwards."""
@@ -266,6 +270,17 @@ class TrainingLoop:
             "Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
         )
 
+    def _stop_if_asked(self, done: int) -> None:
+        """Save a checkpoint and end the run if any process was sent SIGTERM or Ctrl-C."""
+        number = asked()
+        if self.accelerator.num_processes > 1:
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+        if not number:
+            return
+        self._checkpoint(done)
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(number, done)
+
     # --- watching ---------------------------------------------------------------------------------------------------
 
     def _watch(self, done: int) -> None:
@@ -281,9 +296,18 @@ class TrainingLoop:
             self._sample_grid(done)
         if done in self.config.save_at:
             self._keep(done)
-        writes = self.sharded or self.accelerator.is_main_process
-        if done % self.config.checkpoint_every == 0 and not last and writes:
+        if done % self.config.checkpoint_every == 0 and not last:
+            self._checkpoint(done)
+
+    def _checkpoint(self, done: int) -> None:
+        """Save what `done` steps made, by all processes together where the weights are spread over them."""
+        if done == self.saved:  # the only good one is not written over
+            return
+        if self.accelerator.is_main_process:
+            sync(self.output / "metrics.jsonl")
+        if self.sharded or self.accelerator.is_main_process:
             save_checkpoint(self.output, done, self.state, self.identity)
+        self.saved = done
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -370,20 +394,21 @@ class TrainingLoop:
             return
         with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        self.state.logged += 1
         if self.config.trackers:
             self.accelerator.log(values, step=step)
 
     # --- resuming and saving ----------------------------------------------------------------------------------------
 
     def _resume(self) -> int:
-        """The step to go on from; metrics logged after it are cut off."""
+        """The step to go on from; metrics logged after its checkpoint are cut off."""
         found = checkpoints(self.output) if self.config.resume else []
         step = load_checkpoint(found[0], self.state, self.identity) if found else 0
+        self.saved = step if found else None
         metrics = self.output / "metrics.jsonl"
         if self.accelerator.is_main_process and metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if found and line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(metrics, "".join(whole))
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_text(metrics, "".join(lines[: self.state.logged]))
         return step
 
     def _write_weights(self) -> Path:
@@ -403,8 +428,9 @@ class TrainingLoop:
             return
         table = {role: {"base": self.base_losses[role].to_dict(), "tuned": t.to_dict()} for role, t in losses.items()}
         write_json(partial / "losses.json", table)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+        if folder.exists():  # of a run that broke off since
+            discard(folder)
+        place(partial, folder)
 
     def _save(self) -> None:
         """The result in diffusers' own format, renamed into place once it is whole."""
@@ -413,8 +439,9 @@ class TrainingLoop:
             return
         if result.suffix == ".safetensors":
             for file in partial.iterdir():  # beside an adapter perhaps what trains whole
-                file.replace(self.output / file.name)
+                place(file, self.output / file.name)
             partial.rmdir()
         else:
-            shutil.rmtree(result, ignore_errors=True)  # of a run that broke off after saving
-            partial.replace(result)
+            if result.exists():  # of a run that broke off after saving
+                discard(result)
+            place(partial, result)

@@ -22,7 +22,6 @@ from PIL import Image
 
 from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
-from difftuning_control.audit import FILE as AUDIT
 from difftuning_control.audit import Session, clear_but_audit
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
@@ -30,6 +29,7 @@ from difftuning_control.conditions import conditions_of
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.data import ImageData
+from difftuning_control.durable import is_empty
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     Reference,
@@ -442,7 +442,7 @@ def pilot(
 
     output = Path(recipe.output)
     marker, identity = output / MARKER, _identity(recipe, config)
-    if output.exists() and (output.is_file() or any(p.name != AUDIT for p in output.iterdir())):
+    if output.exists() and (output.is_file() or not is_empty(output)):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
         if _marker(output)["identity"] != identity and not overwrite:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from difftuning_control.durable import alone, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.fingerprint import read_tensors, write_tensors
+from difftuning_control.fingerprint import read_checked, read_tensors, write_checked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,26 +64,37 @@ def files_together(
     """The tensors of every file; each one that is not there, or is damaged, is made by one process.
 
     Args:
-        make: from a file's number to its tensors.
+        make: from a file's number to its tensors; it waits for no other process, since it runs under the file's lock.
         advance: told of the number of each file that this process did not make.
     """
-    made = set()
-    for number in share.numbers(len(paths)):
-        if read_tensors(paths[number]) is None:
-            write_tensors(paths[number], make(number))
-            made.add(number)
-    share.wait()
-    found = []
-    for number, path in enumerate(paths):
-        tensors = read_tensors(path)
-        if tensors is None:  # where the others' files are not seen, they are made again
-            write_tensors(path, make(number))
-            tensors = read_tensors(path)
-            assert tensors is not None
-        elif number not in made:
-            advance(number)
-        found.append(tensors)
-    return found
+
+    def tensors_of(number: int) -> dict[str, Tensor]:
+        return kept(paths[number], partial(make, number), partial(advance, number))
+
+    found = {number: tensors_of(number) for number in share.numbers(len(paths))}
+    share.wait()  # with no lock held
+    # where the others' files are not seen, they are made again
+    return [found[number] if number in found else tensors_of(number) for number in range(len(paths))]
+
+
+def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object]) -> dict[str, Tensor]:
+    """The tensors of a file of the cache, made anew where it is absent or damaged.
+
+    Of several jobs on a machine that share a cache one makes it, and the others wait. `there()` is called where it was
+    not made.
+    """
+    tensors = read_checked(path)
+    if tensors is None:
+        with alone(path):
+            tensors = read_checked(path)  # perhaps the job that we waited for has made it
+            if tensors is None:
+                sweep(path.parent, path.name + "*")
+                write_checked(path, make())
+                tensors = read_tensors(path)
+                assert tensors is not None
+                return tensors
+    there()
+    return tensors
 
 
 @contextmanager

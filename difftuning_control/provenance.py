@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from difftuning_control.adapter_kinds import LORA_KINDS
+from difftuning_control.durable import discard, free, is_empty, sweep
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of, write_text
 from difftuning_control.outside import from_json, read_text
@@ -87,7 +87,7 @@ def read_run(output: Path) -> dict[str, Any] | None:
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that holds something, unless it is a run to resume or to overwrite."""
-    if not any(p.name not in (".lock", "audit.jsonl") for p in output.iterdir()):
+    if is_empty(output):
         return
     run = read_run(output)
     if resume and run is not None:
@@ -119,7 +119,7 @@ def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "
     """
     folder = Path(path)
     refuse_file(folder)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or is_empty(folder):
         return
     if not (folder / marker).exists():
         raise UserError(f"the output {folder} is not empty and holds no {marker}; choose another folder.")
@@ -152,16 +152,24 @@ class OutputFolder:
             self.release()
             raise
 
+    def sweep(self) -> None:
+        """Remove what a killed run left half written."""
+        for folder in (self.path, self.path / "samples"):
+            sweep(folder)
+
     def clear(self) -> None:
         """Remove what an earlier run wrote; other files are left alone."""
-        for entry in self.path.iterdir():
-            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", ".checkpoint-", ".result.", "step-")):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.sweep()
+        # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
+        for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == "run.json", p.name)):
+            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", "step-")):
+                discard(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:
         """Give the lock back; folders that were made for nothing go too."""
-        self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
+        if self._lock.is_locked:
+            free(self._lock)
+            self._lock.release()
         with suppress(OSError):  # the first that holds something
             for folder in self._created:
                 folder.rmdir()

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -71,8 +72,18 @@ def gathered(family: Family, main: bool) -> Iterator[None]:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Each process's part of the tensors as a safetensors file in `folder`; all processes come here together."""
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    """Each process's part of the tensors as a safetensors file in `folder`; all processes come here together.
+
+    Raises:
+        OSError: if one of them cannot write.
+    """
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        found = [reason for reason, _ in error.failures.values() if isinstance(reason, OSError)]
+        if not found:
+            raise
+        raise found[0] from None
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor], together: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -23,6 +22,7 @@ from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
+from difftuning_control.durable import discard, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.families.dit_adapters import CLASSES_FILE
@@ -108,6 +108,8 @@ def _train(
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
     identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
     if recipe.training.resume and (finished := _finished(output, identity, recipe, accelerator)) is not None:
+        if folder is not None:
+            _forget_checkpoints(output)  # killed at its very end, a run has not done so
         return finished
     measured = None
     if recipe.tuning.schedule.kind == "auto":
@@ -123,8 +125,7 @@ def _train(
     run = _describe(recipe, family, inputs, fingerprints, identity, accelerator)
     run["schedule"] = measured
     if folder is not None:
-        if not recipe.training.resume:
-            folder.clear()
+        folder.sweep() if recipe.training.resume else folder.clear()
         run["sources"], run["inputs"] = sources_of(recipe), write_inputs(output, inputs.data, inputs.all_held_out)
         write_json(output / "run.json", run)
         write_recipe(output, recipe)
@@ -150,8 +151,7 @@ def _train(
     if folder is not None:
         run["outputs"] = _hash_outputs(output, output / result_of(recipe))
         write_record(run, recipe, output)
-        for checkpoint in checkpoints(output):  # only now is the result on disk and recorded
-            shutil.rmtree(checkpoint)
+        _forget_checkpoints(output)  # only now is the result on disk and recorded
     return run
 
 
@@ -334,6 +334,12 @@ def _finished(output: Path, identity: str, recipe: Recipe, accelerator: Accelera
             "afresh with --overwrite."
         )
     return run if run["status"] == "complete" else None
+
+
+def _forget_checkpoints(output: Path) -> None:
+    for checkpoint in checkpoints(output):
+        discard(checkpoint)
+    sweep(output)
 
 
 def _describe(

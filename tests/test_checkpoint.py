@@ -1,6 +1,5 @@
 """A checkpoint restores a training bit for bit, is whole or not there, and holds nothing pickled."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,8 +105,7 @@ def test_weights_are_restored_in_place(trained, tmp_path):
 
 
 def other_identity(folder: Path, state: TrainingState) -> TrainingState:
-    values = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(values | {"identity": "you"}))
+    save_checkpoint(folder.parent, 4, state, "you")
     return state
 
 
@@ -141,6 +139,12 @@ def flipped_bit(name: str):
     return damage
 
 
+def another_step(folder: Path, state: TrainingState) -> TrainingState:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 6'))  # still JSON, and two bits away
+    return state
+
+
 TENSORS = ["weights.safetensors", "optimizer.safetensors", "ema.safetensors"]
 
 
@@ -151,6 +155,7 @@ TENSORS = ["weights.safetensors", "optimizer.safetensors", "ema.safetensors"]
         (other_parameters, "another model or adapter"),
         *((damage(name), f"damaged.*{name}") for name in TENSORS for damage in (missing, cut_short, flipped_bit)),
         (cut_short("state.json"), r"damaged.*state\.json"),
+        (another_step, r"damaged.*state\.json"),
     ],
 )
 def test_a_foreign_or_damaged_checkpoint_is_refused_and_touches_nothing(trained, tmp_path, change, message):
@@ -176,7 +181,7 @@ def test_checkpoints_are_ordered_by_number_and_half_written_ones_are_none(tmp_pa
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
 
 
-@pytest.mark.parametrize("function", ["write_tensors", "write_json", "os.replace"])
+@pytest.mark.parametrize("function", ["write_tensors", "write_json", "place"])
 def test_a_save_that_breaks_off_leaves_the_older_checkpoint_whole(trained, tmp_path, monkeypatch, function):
     older = fresh(1)
     save_checkpoint(tmp_path, 2, older, "me")

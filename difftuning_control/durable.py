@@ -1,0 +1,107 @@
+"""Files and folders that are whole or not there, whatever ends the process: written beside, synced, renamed.
+
+Every temporary name is `.<name>.….partial`, so that what a killed process left is known and swept away.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+PARTIAL = ".partial"
+AUDIT = "audit.jsonl"  # tells of earlier commands, also of those that were refused or ended
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`, which takes its place when all went well; else nothing stays.
+
+    Raises:
+        OSError: with the name of `path`, if there is no space or no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # containers share process numbers
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        place(temporary, path)
+    except OSError as error:
+        if error.filename is None or str(temporary) in str(error.filename):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def place(temporary: Path, path: Path) -> None:
+    """Rename a file or a folder that is whole to a name that is free or of a file, once its bytes are on the disk."""
+    files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
+    for file in files:
+        sync(file)
+    for folder in {file.parent for file in files if temporary.is_dir()}:
+        sync_folder(folder)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that must never be met half deleted: it loses its name first."""
+    gone = folder.with_name(f".{folder.name}.gone{PARTIAL}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
+def is_leftover(path: Path) -> bool:
+    """Is this a temporary file or folder of ours, or a lock?"""
+    return path.name.startswith(".") and (PARTIAL in path.name or path.name.endswith(".lock"))
+
+
+def is_empty(folder: Path) -> bool:
+    """Holds a folder nothing, or only what a killed process left and an audit?"""
+    return all(p.name == AUDIT or is_leftover(p) for p in folder.iterdir())
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete the temporaries of killed processes for these names; only for who is alone in writing them."""
+    for path in folder.glob(f".{name}{PARTIAL}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While open, no other job on this machine makes `path`; the lock goes when the process does."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock:
+        try:
+            yield
+        finally:
+            free(lock)
+
+
+def free(lock: FileLock) -> None:
+    """Remove a lock's file while the lock is held: who waits for it sees that and takes a new one."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def sync(file: Path) -> None:
+    """Have a file's bytes on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last; not every system can."""
+    with suppress(OSError):
+        sync(folder)

@@ -1,0 +1,177 @@
+"""Kills at chosen moments, cheaply: every command runs in a fork of one process that has imported everything.
+
+A moment is either a time, or the n-th call by which files come and go (open for writing, rename, unlink, rmdir, mkdir,
+fsync, the writing of a safetensors file), so that windows of microseconds are met too. Nothing in the package knows
+of it: the calls are seen through Python's audit events and two wrapped functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+PHASES = ("bank building", "caching", "annotating", "training", "checkpointing", "exporting")
+SPEED = re.compile(r"[\d a-z.]+ on [^<]+ steps per second")  # of report.html, the same
+PARTS = {"checkpoint-": "checkpointing", "/banks/": "bank building", "conditions-": "annotating",
+         "control-": "annotating", "/cache/": "caching"}  # fmt: skip
+TIMES = {"timings", "steps_per_second"}  # of run.json: seconds, which no two runs share
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When the child is sent `kind`: at call number `call` of a phase, or after some seconds."""
+
+    kind: signal.Signals
+    phase: str = ""
+    call: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """How a child ended: its exit code (−signal if it was killed), what it said, its calls by phase, its seconds."""
+
+    code: int
+    said: str
+    calls: list[str]
+    seconds: float
+
+
+class _Calls:
+    """Counts the calls that change files below a folder, and sends the signal at the chosen one."""
+
+    def __init__(self, root: Path, verb: str, log: Path, moment: Moment | None):
+        self.root, self.verb, self.moment, self.counts = str(root), verb, moment, Counter[str]()
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.busy = False
+
+    def phase(self, path: str) -> str:
+        if self.verb in ("bank", "export"):
+            return {"bank": "bank building", "export": "exporting"}[self.verb]
+        return next((name for part, name in PARTS.items() if part in path), "training")
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or self.busy:
+            return
+        path = arguments[0]
+        if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax")):
+            return
+        if isinstance(path, (str, os.PathLike)):
+            self.seen(os.fspath(path))
+
+    def seen(self, path: str) -> bool:
+        """Note a call; true if it is the chosen one, where it comes back at all."""
+        if not path.startswith(self.root) and os.path.isabs(path):
+            return False
+        phase = self.phase(path)
+        self.counts[phase] += 1
+        os.write(self.log, f"{phase}\n".encode())
+        if self.moment is None or (self.moment.phase, self.moment.call) != (phase, self.counts[phase]):
+            return False
+        os.kill(os.getpid(), self.moment.kind)
+        return True
+
+    def install(self) -> None:
+        from difftuning_control import fingerprint
+
+        fsync, save_file = os.fsync, fingerprint.save_file
+
+        def counted_fsync(handle: int) -> None:
+            self.seen(os.path.realpath(f"/proc/self/fd/{handle}"))
+            fsync(handle)
+
+        def torn_save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
+            """Half of the file is on the disk when the signal comes."""
+            save_file(tensors, path, metadata)
+            whole = Path(path).read_bytes()
+            phase = self.phase(str(path))
+            if self.moment is not None and (self.moment.phase, self.moment.call) == (phase, self.counts[phase] + 1):
+                self.busy = True
+                os.truncate(path, len(whole) // 2)
+                self.busy = False
+            if self.seen(str(path)):
+                Path(path).write_bytes(whole)
+
+        os.fsync, fingerprint.save_file = counted_fsync, torn_save_file
+        sys.addaudithook(self.hook)
+
+
+def run(arguments: list[str], root: Path, moment: Moment | None = None) -> Outcome:
+    """`difftune` with these arguments in a fork of this process; changes below `root`/work count."""
+    log, said = root / "calls.log", root / "said.log"
+    for path in (log, said):
+        path.unlink(missing_ok=True)
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be_the_command(arguments, root, log, said, moment)
+    if moment is not None and moment.call is None:
+        time.sleep(moment.seconds)
+        os.kill(child, moment.kind)  # of a child that has ended, a zombie takes it
+    _, status = os.waitpid(child, 0)
+    seconds = time.monotonic() - begun
+    calls = log.read_text().splitlines() if log.exists() else []
+    return Outcome(os.waitstatus_to_exitcode(status), said.read_text() if said.exists() else "", calls, seconds)
+
+
+def _be_the_command(arguments: list[str], root: Path, log: Path, said: Path, moment: Moment | None) -> None:
+    code = 70
+    try:
+        handle = os.open(said, os.O_WRONLY | os.O_CREAT)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        from difftuning_control import cli
+
+        _Calls(root / "work", arguments[0], log, moment).install()
+        cli.main(arguments)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        (root / "modules.log").write_text("\n".join(sorted(sys.modules)))
+        os._exit(code)
+
+
+def import_what_it_imported(root: Path) -> None:
+    """Import here what the last command imported, so that later forks need not."""
+    for name in (root / "modules.log").read_text().splitlines():
+        if name not in sys.modules and "__main__" not in name:
+            with suppress(Exception):
+                importlib.import_module(name)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file below a folder by name: its bytes, without the seconds that run.json and report.html have.
+
+    Not counted are locks, empty files that the next command removes when it comes by.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or (path.name.endswith(".lock") and path.stat().st_size == 0):
+            continue
+        name = path.relative_to(folder).as_posix()
+        if path.name == "report.html":
+            found[name] = SPEED.sub("", path.read_text())
+        elif path.name == "run.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES}
+        else:
+            found[name] = path.read_bytes()
+    return found
