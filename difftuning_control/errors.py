@@ -11,3 +11,13 @@ class NonFiniteLossError(RuntimeError):
 
 class GatesFailedError(RuntimeError):
     """A run was judged by the gates of its recipe and fails one; it is kept, and marked."""
+
+
+def need(condition: bool, name: str, value: object, expected: str) -> None:
+    """Refuse a value of a recipe.
+
+    Raises:
+        UserError: if the condition does not hold.
+    """
+    if not condition:
+        raise UserError(f"{name} is {value}; expected {expected}.")

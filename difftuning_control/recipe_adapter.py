@@ -1,0 +1,108 @@
+"""The section of a recipe that says which adapter trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from difftuning_control.errors import UserError, need
+
+DEFAULT_RANK = 16
+ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "lora": ("rank", "alpha", "targets", "dropout", "rslora", "init", "text_encoder", "text_encoder_learning_rate"),
+    "dora": ("rank", "alpha", "targets", "dropout", "rslora", "text_encoder", "text_encoder_learning_rate"),
+    "tlora": ("rank", "min_rank", "alpha", "targets", "init"),
+    "loha": ("rank", "alpha", "targets"),
+    "lokr": ("rank", "alpha", "targets", "factor"),
+    "oft": ("block_size", "targets"),
+    "boft": ("block_size", "targets"),
+    "ia3": ("targets",),
+    "difffit": (),
+}
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained with method lora, or with method controlnet where `on` is controlnet.
+
+    Args:
+        kind: lora, dora, tlora (a LoRA whose rank falls as the noise rises), loha, lokr, oft, boft, ia3, or difffit
+            (biases, norms and scale factors).
+        on: denoiser, or controlnet (kind lora).
+        rank: r of the update, of lora, dora, tlora and loha 16 when empty; of lokr, whose second factor trains whole
+            when empty.
+        min_rank: of tlora at pure noise; half of rank when empty.
+        alpha: the update is scaled by alpha / rank; equal to rank when empty.
+        targets: auto (the attention projections), or names of modules separated by commas.
+        dropout: on the adapter's input, of lora and dora.
+        rslora: scale by alpha / √rank instead, of lora and dora.
+        init: how lora and tlora start: gaussian, pissa (lora only: the weight's largest singular vectors) or
+            orthogonal; when empty gaussian of lora, orthogonal of tlora.
+        factor: of lokr, side of the first Kronecker factor at most; as square as can be when empty.
+        block_size: side of the rotations, of oft 32 and of boft 4 when empty.
+        text_encoder: also train a LoRA on the text encoder, of lora and dora.
+        text_encoder_learning_rate: its own; the denoiser's when empty.
+    """
+
+    kind: Literal["lora", "dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"] = "lora"
+    on: Literal["denoiser", "controlnet"] = "denoiser"
+    rank: int | None = None
+    min_rank: int | None = None
+    alpha: float | None = None
+    targets: str = "auto"
+    dropout: float = 0.0
+    rslora: bool = False
+    init: Literal["gaussian", "pissa", "orthogonal"] | None = None
+    factor: int | None = None
+    block_size: int | None = None
+    text_encoder: bool = False
+    text_encoder_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        need(self.rank is None or self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        need(self.alpha is None or 0 < self.alpha < math.inf, "adapter.alpha", self.alpha, "a finite number above 0")
+        need(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "at least 0 and below 1")
+        need(self.factor is None or self.factor >= 2, "adapter.factor", self.factor, "at least 2")
+        need(self.block_size is None or self.block_size >= 2, "adapter.block_size", self.block_size, "at least 2")
+        rate = self.text_encoder_learning_rate
+        need(rate is None or 0 < rate < math.inf, "adapter.text_encoder_learning_rate", rate, "a number above 0")
+        if self.kind == "tlora":
+            need(1 <= self.lowest_rank <= self.full_rank, "adapter.min_rank", self.lowest_rank, "1 to adapter.rank")
+        if self.kind == "lokr" and self.alpha is not None and self.rank is None:
+            raise UserError(
+                "adapter.alpha is given, but a lokr without adapter.rank is not scaled; give both or neither."
+            )
+        if self.init == "pissa" and self.kind == "tlora":
+            raise UserError("adapter.init is pissa, but a tlora starts gaussian or orthogonal; leave it out.")
+        if self.init == "pissa" and self.dropout > 0:
+            raise UserError("adapter.dropout is given, but a lora with init pissa starts away from 0; leave one out.")
+        if self.init == "orthogonal" and self.kind == "lora":
+            need(self.full_rank % 2 == 0, "adapter.rank", self.full_rank, "an even number for init orthogonal")
+        if rate is not None and not self.text_encoder:
+            raise UserError("adapter.text_encoder_learning_rate is given, but adapter.text_encoder is false.")
+        if self.on == "controlnet" and (self.kind != "lora" or self.text_encoder):
+            given = "adapter.text_encoder" if self.kind == "lora" else f"adapter.kind {self.kind}"
+            raise UserError(f"{given} is given for a ControlNet, which trains whole or by a lora alone; leave it out.")
+
+    def _check_options(self) -> None:
+        """Refuse options that this kind has no use for."""
+        for entry in dataclasses.fields(self):
+            if entry.name in ("kind", "on") or getattr(self, entry.name) == entry.default:
+                continue
+            takes = ADAPTER_OPTIONS[self.kind]
+            if entry.name not in takes:
+                said = f"takes only {', '.join(takes)}" if takes else "has no settings"
+                raise UserError(f"adapter.{entry.name} is given, but kind {self.kind} {said}; leave it out.")
+
+    @property
+    def full_rank(self) -> int:
+        """The rank where one is needed."""
+        return DEFAULT_RANK if self.rank is None else self.rank
+
+    @property
+    def lowest_rank(self) -> int:
+        """The rank of a tlora at pure noise."""
+        return max(1, self.full_rank // 2) if self.min_rank is None else self.min_rank

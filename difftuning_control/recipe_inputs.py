@@ -1,0 +1,203 @@
+"""The sections of a recipe that say what goes in: model, data, bank, control."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from difftuning_control.errors import UserError, need
+from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS
+
+MAX_SEED = 2**31 - 1
+
+
+@dataclass
+class ModelConfig:
+    """The pretrained model.
+
+    Args:
+        id: `embedded`, a diffusers directory, or a Hub id.
+        variant: weights variant to load, such as fp16.
+        quantization: keep the weights of a frozen transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
+            compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8 or nf4 (4 bits; both need
+            bitsandbytes).
+        offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place.
+    """
+
+    id: str = "embedded"
+    variant: str | None = None
+    quantization: Literal["float8", "int8", "nf4"] | None = None
+    offload: bool = False
+
+
+@dataclass
+class DataConfig:
+    """The pictures to tune on.
+
+    Args:
+        path: a folder, `embedded/icons`, `embedded/flat`, or a `datasets` data set by name or path.
+        resolution: side in pixels; the model's own when empty.
+        flip: also train on mirror images.
+        crops: positions of the square kept of pictures that are not square; 1 is the centre.
+        holdout: share of the pictures kept for validation; only without validation_path.
+        validation_path: pictures to validate on, instead of a share of path.
+        limit: use only the first so many pictures.
+        caption_column: column of the captions.
+        image_column: column of the pictures, in a `datasets` data set.
+        classes: folders (a picture's caption is the name of the sub-folder it lies in), or label (captions are the
+            names or numbers in the column called label); captions as they are when empty.
+        default_caption: caption of pictures that have none.
+        truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
+        skip_bad: leave out pictures that cannot be used, instead of stopping.
+        buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
+            shape a step; held-out pictures, samples and a bank of samples stay square.
+        bucket_step: sides of the buckets are multiples of this many pixels; a sixteenth of the resolution when empty.
+        bucket_aspect: no side of a bucket is longer than so many times the other.
+        stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
+            .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
+            training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
+        max_pixels: pictures with more are refused before they are decoded.
+        cache: folder of the latent and prompt caches; the user's cache folder when empty.
+    """
+
+    path: str = "embedded/icons"
+    resolution: int | None = None
+    flip: bool = False
+    crops: int = 1
+    holdout: float = 0.1
+    validation_path: str | None = None
+    limit: int | None = None
+    caption_column: str = "text"
+    image_column: str = "image"
+    classes: Literal["folders", "label"] | None = None
+    default_caption: str | None = None
+    truncate_captions: bool = False
+    skip_bad: bool = False
+    buckets: bool = False
+    bucket_step: int | None = None
+    bucket_aspect: float = 2.0
+    stream: bool = False
+    max_pixels: int = MAX_PIXELS
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
+        need(
+            self.bucket_step is None or self.bucket_step >= 8, "data.bucket_step", self.bucket_step, "at least 8 pixels"
+        )
+        need(1 < self.bucket_aspect <= 8, "data.bucket_aspect", self.bucket_aspect, "more than 1 and at most 8")
+        if not self.buckets and (self.bucket_step is not None or self.bucket_aspect != 2.0):
+            raise UserError(
+                "data.bucket_step and data.bucket_aspect are for data.buckets true; give it, or leave them out."
+            )
+        need(1 <= self.crops <= 64, "data.crops", self.crops, "1 to 64")
+        need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
+        need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+        need(1 <= self.max_pixels <= MOST_PIXELS, "data.max_pixels", self.max_pixels, f"1 to {MOST_PIXELS}")
+        if self.classes is not None and self.default_caption is not None:
+            raise UserError(
+                f"data.classes is {self.classes}, so every picture has its caption; leave out data.default_caption."
+            )
+
+
+@dataclass
+class BankConfig:
+    """The knowledge bank.
+
+    Args:
+        size: number of samples.
+        prompts: captions (those of the data), empty, or a text file with one prompt a line; of a model that is told
+            classes also classes (all that it has), or both (its classes and the empty one by turns).
+        guidance_scale: classifier-free guidance while sampling.
+        steps: sampling steps.
+        batch_size: samples drawn at once.
+        seed: of the bank.
+        path: where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
+    """
+
+    size: int = 1000
+    prompts: str = "captions"
+    guidance_scale: float = 1.5
+    steps: int = 25
+    batch_size: int = 32
+    seed: int = 0
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "steps", "batch_size"):
+            need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
+        need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
+        need(0 <= self.guidance_scale < math.inf, "bank.guidance_scale", self.guidance_scale, "at least 0")
+
+
+@dataclass
+class FidelityConfig:
+    """How well pictures follow their conditions while a ControlNet trains, on held-out pictures.
+
+    Args:
+        every: optimizer steps between measurements; 0 for none.
+        size: held-out conditions.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    every: int = 50
+    size: int = 32
+    steps: int = 12
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("size", 1), ("steps", 1)):
+            need(getattr(self, name) >= least, f"control.fidelity.{name}", getattr(self, name), f"at least {least}")
+        need(0 <= self.guidance_scale < math.inf, "control.fidelity.guidance_scale", self.guidance_scale, "at least 0")
+
+
+@dataclass
+class ControlConfig:
+    """What a ControlNet is taught (method controlnet).
+
+    Args:
+        annotator: what makes conditions from pictures: a name of controlnet_aux, package.module:function, or supplied
+            (pictures of yours, in path or column).
+        params: of the annotator.
+        weights: the annotator's, a directory or Hub id; its default place when empty.
+        path: folder of supplied conditions, named like the pictures.
+        validation_path: folder of those of data.validation_path.
+        column: column of supplied conditions, instead of path.
+        resize: lanczos, box or nearest, for supplied conditions of another size.
+        init: the ControlNet to start from, a directory or Hub id; a copy of the denoiser's encoder when empty.
+        dropout: share of target rows that train with a blank (black) condition.
+        bank_condition: own (made from the decoded bank samples) or blank.
+        workers: threads that annotate; when empty one a CPU core, at most 8, or a single one for a network.
+        fidelity: what is measured on the way.
+    """
+
+    annotator: str = "canny"
+    params: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    path: str | None = None
+    validation_path: str | None = None
+    column: str | None = None
+    resize: Literal["lanczos", "box", "nearest"] = "lanczos"
+    init: str | None = None
+    dropout: float = 0.0
+    bank_condition: Literal["own", "blank"] = "own"
+    workers: int | None = None
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+
+    def __post_init__(self) -> None:
+        need(0 <= self.dropout <= 1, "control.dropout", self.dropout, "0 to 1")
+        need(self.workers is None or 1 <= self.workers <= 256, "control.workers", self.workers, "1 to 256")
+        places = [name for name in ("path", "column") if getattr(self, name) is not None]
+        if self.annotator != "supplied" and (places or self.validation_path is not None):
+            raise UserError(
+                f"control.{places[0] if places else 'validation_path'} is given, but control.annotator is "
+                f"{self.annotator}; say --control.annotator supplied to train on conditions of your own."
+            )
+        if self.annotator == "supplied" and len(places) != 1:
+            raise UserError("control.annotator is supplied; give either control.path or control.column, the one place.")
+        if self.annotator == "supplied" and (self.params or self.weights is not None):
+            raise UserError("control.annotator is supplied, which has no params and no weights; leave them out.")
+        if self.column is not None and self.validation_path is not None:
+            raise UserError("control.column is read in data.validation_path too; leave out control.validation_path.")

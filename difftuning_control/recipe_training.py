@@ -1,0 +1,281 @@
+"""The sections of a recipe that say how it is trained and judged: schedule, objective, optimization, gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from difftuning_control.errors import UserError, need
+from difftuning_control.outside import from_json, read_text
+from difftuning_control.recipe_inputs import MAX_SEED
+from difftuning_control.schedules import Schedule, schedule_from_dict
+
+GATES = ("kid", "retention_loss", "fidelity", "memorisation")
+DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
+DEFAULT_TAU = 0.3
+
+
+@dataclass
+class ScheduleConfig:
+    """ψ and ξ over the noise coordinate u.
+
+    Args:
+        kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path), auto
+            (measured on the model and the data when the run begins).
+        tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper.
+        psi: ψ of constant, 1 when empty.
+        xi: ξ of constant, 0 when empty.
+        path: a JSON file with u, psi and xi, for measured.
+    """
+
+    kind: Literal["power", "paper", "constant", "measured", "auto"] = "power"
+    tau: float | None = None
+    psi: float | None = None
+    xi: float | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        takes = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}
+        used = takes.get(self.kind, set())
+        for name in ("tau", "psi", "xi", "path"):
+            if getattr(self, name) is not None and name not in used:
+                names = f"only {' and '.join(sorted(used))}" if used else "none of these"
+                raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
+        if self.kind == "measured" and self.path is None:
+            raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
+        if self.kind not in ("measured", "auto"):
+            self.build(1000)
+
+    def build(self, num_train_timesteps: int) -> Schedule:
+        """The schedule itself; of `auto`, ψ = ξ = 1 until the trainer has measured it.
+
+        Raises:
+            UserError: if a value is out of its range or the measured file cannot be read.
+        """
+        try:
+            if self.kind == "measured":
+                assert self.path is not None
+                table = from_json(read_text(Path(self.path)))
+                return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
+            if self.kind == "auto":
+                return schedule_from_dict({"kind": "constant", "psi": 1.0, "xi": 1.0})
+            if self.kind == "constant":
+                psi, xi = (1.0 if self.psi is None else self.psi), (0.0 if self.xi is None else self.xi)
+                return schedule_from_dict({"kind": "constant", "psi": psi, "xi": xi})
+            default = DEFAULT_TAU if self.kind == "power" else 1.0
+            values: dict[str, Any] = {"kind": self.kind, "tau": default if self.tau is None else self.tau}
+            if self.kind == "paper":
+                values["num_train_timesteps"] = num_train_timesteps
+            return schedule_from_dict(values)
+        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"the measured schedule {self.path} cannot be read ({error!r}).") from None
+        except ValueError as error:
+            raise UserError(f"tuning.schedule: {error}") from None
+
+
+@dataclass
+class TuningConfig:
+    """The objective.
+
+    Args:
+        schedule: ψ and ξ.
+        estimator: sample (draw noise levels by role) or weight (draw as the model does, weigh the loss).
+        retention_ratio: share of the batch that comes from the bank; 0 for plain fine-tuning.
+        retention_weight: λ; with a forgetting budget, where its multipliers start.
+        forgetting_budget: how much the loss on the bank may rise in each noise band (0.02 is 2 %), one number for all
+            bands or five from low noise to high; the bank rows' weight then follows by dual ascent. None when empty.
+        retention_prompts: empty, or own (the prompts the bank was drawn with).
+        prompt_dropout: share of target rows that train with the empty prompt, or without a class.
+        label_space: own (the data's classes are the model's), or new (the data's classes take the place of the model's,
+            each with a new embedding that trains whole); of models that are told classes.
+        variance: fixed (the loss on the prediction alone), or hybrid (and the variational bound on the variance, of
+            models that predict it).
+        min_snr_gamma: γ of min-SNR weighting, none when empty.
+        stratified: spread the noise levels of a batch evenly.
+    """
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    estimator: Literal["sample", "weight"] = "sample"
+    retention_ratio: float = 0.2
+    retention_weight: float = 0.1
+    forgetting_budget: float | list[float] | None = None
+    retention_prompts: Literal["empty", "own"] = "empty"
+    prompt_dropout: float = 0.0
+    label_space: Literal["own", "new"] = "own"
+    variance: Literal["fixed", "hybrid"] = "fixed"
+    min_snr_gamma: float | None = None
+    stratified: bool = True
+
+    def __post_init__(self) -> None:
+        need(0 <= self.retention_ratio < 1, "tuning.retention_ratio", self.retention_ratio, "at least 0 and below 1")
+        weight = self.retention_weight
+        need(0 <= weight < math.inf, "tuning.retention_weight", weight, "a finite number of at least 0")
+        need(0 <= self.prompt_dropout <= 1, "tuning.prompt_dropout", self.prompt_dropout, "0 to 1")
+        gamma = self.min_snr_gamma
+        need(gamma is None or 0 < gamma < math.inf, "tuning.min_snr_gamma", gamma, "a finite number above 0")
+        if (self.retention_ratio == 0) != (self.retention_weight == 0):
+            raise UserError(
+                f"tuning.retention_ratio is {self.retention_ratio} and tuning.retention_weight "
+                f"{self.retention_weight}; set both to 0 for plain fine-tuning, or both above 0."
+            )
+        if self.forgetting_budget is not None:
+            self._check_budget()
+
+        if self.schedule.kind == "auto" and self.retention_ratio == 0:
+            raise UserError(
+                "tuning.schedule.kind auto measures against the bank, but tuning.retention_ratio is 0; raise it, or "
+                "name another schedule."
+            )
+
+    def _check_budget(self) -> None:
+        from difftuning_control.budget import HIGHEST, LOWEST, spread_budget
+
+        try:
+            spread_budget(self.forgetting_budget)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"tuning.forgetting_budget: {error}") from None
+        need(
+            LOWEST <= self.retention_weight <= HIGHEST and self.retention_ratio > 0, "tuning.retention_weight",
+            self.retention_weight, f"{LOWEST} to {HIGHEST}, with a retention_ratio above 0, for a forgetting budget",
+        )  # fmt: skip
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    Args:
+        max_steps: optimizer steps.
+        batch_size: rows of one forward on one process, bank rows included.
+        gradient_accumulation_steps: forwards to an optimizer step.
+        learning_rate: after the warm-up.
+        optimizer: adamw, or adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
+        lr_scheduler: diffusers' names.
+        lr_warmup_steps: optimizer steps.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; none when empty.
+        mixed_precision: no, fp16 or bf16.
+        gradient_checkpointing: less memory for more time.
+        shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
+            still fit once on every device, 4 bytes a weight, before training.
+        ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
+        seed: of everything random.
+        checkpoint_every: optimizer steps between checkpoints.
+        save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
+        resume: go on from the last checkpoint in the output, or from the start if there is none.
+        validate_every: optimizer steps between validations; 0 for only before and after.
+        validation_size: rows of target and of bank in a validation.
+        sample_every: optimizer steps between sample grids; 0 for none.
+        sample_prompts: prompts of these grids; captions of the data when empty.
+        sample_steps: sampling steps.
+        sample_guidance_scale: guidance of these grids.
+        trackers: any of tensorboard, wandb.
+        stop_when: converged (end once a ControlNet's fidelity has risen and settled); at max_steps only when empty.
+        stop_after: optimizer steps to go on after that.
+    """
+
+    max_steps: int = 300
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1.0e-3
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
+    lr_warmup_steps: int = 0
+    weight_decay: float = 1.0e-2
+    max_grad_norm: float | None = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    ema_decay: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 100
+    save_at: list[int] = field(default_factory=list)
+    resume: bool = False
+    validate_every: int = 100
+    validation_size: int = 32
+    sample_every: int = 100
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_steps: int = 20
+    sample_guidance_scale: float = 4.0
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    stop_when: Literal["converged"] | None = None
+    stop_after: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every", "validation_size",
+                     "sample_steps"):  # fmt: skip
+            need(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        for name in ("lr_warmup_steps", "validate_every", "sample_every", "stop_after"):
+            need(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        rate, decay, norm = self.learning_rate, self.weight_decay, self.max_grad_norm
+        need(0 < rate < math.inf, "training.learning_rate", rate, "a finite number above 0")
+        need(0 <= decay < math.inf, "training.weight_decay", decay, "a finite number of at least 0")
+        need(norm is None or 0 < norm < math.inf, "training.max_grad_norm", norm, "a finite number above 0")
+        need(self.ema_decay is None or 0 < self.ema_decay < 1, "training.ema_decay", self.ema_decay, "between 0 and 1")
+        need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
+        guidance = self.sample_guidance_scale
+        need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")
+        if self.stop_after and self.stop_when is None:
+            raise UserError("training.stop_after is given without training.stop_when; say when: converged.")
+        for step in self.save_at:
+            need(1 <= step <= self.max_steps, "training.save_at", step, f"steps from 1 to max_steps, {self.max_steps}")
+
+
+@dataclass
+class GatesConfig:
+    """Limits that a finished run is judged by; one that fails them is marked, and not exported unasked.
+
+    Args:
+        kid: at most, on held-out pictures (the KID itself, of which tables show × 1000).
+        retention_loss: at most, the rise of the loss on held-out bank samples over the base's (0.1 is 10 %).
+        fidelity: of a ControlNet, the main figure on held-out conditions; at least, or at most for depth (rmse).
+        memorisation: at most, the mean cosine to the nearest training picture.
+        features: lite0, dinov2, clip, inception, or a local model directory, for kid and memorisation.
+        pictures: how many held-out pictures give their captions.
+        seeds: of the noise; every caption is drawn once a seed, and means over the seeds are judged.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    kid: float | None = None
+    retention_loss: float | None = None
+    fidelity: float | None = None
+    memorisation: float | None = None
+    features: str = "lite0"
+    pictures: int = 64
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    steps: int = 20
+    guidance_scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("kid", 0, math.inf), ("retention_loss", -1, math.inf), ("fidelity", 0, 1),
+                                ("memorisation", -1, 1)):  # fmt: skip
+            value = getattr(self, name)
+            expected = f"{low} to {high}" if high < math.inf else f"a finite number of at least {low}"
+            need(value is None or (low <= value <= high and value < math.inf), f"gates.{name}", value, expected)
+        for name, least in (("pictures", 5), ("steps", 1)):
+            need(getattr(self, name) >= least, f"gates.{name}", getattr(self, name), f"at least {least}")
+        need(0 <= self.guidance_scale < math.inf, "gates.guidance_scale", self.guidance_scale, "at least 0")
+        seeds = self.seeds
+        different = bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0
+        need(different, "gates.seeds", seeds, "different whole numbers of at least 0")
+        drawn = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in GATES}
+        if not self.draws and drawn != DRAWN:
+            raise UserError(
+                "gates has settings of the pictures to draw, but no limit on kid, fidelity or memorisation; give one, "
+                "or leave them out."
+            )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set."""
+        return {name: getattr(self, name) for name in GATES if getattr(self, name) is not None}
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures must be drawn to judge by these."""
+        return any(name != "retention_loss" for name in self.limits)
