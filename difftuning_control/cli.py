@@ -435,6 +435,10 @@ def _check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], wher
 def _nearest(key: str, known: typing.Iterable[str], mark: str = "") -> str:
     """The end of a sentence: the likeliest valid name, also where a right one stands in a wrong section."""
     known = sorted(known)
+    section, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
+    if close := difflib.get_close_matches(name, beside, 1, 0.7):
+        return f"; did you mean {mark}{beside[close[0]]}?"
     leaf = [k.rsplit(".", 1)[-1] for k in known]
     same = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.7)
     candidates = [k for k, name in zip(known, leaf) if name in same] or known

@@ -527,7 +527,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
     ("words", "expected"),
     [
         (["trian"], "there is no verb 'trian'; did you mean train?"),
-        (["frobnicate"], "expected one of analyze, bank, demo, evaluate, export, pilot, sample, train."),
+        (["frobnicate"], "expected one of analyze, bank, bench, demo, evaluate, export, pilot, runs, sample,"),
         (["train", "stray"], "stray"),
         (["train", "--training.max_step", "3"], "no option --training.max_step; did you mean --training.max_steps?"),
         (["train", "--data.max_steps", "3"], "no option --data.max_steps; did you mean --training.max_steps?"),

@@ -535,7 +535,7 @@ def test_pictures_on_which_nothing_is_found_are_counted_and_named(recipe, photos
     assert 0 < len(dark) < len(inputs.data)
     assert set(inputs.control.blank) == dark
     for i, example in enumerate(inputs.data.examples):
-        assert bool(inputs.control.targets.row(i).any()) == (example.name not in dark)
+        assert bool(inputs.control.targets[0].row(i).any()) == (example.name not in dark)
 
 
 def test_a_picture_counts_as_blank_only_if_every_view_is(tmp_path):
