@@ -126,7 +126,9 @@ def _train(
     run["schedule"] = measured
     if folder is not None:
         folder.sweep() if recipe.training.resume else folder.clear()
-        run["sources"], run["inputs"] = sources_of(recipe), write_inputs(output, inputs.data, inputs.all_held_out)
+        run["sources"] = sources_of(recipe)
+        write_json(output / "run.json", run)  # first of all: by it the folder is known as a run's
+        run["inputs"] = write_inputs(output, inputs.data, inputs.all_held_out)
         write_json(output / "run.json", run)
         write_recipe(output, recipe)
         session.begin(digest_of_file(output / "recipe.yaml"))

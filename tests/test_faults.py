@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_checkpoint import assert_same_state, fresh
 
 from difftuning_control import signals
+from difftuning_control.audit import read_audit
 from difftuning_control.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.cli import main
 from difftuning_control.durable import is_empty
@@ -98,7 +99,7 @@ def test_what_a_killed_run_left_of_its_first_file_hinders_no_other(tmp_path):
 
 def test_an_earlier_run_is_cleared_with_its_record_last(tmp_path, monkeypatch):
     for name in ("README.md", "run.json", "schedule.json"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"status": "complete"}')
     folder, gone = OutputFolder(tmp_path, resume=False, overwrite=True), []
     monkeypatch.setattr("pathlib.Path.unlink", lambda self, **_: gone.append(self.name))
     folder.clear()
@@ -158,4 +159,7 @@ def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(reci
     main(command)
     name = "pytorch_lora_weights.safetensors"
     torch.testing.assert_close(load_file(tmp_path / "run" / name), load_file(tmp_path / "whole" / name), atol=0, rtol=0)
+    audit = read_audit(tmp_path / "run")
+    assert [e["outcome"] for e in audit.entries] == ["begun", "interrupted", "begun", "done"]
+    assert audit.faults == []
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()

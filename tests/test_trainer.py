@@ -181,7 +181,7 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("difftuning_control.trainer.model_card", break_off)
+        patch.setattr("difftuning_control.manifest.model_card", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     assert weights(recipe)

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from difftuning_control.audit import FILE, read_audit
+from difftuning_control.fingerprint import digest_of_file
+
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 PHASES = ("bank building", "caching", "annotating", "training", "checkpointing", "exporting")
 SPEED = re.compile(r"[\d a-z.]+ on [^<]+ steps per second")  # of report.html, the same
@@ -40,12 +43,14 @@ class Moment:
 
 @dataclass
 class Outcome:
-    """How a child ended: its exit code (−signal if it was killed), what it said, its calls by phase, its seconds."""
+    """How a child ended: its exit code (−signal if it was killed), what it said, its calls by phase, its seconds, and
+    the phase in which it was sent a signal, if it had come to one."""
 
     code: int
     said: str
     calls: list[str]
     seconds: float
+    struck: str = "starting"
 
 
 class _Calls:
@@ -116,13 +121,16 @@ def run(arguments: list[str], root: Path, moment: Moment | None = None) -> Outco
     child = os.fork()
     if child == 0:
         _be_the_command(arguments, root, log, said, moment)
+    struck = moment.phase if moment is not None else ""
     if moment is not None and moment.call is None:
         time.sleep(moment.seconds)
+        struck = log.read_text().split("\n")[-2] if log.exists() and log.stat().st_size else "starting"
         os.kill(child, moment.kind)  # of a child that has ended, a zombie takes it
     _, status = os.waitpid(child, 0)
     seconds = time.monotonic() - begun
     calls = log.read_text().splitlines() if log.exists() else []
-    return Outcome(os.waitstatus_to_exitcode(status), said.read_text() if said.exists() else "", calls, seconds)
+    code = os.waitstatus_to_exitcode(status)
+    return Outcome(code, said.read_text() if said.exists() else "", calls, seconds, struck)
 
 
 def _be_the_command(arguments: list[str], root: Path, log: Path, said: Path, moment: Moment | None) -> None:
@@ -161,17 +169,34 @@ def import_what_it_imported(root: Path) -> None:
 def contents(folder: Path) -> dict[str, Any]:
     """Every file below a folder by name: its bytes, without the seconds that run.json and report.html have.
 
-    Not counted are locks, empty files that the next command removes when it comes by.
+    Not counted are locks, empty files that the next command removes when it comes by, and `audit.jsonl`, which has a
+    line of every command: when it was given, and which began and did not end (see `broken_audits`).
     """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or (path.name.endswith(".lock") and path.stat().st_size == 0):
+        if path.is_dir() or path.name == FILE or (path.name.endswith(".lock") and path.stat().st_size == 0):
             continue
         name = path.relative_to(folder).as_posix()
         if path.name == "report.html":
             found[name] = SPEED.sub("", path.read_text())
         elif path.name == "run.json":
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES}
+            values = {k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES}
+            if "report.html" in (hashes := values.get("files", {})):
+                hashes["report.html"] = hashes["report.html"] == digest_of_file(path.with_name("report.html"))
+            found[name] = values
         else:
             found[name] = path.read_bytes()
+    return found
+
+
+def broken_audits(folder: Path) -> list[str]:
+    """What is wrong with the audits below a folder: each chain is whole, and the record it vouches for is there."""
+    found = []
+    for path in sorted(folder.rglob(FILE)):
+        chain, record = read_audit(path.parent), path.with_name("run.json")
+        found += [f"{path}: {fault}" for fault in chain.faults]
+        if record.exists() and not chain.is_ended:
+            found.append(f"{path}: the last run did not end")
+        if record.exists() and chain.last_hash_of("run.json") != digest_of_file(record):
+            found.append(f"{path}: vouches for another run.json")
     return found
