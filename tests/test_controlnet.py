@@ -22,7 +22,7 @@ from test_control import OUTLINE, prepared, rows_of, write_photos
 from test_trainer import PLAIN, interrupted_after, record, resumed, rows
 from torch import Tensor
 
-from difftuning_control import trainer
+from difftuning_control import manifest, trainer
 from difftuning_control.adapters import ControlNetTuning, merged
 from difftuning_control.batches import BatchSource, TrainingRows, step_seed
 from difftuning_control.checkpoint import checkpoints
@@ -499,7 +499,7 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "model_card", break_off)
+        patch.setattr(manifest, "model_card", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     train(resumed(recipe))
@@ -661,7 +661,7 @@ def test_a_run_that_stops_and_breaks_off_while_saving_is_resumed_with_the_same_m
 
     with monkeypatch.context() as patch:
         plant(patch, RISE)
-        patch.setattr(trainer, "model_card", break_off)
+        patch.setattr(manifest, "model_card", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     (checkpoint,) = checkpoints(tmp_path)
