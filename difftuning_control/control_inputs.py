@@ -140,10 +140,13 @@ def prepare_control(
         few = cached_conditions(conditioner, first, still, cache, lambda count: None, workers, share)
     shown = few.rows(range(min(SHOWN, len(few))))
     targets = [encoded_conditions(family, made, cache, share) for made in targets]
-    nothing = torch.zeros(3, still.height, still.width, dtype=torch.uint8)
-    if family.encodes_control:
-        nothing = family.encode_control(nothing[None]).float().cpu()[0]
     held, of_bank = (encoded_conditions(family, p, cache, share) if p is not None else None for p in (held, of_bank))
+    square = next((made for b, made in zip(buckets, targets) if b.framing.shape is None), held)
+    if square is not None:
+        nothing = square.blank_row
+    else:
+        nothing = torch.zeros(3, still.height, still.width, dtype=torch.uint8)
+        nothing = family.encode_control(nothing[None]).float().cpu()[0] if family.encodes_control else nothing
     return ControlInputs(conditioner, targets, nothing, held, of_bank, probe, names, shown)
 
 
