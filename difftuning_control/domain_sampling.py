@@ -5,10 +5,11 @@ The pictures are therefore those of the drop-in pipeline, see `guidance`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from difftuning_control.errors import UserError
 
@@ -48,25 +49,24 @@ def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
     Raises:
         UserError: for a family without a drop-in pipeline here, or a tuned text encoder under `offload`.
     """
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from difftuning_control import pipelines
+    from difftuning_control.export_files import PIPELINES
 
-    from difftuning_control.pipelines import DiffTuningPipeline, DiffTuningSD3Pipeline, DiffTuningXLPipeline
-
-    drop_ins: dict[type, Any] = {
-        StableDiffusionPipeline: DiffTuningPipeline,
-        StableDiffusionXLPipeline: DiffTuningXLPipeline,
-        StableDiffusion3Pipeline: DiffTuningSD3Pipeline,
-    }
     before = tuned.pipe
-    if type(before) not in drop_ins:
+    _, drop_in = PIPELINES.get(type(before).__name__, ("", None))
+    # a family without an unconditional branch of guidance, or that makes its own, is not sampled like the drop-in
+    apart = tuned.class_conditional or "true_cfg_scale" in inspect.signature(type(before).__call__).parameters
+    if drop_in is None or apart:
         raise UserError(
-            f"Domain Guidance is here for Stable Diffusion, SDXL and SD3, not for a {type(before).__name__}; leave out "
-            "--domain_guidance_scale."
+            "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3), not for a "
+            f"{type(before).__name__}; leave out --domain_guidance_scale."
         )
     if tuned.offload and getattr(before.text_encoder, "_hf_peft_config_loaded", False):
         raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
     source = base.denoiser if tuned is not base else None
-    tuned.pipe = drop_ins[type(before)].from_pipe(before, domain_guidance=True, **{f"source_{tuned.component}": source})
+    tuned.pipe = getattr(pipelines, drop_in).from_pipe(
+        before, domain_guidance=True, **{f"source_{tuned.component}": source}
+    )
     try:
         yield
     finally:

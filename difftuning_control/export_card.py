@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,13 @@ class Parts:
     absent: tuple[str, ...] = ()
 
 
+def _has_true_guidance(stock: str) -> bool:
+    """Whether the class takes the scale of its unconditional branch apart from the guidance that its model is told."""
+    import diffusers
+
+    return "true_cfg_scale" in inspect.signature(getattr(diffusers, stock).__call__).parameters
+
+
 def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts, figures: list[str]) -> str:
     """The card's text.
 
@@ -75,7 +83,7 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        guidance = GUIDANCE.replace("guidance_scale", "true_cfg_scale") if parts.stock.startswith("Flux") else GUIDANCE
+        guidance = GUIDANCE.replace("guidance_scale", "true_cfg_scale") if _has_true_guidance(parts.stock) else GUIDANCE
         use += ["", guidance] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):

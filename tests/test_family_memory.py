@@ -160,7 +160,7 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
     assert [a.tobytes() for a in before] != [a.tobytes() for a in after]
     if method == "lora":
         sample_to_folder(
-            PROMPTS, run.output, None, None, False, False, str(tmp_path / "drawn"), 2, 3.0, None, 0, False
+            PROMPTS, run.output, None, None, False, False, str(tmp_path / "drawn"), 2, 3.0, None, None, 0, False
         )  # fmt: skip
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 

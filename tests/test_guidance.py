@@ -202,7 +202,7 @@ def test_the_base_is_left_alone():
 def test_a_model_without_adapter_and_base_is_refused(of_base):
     plain = family_of(tiny_pipeline())
     with pytest.raises(
-        UserError, match="nothing to switch off: no adapter acts in the denoiser, and there is no source_unet"
+        UserError, match="nothing to switch off: no adapter acts in the denoiser, and no pretrained one is beside it"
     ):
         hand_over(plain, 0.5).__enter__()
     assert torch.equal(draw(plain), of_base)
