@@ -250,8 +250,8 @@ def test_an_evaluation_holds_base_and_sides_with_their_settings(result, lora, fu
     ]  # fmt: skip
     assert (result["status"], result["model"]) == ("complete", lora.model.id)
     assert result["settings"] == {
-        "features": "tiny-dinov2", "pictures": 6, "real": 6, "seeds": [0, 1], "steps": 2, "guidance_scale": 4.0, "domain_guidance_scale": None,
-        "outside": ["a red car", "a dog"],
+        "features": "tiny-dinov2", "pictures": 6, "real": 6, "seeds": [0, 1], "steps": 2, "guidance_scale": 4.0,
+        "domain_guidance_scale": None, "outside": ["a red car", "a dog"],
     }  # fmt: skip
 
 
