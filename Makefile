@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-guidance embedded-model clean
+.PHONY: demo test test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -45,6 +45,13 @@ benchmark-adapters: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 1 --workers 2 && wait $$!
 	$(BIN)/python examples/emoji/adapters.py --work build/adapters --collect examples/emoji/adapters.json
 	$(BIN)/python examples/emoji/adapters.py --table examples/emoji/adapters.json
+
+benchmark-dit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --source
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --worker 0 --workers 2 & \
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --worker 1 --workers 2 && wait $$!
+	$(BIN)/python examples/emoji/dit.py --work build/dit --collect examples/emoji/dit.json
+	$(BIN)/python examples/emoji/dit.py --table examples/emoji/dit.json
 
 # The figures of the drop-in pipelines: trains, then samples.
 benchmark-guidance: $(STAMP)

@@ -30,12 +30,7 @@ KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
 SIDES = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
 IMAGES = (1, 4, 8)
 CELLS = [(kind, images) for images in (4, 1, 8) for kind in KINDS]
-# the lowest was never chosen at 4 pictures and is left out at 1 and 8, where T-LoRA has no Diff-Tuning beside it either
-RATES = {4: [2.5e-3, 5e-3, 1e-2], 1: [5e-3, 1e-2], 8: [5e-3, 1e-2]}
-
-
-def sides_of(kind: str, images: int) -> list[str]:
-    return list(SIDES) if kind == "lora" or images == 4 else ["plain"]
+RATES = {4: [2.5e-3, 5e-3, 1e-2], 1: [5e-3, 1e-2], 8: [5e-3, 1e-2]}  # the lowest was never chosen at 4 pictures
 
 
 SHOWN = {"kid": "{:.0f}", "domain_hit": "{:.0%}", "pair_similarity": "{:.3f}", "memorisation": "{:.3f}"}
@@ -49,9 +44,8 @@ class FewPictures(Pilot):
 
 
 def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
-    flags = {"data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank",
-             "pilot.sides": sides_of(kind, images), "pilot.learning_rates": RATES[images],
-             "output": work / f"{kind}-{images}"}  # fmt: skip
+    flags = {"data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank", "pilot.sides": list(SIDES),
+             "pilot.learning_rates": RATES[images], "output": work / f"{kind}-{images}"}  # fmt: skip
     given = [f"--adapter={json.dumps({'kind': kind, 'rank': 16})}", *(f"--{k}={v}" for k, v in flags.items()), *changes]
     _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *given])
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
