@@ -437,7 +437,7 @@ def _nearest(key: str, known: typing.Iterable[str], mark: str = "") -> str:
     known = sorted(known)
     section, _, name = key.rpartition(".")
     beside = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
-    if close := difflib.get_close_matches(name, beside, 1, 0.7):
+    if close := difflib.get_close_matches(name, beside, 1, 0.85):
         return f"; did you mean {mark}{beside[close[0]]}?"
     leaf = [k.rsplit(".", 1)[-1] for k in known]
     same = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.7)

@@ -122,7 +122,8 @@ def test_every_leaf_in_a_wrong_section_leads_to_the_right_one(verb):
     unique = {leaf: key for leaf, key in leaves.items() if sum(k.rsplit(".", 1)[-1] == leaf for k in known) == 1}
     for leaf, key in unique.items():
         for wrong in (leaf, f"data.{leaf}", f"training.{leaf}", f"model.schedule.{leaf}"):
-            if wrong not in known:
+            misspelt = wrong.removesuffix("s") in known  # training.seeds is training.seed with a letter too many
+            if wrong not in known and not misspelt:
                 with pytest.raises(UserError, match=rf"no option --{wrong}; did you mean --{key}\?$"):
                     parse([verb, f"--{wrong}", "1"])
 
