@@ -75,11 +75,9 @@ class TrainingRows:
 
 
 class Draws(NamedTuple):
-    """Of an optimizer step: how many rows are targets and how many from the bank, and of every row whether it is from
-    the bank, its noise level, whether its prompt is dropped, which view it is, and whether its condition is blank."""
+    """Of every row of an optimizer step: whether it is from the bank, its noise level, whether its prompt is dropped,
+    which view it is, and whether its condition is blank."""
 
-    targets: int
-    banks: int
     is_retention: Tensor
     levels: Tensor
     dropped: Tensor
@@ -124,21 +122,29 @@ class BatchSource:
         parts = self.num_processes * self.forwards
         return range(self.process_index + self.num_processes * forward, self.size * parts, parts)
 
-    def draws(self, step: int) -> Draws:
-        """What is drawn for the rows of an optimizer step, whatever pictures they are."""
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many target and bank rows an optimizer step has."""
         total = self.size * self.num_processes * self.forwards
         banks = self.objective.retention_rows(total) if self.bank is not None else 0
+        return total - banks, banks
+
+    def draws(self, step: int) -> Draws:
+        """What is drawn for the rows of an optimizer step, whatever pictures they are."""
+        targets, banks = self.counts
+        total = targets + banks
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
-        is_retention = torch.arange(total) >= total - banks
+        is_retention = torch.arange(total) >= targets
         levels = self.objective.sample_levels(is_retention, generator)
         dropped = torch.rand(total, generator=generator) < self.prompt_dropout
         views = torch.randint(self.targets.moments.views, (total,), generator=generator)
         blank = torch.rand(total, generator=generator) < self.condition_dropout
-        return Draws(total - banks, banks, is_retention, levels, dropped, views, blank)
+        return Draws(is_retention, levels, dropped, views, blank)
 
     def rows(self, step: int, forward: int = 0) -> TrainingRows:
         """The rows of this process in one of the forwards of optimizer step `step`."""
-        targets, banks, is_retention, levels, dropped, views, blank = self.draws(step)
+        targets, banks = self.counts
+        is_retention, levels, dropped, views, blank = self.draws(step)
         target_rows: list[int] | dict[int, int] | None = self.items
         if target_rows is None:
             target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))

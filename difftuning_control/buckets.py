@@ -114,7 +114,7 @@ class BucketSource:
         """The rows of this process in one of the forwards of optimizer step `step`."""
         number, turn = self.turn(step)
         source = replace(self.plain, targets=self.buckets[number])
-        targets = source.draws(step).targets
+        targets, _ = source.counts
         order = shuffled(source.seed, BUCKET + number, turn * targets, targets, len(source.targets))
         return replace(source, items=dict(enumerate(order))).rows(step, forward)
 

@@ -30,6 +30,7 @@ from difftuning_control.verify import VerifyRequest
 from difftuning_control.words import harmless
 
 PROGRAM = "difftune"
+T = typing.TypeVar("T")
 DEEPEST, LARGEST = 32, 100_000  # levels and values of a recipe
 
 
@@ -473,9 +474,9 @@ def _one_sentence(message: str, known: dict[str, Any]) -> str:
     return text.replace("Parser key", "key") + ("" if text.endswith(".") else ".")
 
 
-def _recipe(command: Recipe) -> Recipe:
-    """The recipe in a command, without what else the command takes."""
-    return Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+def only(kind: type[T], command: T) -> T:
+    """What a command takes of the dataclass that it extends, as that dataclass."""
+    return kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def run_train(command: TrainCommand) -> None:
@@ -484,7 +485,7 @@ def run_train(command: TrainCommand) -> None:
     from difftuning_control.gates import stop_if_failed
     from difftuning_control.trainer import train
 
-    run = train(_recipe(command), command.overwrite)
+    run = train(only(Recipe, command), command.overwrite)
     if not PartialState().is_main_process:
         return
     say(f"done: {command.output} ({run['status']})")
@@ -578,7 +579,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
     check_folder(command.output, "evaluation.json", command.overwrite)
     with audit.noted(*command.runs) as artefacts:
-        result = evaluate(Evaluation(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Evaluation)}))
+        result = evaluate(only(Evaluation, command))
         artefacts["evaluation.json"] = digest_of_file(Path(command.output) / "evaluation.json")
     say(table(result))
     for warning in result["warnings"]:
@@ -595,8 +596,7 @@ def run_export(command: ExportCommand) -> None:
     from difftuning_control.fingerprint import digest_of_file
 
     with audit.noted(command.run) as artefacts:
-        folder = export(ExportRequest(**{f.name: getattr(command, f.name) for f in dataclasses.fields(ExportRequest)}),
-                        command.overwrite)  # fmt: skip
+        folder = export(only(ExportRequest, command), command.overwrite)
         artefacts[MARKER] = digest_of_file(folder / MARKER)
     say(f"done: {folder}/README.md says how it is used")
     if command.push is not None:
@@ -609,7 +609,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.provenance import check_folder
     from difftuning_control.words import load_words
 
-    recipe = _recipe(command)
+    recipe = only(Recipe, command)
     if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
         raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
     check_folder(command.output, "analysis.json", command.overwrite)
@@ -634,7 +634,7 @@ def run_pilot(command: PilotCommand) -> None:
     from difftuning_control.words import load_words
 
     load_words(command.language)  # a language that is not there is said before the work, not after it
-    pilot(_recipe(command), command.pilot, command.language, command.overwrite)
+    pilot(only(Recipe, command), command.pilot, command.language, command.overwrite)
 
 
 def run_demo(command: DemoCommand) -> None:
@@ -673,7 +673,7 @@ def run_runs(command: RunsRequest) -> None:
 def run_bench(command: BenchCommand) -> None:
     from difftuning_control.bench.run import bench
 
-    bench(Bench(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Bench)}), command.overwrite)
+    bench(only(Bench, command), command.overwrite)
     say(f"done: {command.output}/bench.json")
 
 

@@ -5,11 +5,10 @@ The pictures are therefore those of the drop-in pipeline, see `guidance`.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 
@@ -53,10 +52,10 @@ def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
     from difftuning_control.export_files import PIPELINES
 
     before = tuned.pipe
-    _, drop_in = PIPELINES.get(type(before).__name__, ("", None))
-    # a family without an unconditional branch of guidance, or that makes its own, is not sampled like the drop-in
-    apart = tuned.class_conditional or "true_cfg_scale" in inspect.signature(type(before).__call__).parameters
-    if drop_in is None or apart:
+    _, name = PIPELINES.get(type(before).__name__, ("", ""))
+    drop_in: Any = getattr(pipelines, name, None)
+    # a family whose guidance is another argument, or that makes its own of classes, is not sampled like the drop-in
+    if drop_in is None or drop_in.guidance_argument != "guidance_scale" or tuned.class_conditional:
         raise UserError(
             "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3), not for a "
             f"{type(before).__name__}; leave out --domain_guidance_scale."
@@ -64,9 +63,7 @@ def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
     if tuned.offload and getattr(before.text_encoder, "_hf_peft_config_loaded", False):
         raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
     source = base.denoiser if tuned is not base else None
-    tuned.pipe = getattr(pipelines, drop_in).from_pipe(
-        before, domain_guidance=True, **{f"source_{tuned.component}": source}
-    )
+    tuned.pipe = drop_in.from_pipe(before, domain_guidance=True, **{f"source_{tuned.component}": source})
     try:
         yield
     finally:

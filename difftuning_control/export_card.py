@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,19 +60,14 @@ class Parts:
     absent: tuple[str, ...] = ()
 
 
-def _has_true_guidance(stock: str) -> bool:
-    """Whether the class takes the scale of its unconditional branch apart from the guidance that its model is told."""
-    import diffusers
-
-    return "true_cfg_scale" in inspect.signature(getattr(diffusers, stock).__call__).parameters
-
-
 def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts, figures: list[str]) -> str:
     """The card's text.
 
     Args:
         figures: of `evaluation_lines`.
     """
+    from difftuning_control import pipelines  # and with it diffusers
+
     if request.format == "comfyui":
         use = [PLACES["comfyui"].format(file=plain_markdown(parts.file or ""))]
     else:
@@ -83,7 +77,7 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        guidance = GUIDANCE.replace("guidance_scale", "true_cfg_scale") if _has_true_guidance(parts.stock) else GUIDANCE
+        guidance = GUIDANCE.replace("guidance_scale", getattr(pipelines, parts.ours[1]).guidance_argument)
         use += ["", guidance] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):

@@ -299,7 +299,7 @@ class StreamSource:
         self._next = (after, self._reader.submit(self._examples, *after))
         for example in examples:
             self.check(example)
-        rows = [r for r in self.plain.mine(forward) if r < self.plain.draws(step).targets]
+        rows = [*self._target_rows(forward)]
         found = replace(
             self.plain, targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),
             embeddings=self._embeddings([e.caption for e in examples]), items={r: i for i, r in enumerate(rows)},
@@ -307,9 +307,12 @@ class StreamSource:
         return found.rows(step, forward)
 
     def _examples(self, step: int, forward: int) -> list[Example]:
-        mine, targets = self.plain.mine(forward), self.plain.draws(step).targets
-        rows = range(mine.start, min(mine.stop, targets), mine.step)
-        return self.stream.pictures(step, rows, targets, self._decoders.map)
+        return self.stream.pictures(step, self._target_rows(forward), self.plain.counts[0], self._decoders.map)
+
+    def _target_rows(self, forward: int) -> range:
+        """Which target rows of an optimizer step this process has in one of its forwards."""
+        mine = self.plain.mine(forward)
+        return range(mine.start, min(mine.stop, self.plain.counts[0]), mine.step)
 
     def _targets(self, examples: list[Example], views: list[int]) -> TargetSet:
         """The pictures as target rows, only the view that is wanted of each; an empty frame stands last."""

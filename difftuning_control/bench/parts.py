@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -40,6 +39,10 @@ class Setting:
     def data(self) -> Path:
         return material.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
 
+    def ours(self, part: str, steps: int, rows: int | None = None) -> list[str]:
+        """`difftune train` for so many steps."""
+        return ours(part, self.model, self.data, self.work, self.side, steps, rows or self.bench.batch_size)
+
     def run(self, command: list[str], name: str) -> Timed:
         return run(command, self.work / name, self.bench.threads)
 
@@ -48,12 +51,12 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
     """Steps a second against diffusers' script, ours with warm caches; what filling them cost is told beside."""
     bench, steps = setting.bench, setting.bench.steps + 1
     assert bench.peers is not None
-    mine = ours(part, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size)
+    mine = setting.ours(part, steps)
     theirs = peer(
         part, bench.peers, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size
     )  # fmt: skip
     shutil.rmtree(setting.work / "cache", ignore_errors=True)
-    one = ours(part, setting.model, setting.data, setting.work, setting.side, 1, bench.batch_size)
+    one = setting.ours(part, 1)
     cold, warm = setting.run(one, "cold"), setting.run(one, "warm")
     rounds: list[tuple[Timed, Timed]] = []
     for number in range(bench.rounds):
@@ -76,7 +79,7 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
 def difftuning(setting: Setting) -> dict[str, Any]:
     """A step with a share of bank rows against a plain one of as many rows: what the objective costs."""
     bench, rows = setting.bench, max(setting.bench.batch_size, 5)
-    plain = ours("lora", setting.model, setting.data, setting.work, setting.side, bench.steps + 1, rows)
+    plain = setting.ours("lora", bench.steps + 1, rows)
     bank = {
         "tuning.retention_ratio": 0.2,
         "tuning.retention_weight": 0.1,
@@ -148,7 +151,7 @@ def bank(setting: Setting) -> dict[str, Any]:
 
 def startup(setting: Setting) -> dict[str, Any]:
     """Seconds from the command to the end of the first step, with warm caches."""
-    command = ours("lora", setting.model, setting.data, setting.work, setting.side, 1, setting.bench.batch_size)
+    command = setting.ours("lora", 1)
     setting.run(command, "warm")
     found = [setting.run(command, f"startup-{n}").first_step or 0.0 for n in range(setting.bench.rounds)]
     return {"seconds": median(found), "least": min(found), "most": max(found)}
@@ -185,14 +188,13 @@ def profile(setting: Setting) -> dict[str, float]:
     import torch
 
     from difftuning_control.bench.step_profile import profile_step
-    from difftuning_control.cli import parse
+    from difftuning_control.cli import only, parse
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)
-    command = ours("lora", setting.model, setting.data, setting.work, setting.side, 1, setting.bench.batch_size)
+    command = setting.ours("lora", 1)
     _, found = parse(command[len(OURS) :])
-    recipe = Recipe(**{f.name: getattr(found, f.name) for f in dataclasses.fields(Recipe)})
-    return profile_step(recipe, setting.bench.steps)
+    return profile_step(only(Recipe, found), setting.bench.steps)
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {

@@ -23,7 +23,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, save_transformer_lora, tables_of
+from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of
 from difftuning_control.families.family import Family
 from difftuning_control.fingerprint import digest_of, write_json
 
@@ -240,17 +240,6 @@ class DiT(Family):
         if self.labels:
             names = {str(i): name for i, name in enumerate(self.class_names)}
             write_json(index, json.loads(index.read_text(encoding="utf-8")) | {NAMES: names})
-
-    def save_lora(
-        self,
-        folder: Path,
-        layers: dict[str, Tensor],
-        metadata: dict[str, Any],
-        text_encoder_layers: dict[str, Tensor] | None = None,
-        text_encoder_metadata: dict[str, Any] | None = None,
-    ) -> None:
-        assert text_encoder_layers is None
-        save_transformer_lora(folder, layers, metadata)
 
     def save_trained_whole(self, folder: Path) -> None:
         """`class_embeddings.safetensors`, of a new label space."""

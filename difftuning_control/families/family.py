@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
+from difftuning_control.families.dit_adapters import save_transformer_lora
 from difftuning_control.fingerprint import digest_of, digest_of_module
 from difftuning_control.noise import BaseDensity, NoiseProcess
 
@@ -465,6 +466,10 @@ class Family(ABC):
         text_encoder_metadata: dict[str, Any] | None = None,
     ) -> None:
         """`pytorch_lora_weights.safetensors`; its metadata keep the scale right for any alpha."""
+        if not hasattr(self.pipe, "save_lora_weights"):  # of a DiT or PixArt, which diffusers has no LoRA methods for
+            assert text_encoder_layers is None
+            save_transformer_lora(folder, layers, metadata)
+            return
         named: dict[str, Any] = {f"{self.component}_lora_layers": layers}
         named[f"{self.component}_lora_adapter_metadata"] = metadata
         if text_encoder_layers is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import make_tunable, save_transformer_lora
+from difftuning_control.families.dit_adapters import make_tunable
 from difftuning_control.families.masked import MaskedTransformer
 
 
@@ -52,17 +52,6 @@ class PixArtSigma(MaskedTransformer):
             size["aspect_ratio"] = noisy_model_input.new_full((rows, 1), height / width)
         inputs = super().denoiser_inputs(noisy_model_input, timesteps, conditioning)
         return inputs | {"added_cond_kwargs": size}
-
-    def save_lora(
-        self,
-        folder: Any,
-        layers: dict[str, Tensor],
-        metadata: dict[str, Any],
-        text_encoder_layers: dict[str, Tensor] | None = None,
-        text_encoder_metadata: dict[str, Any] | None = None,
-    ) -> None:
-        assert text_encoder_layers is None
-        save_transformer_lora(folder, layers, metadata)
 
 
 class PixArtAlpha(PixArtSigma):

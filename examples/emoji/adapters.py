@@ -12,7 +12,6 @@ and one that was interrupted goes on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,7 +19,7 @@ from typing import Any
 
 from benchmark import COLUMNS
 
-from difftuning_control.cli import parse
+from difftuning_control.cli import only, parse
 from difftuning_control.fingerprint import write_json
 from difftuning_control.pilot import Pilot
 from difftuning_control.recipe import Recipe
@@ -48,7 +47,7 @@ def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
              "pilot.learning_rates": RATES[images], "output": work / f"{kind}-{images}"}  # fmt: skip
     given = [f"--adapter={json.dumps({'kind': kind, 'rank': 16})}", *(f"--{k}={v}" for k, v in flags.items()), *changes]
     _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *given])
-    recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    recipe = only(Recipe, command)
     FewPictures(recipe, command.pilot, Path(recipe.output)).run()
 
 

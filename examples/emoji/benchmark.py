@@ -10,12 +10,11 @@ A cell that is done is not done again, and one that was interrupted goes on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from difftuning_control.cli import parse
+from difftuning_control.cli import only, parse
 from difftuning_control.fingerprint import write_json
 from difftuning_control.pilot import Pilot
 from difftuning_control.recipe import Recipe
@@ -30,7 +29,7 @@ def run(adapter: str, images: int, work: Path, config: Path) -> None:
     flags = {"method": adapter, "data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank",
              "pilot.learning_rates": RATES[adapter], "output": work / f"{adapter}-{images}"}  # fmt: skip
     _, command = parse(["pilot", f"--config={config}", *(f"--{k}={v}" for k, v in flags.items())])
-    recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    recipe = only(Recipe, command)
     Pilot(recipe, command.pilot, Path(recipe.output)).run()
 
 

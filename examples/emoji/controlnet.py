@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.cli import parse
+from difftuning_control.cli import only, parse
 from difftuning_control.conditions import conditions_of
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.convergence import find_convergence, first_reach
@@ -90,7 +90,7 @@ def recipe_of(condition: str, side: str, rate: float, seed: int, work: Path) -> 
     flags["output"] = output
     given = [f"--{k}={v if isinstance(v, (str, Path)) else json.dumps(v)}" for k, v in flags.items()]
     _, command = parse(["train", f"--config={HERE / f'controlnet_{CELLS[condition].recipe}.yaml'}", *given])
-    return Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    return only(Recipe, command)
 
 
 def finished(condition: str, side: str, rate: float, seed: int, work: Path) -> dict[str, Any] | None:

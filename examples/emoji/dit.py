@@ -14,7 +14,6 @@ search. What is done is not done again, and what was interrupted goes on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batch import LatentBatch
-from difftuning_control.cli import parse
+from difftuning_control.cli import only, parse
 from difftuning_control.data import embedded_set
 from difftuning_control.families import family_of, load_family
 from difftuning_control.fingerprint import write_json
@@ -139,7 +138,7 @@ def run(cell: str, work: Path, overrides: list[str]) -> None:
     _, command = parse(
         ["pilot", f"--config={HERE / 'dit.yaml'}", *(f"--{k}={v}" for k, v in flags.items()), *overrides]
     )
-    recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    recipe = only(Recipe, command)
     Pilot(recipe, command.pilot, Path(recipe.output)).run()
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from difftuning_control.analysis import materials
-from difftuning_control.cli import parse
+from difftuning_control.cli import only, parse
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
@@ -92,7 +92,7 @@ def recipe_for(cell: Cell, seed: int, work: Path) -> Recipe:
              "bank.path": work / "bank", "training.learning_rate": cell.rate, "training.max_steps": cell.steps,
              "training.seed": seed, "training.resume": True, "output": work / f"{cell.name}-{seed}"}  # fmt: skip
     _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *(f"--{k}={v}" for k, v in flags.items())])
-    recipe = Recipe(**{f.name: getattr(command, f.name) for f in fields(Recipe)})
+    recipe = only(Recipe, command)
     return replace(recipe, tuning=side_tuning(cell.side, recipe.tuning, work / "none"))
 
 
