@@ -48,12 +48,12 @@ def sd15_sized(folder: Path) -> Path:
     return folder
 
 
-def pictures(folder: Path, count: int, side: int, edges: bool = False) -> Path:
+def pictures(folder: Path, count: int, side: int, edges: bool = False, seed: int = 0) -> Path:
     """A folder of `count` PNGs of coloured discs with captions; with `edges` a condition each, in `edges/`, which the
     metadata name as `datasets` expects it."""
     if (folder / "metadata.jsonl").exists():
         return folder
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     (folder / "edges").mkdir(parents=True, exist_ok=True) if edges else folder.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[:side, :side] / side
     rows = []

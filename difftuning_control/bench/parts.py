@@ -162,9 +162,15 @@ def memory(setting: Setting) -> dict[str, Any]:
     found: dict[str, dict[str, int]] = {}
     for count in (10, setting.bench.pictures):
         data = material.pictures(setting.work / f"pictures-{count}", count, 64)
+        judged = material.pictures(setting.work / f"judged-{count}", count, 64, seed=1)  # that no run was tuned on
         work = setting.work / f"memory-{count}"
         train = ours("lora", embedded_model(), data, work, 64, 2, 4)[2:]
-        control = ["--method=controlnet", "--control.annotator=canny", f"--output={work}/controlnet"]
+        control = [
+            "--method=controlnet",
+            "--control.annotator=canny",
+            "--control.fidelity.every=0",
+            f"--output={work}/controlnet",
+        ]
         study = [f"--data.path={data}", f"--data.cache={work}/cache", "--bank.size=16", "--bank.steps=2", "--overwrite"]
         few = ["--pictures=8", "--steps=2", "--seeds=[0]", "--overwrite", f"--output={work}/evaluation"]
         commands = {
@@ -175,7 +181,7 @@ def memory(setting: Setting) -> dict[str, Any]:
             ],
             "bank": ["bank", *[f for f in study if f != "--overwrite"]],
             "analyze": ["analyze", *study, f"--output={work}/analysis", "--analysis.rows=16"],
-            "evaluate": ["evaluate", f'--runs=["{work}/ours-lora"]', f"--data={data}", f"--source={data}", *few],
+            "evaluate": ["evaluate", f'--runs=["{work}/ours-lora"]', f"--data={judged}", f"--source={data}", *few],
         }
         for name, command in commands.items():
             timed = setting.run([*OURS, *command], f"memory-{count}-{name.replace(' ', '-')}")
