@@ -9,6 +9,10 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the weights are those of the last good step."""
 
 
+class ChangedError(RuntimeError):
+    """A run was verified and is not what it was."""
+
+
 class GatesFailedError(RuntimeError):
     """A run was judged by the gates of its recipe and fails one; it is kept, and marked."""
 

@@ -13,7 +13,7 @@ from difftuning_control.bench import material
 from difftuning_control.bench.report import table
 from difftuning_control.bench.settings import PEERS, Bench
 from difftuning_control.bench.sides import ours, peer, ratio, run
-from difftuning_control.cli import parse
+from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.recipe import Recipe
 

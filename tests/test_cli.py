@@ -11,7 +11,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftuning_control.cli import COMMANDS, keys_of, main, parse
+from difftuning_control.cli import main
+from difftuning_control.command_line import keys_of, parse
+from difftuning_control.commands import COMMANDS
 from difftuning_control.errors import UserError
 from difftuning_control.recipe import Recipe
 

@@ -19,7 +19,7 @@ from PIL import Image
 from test_report import EVIL, LANGUAGES, Page, check_self_contained
 
 from difftuning_control import charts, words
-from difftuning_control.cli import parse
+from difftuning_control.command_line import parse
 from difftuning_control.control_report import control_verdict, write_control_report
 from difftuning_control.convergence import find_convergence
 from difftuning_control.errors import UserError

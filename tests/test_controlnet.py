@@ -26,7 +26,8 @@ from difftuning_control import manifest, trainer
 from difftuning_control.adapters import ControlNetTuning, merged
 from difftuning_control.batches import BatchSource, TrainingRows, step_seed
 from difftuning_control.checkpoint import checkpoints
-from difftuning_control.cli import main, parse
+from difftuning_control.cli import main
+from difftuning_control.command_line import parse
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.convergence import has_settled
 from difftuning_control.data import load_images

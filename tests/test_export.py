@@ -32,7 +32,8 @@ from test_features import save_tiny_dinov2
 from difftuning_control import export as export_module
 from difftuning_control.adapter_files import load_adapter
 from difftuning_control.adapters import LORA_FILE
-from difftuning_control.cli import main, parse
+from difftuning_control.cli import main
+from difftuning_control.command_line import parse
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import cells, evaluate

@@ -15,7 +15,8 @@ from test_cli import flags, settings
 from test_features import save_tiny_dinov2
 
 from difftuning_control.audit import read_audit
-from difftuning_control.cli import main, parse
+from difftuning_control.cli import main
+from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.gates import judge
 from difftuning_control.recipe import (

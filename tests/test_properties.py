@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from difftuning_control.cli import COMMANDS, keys_of, parse
+from difftuning_control.command_line import keys_of, parse
+from difftuning_control.commands import COMMANDS
 from difftuning_control.data import decode_image, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import write_json

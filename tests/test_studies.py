@@ -459,7 +459,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
 def test_a_study_of_a_training_recipe_goes_beside_its_output(tmp_path):
     import yaml
 
-    from difftuning_control.cli import parse
+    from difftuning_control.command_line import parse
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({"output": "runs/x"}))

@@ -194,7 +194,8 @@ def profile(setting: Setting) -> dict[str, float]:
     import torch
 
     from difftuning_control.bench.step_profile import profile_step
-    from difftuning_control.cli import only, parse
+    from difftuning_control.command_line import parse
+    from difftuning_control.commands import only
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)

@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from difftuning_control.cli import only, parse
+from difftuning_control.command_line import parse
+from difftuning_control.commands import only
 from difftuning_control.fingerprint import write_json
 from difftuning_control.pilot import Pilot
 from difftuning_control.recipe import Recipe

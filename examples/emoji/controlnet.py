@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.cli import only, parse
+from difftuning_control.command_line import parse
+from difftuning_control.commands import only
 from difftuning_control.conditions import conditions_of
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.convergence import find_convergence, first_reach

@@ -1,0 +1,233 @@
+"""From the words of a command line and its YAML recipe to a verb's dataclass; every mistake is named with its cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+import typing
+from typing import Any
+
+from difftuning_control.commands import COMMANDS, POSITIONAL
+from difftuning_control.errors import UserError
+from difftuning_control.outside import is_text, read_text
+
+PROGRAM = "difftune"
+DEEPEST, LARGEST = 32, 100_000  # levels and values of a recipe
+
+
+def parse(arguments: list[str]) -> tuple[str, Any]:
+    """The verb and its filled-in dataclass.
+
+    Raises:
+        UserError: for an unknown verb, key or value, naming the nearest valid one.
+    """
+    import jsonargparse
+
+    known: dict[str, Any] = {}
+    if not all(map(is_text, arguments)):
+        raise UserError("the command has bytes that are no UTF-8 text; rename such files and folders.")
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}")
+        known = keys_of(COMMANDS[arguments[0]])
+        arguments = _arrange(arguments, known)
+    parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=__doc__, exit_on_error=False)
+    verbs = parser.add_subcommands(dest="verb", required=True)
+    for name, command in COMMANDS.items():
+        sub = jsonargparse.ArgumentParser(description=_first_line(command), exit_on_error=False)
+        sub.add_argument("--config", action="config", help="a recipe in YAML; other flags override its values")
+        sub.add_class_arguments(command, as_group=False)
+        verbs.add_subcommand(name, sub, help=_first_line(command))
+    if not arguments:
+        parser.print_help()
+        sys.exit(2)
+    try:
+        found = parser.parse_args(arguments)
+        verb = found.verb
+        values = parser.instantiate(found)[verb]
+        settings = {f.name: values[f.name] for f in dataclasses.fields(COMMANDS[verb]) if f.name in values}
+        return verb, COMMANDS[verb](**settings)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError("a value of the command is nested too deeply; give a flat one.") from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_one_sentence(str(error), known)) from None
+
+
+def _first_line(command: type) -> str:
+    return (command.__doc__ or "").strip().splitlines()[0]
+
+
+def _section_of(hint: Any) -> type | None:
+    """The dataclass that a key of this type holds, if it is a section."""
+    return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)  # type: ignore[return-value]
+
+
+def keys_of(command: type, prefix: str = "") -> dict[str, Any]:
+    """All dotted keys of a command, sections included, and their types."""
+    found = {}
+    hints = typing.get_type_hints(command)
+    for entry in dataclasses.fields(command):
+        hint = found[prefix + entry.name] = hints[entry.name]
+        if (section := _section_of(hint)) is not None:
+            found |= keys_of(section, f"{prefix}{entry.name}.")
+    return found
+
+
+def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
+    """Check the keys, put --config first, so that flags override it from any place, and let a bare switch mean true."""
+    recipes, flags, rest, word = [], [], arguments[1:], POSITIONAL.get(arguments[0])
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument[2:].partition("=")
+        if argument.startswith("--") and key not in known and key.replace("-", "_") in known:
+            key = key.replace("-", "_")
+            argument = f"--{key}{equals}{value}"
+        bare = not equals and (not rest or rest[0].startswith("--"))
+        if key in ("help", "print_config"):
+            flags.append(argument)
+        elif not argument.startswith("--"):
+            flags.append(f"--{word}={argument}" if word is not None else argument)
+        elif key == "config":
+            value = value if equals or bare else rest.pop(0)
+            recipes += [f"--config={value}", *_place_of_study(arguments[0], _check_recipe(value, known))]
+        elif key not in known:
+            raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
+        else:
+            if _section_of(known[key]) is not None and not bare:
+                _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
+            flags.append(f"{argument}=true" if bare and known[key] is bool else argument)
+            flags += [rest.pop(0)] if not equals and not bare else []
+    if sum(flag.partition("=")[0] == f"--{word}" for flag in flags) > 1:
+        raise UserError(f"{word} is given twice; give it once, as --{word} or without a key.")
+    return [arguments[0], *recipes, *flags]
+
+
+def _place_of_study(verb: str, recipe: dict[str, Any]) -> list[str]:
+    """A study of a recipe that was written for training goes beside the training's output, not into it."""
+    section = {"analyze": "analysis", "pilot": "pilot"}.get(verb)
+    if section is None or section in recipe or "output" not in recipe:
+        return []
+    return [f"--output={recipe['output']}-{section}"]
+
+
+def _check_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe file whose keys are all known."""
+    try:
+        text = read_text(path)
+    except OSError:
+        raise UserError(f"the recipe {path or '(no name given)'} cannot be read; name a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the recipe {path} is not UTF-8 text; save it as UTF-8.") from None
+    values = _from_yaml(text, f"the recipe {path}")
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"the recipe {path} holds {found}; expected keys and values.")
+    _check_values(values, "", known, f"the recipe {path}")
+    return values
+
+
+def _from_yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise UserError(f"{where} is nested more than {DEEPEST} levels deep; give a flatter one.")
+        values = yaml.safe_load(text)
+        if _expanded(values, {}) > LARGEST:
+            raise UserError(f"{where} has aliases (*) that stand for more than {LARGEST} values; write them out.")
+        return values
+    except UserError:
+        raise
+    except ValueError as error:  # a date or a number that there is not
+        raise UserError(f"{where} has a value that cannot be read ({str(error).partition(';')[0]}).") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{where} is not valid YAML: {error.problem}{line}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _expanded(value: Any, sizes: dict[int, float]) -> float:
+    """How many values a YAML value has when its aliases are written out; infinite where it holds itself."""
+    if not isinstance(value, (dict, list, set, tuple)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until it is known
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return sizes[id(value)]
+
+
+def _is_clean(value: Any) -> bool:
+    """Whether all texts in a value are Unicode without a NUL, which no path and no argument may have."""
+    if isinstance(value, dict):
+        return all(_is_clean(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_clean, value))
+    return not isinstance(value, str) or ("\0" not in value and is_text(value))
+
+
+def _check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], where: str) -> None:
+    """Unknown keys, and sections or values left empty, which jsonargparse reports in its own terms or not at all."""
+    for name, value in part.items():
+        key = f"{prefix}{name}"
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key}{_nearest(key, known)}")
+        is_section, optional = _section_of(known[key]) is not None, type(None) in typing.get_args(known[key])
+        if is_section and isinstance(value, dict):
+            _check_values(value, f"{key}.", known, where)
+        elif not (value is None and optional) and (is_section or value is None):
+            found = "empty" if value is None else value
+            raise UserError(f"{key} is {found} in {where}; expected {_expected(known[key])}.")
+        elif not _is_clean(value):
+            raise UserError(f"{key} has a NUL or half a character (a lone surrogate) in {where}; leave it out.")
+
+
+def _nearest(key: str, known: typing.Iterable[str], mark: str = "") -> str:
+    """The end of a sentence: the likeliest valid name, also where a right one stands in a wrong section."""
+    known = sorted(known)
+    section, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
+    if close := difflib.get_close_matches(name, beside, 1, 0.85):
+        return f"; did you mean {mark}{beside[close[0]]}?"
+    leaf = [k.rsplit(".", 1)[-1] for k in known]
+    same = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, 1, 0.7)
+    candidates = [k for k, name in zip(known, leaf) if name in same] or known
+    close = candidates if same and "." not in key else difflib.get_close_matches(key, candidates, 1, 0 if same else 0.5)
+    if close:
+        return f"; did you mean {' or '.join(mark + k for k in close)}?"
+    return f"; expected one of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}."
+
+
+def _expected(hint: Any) -> str:
+    """A key's type in a user's words."""
+    if (section := _section_of(hint)) is not None:
+        return f"a section with {', '.join(f.name for f in dataclasses.fields(section))}"
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is dict:
+        return "a section of names and values"
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(json.dumps(p) for p in parts)}"
+    if typing.get_origin(hint) is list:
+        return f"a list: [{_expected(parts[0])}, …]"
+    if parts:
+        return " or ".join("null" if part is type(None) else _expected(part) for part in parts)
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
+
+
+def _one_sentence(message: str, known: dict[str, Any]) -> str:
+    """jsonargparse's several lines in one; where they name a key and its value, in the words of this program."""
+    text = " ".join(message.split())
+    found = re.search(r'key "([\w.]+)".* value: ?(.*)', text)
+    if found is not None and found[1] in known:
+        return f"{found[1]} is {found[2].rstrip('.') or 'empty'}; expected {_expected(known[found[1]])}."
+    return text.replace("Parser key", "key") + ("" if text.endswith(".") else ".")

@@ -1,0 +1,25 @@
+"""What reaches the terminal: names and captions from outside cannot command it, and no secret is shown."""
+
+from __future__ import annotations
+
+import logging
+
+from difftuning_control.outside import without_secrets
+from difftuning_control.words import harmless
+
+
+def say(text: str) -> None:
+    """Print lines in which names and captions from outside cannot command the terminal."""
+    print(shown(text))
+
+
+def shown(text: str) -> str:
+    """The text line by line without control characters and secrets."""
+    return "\n".join(harmless(line) for line in without_secrets(text).split("\n"))
+
+
+class Record(logging.LogRecord):
+    """What libraries log: addresses with a password in them, and prompts."""
+
+    def getMessage(self) -> str:  # noqa: N802 as it is called there
+        return shown(super().getMessage())

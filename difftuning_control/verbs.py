@@ -1,0 +1,237 @@
+"""What each verb of `difftune` runs and prints; the work itself is imported when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from difftuning_control import audit
+from difftuning_control.bench.settings import Bench
+from difftuning_control.commands import (
+    AnalyzeCommand,
+    BankCommand,
+    BenchCommand,
+    DemoCommand,
+    EvaluateCommand,
+    ExportCommand,
+    PilotCommand,
+    SampleCommand,
+    TrainCommand,
+    only,
+)
+from difftuning_control.errors import ChangedError, UserError
+from difftuning_control.export import ExportRequest
+from difftuning_control.recipe import MAX_SEED, Recipe
+from difftuning_control.run_list import RunsRequest
+from difftuning_control.studies import Evaluation
+from difftuning_control.terminal import say
+from difftuning_control.verify import VerifyRequest
+
+
+def run_train(command: TrainCommand) -> None:
+    from accelerate import PartialState
+
+    from difftuning_control.gates import stop_if_failed
+    from difftuning_control.trainer import train
+
+    run = train(only(Recipe, command), command.overwrite)
+    if not PartialState().is_main_process:
+        return
+    say(f"done: {command.output} ({run['status']})")
+    for role, losses in run["losses"].items():
+        base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
+        say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+    _print_control(run)
+    _print_gates(run.get("gates"))
+    stop_if_failed(run.get("gates"), command.output)
+
+
+def _print_gates(judged: dict[str, Any] | None) -> None:
+    if judged is not None:
+        from difftuning_control.gates import gate_lines
+
+        for name, line in gate_lines(judged).items():
+            say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
+
+
+def _print_control(run: dict[str, Any]) -> None:
+    """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
+    if run.get("control") is None:
+        return
+    blank = run["control"]["blank"]
+    if blank:
+        names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
+        say(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
+    curve = run.get("fidelity")
+    if curve is None:
+        return
+    name, found = curve["main"], curve["convergence"]
+    said = "no convergence that can be told from noise"
+    if found is not None:
+        way = "suddenly" if found["sudden"] else "gradually"
+        said = f"converged {way} at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})"
+    say(
+        f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
+        f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
+    )
+    say(f"  report: {run['recipe']['output']}/report.html")
+
+
+def run_bank(command: BankCommand) -> None:
+    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.inputs import (
+        cache_folder,
+        check_captions,
+        prepare_bank,
+        read_data,
+        read_stream,
+        resolution_of,
+    )
+    from difftuning_control.processes import check_shared, ending_together
+    from difftuning_control.trainer import load_base, make_accelerator
+
+    accelerator = make_accelerator(command)
+    with ending_together(accelerator):
+        check_shared(accelerator, cache_folder(command.data), "data.cache")
+        family = load_base(command).to(accelerator.device)
+        if command.data.stream:
+            captions = read_stream(command, family)[0].captions(command.bank.size)
+        else:
+            data, held_out = read_data(command)
+            check_captions(family, command, data, held_out)
+            captions = [e.caption for e in data.examples]
+        resolution = resolution_of(family, command.data)
+        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
+    if accelerator.is_main_process:
+        if bank.folder is not None:
+            with audit.noted(bank.folder) as artefacts:
+                artefacts["manifest.json"] = digest_of_file(bank.folder / "manifest.json")
+        say(f"done: {bank.folder or command.bank.path} holds {len(bank)} samples of {command.model.id}")
+    accelerator.end_training()
+
+
+def run_sample(command: SampleCommand) -> None:
+    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.sampling import sample_to_folder
+
+    with audit.noted(*filter(None, [command.run])) as artefacts:
+        done = sample_to_folder(**dataclasses.asdict(command))
+        artefacts["samples.json"] = digest_of_file(Path(command.output) / "samples.json")
+    say(f"done: {done}")
+
+
+def run_evaluate(command: EvaluateCommand) -> None:
+    from difftuning_control.evaluation.compare import evaluate, table
+    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.gates import stop_if_failed
+    from difftuning_control.provenance import check_folder
+
+    check_folder(command.output, "evaluation.json", command.overwrite)
+    with audit.noted(*command.runs) as artefacts:
+        result = evaluate(only(Evaluation, command))
+        artefacts["evaluation.json"] = digest_of_file(Path(command.output) / "evaluation.json")
+    say(table(result))
+    for warning in result["warnings"]:
+        say(f"note: {warning}")
+    say(f"done: {command.output}/evaluation.json, grid.png")
+    for side in result["sides"]:
+        _print_gates(side.get("gates"))
+    for side in result["sides"]:
+        stop_if_failed(side.get("gates"), side["name"])
+
+
+def run_export(command: ExportCommand) -> None:
+    from difftuning_control.export import MARKER, export
+    from difftuning_control.fingerprint import digest_of_file
+
+    with audit.noted(command.run) as artefacts:
+        folder = export(only(ExportRequest, command), command.overwrite)
+        artefacts[MARKER] = digest_of_file(folder / MARKER)
+    say(f"done: {folder}/README.md says how it is used")
+    if command.push is not None:
+        say(f"uploaded: https://huggingface.co/{command.push}")
+
+
+def run_analyze(command: AnalyzeCommand) -> None:
+    from difftuning_control.analysis import analyze, write_analysis
+    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.provenance import check_folder
+    from difftuning_control.words import load_words
+
+    recipe = only(Recipe, command)
+    if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
+        raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
+    check_folder(command.output, "analysis.json", command.overwrite)
+    load_words(command.language)
+    with audit.noted(command.run or command.output) as artefacts:
+        result = analyze(recipe, command.analysis, command.run)
+        report = write_analysis(result, Path(command.output), command.language)
+        artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
+    say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
+    columns = (result["u"], result["target"]["loss"], result["bank"]["loss"], result["gap"]["mean"],
+               result["schedule"]["psi"], result["schedule"]["xi"])  # fmt: skip
+    for u, target, bank, gap, psi, xi in zip(*columns):
+        say(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")
+    if result["forgetting"] is not None:
+        rises = zip(result["forgetting"]["u"], result["forgetting"]["mean"])
+        say("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
+    say(f"done: {report} ({', '.join(result['advice'])})")
+
+
+def run_pilot(command: PilotCommand) -> None:
+    from difftuning_control.pilot import pilot
+    from difftuning_control.words import load_words
+
+    load_words(command.language)  # a language that is not there is said before the work, not after it
+    pilot(only(Recipe, command), command.pilot, command.language, command.overwrite)
+
+
+def run_demo(command: DemoCommand) -> None:
+    from difftuning_control.demo import demo
+    from difftuning_control.words import load_words
+
+    load_words(command.language)
+    if command.steps < 1:
+        raise UserError(f"steps is {command.steps}; expected at least 1.")
+    if not 0 <= command.seed <= MAX_SEED - 2:
+        raise UserError(f"seed is {command.seed}; expected 0 to {MAX_SEED - 2}.")
+    demo(Path(command.output), command.steps, command.seed, command.language, command.overwrite)
+
+
+def run_verify(command: VerifyRequest) -> None:
+    from difftuning_control.verify import table, verify
+
+    result = verify(command)
+    say(json.dumps(result, indent=2) if command.json else table(result))
+    if result["status"] == "changed":
+        differing = ", ".join(p["part"] for p in result["parts"] if p["findings"]) or "nothing that could be checked"
+        unchecked = f"; not checked: {', '.join(result['unchecked'])}" if result["unchecked"] else ""
+        raise ChangedError(f"{command.run} is not what it was ({differing}){unchecked}.")
+
+
+def run_runs(command: RunsRequest) -> None:
+    from difftuning_control.run_list import as_csv, as_json, list_runs, print_table
+
+    rows = list_runs(command.folder)
+    if command.json or command.csv:
+        sys.stdout.write(as_json(rows) + "\n" if command.json else as_csv(rows))  # made harmless in their own ways
+    else:
+        print_table(rows)
+
+
+def run_bench(command: BenchCommand) -> None:
+    from difftuning_control.bench.run import bench
+
+    bench(only(Bench, command), command.overwrite)
+    say(f"done: {command.output}/bench.json")
+
+
+RUNNERS: dict[str, typing.Callable[[Any], None]] = {
+    "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
+    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo, "verify": run_verify, "runs": run_runs,
+    "bench": run_bench,
+}  # fmt: skip
