@@ -38,6 +38,26 @@ def check_domain_method(run: str, method: str) -> None:
         )
 
 
+def check_domain_family(family: Family, option: str) -> Any:
+    """The drop-in pipeline that draws with Domain Guidance in the place of the family's own.
+
+    Raises:
+        UserError: for a family without one here, naming the option that asks for it.
+    """
+    from difftuning_control import pipelines
+    from difftuning_control.export_files import PIPELINES
+
+    _, name = PIPELINES.get(type(family.pipe).__name__, ("", ""))
+    drop_in: Any = getattr(pipelines, name, None)
+    # a family whose guidance is another argument, or that makes its own of classes, is not sampled like the drop-in
+    if drop_in is None or drop_in.guidance_argument != "guidance_scale" or family.class_conditional:
+        raise UserError(
+            "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3), not for a "
+            f"{type(family.pipe).__name__}; leave out {option}."
+        )
+    return drop_in
+
+
 @contextmanager
 def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
     """While open, `tuned` samples with the unconditional branch of guidance from the pretrained denoiser.
@@ -48,18 +68,7 @@ def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
     Raises:
         UserError: for a family without a drop-in pipeline here, or a tuned text encoder under `offload`.
     """
-    from difftuning_control import pipelines
-    from difftuning_control.export_files import PIPELINES
-
-    before = tuned.pipe
-    _, name = PIPELINES.get(type(before).__name__, ("", ""))
-    drop_in: Any = getattr(pipelines, name, None)
-    # a family whose guidance is another argument, or that makes its own of classes, is not sampled like the drop-in
-    if drop_in is None or drop_in.guidance_argument != "guidance_scale" or tuned.class_conditional:
-        raise UserError(
-            "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3), not for a "
-            f"{type(before).__name__}; leave out --domain_guidance_scale."
-        )
+    before, drop_in = tuned.pipe, check_domain_family(tuned, "--domain_guidance_scale")
     if tuned.offload and getattr(before.text_encoder, "_hf_peft_config_loaded", False):
         raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
     source = base.denoiser if tuned is not base else None

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +25,23 @@ from difftuning_control.analysis import Materials, materials, measure, read_mult
 from difftuning_control.audit import Session, clear_but_audit
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
-from difftuning_control.conditions import conditions_of
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
-from difftuning_control.data import ImageData
+from difftuning_control.domain_sampling import check_domain_family
 from difftuning_control.durable import is_empty
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
-    Reference,
-    Sampling,
     check_held_out,
-    figures,
-    reference_of,
     summarise,
     through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device
-from difftuning_control.fidelity import FidelityProbe, main_figure
+from difftuning_control.fidelity import main_figure
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.inputs import read_data, resolution_of
+from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
+from difftuning_control.pilot_judge import judge_of
 from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
 from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
@@ -52,7 +49,7 @@ from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.trainer import load_base, train
 
 if TYPE_CHECKING:
-    from difftuning_control.families.family import Family
+    pass
 
 PRIMARY = "kid"
 SHOWN = 8
@@ -80,25 +77,6 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
     )
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
-
-    The probes judge how the conditions of each are followed; None where no ControlNet is compared.
-    """
-
-    reference: Reference
-    search: Sampling
-    final: Sampling
-    probes: dict[bool, FidelityProbe] | None = None
-
-    def figures(self, family: Family, seed: int, final: bool) -> tuple[dict[str, Any], list[Image.Image]]:
-        sampling = replace(self.final if final else self.search, seeds=[seed])
-        pictures = sampling.draw(family)
-        followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
-        return figures(pictures, sampling.prompts, self.reference) | followed, pictures
-
-
 class Pilot:
     """One pilot in one folder; what is done is kept and not done again.
 
@@ -117,6 +95,11 @@ class Pilot:
             )
         if recipe.method == "controlnet" and BUDGET in config.sides:
             raise UserError(f"{BUDGET} bounds what a denoiser forgets, and a ControlNet's stays the same; omit it.")
+        if config.guidance_scales and recipe.method == "controlnet":
+            raise UserError(
+                "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
+                "them out."
+            )
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.clock = time.time()
@@ -139,6 +122,8 @@ class Pilot:
         self.features = load_features(config.features, best_device())
         check_held_out(read_data(recipe)[1])
         self.family = load_base(recipe).to(best_device())
+        if config.guidance_scales:
+            check_domain_family(self.family, "pilot.guidance_scales")
         self.conditioner, self.primary = None, PRIMARY
         if recipe.method == "controlnet":
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
@@ -149,7 +134,7 @@ class Pilot:
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
         found = materials(self.family, self.recipe)
         self._check_inputs(found)
-        self.judge = self._judge(found)
+        self.judge = judge_of(self.config, self.family, self.features, self.conditioner, found)
         analysis = self._analyze(found)
         base, pictures = self._base(found)
         sides = []
@@ -191,7 +176,7 @@ class Pilot:
             "method": self.recipe.method, "steps": training.max_steps, "lengths": self.lengths,
             "batch_size": training.batch_size, "seeds": config.seeds, "learning_rates": self.rates,
             "pictures": config.pictures, "guidance_scale": config.guidance_scale, "sampling_steps": config.steps,
-            "features": config.features,
+            "features": config.features, "guidance_scales": config.guidance_scales,
         }  # fmt: skip
 
     # --- what all sides share ---------------------------------------------------------------------------------------
@@ -215,31 +200,6 @@ class Pilot:
         self.clock = now
         write_json(self.output / MARKER, marker)
         return marker["seconds"]
-
-    def _judge(self, found: Materials) -> Judge:
-        reference = reference_of(self.family, self.features, found)
-        captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * self.config.pictures).examples))
-        halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
-        prompts = [[half[i % len(half)] for i in range(self.config.pictures)] for half in halves]
-        config, probes = self.config, None
-        if self.conditioner is not None:
-            probes = {final: self._probe(found, prompts[final]) for final in (False, True)}
-        search, final = (
-            Sampling(
-                prompts[i], [0], config.steps, config.guidance_scale, found.resolution, config.batch_size,
-                probes[bool(i)].control if probes is not None else None,
-            )
-            for i in (0, 1)
-        )  # fmt: skip
-        return Judge(reference, search, final, probes)
-
-    def _probe(self, found: Materials, captions: list[str]) -> FidelityProbe:
-        """What shows and judges the conditions of the held-out pictures with these captions."""
-        assert self.conditioner is not None
-        by_caption = {e.caption: e for e in found.held_out.examples}
-        data = ImageData(found.held_out.source, [by_caption[c] for c in captions])
-        control = conditions_of(self.conditioner, data, found.resolution, lambda count: None)
-        return FidelityProbe.build(self.conditioner, data, control, {})
 
     def _analyze(self, found: Materials) -> dict[str, Any]:
         path = self.output / "analysis.json"
@@ -313,8 +273,12 @@ class Pilot:
             found = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
             chosen = self._best(found, lambda pair: pair[1])[0]
         rows = list(tried[chosen])
+        guided = [self._guided(name, chosen, first, None)] if self.config.guidance_scales else []
         for seed in others:
             rows += self.train(name, chosen, seed)
+            if guided:
+                guided.append(self._guided(name, chosen, seed, guided[0]["scales"]))
+            self._drop_weights(self._recipe(name, chosen, seed))
         search = [
             {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
             | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
@@ -333,6 +297,7 @@ class Pilot:
             "runs": rows,
             "summary": summary,
             "best_length": best,
+            "guidance": guidance_of(guided) if guided else None,
             "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
 
@@ -387,11 +352,33 @@ class Pilot:
         write_json(done, {"identity": identity, "rows": rows})
         for kept in folder.glob("step-*"):
             shutil.rmtree(kept)
-        if seed != self.config.seeds[0]:
-            for name in (FullTuning.result, ControlNetTuning.result):
-                shutil.rmtree(folder / name, ignore_errors=True)
         self._spent()
         return rows
+
+    def _drop_weights(self, recipe: Recipe) -> None:
+        """Whole models that were judged are large; those of the first seed stay."""
+        for name in (FullTuning.result, ControlNetTuning.result):
+            shutil.rmtree(Path(recipe.output) / name, ignore_errors=True)
+
+    def _guided(self, side: str, rate: float, seed: int, scales: dict[str, float] | None) -> dict[str, Any]:
+        """Figures of a run's final weights under each way of guidance at its scale; without scales they are sought."""
+        recipe = self._recipe(side, rate, seed)
+        folder = Path(recipe.output)
+        done, identity = folder / "guidance.json", [_identity(recipe, self.config), scales]
+        if done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            if kept["identity"] == identity:
+                return kept
+        with tuned_model(self.family, folder, self._train(recipe)) as tuned:
+            searched = []
+            if scales is None:
+                searched = search_scales(self.judge, self.family, tuned, seed, self.config.guidance_scales)
+            chosen = scales or best_scales(searched)
+            ways = judge_scales(self.judge, self.family, tuned, seed, chosen)
+        found = {"identity": identity, "search": searched, "scales": chosen, "ways": ways}
+        write_json(done, found)
+        self._spent()
+        return found
 
     def _train(self, recipe: Recipe) -> dict[str, Any]:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
-from difftuning_control.comparison import PLAIN, is_number, mean_spread, seed_values, verdict
+from difftuning_control.comparison import PLAIN, compare, is_number, mean_spread, seed_values, verdict
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import write_text
 from difftuning_control.recipe import Recipe
@@ -94,7 +94,7 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
         settings=[*_flatten(result["settings"], "pilot."), *_flatten(result.get("recipe") or {})],
         steps=_next_steps(result, best, by_name),
         searched=_measured([row for s in sides for row in s["search"]]),
-        judge=base.get("domain_judge"),
+        judge=base.get("domain_judge"), guidance=_guidance(sides, result["settings"].get("lengths", [])),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
     )  # fmt: skip
 
@@ -209,6 +209,23 @@ def _bands(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if columns:
             tables.append({"role": role, "u": u, "columns": columns})
     return tables
+
+
+def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any] | None:
+    """Each side's ways of guidance and how Domain Guidance compares with the ordinary one; None if none was tried."""
+    tables = []
+    for side in sides:
+        if not side.get("guidance"):
+            continue
+        rows: list[dict[str, Any]] = []
+        for way, found in side["guidance"]["ways"].items():
+            runs = [row | {"steps": max(lengths)} for row in found["runs"]]
+            row = {"name": way, "way": way, "scale": found["scale"], "runs": runs, "best_length": max(lengths)}
+            rows.append(row | {"against": compare(row, rows[0], "kid", len(sides)) if rows else None})
+        tables.append({"name": side["name"], "rows": rows})
+    metrics = [m for m in ("kid", "domain_hit", "pair_similarity", "memorisation")
+               if any(seed_values(row, m) for table in tables for row in table["rows"])]  # fmt: skip
+    return {"sides": tables, "metrics": metrics} if tables else None
 
 
 def _pictures(pictures: Mapping[str, Any] | None, folder: Path) -> list[dict[str, Any]]:

@@ -114,6 +114,8 @@ class PilotConfig:
         pictures: generated pictures a run and length.
         steps: sampling steps.
         guidance_scale: classifier-free guidance of all sides.
+        guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
+            scales above 1, and the best of each judged beside the figures at guidance_scale; not done when empty.
         features: lite0, dinov2, clip, inception, or a local model directory.
         batch_size: pictures drawn at once.
     """
@@ -125,6 +127,7 @@ class PilotConfig:
     pictures: int = 48
     steps: int = 15
     guidance_scale: float = 4.0
+    guidance_scales: list[float] = field(default_factory=list)
     features: str = "lite0"
     batch_size: int = 16
 
@@ -144,3 +147,6 @@ class PilotConfig:
             raise UserError(f"pilot.lengths is {self.lengths}; expected different numbers of steps of at least 1.")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
+        scales = self.guidance_scales
+        if len(set(scales)) < len(scales) or not all(1 < scale < math.inf for scale in scales):
+            raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers above 1.")

@@ -62,7 +62,8 @@ def pilot(
         sides.append(
             {"name": name, "tuning": TUNING.get(name, {"schedule": {"kind": "power", "tau": 1.0}}),
              "search": [{"learning_rate": r, "kid": mean + 0.004 * (r != 1e-3), "target_loss": 0.2} for r in rates],
-             "learning_rate": 1e-3, "runs": runs, "summary": {}, "best_length": 150}
+             "learning_rate": 1e-3, "runs": runs, "summary": {}, "best_length": 150,
+             "guidance": guidance(mean, domain, seeds)}
         )  # fmt: skip
     return {
         "status": "complete", "created": "2026-05-11T09:30:12", "model": "embedded",
@@ -70,7 +71,7 @@ def pilot(
         "command": "difftune pilot --config examples/pilot.yaml --output runs/pilot",
         "settings": {"method": "lora", "steps": 150, "lengths": [75, 150], "batch_size": 16, "seeds": list(seeds),
                      "learning_rates": [5e-4, 1e-3, 2e-3], "pictures": 64, "guidance_scale": 2.0, "sampling_steps": 15,
-                     "features": "lite0"},
+                     "features": "lite0", "guidance_scales": [1.5, 3.0]},
         "primary": "kid",
         "cost": {"seconds": 4512.3, "runs": len(names) * (len(seeds) + 3), "device": "cpu (x86_64, 2 threads)"},
         "versions": {"python": "3.12.3", "difftuning-control": "0.2.0", "torch": "2.13.0", "diffusers": "0.42.0"},
@@ -92,6 +93,20 @@ def figures(kid: float, hit: float, rng: random.Random) -> dict[str, Any]:
         "kid": kid, "kid_spread": 0.004, "fid": 148 + 900 * kid + rng.gauss(0, 2), "domain_hit": hit,
         "domain_judge": 0.98, "pair_similarity": 0.66 - kid + rng.gauss(0, 0.004),
         "memorisation": 0.71 + rng.gauss(0, 0.01), "density": 0.62, "coverage": 0.71, "diversity": None, "pictures": 64,
+    }  # fmt: skip
+
+
+def guidance(kid: float, hit: float, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Domain Guidance 0.002 better than ordinary guidance with every seed."""
+    rng = random.Random(1)
+    ways = {"ordinary": (3.0, 0.0), "domain": (1.5, -0.002)}
+    return {
+        "search": [{"way": w, "scale": s, "kid": kid, "domain_hit": hit} for w in ways for s in (1.5, 3.0)],
+        "ways": {
+            way: {"scale": scale, "summary": {},
+                  "runs": [{"seed": s, **figures(kid + by + 0.0001 * s, hit, rng)} for s in seeds]}
+            for way, (scale, by) in ways.items()
+        },
     }  # fmt: skip
 
 

@@ -123,6 +123,14 @@ def test_every_figure_is_there(pilot_page):
     assert {"./pilot.json", "./plain/seed-0", "./difftuning_budget/seed-2"} <= set(pilot_page.values("href"))
 
 
+def test_ways_of_guidance_are_compared_side_by_side(pilot_page):
+    page = pilot_page.text
+    assert "at the scales 1.5; 3." in page
+    rows = re.findall(r"Domain Guidance</td>.*?</tr>", pilot_page.source, re.DOTALL)
+    assert len(rows) == len(samples.SIDES)
+    assert all("better" in row for row in rows)
+
+
 def test_mean_and_spread_are_of_the_seeds(tmp_path):
     result = samples.pilot({"plain": [0.1, 0.2, 0.3], "prior": [0.1, 0.2, 0.3]})
     page = Page(write_pilot_report(result, tmp_path))

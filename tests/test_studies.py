@@ -18,6 +18,7 @@ from difftuning_control.cli import main
 from difftuning_control.comparison import verdict
 from difftuning_control.errors import UserError
 from difftuning_control.pilot import Pilot, pilot, side_tuning
+from difftuning_control.pilot_judge import judge_of
 from difftuning_control.recipe import (
     BankConfig,
     DataConfig,
@@ -129,7 +130,7 @@ def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tm
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
     from difftuning_control.analysis import materials
 
-    job.judge = job._judge(materials(job.family, job.recipe))
+    job.judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
     before = job.judge.figures(job.family, 0, True)[0]
     job.train("plain", 1e-2, 0)
     assert job.judge.figures(job.family, 0, True)[0] == before
@@ -379,7 +380,7 @@ def test_the_search_and_the_figures_share_no_prompt(done, study, config, tmp_pat
     from difftuning_control.analysis import materials
 
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
-    judge = job._judge(materials(job.family, job.recipe))
+    judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
     assert not set(judge.search.prompts) & set(judge.final.prompts)
 
 
@@ -403,7 +404,7 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
     told = []
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path, told.append)
     found = materials(job.family, job.recipe)
-    job.judge = job._judge(found)
+    job.judge = judge_of(config, job.family, job.features, job.conditioner, found)
     job.rates = [1e-2, 1e30]
     side = job.side("plain")
     assert (side["learning_rate"], side["diverged"]) == (1e-2, [1e30])

@@ -1,0 +1,81 @@
+"""What a pilot judges every side by: the same prompts, seeds and guidance, and the same real pictures."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from difftuning_control.analysis import Materials
+from difftuning_control.conditions import conditions_of
+from difftuning_control.control import Conditioner
+from difftuning_control.data import ImageData
+from difftuning_control.domain_sampling import domain_guided
+from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
+from difftuning_control.evaluation.features import Features
+from difftuning_control.fidelity import FidelityProbe
+from difftuning_control.studies import PilotConfig
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
+
+    The probes judge how the conditions of each are followed; None where no ControlNet is compared.
+    """
+
+    reference: Reference
+    search: Sampling
+    final: Sampling
+    probes: dict[bool, FidelityProbe] | None = None
+
+    def figures(
+        self, family: Family, seed: int, final: bool, scale: float | None = None, source: Family | None = None
+    ) -> tuple[dict[str, Any], list[Image.Image]]:
+        """Figures and pictures of a model.
+
+        Args:
+            scale: of guidance; the pilot's when None.
+            source: the pretrained model, where the scale is one of Domain Guidance.
+        """
+        sampling = replace(self.final if final else self.search, seeds=[seed])
+        if scale is not None:
+            sampling = replace(sampling, guidance_scale=scale)
+        with domain_guided(source, family) if source is not None else nullcontext():
+            pictures = sampling.draw(family)
+        followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
+        return figures(pictures, sampling.prompts, self.reference) | followed, pictures
+
+
+def judge_of(
+    config: PilotConfig, family: Family, features: Features, conditioner: Conditioner | None, found: Materials
+) -> Judge:
+    """The judge of a pilot: of the held-out captions every other one is for the search, the rest for the figures."""
+    reference = reference_of(family, features, found)
+    captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * config.pictures).examples))
+    halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
+    prompts = [[half[i % len(half)] for i in range(config.pictures)] for half in halves]
+    probes = None
+    if conditioner is not None:
+        probes = {final: _probe(conditioner, found, prompts[final]) for final in (False, True)}
+    search, final = (
+        Sampling(
+            prompts[i], [0], config.steps, config.guidance_scale, found.resolution, config.batch_size,
+            probes[bool(i)].control if probes is not None else None,
+        )
+        for i in (0, 1)
+    )  # fmt: skip
+    return Judge(reference, search, final, probes)
+
+
+def _probe(conditioner: Conditioner, found: Materials, captions: list[str]) -> FidelityProbe:
+    """What shows and judges the conditions of the held-out pictures with these captions."""
+    by_caption = {e.caption: e for e in found.held_out.examples}
+    data = ImageData(found.held_out.source, [by_caption[c] for c in captions])
+    control = conditions_of(conditioner, data, found.resolution, lambda count: None)
+    return FidelityProbe.build(conditioner, data, control, {})
