@@ -26,6 +26,7 @@ from difftuning_control.buckets import BucketSource
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.durable import discard, place, sync
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
@@ -81,6 +82,9 @@ class TrainingLoop:
             for module in (family.denoiser, family.controlnet):
                 if module is not None:
                     module.enable_gradient_checkpointing()
+        if self.config.compile is not None:
+            check_compiler(self.config.compile, accelerator.device)
+            compile_blocks(self.model, self.config.compile)
         if self.config.shard and accelerator.num_processes > 1:
             from difftuning_control.sharding import shard
 
@@ -311,15 +315,17 @@ class TrainingLoop:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters.values())
-        self.ema.copy_to(self.parameters.values())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters.values())
+        """The weights as they are used: averaged, and nothing compiled for what only looks at them."""
+        with eagerly() if self.config.compile is not None else nullcontext():
+            if self.ema is None:
+                yield
+                return
+            self.ema.store(self.parameters.values())
+            self.ema.copy_to(self.parameters.values())
+            try:
+                yield
+            finally:
+                self.ema.restore(self.parameters.values())
 
     def _whole_weights(self) -> AbstractContextManager[None]:
         """Where they are sharded, the main process has them whole for the while."""

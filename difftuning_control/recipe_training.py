@@ -160,6 +160,8 @@ class TrainingConfig:
         max_grad_norm: gradients are scaled down to this norm; none when empty.
         mixed_precision: no, fp16 or bf16.
         gradient_checkpointing: less memory for more time.
+        compile: inductor, torch.compile of the blocks that the model repeats: for GPUs; the first step takes minutes,
+            results are equal up to rounding. Or aot_eager, which only shows whether a model can be compiled.
         shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
             still fit once on every device, 4 bytes a weight, before training.
         ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
@@ -189,6 +191,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    compile: Literal["inductor", "aot_eager"] | None = None
     shard: bool = False
     ema_decay: float | None = None
     seed: int = 0
@@ -219,6 +222,8 @@ class TrainingConfig:
         need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
         guidance = self.sample_guidance_scale
         need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")
+        if self.compile is not None and self.shard:
+            raise UserError("training.compile and training.shard do not go together yet; leave one of them out.")
         if self.stop_after and self.stop_when is None:
             raise UserError("training.stop_after is given without training.stop_when; say when: converged.")
         for step in self.save_at:
