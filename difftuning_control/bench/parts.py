@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from difftuning_control.bench import material
 from difftuning_control.bench.settings import Bench
@@ -16,6 +16,10 @@ from difftuning_control.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.families import embedded_model
 from difftuning_control.recipe import Recipe
 
+if TYPE_CHECKING:
+    from difftuning_control.loop import TrainingLoop
+
+Loop = TypeVar("Loop", bound="TrainingLoop")
 SIDES = {"sd15": 512, "embedded": 64}
 PICTURES = 4  # of the timed trainings
 
@@ -77,9 +81,12 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
 
 
 def difftuning(setting: Setting) -> dict[str, Any]:
-    """A step with a share of bank rows against a plain one of as many rows: what the objective costs."""
+    """A step with a share of bank rows against a plain one of as many rows, step by step in turn in one process."""
+    from difftuning_control.bench.step_profile import step_in_turn
+    from difftuning_control.loop import TrainingLoop
+
     bench, rows = setting.bench, max(setting.bench.batch_size, 5)
-    plain = setting.ours("lora", bench.steps + 1, rows)
+    plain = setting.ours("lora", 1, rows)
     bank = {
         "tuning.retention_ratio": 0.2,
         "tuning.retention_weight": 0.1,
@@ -89,14 +96,34 @@ def difftuning(setting: Setting) -> dict[str, Any]:
     }
     shared = [flag for flag in plain if not flag.startswith("--tuning.")]
     tuned = [*shared, *(f"--{k}={v}" for k, v in bank.items()), '--tuning.schedule={"kind": "power", "tau": 1.0}']
-    for command in (plain, tuned):
-        setting.run(command, "warm")
-    rounds = [(setting.run(tuned, f"difftuning-{n}"), setting.run(plain, f"plain-{n}")) for n in range(bench.rounds)]
-    return {
-        "wall": ratio([(a.steps, b.steps) for a, b in rounds]),
-        "cpu": ratio([(a.cpu, b.cpu) for a, b in rounds]),
-        "rows": rows,
-    }
+    loops = [_loop(setting, command, TrainingLoop) for command in (plain, tuned)]
+    each = bench.steps
+    by_plain, by_tuned = step_in_turn(loops, bench.rounds * each, _clock(setting))
+    parts = [slice(n * each, (n + 1) * each) for n in range(bench.rounds)]
+    return {"clock": _clock_name(setting), "rows": rows, **ratio([(by_plain[p], by_tuned[p]) for p in parts])}
+
+
+def _loop(setting: Setting, command: list[str], kind: type[Loop]) -> Loop:
+    """The training loop of a `difftune train` command, in this process."""
+    import torch
+
+    from difftuning_control.bench.step_profile import loop_of
+    from difftuning_control.command_line import parse
+    from difftuning_control.commands import only
+
+    if setting.bench.threads is not None:
+        torch.set_num_threads(setting.bench.threads)
+    _, found = parse(command[len(OURS) :])
+    return loop_of(only(Recipe, found), kind)
+
+
+def _clock_name(setting: Setting) -> str:
+    """On one thread CPU time, which other jobs disturb less."""
+    return "cpu" if setting.bench.threads == 1 else "wall"
+
+
+def _clock(setting: Setting) -> Callable[[], float]:
+    return time.process_time if _clock_name(setting) == "cpu" else time.perf_counter
 
 
 def bank(setting: Setting) -> dict[str, Any]:
@@ -130,7 +157,7 @@ def bank(setting: Setting) -> dict[str, Any]:
 
     sides = {"bank": build, "loop of 1": loop(1), "loop of 4": loop(4)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    clock = time.process_time if setting.bench.threads == 1 else time.perf_counter
+    clock = _clock(setting)
     for number in range(setting.bench.rounds + 1):
         for name, draw in sides.items():
             begun = clock()
@@ -140,7 +167,7 @@ def bank(setting: Setting) -> dict[str, Any]:
                 seconds[name].append(ended - begun)
     return {
         "pictures": count,
-        "clock": "cpu" if setting.bench.threads == 1 else "wall",
+        "clock": _clock_name(setting),
         **{
             name: ratio([([a], [b]) for a, b in zip(seconds[name], seconds["bank"])])
             for name in sides
@@ -191,17 +218,9 @@ def memory(setting: Setting) -> dict[str, Any]:
 
 def profile(setting: Setting) -> dict[str, float]:
     """Where the time of a LoRA's step goes, in shares of its CPU time."""
-    import torch
+    from difftuning_control.bench.step_profile import ProfiledLoop
 
-    from difftuning_control.bench.step_profile import profile_step
-    from difftuning_control.command_line import parse
-    from difftuning_control.commands import only
-
-    if setting.bench.threads is not None:
-        torch.set_num_threads(setting.bench.threads)
-    command = setting.ours("lora", 1)
-    _, found = parse(command[len(OURS) :])
-    return profile_step(only(Recipe, found), setting.bench.steps)
+    return _loop(setting, setting.ours("lora", 1), ProfiledLoop).measure(setting.bench.steps)
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {

@@ -11,6 +11,11 @@ def _shown(found: dict[str, float]) -> str:
     return f"{found['ratio']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
 
 
+def _by_clock(found: dict[str, Any]) -> str:
+    """The two columns of times, of which the part has one."""
+    return f"{_shown(found)} | " if found["clock"] == "cpu" else f" | {_shown(found)}"
+
+
 def table(result: dict[str, Any]) -> str:
     """A row for each comparison: the ratio by CPU time and by wall time, median with least and most over the rounds."""
     lines = ["| what | ratio, CPU time | ratio, wall time | peak memory |", "|---|---|---|---|"]
@@ -22,15 +27,11 @@ def table(result: dict[str, Any]) -> str:
             shown = f"{_shown(part['cpu'])} | {_shown(part['wall'])} | {peak}"
             lines.append(f"| {name}: steps/s against diffusers' script | {shown} |")
     if "difftuning" in parts:
-        part = parts["difftuning"]
-        lines.append(f"| plain against Diff-Tuning: steps/s | {_shown(part['cpu'])} | {_shown(part['wall'])} | |")
+        lines.append(f"| Diff-Tuning: steps/s against plain tuning | {_by_clock(parts['difftuning'])} | |")
     if "bank" in parts:
         for name in ("loop of 1", "loop of 4"):
-            shown = _shown(parts["bank"][name])
-            by_cpu = parts["bank"]["clock"] == "cpu"
-            lines.append(
-                f"| bank: pictures/s against a {name} | {shown if by_cpu else ''} | {'' if by_cpu else shown} | |"
-            )
+            shown = _by_clock(parts["bank"][name] | {"clock": parts["bank"]["clock"]})
+            lines.append(f"| bank: pictures/s against a {name} | {shown} | |")
     more = []
     if "startup" in parts:
         part = parts["startup"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from difftuning_control.families.family import Family
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.recipe import Recipe
 
+Loop = TypeVar("Loop", bound=TrainingLoop)
 PHASES = ("rows", "forward", "backward", "optimizer")
 
 
@@ -47,8 +48,8 @@ class ProfiledLoop(TrainingLoop):
         return shares | {"rest": 1 - sum(shares.values()), "seconds_a_step": total / steps}
 
 
-def profile_step(recipe: Recipe, steps: int) -> dict[str, float]:
-    """The shares of a step of the recipe's training, in this process."""
+def loop_of(recipe: Recipe, kind: type[Loop]) -> Loop:
+    """A training loop of the recipe with a model of its own, before its first step; nothing is written but caches."""
     from difftuning_control.inputs import prepare_inputs, resolution_of
     from difftuning_control.trainer import build_objective, load_base, make_accelerator
 
@@ -56,4 +57,18 @@ def profile_step(recipe: Recipe, steps: int) -> dict[str, float]:
     family: Family = load_base(recipe).to(accelerator.device)
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     inputs: TrainingInputs = prepare_inputs(recipe, family, objective, accelerator)
-    return ProfiledLoop(recipe, family, objective, inputs, accelerator, "").measure(steps)
+    return kind(recipe, family, objective, inputs, accelerator, "")
+
+
+def step_in_turn(loops: Sequence[TrainingLoop], steps: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds of every step of each loop, which go step by step in turn, so that a noisy machine is noisy for all."""
+    for loop in loops:
+        loop.denoiser.train()
+        loop._step(0)
+    seconds: list[list[float]] = [[] for _ in loops]
+    for step in range(1, steps + 1):
+        for loop, found in zip(loops, seconds):
+            begun = clock()
+            loop._step(step)
+            found.append(clock() - begun)
+    return seconds
