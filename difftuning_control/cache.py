@@ -2,8 +2,8 @@
 
 Each file is keyed by everything it depends on: the pictures' bytes, the encoder's weights and the way the pictures are
 cut. What is stored of a picture is the mean and the standard deviation of its VAE posterior; drawing
-mean + std · noise afresh at every step gives the same distribution as encoding it afresh. Both kinds stay on disk: a step
-reads the rows that it needs (see `rows`).
+mean + std · noise afresh at every step gives the same distribution as encoding it afresh. Latents and embeddings stay
+on disk: a step reads the rows that it needs (see `rows`).
 """
 
 from __future__ import annotations

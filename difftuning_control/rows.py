@@ -1,8 +1,8 @@
 """Tensors that stay in their files: rows are read when a batch asks for them, so memory does not grow with the data.
 
-A safetensors file is read through once when it is opened, which checks its digest and takes a CRC-32 of every row; a row
-is held against that whenever it is read, so that bytes which change meanwhile end a run and never train it. Rows are
-read, not mapped: the system may keep the file's pages or drop them, and they are no part of the process's memory.
+A safetensors file is read through once when it is opened, which checks its digest and takes a CRC-32 of every row. A
+row is held against that whenever it is read, so that bytes which change meanwhile end a run and never train it. Rows
+are read, not mapped: the system may keep the file's pages or drop them, and they are no part of the process's memory.
 """
 
 from __future__ import annotations

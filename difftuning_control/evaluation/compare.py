@@ -28,8 +28,8 @@ from difftuning_control.evaluation.evaluate import (
     check_held_out,
     decoded,
     figures,
+    reconstructed,
     summarise,
-    through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
@@ -98,12 +98,11 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
         )
     if request.source is not None:
-        old = through_autoencoder(
-            family, load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels), resolution
-        )
+        pictures = load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels)
+        old = reconstructed(family, features, pictures, resolution)
     else:
         assert bank is not None
-        old = decoded(family, bank.latents[:MOST])
+        old = features(decoded(family, bank.latents[:MOST]))
     chosen = real.sample(request.pictures)
     with progress(3, f"{features.name} features of real pictures"):
         reference = build_reference(
