@@ -42,24 +42,27 @@ class Entry:
 
     Args:
         begin: where its bytes begin.
-        lead: how many leading dimensions can be asked for one by one.
-        sums: the CRC-32 of what is at each place of these, in order.
+        places: the leading dimensions that can be asked for one by one.
+        size: bytes at one place of these.
+        sums: the CRC-32 of what is there, place by place.
     """
 
     dtype: torch.dtype
     shape: torch.Size
     begin: int
-    lead: int
+    places: torch.Size
+    size: int
     sums: np.ndarray
 
-    @property
-    def places(self) -> torch.Size:
-        return self.shape[: self.lead]
-
-    @property
-    def size(self) -> int:
-        """Bytes at one place."""
-        return prod(self.shape[self.lead :]) * self.dtype.itemsize
+    def find(self, index: tuple[int, ...]) -> tuple[int, int]:
+        """The first place under an index of fewer dimensions, and how many there are."""
+        first, count = 0, len(self.sums)
+        for i, size in zip(index, self.places):
+            if not 0 <= i < size:
+                raise IndexError(f"{index} is not in {tuple(self.shape)}")
+            count //= size
+            first += i * count
+        return first, count
 
 
 class StoredFile:
@@ -82,9 +85,10 @@ class StoredFile:
             header: dict[str, Any] = json.loads(file.read(size))
             header.pop("__metadata__", None)
             for name, values in sorted(header.items()):
+                dtype, shape = DTYPES[values["dtype"]], torch.Size(values["shape"])
                 entry = Entry(
-                    DTYPES[values["dtype"]], torch.Size(values["shape"]), 8 + size + values["data_offsets"][0],
-                    min(lead, len(values["shape"])), np.zeros(prod(values["shape"][:lead]), np.uint32),
+                    dtype, shape, 8 + size + values["data_offsets"][0], shape[:lead],
+                    prod(shape[lead:]) * dtype.itemsize, np.zeros(prod(shape[:lead]), np.uint32),
                 )  # fmt: skip
                 found.update(title_of_tensor(name, entry.shape, entry.dtype))
                 file.seek(entry.begin)
@@ -102,13 +106,13 @@ class StoredFile:
             UserError: if it is not what it was when the file was opened.
         """
         entry = self.entries[name]
-        rest = entry.places[len(index) :]
-        first, count = int(np.ravel_multi_index(index + (0,) * len(rest), entry.places)), prod(rest)
+        first, count = entry.find(index)
         found = bytearray(count * entry.size)
         file.seek(entry.begin + first * entry.size)
         read = file.readinto(found)  # type: ignore[attr-defined]
-        parts = (memoryview(found)[i * entry.size : (i + 1) * entry.size] for i in range(count))
-        if read != len(found) or any(zlib.crc32(p) != s for p, s in zip(parts, entry.sums[first:])):
+        view, size = memoryview(found), entry.size
+        sums = [zlib.crc32(view[i * size : (i + 1) * size]) for i in range(count)]
+        if read != len(found) or sums != entry.sums[first : first + count].tolist():
             raise UserError(
                 f"{self.path} changed while it was in use; run the command again (a training goes on from its last "
                 "checkpoint with --training.resume true)."
