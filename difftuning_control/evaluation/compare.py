@@ -23,6 +23,7 @@ from difftuning_control.domain_sampling import check_domain_method, domain_guide
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
     MOST,
+    MOST_REAL,
     Sampling,
     build_reference,
     check_held_out,
@@ -91,6 +92,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
             raise UserError(f"{run} was tuned in another label space than {request.runs[0]}; evaluate them apart.")
     check_held_out(real)
+    real = real.sample(MOST_REAL)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
     if bank is None and request.source is None:
         raise UserError(
@@ -99,7 +101,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         )
     if request.source is not None:
         pictures = load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels)
-        old = reconstructed(family, features, pictures, resolution)
+        old = reconstructed(family, features, pictures.sample(MOST), resolution)
     else:
         assert bank is not None
         old = features(decoded(family, bank.latents[:MOST]))

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 LEAST_PICTURES = 5
-MOST = 256  # real pictures, and samples of the base, that quality is judged against
+MOST = 256  # samples of the base, or pictures that stand for them, that quality is judged against; in studies also real
+MOST_REAL = 1000  # real pictures in an evaluation, as many as KID compares at once
 FEW = 64  # pictures in memory; a multiple of the batches of autoencoder and features
 LEAST_REAL = 6  # density looks at each one's five nearest
 
