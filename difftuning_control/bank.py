@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,10 @@ from difftuning_control.fingerprint import (
     DIGEST,
     digest_of,
     digest_of_file,
-    read_checked,
-    read_tensors,
     write_checked,
     write_json,
 )
+from difftuning_control.rows import Files, Rows, StoredFile, open_checked
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -92,10 +91,11 @@ class BankRequest:
 class KnowledgeBank:
     """Latents of the pretrained model's samples, (N, C, h, w) float32 in the denoiser's scale, and their prompts.
 
+    Of a bank on disk they stay there, and what is indexed is read; `latents[:]` are all of them as a tensor.
     `sizes` (N, 6) are those of `Framing.sizes` where the bank is of real pictures and the family takes them.
     """
 
-    latents: Tensor
+    latents: Tensor | Rows
     prompts: list[str]
     seeds: list[int] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -116,6 +116,15 @@ class KnowledgeBank:
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` items' latents, drawn with replacement, (count, C, h, w)."""
         return self.latents[torch.randint(len(self), (count,), generator=generator)]
+
+    def part(self, start: int, length: int) -> KnowledgeBank:
+        """Items start … start + length − 1."""
+        rows = slice(start, start + length)
+        sizes = self.sizes[rows] if self.sizes is not None else None
+        return replace(
+            self, latents=self.latents.narrow(0, start, length), prompts=self.prompts[rows], seeds=self.seeds[rows],
+            sizes=sizes,
+        )  # fmt: skip
 
     @classmethod
     def build(
@@ -197,18 +206,14 @@ class KnowledgeBank:
             if not path.exists() or digest_of_file(path) != digest:
                 state = "is damaged" if path.exists() else "is missing"
                 raise UserError(f"{path} {state}; delete the bank {folder} and build it again.")
-        latents = []
-        for name in names:
-            tensors = read_tensors(folder / name)
-            assert tensors is not None
-            latents.append(tensors["latents"])
+        latents = Files([StoredFile(folder / name) for name in names]).rows("latents")
         prompts = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in prompts]
-        return cls(torch.cat(latents), [r["prompt"] for r in rows], [r["seed"] for r in rows], manifest, folder)
+        return cls(latents, [r["prompt"] for r in rows], [r["seed"] for r in rows], manifest, folder)
 
     @classmethod
     def from_latents(
-        cls, latents: Tensor, prompts: list[str], source: str, digest: str, sizes: Tensor | None = None
+        cls, latents: Tensor | Rows, prompts: list[str], source: str, digest: str, sizes: Tensor | None = None
     ) -> KnowledgeBank:
         """A bank of real source pictures, given as latents in the denoiser's scale."""
         return cls(latents, prompts, manifest={"source": source, "pictures": digest}, sizes=sizes)
@@ -224,7 +229,7 @@ def _build_shard(
 ) -> None:
     path = folder / f"bank-{shard:05d}.safetensors"
     items = range(shard * SHARD, min((shard + 1) * SHARD, request.size))
-    if read_checked(path) is not None:
+    if open_checked(path) is not None:
         advance(len(items))
         return
     parts = []

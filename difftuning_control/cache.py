@@ -2,12 +2,13 @@
 
 Each file is keyed by everything it depends on: the pictures' bytes, the encoder's weights and the way the pictures are
 cut. What is stored of a picture is the mean and the standard deviation of its VAE posterior; drawing
-mean + std · noise afresh at every step gives the same distribution as encoding it afresh.
+mean + std · noise afresh at every step gives the same distribution as encoding it afresh. Latents and embeddings stay
+on disk: a step reads the rows that it needs (see `rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from difftuning_control.data import Example, ImageData, frame, placed
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.processes import ALONE, Share, files_together
+from difftuning_control.rows import Rows
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -111,8 +113,8 @@ class Framing:
 class LatentMoments:
     """Means and standard deviations of the VAE's posteriors, (N, views, C, h, w) float32, unscaled."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | Rows
+    std: Tensor | Rows
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -124,6 +126,10 @@ class LatentMoments:
     def draw(self, rows: Tensor, views: Tensor, noise: Tensor) -> Tensor:
         """mean + std · noise of the given rows and views, (B, C, h, w)."""
         return self.mean[rows, views] + self.std[rows, views] * noise
+
+    def first_views(self, scale: Callable[[Tensor], Tensor]) -> Tensor | Rows:
+        """The scaled means of each picture's first view, (N, C, h, w)."""
+        return scale(self.mean[:, 0]) if isinstance(self.mean, Tensor) else self.mean.first_of_each(scale)
 
 
 def cached_moments(
@@ -139,13 +145,14 @@ def cached_moments(
     parts = [data.examples[start : start + SHARD] for start in range(0, len(data), SHARD)]
     identity = [family.fingerprints["vae"], str(family.dtype), framing.identity]
     keys = [digest_of([[e.digest for e in part], *identity]) for part in parts]
-    shards = files_together(
+    files = files_together(
         [folder / f"moments-{key}.safetensors" for key in keys],
         lambda i: _encode(family, parts[i], framing, advance, batch_size),
         share,
         lambda i: advance(len(parts[i])),
+        lead=2,
     )
-    return LatentMoments(torch.cat([s["mean"] for s in shards]), torch.cat([s["std"] for s in shards]))
+    return LatentMoments(files.rows("mean"), files.rows("std"))
 
 
 def _encode(
@@ -167,7 +174,7 @@ class PromptEmbeddings:
     """The conditioning of a list of prompts, each different one stored once; entry "" is always there."""
 
     index: dict[str, int]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | Rows]
 
     def rows(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the family's `predict` takes for these prompts, each tensor (B, …)."""
@@ -193,13 +200,13 @@ def cached_embeddings(
         return PromptEmbeddings({p: i for i, p in enumerate(unique)}, family.tokenize(unique))
     parts = [unique[start : start + SHARD] for start in range(0, len(unique), SHARD)]
     keys = [digest_of([part, family.conditioning_fingerprint]) for part in parts]
-    shards = files_together(
+    files = files_together(
         [folder / f"prompts-{key}.safetensors" for key in keys],
         lambda i: _encode_prompts(family, parts[i], advance, batch_size),
         share,
         lambda i: advance(len(parts[i])),
     )
-    tensors = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
+    tensors = {name: files.rows(name) for name in files.names}
     embeddings = PromptEmbeddings({p: i for i, p in enumerate(unique)}, tensors)
     family.remember(embeddings)
     return embeddings

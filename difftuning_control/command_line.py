@@ -39,8 +39,9 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=_first_line(command), exit_on_error=False)
-        sub.add_argument("--config", action="config", help="a recipe in YAML; other flags override its values")
-        sub.add_class_arguments(command, as_group=False)
+        if arguments[:1] == [name]:  # the others' arguments take long to put together, and nobody will see them
+            sub.add_argument("--config", action="config", help="a recipe in YAML; other flags override its values")
+            sub.add_class_arguments(command, as_group=False)
         verbs.add_subcommand(name, sub, help=_first_line(command))
     if not arguments:
         parser.print_help()

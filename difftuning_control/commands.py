@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from difftuning_control.bench.settings import Bench
 from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import UserError
-from difftuning_control.export import ExportRequest
 from difftuning_control.recipe import MAX_SEED, ModelConfig, Recipe
+from difftuning_control.requests import ExportRequest, VerifyRequest
 from difftuning_control.run_list import RunsRequest
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
-from difftuning_control.verify import VerifyRequest
 
 T = typing.TypeVar("T")
 

@@ -6,7 +6,7 @@ A file is keyed by the pictures, how they are framed, and the fingerprint of the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +23,7 @@ from difftuning_control.data import Example, ImageData
 from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import to_arrays
 from difftuning_control.processes import ALONE, Share, files_together
+from difftuning_control.rows import Rows
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
@@ -35,13 +36,14 @@ DECODE = 16
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of N pictures in all their views, uint8 shards of (n, views, C, H, W); C is 1 where all are grey.
+    """Conditions of N pictures in all their views, uint8 shards of (n, views, C, H, W), in memory or left on disk; C
+    is 1 where all of a shard are grey.
 
     Where a ControlNet reads latents, the shards are what `Family.encode_control` makes of these, and `empty` is what it
     makes of a black one.
     """
 
-    shards: list[Tensor]
+    shards: Sequence[Tensor | Rows]
     empty: Tensor | None = None
 
     def __len__(self) -> int:
@@ -64,8 +66,8 @@ class Conditions:
     @property
     def blank(self) -> list[int]:
         """Numbers of the pictures on which nothing was found: every view is of one colour."""
-        flat = torch.cat([(s.flatten(3).amax(3) == s.flatten(3).amin(3)).flatten(1).all(1) for s in self.shards])
-        return flat.nonzero().flatten().tolist()
+        views = (picture.flatten(2) for shard in self.shards for picture in shard)  # a picture at a time
+        return [i for i, flat in enumerate(views) if bool((flat.amax(2) == flat.amin(2)).all())]
 
 
 def cached_conditions(
@@ -90,16 +92,16 @@ def encoded_conditions(family: Family, conditions: Conditions, folder: Path, sha
     if not family.encodes_control:
         return conditions
     identity = [family.control_fingerprint, FORMAT]
-    keys = [digest_of([digest_of_tensors({"conditions": shard}), identity]) for shard in conditions.shards]
+    keys = [digest_of([digest_of_tensors({"conditions": shard[:]}), identity]) for shard in conditions.shards]
 
     def make(i: int) -> dict[str, Tensor]:
-        shard = conditions.shards[i]
+        shard = conditions.shards[i][:]
         rows = [*shard.flatten(0, 1).split(DECODE), torch.zeros_like(shard[0, :1])]
         *made, empty = [family.encode_control(part.expand(-1, 3, -1, -1)).float().cpu() for part in rows]
         return {"control": torch.cat(made).unflatten(0, shard.shape[:2]), "empty": empty[0]}
 
-    made = files_together([folder / f"control-{key}.safetensors" for key in keys], make, share)
-    return Conditions([tensors["control"] for tensors in made], made[-1]["empty"] if made else None)
+    made = files_together([folder / f"control-{key}.safetensors" for key in keys], make, share, lead=2)
+    return Conditions(made.each("control"), made.read(len(made) - 1, "empty", ()) if len(made) else None)
 
 
 def conditions_of(
@@ -178,8 +180,8 @@ def _make(
         return {"conditions": pixels[:, :, :1] if grey else pixels}
 
     paths = [folder / f"conditions-{key}.safetensors" for key in keys]
-    found = files_together(paths, make_part, share, lambda i: advance(len(parts[i])))
-    return Conditions([tensors["conditions"] for tensors in found])
+    found = files_together(paths, make_part, share, lambda i: advance(len(parts[i])), lead=2)
+    return Conditions(found.each("conditions"))
 
 
 def _ahead(

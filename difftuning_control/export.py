@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from difftuning_control.durable import PARTIAL, alone, place
 from difftuning_control.errors import UserError
@@ -30,6 +26,7 @@ from difftuning_control.families import quiet_loading
 from difftuning_control.fingerprint import write_json, write_text
 from difftuning_control.gates import check_passed
 from difftuning_control.provenance import base_name, check_folder, versions
+from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import check_outputs, finished_run, recipe_of
 from difftuning_control.strength import psi_of_run
 
@@ -37,57 +34,6 @@ if TYPE_CHECKING:
     from difftuning_control.recipe import Recipe
 
 MARKER = "export.json"
-REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
-
-
-@dataclass
-class ExportRequest:
-    """What is exported, as what, and where to.
-
-    Args:
-        run: folder of a finished run.
-        to: folder of the export.
-        format: diffusers, or one LoRA file for kohya or comfyui.
-        base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
-        adapter: separate keeps the LoRA in its own file; fused adds it to the weights.
-        pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
-        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole denoiser
-            (of a transformer, as source_transformer), or its difference to the tuned one.
-        dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
-            precision a LoRA is rounded to it.
-        evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
-        push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
-        despite_gates: export a run that fails its gates, or was not judged by them; the card says so.
-    """
-
-    run: str
-    to: str
-    format: Literal["diffusers", "kohya", "comfyui"] = "diffusers"
-    base: Literal["copied", "referenced"] = "copied"
-    adapter: Literal["separate", "fused"] = "separate"
-    pipeline: Literal["difftuning", "stock"] = "difftuning"
-    source_unet: Literal["none", "whole", "difference"] = "none"
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    evaluation: str | None = None
-    push: str | None = None
-    despite_gates: bool = False
-
-    def __post_init__(self) -> None:
-        chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
-        given = [f"--{name} {value}" for name, value in chosen.items() if getattr(self, name) == value]
-        given += [f"--source_unet {self.source_unet}"] if self.source_unet != "none" else []
-        if self.format != "diffusers" and given:
-            raise UserError(f"--format {self.format} writes one LoRA file; leave out {' and '.join(given)}.")
-        if self.adapter == "fused" and self.base == "referenced":
-            raise UserError("--adapter fused changes the base's weights; it needs --base copied.")
-        if self.source_unet != "none" and self.pipeline == "stock":
-            raise UserError("stock pipelines have no use for a source UNet; it needs --pipeline difftuning.")
-        if self.push is not None and not REPO.fullmatch(self.push):
-            raise UserError(f"push is {self.push!r}; expected a repository on the Hub, such as user/name.")
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else getattr(torch, self.dtype)
 
 
 def export(request: ExportRequest, overwrite: bool = False) -> Path:

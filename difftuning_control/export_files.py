@@ -23,9 +23,9 @@ from difftuning_control.runs import check_base
 from difftuning_control.source import save_difference
 
 if TYPE_CHECKING:
-    from difftuning_control.export import ExportRequest
     from difftuning_control.families.family import Family
     from difftuning_control.recipe import Recipe
+    from difftuning_control.requests import ExportRequest
 
 SOURCE_FILE = "source_difference.safetensors"
 PIPELINES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,10 +31,15 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(title_of_tensor(name, tensor.shape, tensor.dtype))
         if tensor.numel():
             found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def title_of_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> bytes:
+    """What stands before a tensor's bytes in a digest."""
+    return f"{name} {tuple(shape)} {dtype}".encode()
 
 
 def digest_of_module(module: nn.Module) -> str:
@@ -101,15 +106,5 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def write_checked(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Like `write_tensors`, with a digest of the tensors beside them."""
+    """Like `write_tensors`, with a digest of the tensors beside them, which `rows.open_checked` asks for."""
     write_tensors(path, tensors, {DIGEST: digest_of_tensors(tensors)})
-
-
-def read_checked(path: Path) -> dict[str, Tensor] | None:
-    """What `write_checked` wrote; None if it is absent, or a single bit of it has changed."""
-    tensors = read_tensors(path)
-    if tensors is None:
-        return None
-    with safe_open(path, "pt") as file:
-        digest = (file.metadata() or {}).get(DIGEST)
-    return tensors if digest == digest_of_tensors(tensors) else None

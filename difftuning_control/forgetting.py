@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.cache import PromptEmbeddings
     from difftuning_control.families.family import Family
+    from difftuning_control.rows import Rows
 
 SCHEDULE_BANDS = 10
 LEAST_ROWS = 4
@@ -128,7 +129,7 @@ class Part(NamedTuple):
     """Rows before their conditioning is looked up: latents (N, C, h, w) in the denoiser's scale, their prompts, and the
     sizes (N, 6) of `Framing.sizes` where the family takes them and they are not the plain ones."""
 
-    latents: Tensor
+    latents: Tensor | Rows
     prompts: list[str]
     sizes: Tensor | None = None
 

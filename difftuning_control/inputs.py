@@ -230,7 +230,7 @@ def _bank_of_pictures(
     )  # fmt: skip
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
-    latents, captions = family.scale_latents(moments.mean[:, 0]), [e.caption for e in pictures.examples]
+    latents, captions = moments.first_views(family.scale_latents), [e.caption for e in pictures.examples]
     sizes = sizes_of(family, pictures, Framing(resolution))
     return KnowledgeBank.from_latents(
         latents, captions, str(path), pictures.fingerprint, sizes[:, 0] if sizes is not None else None
@@ -255,7 +255,7 @@ def encoded(
     if not prompts:
         return Part(torch.empty(0), [])
     framing = Framing(resolution)
-    latents = family.scale_latents(cached_moments(family, data, framing, cache, advance, share=share).mean[:, 0])
+    latents = cached_moments(family, data, framing, cache, advance, share=share).first_views(family.scale_latents)
     sizes = sizes_of(family, data, framing)
     return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
 
@@ -356,14 +356,7 @@ def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBa
         return bank, bank
     kept = max(1, min(size, len(bank) // 5))
     cut = len(bank) - kept
-
-    def part(rows: slice) -> KnowledgeBank:
-        sizes = bank.sizes[rows] if bank.sizes is not None else None
-        return KnowledgeBank(
-            bank.latents[rows], bank.prompts[rows], bank.seeds[rows], bank.manifest, bank.folder, sizes
-        )
-
-    return part(slice(0, cut)), part(slice(cut, None))
+    return bank.part(0, cut), bank.part(cut, kept)
 
 
 def _validator(
@@ -377,5 +370,5 @@ def _validator(
     conditioning = embeddings.rows(part.prompts) | more
     if part.sizes is not None:
         conditioning["sizes"] = part.sizes
-    batch = LatentBatch(part.latents, conditioning, torch.full((len(part.latents),), retention))
+    batch = LatentBatch(part.latents[:], conditioning, torch.full((len(part.latents),), retention))
     return BandValidator(family, objective, batch)

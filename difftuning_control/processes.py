@@ -20,7 +20,8 @@ from torch import Tensor
 
 from difftuning_control.durable import alone, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.fingerprint import read_checked, read_tensors, write_checked
+from difftuning_control.fingerprint import write_checked
+from difftuning_control.rows import Files, StoredFile, open_checked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,41 +61,45 @@ def files_together(
     make: Callable[[int], dict[str, Tensor]],
     share: Share,
     advance: Callable[[int], object] = lambda number: None,
-) -> list[dict[str, Tensor]]:
-    """The tensors of every file; each one that is not there, or is damaged, is made by one process.
+    lead: int = 1,
+) -> Files:
+    """The files; each one that is not there, or is damaged, is made by one process.
 
     Args:
         make: from a file's number to its tensors; it waits for no other process, since it runs under the file's lock.
         advance: told of the number of each file that this process did not make.
+        lead: how many leading dimensions of the tensors can be read one by one.
     """
 
-    def tensors_of(number: int) -> dict[str, Tensor]:
-        return kept(paths[number], partial(make, number), partial(advance, number))
+    def file_of(number: int) -> StoredFile:
+        return kept(paths[number], partial(make, number), partial(advance, number), lead)
 
-    found = {number: tensors_of(number) for number in share.numbers(len(paths))}
+    found = {number: file_of(number) for number in share.numbers(len(paths))}
     share.wait()  # with no lock held
     # where the others' files are not seen, they are made again
-    return [found[number] if number in found else tensors_of(number) for number in range(len(paths))]
+    return Files([found[number] if number in found else file_of(number) for number in range(len(paths))])
 
 
-def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object]) -> dict[str, Tensor]:
-    """The tensors of a file of the cache, made anew where it is absent or damaged.
+def kept(
+    path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object], lead: int = 1
+) -> StoredFile:  # fmt: skip
+    """A file of the cache, made anew where it is absent or damaged.
 
     Of several jobs on a machine that share a cache one makes it, and the others wait. `there()` is called where it was
     not made.
     """
-    tensors = read_checked(path)
-    if tensors is None:
+    found = open_checked(path, lead)
+    if found is None:
         with alone(path):
-            tensors = read_checked(path)  # perhaps the job that we waited for has made it
-            if tensors is None:
+            found = open_checked(path, lead)  # perhaps the job that we waited for has made it
+            if found is None:
                 sweep(path.parent, path.name + "*")
                 write_checked(path, make())
-                tensors = read_tensors(path)
-                assert tensors is not None
-                return tensors
+                found = open_checked(path, lead)
+                assert found is not None
+                return found
     there()
-    return tensors
+    return found
 
 
 @contextmanager

@@ -7,12 +7,14 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.outside import from_json, read_text
 from difftuning_control.recipe_inputs import MAX_SEED
-from difftuning_control.schedules import Schedule, schedule_from_dict
+
+if TYPE_CHECKING:
+    from difftuning_control.schedules import Schedule
 
 GATES = ("kid", "retention_loss", "fidelity", "memorisation")
 DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
@@ -56,6 +58,8 @@ class ScheduleConfig:
         Raises:
             UserError: if a value is out of its range or the measured file cannot be read.
         """
+        from difftuning_control.schedules import schedule_from_dict
+
         try:
             if self.kind == "measured":
                 assert self.path is not None

@@ -289,7 +289,7 @@ def _auto_schedule(
         target = encoded(family, chosen, inputs.resolution, cache, lambda count: None)
     else:
         sizes = targets.sizes[:, 0] if targets.sizes is not None else None
-        target = Part(family.scale_latents(targets.moments.mean[:, 0]), targets.captions, sizes)
+        target = Part(targets.moments.first_views(family.scale_latents), targets.captions, sizes)
     measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
     return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 

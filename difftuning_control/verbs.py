@@ -24,12 +24,11 @@ from difftuning_control.commands import (
     only,
 )
 from difftuning_control.errors import ChangedError, UserError
-from difftuning_control.export import ExportRequest
 from difftuning_control.recipe import MAX_SEED, Recipe
+from difftuning_control.requests import ExportRequest, VerifyRequest
 from difftuning_control.run_list import RunsRequest
 from difftuning_control.studies import Evaluation
 from difftuning_control.terminal import say
-from difftuning_control.verify import VerifyRequest
 
 
 def run_train(command: TrainCommand) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,41 +21,15 @@ from difftuning_control.manifest import HELD_OUT, INPUTS, digest_of_text, files_
 from difftuning_control.outside import BYTES_PER_PIXEL
 from difftuning_control.progress import progress
 from difftuning_control.provenance import is_hub_id
+from difftuning_control.requests import VerifyRequest
 from difftuning_control.runs import finished_run, recipe_of
 from difftuning_control.words import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.recipe import DataConfig, Recipe
 
-PARTS = ("record", "audit", "outputs", "base", "controlnet", "schedule", "data", "validation", "bank")
 SHOWN = 20  # findings of a part that are printed
 EARLIER = "the run is of an earlier version, which wrote down no hashes of it"
-
-
-@dataclass(frozen=True)
-class VerifyRequest:
-    """Check that all that a run was made of, and all that it left, is still what it was: difftune verify RUN.
-
-    Args:
-        run: folder of a finished run.
-        head: a hash of the audit's chain that was kept elsewhere; the chain must still have it.
-        skip: parts to leave out: base, controlnet, schedule, data, validation, bank.
-        strict: what cannot be checked, or is left out, counts as changed.
-        json: print the result as JSON.
-    """
-
-    run: str
-    head: str | None = None
-    skip: list[str] = field(default_factory=list)
-    strict: bool = False
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        if self.head is not None and re.fullmatch(r"[0-9a-f]{64}", self.head) is None:
-            raise UserError(f"head is {harmless(self.head)!r}; expected the 64 hexadecimal digits of a line's hash.")
-        strange = [name for name in self.skip if name not in PARTS[3:]]
-        if strange:
-            raise UserError(f"skip names {harmless(strange[0])!r}; expected any of {', '.join(PARTS[3:])}.")
 
 
 @dataclass

@@ -16,6 +16,11 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def in_memory(embeddings) -> dict[str, torch.Tensor]:
+    """All rows of prompt embeddings."""
+    return {name: rows[:] for name, rows in embeddings.tensors.items()}
+
+
 def tiny_tokenizer(length: int = 16):
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer

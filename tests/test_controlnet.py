@@ -724,7 +724,7 @@ def test_a_target_row_has_the_condition_of_its_own_view_and_a_bank_row_that_of_i
     source, control = loop.source, loop.inputs.control
     assert control.blank == []
     conditioner, names = control.conditioner, source.targets.names
-    decoded = to_images(loop.family.decode(source.bank.latents))
+    decoded = to_images(loop.family.decode(source.bank.latents[:]))
     views = set()
     for step in range(5):
         batch = source.rows(step).batch

@@ -17,10 +17,11 @@ from difftuning_control.audit import read_audit
 from difftuning_control.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.cli import main
 from difftuning_control.durable import is_empty
-from difftuning_control.fingerprint import read_checked, write_checked, write_tensors, write_text
+from difftuning_control.fingerprint import write_checked, write_tensors, write_text
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.processes import kept
 from difftuning_control.provenance import OutputFolder, write_recipe
+from difftuning_control.rows import Files, open_checked
 from difftuning_control.trainer import train
 
 
@@ -39,11 +40,11 @@ def test_any_flipped_bit_of_a_cached_file_is_noticed(tmp_path):
     path, tensors = tmp_path / "x", {"a": torch.arange(7.0), "b": torch.ones(2, 3, dtype=torch.uint8)}
     write_checked(path, tensors)
     whole = path.read_bytes()
-    assert read_checked(path).keys() == tensors.keys()
+    assert open_checked(path).entries.keys() == tensors.keys()
     for place in range(8, len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        found = read_checked(path)
-        assert found is None or all(torch.equal(found[k], tensors[k]) for k in tensors)
+        found = open_checked(path)
+        assert found is None or all(torch.equal(Files([found]).rows(k)[:], tensors[k]) for k in tensors)
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\x01")])
@@ -55,7 +56,7 @@ def test_a_cached_file_that_is_gone_or_damaged_is_made_again_and_only_then(tmp_p
         return {"a": torch.zeros(5)}
 
     def ask():
-        return kept(tmp_path / "x", make, lambda: there.append(1))["a"]
+        return Files([kept(tmp_path / "x", make, lambda: there.append(1))]).rows("a")[:]
 
     assert torch.equal(ask(), torch.zeros(5))
     assert torch.equal(ask(), torch.zeros(5))

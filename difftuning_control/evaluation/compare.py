@@ -23,13 +23,14 @@ from difftuning_control.domain_sampling import check_domain_method, domain_guide
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
     MOST,
+    MOST_REAL,
     Sampling,
     build_reference,
     check_held_out,
     decoded,
     figures,
+    reconstructed,
     summarise,
-    through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
@@ -91,6 +92,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
             raise UserError(f"{run} was tuned in another label space than {request.runs[0]}; evaluate them apart.")
     check_held_out(real)
+    real = real.sample(MOST_REAL)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
     if bank is None and request.source is None:
         raise UserError(
@@ -98,12 +100,11 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
         )
     if request.source is not None:
-        old = through_autoencoder(
-            family, load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels), resolution
-        )
+        pictures = load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels)
+        old = reconstructed(family, features, pictures.sample(MOST), resolution)
     else:
         assert bank is not None
-        old = decoded(family, bank.latents[:MOST])
+        old = features(decoded(family, bank.latents[:MOST]))
     chosen = real.sample(request.pictures)
     with progress(3, f"{features.name} features of real pictures"):
         reference = build_reference(

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 LEAST_PICTURES = 5
-MOST = 256  # real pictures, and samples of the base, that quality is judged against
+MOST = 256  # samples of the base, or pictures that stand for them, that quality is judged against; in studies also real
+MOST_REAL = 1000  # real pictures in an evaluation, as many as KID compares at once
+FEW = 64  # pictures in memory; a multiple of the batches of autoencoder and features
 LEAST_REAL = 6  # density looks at each one's five nearest
 
 
@@ -97,6 +99,14 @@ def through_autoencoder(family: Family, data: ImageData, resolution: int, batch_
     return found
 
 
+def reconstructed(family: Family, features: Features, data: ImageData, resolution: int) -> Tensor:
+    """Features of real pictures that went through the autoencoder, (N, D); a few pictures are in memory at a time."""
+    parts = [
+        ImageData(data.source, data.examples[start : start + FEW]) for start in range(0, len(data), FEW)
+    ]  # fmt: skip
+    return torch.cat([features(through_autoencoder(family, part, resolution)) for part in parts])
+
+
 def decoded(family: Family, latents: Tensor, batch_size: int = 16) -> list[Image.Image]:
     """Pictures of latents (N, C, h, w) in the denoiser's scale."""
     return [picture for part in latents.split(batch_size) for picture in to_images(family.decode(part))]
@@ -121,14 +131,14 @@ def build_reference(
     *,
     real: ImageData,
     training: ImageData,
-    source: Sequence[Image.Image],
+    source: Tensor,
     resolution: int,
 ) -> Reference:
     """Features of all that an evaluation compares with.
 
     Args:
         real, training: of the new domain; they pass through the autoencoder.
-        source: pictures of the old domain as the model draws or decodes them.
+        source: features of pictures of the old domain as the model draws or decodes them.
 
     Raises:
         UserError: with fewer than 6 real or 5 source pictures.
@@ -136,19 +146,19 @@ def build_reference(
     check_held_out(real)
     if len(source) < LEAST_PICTURES:
         raise UserError(f"an evaluation needs at least {LEAST_PICTURES} source pictures; there are {len(source)}.")
-    found = features(through_autoencoder(family, real, resolution))
+    found = reconstructed(family, features, real, resolution)
     counterparts = {example.caption: row for example, row in zip(real.examples, found)}
     if len(counterparts) < len(real):  # captions are no names here, so no picture is the true one of its caption
         counterparts = {}
-    trained = features(through_autoencoder(family, training, resolution))
-    return Reference(features, found, features(source), trained, counterparts)
+    trained = reconstructed(family, features, training, resolution)
+    return Reference(features, found, source, trained, counterparts)
 
 
 def reference_of(family: Family, features: Features, found: Materials) -> Reference:
     """The reference of a study: its held-out pictures, and its decoded bank for the old domain."""
     return build_reference(
         family, features, real=found.held_out.sample(MOST), training=found.data,
-        source=decoded(family, found.bank.latents[:MOST]), resolution=found.resolution,
+        source=features(decoded(family, found.bank.latents[:MOST])), resolution=found.resolution,
     )  # fmt: skip
 
 

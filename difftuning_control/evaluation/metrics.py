@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 
+BLOCK = 1024  # rows that are compared at once
+
 
 def _need(features: Tensor, least: int, metric: str, what: str) -> Tensor:
     if features.ndim != 2:
@@ -176,8 +178,9 @@ def pair_similarity(generated: Tensor, truth: Tensor) -> float:
 
 def memorisation(generated: Tensor, training: Tensor) -> float:
     """Mean cosine of each generated picture to the nearest training picture, −1 to 1; near 1 it is copied."""
-    generated, training = _need(generated, 1, "memorisation", "generated"), _need(training, 1, "memorisation", "train")
-    return float(_cosine(generated, training).amax(1).mean())
+    generated = _need(generated, 1, "memorisation", "generated")
+    parts = (_need(part, 1, "memorisation", "train") for part in training.split(BLOCK))  # there may be very many
+    return float(torch.stack([_cosine(generated, part).amax(1) for part in parts]).amax(0).mean())
 
 
 def diversity(generated: Tensor, prompts: Sequence[str]) -> float | None:

@@ -79,6 +79,7 @@ class Family(ABC):
         self.encodes_in_step = False
         self.offload = False  # whether the text encoders stay on the CPU but for the while of `encoding`
         self._known: dict[str, dict[str, Tensor]] = {}
+        self._remembered: list[PromptEmbeddings] = []
         for name, module in self.modules.items():
             if name != "denoiser":
                 module.requires_grad_(False).eval()
@@ -327,8 +328,16 @@ class Family(ABC):
     def remember(self, embeddings: PromptEmbeddings) -> None:
         """Keep what prompts are encoded as, where `offload` makes encoding them again expensive."""
         if self.offload:
-            for prompt in embeddings.index:
-                self._known[prompt] = {name: tensor[0] for name, tensor in embeddings.rows([prompt]).items()}
+            self._remembered.append(embeddings)
+
+    def _remember(self, prompt: str) -> bool:
+        """Whether it is known what a prompt is encoded as; of the cached ones it is read."""
+        if prompt not in self._known:
+            found = next((e for e in self._remembered if prompt in e.index), None)
+            if found is None:
+                return False
+            self._known[prompt] = {name: tensor[0] for name, tensor in found.rows([prompt]).items()}
+        return True
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """What the stock pipeline is given for these prompts; with `offload` it is their embeddings."""
@@ -336,7 +345,7 @@ class Family(ABC):
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Embeddings of the prompts, and of the empty one for guidance, by the names of the pipeline's call."""
-        fresh = [p for p in dict.fromkeys([*prompts, ""]) if p not in self._known]
+        fresh = [p for p in dict.fromkeys([*prompts, ""]) if not self._remember(p)]
         if fresh:
             with self.encoding():
                 found = {name: tensor.cpu() for name, tensor in self.encode_prompts(fresh).items()}

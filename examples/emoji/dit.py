@@ -64,7 +64,7 @@ def source_pictures(work: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
     with progress(size, "pictures of the embedded model") as advance:
         bank = KnowledgeBank.build(load_family("embedded"), work / "source", request, batch_size=64, advance=advance)
     classes = sorted(set(prompts.values()))
-    return bank.latents, torch.tensor([classes.index(prompts[prompt]) for prompt in bank.prompts]), classes
+    return bank.latents[:], torch.tensor([classes.index(prompts[prompt]) for prompt in bank.prompts]), classes
 
 
 def new_dit(channels: int, width: int, layers: int) -> DiTTransformer2DModel:

@@ -1,0 +1,94 @@
+"""What `difftune export` and `difftune verify` are asked for, apart from how they do it: reading a command is cheap."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from difftuning_control.errors import UserError
+from difftuning_control.words import harmless
+
+if TYPE_CHECKING:
+    import torch
+
+REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
+PARTS = ("record", "audit", "outputs", "base", "controlnet", "schedule", "data", "validation", "bank")
+
+
+@dataclass
+class ExportRequest:
+    """What is exported, as what, and where to.
+
+    Args:
+        run: folder of a finished run.
+        to: folder of the export.
+        format: diffusers, or one LoRA file for kohya or comfyui.
+        base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
+        adapter: separate keeps the LoRA in its own file; fused adds it to the weights.
+        pipeline: difftuning lets diffusers find our class (with trust_remote_code); stock needs nothing of ours.
+        source_unet: what goes along of the base of fully tuned weights, for Domain Guidance: none, the whole denoiser
+            (of a transformer, as source_transformer), or its difference to the tuned one.
+        dtype: float32, float16 or bfloat16, of what is written; as it lies when empty. Fused into a base in half
+            precision a LoRA is rounded to it.
+        evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
+        push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
+        despite_gates: export a run that fails its gates, or was not judged by them; the card says so.
+    """
+
+    run: str
+    to: str
+    format: Literal["diffusers", "kohya", "comfyui"] = "diffusers"
+    base: Literal["copied", "referenced"] = "copied"
+    adapter: Literal["separate", "fused"] = "separate"
+    pipeline: Literal["difftuning", "stock"] = "difftuning"
+    source_unet: Literal["none", "whole", "difference"] = "none"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    evaluation: str | None = None
+    push: str | None = None
+    despite_gates: bool = False
+
+    def __post_init__(self) -> None:
+        chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
+        given = [f"--{name} {value}" for name, value in chosen.items() if getattr(self, name) == value]
+        given += [f"--source_unet {self.source_unet}"] if self.source_unet != "none" else []
+        if self.format != "diffusers" and given:
+            raise UserError(f"--format {self.format} writes one LoRA file; leave out {' and '.join(given)}.")
+        if self.adapter == "fused" and self.base == "referenced":
+            raise UserError("--adapter fused changes the base's weights; it needs --base copied.")
+        if self.source_unet != "none" and self.pipeline == "stock":
+            raise UserError("stock pipelines have no use for a source UNet; it needs --pipeline difftuning.")
+        if self.push is not None and not REPO.fullmatch(self.push):
+            raise UserError(f"push is {self.push!r}; expected a repository on the Hub, such as user/name.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Check that all that a run was made of, and all that it left, is still what it was: difftune verify RUN.
+
+    Args:
+        run: folder of a finished run.
+        head: a hash of the audit's chain that was kept elsewhere; the chain must still have it.
+        skip: parts to leave out: base, controlnet, schedule, data, validation, bank.
+        strict: what cannot be checked, or is left out, counts as changed.
+        json: print the result as JSON.
+    """
+
+    run: str
+    head: str | None = None
+    skip: list[str] = field(default_factory=list)
+    strict: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head is not None and re.fullmatch(r"[0-9a-f]{64}", self.head) is None:
+            raise UserError(f"head is {harmless(self.head)!r}; expected the 64 hexadecimal digits of a line's hash.")
+        strange = [name for name in self.skip if name not in PARTS[3:]]
+        if strange:
+            raise UserError(f"skip names {harmless(strange[0])!r}; expected any of {', '.join(PARTS[3:])}.")
