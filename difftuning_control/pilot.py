@@ -42,7 +42,14 @@ from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
 from difftuning_control.pilot_judge import judge_of
-from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
+from difftuning_control.provenance import (
+    deciding_settings,
+    describe_device,
+    read_run,
+    refuse_file,
+    refuse_read_only,
+    versions,
+)
 from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
@@ -429,7 +436,9 @@ def pilot(
 
     output = Path(recipe.output)
     marker, identity = output / MARKER, _identity(recipe, config)
-    if output.exists() and (output.is_file() or not is_empty(output)):
+    refuse_file(output)
+    refuse_read_only(output)
+    if output.exists() and not is_empty(output):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
         if _marker(output)["identity"] != identity and not overwrite:
