@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         except GatesFailedError as error:
             sys.exit(_fail(error, str(error), 4))
         except OSError as error:  # no space, no permission, a file where a folder should be
-            place, reason = error.filename or "a file", error.strerror or error
+            place, reason = error.filename2 or error.filename or "a file", error.strerror or error
             said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
             sys.exit(_fail(error, said, 2))
         except KeyboardInterrupt as error:
