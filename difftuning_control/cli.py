@@ -11,7 +11,7 @@ from difftuning_control import audit
 from difftuning_control.command_line import PROGRAM, parse
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.signals import Interrupted, watched
-from difftuning_control.terminal import Record, shown
+from difftuning_control.terminal import Record, crashed, shown
 from difftuning_control.verbs import RUNNERS
 
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     logging.setLogRecordFactory(Record)
+    sys.excepthook = crashed
     with watched():
         try:
             _run(arguments)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,22 @@ def test_an_audit_line_has_no_key_and_the_chain_is_whole(tmp_path):
     assert [s for s in [*keys, "canarypw", "abc-of-the-header", "abc-of-the-option"] if s in text] == []
     assert HIDDEN in text
     assert read_audit(tmp_path).faults == []
+
+
+def test_a_crash_shows_no_key_and_commands_no_terminal(monkeypatch, capsys):
+    def crash(command: object) -> None:
+        raise RuntimeError(f"\x1b[2J {' '.join(LOOSE.values())}")
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setitem(main.__globals__["RUNNERS"], "bank", crash)
+    with pytest.raises(RuntimeError) as crashed:
+        main(["bank"])
+    sys.excepthook(crashed.type, crashed.value, crashed.tb)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert "\nRuntimeError: " in said
+    assert [key for key in LOOSE.values() if key in said] == []
+    assert "\x1b" not in said
 
 
 @pytest.fixture(scope="module")
