@@ -31,22 +31,14 @@ from typing import Any, BinaryIO
 
 from difftuning_control.durable import AUDIT, sync_folder
 from difftuning_control.errors import UserError
+from difftuning_control.outside import HIDDEN, SECRET_NAME, without_secrets
 
 FILE = AUDIT
 FIRST = "0" * 64
 WHO = "DIFFTUNE_AUDIT_WHO"  # environment variable: who is named, or nobody where it is empty
 COMMAND: ContextVar[list[str] | None] = ContextVar("command", default=None)  # the words of the command that runs
 HASH = re.compile(rb', "hash": "([0-9a-f]{64})"\}$')
-HIDDEN = "***"
-NAMED = r"[\w.-]*(?:token|secret|passw\w*|api[_-]?key|credential\w*|authorization)"
-SECRETS = (
-    re.compile(r"\b(?:hf_|api_org_|gh[opsu]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[\w-]{8,}"),
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # of an address: the user and the password
-    re.compile(r"\b[0-9a-f]{40}\b"),  # a key of wandb
-    re.compile(r"(?i)(?<=bearer )\S+"),
-)
-VALUE = re.compile(rf"(?i)({NAMED}[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,}}]+)")
-OPTION = re.compile(rf"(?i)--{NAMED}")
+OPTION = re.compile(rf"(?i)--{SECRET_NAME}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ def how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
     if error is None:
         return "done", None
     if isinstance(error, Exception):
-        return "failed", redacted(" ".join(str(error).split()) or type(error).__name__)
+        return "failed", without_secrets(" ".join(str(error).split()) or type(error).__name__)
     return "interrupted", None
 
 
@@ -266,17 +258,7 @@ def command() -> str:
 def redacted_words(words: Sequence[str]) -> list[str]:
     """Words of a command line without secrets, the one after `--….token` among them."""
     after = [False, *(OPTION.fullmatch(word) is not None for word in words[:-1])]
-    return [HIDDEN if hide else redacted(word) for word, hide in zip(words, after)]
-
-
-def redacted(text: str) -> str:
-    """A text without what looks like a token, a key or a password, or is one in an environment variable."""
-    for name, value in os.environ.items():
-        if re.fullmatch(NAMED + r"\w*", name, re.IGNORECASE) and len(value) >= 8:
-            text = text.replace(value, HIDDEN)
-    for pattern in SECRETS:
-        text = pattern.sub(HIDDEN, text)
-    return VALUE.sub(rf"\g<1>{HIDDEN}", text)
+    return [HIDDEN if hide else without_secrets(word) for word, hide in zip(words, after)]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -163,6 +163,8 @@ class KnowledgeBank:
             advance(request.size)
             return bank
         partial = folder.with_name(f".{folder.name}.{digest_of(identity)}.partial")
+        if folder.exists() and any(folder.glob("bank-*.safetensors")):
+            raise UserError(f"{folder} holds a bank without its manifest.json; delete it to build it again.")
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no bank; choose another folder for the bank.")
         with alone(folder) if process_index == 0 else nullcontext():
@@ -196,7 +198,9 @@ class KnowledgeBank:
                 raise ValueError("a shard that lies elsewhere")
             damaged = DIGEST in manifest and manifest[DIGEST] != _digest_of_manifest(manifest)
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{folder} holds no complete bank (no readable manifest.json); build it again.") from None
+            raise UserError(
+                f"{folder} holds no complete bank (no readable manifest.json); delete it to build it again."
+            ) from None
         if damaged:
             raise UserError(f"{folder}/manifest.json is damaged; delete the bank {folder} and build it again.")
         if base is not None:

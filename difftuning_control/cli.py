@@ -13,7 +13,7 @@ from difftuning_control import audit
 from difftuning_control.command_line import PROGRAM, parse
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.signals import Interrupted, watched
-from difftuning_control.terminal import Record, shown
+from difftuning_control.terminal import Record, crashed, shown
 from difftuning_control.verbs import RUNNERS
 
 TRAINER = "difftuning_control.trainer"
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
     logging.setLogRecordFactory(Record)
+    sys.excepthook = crashed
     with watched():
         try:
             _run(arguments)
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         except GatesFailedError as error:
             sys.exit(_fail(error, str(error), 4))
         except OSError as error:  # no space, no permission, a file where a folder should be
-            place, reason = error.filename or "a file", error.strerror or error
+            place, reason = error.filename2 or error.filename or "a file", error.strerror or error
             said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
             sys.exit(_fail(error, said, 2))
         except KeyboardInterrupt as error:

@@ -23,7 +23,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
 from difftuning_control.export_files import write_parts
 from difftuning_control.families import quiet_loading
-from difftuning_control.fingerprint import write_json, write_text
+from difftuning_control.fingerprint import named_errors, write_json, write_text
 from difftuning_control.gates import check_passed
 from difftuning_control.provenance import base_name, check_folder, versions
 from difftuning_control.requests import ExportRequest
@@ -60,7 +60,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
         _check_hub()
     figures = [] if request.evaluation is None else evaluation_lines(request.evaluation, request.run, record)
     target = Path(request.to)
-    with _taking_the_place_of(target) as folder, quiet_loading():
+    with _taking_the_place_of(target) as folder, named_errors(target), quiet_loading():
         parts = write_parts(request, record, recipe, folder)
         write_text(folder / "README.md", export_card(request, recipe, record, parts, figures))
         _write_marker(request, record, recipe, parts, folder)

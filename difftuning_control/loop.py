@@ -30,7 +30,7 @@ from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.durable import discard, place, sync
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
-from difftuning_control.fingerprint import write_json, write_text
+from difftuning_control.fingerprint import named_errors, write_json, write_text
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.outside import without_secrets
@@ -423,7 +423,12 @@ class TrainingLoop:
         with self._averaged_weights(), self._whole_weights():
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-                self.tuning.save(partial)
+                try:
+                    with named_errors(self.output / self.tuning.result):
+                        self.tuning.save(partial)
+                except OSError:  # what fits on no disk takes no room on it
+                    shutil.rmtree(partial, ignore_errors=True)
+                    raise
         return partial
 
     def _keep(self, step: int) -> None:

@@ -40,9 +40,17 @@ from difftuning_control.families import best_device
 from difftuning_control.fidelity import main_figure
 from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.inputs import read_data, resolution_of
+from difftuning_control.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
 from difftuning_control.pilot_judge import judge_of
-from difftuning_control.provenance import deciding_settings, describe_device, read_run, versions
+from difftuning_control.provenance import (
+    deciding_settings,
+    describe_device,
+    read_run,
+    refuse_file,
+    refuse_read_only,
+    versions,
+)
 from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
@@ -53,7 +61,6 @@ if TYPE_CHECKING:
 
 PRIMARY = "kid"
 SHOWN = 8
-MARKER = "pilot-settings.json"
 BUDGET, ALLOWED = "difftuning_budget", 0.1
 
 
@@ -167,7 +174,7 @@ class Pilot:
             "pictures": {"prompts": self.judge.final.prompts[:SHOWN], "rows": pictures + self._shown(sides)},
             "budget": self._budget(sides),
         }
-        write_json(self.output / "pilot.json", result)
+        write_json(self.output / RESULT, result | manifest_of(self.output))
         return result
 
     def _settings(self) -> dict[str, Any]:
@@ -190,7 +197,7 @@ class Pilot:
                 f"the data, the bank or the base have changed since the pilot in {self.output} began; start afresh "
                 "with --overwrite, or choose another --output."
             )
-        write_json(self.output / MARKER, marker)
+        write_json(self.output / SETTINGS, marker)
 
     def _spent(self) -> float:
         """Seconds of this and of all earlier sessions of the pilot; the clock starts anew."""
@@ -198,7 +205,7 @@ class Pilot:
         now = time.time()
         marker["seconds"] = marker.get("seconds", 0.0) + now - self.clock
         self.clock = now
-        write_json(self.output / MARKER, marker)
+        write_json(self.output / SETTINGS, marker)
         return marker["seconds"]
 
     def _analyze(self, found: Materials) -> dict[str, Any]:
@@ -279,6 +286,8 @@ class Pilot:
             if guided:
                 guided.append(self._guided(name, chosen, seed, guided[0]["scales"]))
             self._drop_weights(self._recipe(name, chosen, seed))
+        for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
+            settle(Path(self._recipe(name, rate, seed).output))
         search = [
             {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
             | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
@@ -403,7 +412,7 @@ def _identity(recipe: Recipe, config: PilotConfig) -> str:
 
 
 def _marker(output: Path) -> dict[str, Any]:
-    path = output / MARKER
+    path = output / SETTINGS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -428,8 +437,10 @@ def pilot(
     from difftuning_control.report import write_pilot_report
 
     output = Path(recipe.output)
-    marker, identity = output / MARKER, _identity(recipe, config)
-    if output.exists() and (output.is_file() or not is_empty(output)):
+    marker, identity = output / SETTINGS, _identity(recipe, config)
+    refuse_file(output)
+    refuse_read_only(output)
+    if output.exists() and not is_empty(output):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
         if _marker(output)["identity"] != identity and not overwrite:
@@ -446,5 +457,5 @@ def pilot(
         session.begin()
         result = job.run()
         tell(f"report: {write_pilot_report(result, output, language)}")
-        session.artefacts = {name: digest_of_file(output / name) for name in ("pilot.json", "report.html")}
+        session.artefacts = {name: digest_of_file(output / name) for name in VOUCHED}
     return result

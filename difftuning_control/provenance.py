@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import tempfile
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -107,6 +108,17 @@ def refuse_file(output: Path) -> None:
         raise UserError(f"the output {output} is a file or lies below one; name a folder.")
 
 
+def refuse_read_only(output: Path) -> None:
+    """A UserError where nothing can be written in the output: before the work, not after it. It leaves nothing."""
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        said = f"the output {output} cannot be written ({error.strerror})"
+        raise UserError(f"{said}; mend that, or choose another folder.") from None
+
+
 def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:
     """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
 
@@ -115,10 +127,11 @@ def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "
         option: which names the folder.
 
     Raises:
-        UserError: in these cases.
+        UserError: in these cases, and if nothing can be written there.
     """
     folder = Path(path)
     refuse_file(folder)
+    refuse_read_only(folder)
     if not folder.exists() or is_empty(folder):
         return
     if not (folder / marker).exists():
@@ -131,12 +144,13 @@ class OutputFolder:
     """An output folder that one run writes into; its lock goes when the process does.
 
     Raises:
-        UserError: if another run is writing there, or the folder holds something and is neither to be resumed nor to
-            be overwritten.
+        UserError: if another run is writing there, nothing can be written, or the folder holds something and is neither
+            to be resumed nor to be overwritten.
     """
 
     def __init__(self, path: Path, resume: bool, overwrite: bool):
         refuse_file(path)
+        refuse_read_only(path)
         self.path, self._created = path, [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")

@@ -73,7 +73,7 @@ class VerifyRequest:
     """Check that all that a run was made of, and all that it left, is still what it was: difftune verify RUN.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run, or of a finished pilot.
         head: a hash of the audit's chain that was kept elsewhere; the chain must still have it.
         skip: parts to leave out: base, controlnet, schedule, data, validation, bank.
         strict: what cannot be checked, or is left out, counts as changed.

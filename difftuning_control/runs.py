@@ -85,6 +85,10 @@ def check_outputs(record: dict[str, Any], run: str | Path) -> None:
     """
     for name, digest in record["outputs"].items():
         path = Path(run) / name
+        if name in record.get("discarded", ()):
+            raise UserError(
+                f"{path} was judged by a pilot, which keeps whole models of its first seed only; give such a run."
+            )
         if not path.is_file() or digest_of_file(path) != digest:
             found = "has changed" if path.is_file() else "is missing"
             raise UserError(f"{path} {found} since the run; train it anew, or give another run.")

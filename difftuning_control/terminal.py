@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
+from types import TracebackType
 
 from difftuning_control.outside import without_secrets
 from difftuning_control.words import harmless
@@ -16,6 +19,11 @@ def say(text: str) -> None:
 def shown(text: str) -> str:
     """The text line by line without control characters and secrets."""
     return "\n".join(harmless(line) for line in without_secrets(text).split("\n"))
+
+
+def crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nobody expected, as `sys.excepthook`."""
+    print(shown("".join(traceback.format_exception(kind, error, trace)).rstrip()), file=sys.stderr)
 
 
 class Record(logging.LogRecord):

@@ -183,7 +183,7 @@ def test_a_session_has_a_line_for_its_beginning_and_one_for_its_end(tmp_path):
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (RuntimeError("the loss\nis hf_abcdefghijk"), ("failed", "the loss is ***")),
+        (RuntimeError("the loss\nis hf_abcdefghijk"), ("failed", "the loss is (secret)")),
         (UserError("no."), ("failed", "no.")),
         (KeyboardInterrupt(), ("interrupted", None)),
         (SystemExit(143), ("interrupted", None)),
@@ -254,15 +254,15 @@ def test_who_is_the_user_and_host_unless_the_environment_says_otherwise(monkeypa
     ("words", "expected"),
     [
         (["train", "--data.path", "my pictures"], ["train", "--data.path", "my pictures"]),
-        (["--hub.token", "abc", "x"], ["--hub.token", "***", "x"]),
-        (["--hub.token=abc"], ["--hub.token=***"]),
-        (["--hub", "{api_key: abc, b: 1}"], ["--hub", "{api_key: ***, b: 1}"]),
-        (["https://me:pw@host/x"], ["https://***@host/x"]),
-        (["https://host/x?token=abc&a=1"], ["https://host/x?token=***&a=1"]),
-        (["hf_aBcDeFgHiJkL"], ["***"]),
-        (["x" + "0123456789" * 4, "0123456789" * 4], ["x" + "0123456789" * 4, "***"]),
+        (["--hub.token", "abc", "x"], ["--hub.token", "(secret)", "x"]),
+        (["--hub.token=abc"], ["--hub.token=(secret)"]),
+        (["--hub", "{api_key: abc, b: 1}"], ["--hub", "{api_key: (secret), b: 1}"]),
+        (["https://me:pw@host/x"], ["https://(secret)@host/x"]),
+        (["https://host/x?token=abc&a=1"], ["https://host/x?token=(secret)&a=1"]),
+        (["hf_aBcDeFgHiJkL"], ["(secret)"]),
+        (["x" + "0123456789" * 4, "0123456789" * 4], ["x" + "0123456789" * 4, "(secret)"]),
         (["--prompts", '["a token of love"]'], ["--prompts", '["a token of love"]']),
-        (["Authorization: Bearer abc"], ["Authorization: *** ***"]),
+        (["Authorization: Bearer abc"], ["Authorization: (secret)"]),
     ],
     ids=lambda v: " ".join(v),
 )
@@ -272,4 +272,4 @@ def test_secrets_are_left_out_and_nothing_else(words, expected):
 
 def test_the_value_of_a_secret_variable_is_left_out(monkeypatch):
     monkeypatch.setenv("MY_SECRET_THING", "correct horse")
-    assert redacted_words(["a correct horse!"]) == ["a ***!"]
+    assert redacted_words(["a correct horse!"]) == ["a (secret)!"]

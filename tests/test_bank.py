@@ -179,6 +179,14 @@ def test_a_complete_bank_is_loaded_instead_of_drawn(undisturbed, stored):
     assert (passes, advance.items) == ([], 7)
 
 
+def test_a_bank_without_its_manifest_is_refused_and_kept(undisturbed, stored):
+    (stored / "manifest.json").unlink()
+    before = sorted(p.name for p in stored.iterdir())
+    with pytest.raises(UserError, match=r"a bank without its manifest\.json; delete it"):
+        build(stored)
+    assert sorted(p.name for p in stored.iterdir()) == before
+
+
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_a_bank_of_another_base_is_refused(stored, component):
     pipe = tiny_pipeline()

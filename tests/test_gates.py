@@ -28,8 +28,9 @@ from difftuning_control.recipe import (
     Recipe,
     TuningConfig,
 )
+from difftuning_control.requests import VerifyRequest
 from difftuning_control.trainer import train
-from difftuning_control.verify import VerifyRequest, verify
+from difftuning_control.verify import verify
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)
 

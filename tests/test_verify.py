@@ -18,8 +18,9 @@ from difftuning_control.cli import main
 from difftuning_control.fingerprint import digest_of, write_json
 from difftuning_control.manifest import place_of, source_files
 from difftuning_control.recipe import BankConfig, ControlConfig, DataConfig, FidelityConfig, Recipe, TuningConfig
+from difftuning_control.requests import VerifyRequest
 from difftuning_control.trainer import train
-from difftuning_control.verify import VerifyRequest, table, verify
+from difftuning_control.verify import table, verify
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

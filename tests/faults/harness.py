@@ -112,25 +112,52 @@ class _Calls:
         sys.addaudithook(self.hook)
 
 
-def run(arguments: list[str], root: Path, moment: Moment | None = None) -> Outcome:
-    """`difftune` with these arguments in a fork of this process; changes below `root`/work count."""
-    log, said = root / "calls.log", root / "said.log"
+@dataclass(frozen=True)
+class Child:
+    """A command that runs in a fork of this process."""
+
+    number: int
+    begun: float
+    log: Path
+    said: Path
+
+    def kill_after(self, seconds: float, kind: signal.Signals) -> str:
+        """Send a signal after some seconds; gives the phase that it met."""
+        time.sleep(seconds)
+        os.kill(self.number, kind)  # of a child that has ended, a zombie takes it
+        return self.log.read_text().split("\n")[-2] if self.log.exists() and self.log.stat().st_size else "starting"
+
+    def end(self, struck: str = "") -> Outcome:
+        """Wait until it has ended."""
+        _, status = os.waitpid(self.number, 0)
+        seconds = time.monotonic() - self.begun
+        calls = self.log.read_text().splitlines() if self.log.exists() else []
+        said = self.said.read_text() if self.said.exists() else ""
+        return Outcome(os.waitstatus_to_exitcode(status), said, calls, seconds, struck)
+
+
+def start(arguments: list[str], root: Path, moment: Moment | None = None, name: str = "") -> Child:
+    """`difftune` with these arguments in a fork of this process; changes below `root`/work count.
+
+    Args:
+        name: tells the files beside `work` of children that run at once apart.
+    """
+    log, said = root / f"calls{name}.log", root / f"said{name}.log"
     for path in (log, said):
         path.unlink(missing_ok=True)
     begun = time.monotonic()
     child = os.fork()
     if child == 0:
         _be_the_command(arguments, root, log, said, moment)
-    struck = moment.phase if moment is not None else ""
-    if moment is not None and moment.call is None:
-        time.sleep(moment.seconds)
-        struck = log.read_text().split("\n")[-2] if log.exists() and log.stat().st_size else "starting"
-        os.kill(child, moment.kind)  # of a child that has ended, a zombie takes it
-    _, status = os.waitpid(child, 0)
-    seconds = time.monotonic() - begun
-    calls = log.read_text().splitlines() if log.exists() else []
-    code = os.waitstatus_to_exitcode(status)
-    return Outcome(code, said.read_text() if said.exists() else "", calls, seconds, struck)
+    return Child(child, begun, log, said)
+
+
+def run(arguments: list[str], root: Path, moment: Moment | None = None) -> Outcome:
+    """The same, and how it ended."""
+    child = start(arguments, root, moment)
+    if moment is None or moment.call is not None:
+        return child.end(moment.phase if moment is not None else "")
+    return child.end(child.kill_after(moment.seconds, moment.kind))
 
 
 def _be_the_command(arguments: list[str], root: Path, log: Path, said: Path, moment: Moment | None) -> None:

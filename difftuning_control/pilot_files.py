@@ -1,0 +1,78 @@
+"""What a pilot leaves in its folder and in those of its runs, and how that comes into records that can be verified."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.audit import Session, read_audit
+from difftuning_control.durable import AUDIT
+from difftuning_control.fingerprint import digest_of_file, write_json
+from difftuning_control.manifest import files_of_run
+from difftuning_control.provenance import read_run
+
+SETTINGS, RESULT, REPORT = "pilot-settings.json", "pilot.json", "report.html"
+VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing
+ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
+
+
+def settle(run: Path) -> None:
+    """Take into a run's record what the pilot added to its folder and took away, and have its audit vouch for that.
+
+    All else keeps the hash that the run gave it. A run that diverged has no such record.
+    """
+    record = read_run(run)
+    if record is None or record["status"] != "complete":
+        return
+    there = dict(files_of_run(run))
+    files = {n: h for n, h in record["files"].items() if n in there or not n.startswith("step-")}
+    files |= {n: digest_of_file(p) for n, p in there.items() if ADDED.fullmatch(n)}
+    now = record | {"files": files, "discarded": sorted(n for n in record["outputs"] if n not in there)}
+    chain = read_audit(run)
+    if now == record and chain.is_ended and chain.last_hash_of("run.json") == digest_of_file(run / "run.json"):
+        return
+    with Session(run) as session:
+        session.begin(digest_of_file(run / "recipe.yaml"))
+        write_json(run / "run.json", now)
+        session.artefacts = {"run.json": digest_of_file(run / "run.json")}
+
+
+def records_of(output: Path) -> dict[str, str]:
+    """The hash of every run's record, by the run's folder below the pilot's."""
+    return {place.relative_to(output).as_posix(): digest_of_file(place / "run.json") for place in _runs(output)}
+
+
+def files_of_pilot(output: Path) -> dict[str, Path]:
+    """The pilot's own files by name; runs and the bank have records of theirs."""
+    found = {}
+    for folder, names in _walk(output):
+        for name in names:
+            if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED)):
+                found[(folder / name).relative_to(output).as_posix()] = folder / name
+    return found
+
+
+def manifest_of(output: Path) -> dict[str, Any]:
+    """What `pilot.json` says of them."""
+    files = {name: digest_of_file(path) for name, path in files_of_pilot(output).items()}
+    return {"files": files, "records": records_of(output)}
+
+
+def _runs(output: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(output):
+        folders.sort()
+        if "run.json" in names:
+            folders.clear()
+            yield Path(place)
+
+
+def _walk(output: Path) -> Iterator[tuple[Path, list[str]]]:
+    for place, folders, names in os.walk(output):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if place != str(output) and ("run.json" in names or "manifest.json" in names):
+            folders.clear()
+        else:
+            yield Path(place), sorted(names)

@@ -1,0 +1,92 @@
+"""A pilot and every run in it against their records; what several runs were made of is compared once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.audit import FILE, Chain, read_audit
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of_file
+from difftuning_control.pilot_files import RESULT, VOUCHED, files_of_pilot, records_of
+from difftuning_control.verify_run import EARLIER, Part, audit_part, compare, verify_run
+
+OWN = ("record", "audit", "outputs")  # of each run
+
+
+def verify_pilot(output: Path, skip: Iterable[str] = (), head: str | None = None) -> tuple[list[Part], Chain]:
+    """The parts of a pilot, those of its inputs, and one for each run; and the pilot's audit.
+
+    Raises:
+        UserError: if the pilot is not finished.
+    """
+    chain, record = read_audit(output), Part("record")
+    vouched = {name: chain.last_hash_of(name) for name in VOUCHED}
+    for name, digest in vouched.items():
+        if digest is not None:
+            record.checked += 1
+            if not (output / name).is_file():
+                record.find(name, "missing")
+            elif digest_of_file(output / name) != digest:
+                record.find(name, "changed", f"its hash is not the one in {FILE}")
+    if vouched[RESULT] is None and not (output / RESULT).is_file():
+        raise UserError(f"the pilot {output} is not finished; give the same command again, it goes on.")
+    try:
+        result = json.loads((output / RESULT).read_text(encoding="utf-8"))
+        files, records, old = result.get("files"), result.get("records"), result["recipe"]["output"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not record.findings:
+            record.find(RESULT, "changed", "it cannot be read")
+        return [record, audit_part({"files": None}, chain, head)], chain
+    outputs = Part("outputs")
+    if files is None:
+        record.unchecked = outputs.unchecked = EARLIER.replace("the run", "the pilot")
+    else:
+        compare(outputs, files, files_of_pilot(output))
+    found = [record, audit_part({"files": files}, chain, head), outputs]
+    return found + _runs(output, old, records, skip, outputs), chain
+
+
+def _runs(output: Path, old: str, records: dict[str, str] | None, skip: Iterable[str], outputs: Part) -> list[Part]:
+    inputs: dict[str, Part] = {}
+    runs, seen, there = [], set[str](), records_of(output)
+    for name, digest in (records if records is not None else there).items():
+        part = Part(name, 1)
+        runs.append(part)
+        if there.get(name) != digest:
+            said = "the pilot left another" if name in there else ""
+            part.find("run.json", "changed" if name in there else "missing", said)
+            continue
+        if json.loads((output / name / "run.json").read_text(encoding="utf-8"))["status"] != "complete":
+            continue  # it diverged, and left nothing
+        for of_run in verify_run(output / name, skip, None, seen, lambda r: _relocated(r, old, output))[0]:
+            if of_run.name in OWN:
+                part.checked += of_run.checked
+                part.findings += of_run.findings
+                part.unchecked = part.unchecked or of_run.unchecked
+            elif of_run.name in inputs:
+                inputs[of_run.name].checked += of_run.checked
+                inputs[of_run.name].findings += of_run.findings
+            else:
+                inputs[of_run.name] = of_run
+    for name in there.keys() - (records if records is not None else there).keys():
+        outputs.find(name, "added", "a run")
+    return [*inputs.values(), *runs]
+
+
+def _relocated(record: dict[str, Any], old: str, output: Path) -> dict[str, Any]:
+    """The record of a run whose bank and schedule lie in the pilot's folder, wherever that was moved."""
+
+    def now(place: str) -> str:
+        inside = Path(place).is_relative_to(old) and not Path(place).exists()
+        return str(output / Path(place).relative_to(old)) if inside else place
+
+    changes: dict[str, Any] = {}
+    if record["bank"] is not None:
+        changes["bank"] = record["bank"] | {"folder": now(record["bank"]["folder"])}
+    if "schedule" in record.get("sources", {}):
+        schedule = record["sources"]["schedule"]
+        changes["sources"] = record["sources"] | {"schedule": schedule | {"id": now(schedule["id"])}}
+    return record | changes

@@ -1,0 +1,316 @@
+"""What a run was made of and what it left, part by part against its record; nothing is loaded, all is hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.audit import FILE, Chain, read_audit
+from difftuning_control.data import Columns, Row, list_rows, load_images
+from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of, digest_of_file
+from difftuning_control.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
+from difftuning_control.outside import BYTES_PER_PIXEL
+from difftuning_control.progress import progress
+from difftuning_control.provenance import is_hub_id
+from difftuning_control.runs import finished_run, recipe_of
+
+if TYPE_CHECKING:
+    from difftuning_control.recipe import DataConfig, Recipe
+
+EARLIER = "the run is of an earlier version, which wrote down no hashes of it"
+
+
+@dataclass
+class Part:
+    """What was found of one part.
+
+    Args:
+        name: one of `verify.PARTS`, or a run of a pilot.
+        checked: how many files, pictures or lines were compared.
+        findings: item, what (changed, missing or added) and said, in order.
+        unchecked: why it could not be checked, or is not all of it.
+    """
+
+    name: str
+    checked: int = 0
+    findings: list[dict[str, str]] = field(default_factory=list)
+    unchecked: str | None = None
+
+    def find(self, item: str, what: str, said: str = "") -> None:
+        self.findings.append({"item": item, "what": what, "said": said})
+
+    @property
+    def state(self) -> str:
+        return "changed" if self.findings else "unchecked" if self.unchecked else "same"
+
+
+def verify_run(
+    run: Path,
+    skip: Iterable[str] = (),
+    head: str | None = None,
+    seen: set[str] | None = None,
+    relocated: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
+) -> tuple[list[Part], Chain]:
+    """The parts of a run, and its audit.
+
+    Args:
+        skip: names of parts that are left out.
+        head: a hash that the audit must have.
+        seen: digests of inputs that were compared for other runs already and are left out here; added to.
+        relocated: from a record to one that says where things lie now.
+
+    Raises:
+        UserError: if there is no finished run.
+    """
+    chain = read_audit(run)
+    try:
+        record = relocated(finished_run(run))
+        recipe = recipe_of(record)
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        if not chain.is_ended or chain.last_hash_of("run.json") in (None, _digest_of(run / "run.json")):
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{run}/run.json is of no run; give the output folder of difftune train.") from None
+        lost = Part("record", 1)  # it was finished once
+        lost.find("run.json", "changed" if (run / "run.json").is_file() else "missing", f"{FILE} tells of another")
+        return [lost, audit_part({"files": None}, chain, head)], chain
+    found = [_record(run, record, chain), audit_part(record, chain, head), _outputs(run, record)]
+    for name, identity, check in _inputs(run, record, recipe):
+        key = digest_of([name, identity])
+        if seen is None or key not in seen:
+            found.append(Part(name, unchecked="left out as asked") if name in skip else check())
+        if seen is not None:
+            seen.add(key)
+    return found, chain
+
+
+def _digest_of(path: Path) -> str | None:
+    return digest_of_file(path) if path.is_file() else None
+
+
+def _inputs(run: Path, record: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Callable[[], Part]]]:
+    """What went in: each part's name, what its result depends on, and what makes it."""
+    sources = record.get("sources")
+    if sources is None:
+        yield "base", None, lambda: Part("base", unchecked=EARLIER)
+    for name, kept in (sources or {}).items():
+        yield name, kept, partial(_source, name, kept)
+    data, control = recipe.data, recipe.control
+    places = [("data", data.path, control.path)]
+    if data.validation_path is not None:
+        places.append(("validation", data.validation_path, control.validation_path))
+    identity = [record.get("inputs"), record["data"], vars(data), vars(control), recipe.method]
+    for name, path, conditions in places:
+        yield name, identity, partial(_data, run, record, recipe, name, path, conditions)
+    if record["bank"] is not None:
+        identity = [record["bank"], record["fingerprints"]["bank"], vars(data)]
+        yield "bank", identity, lambda: _bank(record, recipe)
+
+
+# --- the record and the chain that vouches for it -------------------------------------------------------------------
+
+
+def _record(run: Path, record: dict[str, Any], chain: Chain) -> Part:
+    part = Part("record")
+    if "files" not in record:
+        part.unchecked = EARLIER
+        return part
+    part.checked = 1
+    vouched = chain.last_hash_of("run.json")
+    if vouched is None:
+        part.find("run.json", "changed", f"{FILE} has no hash of it")
+    elif vouched != digest_of_file(run / "run.json"):
+        part.find("run.json", "changed", f"its hash is not the one in {FILE}")
+    return part
+
+
+def audit_part(record: dict[str, Any], chain: Chain, head: str | None) -> Part:
+    part = Part("audit", len(chain.entries))
+    if "files" not in record and not chain.entries:
+        part.unchecked = EARLIER
+        return part
+    for fault in chain.faults:
+        part.find(FILE, "changed" if chain.entries else "missing", fault)
+    if head is not None and head not in chain.hashes:
+        part.find(FILE, "changed", "it has no line with the hash that was kept: its end is missing, or it is another")
+    return part
+
+
+def _outputs(run: Path, record: dict[str, Any]) -> Part:
+    part, kept = Part("outputs"), {**record["outputs"], **record.get("files", {})}
+    for name in record.get("discarded", ()):  # by a pilot, which keeps the weights of its first seed
+        kept.pop(name, None)
+    there = dict(files_of_run(run))
+    compare(part, kept, there)
+    if "files" not in record:
+        part.unchecked = f"but for the result: {EARLIER}"
+        part.findings = [f for f in part.findings if f["what"] != "added"]
+    return part
+
+
+def compare(part: Part, kept: dict[str, str], there: dict[str, Path]) -> None:
+    """Files by name against the hashes that were kept of them."""
+    with progress(len(kept), f"verifying {part.name}") as advance:
+        for name, digest in kept.items():
+            part.checked += 1
+            if name not in there:
+                part.find(name, "missing")
+            elif digest_of_file(there[name]) != digest:
+                part.find(name, "changed")
+            advance(1)
+    for name in there.keys() - kept.keys():
+        part.find(name, "added")
+
+
+# --- what went in ---------------------------------------------------------------------------------------------------
+
+
+def _source(name: str, kept: dict[str, Any]) -> Part:
+    """The base's files, those of the first ControlNet, or the file of a schedule."""
+    part, place = Part(name), place_of(kept["id"], kept["revision"])
+    if kept["files"] is None:
+        part.unchecked = f"its files could not be found when {kept['id']} was tuned"
+    elif place is None and is_hub_id(kept["id"]):
+        part.unchecked = f"{kept['id']} at {kept['revision']} is not in this machine's cache of the Hub"
+    elif place is None:
+        part.find(kept["id"], "missing")
+    else:
+        compare(part, kept["files"], dict(source_files(place)))
+    return part
+
+
+def _data(run: Path, record: dict[str, Any], recipe: Recipe, name: str, path: str, conditions: str | None) -> Part:
+    """The pictures to tune on, or held-out ones, which are of the same place or of one of their own."""
+    part, apart = Part(name), recipe.data.validation_path is not None
+    if "inputs" not in record:
+        part.unchecked = EARLIER
+    elif _inputs_are_whole(run, record, part):
+        lines = (r for r in _lines(run) if not apart or (r["part"] == HELD_OUT) == (name == "validation"))
+        _pictures(part, record, recipe, path, conditions, lines)
+    return part
+
+
+def _inputs_are_whole(run: Path, record: dict[str, Any], part: Part) -> bool:
+    """Whether the list of pictures can be relied on; that it cannot is a finding among the outputs already."""
+    path = run / INPUTS
+    if path.is_file() and digest_of_file(path) == record["inputs"]:
+        return True
+    part.unchecked = f"{INPUTS}, which lists the pictures, has changed or is missing"
+    return False
+
+
+def _lines(run: Path) -> Iterator[dict[str, Any]]:
+    with (run / INPUTS).open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _pictures(
+    part: Part, record: dict[str, Any], recipe: Recipe, path: str, conditions: str | None,
+    lines: Iterable[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Pictures, captions and conditions against the run's list of them."""
+    data = recipe.data
+    caption = "label" if data.classes == "label" else data.caption_column
+    column = recipe.control.column if recipe.method == "controlnet" else None
+    columns = Columns(data.image_column, caption, column)
+    try:
+        rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes)
+    except UserError as error:
+        if path in record["data"]["local"]:
+            part.find(path, "missing", str(error))
+        else:
+            part.unchecked = str(error)
+        return
+    by_name: dict[str, list[tuple[int, Row]]] = {}
+    for number, row in enumerate(rows):
+        by_name.setdefault(row.name, []).append((number, row))
+    order: dict[str, list[int]] = {}
+    with progress(len(rows), f"verifying {part.name}") as advance:
+        for line in lines:
+            part.checked += 1
+            there = by_name.get(line["name"])
+            if there:
+                number, row = there.pop(0)
+                order.setdefault(line["part"], []).append(number)
+                _picture(part, line, row, data)
+            else:
+                part.find(line["name"], "missing", bad.pop(line["name"], ""))
+            advance(1)
+    limited = data.limit is not None and part.name == "data"  # then what comes after the last of them is not used
+    limit = max((max(numbers) for numbers in order.values()), default=0) if limited else len(rows)
+    skipped = record["data"]["skipped"]
+    for name, rest in by_name.items():
+        if name not in skipped and any(number < limit for number, _ in rest):
+            part.find(name, "added")
+    for name, reason in bad.items():
+        if name not in skipped:
+            part.find(name, "added", reason)
+    if not part.findings and any(numbers != sorted(numbers) for numbers in order.values()):
+        part.find(path, "changed", "the same pictures, in another order")
+
+
+def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> None:
+    name = row.name
+    caption = row.caption_or(data.default_caption) if row.caption is None or isinstance(row.caption, str) else None
+    if caption is None:
+        part.find(name, "missing", "its caption")
+    elif digest_of_text(caption) != line["caption"]:
+        part.find(name, "changed", "its caption")
+    for read, digest, what in ((row.read, line["picture"], "the picture"),
+                               (row.condition, line["condition"], "its condition")):  # fmt: skip
+        if digest is None or read is None:
+            continue
+        try:
+            content = read(data.max_pixels * BYTES_PER_PIXEL)
+        except (OSError, UserError) as error:
+            part.find(name, "missing", f"{what} cannot be read ({error})")
+            continue
+        if hashlib.sha256(content).hexdigest() != digest:
+            part.find(name, "changed", what)
+
+
+def _bank(record: dict[str, Any], recipe: Recipe) -> Part:
+    """The bank's manifest against the run's fingerprint, and each shard against the manifest."""
+    part, folder = Part("bank"), Path(record["bank"]["folder"])
+    if record["bank"].get("pictures"):
+        return _bank_of_pictures(record, recipe, part, folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        shards, prompts = dict(manifest["shards"]), manifest["prompts"]
+    except FileNotFoundError:
+        part.find(str(folder / "manifest.json"), "missing")
+        return part
+    except (OSError, ValueError, KeyError, TypeError):
+        part.find(str(folder / "manifest.json"), "changed", "it cannot be read")
+        return part
+    part.checked = 1
+    if digest_of(manifest) != record["fingerprints"]["bank"]:
+        part.find("manifest.json", "changed", "it is of another bank, or was edited")
+    there = {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+    for name in ("manifest.json", FILE):
+        there.pop(name, None)
+    compare(part, {**shards, "prompts.jsonl": prompts}, there)
+    return part
+
+
+def _bank_of_pictures(record: dict[str, Any], recipe: Recipe, part: Part, folder: Path) -> Part:
+    """Real source pictures, which are one thing: that one of them changed is told, not which."""
+    data = recipe.data
+    try:
+        found = load_images(
+            str(folder), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False
+        )  # fmt: skip
+    except UserError as error:
+        part.find(str(folder), "changed" if folder.is_dir() else "missing", str(error))
+        return part
+    part.checked = len(found)
+    if digest_of({"source": str(folder), "pictures": found.fingerprint}) != record["fingerprints"]["bank"]:
+        part.find(str(folder), "changed", "a picture or a caption in it, or their order")
+    return part
