@@ -30,6 +30,7 @@ from difftuning_control.analysis import analyze
 from difftuning_control.data import fit_square, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
@@ -553,6 +554,32 @@ def test_every_trainable_weight_moves_and_nothing_else(make, case, tmp_path, mon
     assert len(tables) == (0 if case == {} else 2)
     if recipe.method == "lora":
         assert set(began) - set(tables) == {n for n in now if ".lora_" in n}
+
+
+@pytest.mark.parametrize("kind", ["lora", "difffit"])
+def test_the_embeddings_of_new_classes_train_beside_an_adapter_are_saved_exported_and_loaded(
+    make, kind, tmp_path, monkeypatch
+):
+    """In every block, the new rows and the null class, under DiffFit as under LoRA."""
+    recipe = replace(make("", **NEW), adapter=AdapterConfig(kind), output=str(tmp_path / "run"))
+    family, began, _ = trained_and_began(recipe, monkeypatch)
+    tables = tables_of(family.denoiser)
+    assert tables.keys() == {n for n in began if "embedding_table" in n}
+    for name, table in tables.items():
+        moved = (table != began[name]).all(1)
+        assert moved[:3].all()
+        assert moved[-1]
+        assert not moved[3:-1].any()
+    own = {n: torch.cat([t.detach()[:3], t.detach()[-1:]]) for n, t in tables.items()}
+    monkeypatch.undo()
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock"))
+    for place in (recipe.output, folder):
+        torch.testing.assert_close(load_file(f"{place}/class_embeddings.safetensors"), own, atol=0, rtol=0)
+        pipe = DiTPipeline.from_pretrained(recipe.model.id)
+        load_adapter(pipe, place)
+        for name, table in tables_of(pipe.transformer).items():
+            torch.testing.assert_close(torch.cat([table[:3], table[-1:]]), own[name], atol=0, rtol=0)
+    assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
 
 
 def test_a_new_label_space_keeps_the_null_class_and_draws_its_rows_from_the_seed():
