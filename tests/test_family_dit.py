@@ -845,6 +845,11 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
         "--training.gradient_checkpointing=true", "--training.mixed_precision=bf16",
     )  # fmt: skip
     assert (code, err if code else "") == (0, "")
+    pipe = DiTPipeline.from_pretrained(root / "models/learned")
+    before = stock_pictures(pipe, ["bee"])
+    load_adapter(pipe, tmp_path / "lora")
+    assert pipe.labels == {"eel": 0, "owl": 1, "yak": 2}
+    assert farthest(stock_pictures(pipe, ["owl"]), before) > 0
 
 
 @pytest.mark.parametrize("pipeline", ["stock", "difftuning"])

@@ -8,17 +8,24 @@ import pytest
 import torch
 from conftest import trained_once, write_pictures
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_controlnet import differing
 from test_family_masked import SIDES, exact
-from test_family_training import LORA_FILE, PROMPTS, assert_same_pictures, generators
-from test_trainer import record, rows
+from test_family_training import LORA_FILE, PROMPTS, assert_same_pictures, generators, opened
+from test_features import save_tiny_dinov2
+from test_trainer import interrupted_after, record, resumed, rows
 from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 from difftuning_control import load_adapter, trainer
+from difftuning_control.analysis import analyze
+from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.sana import Sana
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe import (
     AdapterConfig,
@@ -26,10 +33,12 @@ from difftuning_control.recipe import (
     DataConfig,
     ModelConfig,
     Recipe,
+    ScheduleConfig,
     TrainingConfig,
     TuningConfig,
 )
 from difftuning_control.runs import tuned_model
+from difftuning_control.studies import AnalysisConfig, Evaluation
 from difftuning_control.trainer import train
 
 MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
@@ -182,3 +191,55 @@ def test_the_variance_of_pixart_trains_where_that_is_asked_for(finished):
 
 
 FILE = "diffusion_pytorch_model.safetensors"
+
+
+# --- resuming, judging, exporting -----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
+    recipe = replace(make("", name), output=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), interrupted_after(3):
+        train(recipe)
+    train(resumed(recipe))
+    assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(finished({"family": name}).output) / LORA_FILE)
+
+
+def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path, monkeypatch):
+    """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})  # which saves time
+    features = str(save_tiny_dinov2(root / "features" / name))
+    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
+    measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
+    data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
+    measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
+    assert len(train(measured)["schedule"]["xi"]) == 10
+    settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
+    found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
+    staged = found["staged"]
+    assert staged["tuned_above"]["kid"][0] == pytest.approx(staged["tuned_below"]["kid"][-1])
+    assert np.isfinite(found["gap"]["mean"]).all()
+    result = evaluate(Evaluation([measured.output], seeds=[0], output=str(tmp_path / "judged"), **settings))
+    assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
+
+
+@pytest.mark.parametrize("adapter", ["separate", "fused"])
+def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, adapter, tmp_path):
+    recipe = finished({"family": name})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock", adapter=adapter))
+    assert_same_pictures(stock_pictures(opened(folder), name), tuned_pictures(recipe))
+
+
+def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
+    for i, (width, height) in enumerate([(64, 64), (64, 64), (130, 64), (64, 130)]):
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        Image.effect_noise((width, height), 80).convert("RGB").save(tmp_path / "shapes" / f"{i}.png")
+        (tmp_path / "shapes" / f"{i}.txt").write_text(f"red {i}")
+    recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
+    side = 2 * SIDES[name]
+    data = DataConfig(
+        str(tmp_path / "shapes"), holdout=0.0, resolution=side, cache=str(tmp_path / "cache"), buckets=True,
+        bucket_step=side // 2, bucket_aspect=4.0,
+    )  # fmt: skip
+    run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
+    assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
+    assert len(run["data"]["buckets"]["pictures"]) == 3
