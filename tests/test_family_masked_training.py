@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import trained_once, write_pictures
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_controlnet import differing
@@ -19,6 +19,8 @@ from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 from difftuning_control import load_adapter, trainer
 from difftuning_control.analysis import analyze
+from difftuning_control.cache import Framing
+from difftuning_control.data import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import load_family
@@ -243,3 +245,47 @@ def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
     run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
     assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
     assert len(run["data"]["buckets"]["pictures"]) == 3
+
+
+# --- what it is for -------------------------------------------------------------------------------------------------
+
+
+def stock_loss(pipe, family: str, latents: torch.Tensor, captions: list[str]) -> float:
+    """ε of PixArt, the flow of the others, at fixed noise and levels, with a pipeline's own modules."""
+    generator, found = torch.Generator().manual_seed(11), []
+    more = {"complex_human_instruction": None} if family == "sana" else {}
+    length = 256 if family == "lumina2" else 24
+    embeds, mask, _, _ = pipe.encode_prompt(captions, False, device="cpu", max_sequence_length=length, **more)
+    told = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        noise = torch.randn(latents.shape, generator=generator)
+        if family == "pixart":
+            timesteps = torch.full((len(latents),), int(1000 * level))
+            noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, timesteps)
+            size = {"resolution": None, "aspect_ratio": None}
+            out = pipe.transformer(noisy, timestep=timesteps, added_cond_kwargs=size, **told).sample
+            found.append((out.chunk(2, 1)[0] - noise).square().mean())
+            continue
+        shift = 3.0 if family == "sana" else 6.0
+        sigma = shift * level / (1 + (shift - 1) * level)
+        noisy = (1 - sigma) * latents + sigma * noise
+        time, sign = (1000 * sigma, 1) if family == "sana" else (1 - sigma, -1)
+        out = pipe.transformer(noisy, timestep=torch.full((len(latents),), time), **told, return_dict=False)[0]
+        found.append((sign * out - (noise - latents)).square().mean())
+    return float(torch.stack(found).mean())
+
+
+def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})
+    training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
+    plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
+    recipe = make("", name, "full", training=training, tuning=plain)
+    recipe = replace(recipe, data=replace(recipe.data, holdout=0.0), output=str(tmp_path))
+    train(recipe)
+    base, tuned = (DiffusionPipeline.from_pretrained(p) for p in (recipe.model.id, f"{recipe.output}/pipeline"))
+    family, examples = load_family(recipe.model.id), load_images(recipe.data.path).examples
+    with torch.no_grad():
+        pixels = torch.cat([Framing(recipe.data.resolution).pixels(e) for e in examples])
+        latents, captions = family.scale_latents(family.encode_moments(pixels)[0]), [e.caption for e in examples]
+        before, after = (stock_loss(p, name, latents, captions) for p in (base, tuned))
+    assert after < 0.95 * before
