@@ -8,7 +8,7 @@ it is another one they take a forward of their own; the loss is the mean over th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, shuffled
 from difftuning_control.cache import Framing
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from difftuning_control.recipe import DataConfig
 
 BUCKET = 2  # the stream of random orders, beside those of `batches`
+TOLD = 8  # buckets that a line names
 Shape = tuple[int, int]  # height and width in pixels
 
 
@@ -85,11 +86,21 @@ def into_buckets(family: Family, config: DataConfig, data: ImageData, resolution
     return sorted(found, key=lambda bucket: (-len(bucket.data), bucket.shape))
 
 
-def describe(buckets: list[Bucket]) -> dict[str, object]:
+def describe(buckets: list[Bucket]) -> dict[str, Any]:
     """How many pictures each bucket has, as height×width, and the mean share of a picture that is cropped away."""
     shares = [1 - kept(e.size, bucket.shape) for bucket in buckets for e in bucket.data.examples]
     counts = {f"{height}×{width}": len(b.data) for b in buckets for height, width in [b.shape]}
     return {"pictures": counts, "cropped": sum(shares) / len(shares)}
+
+
+def bucket_line(found: dict[str, Any]) -> str:
+    """A line of what `describe` gives, of the fullest buckets."""
+    counts = [f"{count} of {shape}" for shape, count in found["pictures"].items()]
+    more = f" and {len(counts) - TOLD} more" if len(counts) > TOLD else ""
+    return (
+        f"pictures in {len(counts)} frames (height×width): {', '.join(counts[:TOLD])}{more}; on average "
+        f"{found['cropped']:.0%} of a picture is cropped away"
+    )
 
 
 @dataclass

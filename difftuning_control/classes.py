@@ -6,6 +6,7 @@ for the pretrained model's classes or for none; the bank's items stand for the e
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,15 @@ def begin_as(family: Any, record: dict[str, Any]) -> None:
     found = record.get("classes")
     if found is not None and found["label_space"] == "new":
         family.set_classes(list(found["classes"]), record["seed"])
+
+
+def as_pretrained(family: Any, record: dict[str, Any]) -> AbstractContextManager[None]:
+    """While open, the base of a run takes classes of the run's own label space for the empty one: of these it knows
+    nothing, and in its own label space their numbers mean others."""
+    found = record.get("classes")
+    if found is None or found["label_space"] != "new":
+        return nullcontext()
+    return family.unknown_classes(len(found["classes"]))
 
 
 def describe_classes(family: Any, recipe: Recipe, data: ImageData) -> dict[str, Any] | None:

@@ -56,29 +56,31 @@ class TrainedWhole:
     """Parameters of a denoiser that train themselves, and their pretrained values, which can act in their place.
 
     Args:
-        parameters: by name.
+        parameters: by name; their values now are what `remove` brings back.
         name: of the adapter that they belong to.
+        pretrained: the values that act at strength 0, where they are not these.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], name: str):
+    def __init__(self, parameters: dict[str, nn.Parameter], name: str, pretrained: dict[str, Tensor] | None = None):
         self.name, self.parameters = name, parameters
         self.base = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.pretrained = self.base if pretrained is None else pretrained
 
     @torch.no_grad()
     def set(self, values: dict[str, Tensor], strength: float = 1.0) -> None:
-        """base + strength · (values − base)."""
+        """pretrained + strength · (values − pretrained)."""
         for name, parameter in self.parameters.items():
-            base = self.base[name].float().to(parameter.device)
+            base = self.pretrained[name].float().to(parameter.device)
             value = values[name].float().to(parameter.device)
             parameter.copy_(value if strength == 1 else base + strength * (value - base))
 
     @contextmanager
     def at(self, strength: float) -> Iterator[None]:
-        """While open, the weights are base + strength · (tuned − base); at 0 the pretrained ones themselves."""
+        """While open, the weights are pretrained + strength · (tuned − pretrained); at 0 the pretrained ones."""
         tuned = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
-                base = self.base[name].to(parameter.device)
+                base = self.pretrained[name].to(parameter.device)
                 parameter.data = torch.lerp(base.float(), tuned[name].float(), strength).to(base) if strength else base
             yield
         finally:

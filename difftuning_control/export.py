@@ -46,11 +46,6 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
     record = finished_run(request.run)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
-    if record.get("loads_lora") is False and record.get("classes") is None and recipe.method == "lora":
-        raise UserError(
-            f"the run {request.run} is an adapter on a {record['family']} pipeline, into which stock diffusers loads "
-            "none: load_adapter takes it from the run's own folder; only runs of method full are exported for it."
-        )
     _check_adapter(request, recipe)
     check_outputs(record, request.run)
     if not request.despite_gates:

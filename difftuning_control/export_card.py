@@ -122,7 +122,8 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
-        if recipe.adapter.kind in ("lora", "dora") and run.get("classes") is None:
+        stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
+        if recipe.adapter.kind in ("lora", "dora") and stock:
             name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:

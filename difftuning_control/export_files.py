@@ -13,6 +13,7 @@ from safetensors import safe_open
 from difftuning_control.adapter_files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
 from difftuning_control.adapter_kinds import ADAPTER
 from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
+from difftuning_control.classes import as_pretrained
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
@@ -142,13 +143,15 @@ def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     tuned.pipe.to(dtype)
     tuned.save_pipeline(folder)
     if request.source_unet != "none":
-        source = _checked_base(record, recipe, request.run).denoiser.to(dtype)
-        if request.source_unet == "whole":
-            place = folder / f"source_{denoiser_of(tuned.pipe)[0]}"
-            source.save_pretrained(place, safe_serialization=True)
-        else:
-            kept = torch.float32 if request.dtype == "float32" else torch.float16
-            save_difference(tuned.denoiser, source, folder / SOURCE_FILE, kept)
+        base = _checked_base(record, recipe, request.run)
+        source = base.denoiser.to(dtype)
+        with as_pretrained(base, record):
+            if request.source_unet == "whole":
+                place = folder / f"source_{denoiser_of(tuned.pipe)[0]}"
+                source.save_pretrained(place, safe_serialization=True)
+            else:
+                kept = torch.float32 if request.dtype == "float32" else torch.float16
+                save_difference(tuned.denoiser, source, folder / SOURCE_FILE, kept)
     return tuned.pipe
 
 

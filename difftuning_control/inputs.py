@@ -65,7 +65,7 @@ class TrainingInputs:
     control: ControlInputs | None = None
     stream: Stream | None = None
     buckets: list[TargetSet] | None = None  # all the targets by shape; `targets` are the fullest bucket then
-    bucketing: dict[str, object] | None = None  # see `buckets.describe`
+    bucketing: dict[str, Any] | None = None  # see `buckets.describe`
 
 
 def resolution_of(family: Family, data: DataConfig) -> int:

@@ -23,6 +23,7 @@ from PIL import Image
 from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import Materials, materials, measure, read_multipliers
 from difftuning_control.audit import Session, clear_but_audit
+from difftuning_control.buckets import describe, into_buckets
 from difftuning_control.budget import spread_budget
 from difftuning_control.comparison import LOWER_IS_BETTER
 from difftuning_control.control import Conditioner
@@ -155,7 +156,7 @@ class Pilot:
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "created": time.strftime("%Y-%m-%d %H:%M"),
             "model": self.recipe.model.id,
-            "data": analysis["data"] | {"held_out": len(found.held_out)},
+            "data": analysis["data"] | {"held_out": len(found.held_out), "buckets": self._buckets(found)},
             "settings": self._settings(),
             "primary": self.primary,
             "cost": {
@@ -176,6 +177,12 @@ class Pilot:
         }
         write_json(self.output / RESULT, result | manifest_of(self.output))
         return result
+
+    def _buckets(self, found: Materials) -> dict[str, Any] | None:
+        """How the sides frame their pictures, where that is not in squares."""
+        if not self.recipe.data.buckets:
+            return None
+        return describe(into_buckets(self.family, self.recipe.data, found.data, found.resolution))
 
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training

@@ -1,11 +1,13 @@
 """Staged sampling: quality against u₀ where the tuned model denoises above u₀ and the pretrained one below, and the
-other way round. It shows which stage of the reverse process the new domain needs, and which one it can borrow.
+other way round. It shows which stage of the reverse process the new domain needs, and which one it can borrow. Where a
+run brought classes of its own, the pretrained model is told the empty class: it knows nothing of them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.classes import as_pretrained
 from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
@@ -42,6 +44,7 @@ def staged_sampling(
     result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
     with (
         progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,
+        as_pretrained(family, record),
         tuned_model(family, run, record) as tuned,
     ):
         base = family.denoiser if tuned is not family else None

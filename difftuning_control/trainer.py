@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from difftuning_control.adapters import result_of
 from difftuning_control.audit import Session, read_audit
+from difftuning_control.buckets import bucket_line
 from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
@@ -55,8 +57,11 @@ BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the b
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, overwrite: bool = False, tell: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Run a recipe and return what `run.json` holds. A finished run that is resumed is returned as it is.
+
+    Args:
+        tell: is given, on the main process, lines of what the run begins with.
 
     Raises:
         UserError: for a mistake in recipe, data or output folder; nothing is written then.
@@ -71,7 +76,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            run = _train(recipe, accelerator, output, folder, session)
+            run = _train(recipe, accelerator, output, folder, session, tell)
             if folder is not None:
                 _judge(run, recipe, output, session)
             accelerator.wait_for_everyone()
@@ -93,7 +98,12 @@ def _check_bank_rows(recipe: Recipe, processes: int) -> None:
 
 
 def _train(
-    recipe: Recipe, accelerator: Accelerator, output: Path, folder: OutputFolder | None, session: Session
+    recipe: Recipe,
+    accelerator: Accelerator,
+    output: Path,
+    folder: OutputFolder | None,
+    session: Session,
+    tell: Callable[[str], object],
 ) -> dict[str, Any]:
     started = time.time()
     family = load_base(recipe).to(accelerator.device)
@@ -111,6 +121,8 @@ def _train(
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
         return finished
+    if folder is not None and inputs.bucketing is not None:
+        tell(bucket_line(inputs.bucketing))
     measured = None
     if recipe.tuning.schedule.kind == "auto":
         measured = _auto_schedule(recipe, family, inputs, output, accelerator.num_processes)

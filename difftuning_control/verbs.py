@@ -37,7 +37,7 @@ def run_train(command: TrainCommand) -> None:
     from difftuning_control.gates import stop_if_failed
     from difftuning_control.trainer import train
 
-    run = train(only(Recipe, command), command.overwrite)
+    run = train(only(Recipe, command), command.overwrite, say)
     if not PartialState().is_main_process:
         return
     say(f"done: {command.output} ({run['status']})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from dataclasses import replace
@@ -17,13 +18,15 @@ from safetensors.torch import load_file
 from tiny_models import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl
 
 from difftuning_control.batches import BatchSource, TargetSet
-from difftuning_control.buckets import BucketSource, bucket_shapes, into_buckets, kept
+from difftuning_control.buckets import BucketSource, bucket_line, bucket_shapes, into_buckets, kept
 from difftuning_control.cache import Framing, cached_embeddings
+from difftuning_control.cli import main
 from difftuning_control.data import load_images, placed
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
+from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe import (
     AdapterConfig,
     BankConfig,
@@ -333,9 +336,38 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_controlnet_trains_on_three_shapes(make, family):
-    run = train(make("control", family, "controlnet"))
+    lines: list[str] = []
+    recipe = make("control", family, "controlnet")
+    run = train(recipe, tell=lines.append)
     assert run["frozen"]["denoiser_before"] == run["frozen"]["denoiser_after"]
-    assert sorted(run["data"]["buckets"]["pictures"].values()) == sorted(COUNTS.values())
+    found = run["data"]["buckets"]
+    assert sorted(found["pictures"].values()) == sorted(COUNTS.values())
+    (line,) = lines
+    assert line.startswith(f"pictures in {len(COUNTS)} frames")
+    page = html.unescape((Path(recipe.output) / "report.html").read_text())
+    for shape, count in found["pictures"].items():
+        assert f"{count} of {shape}" in line
+        assert f"{count} of {shape}" in page
+    assert f"{found['cropped']:.0%} of a picture is cropped" in line
+    assert f"{found['cropped']:.0%} of a picture cropped" in page
+
+
+def test_a_training_says_how_its_pictures_are_framed(make, tmp_path, capsys):
+    recipe = make("told")
+    write_recipe(tmp_path, recipe)
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run"), "--training.max_steps", "1"]
+    main(["train", *flags])
+    assert capsys.readouterr().out.startswith("pictures in 3 frames (height×width): 5 of 16×16, ")
+    plain = {"data.buckets": "false", "data.bucket_step": "null", "data.bucket_aspect": "2.0"}
+    main(["train", *flags, "--overwrite", *(f"--{key}={value}" for key, value in plain.items())])
+    assert "frames" not in capsys.readouterr().out
+
+
+def test_many_frames_are_told_in_a_line():
+    counts = {f"{side}×64": 100 - side for side in range(16, 64, 4)}
+    line = bucket_line({"pictures": counts, "cropped": 0.034})
+    assert line.count("×") == 1 + 8
+    assert line.endswith("and 4 more; on average 3% of a picture is cropped away")
 
 
 def test_squares_are_in_one_bucket_and_encoded_as_without_buckets(make, pictures):

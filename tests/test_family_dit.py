@@ -27,9 +27,11 @@ from tiny_models import DIT_CLASSES, tiny_dit
 
 from difftuning_control import cli, load_adapter, trainer, unload_adapter
 from difftuning_control.analysis import analyze
+from difftuning_control.classes import as_pretrained, begin_as
 from difftuning_control.data import fit_square, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
@@ -555,6 +557,32 @@ def test_every_trainable_weight_moves_and_nothing_else(make, case, tmp_path, mon
         assert set(began) - set(tables) == {n for n in now if ".lora_" in n}
 
 
+@pytest.mark.parametrize("kind", ["lora", "difffit"])
+def test_the_embeddings_of_new_classes_train_beside_an_adapter_are_saved_exported_and_loaded(
+    make, kind, tmp_path, monkeypatch
+):
+    """In every block, the new rows and the null class, under DiffFit as under LoRA."""
+    recipe = replace(make("", **NEW), adapter=AdapterConfig(kind), output=str(tmp_path / "run"))
+    family, began, _ = trained_and_began(recipe, monkeypatch)
+    tables = tables_of(family.denoiser)
+    assert tables.keys() == {n for n in began if "embedding_table" in n}
+    for name, table in tables.items():
+        moved = (table != began[name]).all(1)
+        assert moved[:3].all()
+        assert moved[-1]
+        assert not moved[3:-1].any()
+    own = {n: torch.cat([t.detach()[:3], t.detach()[-1:]]) for n, t in tables.items()}
+    monkeypatch.undo()
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock"))
+    for place in (recipe.output, folder):
+        torch.testing.assert_close(load_file(f"{place}/class_embeddings.safetensors"), own, atol=0, rtol=0)
+        pipe = DiTPipeline.from_pretrained(recipe.model.id)
+        load_adapter(pipe, place)
+        for name, table in tables_of(pipe.transformer).items():
+            torch.testing.assert_close(torch.cat([table[:3], table[-1:]]), own[name], atol=0, rtol=0)
+    assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
+
+
 def test_a_new_label_space_keeps_the_null_class_and_draws_its_rows_from_the_seed():
     family, base = family_of(tiny_dit()), family_of(tiny_dit())
     known = family.fingerprint
@@ -686,8 +714,8 @@ def test_every_kind_of_adapter_takes_its_classes_along(make, kind, tmp_path):
     assert list(pipe.labels) == classes_of(recipe)
     assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
     family = load_family(recipe.model.id)
+    base = family.sample([""], generators(0), **SAMPLING)
     family.set_classes(classes_of(recipe), 0)
-    base = family.sample(["owl"], generators(0), **SAMPLING)
     with tuned_model(family, recipe.output, record(recipe)) as tuned, hand_over(tuned, 1.0):
         torch.testing.assert_close(tuned.sample(["owl"], generators(0), **SAMPLING), base, **TOLERANCE)
     unload_adapter(pipe)
@@ -701,20 +729,40 @@ def wide_dit() -> DiTPipeline:
     return pipe
 
 
-def test_without_its_adapter_a_tuned_model_is_the_pretrained_one(finished):
-    """A hand-over that never hands over to the tuned weights draws what the pretrained model does, embeddings too."""
-    recipe = finished(SETTINGS["lora, new"])
-    family = load_family(recipe.model.id)
-    family.set_classes(classes_of(recipe), 0)
-    base = family.sample(["owl"], generators(0), **SAMPLING)
-    with tuned_model(family, recipe.output, record(recipe)) as tuned:
+@pytest.mark.parametrize("name", ["lora, new", "full, new"])
+def test_below_u0_the_pretrained_model_is_told_the_empty_class_for_a_new_one(finished, name):
+    """Of the new label space it knows nothing, and the numbers of its classes meant others in its own."""
+    recipe = finished(SETTINGS[name])
+    family, pretrained = load_family(recipe.model.id), load_family(recipe.model.id)
+    base = family.sample([""], generators(0), **SAMPLING)
+    begin_as(family, record(recipe))
+    began = family.sample(["owl"], generators(0), **SAMPLING)
+    seen = []
+    with as_pretrained(family, record(recipe)), tuned_model(family, recipe.output, record(recipe)) as tuned:
+        other = family.denoiser if tuned is not family else None
         whole = tuned.sample(["owl"], generators(0), **SAMPLING)
         for u0, expected in ((1.0, base), (0.0, whole)):
-            with hand_over(tuned, u0):
+            with hand_over(tuned, u0, base=other):
                 found = tuned.sample(["owl"], generators(0), **SAMPLING)
             torch.testing.assert_close(found, expected, **TOLERANCE)
+        handle = tuned.denoiser.register_forward_hook(
+            lambda m, a, k, out: seen.append((a[0], k["timestep"], k["class_labels"], out[0])), with_kwargs=True
+        )
+        with hand_over(tuned, 0.5, base=other):
+            tuned.sample(["owl"], generators(0), **SAMPLING)
+        handle.remove()
+        late = []
+        for noisy, timestep, labels, out in seen:
+            late.append(tuned.process.u_at(timestep) <= 0.5)
+            with torch.no_grad():
+                if late[-1]:
+                    labels = torch.full_like(labels, 1000)
+                model = pretrained if late[-1] else tuned
+                expected = model.predict(model.denoiser, noisy, timestep, {"class_labels": labels})
+            torch.testing.assert_close(out, expected, **TOLERANCE)
+        assert (any(late), all(late)) == (True, False)
     assert not torch.allclose(base, whole, atol=1e-3)
-    torch.testing.assert_close(family.sample(["owl"], generators(0), **SAMPLING), base, atol=0, rtol=0)
+    torch.testing.assert_close(family.sample(["owl"], generators(0), **SAMPLING), began, atol=0, rtol=0)
 
 
 # --- what users are told --------------------------------------------------------------------------------------------
@@ -797,6 +845,11 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
         "--training.gradient_checkpointing=true", "--training.mixed_precision=bf16",
     )  # fmt: skip
     assert (code, err if code else "") == (0, "")
+    pipe = DiTPipeline.from_pretrained(root / "models/learned")
+    before = stock_pictures(pipe, ["bee"])
+    load_adapter(pipe, tmp_path / "lora")
+    assert pipe.labels == {"eel": 0, "owl": 1, "yak": 2}
+    assert farthest(stock_pictures(pipe, ["owl"]), before) > 0
 
 
 @pytest.mark.parametrize("pipeline", ["stock", "difftuning"])
@@ -835,10 +888,45 @@ def test_domain_guidance_leaves_the_null_class_to_the_pretrained_model(finished)
             assert (answer - torch.cat([tuned[:1], pretrained[1:]])).abs().max() < 1e-5
             assert (tuned[0] - pretrained[0]).abs().max() > 1e-3
     assert all(torch.equal(before[n], t) for n, t in tables_of(pipe.transformer).items())
-    for setting in ({"hand_over": 0.5}, {"adapter_schedule": {"kind": "power", "tau": 1.0}}):
-        pipe.set_extras(**{"hand_over": None, "adapter_schedule": None} | setting)
-        with pytest.raises(UserError, match="the adapter brought classes of its own"):
-            pipe([0], num_inference_steps=2)
+
+
+def handed_over(pipe: Any, number: int, u0: float) -> np.ndarray:
+    pipe.set_extras(domain_guidance=False, hand_over=u0)
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 3, "output_type": "np"}
+    return pipe([number], generator=generators(0), **settings).images
+
+
+@pytest.mark.parametrize("source", ["adapter", "whole", "difference"])
+def test_the_drop_in_hands_over_to_the_pretrained_model_and_its_empty_class(finished, tmp_path, source):
+    recipe = finished(SETTINGS["lora, new" if source == "adapter" else "full, new"])
+    base = DiTPipeline.from_pretrained(recipe.model.id)
+    base.set_progress_bar_config(disable=True)
+    empty = base([1000], guidance_scale=3.0, num_inference_steps=3, generator=generators(0), output_type="np").images
+    if source == "adapter":
+        pipe = DiffTuningDiTPipeline.from_pretrained(recipe.model.id)
+        load_adapter(pipe, recipe.output)
+    else:
+        folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), source_unet=source))
+        code = (folder / "README.md").read_text().split("```python")[1].split("```")[0]
+        lines: dict[str, Any] = {}
+        exec(code.rpartition("image = pipe(")[0], lines)
+        pipe = lines["pipe"]
+    pipe.set_progress_bar_config(disable=True)
+    own, between, other = (handed_over(pipe, 1, u0) for u0 in (0.0, 0.5, 1.0))
+    tolerance = 2e-3 if source == "difference" else 1e-5  # whose numbers have 16 bits
+    np.testing.assert_allclose(other, empty, atol=tolerance)
+    assert np.abs(own - other).max() > 1e-2
+    assert np.abs(between - own).max() > 1e-3
+    assert np.abs(between - other).max() > 1e-3
+    if source == "adapter":
+        pipe.set_extras(hand_over=None, adapter_schedule={"kind": "table", "u": [0, 1], "strength": [0.0, 0.0]})
+        found = pipe([1], guidance_scale=3.0, num_inference_steps=3, generator=generators(0), output_type="np").images
+        np.testing.assert_allclose(found, empty, atol=1e-5)
+        half = DiffTuningDiTPipeline.from_pretrained(recipe.model.id)
+        load_adapter(half, recipe.output, strength=0.5)
+        for name, table in tables_of(half.transformer).items():
+            old, new = base.transformer.get_parameter(name)[-1], tables_of(pipe.transformer)[name][:3]
+            torch.testing.assert_close(table[:3], (old + new) / 2, **TOLERANCE)
 
 
 def test_other_tools_have_no_names_for_a_dit(finished, capsys, tmp_path):

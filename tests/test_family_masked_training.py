@@ -7,18 +7,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import trained_once, write_pictures
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_controlnet import differing
 from test_family_masked import SIDES, exact
-from test_family_training import LORA_FILE, PROMPTS, assert_same_pictures, generators
-from test_trainer import record, rows
+from test_family_training import LORA_FILE, PROMPTS, assert_same_pictures, generators, opened
+from test_features import save_tiny_dinov2
+from test_trainer import interrupted_after, record, resumed, rows
 from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 from difftuning_control import load_adapter, trainer
+from difftuning_control.analysis import analyze
+from difftuning_control.cache import Framing
+from difftuning_control.data import load_images
+from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.sana import Sana
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe import (
     AdapterConfig,
@@ -26,10 +35,12 @@ from difftuning_control.recipe import (
     DataConfig,
     ModelConfig,
     Recipe,
+    ScheduleConfig,
     TrainingConfig,
     TuningConfig,
 )
 from difftuning_control.runs import tuned_model
+from difftuning_control.studies import AnalysisConfig, Evaluation
 from difftuning_control.trainer import train
 
 MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
@@ -182,3 +193,99 @@ def test_the_variance_of_pixart_trains_where_that_is_asked_for(finished):
 
 
 FILE = "diffusion_pytorch_model.safetensors"
+
+
+# --- resuming, judging, exporting -----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
+    recipe = replace(make("", name), output=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), interrupted_after(3):
+        train(recipe)
+    train(resumed(recipe))
+    assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(finished({"family": name}).output) / LORA_FILE)
+
+
+def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path, monkeypatch):
+    """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})  # which saves time
+    features = str(save_tiny_dinov2(root / "features" / name))
+    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
+    measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
+    data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
+    measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
+    assert len(train(measured)["schedule"]["xi"]) == 10
+    settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
+    found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
+    staged = found["staged"]
+    assert staged["tuned_above"]["kid"][0] == pytest.approx(staged["tuned_below"]["kid"][-1])
+    assert np.isfinite(found["gap"]["mean"]).all()
+    result = evaluate(Evaluation([measured.output], seeds=[0], output=str(tmp_path / "judged"), **settings))
+    assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
+
+
+@pytest.mark.parametrize("adapter", ["separate", "fused"])
+def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, adapter, tmp_path):
+    recipe = finished({"family": name})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock", adapter=adapter))
+    assert_same_pictures(stock_pictures(opened(folder), name), tuned_pictures(recipe))
+
+
+def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
+    for i, (width, height) in enumerate([(64, 64), (64, 64), (130, 64), (64, 130)]):
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        Image.effect_noise((width, height), 80).convert("RGB").save(tmp_path / "shapes" / f"{i}.png")
+        (tmp_path / "shapes" / f"{i}.txt").write_text(f"red {i}")
+    recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
+    side = 2 * SIDES[name]
+    data = DataConfig(
+        str(tmp_path / "shapes"), holdout=0.0, resolution=side, cache=str(tmp_path / "cache"), buckets=True,
+        bucket_step=side // 2, bucket_aspect=4.0,
+    )  # fmt: skip
+    run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
+    assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
+    assert len(run["data"]["buckets"]["pictures"]) == 3
+
+
+# --- what it is for -------------------------------------------------------------------------------------------------
+
+
+def stock_loss(pipe, family: str, latents: torch.Tensor, captions: list[str]) -> float:
+    """ε of PixArt, the flow of the others, at fixed noise and levels, with a pipeline's own modules."""
+    generator, found = torch.Generator().manual_seed(11), []
+    more = {"complex_human_instruction": None} if family == "sana" else {}
+    length = 256 if family == "lumina2" else 24
+    embeds, mask, _, _ = pipe.encode_prompt(captions, False, device="cpu", max_sequence_length=length, **more)
+    told = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        noise = torch.randn(latents.shape, generator=generator)
+        if family == "pixart":
+            timesteps = torch.full((len(latents),), int(1000 * level))
+            noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, timesteps)
+            size = {"resolution": None, "aspect_ratio": None}
+            out = pipe.transformer(noisy, timestep=timesteps, added_cond_kwargs=size, **told).sample
+            found.append((out.chunk(2, 1)[0] - noise).square().mean())
+            continue
+        shift = 3.0 if family == "sana" else 6.0
+        sigma = shift * level / (1 + (shift - 1) * level)
+        noisy = (1 - sigma) * latents + sigma * noise
+        time, sign = (1000 * sigma, 1) if family == "sana" else (1 - sigma, -1)
+        out = pipe.transformer(noisy, timestep=torch.full((len(latents),), time), **told, return_dict=False)[0]
+        found.append((sign * out - (noise - latents)).square().mean())
+    return float(torch.stack(found).mean())
+
+
+def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})
+    training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
+    plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
+    recipe = make("", name, "full", training=training, tuning=plain)
+    recipe = replace(recipe, data=replace(recipe.data, holdout=0.0), output=str(tmp_path))
+    train(recipe)
+    base, tuned = (DiffusionPipeline.from_pretrained(p) for p in (recipe.model.id, f"{recipe.output}/pipeline"))
+    family, examples = load_family(recipe.model.id), load_images(recipe.data.path).examples
+    with torch.no_grad():
+        pixels = torch.cat([Framing(recipe.data.resolution).pixels(e) for e in examples])
+        latents, captions = family.scale_latents(family.encode_moments(pixels)[0]), [e.caption for e in examples]
+        before, after = (stock_loss(p, name, latents, captions) for p in (base, tuned))
+    assert after < 0.95 * before

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_pipeline
 from safetensors.torch import load_file
 from test_families import PROMPTS, generators
-from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
+from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
 
 from difftuning_control.adapter_files import LORA_FILE
 from difftuning_control.adapters import AdapterTuning
@@ -103,7 +103,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
 # --- weights in 8 bits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux, tiny_pixart, tiny_sana, tiny_lumina2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_through_8_bits_are_those_through_the_rounded_weights(make, checkpointing):
     """Storage alone is in 8 bits: forward and backward are those of a model whose weights were rounded once."""

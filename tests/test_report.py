@@ -305,6 +305,16 @@ def test_every_advice_has_words(tmp_path, code, language):
     assert ("--tuning.schedule.kind measured" in page.text) == (code in ("rising", "not_monotone"))
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_pilots_frames_are_told_beside_its_resolution(tmp_path, language):
+    result = samples.pilot()
+    assert words.load_words(language)["meta.frames"] not in Page(write_pilot_report(result, tmp_path, language)).text
+    result["data"]["buckets"] = {"pictures": {"64×64": 40, "48×80": 24}, "cropped": 0.0625}
+    said = Page(write_pilot_report(result, tmp_path, language)).text
+    for expected in (words.load_words(language)["meta.frames"], "64×64", "40", "48×80", "24", "6%"):
+        assert expected in said
+
+
 def test_harmless():
     assert words.harmless("dog 犬 é 👩‍🚀 ±") == "dog 犬 é 👩‍🚀 ±"
     assert words.harmless("a\x1b\n\x7f\x9b\u202e\ud800\ufffe") == "a␛␊␡⟨U+009B⟩⟨U+202E⟩⟨U+D800⟩⟨U+FFFE⟩"

@@ -12,7 +12,7 @@ from conftest import write_pictures
 from PIL import Image
 from test_features import save_tiny_dinov2
 
-from difftuning_control.analysis import analyze
+from difftuning_control.analysis import analyze, materials
 from difftuning_control.budget import spread_budget
 from difftuning_control.cli import main
 from difftuning_control.comparison import verdict
@@ -128,13 +128,19 @@ def test_the_budgets_side_is_summed_up(done):
 def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tmp_path):
     """Were an adapter left on, the base drawn afterwards would not be that drawn before."""
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
-    from difftuning_control.analysis import materials
-
     job.judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
     before = job.judge.figures(job.family, 0, True)[0]
     job.train("plain", 1e-2, 0)
     assert job.judge.figures(job.family, 0, True)[0] == before
     assert before["kid"] == done[1]["base"]["runs"][0]["kid"]
+
+
+def test_a_pilot_says_how_its_runs_frame_their_pictures(study, config, tmp_path):
+    framed = replace(study, data=replace(study.data, buckets=True), output=str(tmp_path))
+    job = Pilot(framed, config, tmp_path)
+    run = train(replace(framed, training=replace(study.training, max_steps=1), output=str(tmp_path / "run")))
+    assert job._buckets(materials(job.family, job.recipe)) == run["data"]["buckets"]
+    assert Pilot(study, config, tmp_path)._buckets(materials(job.family, study)) is None
 
 
 def test_the_same_command_goes_on_without_doing_anything_twice(done, study, config):
@@ -377,8 +383,6 @@ def test_a_pilot_with_too_few_held_out_pictures_is_refused_before_any_work(study
 
 
 def test_the_search_and_the_figures_share_no_prompt(done, study, config, tmp_path):
-    from difftuning_control.analysis import materials
-
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
     judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
     assert not set(judge.search.prompts) & set(judge.final.prompts)
@@ -399,8 +403,6 @@ def test_a_pilot_does_not_go_on_with_other_pictures(study, config, done, tmp_pat
 
 
 def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(study, config, tmp_path, monkeypatch):
-    from difftuning_control.analysis import materials
-
     told = []
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path, told.append)
     found = materials(job.family, job.recipe)

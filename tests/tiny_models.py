@@ -149,7 +149,7 @@ def tiny_gemma():
     return Gemma2Model(config), tokenizer
 
 
-def tiny_sana(seed: int = 0, timestep_scale: float = 1.0):
+def tiny_sana(seed: int = 0, timestep_scale: float = 1.0, layers: int = 2):
     """32×32 pictures, as small as its pipeline takes; latents of 16×16 without a spread."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
@@ -164,7 +164,7 @@ def tiny_sana(seed: int = 0, timestep_scale: float = 1.0):
         decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
     )  # fmt: skip
     transformer = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=2,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=layers,
         num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
         sample_size=16, patch_size=1, timestep_scale=timestep_scale,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of
+from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.families.family import Family
 from difftuning_control.fingerprint import digest_of, write_json
 
@@ -153,6 +153,18 @@ class DiT(Family):
                 table[: len(names)] = rows.to(table)
         self.pipe.labels = dict(sorted((name, i) for i, name in enumerate(names)))
         self.has_new_classes = True
+
+    @contextmanager
+    def unknown_classes(self, count: int) -> Iterator[None]:
+        """While open, the first `count` classes are the null class: a pretrained model knows no more of new ones."""
+        kept = {table: table.data for table in tables_of(self.denoiser).values()}
+        try:
+            for table, values in kept.items():
+                table.data = unknown(values, count)
+            yield
+        finally:
+            for table, values in kept.items():
+                table.data = values
 
     def trained_whole(self) -> dict[str, nn.Parameter]:
         """The tables of a new label space."""

@@ -62,8 +62,14 @@ def save_classes(transformer: Any, folder: Path, names: list[str]) -> None:
     write_tensors(folder / CLASSES_FILE, rows, {NAMES: json.dumps(names)})
 
 
+def unknown(table: Tensor, count: int) -> Tensor:
+    """A table of class embeddings that does not know the first `count` classes: each of them is the null class."""
+    return torch.cat([table[-1:].expand(count, -1), table[count:]])
+
+
 class NewClasses(TrainedWhole):
-    """The class embeddings of a pipeline that an adapter brought with it, and the pretrained ones.
+    """The class embeddings of a pipeline that an adapter brought with it, and the pretrained ones, which do not know
+    the new classes: where the pretrained model answers, as in a hand-over, it is told the null class.
 
     Raises:
         UserError: if they have no place in this model.
@@ -77,7 +83,7 @@ class NewClasses(TrainedWhole):
                 len(rows[key]) == len(names) + 1 <= len(tables[key])
             ):  # fmt: skip
                 raise UserError(f"{path} does not fit this model: its {len(names)} classes have no place in {key}.")
-        super().__init__(tables, name)
+        super().__init__(tables, name, {key: unknown(table.detach(), len(names)) for key, table in tables.items()})
         self.pipe, self.labels = pipe, pipe.labels
         values = {key: table.detach().clone() for key, table in tables.items()}
         for key, value in values.items():

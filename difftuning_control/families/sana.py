@@ -13,13 +13,15 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from torch import Tensor
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.family import compare_configs
 from difftuning_control.families.masked import MaskedTransformer
 
 SIDES = 32  # of whose multiples the pipeline takes sides only, whatever the autoencoder
+COPIED_BLOCKS = 7  # that a new ControlNet copies, as many as the class has by default
 
 
 class Sana(MaskedTransformer):
@@ -27,6 +29,9 @@ class Sana(MaskedTransformer):
 
     name = "sana"
     base_density = "logit_normal"
+    controlnet_class = SanaControlNetModel
+    control_pipeline_class = SanaControlNetPipeline
+    controlnet_whole = ("input_block", "controlnet_blocks")
     instructions: ClassVar[dict[str, Any]] = {
         "complex_human_instruction": inspect.signature(SanaPipeline.__call__)
         .parameters["complex_human_instruction"]
@@ -57,3 +62,40 @@ class Sana(MaskedTransformer):
         """Of the instruction's tokens the last one is encoded with them."""
         tokens, most = super().prompt_tokens(prompt)
         return tokens, most - 1
+
+    # --- control ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"controlnet_block_samples": controlnet(**inputs, controlnet_cond=control)[0]}
+
+    def need_controlnet(self) -> None:
+        """Refuse a Sana that diffusers' ControlNet and its pipeline are not for.
+
+        Raises:
+            UserError: naming the setting that they do not know.
+        """
+        super().need_controlnet()
+        config = self.denoiser.config
+        for key, usual in (("qk_norm", None), ("timestep_scale", 1.0)):
+            if config[key] != usual:
+                raise UserError(
+                    f"the model's {key} is {config[key]} (as of Sana 1.5 or Sprint), which diffusers' "
+                    "SanaControlNetModel does not know; give a Sana 1.0, or train a LoRA or all weights instead."
+                )
+
+    def _new_controlnet(self) -> Any:
+        """The first blocks of the transformer, as many as `COPIED_BLOCKS`; the last takes no residual."""
+        own = {"num_layers": min(COPIED_BLOCKS, self.denoiser.config.num_layers - 1)}
+        copied = ("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks")
+        return self.copied_controlnet(own, copied)
+
+    def check_controlnet(self, controlnet: Any, name: str) -> None:
+        widths = ("num_attention_heads", "attention_head_dim", "caption_channels")
+        compare_configs(self.denoiser, controlnet, name, ("in_channels", "patch_size", *widths))
+        most, its = self.denoiser.config.num_layers - 1, controlnet.config.num_layers
+        if its > most:
+            raise UserError(
+                f"the ControlNet {name} does not fit this model: it has {its} blocks, and the model takes what {most} "
+                "give; give one that was made for this model, or start from the denoiser."
+            )

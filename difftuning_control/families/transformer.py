@@ -1,5 +1,5 @@
-"""What transformers on VAE latents share; and what Stable Diffusion 3 and FLUX do: flow matching, and ControlNets that
-read conditions as latents.
+"""What transformers on VAE latents share, ControlNets that read conditions as latents among it; and what Stable
+Diffusion 3 and FLUX do: flow matching.
 
 References:
     Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024),
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
@@ -27,15 +27,18 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 class LatentTransformer(Family):
-    """A transformer on VAE latents."""
+    """A transformer on VAE latents; its ControlNets read conditions as latents too."""
 
     component = "transformer"
+    control_argument = "control_image"
+    condition_range = (-1.0, 1.0)
+    encodes_control = True
 
     def quantise(self, kind: str) -> None:
-        """float8 by diffusers' layerwise casting: weights are in `dtype` while their layer computes, and norms always;
-        the others by `quantised.py`."""
+        """float8 by diffusers' layerwise casting: weights are in `dtype` while their layer computes, and always those
+        of norms and of convolutions, whose gradient reads what is stored; the others by `quantised.py`."""
         if kind == "float8":
-            self.denoiser.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=self.dtype)
+            self.denoiser.enable_layerwise_casting(FLOAT8, self.dtype, skip_modules_classes=(nn.Conv2d,))
         else:
             need_bitsandbytes(kind)
             quantise_linears(self.denoiser, kind, self.dtype)
@@ -61,33 +64,6 @@ class LatentTransformer(Family):
                 f"gives {given}; give a plain text-to-image model."
             )
 
-
-class FlowTransformer(LatentTransformer):
-    """A transformer on VAE latents, trained at noise levels from a logit-normal density.
-
-    Conditioning: `prompt_embeds` (B, L, D) and `pooled_prompt_embeds` (B, D').
-    """
-
-    base_density = "logit_normal"
-    lora_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
-    control_argument = "control_image"
-    condition_range = (-1.0, 1.0)
-    encodes_control = True
-    t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
-    t5 = "3"  # its number among the text encoders
-
-    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
-        """Those of T5, where there is one: it reads on where CLIP stops."""
-        tokenizer = getattr(self.pipe, f"tokenizer_{self.t5}", None)
-        if tokenizer is None:
-            return super().prompt_tokens(prompt)
-        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
-
-    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
-        return super().prompt_arguments(prompts) | {"max_sequence_length": self.t5_length}
-
     # --- control ----------------------------------------------------------------------------------------------------
 
     def control_shift(self) -> float:
@@ -99,11 +75,9 @@ class FlowTransformer(LatentTransformer):
         """Changes when what `encode_control` gives does."""
         return digest_of([self.name, self.fingerprints["vae"], str(self.dtype), self.control_shift()])
 
-    @torch.no_grad()
     def encode_control(self, control: Tensor) -> Tensor:
         """Conditions (B, 3, H, W) uint8 as latents (B, C, h, w): the mean of the VAE's posterior, scaled."""
-        pictures = to_tensor(control, self.condition_range).to(self.device, self.dtype)
-        mean = self.pipe.vae.encode(pictures).latent_dist.mode()
+        mean = self.encode_moments(to_tensor(control, self.condition_range))[0].to(self.dtype)
         return (mean - self.control_shift()) * self.pipe.vae.config.scaling_factor
 
     def copied_controlnet(self, own: dict[str, Any], copied: tuple[str, ...]) -> Any:
@@ -119,3 +93,27 @@ class FlowTransformer(LatentTransformer):
             part = getattr(found, name)
             part.load_state_dict({k: weights[k] for k in part.state_dict()})
         return found
+
+
+class FlowTransformer(LatentTransformer):
+    """A transformer on VAE latents, trained at noise levels from a logit-normal density.
+
+    Conditioning: `prompt_embeds` (B, L, D) and `pooled_prompt_embeds` (B, D').
+    """
+
+    base_density = "logit_normal"
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
+    t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
+    t5 = "3"  # its number among the text encoders
+
+    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
+        """Those of T5, where there is one: it reads on where CLIP stops."""
+        tokenizer = getattr(self.pipe, f"tokenizer_{self.t5}", None)
+        if tokenizer is None:
+            return super().prompt_tokens(prompt)
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), self.t5_length
+
+    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        return super().prompt_arguments(prompts) | {"max_sequence_length": self.t5_length}

@@ -8,15 +8,17 @@ from typing import Any
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NewClasses, TunableDiT
-from difftuning_control.guidance import AtForward, TunedWeights
+from difftuning_control.families.dit_adapters import TunableDiT
+from difftuning_control.guidance import AtForward
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.strength import Strength
 
 
 class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
     """`DiTPipeline` that knows the pretrained model behind a tuned one, and whose class names are saved with it.
+
+    Classes that an adapter brought are the null class to the pretrained model: after a hand-over it goes on with that,
+    and an adapter schedule moves their embeddings from the null class's to their own.
 
     Args:
         id2label: names of the classes, by number.
@@ -52,17 +54,6 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
     def _branch(self, call: dict[str, Any]) -> AtForward:
         """The second half of a guided batch is told the null class."""
         return lambda inputs: "conditional first"
-
-    def _weights(self) -> TunedWeights:
-        weights = super()._weights()
-        is_switched = self.extras.hand_over is not None or self.extras.adapter_schedule is not None
-        if is_switched and any(isinstance(layer, NewClasses) for layer in weights.layers):
-            setting = "adapter_schedule" if self.extras.hand_over is None else "hand_over"
-            raise UserError(
-                f"the adapter brought classes of its own, which the pretrained model has not, so it cannot go on with "
-                f"a picture of one; set_extras({setting}=None)."
-            )
-        return weights
 
     @like(DiTPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
