@@ -53,7 +53,7 @@ from difftuning_control.provenance import (
     versions,
 )
 from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.trainer import load_base, train
 
@@ -385,7 +385,10 @@ class Pilot:
             kept = json.loads(done.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 return kept
-        with tuned_model(self.family, folder, self._train(recipe)) as tuned:
+        if not (folder / result_of(recipe)).exists():
+            (folder / "figures.json").unlink()  # or it would not be trained and judged again
+            self.train(side, rate, seed)
+        with tuned_model(self.family, folder, finished_run(folder)) as tuned:
             searched = []
             if scales is None:
                 searched = search_scales(self.judge, self.family, tuned, seed, self.config.guidance_scales)

@@ -15,6 +15,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.pilot import Pilot, pilot
 from difftuning_control.recipe import BankConfig, DataConfig, ModelConfig, Recipe, TrainingConfig, TuningConfig
 from difftuning_control.studies import PilotConfig
+from difftuning_control.trainer import train
 
 SCALES = [2.0, 3.5]
 
@@ -97,6 +98,22 @@ def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study
     (folder / result["sides"][0]["runs"][1]["folder"] / "guidance.json").unlink()
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert again["sides"][0]["guidance"] == json.loads(json.dumps(result["sides"][0]["guidance"]))
+    assert again["sides"][0]["runs"] == json.loads(json.dumps(result["sides"][0]["runs"]))
+
+
+def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, config, tmp_path, monkeypatch):
+    """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
+    trained: list[str] = []
+
+    def counting(recipe: Recipe, **kwargs: bool) -> dict:
+        trained.append(recipe.output)
+        return train(recipe, **kwargs)
+
+    monkeypatch.setattr("difftuning_control.pilot.train", counting)
+    several = replace(config, sides=["plain", "prior"], lengths=[2, 3], guidance_scales=[2.0])
+    result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
+    assert len(trained) == len(set(trained)) == 4
+    assert [len(side["guidance"]["ways"]["domain"]["runs"]) for side in result["sides"]] == [2, 2]
 
 
 def test_the_report_shows_it(done):
