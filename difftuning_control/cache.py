@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.data import Example, ImageData, frame, placed
+from difftuning_control.data import Example, ImageData
 from difftuning_control.fingerprint import digest_of
+from difftuning_control.images import frame, placed
 from difftuning_control.processes import ALONE, Share, files_together
 from difftuning_control.rows import Rows
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec, to_tensor
 from difftuning_control.convergence import find_convergence, has_settled
-from difftuning_control.data import ImageData, frame
+from difftuning_control.data import ImageData
 from difftuning_control.evaluation.control import MAIN, fidelity
 from difftuning_control.fingerprint import digest_of, digest_of_tensors
+from difftuning_control.images import frame
 from difftuning_control.pictures import sample_pictures
 
 if TYPE_CHECKING:

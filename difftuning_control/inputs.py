@@ -18,7 +18,8 @@ from difftuning_control.cache import Framing, PromptEmbeddings, cached_embedding
 from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
-from difftuning_control.data import Example, ImageData, load_images
+from difftuning_control.data import Example, ImageData
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of

@@ -157,3 +157,11 @@ def without_secrets(text: str) -> str:
 
 def _is_secret(value: str) -> bool:
     return len(value) >= (8 if any(c.isdigit() for c in value) else 12) and not os.path.exists(value)
+
+
+def leads_outside(path: Path, root: Path) -> str | None:
+    """Where a path leads if that is not in the folder `root`; symbolic links are followed."""
+    if "\0" in str(path):  # which no file has in its name
+        return None
+    target = os.path.realpath(path)
+    return None if Path(target).is_relative_to(os.path.realpath(root)) else target

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, step_seed
 from difftuning_control.cache import Framing, LatentMoments, PromptEmbeddings
-from difftuning_control.data import Example, ImageData, Read, Row, _Checker, _outside, _place, decode_image
+from difftuning_control.data import Checker, Example, ImageData, Read, Row
+from difftuning_control.data_sources import place_of_data
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of
-from difftuning_control.outside import BYTES_PER_PIXEL, is_text, read_file
+from difftuning_control.images import decode_image
+from difftuning_control.outside import BYTES_PER_PIXEL, is_text, leads_outside, read_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -48,7 +50,7 @@ class Collection:
     def __init__(self, config: DataConfig):
         import datasets
 
-        self.config, self.folder = config, _place(config.path)
+        self.config, self.folder = config, place_of_data(config.path)
         self.kind, paths = self._find() if self.folder.is_dir() else ("", [])
         names: Any = {"path": self.kind, "data_files": [str(p) for p in paths]} if paths else {"path": config.path}
         try:
@@ -82,7 +84,7 @@ class Collection:
             )
         paths = found[kinds[0]]
         for path in paths:
-            if (target := _outside(path, self.folder)) is not None:
+            if (target := leads_outside(path, self.folder)) is not None:
                 raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
         return kinds[0], paths
 
@@ -120,7 +122,7 @@ class Collection:
         def read(most: int) -> bytes:
             if self.kind == "json":
                 path = self.folder / str(cell)
-                if _outside(path, self.folder) is not None:
+                if leads_outside(path, self.folder) is not None:
                     raise UserError("is named by metadata.jsonl but lies outside the folder")
                 return read_file(path, most)
             if (cell or {}).get("bytes") is None:
@@ -188,7 +190,7 @@ class Stream:
                     "a data.validation_path, or lower training.validation_size."
                 )
             self.begin += len(part)
-            checker = _Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
+            checker = Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
             examples = [e for row in part if (e := checker._example(row)) is not None]
             checker._stop_if_bad(self.config.path)
             found |= {e.name: e for e in examples}

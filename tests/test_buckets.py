@@ -21,9 +21,10 @@ from difftuning_control.batches import BatchSource, TargetSet
 from difftuning_control.buckets import BucketSource, bucket_line, bucket_shapes, into_buckets, kept
 from difftuning_control.cache import Framing, cached_embeddings
 from difftuning_control.cli import main
-from difftuning_control.data import load_images, placed
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
+from difftuning_control.images import placed
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.provenance import write_recipe

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from difftuning_control.cache import Framing, LatentMoments, cached_embeddings, cached_moments
-from difftuning_control.data import load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 

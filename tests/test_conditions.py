@@ -24,9 +24,11 @@ from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.cache import Framing
 from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions, conditions_of
 from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data import ImageData, frame, load_images
+from difftuning_control.data import ImageData
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
+from difftuning_control.images import frame
 from difftuning_control.pictures import to_images
 from difftuning_control.recipe import ControlConfig, FidelityConfig, Recipe
 

@@ -30,7 +30,7 @@ from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.convergence import has_settled
-from difftuning_control.data import load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_controlnet, load_family
 from difftuning_control.families.family import ControlledDenoiser

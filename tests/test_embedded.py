@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from difftuning_control.data import embedded_set, load_images
+from difftuning_control.data_sources import embedded_set, load_images
 from difftuning_control.families import embedded_model
 
 ROOT = Path(__file__).resolve().parents[1]

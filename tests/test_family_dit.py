@@ -28,13 +28,14 @@ from tiny_models import DIT_CLASSES, tiny_dit
 from difftuning_control import cli, load_adapter, trainer, unload_adapter
 from difftuning_control.analysis import analyze
 from difftuning_control.classes import as_pretrained, begin_as
-from difftuning_control.data import fit_square, load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
+from difftuning_control.images import fit_square
 from difftuning_control.inputs import prepare_bank
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective

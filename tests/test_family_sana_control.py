@@ -20,7 +20,7 @@ from tiny_models import tiny_sana
 
 from difftuning_control.batches import step_seed
 from difftuning_control.control import Conditioner, ControlSpec, to_tensor
-from difftuning_control.data import load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_controlnet, load_family

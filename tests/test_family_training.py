@@ -28,13 +28,14 @@ from difftuning_control.analysis import analyze
 from difftuning_control.batches import BatchSource, step_seed
 from difftuning_control.cache import Framing
 from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data import frame, load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import ExportRequest, export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.transformer import FlowTransformer
 from difftuning_control.fingerprint import digest_of_file
+from difftuning_control.images import frame
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe import (

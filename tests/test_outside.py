@@ -21,11 +21,14 @@ from difftuning_control.adapter_files import load_adapter
 from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cli import main
 from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data import Columns, dataset_rows, decode_image, images_from_dataset, load_images
+from difftuning_control.data import Columns
+from difftuning_control.data_sources import load_images
+from difftuning_control.dataset_rows import dataset_rows, images_from_dataset
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.fingerprint import write_tensors
+from difftuning_control.images import decode_image
 from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS, read_file, without_secrets
 
 

@@ -18,7 +18,8 @@ from difftuning_control.cache import cached_embeddings
 from difftuning_control.classes import bank_classes, begin_label_space, class_names
 from difftuning_control.conditions import conditions_of
 from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
-from difftuning_control.data import ImageData, load_images
+from difftuning_control.data import ImageData
+from difftuning_control.data_sources import load_images
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.data import ImageData, fit_square
+from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
 from difftuning_control.evaluation.features import Features
+from difftuning_control.images import fit_square
 from difftuning_control.pictures import sample_pictures, to_images
 
 if TYPE_CHECKING:

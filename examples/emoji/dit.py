@@ -29,7 +29,7 @@ from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batch import LatentBatch
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
-from difftuning_control.data import embedded_set
+from difftuning_control.data_sources import embedded_set
 from difftuning_control.families import family_of, load_family
 from difftuning_control.fingerprint import write_json
 from difftuning_control.objective import DiffTuningObjective

@@ -11,7 +11,7 @@ import torch
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.batches import BatchSource, TargetSet
 from difftuning_control.cache import Framing, cached_embeddings, cached_moments
-from difftuning_control.data import load_images
+from difftuning_control.data_sources import load_images
 from difftuning_control.families import load_family
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.recipe import AdapterConfig

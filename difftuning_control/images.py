@@ -1,0 +1,117 @@
+"""Pictures as files hold them, made 8-bit RGB, upright and framed; what cannot be used rightly is refused.
+
+EXIF rotation is applied, transparency laid on white, and CMYK, palette and 16-bit pictures are converted.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
+
+from difftuning_control.errors import UserError
+from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS
+
+# what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An encoded picture as 8-bit RGB, upright, on white where it is transparent.
+
+    Raises:
+        UserError: if it is empty, no picture of the known formats, damaged, animated, or has more than `max_pixels`.
+    """
+    if not content:
+        raise UserError("is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata in pictures that are whole
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                if opened.width * opened.height > max_pixels:
+                    raise _too_large(opened.width * opened.height, max_pixels)
+                # the further frames of a phone's JPEG (MPO) are its previews, depth and gain maps
+                if opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
+                    raise UserError(f"is animated ({frames} frames); save the frame you want as a picture")
+                opened.load()
+                return to_rgb(opened)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError("is not a picture that can be read") from None
+    except Image.DecompressionBombError:
+        raise _too_large(MOST_PIXELS + 1, max_pixels) from None
+    except Exception as error:  # decoders raise whatever they stumble over
+        raise UserError(f"is damaged or of an unsupported kind ({' '.join(str(error).split())})") from None
+
+
+def _too_large(pixels: int, allowed: int) -> UserError:
+    if pixels > MOST_PIXELS:
+        return UserError(f"has more than {MOST_PIXELS} pixels, expected at most {allowed}; scale it down")
+    return UserError(f"has {pixels} pixels, expected at most {allowed} (--data.max_pixels allows more)")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: upright, on white where it is transparent, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_eight_bit(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, "white")
+        ground.alpha_composite(rgba)
+        image = ground
+    return image.convert("RGB")
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit and float greys; Pillow's own `convert` clips them instead of scaling.
+
+    Raises:
+        UserError: if floats lie outside of 0 to 255: depth in metres or normals in −1 to 1 must be scaled first.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" and values.size and not (values.min() >= 0 and values.max() <= 255):
+        raise UserError(f"has values from {values.min():g} to {values.max():g}; expected 0 to 1 or 0 to 255")
+    if not image.mode.startswith("I"):
+        full = 1.0 if values.max(initial=0) <= 1 else 255.0
+    else:
+        full = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+    return Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def frame(
+    image: Image.Image,
+    height: int,
+    width: int,
+    crop: tuple[float, float] = (0.5, 0.5),
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
+    """Resize until the frame is just covered and crop it at the relative position, (height, width, 3) uint8.
+
+    Args:
+        crop: relative position (x, y) of the frame within what is left over, each in [0, 1]; the middle by default.
+    """
+    size, left, top = placed(image.size, height, width, crop)
+    if size != image.size:
+        image = image.resize(size, resample)
+    return np.array(image.crop((left, top, left + width, top + height)))  # a copy that may be written to
+
+
+def placed(
+    size: tuple[int, int], height: int, width: int, crop: tuple[float, float] = (0.5, 0.5)
+) -> tuple[tuple[int, int], int, int]:
+    """What `frame` does to a picture of (width, height): the size it is resized to, and the crop's left and top."""
+    scale = max(height / size[1], width / size[0])
+    if scale != 1:
+        size = (max(width, round(size[0] * scale)), max(height, round(size[1] * scale)))
+    return size, round((size[0] - width) * crop[0]), round((size[1] - height) * crop[1])
+
+
+def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """A picture in a square frame, scaled to [-1, 1], (3, resolution, resolution) float32."""
+    pixels = frame(image, resolution, resolution, crop).astype(np.float32)
+    return np.ascontiguousarray((pixels / 127.5 - 1).transpose(2, 0, 1))
