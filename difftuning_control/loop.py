@@ -37,6 +37,7 @@ from difftuning_control.outside import without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe import Recipe
 from difftuning_control.signals import Interrupted, asked, deferred
+from difftuning_control.terminal import say
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:
@@ -412,9 +413,13 @@ class TrainingLoop:
         step = load_checkpoint(found[0], self.state, self.identity) if found else 0
         self.saved = step if found else None
         metrics = self.output / "metrics.jsonl"
-        if self.accelerator.is_main_process and metrics.exists():
-            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            write_text(metrics, "".join(lines[: self.state.logged]))
+        if self.accelerator.is_main_process and (metrics.exists() or self.state.logged):
+            text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+            lines = text.splitlines(keepends=True)[: self.state.logged]
+            if len(lines) < self.state.logged:
+                say(f"note: {metrics} lacks {self.state.logged - len(lines)} of {self.state.logged} lines of before")
+            self.state.logged = len(lines)
+            write_text(metrics, "".join(lines))
         return step
 
     def _write_weights(self) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,19 @@ def test_an_interrupted_run_that_is_resumed_is_bit_equal(make, finished, tmp_pat
     assert len(taken) == STEPS - (steps - 1) // 2 * 2
     assert_same_run(recipe, finished(VARIANTS[name]))
     assert not checkpoints(tmp_path)
+
+
+def test_metrics_that_were_lost_are_told_and_the_weights_are_the_same(make, finished, tmp_path, capsys):
+    recipe = replace(make(""), output=str(tmp_path))
+    with interrupted_after(3), pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    (tmp_path / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    train(resumed(recipe))
+    assert re.search(r"note: .*metrics\.jsonl lacks \d+ of \d+ lines of before", capsys.readouterr().out)
+    assert rows(recipe)[0]["step"] == 3
+    ours, theirs = weights(recipe), weights(finished(VARIANTS["lora"]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("name", ["lora", "full, averaged"])
