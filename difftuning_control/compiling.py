@@ -10,9 +10,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from difftuning_control.errors import UserError
+
+MOST_SHAPES = 64  # of the blocks of one class, with buckets; beyond that PyTorch runs them uncompiled
 
 
 def check_compiler(backend: str, device: torch.device) -> None:
@@ -33,12 +36,18 @@ def check_compiler(backend: str, device: torch.device) -> None:
 
 
 def compile_blocks(module: nn.Module, backend: str) -> int:
-    """Have every entry of the lists of equal blocks compiled at its first call; gives the number of such blocks."""
+    """Have every entry of the lists of equal blocks compiled at its first call; gives the number of such blocks.
+
+    Each shape is compiled by itself: blocks of one class differ in width and resolution, which PyTorch would take for
+    sizes that vary, and compile into slower code or not at all.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_SHAPES)
     count = 0
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
             for block in child:
-                block.compile(backend=backend)
+                block.compile(backend=backend, dynamic=False)
             count += len(child)
         else:
             count += compile_blocks(child, backend)

@@ -27,6 +27,9 @@ from difftuning_control.recipe import (
 )
 from difftuning_control.trainer import train
 
+SLOW = pytest.mark.slow
+RATE = 1e-3
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,7 +53,7 @@ def make(root: Path, model_dir: Path, pictures: Path):
             else ControlConfig(),
             training=TrainingConfig(
                 **{"max_steps": 3, "batch_size": 4, "validate_every": 2, "validation_size": 2, "sample_every": 2,
-                   "sample_steps": 2, "learning_rate": 1e-3, "lr_scheduler": "constant", "ema_decay": 0.9}
+                   "sample_steps": 2, "learning_rate": RATE, "lr_scheduler": "constant", "ema_decay": 0.9}
                 | sections.get("training", {})
             ),
             output=str(root / name),
@@ -67,8 +70,12 @@ def weights(run: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_training(recipe: Recipe, backend: str) -> None:
-    """Equal weights up to rounding, by a run of which compiled graphs were made."""
+def assert_same_training(recipe: Recipe, backend: str, atol: float = 5e-6) -> None:
+    """Equal weights up to rounding, by a run of which compiled graphs were made.
+
+    AdamW divides by the size of a gradient, so where that is nearly zero its rounding moves a weight by a part of the
+    learning rate.
+    """
     eager = train(replace(recipe, output=recipe.output + "-eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -79,12 +86,9 @@ def assert_same_training(recipe: Recipe, backend: str) -> None:
     assert list(before) == list(after)
     assert before
     for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for role, losses in eager["losses"].items():
         assert compiled["losses"][role]["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,7 @@ def test_a_transformer_trains_compiled_as_without(make, root):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_real_compiler_trains_as_without(make, method):
-    assert_same_training(make(f"inductor-{method}", method), "inductor")
+    assert_same_training(make(f"inductor-{method}", method), "inductor", atol=0.1 * RATE)
 
 
 def test_a_compiled_run_goes_on_where_it_stopped(make):
