@@ -7,11 +7,13 @@ from typing import Any
 
 from PIL import Image
 
+from difftuning_control.audit import noted
 from difftuning_control.comparison import verdict
 from difftuning_control.families import embedded_model
-from difftuning_control.fingerprint import write_json
+from difftuning_control.fingerprint import digest_of_file, write_json
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import pilot
+from difftuning_control.pilot_files import DEMO
 from difftuning_control.recipe import BankConfig, DataConfig, Recipe, TrainingConfig
 from difftuning_control.studies import PilotConfig
 
@@ -46,9 +48,11 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
     print(f"Diff-Tuning and plain fine-tuning, {steps} steps on 8 line icons, three seeds each", flush=True)
     result = pilot(recipe, config, language, overwrite)
     rows = {LABELS[r["name"]]: [Image.open(output / f) for f in r["files"]] for r in result["pictures"]["rows"]}
-    save_grid(output / "grid.png", rows, result["pictures"]["prompts"])
     table = loss_table(result)
-    write_json(output / "summary.json", {"verdict": verdict(result), "table": table, "steps": steps, "seed": seed})
+    with noted(output) as artefacts:
+        save_grid(output / "grid.png", rows, result["pictures"]["prompts"])
+        write_json(output / "summary.json", {"verdict": verdict(result), "table": table, "steps": steps, "seed": seed})
+        artefacts |= {name: digest_of_file(output / name) for name in DEMO}
     _print_summary(output, result, table)
     return result
 

@@ -16,6 +16,7 @@ from difftuning_control.provenance import read_run
 
 SETTINGS, RESULT, REPORT = "pilot-settings.json", "pilot.json", "report.html"
 VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing
+DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
 
 
@@ -50,7 +51,7 @@ def files_of_pilot(output: Path) -> dict[str, Path]:
     found = {}
     for folder, names in _walk(output):
         for name in names:
-            if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED)):
+            if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED, *DEMO)):
                 found[(folder / name).relative_to(output).as_posix()] = folder / name
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from difftuning_control.audit import FILE, Chain, read_audit
 from difftuning_control.errors import UserError
 from difftuning_control.fingerprint import digest_of_file
-from difftuning_control.pilot_files import RESULT, VOUCHED, files_of_pilot, records_of
+from difftuning_control.pilot_files import DEMO, RESULT, VOUCHED, files_of_pilot, records_of
 from difftuning_control.verify_run import EARLIER, Part, audit_part, compare, verify_run
 
 OWN = ("record", "audit", "outputs")  # of each run
@@ -23,7 +23,7 @@ def verify_pilot(output: Path, skip: Iterable[str] = (), head: str | None = None
         UserError: if the pilot is not finished.
     """
     chain, record = read_audit(output), Part("record")
-    vouched = {name: chain.last_hash_of(name) for name in VOUCHED}
+    vouched = {name: chain.last_hash_of(name) for name in (*VOUCHED, *DEMO)}
     for name, digest in vouched.items():
         if digest is not None:
             record.checked += 1
@@ -45,6 +45,9 @@ def verify_pilot(output: Path, skip: Iterable[str] = (), head: str | None = None
         record.unchecked = outputs.unchecked = EARLIER.replace("the run", "the pilot")
     else:
         compare(outputs, files, files_of_pilot(output))
+        for name in DEMO:
+            if vouched[name] is None and (output / name).exists():
+                outputs.find(name, "added")
     found = [record, audit_part({"files": files}, chain, head), outputs]
     return found + _runs(output, old, records, skip, outputs), chain
 

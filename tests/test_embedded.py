@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from difftuning_control.data_sources import embedded_set, load_images
 from difftuning_control.families import embedded_model
+from difftuning_control.requests import VerifyRequest
+from difftuning_control.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +70,7 @@ def test_the_demo_ends_with_its_report(tmp_path, capsys):
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.startswith("<!DOCTYPE html>")
     assert "Plain fine-tuning" in report
+    assert verify(VerifyRequest(str(tmp_path / "demo"), strict=True))["status"] == "same"
     printed = capsys.readouterr().out
     assert "KID" in printed
     lora = next(line for line in printed.splitlines() if "load_lora_weights" in line).split('"')[1]

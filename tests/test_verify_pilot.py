@@ -11,9 +11,10 @@ from test_bad_input import assert_refused
 from test_features import save_tiny_dinov2
 from test_verify import flip
 
-from difftuning_control.audit import FILE, read_audit
+from difftuning_control.audit import FILE, noted, read_audit
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
+from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import settle
 from difftuning_control.recipe import BankConfig, DataConfig, ModelConfig, Recipe, TrainingConfig, TuningConfig
@@ -187,3 +188,14 @@ def test_a_pilot_of_an_earlier_version_says_so(root):
     path.write_text(json.dumps({k: v for k, v in result.items() if k not in ("files", "records")}))
     (root / "pilot" / FILE).unlink()
     assert verify(VerifyRequest("pilot"))["unchecked"] == ["record", "outputs"]
+
+
+def test_what_a_demo_draws_from_its_pilot_is_vouched_for(root):
+    grid = Path("pilot/grid.png")
+    grid.write_bytes(b"drawn")
+    assert found() == {"outputs": [("added", "grid.png")]}
+    with noted("pilot") as artefacts:
+        artefacts["grid.png"] = digest_of_file(grid)
+    assert found() == {}
+    grid.write_bytes(b"drawn otherwise")
+    assert found() == {"record": [("changed", "grid.png")]}
