@@ -16,6 +16,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.outside import is_text, read_text
 
 PROGRAM = "difftune"
+ABOUT = "From a recipe to a tuned model, and what was gained. A mistake is one sentence and exit code 2."
 DEEPEST, LARGEST = 32, 100_000  # levels and values of a recipe
 
 
@@ -35,7 +36,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
             raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}")
         known = keys_of(COMMANDS[arguments[0]])
         arguments = _arrange(arguments, known)
-    parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=__doc__, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=ABOUT, exit_on_error=False)
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=_first_line(command), exit_on_error=False)

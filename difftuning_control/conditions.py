@@ -92,7 +92,7 @@ def encoded_conditions(family: Family, conditions: Conditions, folder: Path, sha
     if not family.encodes_control:
         return conditions
     identity = [family.control_fingerprint, FORMAT]
-    keys = [digest_of([digest_of_tensors({"conditions": shard[:]}), identity]) for shard in conditions.shards]
+    keys = [digest_of([_digest(shard), identity]) for shard in conditions.shards]
 
     def make(i: int) -> dict[str, Tensor]:
         shard = conditions.shards[i][:]
@@ -102,6 +102,11 @@ def encoded_conditions(family: Family, conditions: Conditions, folder: Path, sha
 
     made = files_together([folder / f"control-{key}.safetensors" for key in keys], make, share, lead=2)
     return Conditions(made.each("control"), made.read(len(made) - 1, "empty", ()) if len(made) else None)
+
+
+def _digest(shard: Tensor | Rows) -> str:
+    """Of what is on disk it is known: the file was read through when it was opened."""
+    return shard.digest if isinstance(shard, Rows) else digest_of_tensors({"conditions": shard})
 
 
 def conditions_of(

@@ -48,8 +48,7 @@ from difftuning_control.provenance import (
     deciding_settings,
     describe_device,
     read_run,
-    refuse_file,
-    refuse_read_only,
+    refuse_unwritable,
     versions,
 )
 from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
@@ -448,8 +447,7 @@ def pilot(
 
     output = Path(recipe.output)
     marker, identity = output / SETTINGS, _identity(recipe, config)
-    refuse_file(output)
-    refuse_read_only(output)
+    refuse_unwritable(output)
     if output.exists() and not is_empty(output):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")

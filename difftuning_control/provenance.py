@@ -102,14 +102,14 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def refuse_file(output: Path) -> None:
-    """A UserError if there is a file where the output or a folder above it should be."""
+def refuse_unwritable(output: Path) -> None:
+    """Refuse an output before the work, not after it; nothing is left there.
+
+    Raises:
+        UserError: if there is a file where it or a folder above it should be, or nothing can be written in it.
+    """
     if any(p.is_file() for p in (output, *output.parents)):
         raise UserError(f"the output {output} is a file or lies below one; name a folder.")
-
-
-def refuse_read_only(output: Path) -> None:
-    """A UserError where nothing can be written in the output: before the work, not after it. It leaves nothing."""
     place = next(p for p in (output, *output.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -130,8 +130,7 @@ def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "
         UserError: in these cases, and if nothing can be written there.
     """
     folder = Path(path)
-    refuse_file(folder)
-    refuse_read_only(folder)
+    refuse_unwritable(folder)
     if not folder.exists() or is_empty(folder):
         return
     if not (folder / marker).exists():
@@ -149,8 +148,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, resume: bool, overwrite: bool):
-        refuse_file(path)
-        refuse_read_only(path)
+        refuse_unwritable(path)
         self.path, self._created = path, [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")

@@ -210,6 +210,15 @@ class Rows:
         first = self.files.shape(self._place(0)[0] if self.part else 0, self.name)
         return torch.Size([len(self), *first[1 + len(self.at) :]])
 
+    @property
+    def digest(self) -> str:
+        """What `digest_of_tensors` gives for it under its name, known since the file was opened: of all rows of a file
+        that holds nothing else."""
+        file = self.files.files[self._place(0)[0]]
+        assert list(file.entries) == [self.name]
+        assert len(self) == file.entries[self.name].shape[0]
+        return file.digest
+
     def narrow(self, dim: int, start: int, length: int) -> Rows:
         """As of a tensor: rows start … start + length − 1, unread."""
         assert dim == 0

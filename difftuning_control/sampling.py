@@ -22,7 +22,7 @@ from difftuning_control.inputs import check_resolution
 from difftuning_control.outside import BYTES_PER_PIXEL, MAX_PIXELS, read_file, without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.progress import progress
-from difftuning_control.provenance import refuse_file, refuse_read_only
+from difftuning_control.provenance import refuse_unwritable
 from difftuning_control.runs import finished_run, tuned_model
 
 
@@ -50,10 +50,9 @@ def sample_to_folder(
             the output folder already holds pictures or cannot be written.
     """
     folder = Path(output)
-    refuse_file(folder)
+    refuse_unwritable(folder)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
-    refuse_read_only(folder)
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     record = finished_run(run) if run is not None else None
     chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}

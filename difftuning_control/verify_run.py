@@ -32,7 +32,7 @@ class Part:
     """What was found of one part.
 
     Args:
-        name: one of `verify.PARTS`, or a run of a pilot.
+        name: one of `requests.PARTS`, or a run of a pilot.
         checked: how many files, pictures or lines were compared.
         findings: item, what (changed, missing or added) and said, in order.
         unchecked: why it could not be checked, or is not all of it.

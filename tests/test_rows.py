@@ -54,6 +54,17 @@ def test_every_way_to_index_gives_what_the_tensor_gives(tmp_path, dtype):
         rows[7]
 
 
+def test_the_digest_of_a_shard_is_known_without_reading_it_again(tmp_path):
+    shards = torch.randint(0, 255, (5, 2, 3, 4, 4), dtype=torch.uint8).split([3, 2])
+    files = written(tmp_path, [{"conditions": shard} for shard in shards], lead=2)
+    found = files.each("conditions")
+    for number in range(2):
+        (tmp_path / f"{number}.safetensors").unlink()
+    assert [rows.digest for rows in found] == [digest_of_tensors({"conditions": shard}) for shard in shards]
+    with pytest.raises(AssertionError):
+        _ = found[0].narrow(0, 0, 2).digest
+
+
 def test_of_the_views_only_the_first_is_read_where_only_it_is_meant(tmp_path):
     mean = torch.randn(5, 2, 4, 3, 3)
     rows = written(tmp_path, [{"mean": mean[:3]}, {"mean": mean[3:]}], lead=2).rows("mean")

@@ -102,9 +102,7 @@ def through_autoencoder(family: Family, data: ImageData, resolution: int, batch_
 
 def reconstructed(family: Family, features: Features, data: ImageData, resolution: int) -> Tensor:
     """Features of real pictures that went through the autoencoder, (N, D); a few pictures are in memory at a time."""
-    parts = [
-        ImageData(data.source, data.examples[start : start + FEW]) for start in range(0, len(data), FEW)
-    ]  # fmt: skip
+    parts = [ImageData(data.source, data.examples[start : start + FEW]) for start in range(0, len(data), FEW)]
     return torch.cat([features(through_autoencoder(family, part, resolution)) for part in parts])
 
 
