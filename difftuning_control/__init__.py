@@ -28,33 +28,6 @@ if TYPE_CHECKING:
     from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
-_HOME = {
-    "BankRequest": "bank",
-    "KnowledgeBank": "bank",
-    "LatentBatch": "batch",
-    "Conditioner": "control",
-    "ControlSpec": "control",
-    "NonFiniteLossError": "errors",
-    "UserError": "errors",
-    "embedded_model": "families",
-    "family_of": "families",
-    "load_adapter": "adapter_files",
-    "load_family": "families",
-    "NoiseProcess": "noise",
-    "DiffTuningObjective": "objective",
-    "per_sample_loss": "objective",
-    **dict.fromkeys(PIPELINES, "pipelines"),
-    "add_control": "pipelines",
-    "Recipe": "recipe",
-    "ConstantSchedule": "schedules",
-    "PaperSchedule": "schedules",
-    "PowerSchedule": "schedules",
-    "TabulatedSchedule": "schedules",
-    "load_source": "source",
-    "save_difference": "source",
-    "train": "trainer",
-    "unload_adapter": "adapter_files",
-}
 __all__ = [
     "BankRequest",
     "Conditioner",
@@ -90,6 +63,34 @@ __all__ = [
     "train",
     "unload_adapter",
 ]
+
+_HOME = {
+    "BankRequest": "bank",
+    "KnowledgeBank": "bank",
+    "LatentBatch": "batch",
+    "Conditioner": "control",
+    "ControlSpec": "control",
+    "NonFiniteLossError": "errors",
+    "UserError": "errors",
+    "embedded_model": "families",
+    "family_of": "families",
+    "load_adapter": "adapter_files",
+    "load_family": "families",
+    "NoiseProcess": "noise",
+    "DiffTuningObjective": "objective",
+    "per_sample_loss": "objective",
+    **dict.fromkeys(PIPELINES, "pipelines"),
+    "add_control": "pipelines",
+    "Recipe": "recipe",
+    "ConstantSchedule": "schedules",
+    "PaperSchedule": "schedules",
+    "PowerSchedule": "schedules",
+    "TabulatedSchedule": "schedules",
+    "load_source": "source",
+    "save_difference": "source",
+    "train": "trainer",
+    "unload_adapter": "adapter_files",
+}
 __version__ = "0.1.0"
 register()
 

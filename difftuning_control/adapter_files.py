@@ -24,8 +24,9 @@ from difftuning_control.adapter_kinds import ADAPTER, BESIDE, keep_part, lora_st
 from difftuning_control.difffit import DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families import quiet_loading
-from difftuning_control.fingerprint import read_tensors, set_metadata, write_json, write_tensors
-from difftuning_control.outside import from_json, read_text, refuse_pickle
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
+from difftuning_control.system.untrusted import from_json, read_text, refuse_pickle
 from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

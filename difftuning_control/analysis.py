@@ -16,7 +16,6 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device
-from difftuning_control.fingerprint import write_json
 from difftuning_control.forgetting import (
     LEAST_ROWS,
     Part,
@@ -37,11 +36,12 @@ from difftuning_control.inputs import (
     read_data,
     resolution_of,
 )
-from difftuning_control.progress import progress
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.staging import staged_sampling
 from difftuning_control.studies import AnalysisConfig
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.terminal import progress
 from difftuning_control.trainer import load_base
 from difftuning_control.validation import BANDS
 

@@ -29,9 +29,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from difftuning_control.durable import AUDIT, sync_folder
 from difftuning_control.errors import UserError
-from difftuning_control.outside import HIDDEN, SECRET_NAME, without_secrets
+from difftuning_control.system.durable import AUDIT, sync_folder
+from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
 
 FILE = AUDIT
 FIRST = "0" * 64

@@ -19,16 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.durable import alone, place, sweep
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import (
-    DIGEST,
-    digest_of,
-    digest_of_file,
-    write_checked,
-    write_json,
-)
-from difftuning_control.rows import Files, Rows, StoredFile, open_checked
+from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
+from difftuning_control.system.durable import alone, place, sweep, write_json
+from difftuning_control.system.rows import Files, Rows, StoredFile, open_checked
+from difftuning_control.system.tensors import write_checked
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -7,10 +7,8 @@ optimizer step are the same on one process or on many, in one forward or in seve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,29 +16,13 @@ from difftuning_control.bank import KnowledgeBank
 from difftuning_control.batch import LatentBatch
 from difftuning_control.cache import LatentMoments, PromptEmbeddings
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.system.seeds import shuffled, step_seed
 
 if TYPE_CHECKING:
     from difftuning_control.conditions import Conditions
     from difftuning_control.families.family import Family
 
 TARGET, BANK = 0, 1
-
-
-def step_seed(*numbers: int) -> int:
-    """A seed below 2⁶³ from numbers such as (seed, step, row)."""
-    # SeedSequence pads with zeros, so (s, 3) and (s, 3, 0) would be the same without their length
-    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(size)
-
-
-def shuffled(seed: int, stream: int, start: int, count: int, size: int) -> list[int]:
-    """Entries start … start + count − 1 of the endless concatenation of random orders of 0 … size − 1."""
-    places = range(start, start + count)
-    return [int(_permutation(seed, stream, place // size, size)[place % size]) for place in places]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, shuffled
+from difftuning_control.batches import BatchSource, TargetSet, TrainingRows
 from difftuning_control.cache import Framing
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
+from difftuning_control.system.seeds import shuffled
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import DataConfig
+    from difftuning_control.recipe_inputs import DataConfig
 
 BUCKET = 2  # the stream of random orders, beside those of `batches`
 TOLD = 8  # buckets that a line names

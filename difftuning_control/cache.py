@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data import Example, ImageData
-from difftuning_control.fingerprint import digest_of
 from difftuning_control.images import frame, placed
-from difftuning_control.processes import ALONE, Share, files_together
-from difftuning_control.rows import Rows
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.processes import ALONE, Share, files_together
+from difftuning_control.system.rows import Rows
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from difftuning_control.comparison import is_number, mean_spread, seed_values
-from difftuning_control.words import harmless
+from difftuning_control.system.text import harmless
 
 Words = Mapping[str, str]
 Entry = tuple[str, str, str | None, str]  # of a legend: label, colour, marker, line

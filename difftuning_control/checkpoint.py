@@ -20,9 +20,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from difftuning_control.durable import discard, place
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import DIGEST, digest_of, digest_of_file, read_tensors, write_json, write_tensors
+from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
+from difftuning_control.system.durable import discard, place, write_json
+from difftuning_control.system.tensors import read_tensors, write_tensors
 
 NAME = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER = re.compile(r"\d{6}\.\w+")  # the optimizer's name of one of its tensors: of which parameter, and what

@@ -12,8 +12,8 @@ from importlib import import_module
 from difftuning_control import audit
 from difftuning_control.command_line import PROGRAM, parse
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
-from difftuning_control.signals import Interrupted, watched
-from difftuning_control.terminal import Record, crashed, shown
+from difftuning_control.system.signals import Interrupted, watched
+from difftuning_control.system.terminal import Record, crashed, shown
 from difftuning_control.verbs import RUNNERS
 
 TRAINER = "difftuning_control.trainer"

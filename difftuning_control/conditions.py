@@ -20,10 +20,11 @@ from torch import Tensor
 from difftuning_control.cache import Framing
 from difftuning_control.control import SUPPLIED, Conditioner
 from difftuning_control.data import Example, ImageData
-from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.pictures import to_arrays
-from difftuning_control.processes import ALONE, Share, files_together
-from difftuning_control.rows import Rows
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.processes import ALONE, Share, files_together
+from difftuning_control.system.rows import Rows
+from difftuning_control.system.tensors import digest_of_tensors
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from difftuning_control.annotators import Annotator, annotator, load_annotator
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.images import frame, to_rgb
-from difftuning_control.outside import from_json, read_text
+from difftuning_control.system.digests import digest_of, digest_of_file
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.untrusted import from_json, read_text
 
 SUPPLIED = "supplied"
 SPEC_FILE = "control_spec.json"

@@ -15,8 +15,8 @@ from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.processes import Share
-from difftuning_control.progress import progress
+from difftuning_control.system.processes import Share
+from difftuning_control.system.terminal import progress
 
 SHOWN = 6
 

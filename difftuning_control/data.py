@@ -15,7 +15,7 @@ from PIL import Image
 
 from difftuning_control.errors import UserError
 from difftuning_control.images import EXTENSIONS, decode_image
-from difftuning_control.outside import BYTES_PER_PIXEL, MAX_PIXELS, is_text
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text
 
 CONDITION = "has a condition that "  # what is wrong with it follows
 Read = Callable[[int], bytes]  # gives the bytes of a picture, if they are no more than so many

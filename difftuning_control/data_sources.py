@@ -19,7 +19,7 @@ from difftuning_control.data import CONDITION, Checker, Columns, ImageData, Row
 from difftuning_control.dataset_rows import dataset_rows, local_dataset, named_dataset_rows
 from difftuning_control.errors import UserError
 from difftuning_control.images import EXTENSIONS
-from difftuning_control.outside import MAX_PIXELS, from_json, leads_outside, read_file, read_text
+from difftuning_control.system.untrusted import MAX_PIXELS, from_json, leads_outside, read_file, read_text
 
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from difftuning_control.data import Checker, Columns, ImageData, Read, Row
 from difftuning_control.errors import UserError
-from difftuning_control.outside import leads_outside, read_file
+from difftuning_control.system.untrusted import leads_outside, read_file
 
 
 def local_dataset(folder: Path) -> Any:

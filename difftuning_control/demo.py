@@ -10,12 +10,15 @@ from PIL import Image
 from difftuning_control.audit import noted
 from difftuning_control.comparison import verdict
 from difftuning_control.families import embedded_model
-from difftuning_control.fingerprint import digest_of_file, write_json
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import DEMO
-from difftuning_control.recipe import BankConfig, DataConfig, Recipe, TrainingConfig
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_inputs import BankConfig, DataConfig
+from difftuning_control.recipe_training import TrainingConfig
 from difftuning_control.studies import PilotConfig
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.durable import write_json
 
 SIDES = {"plain": "plain", "difftuning_measured": "Diff-Tuning"}
 LABELS = {"truth": "true icon", "base": "base"} | SIDES

@@ -20,9 +20,10 @@ from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec, to_te
 from difftuning_control.convergence import find_convergence, has_settled
 from difftuning_control.data import ImageData
 from difftuning_control.evaluation.control import MAIN, fidelity
-from difftuning_control.fingerprint import digest_of, digest_of_tensors
 from difftuning_control.images import frame
 from difftuning_control.pictures import sample_pictures
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.tensors import digest_of_tensors
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

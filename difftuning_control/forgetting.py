@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.cache import PromptEmbeddings
     from difftuning_control.families.family import Family
-    from difftuning_control.rows import Rows
+    from difftuning_control.system.rows import Rows
 
 SCHEDULE_BANDS = 10
 LEAST_ROWS = 4

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data import ImageData
 from difftuning_control.errors import GatesFailedError, UserError
-from difftuning_control.recipe import GatesConfig, Recipe
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_training import GatesConfig
 from difftuning_control.studies import Evaluation
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
 
 from difftuning_control.errors import UserError
-from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS
+from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 # what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

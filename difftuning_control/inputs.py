@@ -21,14 +21,15 @@ from difftuning_control.control_inputs import ControlInputs, check_control, prep
 from difftuning_control.data import Example, ImageData
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.gates import check_gates
 from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.outside import read_text
-from difftuning_control.processes import ALONE, Share
-from difftuning_control.progress import progress
-from difftuning_control.recipe import BankConfig, DataConfig, Recipe
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_inputs import BankConfig, DataConfig
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.processes import ALONE, Share
+from difftuning_control.system.terminal import progress
+from difftuning_control.system.untrusted import read_text
 from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:

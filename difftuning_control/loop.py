@@ -21,23 +21,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
-from difftuning_control.batches import BatchSource, TrainingRows, step_seed
+from difftuning_control.batches import BatchSource, TrainingRows
 from difftuning_control.buckets import BucketSource
 from difftuning_control.budget import ForgettingBudget
 from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
-from difftuning_control.durable import discard, place, sync
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
-from difftuning_control.fingerprint import named_errors, write_json, write_text
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.outside import without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe import Recipe
-from difftuning_control.signals import Interrupted, asked, deferred
-from difftuning_control.terminal import say
+from difftuning_control.system.durable import discard, place, sync, write_json, write_text
+from difftuning_control.system.secrets import without_secrets
+from difftuning_control.system.seeds import step_seed
+from difftuning_control.system.signals import Interrupted, asked, deferred
+from difftuning_control.system.tensors import named_errors
+from difftuning_control.system.terminal import say
 from difftuning_control.validation import BandLosses, compute_loss
 
 if TYPE_CHECKING:

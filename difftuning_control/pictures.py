@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from difftuning_control.batches import step_seed
-from difftuning_control.words import harmless
+from difftuning_control.system.seeds import step_seed
+from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -29,7 +29,6 @@ from difftuning_control.comparison import LOWER_IS_BETTER
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.domain_sampling import check_domain_family
-from difftuning_control.durable import is_empty
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
     check_held_out,
@@ -39,7 +38,6 @@ from difftuning_control.evaluation.evaluate import (
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device
 from difftuning_control.fidelity import main_figure
-from difftuning_control.fingerprint import digest_of, digest_of_file, write_json
 from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
@@ -51,9 +49,12 @@ from difftuning_control.provenance import (
     refuse_unwritable,
     versions,
 )
-from difftuning_control.recipe import GatesConfig, Recipe, ScheduleConfig, TuningConfig
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_training import GatesConfig, ScheduleConfig, TuningConfig
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
+from difftuning_control.system.digests import digest_of, digest_of_file
+from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.trainer import load_base, train
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.audit import Session, read_audit
-from difftuning_control.durable import AUDIT
-from difftuning_control.fingerprint import digest_of_file, write_json
 from difftuning_control.manifest import files_of_run
 from difftuning_control.provenance import read_run
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.durable import AUDIT, write_json
 
 SETTINGS, RESULT, REPORT = "pilot-settings.json", "pilot.json", "report.html"
 VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing

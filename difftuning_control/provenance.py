@@ -15,12 +15,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from difftuning_control.adapter_kinds import LORA_KINDS
-from difftuning_control.durable import discard, free, is_empty, sweep
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of, write_text
-from difftuning_control.outside import from_json, read_text
 from difftuning_control.recipe import Recipe
-from difftuning_control.words import plain_markdown, python_text
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import discard, free, is_empty, sweep, write_text
+from difftuning_control.system.text import plain_markdown, python_text
+from difftuning_control.system.untrusted import from_json, read_text
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",

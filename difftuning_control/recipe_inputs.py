@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS
+from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 MAX_SEED = 2**31 - 1
 

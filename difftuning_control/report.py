@@ -18,9 +18,10 @@ from PIL import Image, UnidentifiedImageError
 
 from difftuning_control.comparison import PLAIN, compare, is_number, mean_spread, seed_values, verdict
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import write_text
 from difftuning_control.recipe import Recipe
-from difftuning_control.words import harmless, load_words
+from difftuning_control.system.durable import write_text
+from difftuning_control.system.text import harmless
+from difftuning_control.words import load_words
 
 if TYPE_CHECKING:
     from jinja2 import Environment

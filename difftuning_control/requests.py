@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from difftuning_control.errors import UserError
-from difftuning_control.words import harmless
+from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     import torch

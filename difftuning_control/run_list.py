@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.words import harmless
+from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table

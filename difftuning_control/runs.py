@@ -11,8 +11,8 @@ from difftuning_control.adapter_files import LORA_FILE, load_adapter, unload_ada
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families import load_controlnet, load_family
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import read_run
+from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -16,14 +16,15 @@ from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.families import best_device, load_family
-from difftuning_control.fingerprint import write_json
 from difftuning_control.images import decode_image
 from difftuning_control.inputs import check_resolution
-from difftuning_control.outside import BYTES_PER_PIXEL, MAX_PIXELS, read_file, without_secrets
 from difftuning_control.pictures import sample_pictures, save_grid
-from difftuning_control.progress import progress
 from difftuning_control.provenance import refuse_unwritable
 from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.secrets import without_secrets
+from difftuning_control.system.terminal import progress
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 
 
 def sample_to_folder(

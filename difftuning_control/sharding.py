@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from difftuning_control.fingerprint import digest_of_file
+from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

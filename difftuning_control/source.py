@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_tensors, set_metadata, write_tensors
+from difftuning_control.system.tensors import digest_of_tensors, set_metadata, write_tensors
 
 LOADABLE = (torch.float32, torch.float16, torch.bfloat16)  # the precisions in which tuned weights may be loaded
 

@@ -11,8 +11,8 @@ from difftuning_control.classes import as_pretrained
 from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
-from difftuning_control.progress import progress
 from difftuning_control.runs import tuned_model
+from difftuning_control.system.terminal import progress
 
 if TYPE_CHECKING:
     from difftuning_control.analysis import Materials

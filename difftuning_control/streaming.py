@@ -23,18 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.batches import BatchSource, TargetSet, TrainingRows, step_seed
+from difftuning_control.batches import BatchSource, TargetSet, TrainingRows
 from difftuning_control.cache import Framing, LatentMoments, PromptEmbeddings
 from difftuning_control.data import Checker, Example, ImageData, Read, Row
 from difftuning_control.data_sources import place_of_data
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of
 from difftuning_control.images import decode_image
-from difftuning_control.outside import BYTES_PER_PIXEL, is_text, leads_outside, read_file
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.seeds import step_seed
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, is_text, leads_outside, read_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import DataConfig
+    from difftuning_control.recipe_inputs import DataConfig
 
 LANES, BLOCK = 64, 128
 KINDS = {"webdataset": "*.tar", "parquet": "*.parquet", "json": "metadata.jsonl"}

@@ -90,7 +90,7 @@ def psi_of_run(run: str | Path) -> Schedule:
     Raises:
         UserError: if there is no run, or it is not finished.
     """
-    from difftuning_control.recipe import ScheduleConfig
+    from difftuning_control.recipe_training import ScheduleConfig
     from difftuning_control.runs import finished_run, recipe_of
 
     if Path(run).is_file():

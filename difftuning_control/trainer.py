@@ -24,11 +24,9 @@ from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
-from difftuning_control.durable import discard, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_controlnet, load_family
 from difftuning_control.families.dit_adapters import CLASSES_FILE
-from difftuning_control.fingerprint import digest_of_file, digest_of_module, write_json
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.gates import failed, judge_run
 from difftuning_control.inputs import TrainingInputs, cache_folder, encoded, prepare_inputs, resolution_of
@@ -36,7 +34,6 @@ from difftuning_control.loop import TrainingLoop
 from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.processes import check_shared, ending_together
 from difftuning_control.provenance import (
     OutputFolder,
     describe_device,
@@ -48,6 +45,10 @@ from difftuning_control.provenance import (
 )
 from difftuning_control.recipe import Recipe
 from difftuning_control.schedules import schedule_from_dict, with_flat_retention
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.durable import discard, sweep, write_json
+from difftuning_control.system.processes import check_shared, ending_together
+from difftuning_control.system.tensors import digest_of_module
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

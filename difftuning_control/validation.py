@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from difftuning_control.batch import LatentBatch
-from difftuning_control.batches import step_seed
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

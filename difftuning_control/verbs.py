@@ -24,11 +24,12 @@ from difftuning_control.commands import (
     only,
 )
 from difftuning_control.errors import ChangedError, UserError
-from difftuning_control.recipe import MAX_SEED, Recipe
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_inputs import MAX_SEED
 from difftuning_control.requests import ExportRequest, VerifyRequest
 from difftuning_control.run_list import RunsRequest
 from difftuning_control.studies import Evaluation
-from difftuning_control.terminal import say
+from difftuning_control.system.terminal import say
 
 
 def run_train(command: TrainCommand) -> None:
@@ -81,7 +82,6 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.inputs import (
         cache_folder,
         check_captions,
@@ -90,7 +90,8 @@ def run_bank(command: BankCommand) -> None:
         read_stream,
         resolution_of,
     )
-    from difftuning_control.processes import check_shared, ending_together
+    from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.trainer import load_base, make_accelerator
 
     accelerator = make_accelerator(command)
@@ -114,8 +115,8 @@ def run_bank(command: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.sampling import sample_to_folder
+    from difftuning_control.system.digests import digest_of_file
 
     with audit.noted(*filter(None, [command.run])) as artefacts:
         done = sample_to_folder(**dataclasses.asdict(command))
@@ -125,9 +126,9 @@ def run_sample(command: SampleCommand) -> None:
 
 def run_evaluate(command: EvaluateCommand) -> None:
     from difftuning_control.evaluation.compare import evaluate, table
-    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.gates import stop_if_failed
     from difftuning_control.provenance import check_folder
+    from difftuning_control.system.digests import digest_of_file
 
     check_folder(command.output, "evaluation.json", command.overwrite)
     with audit.noted(*command.runs) as artefacts:
@@ -145,7 +146,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
 def run_export(command: ExportCommand) -> None:
     from difftuning_control.export import MARKER, export
-    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.system.digests import digest_of_file
 
     with audit.noted(command.run) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
@@ -157,8 +158,8 @@ def run_export(command: ExportCommand) -> None:
 
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.analysis import analyze, write_analysis
-    from difftuning_control.fingerprint import digest_of_file
     from difftuning_control.provenance import check_folder
+    from difftuning_control.system.digests import digest_of_file
     from difftuning_control.words import load_words
 
     recipe = only(Recipe, command)

@@ -9,8 +9,8 @@ from typing import Any
 
 from difftuning_control.audit import FILE, Chain, read_audit
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pilot_files import DEMO, RESULT, VOUCHED, files_of_pilot, records_of
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.verify_run import EARLIER, Part, audit_part, compare, verify_run
 
 OWN = ("record", "audit", "outputs")  # of each run

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 import string
-import unicodedata
 from pathlib import Path
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.text import harmless
 
 FOLDER = Path(__file__).parent / "languages"
-JOINERS = "\u200c\u200d"  # part of some scripts and emoji; they hide nothing
 
 
 def languages(folder: Path = FOLDER) -> list[str]:
@@ -58,31 +55,3 @@ def placeholders(text: str) -> set[str]:
         return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     except ValueError:
         return {"?"}
-
-
-def harmless(text: str) -> str:
-    """Control characters, escapes of terminals and marks that reorder or hide text become visible signs."""
-    return "".join(map(_show, text))
-
-
-def _show(c: str) -> str:
-    if c.isascii() and c.isprintable():
-        return c
-    code = ord(c)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp") and c not in JOINERS
-    return f"⟨U+{code:04X}⟩" if hidden else c
-
-
-def plain_markdown(text: str) -> str:
-    """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
-    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", harmless(text)), quote=False)
-
-
-def python_text(text: str) -> str:
-    """A text as a string of Python that stands in a code block of Markdown; what is not to be seen is escaped."""
-    shown = json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
-    return "".join(c if harmless(c) == c else c.encode("unicode_escape").decode() for c in shown)

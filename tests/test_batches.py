@@ -8,10 +8,11 @@ import torch
 from conftest import tiny_pipeline
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.batches import BANK, TARGET, BatchSource, TargetSet, TrainingRows, shuffled, step_seed
+from difftuning_control.batches import BANK, TARGET, BatchSource, TargetSet, TrainingRows
 from difftuning_control.cache import LatentMoments, cached_embeddings
 from difftuning_control.families import family_of
 from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.system.seeds import shuffled, step_seed
 
 CAPTIONS = ["red 1", "red 2", "blue", "a square", "red 5", "six", "seven"]
 PROMPTS = ["bank a", "bank b", "red 1", "bank d", "bank e"]

@@ -14,17 +14,10 @@ from tiny_models import tiny_flux
 
 from difftuning_control import compiling
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe_training import TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
 
 SLOW = pytest.mark.slow

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from difftuning_control import manifest, trainer
 from difftuning_control.adapters import ControlNetTuning, merged
-from difftuning_control.batches import BatchSource, TrainingRows, step_seed
+from difftuning_control.batches import BatchSource, TrainingRows
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
@@ -36,23 +36,18 @@ from difftuning_control.families import family_of, load_controlnet, load_family
 from difftuning_control.families.family import ControlledDenoiser
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.fingerprint import digest_of_file, digest_of_module, digest_of_tensors
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.pictures import sample_pictures, save_grid, to_images
 from difftuning_control.provenance import model_card, write_recipe
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe_training import TrainingConfig, TuningConfig
 from difftuning_control.runs import recipe_of, tuned_model
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.seeds import step_seed
+from difftuning_control.system.tensors import digest_of_module, digest_of_tensors
 from difftuning_control.trainer import _check_frozen, build_objective, make_accelerator, train
 
 STEPS = 6

@@ -30,33 +30,26 @@ from test_control import OUTLINE, write_photos
 from test_features import save_tiny_dinov2
 
 from difftuning_control import export as export_module
-from difftuning_control.adapter_files import load_adapter
-from difftuning_control.adapters import LORA_FILE
+from difftuning_control.adapter_files import LORA_FILE, load_adapter
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import cells, evaluate
-from difftuning_control.export import ExportRequest, export
+from difftuning_control.export import export
 from difftuning_control.export_card import Parts, export_card
 from difftuning_control.export_files import PIPELINES
 from difftuning_control.families import load_family
-from difftuning_control.fingerprint import write_json
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe_training import TrainingConfig, TuningConfig
+from difftuning_control.requests import ExportRequest
 from difftuning_control.source import load_source
 from difftuning_control.strength import as_strength
 from difftuning_control.studies import Evaluation
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 
 REPOSITORY = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ from difftuning_control.classes import as_pretrained, begin_as
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
-from difftuning_control.export import ExportRequest, export
+from difftuning_control.export import export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
@@ -41,16 +41,11 @@ from difftuning_control.noise import NoiseProcess
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, to_images
 from difftuning_control.pipelines import DiffTuningDiTPipeline
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import tuned_model
 from difftuning_control.schedules import ConstantSchedule
 from difftuning_control.studies import AnalysisConfig, Evaluation

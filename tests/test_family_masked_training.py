@@ -22,25 +22,20 @@ from difftuning_control.analysis import analyze
 from difftuning_control.cache import Framing
 from difftuning_control.data_sources import load_images
 from difftuning_control.evaluation.compare import evaluate
-from difftuning_control.export import ExportRequest, export
+from difftuning_control.export import export
 from difftuning_control.families import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.sana import Sana
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import AnalysisConfig, Evaluation
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import train
 
 MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}

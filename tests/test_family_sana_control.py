@@ -18,26 +18,21 @@ from test_family_training import assert_same_pictures
 from test_trainer import interrupted_after, record, resumed
 from tiny_models import tiny_sana
 
-from difftuning_control.batches import step_seed
 from difftuning_control.control import Conditioner, ControlSpec, to_tensor
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.export import ExportRequest, export
+from difftuning_control.export import export
 from difftuning_control.families import family_of, load_controlnet, load_family
 from difftuning_control.families.sana import Sana
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe_training import TrainingConfig
+from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import tuned_model
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.seeds import step_seed
 from difftuning_control.trainer import train
 
 SIDE = 32

@@ -25,33 +25,27 @@ from torch import Tensor
 
 from difftuning_control import trainer
 from difftuning_control.analysis import analyze
-from difftuning_control.batches import BatchSource, step_seed
+from difftuning_control.batches import BatchSource
 from difftuning_control.cache import Framing
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data_sources import load_images
 from difftuning_control.evaluation.compare import evaluate
-from difftuning_control.export import ExportRequest, export
+from difftuning_control.export import export
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.images import frame
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import tuned_model
 from difftuning_control.studies import AnalysisConfig, Evaluation
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.seeds import step_seed
 from difftuning_control.trainer import _attach_controlnet, build_objective, make_accelerator, train
 
 MODELS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}

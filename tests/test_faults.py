@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import assert_same_state, fresh
 
-from difftuning_control import signals
 from difftuning_control.audit import read_audit
 from difftuning_control.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.cli import main
-from difftuning_control.durable import is_empty
-from difftuning_control.fingerprint import write_checked, write_tensors, write_text
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.processes import kept
 from difftuning_control.provenance import OutputFolder, write_recipe
-from difftuning_control.rows import Files, open_checked
+from difftuning_control.system import signals
+from difftuning_control.system.durable import is_empty, write_text
+from difftuning_control.system.processes import kept
+from difftuning_control.system.rows import Files, open_checked
+from difftuning_control.system.tensors import write_checked, write_tensors
 from difftuning_control.trainer import train
 
 

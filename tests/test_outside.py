@@ -27,9 +27,10 @@ from difftuning_control.dataset_rows import dataset_rows, images_from_dataset
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import load_controlnet, load_family
-from difftuning_control.fingerprint import write_tensors
 from difftuning_control.images import decode_image
-from difftuning_control.outside import MAX_PIXELS, MOST_PIXELS, read_file, without_secrets
+from difftuning_control.system.secrets import without_secrets
+from difftuning_control.system.tensors import write_tensors
+from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS, read_file
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from difftuning_control.command_line import keys_of, parse
 from difftuning_control.commands import COMMANDS
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import write_json
 from difftuning_control.images import decode_image
 from difftuning_control.pictures import save_grid
 from difftuning_control.recipe import Recipe
-from difftuning_control.words import harmless, plain_markdown, python_text
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.text import harmless, plain_markdown, python_text
 
 few = settings(
     derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)

@@ -13,8 +13,8 @@ from test_features import save_tiny_dinov2
 
 from difftuning_control.audit import FILE
 from difftuning_control.cli import main
-from difftuning_control.fingerprint import digest_of_file
 from difftuning_control.provenance import check_folder
+from difftuning_control.system.digests import digest_of_file
 
 OF_A_PLACE, OF_THE_OUTPUT = "cannot be read or written (", "cannot be written ("
 

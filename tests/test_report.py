@@ -16,8 +16,9 @@ import report_samples as samples
 from PIL import Image
 
 from difftuning_control import words
+from difftuning_control.comparison import verdict
 from difftuning_control.errors import UserError
-from difftuning_control.report import METRICS, verdict, write_analysis_report, write_pilot_report
+from difftuning_control.report import METRICS, write_analysis_report, write_pilot_report
 
 LANGUAGES = ("en", "ja")
 EVIL = '<img src=x onerror="alert(1)">\x1b[31m\u202eexe.gnp =cmd|x {{ 7*7 }} $x$'

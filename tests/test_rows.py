@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from difftuning_control import rows as stored
 from difftuning_control import trainer
 from difftuning_control.cache import LatentMoments
 from difftuning_control.cli import main
 from difftuning_control.conditions import Conditions
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import digest_of_tensors, write_checked
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.provenance import write_recipe
-from difftuning_control.recipe import ControlConfig, FidelityConfig, TuningConfig
-from difftuning_control.rows import Files, Rows, open_checked
+from difftuning_control.recipe_inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe_training import TuningConfig
+from difftuning_control.system import rows as stored
+from difftuning_control.system.rows import Files, Rows, open_checked
+from difftuning_control.system.tensors import digest_of_tensors, write_checked
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]
 

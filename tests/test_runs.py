@@ -22,18 +22,12 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import table
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.fingerprint import write_json
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)

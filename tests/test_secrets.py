@@ -13,9 +13,9 @@ from test_cli import flags, settings
 
 from difftuning_control.audit import COMMAND, FILE, Session, read_audit
 from difftuning_control.cli import main
-from difftuning_control.fingerprint import digest_of_file
-from difftuning_control.outside import HIDDEN, without_secrets
 from difftuning_control.requests import VerifyRequest
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.secrets import HIDDEN, without_secrets
 from difftuning_control.verify import verify
 
 HEX = "0123456789abcdef0123456789abcdef01234567"

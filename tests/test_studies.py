@@ -19,15 +19,9 @@ from difftuning_control.comparison import verdict
 from difftuning_control.errors import UserError
 from difftuning_control.pilot import Pilot, pilot, side_tuning
 from difftuning_control.pilot_judge import judge_of
-from difftuning_control.recipe import (
-    BankConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.schedules import schedule_from_dict
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.trainer import train

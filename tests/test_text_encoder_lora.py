@@ -19,7 +19,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.recipe import AdapterConfig
+from difftuning_control.recipe_adapter import AdapterConfig
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.studies import AnalysisConfig
 from difftuning_control.trainer import train

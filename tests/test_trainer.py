@@ -25,18 +25,14 @@ from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families import load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.fingerprint import digest_of_file, write_json
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.provenance import OutputFolder, write_recipe
-from difftuning_control.recipe import (
-    AdapterConfig,
-    BankConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-    TuningConfig,
-)
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe_training import TrainingConfig, TuningConfig
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import build_objective, make_accelerator, train
 from difftuning_control.validation import BandValidator
 

@@ -15,10 +15,13 @@ from test_cli import flags, settings
 
 from difftuning_control.audit import FILE, read_audit
 from difftuning_control.cli import main
-from difftuning_control.fingerprint import digest_of, write_json
 from difftuning_control.manifest import place_of, source_files
-from difftuning_control.recipe import BankConfig, ControlConfig, DataConfig, FidelityConfig, Recipe, TuningConfig
+from difftuning_control.recipe import Recipe
+from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
+from difftuning_control.recipe_training import TuningConfig
 from difftuning_control.requests import VerifyRequest
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 from difftuning_control.verify import table, verify
 
@@ -166,7 +169,7 @@ def test_exchanged_shards_are_found(root):
 
 
 def test_a_shard_of_another_bank_is_found_though_its_manifest_says_it_is_right(root):
-    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.system.digests import digest_of_file
 
     shard, path = root / "bank" / "bank-00002.safetensors", root / "bank" / "manifest.json"
     flip(shard)
@@ -191,7 +194,7 @@ def test_an_edited_audit_line_is_found(root, number):
 
 
 def test_an_edited_record_is_found_even_where_it_agrees_with_edited_weights(root):
-    from difftuning_control.fingerprint import digest_of_file
+    from difftuning_control.system.digests import digest_of_file
 
     flip(root / "run" / WEIGHTS)
     record = json.loads((root / "run" / "run.json").read_text())

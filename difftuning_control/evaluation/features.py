@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.outside import refuse_pickle
+from difftuning_control.system.untrusted import refuse_pickle
 
 NAMES = ("lite0", "dinov2", "clip", "inception")
 HUB = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-large-patch14"}

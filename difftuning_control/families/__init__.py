@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.outside import refuse_pickle
+from difftuning_control.system.untrusted import refuse_pickle
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

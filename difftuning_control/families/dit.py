@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.families.family import Family
-from difftuning_control.fingerprint import digest_of, write_json
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import write_json
 
 STOCK_NULL = 1000  # the class that `DiTPipeline` draws without one, whatever the model's own number of classes
 SPREAD = 0.02  # of new class embeddings, as a DiT's are drawn

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from difftuning_control.difffit import TrainedWhole
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import read_tensors, write_tensors
+from difftuning_control.system.tensors import read_tensors, write_tensors
 
 WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
 CLASSES_FILE = "class_embeddings.safetensors"

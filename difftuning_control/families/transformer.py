@@ -21,7 +21,7 @@ from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
 from difftuning_control.families.quantised import need_bitsandbytes, plain_state, quantise_linears
-from difftuning_control.fingerprint import digest_of
+from difftuning_control.system.digests import digest_of
 
 FLOAT8 = torch.float8_e4m3fn
 

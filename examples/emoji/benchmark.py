@@ -16,9 +16,9 @@ from statistics import mean, stdev
 
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
-from difftuning_control.fingerprint import write_json
 from difftuning_control.pilot import Pilot
 from difftuning_control.recipe import Recipe
+from difftuning_control.system.durable import write_json
 
 HERE = Path(__file__).parent
 RATES = {"lora": [2.5e-3, 5e-3], "full": [3e-4, 6e-4]}

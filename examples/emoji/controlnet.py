@@ -38,12 +38,12 @@ from difftuning_control.evaluation.evaluate import Sampling, through_autoencoder
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import load_family
 from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.fingerprint import write_json
 from difftuning_control.inputs import read_data
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import read_run, versions
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import tuned_model
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 
 HERE = Path(__file__).parent

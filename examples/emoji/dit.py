@@ -31,11 +31,11 @@ from difftuning_control.command_line import parse
 from difftuning_control.commands import only
 from difftuning_control.data_sources import embedded_set
 from difftuning_control.families import family_of, load_family
-from difftuning_control.fingerprint import write_json
 from difftuning_control.objective import DiffTuningObjective
 from difftuning_control.pilot import Pilot
-from difftuning_control.progress import progress
 from difftuning_control.recipe import Recipe
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.terminal import progress
 from difftuning_control.validation import compute_loss
 
 HERE = Path(__file__).parent

@@ -26,13 +26,13 @@ from difftuning_control.commands import only
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families import best_device, load_family
-from difftuning_control.fingerprint import write_json
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.provenance import read_run, versions
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.audit import FILE, read_audit
-from difftuning_control.fingerprint import digest_of_file
+from difftuning_control.system.digests import digest_of_file
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 PHASES = ("bank building", "caching", "annotating", "training", "checkpointing", "exporting")
@@ -88,7 +88,7 @@ class _Calls:
         return True
 
     def install(self) -> None:
-        from difftuning_control import fingerprint
+        from difftuning_control.system import tensors as fingerprint
 
         fsync, save_file = os.fsync, fingerprint.save_file
 

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.fingerprint import DIGEST, title_of_tensor
+from difftuning_control.system.digests import DIGEST
+from difftuning_control.system.tensors import title_of_tensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -18,10 +18,10 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from difftuning_control.durable import alone, sweep
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.fingerprint import write_checked
-from difftuning_control.rows import Files, StoredFile, open_checked
+from difftuning_control.system.durable import alone, sweep
+from difftuning_control.system.rows import Files, StoredFile, open_checked
+from difftuning_control.system.tensors import write_checked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,14 +5,18 @@ Every temporary name is `.<name>.….partial`, so that what a killed process lef
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
+
+from difftuning_control.system.secrets import without_secrets
 
 PARTIAL = ".partial"
 AUDIT = "audit.jsonl"  # tells of earlier commands, also of those that were refused or ended
@@ -105,3 +109,13 @@ def sync_folder(folder: Path) -> None:
     """Make renames in a folder last; not every system can."""
     with suppress(OSError):
         sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside the target, then rename. Secrets are left out; what is no Unicode is escaped."""
+    with beside(path) as temporary:
+        temporary.write_text(without_secrets(text), encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -1,14 +1,16 @@
-"""What reaches the terminal: names and captions from outside cannot command it, and no secret is shown."""
+"""Progress bars."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
-from difftuning_control.outside import without_secrets
-from difftuning_control.words import harmless
+from difftuning_control.system.secrets import without_secrets
+from difftuning_control.system.text import harmless
 
 
 def say(text: str) -> None:
@@ -31,3 +33,12 @@ class Record(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802 as it is called there
         return shown(super().getMessage())
+
+
+@contextmanager
+def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int], object]]:
+    """A progress bar, unless it is over at once; gives the function that is told of the number of items done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, delay=0.5) as bar:
+        yield bar.update

@@ -1,4 +1,4 @@
-"""What an artefact depends on, as short hexadecimal strings; and files written whole or not at all."""
+"""Safetensors files, written whole or not at all and checked by digest; digests of tensors and modules."""
 
 from __future__ import annotations
 
@@ -9,22 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from difftuning_control.durable import beside
-from difftuning_control.outside import without_secrets
-
-DIGEST = "digest"
-
-
-def digest_of(values: Any) -> str:
-    """16 hexadecimal digits of a JSON-able value; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+from difftuning_control.system.digests import DIGEST
+from difftuning_control.system.durable import beside
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -47,28 +39,6 @@ def digest_of_module(module: nn.Module) -> str:
     """16 hexadecimal digits of a module's weights, without those of any adapter injected by peft."""
     state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
     return digest_of_tensors(state)
-
-
-def digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    found = hashlib.sha256()
-    while part := file.read(1 << 20):
-        found.update(part)
-    return found.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside the target, then rename. Secrets are left out; what is no Unicode is escaped."""
-    with beside(path) as temporary:
-        temporary.write_text(without_secrets(text), encoding="utf-8", errors="backslashreplace")
-
-
-def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Files, hashes, processes, signals and safe text; this room knows no diffusion."""
