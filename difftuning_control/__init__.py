@@ -10,12 +10,13 @@ from difftuning_control.discovery import PIPELINES, register
 if TYPE_CHECKING:
     from difftuning_control.adapter_files import load_adapter, unload_adapter
     from difftuning_control.bank import BankRequest, KnowledgeBank
-    from difftuning_control.batch import LatentBatch
     from difftuning_control.control import Conditioner, ControlSpec
     from difftuning_control.errors import NonFiniteLossError, UserError
     from difftuning_control.families import embedded_model, family_of, load_family
-    from difftuning_control.noise import NoiseProcess
-    from difftuning_control.objective import DiffTuningObjective, per_sample_loss
+    from difftuning_control.objective.batch import LatentBatch
+    from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
+    from difftuning_control.objective.noise import NoiseProcess
+    from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.pipelines import (
         DiffTuningControlNetPipeline,
         DiffTuningPipeline,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         add_control,
     )
     from difftuning_control.recipe import Recipe
-    from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
@@ -67,7 +67,7 @@ __all__ = [
 _HOME = {
     "BankRequest": "bank",
     "KnowledgeBank": "bank",
-    "LatentBatch": "batch",
+    "LatentBatch": "objective.batch",
     "Conditioner": "control",
     "ControlSpec": "control",
     "NonFiniteLossError": "errors",
@@ -76,16 +76,16 @@ _HOME = {
     "family_of": "families",
     "load_adapter": "adapter_files",
     "load_family": "families",
-    "NoiseProcess": "noise",
+    "NoiseProcess": "objective.noise",
     "DiffTuningObjective": "objective",
     "per_sample_loss": "objective",
     **dict.fromkeys(PIPELINES, "pipelines"),
     "add_control": "pipelines",
     "Recipe": "recipe",
-    "ConstantSchedule": "schedules",
-    "PaperSchedule": "schedules",
-    "PowerSchedule": "schedules",
-    "TabulatedSchedule": "schedules",
+    "ConstantSchedule": "objective.schedules",
+    "PaperSchedule": "objective.schedules",
+    "PowerSchedule": "objective.schedules",
+    "TabulatedSchedule": "objective.schedules",
     "load_source": "source",
     "save_difference": "source",
     "train": "trainer",

@@ -14,7 +14,7 @@ from difftuning_control.lora_start import Down, factors, subtract_start
 from difftuning_control.tlora import RankMask, orthogonal_start, rank_limits
 
 if TYPE_CHECKING:
-    from difftuning_control.noise import NoiseProcess
+    from difftuning_control.objective.noise import NoiseProcess
     from difftuning_control.recipe_adapter import AdapterConfig
 
 ADAPTER = "default"

@@ -36,6 +36,7 @@ from difftuning_control.inputs import (
     read_data,
     resolution_of,
 )
+from difftuning_control.objective.noise import BANDS
 from difftuning_control.recipe import Recipe
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.staging import staged_sampling
@@ -43,7 +44,6 @@ from difftuning_control.studies import AnalysisConfig
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.trainer import load_base
-from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.batch import LatentBatch
 from difftuning_control.cache import LatentMoments, PromptEmbeddings
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.system.seeds import shuffled, step_seed
 
 if TYPE_CHECKING:

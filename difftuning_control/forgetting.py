@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.batch import LatentBatch
 from difftuning_control.errors import UserError
-from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.schedules import ConstantSchedule, TabulatedSchedule
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.schedules import ConstantSchedule, TabulatedSchedule
 from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:

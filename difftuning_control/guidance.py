@@ -36,7 +36,7 @@ from difftuning_control.strength import check_u
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.noise import NoiseProcess
+    from difftuning_control.objective.noise import NoiseProcess
 
 TUNED = "difftuning_tuned_weights"
 AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in [0, 1]

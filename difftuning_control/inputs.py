@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftuning_control.bank import BankRequest, KnowledgeBank
-from difftuning_control.batch import LatentBatch
 from difftuning_control.batches import TargetSet
 from difftuning_control.buckets import describe, into_buckets
 from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
@@ -23,7 +22,8 @@ from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.gates import check_gates
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe import Recipe
 from difftuning_control.recipe_inputs import BankConfig, DataConfig
 from difftuning_control.system.digests import digest_of

@@ -23,14 +23,14 @@ from tqdm import tqdm
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.batches import BatchSource, TrainingRows
 from difftuning_control.buckets import BucketSource
-from difftuning_control.budget import ForgettingBudget
 from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.inputs import TrainingInputs
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.budget import ForgettingBudget
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe import Recipe
 from difftuning_control.system.durable import discard, place, sync, write_json, write_text

@@ -14,7 +14,7 @@ from difftuning_control.recipe_inputs import MAX_SEED
 from difftuning_control.system.untrusted import from_json, read_text
 
 if TYPE_CHECKING:
-    from difftuning_control.schedules import Schedule
+    from difftuning_control.objective.schedules import Schedule
 
 GATES = ("kid", "retention_loss", "fidelity", "memorisation")
 DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
@@ -58,7 +58,7 @@ class ScheduleConfig:
         Raises:
             UserError: if a value is out of its range or the measured file cannot be read.
         """
-        from difftuning_control.schedules import schedule_from_dict
+        from difftuning_control.objective.schedules import schedule_from_dict
 
         try:
             if self.kind == "measured":
@@ -136,7 +136,7 @@ class TuningConfig:
             )
 
     def _check_budget(self) -> None:
-        from difftuning_control.budget import HIGHEST, LOWEST, spread_budget
+        from difftuning_control.objective.budget import HIGHEST, LOWEST, spread_budget
 
         try:
             spread_budget(self.forgetting_budget)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.schedules import KINDS, Schedule, TabulatedSchedule, schedule_from_dict
+from difftuning_control.objective.schedules import KINDS, Schedule, TabulatedSchedule, schedule_from_dict
 
 EXPECTED = (
     "a power {'kind': 'power', 'tau': 1.0}, a table {'kind': 'table', 'u': [0, 1], 'strength': [0, 1]}, the folder of "

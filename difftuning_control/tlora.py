@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 
 
 def ranks(u: Tensor, levels: int, rank: int, min_rank: int) -> Tensor:

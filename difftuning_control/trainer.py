@@ -19,7 +19,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from difftuning_control.adapters import result_of
 from difftuning_control.audit import Session, read_audit
 from difftuning_control.buckets import bucket_line
-from difftuning_control.budget import ForgettingBudget, spread_budget
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
@@ -32,8 +31,10 @@ from difftuning_control.gates import failed, judge_run
 from difftuning_control.inputs import TrainingInputs, cache_folder, encoded, prepare_inputs, resolution_of
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
-from difftuning_control.noise import NoiseProcess
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.budget import ForgettingBudget, spread_budget
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.provenance import (
     OutputFolder,
     describe_device,
@@ -44,7 +45,6 @@ from difftuning_control.provenance import (
     write_recipe,
 )
 from difftuning_control.recipe import Recipe
-from difftuning_control.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from difftuning_control.batch import LatentBatch
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.noise import BANDS
 from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-BANDS = 5
 
 
 def compute_loss(

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from difftuning_control.adapter_files import LORA_FILE
 from difftuning_control.adapters import AdapterTuning, FullTuning
-from difftuning_control.batch import LatentBatch
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe_adapter import AdapterConfig
 from difftuning_control.validation import compute_loss
 

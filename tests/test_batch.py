@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from difftuning_control.batch import LatentBatch
+from difftuning_control.objective.batch import LatentBatch
 
 
 def make_batch(rows: int = 4, ids: bool = True) -> LatentBatch:

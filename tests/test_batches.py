@@ -11,7 +11,7 @@ from difftuning_control.bank import KnowledgeBank
 from difftuning_control.batches import BANK, TARGET, BatchSource, TargetSet, TrainingRows
 from difftuning_control.cache import LatentMoments, cached_embeddings
 from difftuning_control.families import family_of
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.system.seeds import shuffled, step_seed
 
 CAPTIONS = ["red 1", "red 2", "blue", "a square", "red 5", "six", "seven"]

@@ -208,7 +208,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> BucketSource:
     """Buckets of 7, 4 and 1 pictures, and a bank of squares."""
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.cache import LatentMoments
-    from difftuning_control.objective import DiffTuningObjective
+    from difftuning_control.objective.difftuning import DiffTuningObjective
 
     family, generator = family_of(tiny_pipeline()), torch.Generator().manual_seed(0)
     buckets = []

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from difftuning_control.budget import HIGHEST, LOWEST, ForgettingBudget, spread_budget
-from difftuning_control.validation import BANDS
+from difftuning_control.objective.budget import HIGHEST, LOWEST, ForgettingBudget, spread_budget
+from difftuning_control.objective.noise import BANDS
 
 CENTRES = [(b + 0.5) / BANDS for b in range(BANDS)]
 U = torch.tensor(CENTRES)

@@ -37,8 +37,10 @@ from difftuning_control.families.dit_adapters import tables_of
 from difftuning_control.guidance import hand_over
 from difftuning_control.images import fit_square
 from difftuning_control.inputs import prepare_bank
-from difftuning_control.noise import NoiseProcess
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.objective.schedules import ConstantSchedule
+from difftuning_control.objective.variance import discretized_log_likelihood, variational_bound
 from difftuning_control.pictures import sample_pictures, to_images
 from difftuning_control.pipelines import DiffTuningDiTPipeline
 from difftuning_control.recipe import Recipe
@@ -47,10 +49,8 @@ from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.requests import ExportRequest
 from difftuning_control.runs import tuned_model
-from difftuning_control.schedules import ConstantSchedule
 from difftuning_control.studies import AnalysisConfig, Evaluation
 from difftuning_control.trainer import train
-from difftuning_control.variance import discretized_log_likelihood, variational_bound
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SAMPLING = {"steps": 3, "guidance_scale": 3.0, "resolution": 16}

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.batch import LatentBatch
 from difftuning_control.cache import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.forgetting import (
@@ -23,8 +22,9 @@ from difftuning_control.forgetting import (
     paired_ratio,
     transfer_gap,
 )
-from difftuning_control.objective import DiffTuningObjective
-from difftuning_control.schedules import ConstantSchedule
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.schedules import ConstantSchedule
 from difftuning_control.validation import BandValidator
 
 U = [(b + 0.5) / SCHEDULE_BANDS for b in range(SCHEDULE_BANDS)]

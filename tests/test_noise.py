@@ -10,7 +10,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 
 T = 1000
 DDPM_TYPE = {

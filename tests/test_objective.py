@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from difftuning_control.noise import NoiseProcess
-from difftuning_control.objective import DiffTuningObjective, per_sample_loss
-from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
+from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
 
 T = 20
 TABLE = TabulatedSchedule(u=[0.1, 0.5, 1.0], psi=[0.0, 0.2, 3.0], xi=[2.0, 2.0, 0.5])
@@ -440,7 +440,7 @@ def test_an_unknown_preset_is_refused():
 
 
 def test_the_objective_can_be_imported_without_any_model_library():
-    code = "import sys, difftuning_control.objective; print(*sys.modules)"
+    code = "import sys, difftuning_control.objective.difftuning; print(*sys.modules)"
     root = Path(__file__).parents[1]
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert {"diffusers", "accelerate", "transformers"}.isdisjoint(loaded.split())

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from difftuning_control.schedules import (
+from difftuning_control.objective.schedules import (
     ConstantSchedule,
     PaperSchedule,
     PowerSchedule,

@@ -19,7 +19,7 @@ from difftuning_control.batches import BatchSource
 from difftuning_control.cache import Framing, cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.inputs import read_data
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe import Recipe
 from difftuning_control.recipe_inputs import DataConfig
 from difftuning_control.recipe_training import TrainingConfig

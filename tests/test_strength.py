@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
 from difftuning_control.strength import Strength, as_strength, check_u, stored
 
 U = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]

@@ -13,16 +13,16 @@ from PIL import Image
 from test_features import save_tiny_dinov2
 
 from difftuning_control.analysis import analyze, materials
-from difftuning_control.budget import spread_budget
 from difftuning_control.cli import main
 from difftuning_control.comparison import verdict
 from difftuning_control.errors import UserError
+from difftuning_control.objective.budget import spread_budget
+from difftuning_control.objective.schedules import schedule_from_dict
 from difftuning_control.pilot import Pilot, pilot, side_tuning
 from difftuning_control.pilot_judge import judge_of
 from difftuning_control.recipe import Recipe
 from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.schedules import schedule_from_dict
 from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.trainer import train
 

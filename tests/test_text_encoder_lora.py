@@ -13,12 +13,12 @@ from test_adapters import picture, weights
 from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.analysis import analyze
-from difftuning_control.batch import LatentBatch
 from difftuning_control.cache import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe_adapter import AdapterConfig
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.studies import AnalysisConfig

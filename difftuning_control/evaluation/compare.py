@@ -40,6 +40,7 @@ from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.forgetting import Curve, compare, part_of, row_validator
 from difftuning_control.gates import judge
 from difftuning_control.inputs import cache_folder, hold_out, read_data
+from difftuning_control.objective.noise import BANDS
 from difftuning_control.pictures import save_grid
 from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
 from difftuning_control.studies import Evaluation
@@ -47,7 +48,6 @@ from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.text import harmless
 from difftuning_control.trainer import load_base
-from difftuning_control.validation import BANDS
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.dit_adapters import save_transformer_lora
-from difftuning_control.noise import BaseDensity, NoiseProcess
+from difftuning_control.objective.noise import BaseDensity, NoiseProcess
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.tensors import digest_of_module
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from difftuning_control.families.masked import MaskedTransformer
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 
 
 class Lumina2(MaskedTransformer):

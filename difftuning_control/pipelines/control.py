@@ -18,7 +18,7 @@ from torch import Tensor
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.control_strength import ControlUse, control_strength
 from difftuning_control.errors import UserError
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import check_compiled
 from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound
 from difftuning_control.pipelines.specs import find_spec

@@ -27,7 +27,7 @@ from difftuning_control.guidance import (
     tuned_weights,
     tuner_layers,
 )
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
     NAMES,
     check_cache,

@@ -26,12 +26,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from difftuning_control.bank import BankRequest, KnowledgeBank
-from difftuning_control.batch import LatentBatch
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
 from difftuning_control.data_sources import embedded_set
 from difftuning_control.families import family_of, load_family
-from difftuning_control.objective import DiffTuningObjective
+from difftuning_control.objective.batch import LatentBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.pilot import Pilot
 from difftuning_control.recipe import Recipe
 from difftuning_control.system.durable import write_json

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.validation import BANDS
+from difftuning_control.objective.noise import BANDS
 
 RATE, MEMORY = 0.2, 0.95
 LOWEST, HIGHEST = 1e-4, 1e3

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from difftuning_control.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess
 
 BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb
 BIN = 1 / 255  # half of the width of a bin

@@ -27,9 +27,15 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from difftuning_control.noise import BaseDensity, NoiseProcess
-from difftuning_control.schedules import ConstantSchedule, PaperSchedule, Schedule, draw_levels, timestep_density
-from difftuning_control.variance import BOUND_WEIGHT, variational_bound
+from difftuning_control.objective.noise import BaseDensity, NoiseProcess
+from difftuning_control.objective.schedules import (
+    ConstantSchedule,
+    PaperSchedule,
+    Schedule,
+    draw_levels,
+    timestep_density,
+)
+from difftuning_control.objective.variance import BOUND_WEIGHT, variational_bound
 
 PRESETS = ("paper", "plain", "prior_preservation")
 

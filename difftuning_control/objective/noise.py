@@ -175,3 +175,6 @@ def _base_density(kind: str, count: int) -> Tensor:
         cumulative = 0.5 * (1 + torch.erf(torch.logit(edges) / math.sqrt(2)))
         return cumulative.diff()
     raise ValueError(f"base density is {kind!r}; expected uniform or logit_normal.")
+
+
+BANDS = 5
