@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         DiffTuningXLPipeline,
         add_control,
     )
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 

@@ -15,7 +15,7 @@ from difftuning_control.tlora import RankMask, orthogonal_start, rank_limits
 
 if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess
-    from difftuning_control.recipe_adapter import AdapterConfig
+    from difftuning_control.recipe.adapter import AdapterConfig
 
 ADAPTER = "default"
 OWN = "_difftuning_adapters"

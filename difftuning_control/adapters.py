@@ -24,9 +24,9 @@ from difftuning_control.lora_start import FACTOR, Down, Up, factors
 if TYPE_CHECKING:
     from difftuning_control.control import ControlSpec
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
-    from difftuning_control.recipe_adapter import AdapterConfig
-    from difftuning_control.recipe_training import TrainingConfig
+    from difftuning_control.recipe.adapter import AdapterConfig
+    from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.training import TrainingConfig
 
 UNDECAYED = (
     "ia3_",

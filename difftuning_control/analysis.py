@@ -37,10 +37,10 @@ from difftuning_control.inputs import (
     resolution_of,
 )
 from difftuning_control.objective.noise import BANDS
-from difftuning_control.recipe import Recipe
-from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.studies import AnalysisConfig
+from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.staging import staged_sampling
-from difftuning_control.studies import AnalysisConfig
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.trainer import load_base

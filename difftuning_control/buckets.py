@@ -18,7 +18,7 @@ from difftuning_control.system.seeds import shuffled
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe_inputs import DataConfig
+    from difftuning_control.recipe.inputs import DataConfig
 
 BUCKET = 2  # the stream of random orders, beside those of `batches`
 TOLD = 8  # buckets that a line names

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.data import ImageData
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
 
 
 def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: ImageData) -> None:

@@ -8,13 +8,11 @@ import typing
 from dataclasses import dataclass, field
 
 from difftuning_control.bench.settings import Bench
-from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import MAX_SEED, ModelConfig
-from difftuning_control.requests import ExportRequest, VerifyRequest
-from difftuning_control.run_list import RunsRequest
-from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig, check_domain_scale
 
 T = typing.TypeVar("T")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
     from difftuning_control.buckets import Bucket
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
 
 
 def build_spec(recipe: Recipe, family: Family, resolution: int) -> ControlSpec:

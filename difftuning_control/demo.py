@@ -13,10 +13,10 @@ from difftuning_control.families import embedded_model
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import DEMO
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig
-from difftuning_control.recipe_training import TrainingConfig
-from difftuning_control.studies import PilotConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 

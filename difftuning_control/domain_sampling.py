@@ -5,7 +5,6 @@ The pictures are therefore those of the drop-in pipeline, see `guidance`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,6 @@ from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-
-def check_domain_scale(scale: float | None) -> None:
-    """Refuse a scale of Domain Guidance at which the pretrained branch has no part.
-
-    Raises:
-        UserError: if it is not above 1.
-    """
-    if scale is not None and not 1 < scale < math.inf:
-        raise UserError(f"domain_guidance_scale is {scale}; expected a finite number above 1, or nothing for none.")
 
 
 def check_domain_method(run: str, method: str) -> None:

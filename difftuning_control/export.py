@@ -24,14 +24,15 @@ from difftuning_control.export_files import write_parts
 from difftuning_control.families import quiet_loading
 from difftuning_control.gates import check_passed
 from difftuning_control.provenance import base_name, check_folder, versions
-from difftuning_control.requests import ExportRequest
-from difftuning_control.runs import check_outputs, finished_run, recipe_of
+from difftuning_control.recipe.recipe import recipe_of
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.runs import check_outputs, finished_run
 from difftuning_control.strength import psi_of_run
 from difftuning_control.system.durable import PARTIAL, alone, place, write_json, write_text
 from difftuning_control.system.tensors import named_errors
 
 if TYPE_CHECKING:
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
 
 MARKER = "export.json"
 

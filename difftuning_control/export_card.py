@@ -13,8 +13,8 @@ from difftuning_control.provenance import asked_for, model_card
 from difftuning_control.system.text import plain_markdown, python_text
 
 if TYPE_CHECKING:
-    from difftuning_control.recipe import Recipe
-    from difftuning_control.requests import ExportRequest
+    from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.requests import ExportRequest
 
 CLOSING = "`export.json` says what was exported and which base it belongs to."
 PLACES = {

@@ -26,8 +26,8 @@ from difftuning_control.system.tensors import read_tensors, set_metadata, write_
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
-    from difftuning_control.requests import ExportRequest
+    from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.requests import ExportRequest
 
 SOURCE_FILE = "source_difference.safetensors"
 PIPELINES = {

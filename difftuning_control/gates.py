@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data import ImageData
 from difftuning_control.errors import GatesFailedError, UserError
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_training import GatesConfig
-from difftuning_control.studies import Evaluation
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.recipe.training import GatesConfig
 
 if TYPE_CHECKING:
     from difftuning_control.evaluation.features import Features

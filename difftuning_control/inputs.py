@@ -24,8 +24,8 @@ from difftuning_control.forgetting import Part, part_of
 from difftuning_control.gates import check_gates
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share
 from difftuning_control.system.terminal import progress

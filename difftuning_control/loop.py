@@ -32,7 +32,7 @@ from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.pictures import sample_pictures, save_grid
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, sync, write_json, write_text
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.seeds import step_seed

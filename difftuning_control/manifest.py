@@ -20,7 +20,7 @@ from difftuning_control.system.durable import write_json, write_text
 
 if TYPE_CHECKING:
     from difftuning_control.data import ImageData
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
 
 INPUTS = "inputs.jsonl"
 TRAIN, HELD_OUT = "train", "held_out"

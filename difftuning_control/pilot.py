@@ -49,10 +49,10 @@ from difftuning_control.provenance import (
     refuse_unwritable,
     versions,
 )
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_training import GatesConfig, ScheduleConfig, TuningConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import POWER, AnalysisConfig, PilotConfig
+from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TuningConfig
 from difftuning_control.runs import finished_run, tuned_model
-from difftuning_control.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.trainer import load_base, train

@@ -16,7 +16,7 @@ from difftuning_control.domain_sampling import domain_guided
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.studies import PilotConfig
+from difftuning_control.recipe.studies import PilotConfig
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from difftuning_control.adapter_kinds import LORA_KINDS
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import discard, free, is_empty, sweep, write_text
 from difftuning_control.system.text import plain_markdown, python_text

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from difftuning_control.comparison import PLAIN, compare, is_number, mean_spread, seed_values, verdict
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_text
 from difftuning_control.system.text import harmless
 from difftuning_control.words import load_words

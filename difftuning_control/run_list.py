@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +33,6 @@ FORMULA = (
     "\r",
     "\n",
 )  # with these a spreadsheet takes a cell for a formula
-
-
-@dataclass(frozen=True)
-class RunsRequest:
-    """List the runs below a folder with their state, figures and gates: difftune runs DIR.
-
-    Args:
-        folder: runs are looked for in it and in all folders below.
-        json: print a JSON array.
-        csv: print CSV; cells that a spreadsheet would take for formulas begin with an apostrophe.
-    """
-
-    folder: str = "runs"
-    json: bool = False
-    csv: bool = False
-
-    def __post_init__(self) -> None:
-        if self.json and self.csv:
-            raise UserError("give --json or --csv, not both.")
 
 
 def list_runs(folder: str | Path) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
 
 
 def finished_run(run: str | Path) -> dict[str, Any]:
@@ -31,30 +30,6 @@ def finished_run(run: str | Path) -> dict[str, Any]:
     if record["status"] != "complete":
         raise UserError(f"the run {run} is {record['status']}, not complete; go on with --training.resume true.")
     return record
-
-
-def recipe_of(record: dict[str, Any]) -> Recipe:
-    """The recipe that a run was made with."""
-    from difftuning_control import recipe as sections
-
-    values = record["recipe"]
-    tuning = dict(values["tuning"])
-    tuning["schedule"] = sections.ScheduleConfig(**tuning["schedule"])
-    control = dict(values.get("control", {}))  # records of earlier versions have none
-    if control:
-        control["fidelity"] = sections.FidelityConfig(**control["fidelity"])
-    return sections.Recipe(
-        method=values["method"],
-        model=sections.ModelConfig(**values["model"]),
-        data=sections.DataConfig(**values["data"]),
-        tuning=sections.TuningConfig(**tuning),
-        bank=sections.BankConfig(**values["bank"]),
-        adapter=sections.AdapterConfig(**values["adapter"]),
-        control=sections.ControlConfig(**control),
-        training=sections.TrainingConfig(**values["training"]),
-        gates=sections.GatesConfig(**values.get("gates", {})),
-        output=values["output"],
-    )
 
 
 def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:

@@ -17,7 +17,7 @@ from difftuning_control.system.terminal import progress
 if TYPE_CHECKING:
     from difftuning_control.analysis import Materials
     from difftuning_control.families.family import Family
-    from difftuning_control.studies import AnalysisConfig
+    from difftuning_control.recipe.studies import AnalysisConfig
 
 METRICS = ("kid", "domain_hit", "pair_similarity")
 

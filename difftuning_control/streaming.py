@@ -35,7 +35,7 @@ from difftuning_control.system.untrusted import BYTES_PER_PIXEL, is_text, leads_
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe_inputs import DataConfig
+    from difftuning_control.recipe.inputs import DataConfig
 
 LANES, BLOCK = 64, 128
 KINDS = {"webdataset": "*.tar", "parquet": "*.parquet", "json": "metadata.jsonl"}

@@ -90,8 +90,9 @@ def psi_of_run(run: str | Path) -> Schedule:
     Raises:
         UserError: if there is no run, or it is not finished.
     """
-    from difftuning_control.recipe_training import ScheduleConfig
-    from difftuning_control.runs import finished_run, recipe_of
+    from difftuning_control.recipe.recipe import recipe_of
+    from difftuning_control.recipe.training import ScheduleConfig
+    from difftuning_control.runs import finished_run
 
     if Path(run).is_file():
         return ScheduleConfig("measured", path=str(run)).build(1000)

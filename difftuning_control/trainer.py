@@ -44,7 +44,7 @@ from difftuning_control.provenance import (
     versions,
     write_recipe,
 )
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together

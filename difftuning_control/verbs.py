@@ -24,11 +24,10 @@ from difftuning_control.commands import (
     only,
 )
 from difftuning_control.errors import ChangedError, UserError
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import MAX_SEED
-from difftuning_control.requests import ExportRequest, VerifyRequest
-from difftuning_control.run_list import RunsRequest
-from difftuning_control.studies import Evaluation
+from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
+from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.system.terminal import say
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from difftuning_control.audit import FILE, Chain
 from difftuning_control.pilot_files import SETTINGS
-from difftuning_control.requests import VerifyRequest
+from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.system.text import harmless
 from difftuning_control.verify_pilot import verify_pilot
 from difftuning_control.verify_run import Part, verify_run

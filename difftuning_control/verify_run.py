@@ -16,14 +16,15 @@ from difftuning_control.data_sources import list_rows, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
 from difftuning_control.provenance import is_hub_id
-from difftuning_control.runs import finished_run, recipe_of
+from difftuning_control.recipe.recipe import recipe_of
+from difftuning_control.runs import finished_run
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL
 
 if TYPE_CHECKING:
-    from difftuning_control.recipe import Recipe
-    from difftuning_control.recipe_inputs import DataConfig
+    from difftuning_control.recipe.inputs import DataConfig
+    from difftuning_control.recipe.recipe import Recipe
 
 EARLIER = "the run is of an earlier version, which wrote down no hashes of it"
 

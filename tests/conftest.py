@@ -141,9 +141,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
     """A recipe that trains the tiny model for a few steps."""
-    from difftuning_control.recipe import Recipe
-    from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-    from difftuning_control.recipe_training import TrainingConfig
+    from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+    from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.training import TrainingConfig
 
     return Recipe(
         model=ModelConfig(str(model_dir)),

@@ -28,10 +28,10 @@ from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.pipelines import DiffTuningPipeline
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.runs import finished_run, recipe_of, tuned_model
-from difftuning_control.studies import AnalysisConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.studies import AnalysisConfig
+from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.trainer import train
 
 KINDS = {

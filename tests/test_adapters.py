@@ -17,7 +17,7 @@ from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.validation import compute_loss
 
 

@@ -19,7 +19,7 @@ from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.inputs import prepare_bank
-from difftuning_control.recipe_inputs import BankConfig, DataConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig
 
 REQUEST = BankRequest(("red 1", "red 2", "a blue square"), size=7, steps=2, resolution=16, seed=3)
 

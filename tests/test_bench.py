@@ -15,7 +15,7 @@ from difftuning_control.bench.settings import PEERS, Bench
 from difftuning_control.bench.sides import ours, peer, ratio, run
 from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 
 SCRIPT = """
 import sys, time, torch

@@ -14,10 +14,10 @@ from tiny_models import tiny_flux
 
 from difftuning_control import compiling
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
 
 SLOW = pytest.mark.slow

@@ -30,8 +30,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.images import frame
 from difftuning_control.pictures import to_images
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
 
 COUNTED = """
 import time

@@ -28,8 +28,8 @@ from difftuning_control.families import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.images import frame
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.trainer import _attach_controlnet, build_objective, make_accelerator
 
 OUTLINE = """

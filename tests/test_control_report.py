@@ -25,8 +25,8 @@ from difftuning_control.convergence import find_convergence
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.control import MAIN
 from difftuning_control.provenance import write_recipe
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import ControlConfig
+from difftuning_control.recipe.inputs import ControlConfig
+from difftuning_control.recipe.recipe import Recipe
 
 U = [0.1, 0.3, 0.5, 0.7, 0.9]
 

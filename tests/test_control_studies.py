@@ -10,10 +10,10 @@ from test_features import save_tiny_dinov2
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate, table
 from difftuning_control.pilot import pilot
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
-from difftuning_control.studies import Evaluation, PilotConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import Evaluation, PilotConfig
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
 
 

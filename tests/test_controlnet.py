@@ -40,11 +40,11 @@ from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.pictures import sample_pictures, save_grid, to_images
 from difftuning_control.provenance import model_card, write_recipe
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
-from difftuning_control.runs import recipe_of, tuned_model
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors

@@ -41,14 +41,14 @@ from difftuning_control.export_card import Parts, export_card
 from difftuning_control.export_files import PIPELINES
 from difftuning_control.families import load_family
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
-from difftuning_control.requests import ExportRequest
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.source import load_source
 from difftuning_control.strength import as_strength
-from difftuning_control.studies import Evaluation
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

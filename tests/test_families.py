@@ -18,7 +18,7 @@ from difftuning_control.families import FAMILIES, family_of, load_family
 from difftuning_control.families.flux import image_ids, pack, unpack
 from difftuning_control.guidance import hand_over
 from difftuning_control.objective.noise import NoiseProcess
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 
 PROMPTS = ["red 1", "a blue square"]
 VARIANTS = {

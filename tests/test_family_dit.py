@@ -43,13 +43,13 @@ from difftuning_control.objective.schedules import ConstantSchedule
 from difftuning_control.objective.variance import discretized_log_likelihood, variational_bound
 from difftuning_control.pictures import sample_pictures, to_images
 from difftuning_control.pipelines import DiffTuningDiTPipeline
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.requests import ExportRequest
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs import tuned_model
-from difftuning_control.studies import AnalysisConfig, Evaluation
 from difftuning_control.trainer import train
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -13,7 +13,7 @@ from difftuning_control.cache import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.guidance import hand_over
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.tlora import ranks
 
 VARIANTS = {

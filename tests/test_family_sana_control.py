@@ -25,11 +25,11 @@ from difftuning_control.export import export
 from difftuning_control.families import family_of, load_controlnet, load_family
 from difftuning_control.families.sana import Sana
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig
-from difftuning_control.requests import ExportRequest
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed

@@ -12,7 +12,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.pictures import to_images
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 
 PROMPTS = ["red 1", "a blue square"]
 

@@ -37,13 +37,13 @@ from difftuning_control.families.transformer import FlowTransformer
 from difftuning_control.images import frame
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.requests import ExportRequest
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs import tuned_model
-from difftuning_control.studies import AnalysisConfig, Evaluation
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.trainer import _attach_controlnet, build_objective, make_accelerator, train

@@ -19,10 +19,10 @@ from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.gates import judge
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
-from difftuning_control.recipe_training import GatesConfig, TuningConfig
-from difftuning_control.requests import VerifyRequest
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.training import GatesConfig, TuningConfig
 from difftuning_control.trainer import train
 from difftuning_control.verify import verify
 

@@ -13,7 +13,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.guidance import TUNED, hand_over
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 
 SIDES = ["adapter", "full weights"]
 

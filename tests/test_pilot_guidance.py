@@ -13,10 +13,10 @@ from tiny_models import tiny_flux
 
 from difftuning_control.errors import UserError
 from difftuning_control.pilot import Pilot, pilot
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
-from difftuning_control.studies import PilotConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
 
 SCALES = [2.0, 3.5]

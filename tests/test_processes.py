@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.provenance import write_recipe
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import ControlConfig, FidelityConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import train
 
@@ -36,7 +36,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 @pytest.fixture(scope="module")
 def make(tmp_path_factory, model_dir, pictures):
     """Recipes in which everything random plays a part; all have 20 rows to a step."""
-    from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
+    from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 
     root = tmp_path_factory.mktemp("processes")
 

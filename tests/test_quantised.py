@@ -16,9 +16,9 @@ from difftuning_control.errors import UserError
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.quantised import plain_state
 from difftuning_control.pictures import sample_pictures
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import ModelConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import ModelConfig
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import load_base, train

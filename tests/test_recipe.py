@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftuning_control import recipe as recipes
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import DataConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe import recipe as recipes
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import DataConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 
 SECTIONS = [c for c in vars(recipes).values() if dataclasses.is_dataclass(c)]
 BY_NAME = {

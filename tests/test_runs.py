@@ -22,11 +22,11 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import table
 from difftuning_control.families import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

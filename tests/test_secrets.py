@@ -13,7 +13,7 @@ from test_cli import flags, settings
 
 from difftuning_control.audit import COMMAND, FILE, Session, read_audit
 from difftuning_control.cli import main
-from difftuning_control.requests import VerifyRequest
+from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.secrets import HIDDEN, without_secrets
 from difftuning_control.verify import verify

@@ -13,7 +13,7 @@ from torch import nn
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families import family_of
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.source import load_source, save_difference
 
 PART = ("conv_in", "mid_block", "up_blocks.0.attentions")

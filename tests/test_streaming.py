@@ -20,9 +20,9 @@ from difftuning_control.cache import Framing, cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.inputs import read_data
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import DataConfig
-from difftuning_control.recipe_training import TrainingConfig
+from difftuning_control.recipe.inputs import DataConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.streaming import Stream, StreamSource, empty_targets
 from difftuning_control.trainer import train
 

@@ -92,7 +92,7 @@ def test_what_is_no_strength_is_told(given, message):
 def test_a_run_gives_the_psi_that_it_was_trained_with(recipe):
     from dataclasses import replace
 
-    from difftuning_control.recipe_training import ScheduleConfig
+    from difftuning_control.recipe.training import ScheduleConfig
     from difftuning_control.trainer import train
 
     power = replace(recipe, tuning=replace(recipe.tuning, schedule=ScheduleConfig("power", tau=0.7)))

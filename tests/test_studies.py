@@ -20,10 +20,10 @@ from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
 from difftuning_control.pilot import Pilot, pilot, side_tuning
 from difftuning_control.pilot_judge import judge_of
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
 
 BUDGET = [0.0, 0.05, 0.1, 0.2, 0.3]

@@ -19,9 +19,9 @@ from difftuning_control.families import family_of, load_family
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs import finished_run, tuned_model
-from difftuning_control.studies import AnalysisConfig
 from difftuning_control.trainer import train
 from difftuning_control.validation import compute_loss
 

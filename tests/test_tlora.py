@@ -22,7 +22,7 @@ from difftuning_control.families import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.lora_start import Down
 from difftuning_control.objective.noise import NoiseProcess
-from difftuning_control.recipe_adapter import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.system.tensors import set_metadata
 from difftuning_control.tlora import orthogonal_start, rank_limits, ranks
 

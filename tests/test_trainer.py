@@ -27,10 +27,10 @@ from difftuning_control.families import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.provenance import OutputFolder, write_recipe
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_adapter import AdapterConfig
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import build_objective, make_accelerator, train

@@ -16,10 +16,10 @@ from test_cli import flags, settings
 from difftuning_control.audit import FILE, read_audit
 from difftuning_control.cli import main
 from difftuning_control.manifest import place_of, source_files
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
-from difftuning_control.recipe_training import TuningConfig
-from difftuning_control.requests import VerifyRequest
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train

@@ -16,12 +16,12 @@ from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import settle
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe_training import TrainingConfig, TuningConfig
-from difftuning_control.requests import VerifyRequest
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.runs import check_outputs, finished_run
-from difftuning_control.studies import PilotConfig
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.verify import verify
 

@@ -14,7 +14,7 @@ from difftuning_control.bench import material
 from difftuning_control.bench.settings import Bench
 from difftuning_control.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.families import embedded_model
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from difftuning_control.loop import TrainingLoop

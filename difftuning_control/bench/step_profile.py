@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from difftuning_control.families.family import Family
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
 PHASES = ("rows", "forward", "backward", "optimizer")

@@ -42,8 +42,9 @@ from difftuning_control.gates import judge
 from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pictures import save_grid
-from difftuning_control.runs import check_base, finished_run, recipe_of, tuned_model
-from difftuning_control.studies import Evaluation
+from difftuning_control.recipe.recipe import recipe_of
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.text import harmless
@@ -51,7 +52,7 @@ from difftuning_control.trainer import load_base
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-    from difftuning_control.recipe import Recipe
+    from difftuning_control.recipe.recipe import Recipe
 
 OUTSIDE = (
     "a photo of a dog", "a city street at night", "an oil painting of mountains", "a bowl of fruit on a table",

@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
 from difftuning_control.pilot import Pilot
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 
 HERE = Path(__file__).parent

@@ -13,9 +13,9 @@ import dataclasses
 from pathlib import Path
 from statistics import mean, stdev
 
-from difftuning_control.recipe import Recipe
-from difftuning_control.recipe_inputs import BankConfig, DataConfig
-from difftuning_control.recipe_training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

@@ -41,7 +41,7 @@ from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.inputs import read_data
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import read_run, versions
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs import tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train

@@ -33,7 +33,7 @@ from difftuning_control.families import family_of, load_family
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.pilot import Pilot
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.validation import compute_loss

@@ -30,7 +30,7 @@ from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.provenance import read_run, versions
-from difftuning_control.recipe import Recipe
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.recipe_inputs import MAX_SEED
+from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.system.untrusted import from_json, read_text
 
 if TYPE_CHECKING:

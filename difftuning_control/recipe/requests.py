@@ -92,3 +92,22 @@ class VerifyRequest:
         strange = [name for name in self.skip if name not in PARTS[3:]]
         if strange:
             raise UserError(f"skip names {harmless(strange[0])!r}; expected any of {', '.join(PARTS[3:])}.")
+
+
+@dataclass(frozen=True)
+class RunsRequest:
+    """List the runs below a folder with their state, figures and gates: difftune runs DIR.
+
+    Args:
+        folder: runs are looked for in it and in all folders below.
+        json: print a JSON array.
+        csv: print CSV; cells that a spreadsheet would take for formulas begin with an apostrophe.
+    """
+
+    folder: str = "runs"
+    json: bool = False
+    csv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise UserError("give --json or --csv, not both.")

@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from difftuning_control.domain_sampling import check_domain_scale
 from difftuning_control.errors import UserError
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -150,3 +149,13 @@ class PilotConfig:
         scales = self.guidance_scales
         if len(set(scales)) < len(scales) or not all(1 < scale < math.inf for scale in scales):
             raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers above 1.")
+
+
+def check_domain_scale(scale: float | None) -> None:
+    """Refuse a scale of Domain Guidance at which the pretrained branch has no part.
+
+    Raises:
+        UserError: if it is not above 1.
+    """
+    if scale is not None and not 1 < scale < math.inf:
+        raise UserError(f"domain_guidance_scale is {scale}; expected a finite number above 1, or nothing for none.")

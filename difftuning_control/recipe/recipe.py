@@ -7,30 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.recipe_adapter import ADAPTER_OPTIONS, DEFAULT_RANK, AdapterConfig
-from difftuning_control.recipe_inputs import (
-    MAX_SEED,
-    BankConfig,
-    ControlConfig,
-    DataConfig,
-    FidelityConfig,
-    ModelConfig,
-)
-from difftuning_control.recipe_training import (
-    DEFAULT_TAU,
-    DRAWN,
-    GATES,
-    GatesConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    TuningConfig,
-)
-
-__all__ = [
-    "ADAPTER_OPTIONS", "DEFAULT_RANK", "DEFAULT_TAU", "DRAWN", "GATES", "MAX_SEED", "AdapterConfig", "BankConfig",
-    "ControlConfig", "DataConfig", "FidelityConfig", "GatesConfig", "ModelConfig", "Recipe", "ScheduleConfig",
-    "TrainingConfig", "TuningConfig",
-]  # fmt: skip
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.training import GatesConfig, TrainingConfig, TuningConfig
 
 
 @dataclass
@@ -195,3 +174,27 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def recipe_of(record: dict[str, Any]) -> Recipe:
+    """The recipe that a run was made with."""
+    from difftuning_control import recipe as sections
+
+    values = record["recipe"]
+    tuning = dict(values["tuning"])
+    tuning["schedule"] = sections.ScheduleConfig(**tuning["schedule"])
+    control = dict(values.get("control", {}))  # records of earlier versions have none
+    if control:
+        control["fidelity"] = sections.FidelityConfig(**control["fidelity"])
+    return sections.Recipe(
+        method=values["method"],
+        model=sections.ModelConfig(**values["model"]),
+        data=sections.DataConfig(**values["data"]),
+        tuning=sections.TuningConfig(**tuning),
+        bank=sections.BankConfig(**values["bank"]),
+        adapter=sections.AdapterConfig(**values["adapter"]),
+        control=sections.ControlConfig(**control),
+        training=sections.TrainingConfig(**values["training"]),
+        gates=sections.GatesConfig(**values.get("gates", {})),
+        output=values["output"],
+    )

@@ -1,0 +1,41 @@
+"""What can be asked for, as dataclasses that check their ranges; nothing here imports torch."""
+
+from difftuning_control.recipe.adapter import ADAPTER_OPTIONS, DEFAULT_RANK, AdapterConfig
+from difftuning_control.recipe.inputs import (
+    MAX_SEED,
+    BankConfig,
+    ControlConfig,
+    DataConfig,
+    FidelityConfig,
+    ModelConfig,
+)
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import (
+    DEFAULT_TAU,
+    DRAWN,
+    GATES,
+    GatesConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    TuningConfig,
+)
+
+__all__ = [
+    "ADAPTER_OPTIONS",
+    "DEFAULT_RANK",
+    "DEFAULT_TAU",
+    "DRAWN",
+    "GATES",
+    "MAX_SEED",
+    "AdapterConfig",
+    "BankConfig",
+    "ControlConfig",
+    "DataConfig",
+    "FidelityConfig",
+    "GatesConfig",
+    "ModelConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "TuningConfig",
+]
