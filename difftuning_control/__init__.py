@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from difftuning_control.bank import BankRequest, KnowledgeBank
     from difftuning_control.control import Conditioner, ControlSpec
     from difftuning_control.errors import NonFiniteLossError, UserError
-    from difftuning_control.families import embedded_model, family_of, load_family
+    from difftuning_control.families.loading import embedded_model, family_of, load_family
     from difftuning_control.objective.batch import LatentBatch
     from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
     from difftuning_control.objective.noise import NoiseProcess

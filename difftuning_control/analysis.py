@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import PromptEmbeddings, cached_embeddings
+from difftuning_control.cache import cached_embeddings
 from difftuning_control.classes import begin_label_space
 from difftuning_control.data import ImageData
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_base
+from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.forgetting import (
     LEAST_ROWS,
     Part,
@@ -43,7 +45,6 @@ from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.staging import staged_sampling
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
-from difftuning_control.trainer import load_base
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

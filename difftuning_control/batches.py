@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import LatentMoments, PromptEmbeddings
+from difftuning_control.cache import LatentMoments
+from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.system.seeds import shuffled, step_seed

@@ -8,7 +8,7 @@ on disk: a step reads the rows that it needs (see `rows`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data import Example, ImageData
+from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.images import frame, placed
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share, files_together
@@ -168,19 +169,6 @@ def _encode(
         stds.append(std.cpu().unflatten(0, (len(part), framing.views)))
         advance(len(part))
     return {"mean": torch.cat(means), "std": torch.cat(stds)}
-
-
-@dataclass(frozen=True)
-class PromptEmbeddings:
-    """The conditioning of a list of prompts, each different one stored once; entry "" is always there."""
-
-    index: dict[str, int]
-    tensors: Mapping[str, Tensor | Rows]
-
-    def rows(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What the family's `predict` takes for these prompts, each tensor (B, …)."""
-        numbers = torch.tensor([self.index[p] for p in prompts])
-        return {name: tensor[numbers] for name, tensor in self.tensors.items()}
 
 
 def cached_embeddings(

@@ -26,7 +26,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from difftuning_control.annotators import Annotator, annotator, load_annotator
 from difftuning_control.errors import UserError
@@ -328,9 +327,3 @@ def _as_picture(found: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndar
             )
         found = (found * 255).round().astype(np.uint8)
     return np.ascontiguousarray(found.repeat(3, 2) if found.shape[2] == 1 else found)
-
-
-def to_tensor(conditions: Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """uint8 conditions (…) as float32 in the given range; 0 to 1 as diffusers' own preprocessing gives it."""
-    low, high = value_range
-    return conditions.float() / 255 * (high - low) + low

@@ -9,7 +9,7 @@ from PIL import Image
 
 from difftuning_control.audit import noted
 from difftuning_control.comparison import verdict
-from difftuning_control.families import embedded_model
+from difftuning_control.families.loading import embedded_model
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import DEMO

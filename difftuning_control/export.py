@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
 from difftuning_control.export_files import write_parts
-from difftuning_control.families import quiet_loading
+from difftuning_control.families.hub import quiet_loading
 from difftuning_control.gates import check_passed
 from difftuning_control.provenance import base_name, check_folder, versions
 from difftuning_control.recipe.recipe import recipe_of

@@ -17,7 +17,7 @@ from difftuning_control.classes import as_pretrained
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
-from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 from difftuning_control.runs import check_base
 from difftuning_control.source import save_difference
@@ -109,7 +109,7 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
         base.save_pipeline(folder)
     if request.adapter == "separate":
         result = run / adapter_result(recipe.adapter)
-        from difftuning_control.families.dit_adapters import CLASSES_FILE  # and with it diffusers
+        from difftuning_control.families.tunable import CLASSES_FILE  # and with it diffusers
 
         beside = [run / CLASSES_FILE] if (run / CLASSES_FILE).exists() else []
         for file in [*beside, *(sorted(result.iterdir()) if result.is_dir() else [result])]:

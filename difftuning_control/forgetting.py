@@ -34,8 +34,8 @@ from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.cache import PromptEmbeddings
     from difftuning_control.families.family import Family
+    from difftuning_control.families.prompts import PromptEmbeddings
     from difftuning_control.system.rows import Rows
 
 SCHEDULE_BANDS = 10

@@ -13,13 +13,14 @@ import torch
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.batches import TargetSet
 from difftuning_control.buckets import describe, into_buckets
-from difftuning_control.cache import Framing, PromptEmbeddings, cached_embeddings, cached_moments
+from difftuning_control.cache import Framing, cached_embeddings, cached_moments
 from difftuning_control.classes import bank_classes, begin_label_space, check_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
 from difftuning_control.data import Example, ImageData
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
+from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.forgetting import Part, part_of
 from difftuning_control.gates import check_gates
 from difftuning_control.objective.batch import LatentBatch

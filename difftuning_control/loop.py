@@ -27,6 +27,7 @@ from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective.budget import ForgettingBudget
@@ -39,7 +40,7 @@ from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
 from difftuning_control.system.tensors import named_errors
 from difftuning_control.system.terminal import say
-from difftuning_control.validation import BandLosses, compute_loss
+from difftuning_control.validation import BandLosses
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

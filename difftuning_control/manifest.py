@@ -59,7 +59,7 @@ def place_of(name: str, revision: str | None = None) -> Path | None:
         revision: the commit of the snapshot.
     """
     if name == "embedded":
-        from difftuning_control.families import embedded_model
+        from difftuning_control.families.loading import embedded_model
 
         return embedded_model()
     if not is_hub_id(name):

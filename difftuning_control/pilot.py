@@ -35,7 +35,8 @@ from difftuning_control.evaluation.evaluate import (
     through_autoencoder,
 )
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_base
 from difftuning_control.fidelity import main_figure
 from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.objective.budget import spread_budget
@@ -55,7 +56,7 @@ from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, Tuni
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
-from difftuning_control.trainer import load_base, train
+from difftuning_control.trainer import train
 
 if TYPE_CHECKING:
     pass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.adapter_files import LORA_FILE, load_adapter, unload_adapter
 from difftuning_control.control import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.provenance import read_run
 from difftuning_control.system.digests import digest_of_file
 

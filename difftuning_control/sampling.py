@@ -15,7 +15,8 @@ from difftuning_control.classes import begin_as
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_family
 from difftuning_control.images import decode_image
 from difftuning_control.inputs import check_resolution
 from difftuning_control.pictures import sample_pictures, save_grid

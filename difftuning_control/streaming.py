@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from difftuning_control.batches import BatchSource, TargetSet, TrainingRows
-from difftuning_control.cache import Framing, LatentMoments, PromptEmbeddings
+from difftuning_control.cache import Framing, LatentMoments
 from difftuning_control.data import Checker, Example, ImageData, Read, Row
 from difftuning_control.data_sources import place_of_data
 from difftuning_control.errors import UserError
+from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.images import decode_image
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.seeds import step_seed

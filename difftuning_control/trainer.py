@@ -24,8 +24,8 @@ from difftuning_control.classes import describe_classes
 from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.families import load_controlnet, load_family
-from difftuning_control.families.dit_adapters import CLASSES_FILE
+from difftuning_control.families.loading import load_base, load_controlnet
+from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
 from difftuning_control.gates import failed, judge_run
 from difftuning_control.inputs import TrainingInputs, cache_folder, encoded, prepare_inputs, resolution_of
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 TABLE = ("kind", "u", "psi", "xi")
 BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the base's loss is measured
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train(recipe: Recipe, overwrite: bool = False, tell: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
@@ -208,19 +207,6 @@ def _check_frozen(family: Family, fingerprints: dict[str, Any]) -> dict[str, str
     if before != after:
         raise RuntimeError(f"the frozen denoiser changed while its ControlNet was trained ({before} to {after}).")
     return {"denoiser_before": before, "denoiser_after": after}
-
-
-def base_dtype(recipe: Recipe) -> torch.dtype:
-    """Full weights train in float32; under a LoRA or a ControlNet the frozen base can lie in the lower precision."""
-    return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
-
-
-def load_base(recipe: Recipe) -> Family:
-    """The model that a recipe tunes, as it tunes it, on the CPU."""
-    model = recipe.model
-    return load_family(
-        model.id, base_dtype(recipe), model.variant, quantization=model.quantization, offload=model.offload
-    )
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

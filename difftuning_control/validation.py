@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import BANDS
@@ -18,20 +19,6 @@ from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-
-def compute_loss(
-    family: Family,
-    denoiser: nn.Module,
-    objective: DiffTuningObjective,
-    batch: LatentBatch,
-    noise: Tensor,
-    levels: Tensor,
-) -> Tensor:
-    """ℓ of every row, (B,): noise → model → squared error. Training, validation and analysis all come through here."""
-    noised = objective.add_noise(batch.latents, noise, levels)
-    model_output = family.predict(denoiser, noised.noisy_model_input, noised.timesteps, batch.conditioning)
-    return objective.losses(model_output, batch.latents, noised)
 
 
 @dataclass(frozen=True)

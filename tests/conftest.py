@@ -107,7 +107,7 @@ def pipe():
 
 @pytest.fixture
 def family(pipe):
-    from difftuning_control.families import family_of
+    from difftuning_control.families.loading import family_of
 
     return family_of(pipe)
 

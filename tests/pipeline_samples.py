@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny_models import tiny_dit, tiny_flux, tiny_sd3
 
-from difftuning_control.families.dit_adapters import make_tunable
+from difftuning_control.families.tunable import make_tunable
 from difftuning_control.pipelines import (
     DiffTuningControlNetPipeline,
     DiffTuningDiTPipeline,

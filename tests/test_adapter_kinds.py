@@ -23,7 +23,7 @@ from difftuning_control.analysis import analyze
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.difffit import GAMMA, DiffFit
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.loop import TrainingLoop

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from difftuning_control.adapter_files import LORA_FILE
 from difftuning_control.adapters import AdapterTuning, FullTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.validation import compute_loss
 
 
 def tune(family: StableDiffusion, tuning: AdapterTuning | FullTuning, steps: int = 3, rate: float = 0.03) -> None:

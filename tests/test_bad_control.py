@@ -18,7 +18,7 @@ from test_control import OUTLINE, write_photos
 from difftuning_control.cli import main
 from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.images import decode_image
 
 Maker = Callable[..., list[str]]

@@ -20,7 +20,7 @@ from test_cli import flags, settings
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.cli import main
 from difftuning_control.data_sources import load_images
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.provenance import OutputFolder
 
 Maker = Callable[..., list[str]]

@@ -17,7 +17,7 @@ from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.cache import Framing
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.inputs import prepare_bank
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 

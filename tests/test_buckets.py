@@ -23,7 +23,8 @@ from difftuning_control.cache import Framing, cached_embeddings
 from difftuning_control.cli import main
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_family
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.images import placed
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
@@ -33,7 +34,6 @@ from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConf
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.trainer import _auto_schedule, build_objective, make_accelerator, train
-from difftuning_control.validation import compute_loss
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 SIZES = {"square": (16, 16), "wide": (34, 9), "tall": (8, 30)}  # width and height

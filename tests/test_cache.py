@@ -11,7 +11,7 @@ from torch import nn
 
 from difftuning_control.cache import Framing, LatentMoments, cached_embeddings, cached_moments
 from difftuning_control.data_sources import load_images
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
 
 CENTRE = Framing(16)

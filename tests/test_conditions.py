@@ -27,7 +27,7 @@ from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data import ImageData
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.images import frame
 from difftuning_control.pictures import to_images
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig

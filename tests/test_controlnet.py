@@ -32,8 +32,8 @@ from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.convergence import has_settled
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_controlnet, load_family
-from difftuning_control.families.family import ControlledDenoiser
+from difftuning_control.families.control import ControlledDenoiser
+from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.inputs import prepare_inputs

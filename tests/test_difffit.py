@@ -17,7 +17,7 @@ from difftuning_control.adapter_files import DIFFFIT_FILE
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.difffit import GAMMA, DiffFit, branch_ends, small_weights
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
 
 CONFIG = AdapterConfig("difffit")

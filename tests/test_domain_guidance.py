@@ -32,7 +32,7 @@ from pipeline_samples import (
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import make_tunable
+from difftuning_control.families.tunable import make_tunable
 
 TOLERANCE = 1e-5
 every = pytest.mark.parametrize("kind", EVERY, indirect=True)

@@ -12,7 +12,7 @@ import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from difftuning_control.data_sources import embedded_set, load_images
-from difftuning_control.families import embedded_model
+from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.verify import verify
 

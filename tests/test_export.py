@@ -39,7 +39,7 @@ from difftuning_control.evaluation.compare import cells, evaluate
 from difftuning_control.export import export
 from difftuning_control.export_card import Parts, export_card
 from difftuning_control.export_files import PIPELINES
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig

@@ -12,10 +12,10 @@ from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.cache import cached_embeddings
-from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
-from difftuning_control.families import FAMILIES, family_of, load_family
+from difftuning_control.families.control import to_tensor
 from difftuning_control.families.flux import image_ids, pack, unpack
+from difftuning_control.families.loading import FAMILIES, family_of, load_family
 from difftuning_control.guidance import hand_over
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.recipe.adapter import AdapterConfig

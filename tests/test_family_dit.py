@@ -32,8 +32,8 @@ from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
-from difftuning_control.families import family_of, load_family
-from difftuning_control.families.dit_adapters import tables_of
+from difftuning_control.families.loading import family_of, load_family
+from difftuning_control.families.tunable import tables_of
 from difftuning_control.guidance import hand_over
 from difftuning_control.images import fit_square
 from difftuning_control.inputs import prepare_bank

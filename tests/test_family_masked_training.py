@@ -23,7 +23,7 @@ from difftuning_control.cache import Framing
 from difftuning_control.data_sources import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.sana import Sana

@@ -15,7 +15,7 @@ from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd
 from difftuning_control.adapter_files import LORA_FILE
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
@@ -23,7 +23,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs import tuned_model
 from difftuning_control.sampling import sample_to_folder
-from difftuning_control.trainer import load_base, train
+from difftuning_control.trainer import train
 
 MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 FLOAT8 = torch.float8_e4m3fn

@@ -18,11 +18,12 @@ from test_family_training import assert_same_pictures
 from test_trainer import interrupted_after, record, resumed
 from tiny_models import tiny_sana
 
-from difftuning_control.control import Conditioner, ControlSpec, to_tensor
+from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data_sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.export import export
-from difftuning_control.families import family_of, load_controlnet, load_family
+from difftuning_control.families.control import to_tensor
+from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sana import Sana
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.pictures import to_images
 from difftuning_control.recipe.adapter import AdapterConfig

@@ -31,8 +31,8 @@ from difftuning_control.control import Conditioner, ControlSpec
 from difftuning_control.data_sources import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
-from difftuning_control.families import family_of, load_family
 from difftuning_control.families.flux import Flux
+from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.transformer import FlowTransformer
 from difftuning_control.images import frame
 from difftuning_control.inputs import prepare_inputs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.guidance import TUNED, hand_over
 from difftuning_control.recipe.adapter import AdapterConfig

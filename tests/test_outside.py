@@ -26,7 +26,7 @@ from difftuning_control.data_sources import load_images
 from difftuning_control.dataset_rows import dataset_rows, images_from_dataset
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import load_controlnet, load_family
+from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.images import decode_image
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.tensors import write_tensors

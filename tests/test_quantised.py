@@ -13,7 +13,7 @@ from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd
 
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.families.quantised import plain_state
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
@@ -21,7 +21,7 @@ from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs import tuned_model
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.trainer import load_base, train
+from difftuning_control.trainer import train
 
 MODELS = {"sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
 SIDES = {"sana": 32, "lumina2": 64}

@@ -12,7 +12,7 @@ from torch import nn
 
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.source import load_source, save_difference
 

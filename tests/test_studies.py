@@ -431,7 +431,7 @@ def test_the_cost_counts_every_session_and_no_step_twice(done):
 
 def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
-    from difftuning_control.families import load_family
+    from difftuning_control.families.loading import load_family
     from difftuning_control.forgetting import part_of, row_validator
     from difftuning_control.inputs import prepare_inputs
     from difftuning_control.trainer import _budget, build_objective, make_accelerator

@@ -15,7 +15,8 @@ from difftuning_control.adapters import AdapterTuning
 from difftuning_control.analysis import analyze
 from difftuning_control.cache import cached_embeddings
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of, load_family
+from difftuning_control.families.loading import family_of, load_family
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -23,7 +24,6 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.trainer import train
-from difftuning_control.validation import compute_loss
 
 PROMPTS = ["red 1", "a blue square", ""]
 

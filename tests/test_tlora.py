@@ -18,7 +18,7 @@ from difftuning_control.adapter_files import HEADER, LORA_FILE
 from difftuning_control.adapter_kinds import ADAPTER, attach, own_parts
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.lora_start import Down
 from difftuning_control.objective.noise import NoiseProcess

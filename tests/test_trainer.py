@@ -23,7 +23,7 @@ from difftuning_control.adapters import AdapterTuning
 from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.provenance import OutputFolder, write_recipe

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from difftuning_control.families import embedded_model
+from difftuning_control.families.loading import embedded_model
 
 
 def sd15_sized(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from difftuning_control.bench import material
 from difftuning_control.bench.settings import Bench
 from difftuning_control.bench.sides import OURS, Timed, ours, peer, ratio, run
-from difftuning_control.families import embedded_model
+from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def bank(setting: Setting) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
     from difftuning_control.bank import BankRequest, KnowledgeBank
-    from difftuning_control.families import load_family
+    from difftuning_control.families.loading import load_family
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)

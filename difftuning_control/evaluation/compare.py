@@ -35,7 +35,8 @@ from difftuning_control.evaluation.evaluate import (
 )
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.metrics import diversity, fid_warning
-from difftuning_control.families import best_device
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_base
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.forgetting import Curve, compare, part_of, row_validator
 from difftuning_control.gates import judge
@@ -48,7 +49,6 @@ from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.text import harmless
-from difftuning_control.trainer import load_base
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

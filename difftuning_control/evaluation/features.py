@@ -148,7 +148,7 @@ def _transformers_model(source: str, device: torch.device | str) -> tuple[Callab
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel
 
-    from difftuning_control.families import quiet_loading, why_not
+    from difftuning_control.families.hub import quiet_loading, why_not
 
     try:
         with quiet_loading():

@@ -210,7 +210,7 @@ def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "op
     from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
     from transformers import CLIPModel, CLIPProcessor
 
-    from difftuning_control.families import quiet_loading
+    from difftuning_control.families.hub import quiet_loading
 
     try:
         with quiet_loading():

@@ -23,8 +23,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import NAMES, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.families.family import Family
+from difftuning_control.families.tunable import NAMES, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import save_transformer_lora
+from difftuning_control.families.control import ControlledDenoiser, to_tensor
+from difftuning_control.families.tunable import save_transformer_lora
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.tensors import digest_of_module
@@ -27,27 +27,7 @@ from difftuning_control.system.tensors import digest_of_module
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from difftuning_control.cache import PromptEmbeddings
-
-
-class ControlledDenoiser(nn.Module):
-    """A denoiser that adds a ControlNet's residuals to its own; without a condition it is the denoiser alone.
-
-    Args:
-        residuals: from the ControlNet, the condition and the denoiser's arguments to the further arguments that hold
-            the residuals.
-
-    forward: the denoiser's keyword arguments, and `control`, or None; gives a tuple with the prediction, as the
-    denoiser does.
-    """
-
-    def __init__(self, denoiser: Any, controlnet: Any, residuals: Callable[[Any, Tensor, dict[str, Any]], dict]):
-        super().__init__()
-        self.denoiser, self.controlnet, self.residuals = denoiser, controlnet, residuals
-
-    def forward(self, control: Tensor | None = None, **inputs: Any) -> tuple[Tensor]:
-        added = {} if control is None else self.residuals(self.controlnet, control, inputs)
-        return self.denoiser(**inputs, **added)
+    from difftuning_control.families.prompts import PromptEmbeddings
 
 
 class Family(ABC):
@@ -446,7 +426,7 @@ class Family(ABC):
         Raises:
             UserError: if the family has none.
         """
-        from difftuning_control.families import quiet_loading
+        from difftuning_control.families.hub import quiet_loading
 
         self.need_controlnet()
         with quiet_loading(), torch.random.fork_rng(devices=[]):
@@ -498,19 +478,3 @@ class Family(ABC):
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.pipe.save_pretrained(folder, safe_serialization=True)
-
-
-def compare_configs(denoiser: Any, controlnet: Any, name: str, keys: tuple[str, ...]) -> None:
-    """Refuse a ControlNet whose configuration differs from the denoiser's in one of `keys`.
-
-    Raises:
-        UserError: with the two values that differ.
-    """
-    for key in keys:
-        mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (
-            denoiser.config[key], controlnet.config[key]))  # fmt: skip
-        if mine != theirs:
-            raise UserError(
-                f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give one "
-                "that was made for this model, or start from the denoiser."
-            )

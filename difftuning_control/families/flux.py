@@ -13,7 +13,7 @@ from diffusers import FluxControlNetModel, FluxControlNetPipeline
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.family import compare_configs
+from difftuning_control.families.control import compare_configs
 from difftuning_control.families.transformer import FlowTransformer
 
 TRAINING_GUIDANCE = 1.0  # where what was distilled is nearest to the conditional prediction that the loss asks for

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.dit_adapters import make_tunable
 from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.tunable import make_tunable
 
 
 class PixArtSigma(MaskedTransformer):

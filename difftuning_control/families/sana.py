@@ -17,7 +17,7 @@ from diffusers import SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.family import compare_configs
+from difftuning_control.families.control import compare_configs
 from difftuning_control.families.masked import MaskedTransformer
 
 SIDES = 32  # of whose multiples the pipeline takes sides only, whatever the autoencoder

@@ -10,7 +10,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.family import Family, compare_configs
+from difftuning_control.families.control import compare_configs
+from difftuning_control.families.family import Family
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
 

@@ -11,7 +11,7 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.family import compare_configs
+from difftuning_control.families.control import compare_configs
 from difftuning_control.families.transformer import FlowTransformer
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from difftuning_control.control import to_tensor
 from difftuning_control.errors import UserError
+from difftuning_control.families.control import to_tensor
 from difftuning_control.families.family import Family
 from difftuning_control.families.quantised import need_bitsandbytes, plain_state, quantise_linears
 from difftuning_control.system.digests import digest_of

@@ -68,7 +68,7 @@ class ControlledSampling(TunedSampling):
         Raises:
             UserError: with the two values that differ.
         """
-        from difftuning_control.families.family import compare_configs
+        from difftuning_control.families.control import compare_configs
 
         compare_configs(getattr(pipe, cls.component), controlnet, name, cls.control_keys)
 

@@ -75,7 +75,8 @@ def load_controlnets(pipe: Any, given: Any, target: Any) -> list[Any]:
     Raises:
         UserError: if one cannot be loaded, or was made for another model.
     """
-    from difftuning_control.families import load_controlnet_model, quiet_loading
+    from difftuning_control.families.hub import quiet_loading
+    from difftuning_control.families.loading import load_controlnet_model
 
     klass, dtype = target.controlnet_class, getattr(pipe, target.component).dtype
     found, each = [], given if isinstance(given, (list, tuple)) else [given]

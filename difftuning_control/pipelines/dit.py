@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from difftuning_control.families.dit_adapters import TunableDiT
+from difftuning_control.families.tunable import TunableDiT
 from difftuning_control.guidance import AtForward
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.strength import Strength

@@ -36,7 +36,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
 from difftuning_control.evaluation.evaluate import Sampling, through_autoencoder
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.inputs import read_data
 from difftuning_control.pictures import sample_pictures, save_grid

@@ -20,7 +20,7 @@ import torch
 from common import Lite0, load_base, to_unit
 from diffusers import StableDiffusionPipeline
 
-from difftuning_control.families import family_of
+from difftuning_control.families.loading import family_of
 from difftuning_control.pictures import sample_pictures, save_grid
 
 PROMPTS = (

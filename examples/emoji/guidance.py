@@ -25,7 +25,8 @@ from difftuning_control.command_line import parse
 from difftuning_control.commands import only
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families import best_device, load_family
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_family
 from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline

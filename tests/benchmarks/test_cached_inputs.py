@@ -12,10 +12,10 @@ from difftuning_control.adapters import AdapterTuning
 from difftuning_control.batches import BatchSource, TargetSet
 from difftuning_control.cache import Framing, cached_embeddings, cached_moments
 from difftuning_control.data_sources import load_images
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
+from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.validation import compute_loss
 
 pytestmark = pytest.mark.benchmark
 STEPS, ROUNDS, BATCH = 8, 3, 32

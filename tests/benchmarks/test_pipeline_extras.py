@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from difftuning_control import DiffTuningPipeline, add_control
-from difftuning_control.families import load_family
+from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 
 pytestmark = pytest.mark.benchmark

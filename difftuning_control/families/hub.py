@@ -1,0 +1,62 @@
+"""Loading from disk or the Hub without noise, and the reason why a load failed in a few words."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def why_not(error: BaseException) -> str:
+    """Why the Hub gave nothing, in a few words; of its many errors only what lies behind them tells."""
+    from huggingface_hub import constants
+
+    behind, chain = error, [error]
+    while (nearest := behind.__cause__ or behind.__context__) is not None and nearest not in chain:
+        chain.append(behind := nearest)
+    names = {kind.__name__ for found in chain for kind in type(found).__mro__}
+    if constants.HF_HUB_OFFLINE:
+        return "offline mode is on: HF_HUB_OFFLINE"
+    if names & {"RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"}:
+        return "the Hub has none of this name, or it is private"
+    if names & {
+        "ConnectError",
+        "ConnectionError",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "Timeout",
+        "LocalEntryNotFoundError",
+    }:
+        return "the Hub cannot be reached"
+    return textwrap.shorten(str(error), 120, placeholder=" …").rstrip(". ") or type(error).__name__
+
+
+def best_device() -> torch.device:
+    """The GPU that there is, or the CPU: where sampling and measuring happen outside of a training run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No warnings about the safety checker and renamed arguments, no bars for each component but for downloads."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        for module in shown:
+            module.enable_progress_bar()

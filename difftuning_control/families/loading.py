@@ -1,0 +1,191 @@
+"""Families by pipeline class, and the loading of a model, a ControlNet or the embedded model."""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from difftuning_control.errors import UserError
+from difftuning_control.families.hub import quiet_loading, why_not
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.untrusted import refuse_pickle
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+# by the pipeline's class: the module here and the class in it
+FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
+    "FluxPipeline": ("flux", "Flux"),
+    "DiTPipeline": ("dit", "DiT"),
+    "PixArtAlphaPipeline": ("pixart", "PixArtAlpha"),
+    "PixArtSigmaPipeline": ("pixart", "PixArtSigma"),
+    "SanaPipeline": ("sana", "Sana"),
+    "Lumina2Pipeline": ("lumina2", "Lumina2"),
+}
+
+
+def embedded_model() -> Path:
+    """The directory of the small text-to-image model that the package carries."""
+    from importlib import resources
+
+    return Path(str(resources.files("difftuning_control") / "assets" / "embedded"))
+
+
+def family_of(pipe: Any) -> Family:
+    """The family around a diffusers pipeline object; the pipeline is shared, not copied.
+
+    Raises:
+        UserError: if no family knows this pipeline class, or it holds a variant that cannot be tuned.
+    """
+    name = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in FAMILIES), None)
+    if name is None:
+        raise UserError(f"a {type(pipe).__name__} cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
+    module, family = FAMILIES[name]
+    try:
+        return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)(pipe)
+    except UserError:
+        raise
+    except ValueError as error:  # of the scheduler
+        raise UserError(f"the model cannot be tuned: {error}") from None
+
+
+def load_family(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    *,
+    quantization: str | None = None,
+    offload: bool = False,
+) -> Family:
+    """Load `embedded`, a directory, or a Hub model. Weights come from safetensors files only.
+
+    Args:
+        quantization: keep the denoiser's weights in fewer bits (float8, int8 or nf4) and compute in `dtype`.
+        offload: keep the text encoders on the CPU but for the while of encoding.
+
+    Raises:
+        UserError: if it is not there, cannot be downloaded, is of no supported family, or holds only pickled weights;
+            or its family cannot be quantised.
+    """
+    path = str(embedded_model()) if model == "embedded" else model
+    _check_directory(path)
+    from diffusers import DiffusionPipeline
+
+    try:
+        with quiet_loading():
+            index = DiffusionPipeline.load_config(path)
+            name = _class_name(index)
+            if name not in FAMILIES:
+                what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
+                raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
+            pipe = DiffusionPipeline.from_pretrained(
+                path, dtype=dtype, variant=variant, use_safetensors=True, trust_remote_code=False, **_left_out(index)
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        refuse_pickle(f"the model {model}", path, "model")
+        expected = "`embedded`, a diffusers directory with safetensors weights"
+        raise _not_loaded(f"the model {model}", path, error, expected) from None
+    family = family_of(pipe)
+    family.offload = offload
+    if quantization is not None:
+        family.quantise(quantization)
+    return family
+
+
+def _left_out(index: dict[str, Any]) -> dict[str, Any]:
+    """Components that are not to be loaded: the safety checker, which judges finished pictures and has no use in
+    training, and those that the model was saved without."""
+    absent = [n for n, v in index.items() if n.startswith(("text_encoder", "tokenizer")) and v == [None, None]]
+    checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return checker | dict.fromkeys(absent)
+
+
+def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A ControlNet of the family's class from a directory or the Hub; safetensors only.
+
+    Raises:
+        UserError: if it is not there, or does not fit the model, with the two numbers that differ, or the family has
+            none.
+    """
+    family.need_controlnet()
+    found = load_controlnet_model(family.controlnet_class, path, dtype)
+    family.check_controlnet(found, path)
+    return found.to(family.device)
+
+
+def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) -> Any:
+    """A ControlNet of a class from a directory or the Hub, all of its tensors there; safetensors only.
+
+    Raises:
+        UserError: if it is not there or not whole.
+    """
+    try:
+        with quiet_loading():
+            found = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+        absent = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+        if absent:
+            raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
+    except Exception as error:
+        refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
+        expected = "a directory with config.json and safetensors weights"
+        raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
+    return found
+
+
+def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
+    if any(type(e).__name__ == "GatedRepoError" for e in (error, error.__cause__, error.__context__)):
+        return UserError(
+            f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
+        )
+    if not Path(path).is_dir():
+        return UserError(
+            f"{what} is no directory here and could not be downloaded ({why_not(error)}); give {expected}, or a Hub "
+            "id that this machine can reach."
+        )
+    reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
+    return UserError(f"{what} could not be loaded ({reason}); expected {expected}, or a Hub id.")
+
+
+def _check_directory(path: str) -> None:
+    folder = Path(path)
+    if folder.is_file():
+        refuse_pickle(f"the model {path}", path, "checkpoint")
+        raise UserError(
+            f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
+        )
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(
+            f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`."
+        )
+
+
+def _class_name(index: dict[str, Any]) -> str | None:
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) else name
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """Full weights train in float32; under a LoRA or a ControlNet the frozen base can lie in the lower precision."""
+    return torch.float32 if recipe.method == "full" else DTYPES[recipe.training.mixed_precision]
+
+
+def load_base(recipe: Recipe) -> Family:
+    """The model that a recipe tunes, as it tunes it, on the CPU."""
+    model = recipe.model
+    return load_family(
+        model.id, base_dtype(recipe), model.variant, quantization=model.quantization, offload=model.offload
+    )

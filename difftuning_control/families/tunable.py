@@ -1,0 +1,63 @@
+"""diffusers' transformers without adapter support (DiT, PixArt), extended so that peft adapters attach to them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
+
+from difftuning_control.system.tensors import write_tensors
+
+WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
+CLASSES_FILE = "class_embeddings.safetensors"
+NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
+
+
+@cache
+def _tunable(kind: type) -> type:
+    """A class with the methods for adapters that diffusers' other transformers have; saved under its own name."""
+    return type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+
+
+if TYPE_CHECKING:
+    TunableDiT = DiTTransformer2DModel
+else:
+    TunableDiT = _tunable(DiTTransformer2DModel)
+
+
+def make_tunable(transformer: Any) -> None:
+    """Give a DiT or PixArt these methods; it stays the same object."""
+    if isinstance(transformer, WITHOUT_ADAPTERS) and not isinstance(transformer, PeftAdapterMixin):
+        transformer.__class__ = _tunable(type(transformer))
+
+
+def save_transformer_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """As diffusers writes it for its other transformers; `load_adapter` puts it on a pipeline."""
+    tensors = {f"transformer.{name}": tensor for name, tensor in layers.items()}
+    settings = {f"transformer.{name}": value for name, value in metadata.items()}
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
+    write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, header)
+
+
+def tables_of(transformer: Any) -> dict[str, nn.Parameter]:
+    """The class embeddings by name, one table a block: a row a class, the last one for none."""
+    names = [f"{n}.embedding_table.weight" for n, m in transformer.named_modules() if isinstance(m, LabelEmbedding)]
+    return {name: transformer.get_parameter(name) for name in names}
+
+
+def save_classes(transformer: Any, folder: Path, names: list[str]) -> None:
+    """The embeddings of new classes in order, and of the null class last, under the transformer's own names."""
+    rows = {key: torch.cat([t.data[: len(names)], t.data[-1:]]).float() for key, t in tables_of(transformer).items()}
+    write_tensors(folder / CLASSES_FILE, rows, {NAMES: json.dumps(names)})
+
+
+def unknown(table: Tensor, count: int) -> Tensor:
+    """A table of class embeddings that does not know the first `count` classes: each of them is the null class."""
+    return torch.cat([table[-1:].expand(count, -1), table[count:]])
