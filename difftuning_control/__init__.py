@@ -9,8 +9,8 @@ from difftuning_control.discovery import PIPELINES, register
 
 if TYPE_CHECKING:
     from difftuning_control.adapter_files import load_adapter, unload_adapter
-    from difftuning_control.bank import BankRequest, KnowledgeBank
-    from difftuning_control.control import Conditioner, ControlSpec
+    from difftuning_control.data.bank import BankRequest, KnowledgeBank
+    from difftuning_control.data.control_spec import Conditioner, ControlSpec
     from difftuning_control.errors import NonFiniteLossError, UserError
     from difftuning_control.families.loading import embedded_model, family_of, load_family
     from difftuning_control.objective.batch import LatentBatch
@@ -65,11 +65,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "BankRequest": "bank",
-    "KnowledgeBank": "bank",
+    "BankRequest": "data.bank",
+    "KnowledgeBank": "data.bank",
     "LatentBatch": "objective.batch",
-    "Conditioner": "control",
-    "ControlSpec": "control",
+    "Conditioner": "data.control_spec",
+    "ControlSpec": "data.control_spec",
     "NonFiniteLossError": "errors",
     "UserError": "errors",
     "embedded_model": "families",

@@ -22,7 +22,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.lora_start import FACTOR, Down, Up, factors
 
 if TYPE_CHECKING:
-    from difftuning_control.control import ControlSpec
+    from difftuning_control.data.control_spec import ControlSpec
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.adapter import AdapterConfig
     from difftuning_control.recipe.recipe import Recipe

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import cached_embeddings
-from difftuning_control.classes import begin_label_space
-from difftuning_control.data import ImageData
+from difftuning_control.data.latents import part_of
+from difftuning_control.data.prepare import Materials, hold_out, materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
-from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.forgetting import (
     LEAST_ROWS,
-    Part,
     advice,
     compare,
     fit_schedule,
     loss_rows,
-    part_of,
     row_validator,
     transfer_gap,
-)
-from difftuning_control.inputs import (
-    cache_folder,
-    check_captions,
-    encoded,
-    hold_out,
-    prepare_bank,
-    read_data,
-    resolution_of,
 )
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.recipe.recipe import Recipe, recipe_of
@@ -48,38 +33,6 @@ from difftuning_control.system.terminal import progress
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What an analysis measures on, and the embeddings of all prompts."""
-
-    data: ImageData
-    held_out: ImageData
-    bank: KnowledgeBank
-    target: Part
-    fresh: Part  # held-out target pictures
-    embeddings: PromptEmbeddings
-    resolution: int
-
-
-def materials(family: Family, recipe: Recipe) -> Materials:
-    """Read, encode and cache the data of a recipe; load its bank, or draw it.
-
-    Raises:
-        UserError: for whatever is wrong with the data or the bank.
-    """
-    data, held_out = read_data(recipe)
-    check_captions(family, recipe, data, held_out)
-    resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
-    captions = [e.caption for e in data.examples]
-    bank = begin_label_space(family, recipe, data, prepare_bank(family, recipe.bank, recipe.data, captions, resolution))
-    assert bank is not None
-    held_captions = [e.caption for e in held_out.examples]
-    with progress(len(data) + len(held_out), "encoding pictures") as advance:
-        target, fresh = (encoded(family, part, resolution, cache, advance) for part in (data, held_out))
-    embeddings = cached_embeddings(family, captions + held_captions + bank.prompts, cache, lambda count: None)
-    return Materials(data, held_out, bank, target, fresh, embeddings, resolution)
 
 
 def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from difftuning_control.cache import Framing
-from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions, encoded_conditions
-from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
-from difftuning_control.data import ImageData
+from difftuning_control.data.conditions import Conditions, bank_conditions, cached_conditions, encoded_conditions
+from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.framing import Framing
 from difftuning_control.errors import UserError
 from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.system.processes import Share
@@ -23,8 +23,8 @@ SHOWN = 6
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.buckets import Bucket
+    from difftuning_control.data.bank import KnowledgeBank
+    from difftuning_control.data.buckets import Bucket
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.recipe import Recipe
 

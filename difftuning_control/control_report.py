@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.comparison import is_number, mean_spread
-from difftuning_control.control import SUPPLIED
 from difftuning_control.convergence import LEAST
+from difftuning_control.data.control_spec import SUPPLIED
 from difftuning_control.errors import UserError
 from difftuning_control.report import METRICS, _bands, _data_uri, _flatten, _quoted, _write
 from difftuning_control.words import load_words

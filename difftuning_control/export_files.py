@@ -13,8 +13,8 @@ from safetensors import safe_open
 from difftuning_control.adapter_files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
 from difftuning_control.adapter_kinds import ADAPTER
 from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
-from difftuning_control.classes import as_pretrained
-from difftuning_control.control import ControlSpec
+from difftuning_control.data.control_spec import ControlSpec
+from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
 from difftuning_control.families.loading import load_controlnet, load_family

@@ -20,12 +20,13 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from difftuning_control.data.latents import Part, part_of
 from difftuning_control.errors import UserError
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -33,10 +34,9 @@ from difftuning_control.objective.schedules import ConstantSchedule, TabulatedSc
 from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
-    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.data.bank import KnowledgeBank
     from difftuning_control.families.family import Family
     from difftuning_control.families.prompts import PromptEmbeddings
-    from difftuning_control.system.rows import Rows
 
 SCHEDULE_BANDS = 10
 LEAST_ROWS = 4
@@ -125,15 +125,6 @@ def advice(gap: Curve) -> list[str]:
     return found
 
 
-class Part(NamedTuple):
-    """Rows before their conditioning is looked up: latents (N, C, h, w) in the denoiser's scale, their prompts, and the
-    sizes (N, 6) of `Framing.sizes` where the family takes them and they are not the plain ones."""
-
-    latents: Tensor | Rows
-    prompts: list[str]
-    sizes: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class LossRows:
     """Rows to measure, the same number of target and bank rows: row r of both gets the same noise."""
@@ -144,11 +135,6 @@ class LossRows:
     @property
     def u(self) -> list[float]:
         return self.target.centres
-
-
-def part_of(bank: KnowledgeBank, prompts: list[str]) -> Part:
-    """A bank's items under the given prompts."""
-    return Part(bank.latents, prompts, bank.sizes)
 
 
 def loss_rows(

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.data import ImageData
+from difftuning_control.data.examples import ImageData
 from difftuning_control.errors import GatesFailedError, UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation

@@ -1,54 +1,47 @@
-"""From a recipe to what a run trains on: pictures, cached latents and embeddings, the knowledge bank, validators."""
+"""TODO."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from difftuning_control.bank import BankRequest, KnowledgeBank
-from difftuning_control.batches import TargetSet
-from difftuning_control.buckets import describe, into_buckets
-from difftuning_control.cache import Framing, cached_embeddings, cached_moments
-from difftuning_control.classes import bank_classes, begin_label_space, check_classes
-from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
-from difftuning_control.data import Example, ImageData
-from difftuning_control.data_sources import load_images
-from difftuning_control.errors import UserError
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.batches import TargetSet
+from difftuning_control.data.buckets import describe, into_buckets
+from difftuning_control.data.control_spec import Conditioner
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.labels import begin_label_space
+from difftuning_control.data.latents import Part, cached_moments, part_of
+from difftuning_control.data.prepare import (
+    cache_folder,
+    check_captions,
+    encoded,
+    hold_out,
+    prepare_bank,
+    read_data,
+    read_stream,
+    resolution_of,
+    sizes_of,
+)
 from difftuning_control.families.prompts import PromptEmbeddings
-from difftuning_control.forgetting import Part, part_of
 from difftuning_control.gates import check_gates
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.system.digests import digest_of
-from difftuning_control.system.processes import ALONE, Share
+from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
-from difftuning_control.system.untrusted import read_text
 from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from difftuning_control.data.stream import Stream
     from difftuning_control.families.family import Family
-    from difftuning_control.streaming import Stream
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """Where caches and banks lie when the recipe names no place."""
-    if data.cache is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(root) / "difftuning-control"
-    folder = Path(data.cache).expanduser()
-    if folder.is_file():
-        raise UserError(f"data.cache is {folder}, a file; expected a folder.")
-    return folder
 
 
 @dataclass(frozen=True)
@@ -69,198 +62,6 @@ class TrainingInputs:
     stream: Stream | None = None
     buckets: list[TargetSet] | None = None  # all the targets by shape; `targets` are the fullest bucket then
     bucketing: dict[str, Any] | None = None  # see `buckets.describe`
-
-
-def resolution_of(family: Family, data: DataConfig) -> int:
-    """The side of the pictures in pixels; a UserError if the model cannot take it."""
-    return check_resolution(family, data.resolution or family.native_resolution, "data.resolution")
-
-
-def check_resolution(family: Family, side: int, name: str) -> int:
-    """The side itself.
-
-    Raises:
-        UserError: if the model cannot take it.
-    """
-    family.check_resolution(side, name)
-    return side
-
-
-def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
-    """Pictures to tune on and held-out ones.
-
-    Raises:
-        UserError: also where they are to be streamed, which only training does.
-    """
-    config = recipe.data
-    if config.stream:
-        raise UserError("data.stream is for train and bank, and this reads all pictures; leave it out, name a sample.")
-    options: dict[str, Any] = {
-        "caption_column": config.caption_column,
-        "image_column": config.image_column,
-        "default_caption": config.default_caption,
-        "skip_bad": config.skip_bad,
-        "max_pixels": config.max_pixels,
-        "classes": config.classes,
-    }
-    if recipe.method == "controlnet":
-        options["condition_column"] = recipe.control.column
-    data = load_images(config.path, **options, condition_path=recipe.control.path)
-    if config.limit is not None:
-        data = ImageData(data.source, data.examples[: config.limit], data.skipped, data.ignored_files)
-    if config.validation_path is not None:
-        held_out = load_images(config.validation_path, **options, condition_path=recipe.control.validation_path)
-        return data, held_out
-    return data.split(config.holdout)
-
-
-def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, ImageData]:
-    """A streamed data set, what stands for its pictures, and held-out ones.
-
-    Raises:
-        UserError: also where the model is told classes, all of which must be known.
-    """
-    from difftuning_control.streaming import Stream, StreamedData
-
-    config = recipe.data
-    if family.class_conditional:
-        raise UserError(
-            "data.stream is true, and all classes of this model must be known before training; leave it out."
-        )
-    held = config.holdout > 0 and config.validation_path is None
-    stream = Stream(config, recipe.training.validation_size if held else 0, recipe.training.seed)
-    held_out = stream.head()
-    if config.validation_path is not None:
-        plain = replace(config, path=config.validation_path, validation_path=None, holdout=0, stream=False)
-        held_out = read_data(replace(recipe, data=plain))[0]
-    return stream, StreamedData(config.path, [], held_out.skipped, digest=stream.collection.fingerprint), held_out
-
-
-def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
-    """Refuse captions that the text encoder would cut, unless that is wanted, and classes that the model has not.
-
-    Raises:
-        UserError: naming the first such picture.
-    """
-    check_classes(family, recipe, data, held_out)
-    if recipe.data.truncate_captions:
-        return
-    for example in (*data.examples, *held_out.examples):
-        check_caption(family, example)
-
-
-def check_caption(family: Family, example: Example) -> None:
-    """Refuse a caption that the text encoder would cut.
-
-    Raises:
-        UserError: with the two numbers.
-    """
-    length, limit = family.prompt_tokens(example.caption)
-    if length > limit:
-        raise UserError(
-            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
-            "let it be cut with --data.truncate_captions true."
-        )
-
-
-def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
-    """The prompts that a bank is drawn for.
-
-    Raises:
-        UserError: if the prompt file is missing, empty or not UTF-8.
-    """
-    if config.prompts == "captions":
-        return list(dict.fromkeys(captions))
-    if config.prompts == "empty":
-        return [""]
-    if config.prompts in ("classes", "both"):
-        return bank_classes(family, config.prompts)
-    path = Path(config.prompts).expanduser()
-    try:
-        lines = [line.strip() for line in read_text(path).split("\n")]
-    except OSError:
-        expected = "captions, empty, classes, both" if family.class_conditional else "captions, empty"
-        raise UserError(
-            f"bank.prompts is {config.prompts}; expected {expected}, or a text file with one prompt a line."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"the prompt file {path} is not UTF-8 text; save it as UTF-8.") from None
-    if not any(lines):
-        raise UserError(f"the prompt file {path} has no prompt; write one a line.")
-    return [line for line in lines if line]
-
-
-def prepare_bank(
-    family: Family,
-    config: BankConfig,
-    data: DataConfig,
-    captions: list[str],
-    resolution: int,
-    accelerator: Accelerator | None = None,
-) -> KnowledgeBank:
-    """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
-    path = Path(config.path).expanduser() if config.path is not None else None
-    share = ALONE if accelerator is None else Share.of(accelerator)
-    show = share.index == 0
-    if path is not None and path.is_file():
-        raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
-    if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        return _bank_of_pictures(family, path, data, resolution, show, share)
-    request = BankRequest(
-        tuple(bank_prompts(family, config, captions)), config.size, config.guidance_scale, config.steps, resolution,
-        config.seed,
-    )  # fmt: skip
-    folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
-    if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
-        cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
-    with progress(request.size, "knowledge bank", show) as advance:
-        return KnowledgeBank.build(
-            family, folder, request, batch_size=config.batch_size, advance=advance, process_index=share.index,
-            num_processes=share.count, wait=share.wait,
-        )  # fmt: skip
-
-
-def _bank_of_pictures(
-    family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
-) -> KnowledgeBank:
-    """Real source pictures instead of samples; pictures without captions stand for the empty prompt, and of a model
-    that is told classes those in sub-folders for the class that a sub-folder is named after."""
-    folders = any(p.is_dir() for p in path.iterdir()) and not any(path.glob("metadata.*"))
-    by_folder = family.class_conditional and folders
-    pictures = load_images(
-        str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False,
-        classes="folders" if by_folder else None, max_pixels=data.max_pixels,
-    )  # fmt: skip
-    with progress(len(pictures), "bank pictures", show) as advance:
-        moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
-    latents, captions = moments.first_views(family.scale_latents), [e.caption for e in pictures.examples]
-    sizes = sizes_of(family, pictures, Framing(resolution))
-    return KnowledgeBank.from_latents(
-        latents, captions, str(path), pictures.fingerprint, sizes[:, 0] if sizes is not None else None
-    )  # fmt: skip
-
-
-def sizes_of(family: Family, data: ImageData, framing: Framing) -> torch.Tensor | None:
-    """What was done to every view of every picture, (N, views, 6), where the family is told of it."""
-    return torch.stack([framing.sizes(e) for e in data.examples]) if family.takes_sizes and len(data) else None
-
-
-def encoded(
-    family: Family,
-    data: ImageData,
-    resolution: int,
-    cache: Path,
-    advance: Callable[[int], object],
-    share: Share = ALONE,
-) -> Part:
-    """Pictures in the middle of their frames, as rows to measure on."""
-    prompts = [e.caption for e in data.examples]
-    if not prompts:
-        return Part(torch.empty(0), [])
-    framing = Framing(resolution)
-    latents = cached_moments(family, data, framing, cache, advance, share=share).first_views(family.scale_latents)
-    sizes = sizes_of(family, data, framing)
-    return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
 
 
 def prepare_inputs(
@@ -333,7 +134,7 @@ def prepare_inputs(
         retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
         validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
     if stream is not None:
-        from difftuning_control.streaming import empty_targets
+        from difftuning_control.data.stream_batches import empty_targets
 
         targets = empty_targets(family, framing)
         return TrainingInputs(
@@ -351,15 +152,6 @@ def prepare_inputs(
         data, held_out, sets[0], embeddings, bank, validation, samples, resolution, all_held_out, control
     )  # fmt: skip
     return replace(found, buckets=sets, bucketing=describe(buckets)) if recipe.data.buckets else found
-
-
-def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:
-    """Bank items to train on and, from its end, items that only validation sees: at most a fifth."""
-    if len(bank) < 2:
-        return bank, bank
-    kept = max(1, min(size, len(bank) // 5))
-    cut = len(bank) - kept
-    return bank.part(0, cut), bank.part(cut, kept)
 
 
 def _validator(

@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
-from difftuning_control.batches import BatchSource, TrainingRows
-from difftuning_control.buckets import BucketSource
-from difftuning_control.cache import Framing
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
+from difftuning_control.data.batches import BatchSource, TrainingRows
+from difftuning_control.data.buckets import BucketSource
+from difftuning_control.data.framing import Framing
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.fidelity import FidelityCurve
@@ -43,8 +43,9 @@ from difftuning_control.system.terminal import say
 from difftuning_control.validation import BandLosses
 
 if TYPE_CHECKING:
+    from difftuning_control.data.stream import Stream
+    from difftuning_control.data.stream_batches import StreamSource
     from difftuning_control.families.family import Family
-    from difftuning_control.streaming import Stream, StreamSource
 
 
 def _optimizer(name: str) -> Any:
@@ -136,8 +137,8 @@ class TrainingLoop:
 
     def _streamed(self, plain: BatchSource, stream: Stream) -> StreamSource:
         """A source of the pictures of a stream."""
-        from difftuning_control.inputs import check_caption
-        from difftuning_control.streaming import StreamSource
+        from difftuning_control.data.prepare import check_caption
+        from difftuning_control.data.stream_batches import StreamSource
 
         data, family = self.recipe.data, self.family
         framing = Framing(self.inputs.resolution, data.flip, data.crops)

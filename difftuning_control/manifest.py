@@ -19,7 +19,7 @@ from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json, write_text
 
 if TYPE_CHECKING:
-    from difftuning_control.data import ImageData
+    from difftuning_control.data.examples import ImageData
     from difftuning_control.recipe.recipe import Recipe
 
 INPUTS = "inputs.jsonl"

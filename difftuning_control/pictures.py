@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from difftuning_control.data.images import to_images
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.text import harmless
 
@@ -46,16 +46,6 @@ def sample_pictures(
         pictures += to_images(family.decode(latents))
         advance(len(part))
     return pictures
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to PIL pictures, as diffusers rounds them."""
-    return [Image.fromarray(array) for array in to_arrays(pixels)]
-
-
-def to_arrays(pixels: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, as diffusers rounds them."""
-    return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype(np.uint8)
 
 
 def save_grid(

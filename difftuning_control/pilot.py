@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
-from difftuning_control.analysis import Materials, materials, measure, read_multipliers
+from difftuning_control.analysis import measure, read_multipliers
 from difftuning_control.audit import Session, clear_but_audit
-from difftuning_control.buckets import describe, into_buckets
 from difftuning_control.comparison import LOWER_IS_BETTER
-from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
+from difftuning_control.data.buckets import describe, into_buckets
+from difftuning_control.data.control_spec import Conditioner
+from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
 from difftuning_control.domain_sampling import check_domain_family
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.evaluate import (
@@ -38,7 +39,6 @@ from difftuning_control.evaluation.features import load_features
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.fidelity import main_figure
-from difftuning_control.inputs import read_data, resolution_of
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from difftuning_control.analysis import Materials
-from difftuning_control.conditions import conditions_of
-from difftuning_control.control import Conditioner
-from difftuning_control.data import ImageData
+from difftuning_control.data.conditions import conditions_of
+from difftuning_control.data.control_spec import Conditioner
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.prepare import Materials
 from difftuning_control.domain_sampling import domain_guided
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.classes import begin_as
-from difftuning_control.control import Conditioner, ControlSpec
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.images import decode_image
+from difftuning_control.data.labels import begin_as
+from difftuning_control.data.prepare import check_resolution
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
-from difftuning_control.images import decode_image
-from difftuning_control.inputs import check_resolution
 from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import refuse_unwritable
 from difftuning_control.runs import finished_run, tuned_model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.classes import as_pretrained
+from difftuning_control.data.labels import as_pretrained
 from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
 from difftuning_control.guidance import hand_over
@@ -15,7 +15,7 @@ from difftuning_control.runs import tuned_model
 from difftuning_control.system.terminal import progress
 
 if TYPE_CHECKING:
-    from difftuning_control.analysis import Materials
+    from difftuning_control.data.prepare import Materials
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.studies import AnalysisConfig
 

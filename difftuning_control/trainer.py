@@ -18,17 +18,19 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from difftuning_control.adapters import result_of
 from difftuning_control.audit import Session, read_audit
-from difftuning_control.buckets import bucket_line
 from difftuning_control.checkpoint import checkpoints
-from difftuning_control.classes import describe_classes
-from difftuning_control.control import Conditioner
 from difftuning_control.control_inputs import build_spec
+from difftuning_control.data.buckets import bucket_line
+from difftuning_control.data.control_spec import Conditioner
+from difftuning_control.data.labels import describe_classes
+from difftuning_control.data.latents import Part, part_of
+from difftuning_control.data.prepare import cache_folder, encoded, resolution_of
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families.loading import load_base, load_controlnet
 from difftuning_control.families.tunable import CLASSES_FILE
-from difftuning_control.forgetting import Part, affordable_rows, measure_schedule, part_of, row_validator
+from difftuning_control.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.gates import failed, judge_run
-from difftuning_control.inputs import TrainingInputs, cache_folder, encoded, prepare_inputs, resolution_of
+from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.objective.budget import ForgettingBudget, spread_budget

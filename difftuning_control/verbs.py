@@ -81,8 +81,7 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.families.loading import load_base
-    from difftuning_control.inputs import (
+    from difftuning_control.data.prepare import (
         cache_folder,
         check_captions,
         prepare_bank,
@@ -90,6 +89,7 @@ def run_bank(command: BankCommand) -> None:
         read_stream,
         resolution_of,
     )
+    from difftuning_control.families.loading import load_base
     from difftuning_control.system.digests import digest_of_file
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.trainer import make_accelerator

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.audit import FILE, Chain, read_audit
-from difftuning_control.data import Columns, Row
-from difftuning_control.data_sources import list_rows, load_images
+from difftuning_control.data.examples import Columns, Row
+from difftuning_control.data.sources import list_rows, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
 from difftuning_control.provenance import is_hub_id

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from difftuning_control import BankRequest, DiffTuningObjective, KnowledgeBank, embedded_model, family_of  # +
-from difftuning_control.data_sources import load_images
-from difftuning_control.images import fit_square
+from difftuning_control.data.images import fit_square
+from difftuning_control.data.sources import load_images
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=50)

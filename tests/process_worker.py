@@ -16,7 +16,8 @@ class Stop(BaseException):
 @contextmanager
 def small_files():
     """Files of bank and caches with few entries each."""
-    from difftuning_control import bank, cache, conditions
+    from difftuning_control.data import bank, conditions
+    from difftuning_control.data import latents as cache
 
     before = [module.SHARD for module in (bank, cache, conditions)]
     bank.SHARD = cache.SHARD = conditions.SHARD = SHARD
@@ -53,7 +54,7 @@ def fail_on(rank: int) -> None:
     """Make one process stop with a sentence in the second step, while the others wait for its gradients."""
     import torch
 
-    from difftuning_control.batches import BatchSource
+    from difftuning_control.data.batches import BatchSource
     from difftuning_control.errors import UserError
 
     rows = BatchSource.rows

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from difftuning_control.annotators import ANNOTATORS, annotator, load_annotator, without_weights
+from difftuning_control.data.annotators import ANNOTATORS, annotator, load_annotator, without_weights
 from difftuning_control.errors import UserError
 
 cv2 = pytest.importorskip("cv2")
@@ -368,7 +368,7 @@ def test_leres_reads_no_command_line_and_sets_no_benchmark(tmp_path: Path, monke
 
 
 def test_the_package_does_not_import_controlnet_aux():
-    code = "import sys, difftuning_control, difftuning_control.annotators\n"
+    code = "import sys, difftuning_control, difftuning_control.data.annotators\n"
     done = run(code + "print([m for m in ('controlnet_aux', 'cv2') if m in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
 
@@ -379,7 +379,7 @@ def test_loading_and_annotating_are_silent():
         "with warnings.catch_warnings(record=True) as said:\n"
         "    warnings.simplefilter('always')\n"
         "    import numpy as np\n"
-        "    from difftuning_control.annotators import load_annotator\n"
+        "    from difftuning_control.data.annotators import load_annotator\n"
         "    said.clear()\n"
         "    for name in ('canny', 'lineart_standard', 'shuffle'):\n"
         "        load_annotator(name, {})(np.full((64, 64, 3), 255, np.uint8))\n"
@@ -393,7 +393,7 @@ def test_a_mediapipe_without_solutions_spoils_only_its_own_annotator(tmp_path: P
     (tmp_path / "mediapipe.py").write_text("")  # as from 0.10.30 on
     code = (
         "import sys, numpy as np\n"
-        "from difftuning_control.annotators import load_annotator\n"
+        "from difftuning_control.data.annotators import load_annotator\n"
         "from difftuning_control.errors import UserError\n"
         "print(load_annotator('canny', {})(np.zeros((64, 64, 3), np.uint8)).shape, 'mediapipe' in sys.modules)\n"
         "try:\n"

@@ -16,10 +16,10 @@ from test_cli import flags, settings
 from test_control import OUTLINE, write_photos
 
 from difftuning_control.cli import main
-from difftuning_control.control import Conditioner, ControlSpec
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.images import decode_image
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.images import decode_image
 
 Maker = Callable[..., list[str]]
 TRAIN = ["train", "--method", "controlnet"]

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_cli import flags, settings
 
-from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.cli import main
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import family_of
 from difftuning_control.provenance import OutputFolder
 

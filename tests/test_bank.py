@@ -13,12 +13,12 @@ import torch
 from conftest import tiny_pipeline, write_pictures
 from torch import Tensor
 
-from difftuning_control.bank import BankRequest, KnowledgeBank
-from difftuning_control.cache import Framing
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.prepare import prepare_bank
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
-from difftuning_control.inputs import prepare_bank
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 
 REQUEST = BankRequest(("red 1", "red 2", "a blue square"), size=7, steps=2, resolution=16, seed=3)
@@ -27,7 +27,7 @@ REQUEST = BankRequest(("red 1", "red 2", "a blue square"), size=7, steps=2, reso
 @pytest.fixture(scope="module", autouse=True)
 def _small_shards():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("difftuning_control.bank.SHARD", 3)
+        patch.setattr("difftuning_control.data.bank.SHARD", 3)
         yield
 
 

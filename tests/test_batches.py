@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 
-from difftuning_control.bank import KnowledgeBank
-from difftuning_control.batches import BANK, TARGET, BatchSource, TargetSet, TrainingRows
-from difftuning_control.cache import LatentMoments, cached_embeddings
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.batches import BANK, TARGET, BatchSource, TargetSet, TrainingRows
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.latents import LatentMoments
 from difftuning_control.families.loading import family_of
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.system.seeds import shuffled, step_seed

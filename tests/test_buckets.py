@@ -17,15 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl
 
-from difftuning_control.batches import BatchSource, TargetSet
-from difftuning_control.buckets import BucketSource, bucket_line, bucket_shapes, into_buckets, kept
-from difftuning_control.cache import Framing, cached_embeddings
 from difftuning_control.cli import main
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.batches import BatchSource, TargetSet
+from difftuning_control.data.buckets import BucketSource, bucket_line, bucket_shapes, into_buckets, kept
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.images import placed
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.images import placed
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.provenance import write_recipe
@@ -164,8 +165,8 @@ def test_settings_that_make_no_sense_are_refused(data):
 
 @pytest.mark.parametrize("framing", [Framing(16, True, 3, shape=(8, 32)), Framing(16, True, 2, 5, (24, 8))])
 def test_a_condition_is_cropped_and_mirrored_as_its_picture_and_the_sizes_say_how(shapes, framing):
-    from difftuning_control.conditions import _views
-    from difftuning_control.control import Conditioner, ControlSpec
+    from difftuning_control.data.conditions import _views
+    from difftuning_control.data.control_spec import Conditioner, ControlSpec
 
     data = load_images(str(shapes), condition_path=str(shapes / "conditions"))
     conditioner = Conditioner(ControlSpec("supplied", resolution=16))
@@ -206,8 +207,8 @@ def test_the_denoiser_of_sdxl_is_told_what_the_stock_pipeline_would_tell_it(make
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> BucketSource:
     """Buckets of 7, 4 and 1 pictures, and a bank of squares."""
-    from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.cache import LatentMoments
+    from difftuning_control.data.bank import KnowledgeBank
+    from difftuning_control.data.latents import LatentMoments
     from difftuning_control.objective.difftuning import DiffTuningObjective
 
     family, generator = family_of(tiny_pipeline()), torch.Generator().manual_seed(0)

@@ -9,8 +9,10 @@ from conftest import in_memory, tiny_pipeline, write_pictures
 from PIL import Image
 from torch import nn
 
-from difftuning_control.cache import Framing, LatentMoments, cached_embeddings, cached_moments
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.latents import LatentMoments, cached_moments
+from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
 
@@ -113,7 +115,7 @@ def test_a_second_call_reads_the_file_and_encodes_nothing(family, pictures, tmp_
 
 
 def test_interrupted_encoding_goes_on_where_its_files_end(family, data, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("difftuning_control.cache.SHARD", 3)
+    monkeypatch.setattr("difftuning_control.data.latents.SHARD", 3)
     whole, _ = moments_of(family, pictures, tmp_path / "whole", batch_size=1)
 
     def stop_at_the_fifth(count: int) -> None:

@@ -19,17 +19,16 @@ from safetensors.torch import load_file
 from test_cache import DAMAGES
 from test_control import ignore, on_path, prepared, rows_of, write_photos
 
-from difftuning_control import conditions as module
-from difftuning_control.bank import BankRequest, KnowledgeBank
-from difftuning_control.cache import Framing
-from difftuning_control.conditions import Conditions, bank_conditions, cached_conditions, conditions_of
-from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data import ImageData
-from difftuning_control.data_sources import load_images
+from difftuning_control.data import conditions as module
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.conditions import Conditions, bank_conditions, cached_conditions, conditions_of
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.images import frame, to_images
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
-from difftuning_control.images import frame
-from difftuning_control.pictures import to_images
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 

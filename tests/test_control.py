@@ -18,16 +18,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difftuning_control.cache import Framing
-from difftuning_control.conditions import cached_conditions, conditions_of
-from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
 from difftuning_control.control_inputs import build_spec
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.conditions import cached_conditions, conditions_of
+from difftuning_control.data.control_spec import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.images import frame
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.images import frame
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe

@@ -30,7 +30,7 @@ from pipeline_samples import (
 )
 
 from difftuning_control import add_control
-from difftuning_control.control import SPEC_FILE, Conditioner, ControlSpec
+from difftuning_control.data.control_spec import SPEC_FILE, Conditioner, ControlSpec
 from difftuning_control.errors import UserError
 
 KINDS = ["sd-control", "xl-control"]

@@ -13,11 +13,11 @@ import pytest
 from conftest import write_pictures
 from PIL import Image
 
-from difftuning_control.data import Columns, ImageData
-from difftuning_control.data_sources import EMBEDDED_SETS, embedded_set, load_images
-from difftuning_control.dataset_rows import dataset_rows, images_from_dataset
+from difftuning_control.data.datasets import dataset_rows, images_from_dataset
+from difftuning_control.data.examples import Columns, ImageData
+from difftuning_control.data.images import decode_image, fit_square
+from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set, load_images
 from difftuning_control.errors import UserError
-from difftuning_control.images import decode_image, fit_square
 
 CAPTIONS = ['a "red", round thing', "one\u2028two, three", "żółw 😀", "back\\slash\ttab"]
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from difftuning_control.data_sources import embedded_set, load_images
+from difftuning_control.data.sources import embedded_set, load_images
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.verify import verify

@@ -33,7 +33,7 @@ from difftuning_control import export as export_module
 from difftuning_control.adapter_files import LORA_FILE, load_adapter
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
-from difftuning_control.control import ControlSpec
+from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import cells, evaluate
 from difftuning_control.export import export

@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 
 from difftuning_control.adapters import AdapterTuning
-from difftuning_control.cache import cached_embeddings
+from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.flux import image_ids, pack, unpack

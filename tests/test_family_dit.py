@@ -27,21 +27,21 @@ from tiny_models import DIT_CLASSES, tiny_dit
 
 from difftuning_control import cli, load_adapter, trainer, unload_adapter
 from difftuning_control.analysis import analyze
-from difftuning_control.classes import as_pretrained, begin_as
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.images import fit_square, to_images
+from difftuning_control.data.labels import as_pretrained, begin_as
+from difftuning_control.data.prepare import prepare_bank
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.tunable import tables_of
 from difftuning_control.guidance import hand_over
-from difftuning_control.images import fit_square
-from difftuning_control.inputs import prepare_bank
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.objective.schedules import ConstantSchedule
 from difftuning_control.objective.variance import discretized_log_likelihood, variational_bound
-from difftuning_control.pictures import sample_pictures, to_images
+from difftuning_control.pictures import sample_pictures
 from difftuning_control.pipelines import DiffTuningDiTPipeline
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig

@@ -9,7 +9,7 @@ from test_families import PROMPTS, TOLERANCE, generators
 from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 from difftuning_control.adapters import AdapterTuning
-from difftuning_control.cache import cached_embeddings
+from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.guidance import hand_over

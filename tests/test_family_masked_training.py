@@ -19,8 +19,8 @@ from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 from difftuning_control import load_adapter, trainer
 from difftuning_control.analysis import analyze
-from difftuning_control.cache import Framing
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.sources import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
 from difftuning_control.families.loading import load_family

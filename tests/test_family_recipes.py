@@ -16,8 +16,8 @@ from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd
 
 from difftuning_control import load_adapter
 from difftuning_control.cli import main
-from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.sources import load_images
 from difftuning_control.families.sana import Sana
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -18,8 +18,8 @@ from test_family_training import assert_same_pictures
 from test_trainer import interrupted_after, record, resumed
 from tiny_models import tiny_sana
 
-from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.export import export
 from difftuning_control.families.control import to_tensor

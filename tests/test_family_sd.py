@@ -8,10 +8,10 @@ from conftest import tiny_pipeline
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from difftuning_control.adapters import AdapterTuning
+from difftuning_control.data.images import to_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.pictures import to_images
 from difftuning_control.recipe.adapter import AdapterConfig
 
 PROMPTS = ["red 1", "a blue square"]

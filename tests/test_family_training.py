@@ -25,16 +25,16 @@ from torch import Tensor
 
 from difftuning_control import trainer
 from difftuning_control.analysis import analyze
-from difftuning_control.batches import BatchSource
-from difftuning_control.cache import Framing
-from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.batches import BatchSource
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.images import frame
+from difftuning_control.data.sources import load_images
 from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.export import export
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.images import frame
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig

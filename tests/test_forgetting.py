@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import cached_embeddings
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.latents import Part
 from difftuning_control.errors import UserError
 from difftuning_control.forgetting import (
     LEAST_ROWS,
     SCHEDULE_BANDS,
     Curve,
-    Part,
     advice,
     affordable_rows,
     compare,

@@ -18,16 +18,16 @@ from test_bad_input import assert_refused, captioned_by_text_files, refusal, rew
 from test_cli import flags, settings
 
 from difftuning_control.adapter_files import load_adapter
-from difftuning_control.bank import KnowledgeBank
 from difftuning_control.cli import main
-from difftuning_control.control import Conditioner, ControlSpec
-from difftuning_control.data import Columns
-from difftuning_control.data_sources import load_images
-from difftuning_control.dataset_rows import dataset_rows, images_from_dataset
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.datasets import dataset_rows, images_from_dataset
+from difftuning_control.data.examples import Columns
+from difftuning_control.data.images import decode_image
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.images import decode_image
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.tensors import write_tensors
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS, read_file

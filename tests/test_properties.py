@@ -18,9 +18,9 @@ from PIL import Image
 
 from difftuning_control.command_line import keys_of, parse
 from difftuning_control.commands import COMMANDS
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.images import decode_image
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.images import decode_image
 from difftuning_control.pictures import save_grid
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json

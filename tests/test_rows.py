@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from difftuning_control import trainer
-from difftuning_control.cache import LatentMoments
 from difftuning_control.cli import main
-from difftuning_control.conditions import Conditions
+from difftuning_control.data.conditions import Conditions
+from difftuning_control.data.latents import LatentMoments
 from difftuning_control.errors import UserError
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.loop import TrainingLoop
@@ -147,8 +147,8 @@ def read_whole(found: TrainingInputs) -> TrainingInputs:
 
 @pytest.mark.parametrize("method", ["lora", "controlnet"])
 def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_path, monkeypatch, method):
-    monkeypatch.setattr("difftuning_control.cache.SHARD", 3)
-    monkeypatch.setattr("difftuning_control.conditions.SHARD", 3)
+    monkeypatch.setattr("difftuning_control.data.latents.SHARD", 3)
+    monkeypatch.setattr("difftuning_control.data.conditions.SHARD", 3)
     control = ControlConfig(dropout=0.3, fidelity=FidelityConfig(every=0), bank_condition="own")
     recipe = replace(
         recipe, method=method, data=replace(recipe.data, flip=True), tuning=TuningConfig(retention_prompts="own"),

@@ -14,16 +14,18 @@ from PIL import Image
 from process_worker import run
 from safetensors.torch import load_file
 
-from difftuning_control import streaming
-from difftuning_control.batches import BatchSource
-from difftuning_control.cache import Framing, cached_embeddings
+from difftuning_control.data import stream as streaming
+from difftuning_control.data.batches import BatchSource
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.prepare import read_data
+from difftuning_control.data.stream import Stream
+from difftuning_control.data.stream_batches import StreamSource, empty_targets
 from difftuning_control.errors import UserError
-from difftuning_control.inputs import read_data
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig
-from difftuning_control.streaming import Stream, StreamSource, empty_targets
 from difftuning_control.trainer import train
 
 FILES, EACH, HELD = 4, 6, 2
@@ -129,7 +131,7 @@ def test_each_of_as_many_processes_as_lanes_reads_files_of_its_own(folders):
 @pytest.fixture
 def source(folders, family, tmp_path):
     """A stream's batches with three of ten rows from a bank."""
-    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.data.bank import KnowledgeBank
 
     stream, framing = stream_of(folders["tar"]), Framing(16, flip=True)
     embeddings = cached_embeddings(family, ["a", "b"], tmp_path, lambda count: None)

@@ -12,9 +12,10 @@ from conftest import write_pictures
 from PIL import Image
 from test_features import save_tiny_dinov2
 
-from difftuning_control.analysis import analyze, materials
+from difftuning_control.analysis import analyze
 from difftuning_control.cli import main
 from difftuning_control.comparison import verdict
+from difftuning_control.data.prepare import materials
 from difftuning_control.errors import UserError
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
@@ -431,8 +432,9 @@ def test_the_cost_counts_every_session_and_no_step_twice(done):
 
 def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
+    from difftuning_control.data.latents import part_of
     from difftuning_control.families.loading import load_family
-    from difftuning_control.forgetting import part_of, row_validator
+    from difftuning_control.forgetting import row_validator
     from difftuning_control.inputs import prepare_inputs
     from difftuning_control.trainer import _budget, build_objective, make_accelerator
 

@@ -13,7 +13,7 @@ from test_adapters import picture, weights
 from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.adapters import AdapterTuning
 from difftuning_control.analysis import analyze
-from difftuning_control.cache import cached_embeddings
+from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from difftuning_control.adapters import AdapterTuning
-from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.checkpoint import checkpoints
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion

@@ -131,7 +131,7 @@ def bank(setting: Setting) -> dict[str, Any]:
     import torch
     from diffusers import DiffusionPipeline
 
-    from difftuning_control.bank import BankRequest, KnowledgeBank
+    from difftuning_control.data.bank import BankRequest, KnowledgeBank
     from difftuning_control.families.loading import load_family
 
     if setting.bench.threads is not None:

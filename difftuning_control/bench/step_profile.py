@@ -50,8 +50,9 @@ class ProfiledLoop(TrainingLoop):
 
 def loop_of(recipe: Recipe, kind: type[Loop]) -> Loop:
     """A training loop of the recipe with a model of its own, before its first step; nothing is written but caches."""
+    from difftuning_control.data.prepare import resolution_of
     from difftuning_control.families.loading import load_base
-    from difftuning_control.inputs import prepare_inputs, resolution_of
+    from difftuning_control.inputs import prepare_inputs
     from difftuning_control.trainer import build_objective, make_accelerator
 
     accelerator = make_accelerator(recipe)

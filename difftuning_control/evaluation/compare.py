@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import cached_embeddings
-from difftuning_control.classes import bank_classes, begin_label_space, class_names
-from difftuning_control.conditions import conditions_of
-from difftuning_control.control import SUPPLIED, Conditioner, ControlSpec
-from difftuning_control.data import ImageData
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.conditions import conditions_of
+from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.labels import bank_classes, begin_label_space, class_names
+from difftuning_control.data.latents import part_of
+from difftuning_control.data.prepare import cache_folder, hold_out, read_data
+from difftuning_control.data.sources import load_images
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.evaluate import (
@@ -38,9 +40,8 @@ from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.forgetting import Curve, compare, part_of, row_validator
+from difftuning_control.forgetting import Curve, compare, row_validator
 from difftuning_control.gates import judge
-from difftuning_control.inputs import cache_folder, hold_out, read_data
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pictures import save_grid
 from difftuning_control.recipe.recipe import recipe_of

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.data import ImageData
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.images import fit_square, to_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
 from difftuning_control.evaluation.features import Features
-from difftuning_control.images import fit_square
-from difftuning_control.pictures import sample_pictures, to_images
+from difftuning_control.pictures import sample_pictures
 
 if TYPE_CHECKING:
-    from difftuning_control.analysis import Materials
+    from difftuning_control.data.prepare import Materials
     from difftuning_control.families.family import Family
 
 LEAST_PICTURES = 5

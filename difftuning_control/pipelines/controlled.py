@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.utils.torch_utils import unwrap_module
 
-from difftuning_control.control import ControlSpec
+from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.flux import DiffTuningFluxControlNetPipeline
 from difftuning_control.pipelines.sd import DiffTuningControlNetPipeline

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from difftuning_control.control import SPEC_FILE, ControlSpec
+from difftuning_control.data.control_spec import SPEC_FILE, ControlSpec
 from difftuning_control.errors import UserError
 
 

@@ -25,10 +25,10 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from difftuning_control.bank import BankRequest, KnowledgeBank
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
-from difftuning_control.data_sources import embedded_set
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.sources import embedded_set
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from difftuning_control.analysis import materials
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
+from difftuning_control.data.prepare import materials
 from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.families.hub import best_device

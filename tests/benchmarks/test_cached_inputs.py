@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from difftuning_control.adapters import AdapterTuning
-from difftuning_control.batches import BatchSource, TargetSet
-from difftuning_control.cache import Framing, cached_embeddings, cached_moments
-from difftuning_control.data_sources import load_images
+from difftuning_control.data.batches import BatchSource, TargetSet
+from difftuning_control.data.embeddings import cached_embeddings
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.latents import cached_moments
+from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.difftuning import DiffTuningObjective

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from difftuning_control.bank import KnowledgeBank
-from difftuning_control.cache import LatentMoments
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.latents import LatentMoments
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.system.seeds import shuffled, step_seed
 
 if TYPE_CHECKING:
-    from difftuning_control.conditions import Conditions
+    from difftuning_control.data.conditions import Conditions
     from difftuning_control.families.family import Family
 
 TARGET, BANK = 0, 1

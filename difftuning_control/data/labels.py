@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
-    from difftuning_control.bank import KnowledgeBank
-    from difftuning_control.data import ImageData
+    from difftuning_control.data.bank import KnowledgeBank
+    from difftuning_control.data.examples import ImageData
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.recipe import Recipe
 

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.annotators import Annotator, annotator, load_annotator
+from difftuning_control.data.annotators import Annotator, annotator, load_annotator
+from difftuning_control.data.images import frame, to_rgb
 from difftuning_control.errors import UserError
-from difftuning_control.images import frame, to_rgb
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.untrusted import from_json, read_text

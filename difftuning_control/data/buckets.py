@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.batches import BatchSource, TargetSet, TrainingRows
-from difftuning_control.cache import Framing
-from difftuning_control.data import ImageData
+from difftuning_control.data.batches import BatchSource, TargetSet, TrainingRows
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.framing import Framing
 from difftuning_control.errors import UserError
 from difftuning_control.system.seeds import shuffled
 

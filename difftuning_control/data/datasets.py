@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data import Checker, Columns, ImageData, Read, Row
+from difftuning_control.data.examples import Checker, Columns, ImageData, Read, Row
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import leads_outside, read_file
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from difftuning_control.data.images import EXTENSIONS, decode_image
 from difftuning_control.errors import UserError
-from difftuning_control.images import EXTENSIONS, decode_image
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text
 
 CONDITION = "has a condition that "  # what is wrong with it follows

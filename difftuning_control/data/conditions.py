@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difftuning_control.cache import Framing
-from difftuning_control.control import SUPPLIED, Conditioner
-from difftuning_control.data import Example, ImageData
-from difftuning_control.pictures import to_arrays
+from difftuning_control.data.control_spec import SUPPLIED, Conditioner
+from difftuning_control.data.examples import Example, ImageData
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.images import to_arrays
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share, files_together
 from difftuning_control.system.rows import Rows
 from difftuning_control.system.tensors import digest_of_tensors
 
 if TYPE_CHECKING:
-    from difftuning_control.bank import KnowledgeBank
+    from difftuning_control.data.bank import KnowledgeBank
     from difftuning_control.families.family import Family
 
 FORMAT = 1

@@ -15,10 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data import CONDITION, Checker, Columns, ImageData, Row
-from difftuning_control.dataset_rows import dataset_rows, local_dataset, named_dataset_rows
+from difftuning_control.data.datasets import dataset_rows, local_dataset, named_dataset_rows
+from difftuning_control.data.examples import CONDITION, Checker, Columns, ImageData, Row
+from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.errors import UserError
-from difftuning_control.images import EXTENSIONS
 from difftuning_control.system.untrusted import MAX_PIXELS, from_json, leads_outside, read_file, read_text
 
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")

@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
+from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
@@ -115,3 +116,13 @@ def fit_square(image: Image.Image, resolution: int, crop: tuple[float, float] = 
     """A picture in a square frame, scaled to [-1, 1], (3, resolution, resolution) float32."""
     pixels = frame(image, resolution, resolution, crop).astype(np.float32)
     return np.ascontiguousarray((pixels / 127.5 - 1).transpose(2, 0, 1))
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to PIL pictures, as diffusers rounds them."""
+    return [Image.fromarray(array) for array in to_arrays(pixels)]
+
+
+def to_arrays(pixels: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, as diffusers rounds them."""
+    return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy() * 255).round().astype(np.uint8)
