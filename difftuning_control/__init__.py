@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.discovery import PIPELINES, register
 
 if TYPE_CHECKING:
-    from difftuning_control.adapter_files import load_adapter, unload_adapter
+    from difftuning_control.adapters.files import load_adapter, unload_adapter
+    from difftuning_control.adapters.source import load_source, save_difference
     from difftuning_control.data.bank import BankRequest, KnowledgeBank
     from difftuning_control.data.control_spec import Conditioner, ControlSpec
     from difftuning_control.errors import NonFiniteLossError, UserError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         add_control,
     )
     from difftuning_control.recipe.recipe import Recipe
-    from difftuning_control.source import load_source, save_difference
     from difftuning_control.trainer import train
 
 __all__ = [
@@ -74,7 +74,7 @@ _HOME = {
     "UserError": "errors",
     "embedded_model": "families",
     "family_of": "families",
-    "load_adapter": "adapter_files",
+    "load_adapter": "adapters.files",
     "load_family": "families",
     "NoiseProcess": "objective.noise",
     "DiffTuningObjective": "objective",
@@ -86,10 +86,10 @@ _HOME = {
     "PaperSchedule": "objective.schedules",
     "PowerSchedule": "objective.schedules",
     "TabulatedSchedule": "objective.schedules",
-    "load_source": "source",
-    "save_difference": "source",
+    "load_source": "adapters.source",
+    "save_difference": "adapters.source",
     "train": "trainer",
-    "unload_adapter": "adapter_files",
+    "unload_adapter": "adapters.files",
 }
 __version__ = "0.1.0"
 register()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from difftuning_control.adapter_files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
-from difftuning_control.adapter_kinds import ADAPTER
-from difftuning_control.adapters import ControlNetTuning, FullTuning, adapter_result
+from difftuning_control.adapters.files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
+from difftuning_control.adapters.kinds import ADAPTER
+from difftuning_control.adapters.source import save_difference
+from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
@@ -20,7 +21,6 @@ from difftuning_control.export_card import Parts
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 from difftuning_control.runs import check_base
-from difftuning_control.source import save_difference
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 

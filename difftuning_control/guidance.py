@@ -29,8 +29,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-from difftuning_control.adapter_kinds import own_parts
-from difftuning_control.difffit import TrainedWhole
+from difftuning_control.adapters.difffit import TrainedWhole
+from difftuning_control.adapters.kinds import own_parts
 from difftuning_control.errors import UserError
 from difftuning_control.strength import check_u
 

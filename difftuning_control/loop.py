@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from difftuning_control.adapters import AdapterTuning, ControlNetTuning, FullTuning
+from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.data.batches import BatchSource, TrainingRows

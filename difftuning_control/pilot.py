@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from difftuning_control.adapters import ControlNetTuning, FullTuning, result_of
+from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import measure, read_multipliers
 from difftuning_control.audit import Session, clear_but_audit
 from difftuning_control.comparison import LOWER_IS_BETTER

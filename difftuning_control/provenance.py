@@ -14,7 +14,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from difftuning_control.adapter_kinds import LORA_KINDS
+from difftuning_control.adapters.kinds import LORA_KINDS
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from difftuning_control.adapters import result_of
+from difftuning_control.adapters.tuning import result_of
 from difftuning_control.audit import Session, read_audit
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.control_inputs import build_spec

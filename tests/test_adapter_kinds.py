@@ -16,12 +16,12 @@ from test_adapters import picture, tune, weights
 from torch import Tensor
 
 from difftuning_control import load_adapter, unload_adapter
-from difftuning_control.adapter_files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE
-from difftuning_control.adapter_kinds import OWN, keep_part, own_parts
-from difftuning_control.adapters import AdapterTuning, adapter_result, merged
+from difftuning_control.adapters.difffit import GAMMA, DiffFit
+from difftuning_control.adapters.files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE
+from difftuning_control.adapters.kinds import OWN, keep_part, own_parts
+from difftuning_control.adapters.tuning import AdapterTuning, adapter_result, merged
 from difftuning_control.analysis import analyze
 from difftuning_control.checkpoint import checkpoints
-from difftuning_control.difffit import GAMMA, DiffFit
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion

@@ -10,8 +10,8 @@ from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from difftuning_control.adapter_files import LORA_FILE
-from difftuning_control.adapters import AdapterTuning, FullTuning
+from difftuning_control.adapters.files import LORA_FILE
+from difftuning_control.adapters.tuning import AdapterTuning, FullTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.families.loss import compute_loss

@@ -23,7 +23,7 @@ from test_trainer import PLAIN, interrupted_after, record, resumed, rows
 from torch import Tensor
 
 from difftuning_control import manifest, trainer
-from difftuning_control.adapters import ControlNetTuning, merged
+from difftuning_control.adapters.tuning import ControlNetTuning, merged
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse

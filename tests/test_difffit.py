@@ -13,9 +13,9 @@ from test_adapters import picture, tune
 from torch import nn
 
 from difftuning_control import load_adapter, unload_adapter
-from difftuning_control.adapter_files import DIFFFIT_FILE
-from difftuning_control.adapters import AdapterTuning
-from difftuning_control.difffit import GAMMA, DiffFit, branch_ends, small_weights
+from difftuning_control.adapters.difffit import GAMMA, DiffFit, branch_ends, small_weights
+from difftuning_control.adapters.files import DIFFFIT_FILE
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig

@@ -30,7 +30,8 @@ from test_control import OUTLINE, write_photos
 from test_features import save_tiny_dinov2
 
 from difftuning_control import export as export_module
-from difftuning_control.adapter_files import LORA_FILE, load_adapter
+from difftuning_control.adapters.files import LORA_FILE, load_adapter
+from difftuning_control.adapters.source import load_source
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.data.control_spec import ControlSpec
@@ -47,7 +48,6 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.source import load_source
 from difftuning_control.strength import as_strength
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train

@@ -8,13 +8,13 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from test_families import PROMPTS, TOLERANCE, generators
 from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tlora import ranks
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.guidance import hand_over
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.tlora import ranks
 
 VARIANTS = {
     "pixart sigma": tiny_pixart,

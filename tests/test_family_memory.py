@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_families import PROMPTS, generators
 from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
 
-from difftuning_control.adapter_files import LORA_FILE
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.files import LORA_FILE
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.pictures import sample_pictures

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.images import to_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_pipeline
 from torch import Tensor, nn
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion

@@ -12,8 +12,8 @@ from peft import LoHaConfig, LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from difftuning_control.adapter_kinds import ADAPTER, LAYERS
-from difftuning_control.adapters import merged
+from difftuning_control.adapters.kinds import ADAPTER, LAYERS
+from difftuning_control.adapters.tuning import merged
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers

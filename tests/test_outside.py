@@ -17,7 +17,7 @@ from PIL import Image
 from test_bad_input import assert_refused, captioned_by_text_files, refusal, rewrite_metadata
 from test_cli import flags, settings
 
-from difftuning_control.adapter_files import load_adapter
+from difftuning_control.adapters.files import load_adapter
 from difftuning_control.cli import main
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.control_spec import Conditioner, ControlSpec

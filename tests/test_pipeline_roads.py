@@ -31,7 +31,7 @@ from pipeline_samples import (
 from tiny_models import tiny_sd3
 
 import difftuning_control
-from difftuning_control.adapter_files import merge_adapter
+from difftuning_control.adapters.files import merge_adapter
 from difftuning_control.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from test_families import PROMPTS, generators
 from test_trainer import interrupted_after, resumed
 from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd3
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.families.quantised import plain_state

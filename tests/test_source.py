@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.source import load_source, save_difference
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.source import load_source, save_difference
 
 PART = ("conv_in", "mid_block", "up_blocks.0.attentions")
 ROUNDING = {torch.float16: (2**-11, 2**-25), torch.float32: (2**-24, 0.0)}

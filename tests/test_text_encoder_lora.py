@@ -11,7 +11,7 @@ from conftest import tiny_pipeline
 from test_adapters import picture, weights
 
 from difftuning_control import load_adapter, unload_adapter
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.analysis import analyze
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError

@@ -14,17 +14,17 @@ from test_adapters import picture, tune
 from torch import Tensor, nn
 
 from difftuning_control import load_adapter
-from difftuning_control.adapter_files import HEADER, LORA_FILE
-from difftuning_control.adapter_kinds import ADAPTER, attach, own_parts
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.files import HEADER, LORA_FILE
+from difftuning_control.adapters.kinds import ADAPTER, attach, own_parts
+from difftuning_control.adapters.lora_start import Down
+from difftuning_control.adapters.tlora import orthogonal_start, rank_limits, ranks
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.lora_start import Down
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.system.tensors import set_metadata
-from difftuning_control.tlora import orthogonal_start, rank_limits, ranks
 
 RANK, LEAST = 6, 2
 TIMESTEPS = [999, 760, 500, 250, 3, 0]

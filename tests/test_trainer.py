@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.errors import NonFiniteLossError, UserError

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from difftuning_control.difffit import TrainedWhole
+from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.guidance import TunedWeights
 from difftuning_control.strength import Strength

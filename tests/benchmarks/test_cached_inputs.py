@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftuning_control.adapters import AdapterTuning
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.batches import BatchSource, TargetSet
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.framing import Framing

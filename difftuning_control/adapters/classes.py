@@ -1,4 +1,4 @@
-"""TODO."""
+"""The embeddings of new classes of a class-conditional model, trained whole beside an adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from difftuning_control.difffit import TrainedWhole
+from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.families.tunable import NAMES, tables_of, unknown
 from difftuning_control.system.tensors import read_tensors

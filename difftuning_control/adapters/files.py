@@ -20,14 +20,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from difftuning_control.adapter_kinds import ADAPTER, BESIDE, keep_part, lora_state, mask_ranks, own_parts
-from difftuning_control.difffit import DiffFit
+from difftuning_control.adapters.difffit import DiffFit
+from difftuning_control.adapters.kinds import ADAPTER, BESIDE, keep_part, lora_state, mask_ranks, own_parts
+from difftuning_control.adapters.tlora import RankMask
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 from difftuning_control.system.untrusted import from_json, read_text, refuse_pickle
-from difftuning_control.tlora import RankMask
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DIFFFIT_FILE = "difffit.safetensors"
@@ -95,7 +95,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
         UserError: if there is no adapter, it does not fit this model, or it cannot be had at this strength; the
             pipeline is then as it was.
     """
-    from difftuning_control.families.dit_adapters import NewClasses
+    from difftuning_control.adapters.classes import NewClasses
     from difftuning_control.families.tunable import CLASSES_FILE, make_tunable
 
     place = _find(Path(path).expanduser())

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.adapters.lora_start import Down, factors, subtract_start
+from difftuning_control.adapters.tlora import RankMask, orthogonal_start, rank_limits
 from difftuning_control.errors import UserError
-from difftuning_control.lora_start import Down, factors, subtract_start
-from difftuning_control.tlora import RankMask, orthogonal_start, rank_limits
 
 if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess

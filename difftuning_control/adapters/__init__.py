@@ -1,0 +1,1 @@
+"""What is trained: adapters of every kind, full weights, ControlNets; started, saved, loaded and taken off."""
