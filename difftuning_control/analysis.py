@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.data.latents import part_of
 from difftuning_control.data.prepare import Materials, hold_out, materials
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.evaluate import check_held_out
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import load_base
-from difftuning_control.forgetting import (
+from difftuning_control.evaluation.figures import check_held_out
+from difftuning_control.evaluation.forgetting import (
     LEAST_ROWS,
     advice,
     compare,
@@ -23,6 +21,8 @@ from difftuning_control.forgetting import (
     row_validator,
     transfer_gap,
 )
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
@@ -162,7 +162,7 @@ def read_multipliers(run: Path) -> dict[str, Any] | None:
 
 def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
     """`analysis.json`, `schedule.json` for `schedule: {kind: measured, path: …}`, and `report.html`."""
-    from difftuning_control.report import write_analysis_report
+    from difftuning_control.evaluation.report.pages import write_analysis_report
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", result)

@@ -14,7 +14,7 @@ from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlS
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.framing import Framing
 from difftuning_control.errors import UserError
-from difftuning_control.fidelity import FidelityProbe
+from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
 

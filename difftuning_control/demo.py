@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from difftuning_control.audit import noted
-from difftuning_control.comparison import verdict
+from difftuning_control.evaluation.comparison import verdict
+from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.families.loading import embedded_model
-from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import pilot
 from difftuning_control.pilot_files import DEMO
 from difftuning_control.recipe.inputs import BankConfig, DataConfig

@@ -156,7 +156,7 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
     Raises:
         UserError: if the file cannot be read, or does not have this run.
     """
-    from difftuning_control.evaluation.compare import cells
+    from difftuning_control.evaluation.report.tables import cells
 
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))

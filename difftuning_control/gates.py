@@ -34,8 +34,8 @@ def check_gates(recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
     gates = recipe.gates
     if not gates.draws:
         return
-    from difftuning_control.evaluation.evaluate import check_held_out
     from difftuning_control.evaluation.features import load_features
+    from difftuning_control.evaluation.figures import check_held_out
 
     check_held_out(held_out)
     shared = {e.digest for e in data.examples} & {e.digest for e in held_out.examples}
@@ -97,7 +97,7 @@ def figure(name: str, side: dict[str, Any]) -> float | None:
         return retention_loss(side)
     summary = side["summary"]
     if name == "fidelity":
-        from difftuning_control.evaluation.control import MAIN
+        from difftuning_control.evaluation.condition_figures import MAIN
 
         name = next((main for main, _ in MAIN.values() if main in summary), name)
     return summary[name]["mean"] if name in summary else None

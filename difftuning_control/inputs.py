@@ -28,6 +28,7 @@ from difftuning_control.data.prepare import (
     resolution_of,
     sizes_of,
 )
+from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.gates import check_gates
 from difftuning_control.objective.batch import LatentBatch
@@ -35,7 +36,6 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
-from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -27,12 +27,13 @@ from difftuning_control.data.batches import BatchSource, TrainingRows
 from difftuning_control.data.buckets import BucketSource
 from difftuning_control.data.framing import Framing
 from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
+from difftuning_control.evaluation.fidelity import FidelityCurve
+from difftuning_control.evaluation.losses import BandLosses
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.fidelity import FidelityCurve
 from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, sync, write_json, write_text
 from difftuning_control.system.secrets import without_secrets
@@ -40,7 +41,6 @@ from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
 from difftuning_control.system.tensors import named_errors
 from difftuning_control.system.terminal import say
-from difftuning_control.validation import BandLosses
 
 if TYPE_CHECKING:
     from difftuning_control.data.stream import Stream

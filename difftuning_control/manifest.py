@@ -120,7 +120,7 @@ def write_record(run: dict[str, Any], recipe: Recipe, output: Path) -> None:
     """The card and a ControlNet's report, then `run.json` with the hashes of all files in the folder."""
     write_text(output / "README.md", model_card(recipe, run))
     if recipe.method == "controlnet":
-        from difftuning_control.control_report import write_control_report
+        from difftuning_control.evaluation.report.control import write_control_report
 
         write_control_report(run, output)
     run["files"] = {name: digest_of_file(path) for name, path in files_of_run(output) if name not in run["outputs"]}

@@ -23,22 +23,18 @@ from PIL import Image
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import measure, read_multipliers
 from difftuning_control.audit import Session, clear_but_audit
-from difftuning_control.comparison import LOWER_IS_BETTER
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
 from difftuning_control.domain_sampling import check_domain_family
 from difftuning_control.errors import NonFiniteLossError, UserError
-from difftuning_control.evaluation.evaluate import (
-    check_held_out,
-    summarise,
-    through_autoencoder,
-)
+from difftuning_control.evaluation.comparison import LOWER_IS_BETTER
 from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.fidelity import main_figure
+from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
-from difftuning_control.fidelity import main_figure
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
@@ -445,7 +441,7 @@ def pilot(
     Raises:
         UserError: if the output holds something else, or another pilot without `overwrite`.
     """
-    from difftuning_control.report import write_pilot_report
+    from difftuning_control.evaluation.report.pages import write_pilot_report
 
     output = Path(recipe.output)
     marker, identity = output / SETTINGS, _identity(recipe, config)

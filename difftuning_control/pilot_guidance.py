@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.evaluation.evaluate import summarise
+from difftuning_control.evaluation.figures import summarise
 from difftuning_control.pilot_judge import Judge
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.prepare import Materials
 from difftuning_control.domain_sampling import domain_guided
-from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
-from difftuning_control.fidelity import FidelityProbe
+from difftuning_control.evaluation.fidelity import FidelityProbe
+from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of
 from difftuning_control.recipe.studies import PilotConfig
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from difftuning_control.data.labels import begin_as
 from difftuning_control.data.prepare import check_resolution
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
-from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import refuse_unwritable
 from difftuning_control.runs import finished_run, tuned_model
 from difftuning_control.system.durable import write_json

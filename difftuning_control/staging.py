@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.labels import as_pretrained
-from difftuning_control.evaluation.evaluate import Sampling, figures, reference_of
 from difftuning_control.evaluation.features import Features
+from difftuning_control.evaluation.figures import Sampling, figures, reference_of
 from difftuning_control.guidance import hand_over
 from difftuning_control.runs import tuned_model
 from difftuning_control.system.terminal import progress

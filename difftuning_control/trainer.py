@@ -26,9 +26,9 @@ from difftuning_control.data.labels import describe_classes
 from difftuning_control.data.latents import Part, part_of
 from difftuning_control.data.prepare import cache_folder, encoded, resolution_of
 from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.evaluation.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.families.loading import load_base, load_controlnet
 from difftuning_control.families.tunable import CLASSES_FILE
-from difftuning_control.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.gates import failed, judge_run
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.loop import TrainingLoop

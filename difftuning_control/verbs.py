@@ -125,7 +125,8 @@ def run_sample(command: SampleCommand) -> None:
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
-    from difftuning_control.evaluation.compare import evaluate, table
+    from difftuning_control.evaluation.compare import evaluate
+    from difftuning_control.evaluation.report.tables import table
     from difftuning_control.gates import stop_if_failed
     from difftuning_control.provenance import check_folder
     from difftuning_control.system.digests import digest_of_file
@@ -158,9 +159,9 @@ def run_export(command: ExportCommand) -> None:
 
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.analysis import analyze, write_analysis
+    from difftuning_control.evaluation.report.words import load_words
     from difftuning_control.provenance import check_folder
     from difftuning_control.system.digests import digest_of_file
-    from difftuning_control.words import load_words
 
     recipe = only(Recipe, command)
     if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
@@ -183,8 +184,8 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 
 def run_pilot(command: PilotCommand) -> None:
+    from difftuning_control.evaluation.report.words import load_words
     from difftuning_control.pilot import pilot
-    from difftuning_control.words import load_words
 
     load_words(command.language)  # a language that is not there is said before the work, not after it
     pilot(only(Recipe, command), command.pilot, command.language, command.overwrite)
@@ -192,7 +193,7 @@ def run_pilot(command: PilotCommand) -> None:
 
 def run_demo(command: DemoCommand) -> None:
     from difftuning_control.demo import demo
-    from difftuning_control.words import load_words
+    from difftuning_control.evaluation.report.words import load_words
 
     load_words(command.language)
     if command.steps < 1:

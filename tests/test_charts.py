@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import report_samples as samples
 
-from difftuning_control import charts
-from difftuning_control.words import load_words
+from difftuning_control.evaluation.report import charts
+from difftuning_control.evaluation.report.words import load_words
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<b>&\"'\x1b[31m\u202e$x_1$ =1+1 " + "長" * 200
@@ -156,7 +156,7 @@ def test_odd_values_do_not_stop_a_chart():
 def test_matplotlib_is_not_imported_with_the_package():
     code = "import sys, difftuning_control; sys.exit('matplotlib' in sys.modules or 'jinja2.ext' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "import sys, difftuning_control.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, difftuning_control.evaluation.report.pages; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

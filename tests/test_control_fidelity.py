@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from difftuning_control.evaluation.control import KINDS, MAIN, fidelity
+from difftuning_control.evaluation.condition_figures import KINDS, MAIN, fidelity
 
 RED, GREEN, BLUE, BLACK, GREY = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0, 0, 0), (0.5, 0.5, 0.5)
 

@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 from test_report import EVIL, LANGUAGES, Page, check_self_contained
 
-from difftuning_control import charts, words
 from difftuning_control.command_line import parse
-from difftuning_control.control_report import control_verdict, write_control_report
-from difftuning_control.convergence import find_convergence
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.control import MAIN
+from difftuning_control.evaluation.condition_figures import MAIN
+from difftuning_control.evaluation.convergence import find_convergence
+from difftuning_control.evaluation.report import charts, words
+from difftuning_control.evaluation.report.control import control_verdict, write_control_report
 from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe.inputs import ControlConfig
 from difftuning_control.recipe.recipe import Recipe

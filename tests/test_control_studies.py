@@ -8,7 +8,8 @@ from conftest import write_pictures
 from test_features import save_tiny_dinov2
 
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import evaluate, table
+from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.evaluation.report.tables import table
 from difftuning_control.pilot import pilot
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe

@@ -27,19 +27,19 @@ from difftuning_control.adapters.tuning import ControlNetTuning, merged
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
-from difftuning_control.convergence import has_settled
 from difftuning_control.data.batches import BatchSource, TrainingRows
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.images import to_images
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.convergence import has_settled
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
+from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.families.control import ControlledDenoiser
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.fidelity import FidelityProbe
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import model_card, write_recipe
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig

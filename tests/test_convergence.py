@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from difftuning_control.convergence import find_convergence, first_reach, has_settled
+from difftuning_control.evaluation.convergence import find_convergence, first_reach, has_settled
 
 INTERVAL = 250
 

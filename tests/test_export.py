@@ -36,7 +36,8 @@ from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import cells, evaluate
+from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.evaluation.report.tables import cells
 from difftuning_control.export import export
 from difftuning_control.export_card import Parts, export_card
 from difftuning_control.export_files import PIPELINES

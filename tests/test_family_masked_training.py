@@ -22,12 +22,12 @@ from difftuning_control.analysis import analyze
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.sources import load_images
 from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.export import export
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.sana import Sana
-from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe

@@ -21,11 +21,11 @@ from tiny_models import tiny_sana
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.export import export
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sana import Sana
-from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe

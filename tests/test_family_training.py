@@ -31,12 +31,12 @@ from difftuning_control.data.framing import Framing
 from difftuning_control.data.images import frame
 from difftuning_control.data.sources import load_images
 from difftuning_control.evaluation.compare import evaluate
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.export import export
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.transformer import FlowTransformer
 from difftuning_control.inputs import prepare_inputs
-from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe

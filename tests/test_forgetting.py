@@ -9,7 +9,7 @@ from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.latents import Part
 from difftuning_control.errors import UserError
-from difftuning_control.forgetting import (
+from difftuning_control.evaluation.forgetting import (
     LEAST_ROWS,
     SCHEDULE_BANDS,
     Curve,
@@ -22,10 +22,10 @@ from difftuning_control.forgetting import (
     paired_ratio,
     transfer_gap,
 )
+from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import ConstantSchedule
-from difftuning_control.validation import BandValidator
 
 U = [(b + 0.5) / SCHEDULE_BANDS for b in range(SCHEDULE_BANDS)]
 

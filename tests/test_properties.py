@@ -21,7 +21,7 @@ from difftuning_control.commands import COMMANDS
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.pictures import save_grid
+from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.text import harmless, plain_markdown, python_text

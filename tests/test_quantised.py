@@ -13,9 +13,9 @@ from tiny_models import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana, tiny_sd
 
 from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.families.quantised import plain_state
-from difftuning_control.pictures import sample_pictures
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe

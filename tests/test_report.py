@@ -15,10 +15,10 @@ import pytest
 import report_samples as samples
 from PIL import Image
 
-from difftuning_control import words
-from difftuning_control.comparison import verdict
 from difftuning_control.errors import UserError
-from difftuning_control.report import METRICS, write_analysis_report, write_pilot_report
+from difftuning_control.evaluation.comparison import verdict
+from difftuning_control.evaluation.report import words
+from difftuning_control.evaluation.report.pages import METRICS, write_analysis_report, write_pilot_report
 
 LANGUAGES = ("en", "ja")
 EVIL = '<img src=x onerror="alert(1)">\x1b[31m\u202eexe.gnp =cmd|x {{ 7*7 }} $x$'
@@ -260,7 +260,7 @@ def test_languages_have_equal_keys_and_placeholders():
 
 def test_every_word_is_used_and_every_used_word_exists():
     package = words.FOLDER.parent
-    files = [package / "report.py", package / "charts.py", *(package / "templates").glob("*.j2")]
+    files = [package / "pages.py", package / "charts.py", *(package / "templates").glob("*.j2")]
     code = "\n".join(f.read_text(encoding="utf-8") for f in files)
     made = ("metric.", "explain.", "side.", "about.", "advice.", "do.", "role.", "headline.", "verdict.", "chart.tuned")
     for key in words.load_words("en"):

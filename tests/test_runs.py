@@ -19,7 +19,7 @@ from torch import Tensor
 
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import table
+from difftuning_control.evaluation.report.tables import table
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig

@@ -14,9 +14,9 @@ from test_features import save_tiny_dinov2
 
 from difftuning_control.analysis import analyze
 from difftuning_control.cli import main
-from difftuning_control.comparison import verdict
 from difftuning_control.data.prepare import materials
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
 from difftuning_control.pilot import Pilot, pilot, side_tuning
@@ -433,8 +433,8 @@ def test_the_cost_counts_every_session_and_no_step_twice(done):
 def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
     from difftuning_control.data.latents import part_of
+    from difftuning_control.evaluation.forgetting import row_validator
     from difftuning_control.families.loading import load_family
-    from difftuning_control.forgetting import row_validator
     from difftuning_control.inputs import prepare_inputs
     from difftuning_control.trainer import _budget, build_objective, make_accelerator
 

@@ -23,6 +23,7 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.inputs import prepare_inputs
@@ -34,7 +35,6 @@ from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import build_objective, make_accelerator, train
-from difftuning_control.validation import BandValidator
 
 STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {

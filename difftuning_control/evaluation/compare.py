@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,10 @@ from difftuning_control.data.prepare import cache_folder, hold_out, read_data
 from difftuning_control.data.sources import load_images
 from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.evaluate import (
+from difftuning_control.evaluation.drawing import save_grid
+from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.fidelity import FidelityProbe
+from difftuning_control.evaluation.figures import (
     MOST,
     MOST_REAL,
     Sampling,
@@ -35,21 +37,17 @@ from difftuning_control.evaluation.evaluate import (
     reconstructed,
     summarise,
 )
-from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.forgetting import Curve, compare, row_validator
 from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
-from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.forgetting import Curve, compare, row_validator
 from difftuning_control.gates import judge
 from difftuning_control.objective.noise import BANDS
-from difftuning_control.pictures import save_grid
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
-from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -260,42 +258,3 @@ def _write(output: Path, result: dict[str, Any], grid: dict[str, list[Image.Imag
     labels = [name if name and names.count(name) == 1 else k for name, k in zip(names, grid)]
     save_grid(output / "grid.png", dict(zip(labels, grid.values())), prompts)
     write_json(output / "evaluation.json", result)
-
-
-COLUMNS: dict[str, Callable[[float], str]] = {
-    "kid": lambda v: f"{1000 * v:.1f}",
-    "fid": lambda v: f"{v:.1f}",
-    "domain_hit": lambda v: f"{v:.0%}",
-    "pair_similarity": lambda v: f"{v:.3f}",
-    "memorisation": lambda v: f"{v:.3f}",
-    "coverage": lambda v: f"{v:.2f}",
-    "diversity": lambda v: f"{v:.3f}",
-    "clip_score": lambda v: f"{v:.1f}",
-    **dict.fromkeys(("f1", "ssim", "rmse", "cosine", "miou"), lambda v: f"{v:.3f}"),
-}
-
-
-def cells(result: dict[str, Any]) -> list[list[str]]:
-    """A row with the names of the figures, and one for each side: mean ± standard deviation over seeds; KID × 1000."""
-    sides = [result["base"], *result["sides"]]
-    names = [c for c in COLUMNS if c != "diversity" and all(c in s["summary"] for s in sides)]
-    lines = [["", *("kid ×1000" if n == "kid" else n for n in names), "diversity", "bank loss", "apart"]]
-    for side in sides:
-        row = [harmless(side["name"])]
-        for name in names:
-            value = side["summary"][name]
-            shown = COLUMNS[name](value["mean"])
-            row.append(shown if value["spread"] is None else f"{shown} ±{COLUMNS[name](value['spread'])}")
-        row.append("" if side["diversity"] is None else COLUMNS["diversity"](side["diversity"]))
-        rise = side.get("forgetting", {}).get("mean")
-        row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
-        lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])
-    return lines
-
-
-def table(result: dict[str, Any]) -> str:
-    """The summary as text."""
-    lines = cells(result)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     for line in lines)  # fmt: skip

@@ -29,17 +29,17 @@ from PIL import Image
 
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
-from difftuning_control.convergence import find_convergence, first_reach
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.prepare import read_data
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
-from difftuning_control.evaluation.evaluate import Sampling, through_autoencoder
+from difftuning_control.evaluation.convergence import find_convergence, first_reach
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.fidelity import FidelityProbe
+from difftuning_control.evaluation.figures import Sampling, through_autoencoder
 from difftuning_control.families.loading import load_family
-from difftuning_control.fidelity import FidelityProbe
-from difftuning_control.pictures import sample_pictures, save_grid
 from difftuning_control.provenance import read_run, versions
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs import tuned_model

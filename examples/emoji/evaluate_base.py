@@ -20,8 +20,8 @@ import torch
 from common import Lite0, load_base, to_unit
 from diffusers import StableDiffusionPipeline
 
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.loading import family_of
-from difftuning_control.pictures import sample_pictures, save_grid
 
 PROMPTS = (
     "red heart", "slice of pizza", "dog face", "red apple", "cat face", "birthday cake", "soccer ball", "guitar",

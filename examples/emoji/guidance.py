@@ -23,11 +23,11 @@ from typing import Any
 from difftuning_control.command_line import parse
 from difftuning_control.commands import only
 from difftuning_control.data.prepare import materials
-from difftuning_control.evaluation.evaluate import Reference, Sampling, figures, reference_of
+from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
-from difftuning_control.pictures import save_grid
 from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.provenance import read_run, versions

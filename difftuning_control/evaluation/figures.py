@@ -20,8 +20,8 @@ from difftuning_control.data.examples import ImageData
 from difftuning_control.data.images import fit_square, to_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.evaluation.features import Features
-from difftuning_control.pictures import sample_pictures
 
 if TYPE_CHECKING:
     from difftuning_control.data.prepare import Materials

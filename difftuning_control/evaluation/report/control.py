@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.comparison import is_number, mean_spread
-from difftuning_control.convergence import LEAST
 from difftuning_control.data.control_spec import SUPPLIED
 from difftuning_control.errors import UserError
-from difftuning_control.report import METRICS, _bands, _data_uri, _flatten, _quoted, _write
-from difftuning_control.words import load_words
+from difftuning_control.evaluation.comparison import is_number, mean_spread
+from difftuning_control.evaluation.convergence import LEAST
+from difftuning_control.evaluation.report.pages import METRICS, _bands, _data_uri, _flatten, _quoted, _write
+from difftuning_control.evaluation.report.words import load_words
 
 SLIGHT = 0.1  # of the distance from the model without control to a perfect match
 ROWS, NAMES = 20, 20  # most rows of the table of measurements, most names of pictures
@@ -36,7 +36,7 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
     method = run["recipe"].get("method")
     if method != "controlnet" or not run.get("control"):
         raise UserError(f"the run's method is {_quoted(method)}; only a run of controlnet has this report.")
-    from difftuning_control import charts
+    from difftuning_control.evaluation.report import charts
 
     curve, found = run.get("fidelity"), control_verdict(run.get("fidelity"))
     drawn, rows = [], []

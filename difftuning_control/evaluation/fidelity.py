@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.convergence import find_convergence, has_settled
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.images import frame
-from difftuning_control.evaluation.control import MAIN, fidelity
+from difftuning_control.evaluation.condition_figures import MAIN, fidelity
+from difftuning_control.evaluation.convergence import find_convergence, has_settled
+from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.families.control import to_tensor
-from difftuning_control.pictures import sample_pictures
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.tensors import digest_of_tensors
 

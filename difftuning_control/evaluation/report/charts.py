@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from difftuning_control.comparison import is_number, mean_spread, seed_values
+from difftuning_control.evaluation.comparison import is_number, mean_spread, seed_values
 from difftuning_control.system.text import harmless
 
 Words = Mapping[str, str]

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from difftuning_control.data.latents import Part, part_of
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import ConstantSchedule, TabulatedSchedule
-from difftuning_control.validation import BandValidator
 
 if TYPE_CHECKING:
     from difftuning_control.data.bank import KnowledgeBank

@@ -16,12 +16,12 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
-from difftuning_control.comparison import PLAIN, compare, is_number, mean_spread, seed_values, verdict
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.comparison import PLAIN, compare, is_number, mean_spread, seed_values, verdict
+from difftuning_control.evaluation.report.words import load_words
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_text
 from difftuning_control.system.text import harmless
-from difftuning_control.words import load_words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -58,7 +58,7 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
     """
     words = load_words(language)
     _need_complete(result)
-    from difftuning_control import charts
+    from difftuning_control.evaluation.report import charts
 
     sides, best = list(result["sides"]), verdict(result)
     by_name = {s["name"]: s for s in sides}
@@ -153,7 +153,7 @@ def _quoted(value: Any) -> str:
 
 
 def _analysis_charts(analysis: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
-    from difftuning_control import charts
+    from difftuning_control.evaluation.report import charts
 
     u = [i / 20 for i in range(21)]
     paper = {"label": words["schedule.paper"], "u": u, "psi": u, "xi": [1 - x for x in u]}

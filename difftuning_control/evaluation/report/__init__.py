@@ -1,0 +1,1 @@
+"""Reports of figures: tables, charts and pages of HTML, in several languages."""
