@@ -26,7 +26,7 @@ from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
-from difftuning_control.runs import check_base, finished_run, tuned_model
+from difftuning_control.runs.finished import check_base, finished_run, tuned_model
 from difftuning_control.staging import staged_sampling
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress

@@ -9,9 +9,9 @@ import signal
 import sys
 from importlib import import_module
 
-from difftuning_control import audit
 from difftuning_control.command_line import PROGRAM, parse
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
+from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
 from difftuning_control.system.terminal import Record, crashed, shown
 from difftuning_control.verbs import RUNNERS

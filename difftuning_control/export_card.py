@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.gates import check_passed
-from difftuning_control.provenance import asked_for, model_card
+from difftuning_control.runs.card import asked_for, model_card
+from difftuning_control.runs.gates import check_passed
 from difftuning_control.system.text import plain_markdown, python_text
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from PIL import Image
 
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import measure, read_multipliers
-from difftuning_control.audit import Session, clear_but_audit
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
@@ -36,20 +35,16 @@ from difftuning_control.evaluation.figures import check_held_out, summarise, thr
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import spread_budget
-from difftuning_control.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
 from difftuning_control.pilot_judge import judge_of
-from difftuning_control.provenance import (
-    deciding_settings,
-    describe_device,
-    read_run,
-    refuse_unwritable,
-    versions,
-)
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TuningConfig
-from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.runs.audit import Session, clear_but_audit
+from difftuning_control.runs.finished import finished_run, tuned_model
+from difftuning_control.runs.folder import refuse_unwritable
+from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
+from difftuning_control.runs.record import deciding_settings, describe_device, read_run, versions
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.trainer import train

@@ -20,8 +20,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
-from difftuning_control.provenance import refuse_unwritable
-from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.runs.finished import finished_run, tuned_model
+from difftuning_control.runs.folder import refuse_unwritable
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import progress

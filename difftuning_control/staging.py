@@ -11,7 +11,7 @@ from difftuning_control.data.labels import as_pretrained
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.figures import Sampling, figures, reference_of
 from difftuning_control.guidance import hand_over
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.terminal import progress
 
 if TYPE_CHECKING:

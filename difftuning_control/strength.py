@@ -92,7 +92,7 @@ def psi_of_run(run: str | Path) -> Schedule:
     """
     from difftuning_control.recipe.recipe import recipe_of
     from difftuning_control.recipe.training import ScheduleConfig
-    from difftuning_control.runs import finished_run
+    from difftuning_control.runs.finished import finished_run
 
     if Path(run).is_file():
         return ScheduleConfig("measured", path=str(run)).build(1000)

@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from difftuning_control.adapters.tuning import result_of
-from difftuning_control.audit import Session, read_audit
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.buckets import bucket_line
@@ -29,16 +28,19 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.families.loading import load_base, load_controlnet
 from difftuning_control.families.tunable import CLASSES_FILE
-from difftuning_control.gates import failed, judge_run
+from difftuning_control.gates import judge_run
 from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.objective.budget import ForgettingBudget, spread_budget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
-from difftuning_control.provenance import (
-    OutputFolder,
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.audit import Session, read_audit
+from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.runs.gates import failed
+from difftuning_control.runs.manifest import local_places, sources_of, write_inputs, write_record
+from difftuning_control.runs.record import (
     describe_device,
     read_run,
     recipe_identity,
@@ -46,7 +48,6 @@ from difftuning_control.provenance import (
     versions,
     write_recipe,
 )
-from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together

@@ -9,7 +9,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from difftuning_control import audit
 from difftuning_control.bench.settings import Bench
 from difftuning_control.commands import (
     AnalyzeCommand,
@@ -28,13 +27,14 @@ from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.runs import audit
 from difftuning_control.system.terminal import say
 
 
 def run_train(command: TrainCommand) -> None:
     from accelerate import PartialState
 
-    from difftuning_control.gates import stop_if_failed
+    from difftuning_control.runs.gates import stop_if_failed
     from difftuning_control.trainer import train
 
     run = train(only(Recipe, command), command.overwrite, say)
@@ -51,7 +51,7 @@ def run_train(command: TrainCommand) -> None:
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
     if judged is not None:
-        from difftuning_control.gates import gate_lines
+        from difftuning_control.runs.gates import gate_lines
 
         for name, line in gate_lines(judged).items():
             say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
@@ -127,8 +127,8 @@ def run_sample(command: SampleCommand) -> None:
 def run_evaluate(command: EvaluateCommand) -> None:
     from difftuning_control.evaluation.compare import evaluate
     from difftuning_control.evaluation.report.tables import table
-    from difftuning_control.gates import stop_if_failed
-    from difftuning_control.provenance import check_folder
+    from difftuning_control.runs.folder import check_folder
+    from difftuning_control.runs.gates import stop_if_failed
     from difftuning_control.system.digests import digest_of_file
 
     check_folder(command.output, "evaluation.json", command.overwrite)
@@ -160,7 +160,7 @@ def run_export(command: ExportCommand) -> None:
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.analysis import analyze, write_analysis
     from difftuning_control.evaluation.report.words import load_words
-    from difftuning_control.provenance import check_folder
+    from difftuning_control.runs.folder import check_folder
     from difftuning_control.system.digests import digest_of_file
 
     recipe = only(Recipe, command)
@@ -204,7 +204,7 @@ def run_demo(command: DemoCommand) -> None:
 
 
 def run_verify(command: VerifyRequest) -> None:
-    from difftuning_control.verify import table, verify
+    from difftuning_control.runs.verify import table, verify
 
     result = verify(command)
     say(json.dumps(result, indent=2) if command.json else table(result))
@@ -215,7 +215,7 @@ def run_verify(command: VerifyRequest) -> None:
 
 
 def run_runs(command: RunsRequest) -> None:
-    from difftuning_control.run_list import as_csv, as_json, list_runs, print_table
+    from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 
     rows = list_runs(command.folder)
     if command.json or command.csv:

@@ -31,7 +31,7 @@ from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
-from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.trainer import train
 
 KINDS = {

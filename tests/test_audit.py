@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from difftuning_control import audit
-from difftuning_control.audit import FILE, FIRST, Session, append, clear_but_audit, noted, read_audit, redacted_words
 from difftuning_control.errors import UserError
+from difftuning_control.runs import audit
+from difftuning_control.runs.audit import (
+    FILE,
+    FIRST,
+    Session,
+    append,
+    clear_but_audit,
+    noted,
+    read_audit,
+    redacted_words,
+)
 
 
 @pytest.fixture

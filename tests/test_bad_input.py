@@ -21,7 +21,7 @@ from difftuning_control.cli import main
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import family_of
-from difftuning_control.provenance import OutputFolder
+from difftuning_control.runs.folder import OutputFolder
 
 Maker = Callable[..., list[str]]
 

@@ -29,11 +29,11 @@ from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs.record import write_recipe
 from difftuning_control.trainer import _auto_schedule, build_objective, make_accelerator, train
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}

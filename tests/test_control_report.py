@@ -24,9 +24,9 @@ from difftuning_control.evaluation.condition_figures import MAIN
 from difftuning_control.evaluation.convergence import find_convergence
 from difftuning_control.evaluation.report import charts, words
 from difftuning_control.evaluation.report.control import control_verdict, write_control_report
-from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe.inputs import ControlConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import write_recipe
 
 U = [0.1, 0.3, 0.5, 0.7, 0.9]
 

@@ -22,7 +22,7 @@ from test_control import OUTLINE, prepared, rows_of, write_photos
 from test_trainer import PLAIN, interrupted_after, record, resumed, rows
 from torch import Tensor
 
-from difftuning_control import manifest, trainer
+from difftuning_control import trainer
 from difftuning_control.adapters.tuning import ControlNetTuning, merged
 from difftuning_control.checkpoint import checkpoints
 from difftuning_control.cli import main
@@ -40,12 +40,14 @@ from difftuning_control.families.loading import family_of, load_controlnet, load
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.inputs import prepare_inputs
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.provenance import model_card, write_recipe
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs import manifest
+from difftuning_control.runs.card import model_card
+from difftuning_control.runs.finished import tuned_model
+from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors

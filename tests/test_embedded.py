@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from difftuning_control.data.sources import embedded_set, load_images
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.requests import VerifyRequest
-from difftuning_control.verify import verify
+from difftuning_control.runs.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -521,7 +521,7 @@ def test_the_card_has_the_runs_figures_and_no_place_of_the_base(lora, to):
 
 
 def test_a_hub_base_is_named_in_the_cards_head(lora, make):
-    from difftuning_control.provenance import model_card
+    from difftuning_control.runs.card import model_card
 
     record = json.loads((Path(lora.output) / "run.json").read_text())
     for base, expected in (("some-body/sd15", True), ("embedded", False), (lora.model.id, False)):

@@ -49,7 +49,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.trainer import train
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -34,7 +34,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import train
 

@@ -21,7 +21,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.sampling import sample_to_folder
 from difftuning_control.trainer import train
 

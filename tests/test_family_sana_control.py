@@ -31,7 +31,7 @@ from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConf
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.training import TrainingConfig
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.trainer import train

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import assert_same_state, fresh
 
-from difftuning_control.audit import read_audit
 from difftuning_control.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.cli import main
 from difftuning_control.loop import TrainingLoop
-from difftuning_control.provenance import OutputFolder, write_recipe
+from difftuning_control.runs.audit import read_audit
+from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.runs.record import write_recipe
 from difftuning_control.system import signals
 from difftuning_control.system.durable import is_empty, write_text
 from difftuning_control.system.processes import kept

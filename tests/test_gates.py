@@ -14,17 +14,17 @@ from test_bad_input import assert_refused
 from test_cli import flags, settings
 from test_features import save_tiny_dinov2
 
-from difftuning_control.audit import read_audit
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
-from difftuning_control.gates import judge
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.training import GatesConfig, TuningConfig
+from difftuning_control.runs.audit import read_audit
+from difftuning_control.runs.gates import judge
+from difftuning_control.runs.verify import verify
 from difftuning_control.trainer import train
-from difftuning_control.verify import verify
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
-from difftuning_control.provenance import write_recipe
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import train
 

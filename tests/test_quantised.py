@@ -19,7 +19,7 @@ from difftuning_control.families.quantised import plain_state
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.trainer import train
 

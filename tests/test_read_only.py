@@ -11,9 +11,9 @@ from test_bad_input import assert_refused, snapshot
 from test_cli import flags, settings
 from test_features import save_tiny_dinov2
 
-from difftuning_control.audit import FILE
 from difftuning_control.cli import main
-from difftuning_control.provenance import check_folder
+from difftuning_control.runs.audit import FILE
+from difftuning_control.runs.folder import check_folder
 from difftuning_control.system.digests import digest_of_file
 
 OF_A_PLACE, OF_THE_OUTPUT = "cannot be read or written (", "cannot be written ("

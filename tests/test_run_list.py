@@ -14,7 +14,7 @@ from test_bad_input import assert_refused
 
 from difftuning_control.cli import main
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.run_list import COLUMNS, as_csv, list_runs
+from difftuning_control.runs.listing import COLUMNS, as_csv, list_runs
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

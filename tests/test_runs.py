@@ -26,7 +26,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs import check_base, finished_run, tuned_model
+from difftuning_control.runs.finished import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

@@ -11,12 +11,12 @@ from conftest import write_pictures
 from test_bad_input import rewrite_metadata
 from test_cli import flags, settings
 
-from difftuning_control.audit import COMMAND, FILE, Session, read_audit
 from difftuning_control.cli import main
 from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.runs.audit import COMMAND, FILE, Session, read_audit
+from difftuning_control.runs.verify import verify
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.secrets import HIDDEN, without_secrets
-from difftuning_control.verify import verify
 
 HEX = "0123456789abcdef0123456789abcdef01234567"
 # what must not get around: no variable holds any of these

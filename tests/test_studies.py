@@ -478,7 +478,7 @@ def test_a_study_is_one_process(monkeypatch, capsys):
 
 
 def test_a_measured_schedule_is_what_its_file_says_wherever_it_lies(study, tmp_path):
-    from difftuning_control.provenance import recipe_identity
+    from difftuning_control.runs.record import recipe_identity
 
     table = {"u": [0.0, 1.0], "psi": [0.5, 1.0], "xi": [1.0, 0.0]}
 

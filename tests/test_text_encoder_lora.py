@@ -22,7 +22,7 @@ from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.studies import AnalysisConfig
-from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.trainer import train
 
 PROMPTS = ["red 1", "a blue square", ""]

@@ -27,11 +27,12 @@ from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.inputs import prepare_inputs
-from difftuning_control.provenance import OutputFolder, write_recipe
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import build_objective, make_accelerator, train
@@ -191,7 +192,7 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("difftuning_control.manifest.model_card", break_off)
+        patch.setattr("difftuning_control.runs.manifest.model_card", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     assert weights(recipe)

@@ -13,17 +13,17 @@ from PIL import Image
 from test_bad_input import assert_refused
 from test_cli import flags, settings
 
-from difftuning_control.audit import FILE, read_audit
 from difftuning_control.cli import main
-from difftuning_control.manifest import place_of, source_files
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.training import TuningConfig
+from difftuning_control.runs.audit import FILE, read_audit
+from difftuning_control.runs.manifest import place_of, source_files
+from difftuning_control.runs.verify import table, verify
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
-from difftuning_control.verify import table, verify
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

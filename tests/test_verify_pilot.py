@@ -11,19 +11,19 @@ from test_bad_input import assert_refused
 from test_features import save_tiny_dinov2
 from test_verify import flip
 
-from difftuning_control.audit import FILE, noted, read_audit
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.pilot import pilot
-from difftuning_control.pilot_files import settle
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.runs import check_outputs, finished_run
+from difftuning_control.runs.audit import FILE, noted, read_audit
+from difftuning_control.runs.finished import check_outputs, finished_run
+from difftuning_control.runs.pilot_files import settle
+from difftuning_control.runs.verify import verify
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.verify import verify
 
 RUNS = [f"{side}/lr-0.01/seed-{seed}" for side in ("plain", "difftuning_measured") for seed in (0, 1)]
 INPUTS = ["base", "data", "validation", "bank", "schedule"]

@@ -9,7 +9,8 @@ from typing import Any
 from difftuning_control.bench.parts import PARTS, Setting
 from difftuning_control.bench.report import table
 from difftuning_control.bench.settings import Bench
-from difftuning_control.provenance import check_folder, describe_device, versions
+from difftuning_control.runs.folder import check_folder
+from difftuning_control.runs.record import describe_device, versions
 from difftuning_control.system.durable import write_json
 
 

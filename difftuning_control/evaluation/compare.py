@@ -41,11 +41,11 @@ from difftuning_control.evaluation.forgetting import Curve, compare, row_validat
 from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
-from difftuning_control.gates import judge
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.studies import Evaluation
-from difftuning_control.runs import check_base, finished_run, tuned_model
+from difftuning_control.runs.finished import check_base, finished_run, tuned_model
+from difftuning_control.runs.gates import judge
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 

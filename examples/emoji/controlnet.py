@@ -40,9 +40,9 @@ from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Sampling, through_autoencoder
 from difftuning_control.families.loading import load_family
-from difftuning_control.provenance import read_run, versions
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs import tuned_model
+from difftuning_control.runs.finished import tuned_model
+from difftuning_control.runs.record import read_run, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

@@ -30,9 +30,9 @@ from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
 from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline
-from difftuning_control.provenance import read_run, versions
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs import finished_run, tuned_model
+from difftuning_control.runs.finished import finished_run, tuned_model
+from difftuning_control.runs.record import read_run, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.audit import FILE, read_audit
+from difftuning_control.runs.audit import FILE, read_audit
 from difftuning_control.system.digests import digest_of_file
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}

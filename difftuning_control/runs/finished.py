@@ -11,7 +11,7 @@ from difftuning_control.adapters.files import LORA_FILE, load_adapter, unload_ad
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.provenance import read_run
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.audit import Session, read_audit
-from difftuning_control.manifest import files_of_run
-from difftuning_control.provenance import read_run
+from difftuning_control.runs.audit import Session, read_audit
+from difftuning_control.runs.manifest import files_of_run
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT, write_json
 

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.audit import FILE, Chain, read_audit
 from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.sources import list_rows, load_images
 from difftuning_control.errors import UserError
-from difftuning_control.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
-from difftuning_control.provenance import is_hub_id
 from difftuning_control.recipe.recipe import recipe_of
-from difftuning_control.runs import finished_run
+from difftuning_control.runs.audit import FILE, Chain, read_audit
+from difftuning_control.runs.card import is_hub_id
+from difftuning_control.runs.finished import finished_run
+from difftuning_control.runs.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL

@@ -1,17 +1,73 @@
-"""A pilot and every run in it against their records; what several runs were made of is compared once."""
+"""`difftune verify`: is all that a run or a pilot was made of, and all that it left, still what it was?
+
+Every file is hashed anew, in pieces, and compared with what the run wrote down; no model is loaded and no picture
+decoded, so the cost is that of reading all bytes once. `run.json` itself is vouched for by the audit's chain.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.audit import FILE, Chain, read_audit
 from difftuning_control.errors import UserError
-from difftuning_control.pilot_files import DEMO, RESULT, VOUCHED, files_of_pilot, records_of
+from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.runs.audit import FILE, Chain, read_audit
+from difftuning_control.runs.pilot_files import DEMO, RESULT, SETTINGS, VOUCHED, files_of_pilot, records_of
+from difftuning_control.runs.verify_run import EARLIER, Part, audit_part, compare, verify_run
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.verify_run import EARLIER, Part, audit_part, compare, verify_run
+from difftuning_control.system.text import harmless
+
+SHOWN = 20  # findings of a part that are printed
+
+
+def verify(request: VerifyRequest) -> dict[str, Any]:
+    """What `--json` prints: `status` (same or changed), `unchecked` (names of parts), `parts`, `head` and `torn`.
+
+    Raises:
+        UserError: if there is no finished run, and no finished pilot.
+    """
+    folder = Path(request.run)
+    if (folder / SETTINGS).is_file():
+        parts, chain = verify_pilot(folder, request.skip, request.head)
+    else:
+        parts, chain = verify_run(folder, request.skip, request.head)
+    return _result(request, parts, chain)
+
+
+def _result(request: VerifyRequest, found: list[Part], chain: Chain) -> dict[str, Any]:
+    unchecked = [part.name for part in found if part.unchecked is not None]
+    changed = any(part.findings for part in found) or (request.strict and bool(unchecked))
+    return {
+        "run": request.run, "status": "changed" if changed else "same", "unchecked": unchecked,
+        "parts": [{"part": p.name, "state": p.state, **{k: v for k, v in asdict(p).items() if k != "name"}}
+                  for p in found],
+        "head": chain.head, "torn": chain.torn,
+    }  # fmt: skip
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text, at most 20 findings of each part."""
+    lines = []
+    for part in result["parts"]:
+        said = f": {harmless(part['unchecked'])}" if part["unchecked"] else ""
+        state = {"same": "as it was", "changed": f"{len(part['findings'])} differ", "unchecked": "not checked"}
+        lines.append(f"{part['part']:<11}{part['checked']:>8}  {state[part['state']]}{said}")
+        for found in part["findings"][:SHOWN]:
+            more = f" ({harmless(found['said'])})" if found["said"] else ""
+            lines.append(f"  {found['what']:<8} {harmless(found['item'])}{more}")
+        if len(part["findings"]) > SHOWN:
+            lines.append(f"  … and {len(part['findings']) - SHOWN} more")
+    if result["torn"]:
+        lines.append(f"note: {result['torn']} line of {FILE} was cut off while it was written, as by a power cut.")
+    lines.append(f"head of the audit: {result['head'] or 'none'}")
+    return "\n".join(lines)
+
 
 OWN = ("record", "audit", "outputs")  # of each run
 

@@ -65,7 +65,7 @@ def _row(place: Path, root: Path) -> dict[str, Any]:
 
 
 def _described(run: dict[str, Any], place: Path) -> dict[str, Any]:
-    from difftuning_control.gates import retention_loss
+    from difftuning_control.runs.gates import retention_loss
 
     recipe, judged, curve = run["recipe"], run.get("gates"), run.get("fidelity")
     state = STATES[run["status"]]

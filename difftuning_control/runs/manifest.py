@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.provenance import is_hub_id, model_card
+from difftuning_control.runs.card import is_hub_id, model_card
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json, write_text
 

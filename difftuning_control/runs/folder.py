@@ -1,0 +1,120 @@
+"""The output folder of a run: who may write into it, and what is cleared before a new run."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from difftuning_control.errors import UserError
+from difftuning_control.runs.record import read_run
+from difftuning_control.system.durable import discard, free, is_empty, sweep
+
+WRITTEN = (
+    "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
+    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
+    "class_embeddings.safetensors", "inputs.jsonl", "gates",
+)  # fmt: skip
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is a run to resume or to overwrite."""
+    if is_empty(output):
+        return
+    run = read_run(output)
+    if resume and run is not None:
+        return
+    if run is None:
+        raise UserError(f"the output {output} is not empty and holds no run; choose another folder.")
+    if not overwrite:
+        raise UserError(
+            f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, "
+            "replace it with --overwrite, or choose another folder."
+        )
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Refuse an output before the work, not after it; nothing is left there.
+
+    Raises:
+        UserError: if there is a file where it or a folder above it should be, or nothing can be written in it.
+    """
+    if any(p.is_file() for p in (output, *output.parents)):
+        raise UserError(f"the output {output} is a file or lies below one; name a folder.")
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        said = f"the output {output} cannot be written ({error.strerror})"
+        raise UserError(f"{said}; mend that, or choose another folder.") from None
+
+
+def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:
+    """Refuse an output folder that holds something else than an earlier result, or one that is not to be replaced.
+
+    Args:
+        marker: the file that such a result always has.
+        option: which names the folder.
+
+    Raises:
+        UserError: in these cases, and if nothing can be written there.
+    """
+    folder = Path(path)
+    refuse_unwritable(folder)
+    if not folder.exists() or is_empty(folder):
+        return
+    if not (folder / marker).exists():
+        raise UserError(f"the output {folder} is not empty and holds no {marker}; choose another folder.")
+    if not overwrite:
+        raise UserError(f"the output {folder} already holds {marker}; give --overwrite or another {option}.")
+
+
+class OutputFolder:
+    """An output folder that one run writes into; its lock goes when the process does.
+
+    Raises:
+        UserError: if another run is writing there, nothing can be written, or the folder holds something and is neither
+            to be resumed nor to be overwritten.
+    """
+
+    def __init__(self, path: Path, resume: bool, overwrite: bool):
+        refuse_unwritable(path)
+        self.path, self._created = path, [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"the output {path} is in use by another run; wait for it, or choose another folder."
+            ) from None
+        try:
+            _check_output(path, resume, overwrite)
+        except UserError:
+            self.release()
+            raise
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written."""
+        for folder in (self.path, self.path / "samples"):
+            sweep(folder)
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote; other files are left alone."""
+        self.sweep()
+        # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
+        for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == "run.json", p.name)):
+            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", "step-")):
+                discard(entry) if entry.is_dir() else entry.unlink()
+
+    def release(self) -> None:
+        """Give the lock back; folders that were made for nothing go too."""
+        if self._lock.is_locked:
+            free(self._lock)
+            self._lock.release()
+        with suppress(OSError):  # the first that holds something
+            for folder in self._created:
+                folder.rmdir()

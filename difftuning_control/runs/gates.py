@@ -1,0 +1,96 @@
+"""Quality gates: the limits of a recipe against the figures of its finished run, on data that was held out.
+
+kid, fidelity, memorisation   of pictures drawn as `difftune evaluate` draws them, means over the seeds
+retention_loss                the rise of the loss on held-out bank samples, the mean over the noise bands
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.errors import GatesFailedError, UserError
+from difftuning_control.recipe.training import GatesConfig
+
+AT_MOST = {"kid": True, "retention_loss": True, "memorisation": True}
+
+
+def judge(gates: GatesConfig, side: dict[str, Any]) -> dict[str, Any]:
+    """Each limit against a side's figures: `passed` (all of them), `figures` (each with value, limit, at and passed),
+    and the `asked` gates.
+
+    Args:
+        side: with a `summary` and perhaps `forgetting` as in evaluation.json, or `losses` as in run.json.
+    """
+    figures = {}
+    for name, limit in gates.limits.items():
+        value, at_most = figure(name, side), AT_MOST.get(name, False)
+        if name == "fidelity":
+            at_most = "rmse" in side["summary"]
+        known = value is not None and math.isfinite(value)
+        passed = value is not None and known and (value <= limit if at_most else value >= limit)
+        figures[name] = {"value": value, "limit": limit, "at": "most" if at_most else "least", "passed": passed}
+    passed = all(found["passed"] for found in figures.values())
+    return {"passed": passed, "figures": figures, "asked": dataclasses.asdict(gates)}
+
+
+def figure(name: str, side: dict[str, Any]) -> float | None:
+    """A gate's figure; None where it was not measured."""
+    if name == "retention_loss":
+        return retention_loss(side)
+    summary = side["summary"]
+    if name == "fidelity":
+        from difftuning_control.evaluation.condition_figures import MAIN
+
+        name = next((main for main, _ in MAIN.values() if main in summary), name)
+    return summary[name]["mean"] if name in summary else None
+
+
+def retention_loss(side: dict[str, Any]) -> float | None:
+    """The rise of the loss on held-out bank samples over the base's, the mean over the noise bands."""
+    rises: list[float] = side.get("forgetting", {}).get("mean", [])
+    bank = side.get("losses", {}).get("bank")
+    if not rises and bank is not None:
+        rises = [after / before - 1 for before, after in zip(bank["base"]["loss"], bank["tuned"]["loss"])]
+    return sum(rises) / len(rises) if rises else None
+
+
+def failed(judged: dict[str, Any]) -> str:
+    """The gates that a run fails, in words: `kid is 0.21, at most 0.1 asked`; empty where it passes."""
+    return ", ".join(line for name, line in gate_lines(judged).items() if not judged["figures"][name]["passed"])
+
+
+def gate_lines(judged: dict[str, Any]) -> dict[str, str]:
+    """Each gate in words."""
+    return {
+        name: f"{name} is {'unknown' if found['value'] is None else format(found['value'], '.4g')}, at "
+        f"{found['at']} {found['limit']:g} asked"
+        for name, found in judged["figures"].items()
+    }
+
+
+def stop_if_failed(judged: dict[str, Any] | None, run: str | Path) -> None:
+    """Raises GatesFailedError: if the run was judged and fails."""
+    if judged is not None and not judged["passed"]:
+        raise GatesFailedError(f"{run} fails its gates ({failed(judged)}); it is marked, and not exported unasked.")
+
+
+def check_passed(record: dict[str, Any], run: str | Path) -> None:
+    """Refuse a run that failed its gates, or was not judged by those that its recipe has.
+
+    Raises:
+        UserError: naming what fails.
+    """
+    judged, asked = record.get("gates"), record["recipe"].get("gates")
+    if judged is not None and not judged["passed"]:
+        raise UserError(
+            f"the run {run} fails its gates ({failed(judged)}); tune it better, or say --despite-gates, which is "
+            "written down."
+        )
+    if judged is None and asked is not None and GatesConfig(**asked).limits:
+        raise UserError(
+            f"the run {run} has not been judged by its gates; go on with --training.resume true, or say "
+            "--despite-gates, which is written down."
+        )

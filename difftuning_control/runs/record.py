@@ -1,0 +1,82 @@
+"""The record of a run, `run.json`: its identity, the versions and settings that decide its result."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import write_text
+from difftuning_control.system.untrusted import from_json, read_text
+
+PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def deciding_settings(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values without what only watches or says where things are written."""
+    values = recipe.to_dict()
+    values.pop("output")
+    values.pop("gates")
+    values["data"].pop("cache")
+    schedule = values["tuning"]["schedule"]
+    if schedule["path"] is not None:  # what the file says, not where it lies
+        schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
+    values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
+    for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
+                 "sample_steps", "sample_guidance_scale", "trackers", "shard"):  # fmt: skip
+        values["training"].pop(name)
+    values["control"].pop("workers")
+    if recipe.training.stop_when is None:
+        values["control"].pop("fidelity")
+    return values
+
+
+def rows_of_step(recipe: Recipe, processes: int) -> int:
+    """How many rows all processes have in an optimizer step."""
+    return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
+
+
+def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
+    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
+
+    Args:
+        processes: how many share the work. How a step's rows are dealt out decides nothing but rounding.
+    """
+    values = deciding_settings(recipe)
+    for name in ("batch_size", "gradient_accumulation_steps"):
+        values["training"].pop(name)
+    # where things lie does not matter: what they are is in the fingerprints
+    for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",)),
+                           ("control", ("path", "validation_path", "weights", "init"))):  # fmt: skip
+        for name in names:
+            values[section].pop(name)
+    return digest_of([values, fingerprints, rows_of_step(recipe, processes)])
+
+
+def read_run(output: Path) -> dict[str, Any] | None:
+    """The `run.json` of an output folder, or None."""
+    try:
+        found = from_json(read_text(output / "run.json"))
+        return found if isinstance(found, dict) and "status" in found else None
+    except (OSError, ValueError):
+        return None
+
+
+def write_recipe(output: Path, recipe: Recipe) -> None:
+    write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
