@@ -22,6 +22,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
 from difftuning_control.export_files import write_parts
 from difftuning_control.families.hub import quiet_loading
+from difftuning_control.pipelines.strength import psi_of_run
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.runs.card import base_name
@@ -29,7 +30,6 @@ from difftuning_control.runs.finished import check_outputs, finished_run
 from difftuning_control.runs.folder import check_folder
 from difftuning_control.runs.gates import check_passed
 from difftuning_control.runs.record import versions
-from difftuning_control.strength import psi_of_run
 from difftuning_control.system.durable import PARTIAL, alone, place, write_json, write_text
 from difftuning_control.system.tensors import named_errors
 

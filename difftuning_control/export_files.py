@@ -20,6 +20,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.export_card import Parts
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from difftuning_control.pipelines.registry import PIPELINES
 from difftuning_control.runs.finished import check_base
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
@@ -30,18 +31,6 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.requests import ExportRequest
 
 SOURCE_FILE = "source_difference.safetensors"
-PIPELINES = {
-    "StableDiffusionPipeline": ("difftuning_sd", "DiffTuningPipeline"),
-    "StableDiffusionControlNetPipeline": ("difftuning_sd_controlnet", "DiffTuningControlNetPipeline"),
-    "StableDiffusionXLPipeline": ("difftuning_sdxl", "DiffTuningXLPipeline"),
-    "StableDiffusionXLControlNetPipeline": ("difftuning_sdxl_controlnet", "DiffTuningXLControlNetPipeline"),
-    "StableDiffusion3Pipeline": ("difftuning_sd3", "DiffTuningSD3Pipeline"),
-    "StableDiffusion3ControlNetPipeline": ("difftuning_sd3_controlnet", "DiffTuningSD3ControlNetPipeline"),
-    "FluxPipeline": ("difftuning_flux", "DiffTuningFluxPipeline"),
-    "FluxControlNetPipeline": ("difftuning_flux_controlnet", "DiffTuningFluxControlNetPipeline"),
-    "DiTPipeline": ("difftuning_dit", "DiffTuningDiTPipeline"),
-}
-"""For each stock class, the one-line file and the class of ours that take its place."""
 
 NOTE = "  # noqa: F401 for custom_pipeline="
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -26,7 +26,6 @@ from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
-from difftuning_control.domain_sampling import check_domain_family
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.comparison import LOWER_IS_BETTER
 from difftuning_control.evaluation.features import load_features
@@ -37,6 +36,7 @@ from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
 from difftuning_control.pilot_judge import judge_of
+from difftuning_control.pipelines.domain_guidance import check_domain_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TuningConfig

@@ -12,10 +12,10 @@ from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.prepare import Materials
-from difftuning_control.domain_sampling import domain_guided
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of
+from difftuning_control.pipelines.domain_guidance import domain_guided
 from difftuning_control.recipe.studies import PilotConfig
 
 if TYPE_CHECKING:

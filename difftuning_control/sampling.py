@@ -15,11 +15,11 @@ from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.labels import begin_as
 from difftuning_control.data.prepare import check_resolution
-from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
+from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.folder import refuse_unwritable
 from difftuning_control.system.durable import write_json

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.figures import Sampling, figures, reference_of
-from difftuning_control.guidance import hand_over
+from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.terminal import progress
 

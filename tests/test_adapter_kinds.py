@@ -25,9 +25,9 @@ from difftuning_control.checkpoint import checkpoints
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.loop import TrainingLoop
 from difftuning_control.pipelines import DiffTuningPipeline
+from difftuning_control.pipelines.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig

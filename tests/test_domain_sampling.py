@@ -8,11 +8,11 @@ import pytest
 import torch
 from pipeline_samples import add_adapter, drop_in, stock
 
-from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.families.sd3 import StableDiffusion3
 from difftuning_control.families.sdxl import StableDiffusionXL
+from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.studies import check_domain_scale
 
 FAMILIES: dict[str, Any] = {"sd": StableDiffusion, "xl": StableDiffusionXL, "sd3": StableDiffusion3}

@@ -40,16 +40,16 @@ from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.report.tables import cells
 from difftuning_control.export import export
 from difftuning_control.export_card import Parts, export_card
-from difftuning_control.export_files import PIPELINES
 from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
+from difftuning_control.pipelines.registry import PIPELINES
+from difftuning_control.pipelines.strength import as_strength
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.strength import as_strength
 from difftuning_control.system.durable import write_json
 from difftuning_control.trainer import train
 

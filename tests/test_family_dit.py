@@ -37,12 +37,12 @@ from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.export import export
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.tunable import tables_of
-from difftuning_control.guidance import hand_over
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.objective.schedules import ConstantSchedule
 from difftuning_control.objective.variance import discretized_log_likelihood, variational_bound
 from difftuning_control.pipelines import DiffTuningDiTPipeline
+from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe

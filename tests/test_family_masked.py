@@ -13,7 +13,7 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
-from difftuning_control.guidance import hand_over
+from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.recipe.adapter import AdapterConfig
 
 VARIANTS = {

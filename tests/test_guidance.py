@@ -12,7 +12,7 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.guidance import TUNED, hand_over
+from difftuning_control.pipelines.guidance import TUNED, hand_over
 from difftuning_control.recipe.adapter import AdapterConfig
 
 SIDES = ["adapter", "full weights"]

@@ -29,7 +29,7 @@ from pipeline_samples import (
 )
 
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import TunedWeights, tuned_weights
+from difftuning_control.pipelines.guidance import TunedWeights, tuned_weights
 
 every = pytest.mark.parametrize("kind", EVERY, indirect=True)
 # every extra at once, on an adapter named `tuned`
@@ -93,7 +93,7 @@ def test_pictures_are_those_of_the_stock_class(kind, given):
 def test_nothing_is_hooked(kind, monkeypatch):
     """So that the speed is the stock class's: its own `__call__` runs and nothing else does."""
     pipe = drop_in(kind)
-    monkeypatch.setattr("difftuning_control.guidance.HookRegistry", None)
+    monkeypatch.setattr("difftuning_control.pipelines.guidance.HookRegistry", None)
     monkeypatch.setattr("difftuning_control.pipelines.extras.bound", None)
     assert draw(pipe, kind).shape == (1, SIDE, SIDE, 3)
 

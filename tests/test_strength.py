@@ -9,7 +9,7 @@ import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
-from difftuning_control.strength import Strength, as_strength, check_u, stored
+from difftuning_control.pipelines.strength import Strength, as_strength, check_u, stored
 
 U = [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
 MEASURED = TabulatedSchedule([0.1, 0.5, 0.9], [0.2, 0.4, 0.8], [1.0, 0.5, 0.1])

@@ -21,7 +21,6 @@ from difftuning_control.data.labels import bank_classes, begin_label_space, clas
 from difftuning_control.data.latents import part_of
 from difftuning_control.data.prepare import cache_folder, hold_out, read_data
 from difftuning_control.data.sources import load_images
-from difftuning_control.domain_sampling import check_domain_method, domain_guided
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
@@ -42,6 +41,7 @@ from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
+from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model

@@ -9,8 +9,8 @@ from torch import nn
 
 from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import TunedWeights
-from difftuning_control.strength import Strength
+from difftuning_control.pipelines.guidance import TunedWeights
+from difftuning_control.pipelines.strength import Strength
 
 NAMES = {"unet": "UNet", "transformer": "transformer", "controlnet": "ControlNet"}
 """How sentences call a pipeline's modules."""

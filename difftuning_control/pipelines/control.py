@@ -15,14 +15,14 @@ from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from PIL import Image
 from torch import Tensor
 
-from difftuning_control.control_strength import ControlUse, control_strength
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import check_compiled
+from difftuning_control.pipelines.control_strength import ControlUse, control_strength
 from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound
 from difftuning_control.pipelines.specs import find_spec
-from difftuning_control.strength import Strength, as_strength, stored
+from difftuning_control.pipelines.strength import Strength, as_strength, stored
 
 logger = logging.get_logger(__name__)
 

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from difftuning_control.families.tunable import TunableDiT
-from difftuning_control.guidance import AtForward
 from difftuning_control.pipelines.extras import TunedSampling, like
-from difftuning_control.strength import Strength
+from difftuning_control.pipelines.guidance import AtForward
+from difftuning_control.pipelines.strength import Strength
 
 
 class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):

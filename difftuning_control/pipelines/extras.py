@@ -17,16 +17,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import (
-    AtForward,
-    SamplingHook,
-    TunedWeights,
-    above,
-    active_adapters,
-    pausing,
-    tuned_weights,
-    tuner_layers,
-)
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
     NAMES,
@@ -36,7 +26,17 @@ from difftuning_control.pipelines.checks import (
     check_scalable,
     check_source,
 )
-from difftuning_control.strength import Strength, as_strength, check_u, stored
+from difftuning_control.pipelines.guidance import (
+    AtForward,
+    SamplingHook,
+    TunedWeights,
+    above,
+    active_adapters,
+    pausing,
+    tuned_weights,
+    tuner_layers,
+)
+from difftuning_control.pipelines.strength import Strength, as_strength, check_u, stored
 
 DIFFUSERS_CALLBACKS = (PipelineCallback, MultiPipelineCallbacks)  # known by their class; they draw nothing
 UNCHANGED: Any = object()

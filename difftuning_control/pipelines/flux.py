@@ -36,12 +36,12 @@ from transformers import (  # type: ignore[attr-defined]
 )
 
 from difftuning_control.errors import UserError
-from difftuning_control.guidance import AtForward, SamplingHook
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.control import ControlledSampling
 from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.guidance import AtForward, SamplingHook
 from difftuning_control.pipelines.prompts import pretrained
-from difftuning_control.strength import Strength
+from difftuning_control.pipelines.strength import Strength
 
 
 def has_negative(call: dict[str, Any]) -> bool:

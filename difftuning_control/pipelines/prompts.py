@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from difftuning_control.guidance import TunedWeights, adapters_at
+from difftuning_control.pipelines.guidance import TunedWeights, adapters_at
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from difftuning_control.pipelines.extras import like
+from difftuning_control.pipelines.strength import Strength
 from difftuning_control.pipelines.unet import ControlledUNet, UNetSampling
-from difftuning_control.strength import Strength
 
 
 class DiffTuningPipeline(UNetSampling, StableDiffusionPipeline):

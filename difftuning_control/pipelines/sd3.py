@@ -23,11 +23,11 @@ from transformers import (  # type: ignore[attr-defined]
     T5TokenizerFast,
 )
 
-from difftuning_control.guidance import AtForward
 from difftuning_control.pipelines.control import ControlledSampling
 from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.guidance import AtForward
 from difftuning_control.pipelines.prompts import NegativePrompts
-from difftuning_control.strength import Strength
+from difftuning_control.pipelines.strength import Strength
 
 
 class SD3Sampling(NegativePrompts, TunedSampling):

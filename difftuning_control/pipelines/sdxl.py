@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from difftuning_control.pipelines.extras import like
+from difftuning_control.pipelines.strength import Strength
 from difftuning_control.pipelines.unet import ControlledUNet, UNetSampling
-from difftuning_control.strength import Strength
 
 
 class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):

@@ -34,7 +34,7 @@ def check_domain_family(family: Family, option: str) -> Any:
         UserError: for a family without one here, naming the option that asks for it.
     """
     from difftuning_control import pipelines
-    from difftuning_control.export_files import PIPELINES
+    from difftuning_control.pipelines.registry import PIPELINES
 
     _, name = PIPELINES.get(type(family.pipe).__name__, ("", ""))
     drop_in: Any = getattr(pipelines, name, None)

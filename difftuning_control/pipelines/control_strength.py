@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difftuning_control.guidance import AtTimestep, SamplingHook, argument, hooked
+from difftuning_control.pipelines.guidance import AtTimestep, SamplingHook, argument, hooked
 
 CONTROL = "difftuning_control_strength"
 

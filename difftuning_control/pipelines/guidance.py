@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.adapters.kinds import own_parts
 from difftuning_control.errors import UserError
-from difftuning_control.strength import check_u
+from difftuning_control.pipelines.strength import check_u
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
