@@ -22,7 +22,6 @@ from PIL import Image
 
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.analysis import measure, read_multipliers
-from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
@@ -48,6 +47,7 @@ from difftuning_control.runs.record import deciding_settings, describe_device, r
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.trainer import train
+from difftuning_control.training.control_inputs import build_spec
 
 if TYPE_CHECKING:
     pass

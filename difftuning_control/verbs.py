@@ -92,7 +92,7 @@ def run_bank(command: BankCommand) -> None:
     from difftuning_control.families.loading import load_base
     from difftuning_control.system.digests import digest_of_file
     from difftuning_control.system.processes import check_shared, ending_together
-    from difftuning_control.trainer import make_accelerator
+    from difftuning_control.training.setup import make_accelerator
 
     accelerator = make_accelerator(command)
     with ending_together(accelerator):

@@ -29,9 +29,9 @@ def small_files():
 
 def run(job: dict) -> None:
     """Train `job["recipe"]`, perhaps from a copy of another run's output, and perhaps only up to a step."""
-    from difftuning_control.loop import TrainingLoop
     from difftuning_control.recipe.recipe import recipe_of
     from difftuning_control.trainer import train
+    from difftuning_control.training.loop import TrainingLoop
 
     watch = TrainingLoop._watch
 

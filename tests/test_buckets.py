@@ -27,14 +27,15 @@ from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.inputs import prepare_inputs
-from difftuning_control.loop import TrainingLoop
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.record import write_recipe
-from difftuning_control.trainer import _auto_schedule, build_objective, make_accelerator, train
+from difftuning_control.trainer import train
+from difftuning_control.training.inputs import prepare_inputs
+from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.setup import _auto_schedule, build_objective, make_accelerator
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 SIZES = {"square": (16, 16), "wide": (34, 9), "tall": (8, 30)}  # width and height

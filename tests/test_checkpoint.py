@@ -9,8 +9,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.errors import UserError
+from difftuning_control.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
 
 
 def fresh(seed: int, ema: bool = True, scaler: bool = True) -> TrainingState:
@@ -190,7 +190,7 @@ def test_a_save_that_breaks_off_leaves_the_older_checkpoint_whole(trained, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"difftuning_control.checkpoint.{function}", break_off)
+        patch.setattr(f"difftuning_control.training.checkpoint.{function}", break_off)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 4, trained, "me")
     (found,) = checkpoints(tmp_path)

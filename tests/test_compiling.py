@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from test_trainer import interrupted_after, resumed
 from tiny_models import tiny_flux
 
-from difftuning_control import compiling
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.trainer import train
+from difftuning_control.training import compiling
 
 SLOW = pytest.mark.slow
 RATE = 1e-3

@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difftuning_control.control_inputs import build_spec
 from difftuning_control.data.conditions import cached_conditions, conditions_of
 from difftuning_control.data.control_spec import SPEC_FILE, Conditioner, ControlSpec
 from difftuning_control.data.framing import Framing
@@ -28,10 +27,11 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.trainer import _attach_controlnet, build_objective, make_accelerator
+from difftuning_control.training.control_inputs import build_spec
+from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
+from difftuning_control.training.setup import _attach_controlnet, build_objective, make_accelerator
 
 OUTLINE = """
 import numpy as np

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from difftuning_control import trainer
 from difftuning_control.adapters.tuning import ControlNetTuning, merged
-from difftuning_control.checkpoint import checkpoints
 from difftuning_control.cli import main
 from difftuning_control.command_line import parse
 from difftuning_control.data.batches import BatchSource, TrainingRows
@@ -38,8 +37,6 @@ from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.families.control import ControlledDenoiser
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.inputs import prepare_inputs
-from difftuning_control.loop import TrainingLoop
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
@@ -51,7 +48,11 @@ from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors
-from difftuning_control.trainer import _check_frozen, build_objective, make_accelerator, train
+from difftuning_control.trainer import train
+from difftuning_control.training.checkpoint import checkpoints
+from difftuning_control.training.inputs import prepare_inputs
+from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.setup import _check_frozen, build_objective, make_accelerator
 
 STEPS = 6
 FILE = "diffusion_pytorch_model.safetensors"

@@ -36,7 +36,6 @@ from difftuning_control.export import export
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.inputs import prepare_inputs
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -46,7 +45,9 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.trainer import _attach_controlnet, build_objective, make_accelerator, train
+from difftuning_control.trainer import train
+from difftuning_control.training.inputs import prepare_inputs
+from difftuning_control.training.setup import _attach_controlnet, build_objective, make_accelerator
 
 MODELS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 COMPONENTS = {"sdxl": "unet", "sd3": "transformer", "flux": "transformer"}

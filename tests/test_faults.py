@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import assert_same_state, fresh
 
-from difftuning_control.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.cli import main
-from difftuning_control.loop import TrainingLoop
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.folder import OutputFolder
 from difftuning_control.runs.record import write_recipe
@@ -24,6 +22,8 @@ from difftuning_control.system.processes import kept
 from difftuning_control.system.rows import Files, open_checked
 from difftuning_control.system.tensors import write_checked, write_tensors
 from difftuning_control.trainer import train
+from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from difftuning_control.training.loop import TrainingLoop
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_and_cannot_be_written_any_more_stays_as_it_is_an
     """And it ends as the undisturbed one."""
     words = ["train", *flags(settings(model_dir, pictures, tmp_path, **{"training.resume": "true"}))]
     with monkeypatch.context() as patch:
-        patch.setattr("difftuning_control.loop.asked", lambda: 15)
+        patch.setattr("difftuning_control.training.loop.asked", lambda: 15)
         with pytest.raises(SystemExit):
             main(words)
     assert (tmp_path / "run" / "checkpoint-1" / "state.json").is_file()

@@ -15,14 +15,14 @@ from difftuning_control.cli import main
 from difftuning_control.data.conditions import Conditions
 from difftuning_control.data.latents import LatentMoments
 from difftuning_control.errors import UserError
-from difftuning_control.inputs import TrainingInputs
-from difftuning_control.loop import TrainingLoop
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.system import rows as stored
 from difftuning_control.system.rows import Files, Rows, open_checked
 from difftuning_control.system.tensors import digest_of_tensors, write_checked
+from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training.loop import TrainingLoop
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]
 

@@ -83,7 +83,7 @@ def test_a_run_itself_is_a_list_of_one(runs):
 
 
 def test_a_run_that_trains_is_running_and_then_done(recipe, monkeypatch):
-    from difftuning_control import loop
+    from difftuning_control.training import loop
 
     seen: list[str] = []
     step = loop.TrainingLoop._step

@@ -435,8 +435,8 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     from difftuning_control.data.latents import part_of
     from difftuning_control.evaluation.forgetting import row_validator
     from difftuning_control.families.loading import load_family
-    from difftuning_control.inputs import prepare_inputs
-    from difftuning_control.trainer import _budget, build_objective, make_accelerator
+    from difftuning_control.training.inputs import prepare_inputs
+    from difftuning_control.training.setup import _budget, build_objective, make_accelerator
 
     recipe = replace(
         study, model=ModelConfig("embedded"), tuning=replace(study.tuning, forgetting_budget=0.02),

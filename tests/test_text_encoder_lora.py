@@ -17,13 +17,13 @@ from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.loop import TrainingLoop
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.trainer import train
+from difftuning_control.training.loop import TrainingLoop
 
 PROMPTS = ["red 1", "a blue square", ""]
 

@@ -20,13 +20,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from difftuning_control.adapters.tuning import AdapterTuning
-from difftuning_control.checkpoint import checkpoints
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
-from difftuning_control.inputs import prepare_inputs
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -35,7 +33,10 @@ from difftuning_control.runs.folder import OutputFolder
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import build_objective, make_accelerator, train
+from difftuning_control.trainer import train
+from difftuning_control.training.checkpoint import checkpoints
+from difftuning_control.training.inputs import prepare_inputs
+from difftuning_control.training.setup import build_objective, make_accelerator
 
 STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -420,7 +420,7 @@ class Cut(BaseException):
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], None]:
     """Trains until the first checkpoint, and breaks off."""
-    from difftuning_control import loop
+    from difftuning_control.training import loop
 
     def break_off(recipe: Recipe) -> None:
         with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from difftuning_control.loop import TrainingLoop
+    from difftuning_control.training.loop import TrainingLoop
 
 Loop = TypeVar("Loop", bound="TrainingLoop")
 SIDES = {"sd15": 512, "embedded": 64}
@@ -83,7 +83,7 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
 def difftuning(setting: Setting) -> dict[str, Any]:
     """A step with a share of bank rows against a plain one of as many rows, step by step in turn in one process."""
     from difftuning_control.bench.step_profile import step_in_turn
-    from difftuning_control.loop import TrainingLoop
+    from difftuning_control.training.loop import TrainingLoop
 
     bench, rows = setting.bench, max(setting.bench.batch_size, 5)
     plain = setting.ours("lora", 1, rows)

@@ -9,8 +9,8 @@ import pytest
 from conftest import tiny_pipeline, write_pictures
 from disks import enlarge, small_disk
 
-from difftuning_control.checkpoint import checkpoints
 from difftuning_control.system.digests import digest_of_file
+from difftuning_control.training.checkpoint import checkpoints
 
 from .harness import broken_audits, contents, import_what_it_imported, run
 from .test_kills import again, commands

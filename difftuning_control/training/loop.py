@@ -21,8 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
-from difftuning_control.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
-from difftuning_control.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.data.batches import BatchSource, TrainingRows
 from difftuning_control.data.buckets import BucketSource
 from difftuning_control.data.framing import Framing
@@ -31,7 +29,6 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.evaluation.losses import BandLosses
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.inputs import TrainingInputs
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
@@ -41,6 +38,9 @@ from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
 from difftuning_control.system.tensors import named_errors
 from difftuning_control.system.terminal import say
+from difftuning_control.training.checkpoint import TrainingState, checkpoints, load_checkpoint, save_checkpoint
+from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
+from difftuning_control.training.inputs import TrainingInputs
 
 if TYPE_CHECKING:
     from difftuning_control.data.stream import Stream
@@ -90,7 +90,7 @@ class TrainingLoop:
             check_compiler(self.config.compile, accelerator.device)
             compile_blocks(self.model, self.config.compile)
         if self.config.shard and accelerator.num_processes > 1:
-            from difftuning_control.sharding import shard
+            from difftuning_control.training.sharding import shard
 
             shard(self.model, accelerator)
             self.sharded = True
@@ -244,7 +244,7 @@ class TrainingLoop:
         parameters, most = self.parameters.values(), self.config.max_grad_norm or math.inf
         if not self.sharded:
             return self.accelerator.clip_grad_norm_(parameters, most)
-        from difftuning_control.sharding import clip_grad_norm
+        from difftuning_control.training.sharding import clip_grad_norm
 
         return clip_grad_norm(parameters, most)
 
@@ -335,7 +335,7 @@ class TrainingLoop:
         """Where they are sharded, the main process has them whole for the while."""
         if not self.sharded:
             return nullcontext()
-        from difftuning_control.sharding import gathered
+        from difftuning_control.training.sharding import gathered
 
         return gathered(self.family, self.accelerator.is_main_process)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-import torch
 import torch._dynamo
 from torch import nn
 

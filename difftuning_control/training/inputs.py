@@ -1,4 +1,4 @@
-"""TODO."""
+"""The inputs of a training run: pictures, cached latents and embeddings, the knowledge bank, validators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from difftuning_control.control_inputs import ControlInputs, check_control, prepare_control
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.batches import TargetSet
 from difftuning_control.data.buckets import describe, into_buckets
@@ -28,19 +27,21 @@ from difftuning_control.data.prepare import (
     resolution_of,
     sizes_of,
 )
+from difftuning_control.errors import UserError
 from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.prompts import PromptEmbeddings
-from difftuning_control.gates import check_gates
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
+from difftuning_control.training.control_inputs import ControlInputs, check_control, prepare_control
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.data.stream import Stream
+    from difftuning_control.evaluation.features import Features
     from difftuning_control.families.family import Family
 
 
@@ -167,3 +168,25 @@ def _validator(
         conditioning["sizes"] = part.sizes
     batch = LatentBatch(part.latents[:], conditioning, torch.full((len(part.latents),), retention))
     return BandValidator(family, objective, batch)
+
+
+def check_gates(recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
+    """Refuse before training what could not be judged after it.
+
+    Raises:
+        UserError: if too few pictures are held out, some of them are tuned on too, or the features are not at hand.
+    """
+    gates = recipe.gates
+    if not gates.draws:
+        return
+    from difftuning_control.evaluation.features import load_features
+    from difftuning_control.evaluation.figures import check_held_out
+
+    check_held_out(held_out)
+    shared = {e.digest for e in data.examples} & {e.digest for e in held_out.examples}
+    if shared:
+        raise UserError(
+            f"{len(shared)} of the {len(held_out)} held-out pictures are tuned on too, and gates are judged on others; "
+            "take the copies out, or leave the gates out."
+        )
+    _: Features = load_features(gates.features)

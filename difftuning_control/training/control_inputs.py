@@ -18,8 +18,6 @@ from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
 
-SHOWN = 6
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from difftuning_control.data.buckets import Bucket
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.recipe import Recipe
+
+SHOWN = 6
 
 
 def build_spec(recipe: Recipe, family: Family, resolution: int) -> ControlSpec:

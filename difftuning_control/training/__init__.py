@@ -1,0 +1,1 @@
+"""Training: inputs, the loop, checkpoints."""
