@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         add_control,
     )
     from difftuning_control.recipe.recipe import Recipe
-    from difftuning_control.trainer import train
+    from difftuning_control.verbs.train import train
 
 __all__ = [
     "BankRequest",
@@ -88,7 +88,7 @@ _HOME = {
     "TabulatedSchedule": "objective.schedules",
     "load_source": "adapters.source",
     "save_difference": "adapters.source",
-    "train": "trainer",
+    "train": "verbs.train",
     "unload_adapter": "adapters.files",
 }
 __version__ = "0.1.0"

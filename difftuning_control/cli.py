@@ -9,14 +9,14 @@ import signal
 import sys
 from importlib import import_module
 
-from difftuning_control.command_line import PROGRAM, parse
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
 from difftuning_control.system.terminal import Record, crashed, shown
-from difftuning_control.verbs import RUNNERS
+from difftuning_control.verbs.parse import PROGRAM, parse
+from difftuning_control.verbs.runners import RUNNERS
 
-TRAINER = "difftuning_control.trainer"
+TRAINER = "difftuning_control.verbs.train"
 TRAINERS = ("train", "bank", "evaluate", "analyze", "pilot")  # verbs that need it before anything else
 
 

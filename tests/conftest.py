@@ -159,7 +159,7 @@ def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
 
 def trained_once(make):
     """Gives for settings the recipe of an undisturbed run of them, made by `make` and trained once."""
-    from difftuning_control.trainer import train
+    from difftuning_control.verbs.train import train
 
     done = {}
 

@@ -30,8 +30,8 @@ def small_files():
 def run(job: dict) -> None:
     """Train `job["recipe"]`, perhaps from a copy of another run's output, and perhaps only up to a step."""
     from difftuning_control.recipe.recipe import recipe_of
-    from difftuning_control.trainer import train
     from difftuning_control.training.loop import TrainingLoop
+    from difftuning_control.verbs.train import train
 
     watch = TrainingLoop._watch
 
@@ -71,7 +71,8 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     from accelerate import PartialState
 
-    from difftuning_control import cli, trainer
+    from difftuning_control import cli
+    from difftuning_control.verbs import train as trainer
 
     together, PartialState.destroy_process_group = trainer.ending_together, lambda self, group=None: None
     trainer.ending_together = lambda accelerator: nullcontext()  # the processes live on after a job

@@ -20,7 +20,6 @@ from difftuning_control.adapters.difffit import GAMMA, DiffFit
 from difftuning_control.adapters.files import DIFFFIT_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from difftuning_control.adapters.kinds import OWN, keep_part, own_parts
 from difftuning_control.adapters.tuning import AdapterTuning, adapter_result, merged
-from difftuning_control.analysis import analyze
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
@@ -30,9 +29,10 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.trainer import train
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.train import train
 
 KINDS = {
     "lora": {"rank": 2, "alpha": 3.0},

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from difftuning_control.bench import material
-from difftuning_control.bench.report import table
-from difftuning_control.bench.settings import PEERS, Bench
-from difftuning_control.bench.sides import ours, peer, ratio, run
-from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.verbs.bench import inputs as material
+from difftuning_control.verbs.bench.run import table
+from difftuning_control.verbs.bench.settings import PEERS, Bench
+from difftuning_control.verbs.bench.sides import ours, peer, ratio, run
+from difftuning_control.verbs.parse import parse
 
 SCRIPT = """
 import sys, time, torch
@@ -110,6 +110,6 @@ def test_the_table_has_a_row_for_each_comparison():
 
 
 def test_nothing_of_the_benchmark_is_loaded_with_the_command_line():
-    code = "import sys, difftuning_control.cli; print('difftuning_control.bench.parts' in sys.modules)"
+    code = "import sys, difftuning_control.cli; print('difftuning_control.verbs.bench.parts' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "False"

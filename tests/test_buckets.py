@@ -32,10 +32,10 @@ from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConf
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.record import write_recipe
-from difftuning_control.trainer import train
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.setup import _auto_schedule, build_objective, make_accelerator
+from difftuning_control.verbs.train import train
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 SIZES = {"square": (16, 16), "wide": (34, 9), "tall": (8, 30)}  # width and height

@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difftuning_control.cli import main
-from difftuning_control.command_line import keys_of, parse
-from difftuning_control.commands import COMMANDS
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.verbs.commands import COMMANDS
+from difftuning_control.verbs.parse import keys_of, parse
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").rglob("*.yaml"))
 HEAVY = ("controlnet_aux", "matplotlib", "torchmetrics", "datasets", "accelerate", "diffusers")

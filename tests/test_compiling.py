@@ -17,8 +17,8 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.trainer import train
 from difftuning_control.training import compiling
+from difftuning_control.verbs.train import train
 
 SLOW = pytest.mark.slow
 RATE = 1e-3

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 from test_report import EVIL, LANGUAGES, Page, check_self_contained
 
-from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.condition_figures import MAIN
 from difftuning_control.evaluation.convergence import find_convergence
@@ -27,6 +26,7 @@ from difftuning_control.evaluation.report.control import control_verdict, write_
 from difftuning_control.recipe.inputs import ControlConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import write_recipe
+from difftuning_control.verbs.parse import parse
 
 U = [0.1, 0.3, 0.5, 0.7, 0.9]
 

@@ -8,14 +8,14 @@ from conftest import write_pictures
 from test_features import save_tiny_dinov2
 
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.report.tables import table
-from difftuning_control.pilot import pilot
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation, PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.trainer import train
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.pilot.pilot import pilot
+from difftuning_control.verbs.train import train
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_its_learning_rate_and_length_are_those_of_the_highest_fidelity(done):
 
 def test_a_pilot_goes_on_without_training_again(done, study, config, monkeypatch):
     folder, result = done
-    monkeypatch.setattr("difftuning_control.pilot.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", lambda *a, **k: pytest.fail("trained again"))
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert again["sides"] == result["sides"]
 

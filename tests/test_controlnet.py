@@ -22,10 +22,8 @@ from test_control import OUTLINE, prepared, rows_of, write_photos
 from test_trainer import PLAIN, interrupted_after, record, resumed, rows
 from torch import Tensor
 
-from difftuning_control import trainer
 from difftuning_control.adapters.tuning import ControlNetTuning, merged
 from difftuning_control.cli import main
-from difftuning_control.command_line import parse
 from difftuning_control.data.batches import BatchSource, TrainingRows
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.images import to_images
@@ -48,11 +46,13 @@ from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors
-from difftuning_control.trainer import train
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.setup import _check_frozen, build_objective, make_accelerator
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.train import train
 
 STEPS = 6
 FILE = "diffusion_pytorch_model.safetensors"

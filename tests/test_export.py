@@ -29,17 +29,12 @@ from test_bad_input import assert_refused, refusal, snapshot
 from test_control import OUTLINE, write_photos
 from test_features import save_tiny_dinov2
 
-from difftuning_control import export as export_module
 from difftuning_control.adapters.files import LORA_FILE, load_adapter
 from difftuning_control.adapters.source import load_source
 from difftuning_control.cli import main
-from difftuning_control.command_line import parse
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.report.tables import cells
-from difftuning_control.export import export
-from difftuning_control.export_card import Parts, export_card
 from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
 from difftuning_control.pipelines.registry import PIPELINES
@@ -51,7 +46,12 @@ from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export import export as export_module
+from difftuning_control.verbs.export.card import Parts, export_card
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.train import train
 
 REPOSITORY = Path(__file__).parents[1]
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

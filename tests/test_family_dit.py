@@ -25,16 +25,13 @@ from safetensors.torch import load_file
 from test_trainer import interrupted_after, record, resumed
 from tiny_models import DIT_CLASSES, tiny_dit
 
-from difftuning_control import cli, load_adapter, trainer, unload_adapter
-from difftuning_control.analysis import analyze
+from difftuning_control import cli, load_adapter, unload_adapter
 from difftuning_control.data.images import fit_square, to_images
 from difftuning_control.data.labels import as_pretrained, begin_as
 from difftuning_control.data.prepare import prepare_bank
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.drawing import sample_pictures
-from difftuning_control.export import export
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.tunable import tables_of
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -50,7 +47,11 @@ from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import tuned_model
-from difftuning_control.trainer import train
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.train import train
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SAMPLING = {"steps": 3, "guidance_scale": 3.0, "resolution": 16}

@@ -17,13 +17,10 @@ from test_features import save_tiny_dinov2
 from test_trainer import interrupted_after, record, resumed, rows
 from tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
-from difftuning_control import load_adapter, trainer
-from difftuning_control.analysis import analyze
+from difftuning_control import load_adapter
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.sources import load_images
-from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.drawing import sample_pictures
-from difftuning_control.export import export
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.lumina2 import Lumina2
 from difftuning_control.families.masked import MaskedTransformer
@@ -36,7 +33,11 @@ from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.trainer import train
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.train import train
 
 MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
 SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}

@@ -22,8 +22,8 @@ from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs.finished import tuned_model
-from difftuning_control.sampling import sample_to_folder
-from difftuning_control.trainer import train
+from difftuning_control.verbs.sample import sample_to_folder
+from difftuning_control.verbs.train import train
 
 MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 FLOAT8 = torch.float8_e4m3fn
@@ -91,7 +91,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
         found.append(Encoders(found[0], monkeypatch))
         return found[0]
 
-    monkeypatch.setattr("difftuning_control.trainer.load_family", load)
+    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     cache = str(tmp_path / "cache of its own")
     offloaded = replace(plain, model=replace(plain.model, offload=True), output=str(tmp_path / "b"),
                         data=replace(plain.data, cache=cache))  # fmt: skip

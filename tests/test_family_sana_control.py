@@ -22,7 +22,6 @@ from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures
-from difftuning_control.export import export
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.sana import Sana
@@ -34,7 +33,8 @@ from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.trainer import train
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.train import train
 
 SIDE = 32
 PLAIN = {"complex_human_instruction": None, "max_sequence_length": 24}  # of a call, as `short_prompts` has it

@@ -23,16 +23,12 @@ from test_trainer import interrupted_after, record, resumed, rows
 from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 from torch import Tensor
 
-from difftuning_control import trainer
-from difftuning_control.analysis import analyze
 from difftuning_control.data.batches import BatchSource
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.images import frame
 from difftuning_control.data.sources import load_images
-from difftuning_control.evaluation.compare import evaluate
 from difftuning_control.evaluation.drawing import sample_pictures
-from difftuning_control.export import export
 from difftuning_control.families.flux import Flux
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.transformer import FlowTransformer
@@ -45,9 +41,13 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.trainer import train
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import _attach_controlnet, build_objective, make_accelerator
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.train import train
 
 MODELS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 COMPONENTS = {"sdxl": "unet", "sd3": "transformer", "flux": "transformer"}

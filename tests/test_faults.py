@@ -21,9 +21,9 @@ from difftuning_control.system.durable import is_empty, write_text
 from difftuning_control.system.processes import kept
 from difftuning_control.system.rows import Files, open_checked
 from difftuning_control.system.tensors import write_checked, write_tensors
-from difftuning_control.trainer import train
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.verbs.train import train
 
 
 @contextmanager

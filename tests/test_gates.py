@@ -15,7 +15,6 @@ from test_cli import flags, settings
 from test_features import save_tiny_dinov2
 
 from difftuning_control.cli import main
-from difftuning_control.command_line import parse
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -24,7 +23,8 @@ from difftuning_control.recipe.training import GatesConfig, TuningConfig
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.gates import judge
 from difftuning_control.runs.verify import verify
-from difftuning_control.trainer import train
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.train import train
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)
 

@@ -16,7 +16,7 @@ from difftuning_control.adapters.kinds import ADAPTER, LAYERS
 from difftuning_control.adapters.tuning import merged
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import embedded_model
-from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from difftuning_control.verbs.export.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 
 SHALLOW = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

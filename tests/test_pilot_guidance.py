@@ -12,12 +12,12 @@ from test_features import save_tiny_dinov2
 from tiny_models import tiny_flux
 
 from difftuning_control.errors import UserError
-from difftuning_control.pilot import Pilot, pilot
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.trainer import train
+from difftuning_control.verbs.pilot.pilot import Pilot, pilot
+from difftuning_control.verbs.train import train
 
 SCALES = [2.0, 3.5]
 
@@ -111,7 +111,7 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
         trained.append(recipe.output)
         return train(recipe, **kwargs)
 
-    monkeypatch.setattr("difftuning_control.pilot.train", counting)
+    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", counting)
     several = replace(config, sides=["plain", "prior"], lengths=[2, 3], guidance_scales=[2.0])
     result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
     assert len(trained) == len(set(trained)) == 4

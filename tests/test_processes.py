@@ -27,7 +27,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 WORKER = Path(__file__).with_name("process_worker.py")
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

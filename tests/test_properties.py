@@ -16,8 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from difftuning_control.command_line import keys_of, parse
-from difftuning_control.commands import COMMANDS
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
@@ -25,6 +23,8 @@ from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.text import harmless, plain_markdown, python_text
+from difftuning_control.verbs.commands import COMMANDS
+from difftuning_control.verbs.parse import keys_of, parse
 
 few = settings(
     derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)

@@ -21,7 +21,7 @@ from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 MODELS = {"sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
 SIDES = {"sana": 32, "lumina2": 64}

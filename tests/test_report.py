@@ -436,7 +436,7 @@ def test_the_report_says_what_the_verdict_says(tmp_path):
 
 
 def test_the_next_command_is_the_winners_recipe(tmp_path):
-    from difftuning_control.command_line import parse
+    from difftuning_control.verbs.parse import parse
 
     result = samples.pilot({"plain": PLAIN, "prior": BETTER})
     result["data"]["path"] = "my pictures; rm -rf x"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from difftuning_control import trainer
 from difftuning_control.cli import main
 from difftuning_control.data.conditions import Conditions
 from difftuning_control.data.latents import LatentMoments
@@ -23,6 +22,7 @@ from difftuning_control.system.rows import Files, Rows, open_checked
 from difftuning_control.system.tensors import digest_of_tensors, write_checked
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.verbs import train as trainer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]
 

@@ -16,7 +16,7 @@ from difftuning_control.cli import main
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.listing import COLUMNS, as_csv, list_runs
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 
 @pytest.fixture(scope="module")

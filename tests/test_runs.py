@@ -28,7 +28,7 @@ from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)
 FIGURES = {"kid", "kid_spread", "fid", "domain_hit", "domain_judge", "memorisation", "density", "coverage"}

@@ -26,7 +26,7 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 FILES, EACH, HELD = 4, 6, 2
 

@@ -93,7 +93,7 @@ def test_a_run_gives_the_psi_that_it_was_trained_with(recipe):
     from dataclasses import replace
 
     from difftuning_control.recipe.training import ScheduleConfig
-    from difftuning_control.trainer import train
+    from difftuning_control.verbs.train import train
 
     power = replace(recipe, tuning=replace(recipe.tuning, schedule=ScheduleConfig("power", tau=0.7)))
     train(power)

@@ -12,20 +12,20 @@ from conftest import write_pictures
 from PIL import Image
 from test_features import save_tiny_dinov2
 
-from difftuning_control.analysis import analyze
 from difftuning_control.cli import main
 from difftuning_control.data.prepare import materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
-from difftuning_control.pilot import Pilot, pilot, side_tuning
-from difftuning_control.pilot_judge import judge_of
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.trainer import train
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.pilot.judge import judge_of
+from difftuning_control.verbs.pilot.pilot import Pilot, pilot, side_tuning
+from difftuning_control.verbs.train import train
 
 BUDGET = [0.0, 0.05, 0.1, 0.2, 0.3]
 
@@ -389,7 +389,7 @@ def test_a_pilot_does_not_go_on_with_other_pictures(study, config, done, tmp_pat
     shutil.copytree(study.data.path, data)
     moved = replace(study, data=replace(study.data, path=str(data)), output=str(folder))
     settings = json.loads((folder / "pilot-settings.json").read_text())
-    from difftuning_control.pilot import _identity
+    from difftuning_control.verbs.pilot.pilot import _identity
 
     (folder / "pilot-settings.json").write_text(json.dumps(settings | {"identity": _identity(moved, config)}))
     Image.new("RGB", (16, 16), "red").save(data / "0.png")
@@ -458,7 +458,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
 def test_a_study_of_a_training_recipe_goes_beside_its_output(tmp_path):
     import yaml
 
-    from difftuning_control.command_line import parse
+    from difftuning_control.verbs.parse import parse
 
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({"output": "runs/x"}))

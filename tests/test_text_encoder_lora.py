@@ -12,7 +12,6 @@ from test_adapters import picture, weights
 
 from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.adapters.tuning import AdapterTuning
-from difftuning_control.analysis import analyze
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
@@ -22,8 +21,9 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.trainer import train
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.train import train
 
 PROMPTS = ["red 1", "a blue square", ""]
 

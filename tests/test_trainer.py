@@ -33,10 +33,10 @@ from difftuning_control.runs.folder import OutputFolder
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import build_objective, make_accelerator
+from difftuning_control.verbs.train import train
 
 STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from difftuning_control.runs.manifest import place_of, source_files
 from difftuning_control.runs.verify import table, verify
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

@@ -13,7 +13,6 @@ from test_verify import flip
 
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
-from difftuning_control.pilot import pilot
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
@@ -24,6 +23,7 @@ from difftuning_control.runs.finished import check_outputs, finished_run
 from difftuning_control.runs.pilot_files import settle
 from difftuning_control.runs.verify import verify
 from difftuning_control.system.digests import digest_of_file
+from difftuning_control.verbs.pilot.pilot import pilot
 
 RUNS = [f"{side}/lr-0.01/seed-{seed}" for side in ("plain", "difftuning_measured") for seed in (0, 1)]
 INPUTS = ["base", "data", "validation", "bank", "schedule"]
@@ -143,7 +143,7 @@ def test_an_edited_audit_line_is_found(root, place):
 
 def test_the_same_command_again_leaves_a_pilot_that_verifies(root, monkeypatch):
     records = {name: (root / "pilot" / name / "run.json").read_bytes() for name in RUNS}
-    monkeypatch.setattr("difftuning_control.pilot.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", lambda *a, **k: pytest.fail("trained again"))
     again(root)
     assert {name: (root / "pilot" / name / "run.json").read_bytes() for name in RUNS} == records
     assert found() == {}

@@ -19,11 +19,11 @@ from typing import Any
 
 from benchmark import COLUMNS
 
-from difftuning_control.command_line import parse
-from difftuning_control.commands import only
-from difftuning_control.pilot import Pilot
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.pilot import Pilot
 
 HERE = Path(__file__).parent
 KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}

@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from difftuning_control.command_line import parse
-from difftuning_control.commands import only
-from difftuning_control.pilot import Pilot
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.pilot import Pilot
 
 HERE = Path(__file__).parent
 RATES = {"lora": [2.5e-3, 5e-3], "full": [3e-4, 6e-4]}

@@ -17,7 +17,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent
 ALLOWED, WEIGHTS, SEEDS = 0.1, (0.01, 0.03, 0.1, 0.3, 1.0), (0, 1, 2)

@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.command_line import parse
-from difftuning_control.commands import only
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.prepare import read_data
@@ -44,7 +42,9 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.runs.record import read_run, versions
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent
 NONE = {"tuning.retention_ratio": 0.0, "tuning.retention_weight": 0.0}

@@ -25,18 +25,18 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from difftuning_control.command_line import parse
-from difftuning_control.commands import only
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.data.sources import embedded_set
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.pilot import Pilot
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.pilot import Pilot
 
 HERE = Path(__file__).parent
 STYLES = ("noto", "twemoji", "emojione", "fxemoji")

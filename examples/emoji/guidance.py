@@ -20,21 +20,21 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from difftuning_control.command_line import parse
-from difftuning_control.commands import only
 from difftuning_control.data.prepare import materials
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
-from difftuning_control.pilot import side_tuning
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.record import read_run, versions
 from difftuning_control.system.durable import write_json
-from difftuning_control.trainer import train
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.pilot import side_tuning
+from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)

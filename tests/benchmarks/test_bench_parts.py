@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from difftuning_control.bench.report import table
-from difftuning_control.bench.run import bench
-from difftuning_control.bench.settings import Bench
+from difftuning_control.verbs.bench.run import bench, table
+from difftuning_control.verbs.bench.settings import Bench
 
 pytestmark = pytest.mark.benchmark
 

@@ -17,13 +17,13 @@ from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, ada
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
-from difftuning_control.export_card import Parts
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 from difftuning_control.pipelines.registry import PIPELINES
 from difftuning_control.runs.finished import check_base
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
+from difftuning_control.verbs.export.card import Parts
+from difftuning_control.verbs.export.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family

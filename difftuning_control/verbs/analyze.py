@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.data.labels import as_pretrained
 from difftuning_control.data.latents import part_of
 from difftuning_control.data.prepare import Materials, hold_out, materials
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.features import load_features
-from difftuning_control.evaluation.figures import check_held_out
+from difftuning_control.evaluation.features import Features, load_features
+from difftuning_control.evaluation.figures import Sampling, check_held_out, figures, reference_of
 from difftuning_control.evaluation.forgetting import (
     LEAST_ROWS,
     advice,
@@ -24,10 +25,10 @@ from difftuning_control.evaluation.forgetting import (
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
+from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
-from difftuning_control.staging import staged_sampling
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 
@@ -168,3 +169,41 @@ def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
     write_json(output / "analysis.json", result)
     write_json(output / "schedule.json", result["schedule"] | {"gap": result["gap"], "advice": result["advice"]})
     return write_analysis_report(result, output, language)
+
+
+METRICS = ("kid", "domain_hit", "pair_similarity")
+
+
+def staged_sampling(
+    family: Family,
+    features: Features,
+    found: Materials,
+    config: AnalysisConfig,
+    run: str,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """{u0, tuned_above: {metric: [...]}, tuned_below: {...}}, every point with the same prompts and seeds.
+
+    Raises:
+        UserError: with fewer than 6 held-out pictures.
+    """
+    reference = reference_of(family, features, found)
+    captions = [e.caption for e in found.held_out.sample(config.pictures).examples]
+    prompts = [captions[i % len(captions)] for i in range(config.pictures)]
+    sampling = Sampling(
+        prompts, [config.seed], config.steps, config.guidance_scale, found.resolution, config.batch_size
+    )
+    result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
+    with (
+        progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,
+        as_pretrained(family, record),
+        tuned_model(family, run, record) as tuned,
+    ):
+        base = family.denoiser if tuned is not family else None
+        for key, above in (("tuned_above", True), ("tuned_below", False)):
+            for u0 in config.u0:
+                with hand_over(tuned, u0, tuned_above=above, base=base):
+                    quality = figures(sampling.draw(tuned, advance), prompts, reference)
+                for metric in METRICS:
+                    result[key].setdefault(metric, []).append(quality[metric])
+    return result

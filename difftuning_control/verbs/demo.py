@@ -10,7 +10,6 @@ from PIL import Image
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.families.loading import embedded_model
-from difftuning_control.pilot import pilot
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
@@ -19,6 +18,7 @@ from difftuning_control.runs.audit import noted
 from difftuning_control.runs.pilot_files import DEMO
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.pilot.pilot import pilot
 
 SIDES = {"plain": "plain", "difftuning_measured": "Diff-Tuning"}
 LABELS = {"truth": "true icon", "base": "base"} | SIDES

@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from difftuning_control.bench import material
-from difftuning_control.bench.settings import Bench
-from difftuning_control.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.verbs.bench import inputs as material
+from difftuning_control.verbs.bench.settings import Bench
+from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
 
 if TYPE_CHECKING:
     from difftuning_control.training.loop import TrainingLoop
@@ -82,8 +82,8 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
 
 def difftuning(setting: Setting) -> dict[str, Any]:
     """A step with a share of bank rows against a plain one of as many rows, step by step in turn in one process."""
-    from difftuning_control.bench.step_profile import step_in_turn
     from difftuning_control.training.loop import TrainingLoop
+    from difftuning_control.verbs.bench.step_profile import step_in_turn
 
     bench, rows = setting.bench, max(setting.bench.batch_size, 5)
     plain = setting.ours("lora", 1, rows)
@@ -107,9 +107,9 @@ def _loop(setting: Setting, command: list[str], kind: type[Loop]) -> Loop:
     """The training loop of a `difftune train` command, in this process."""
     import torch
 
-    from difftuning_control.bench.step_profile import loop_of
-    from difftuning_control.command_line import parse
-    from difftuning_control.commands import only
+    from difftuning_control.verbs.bench.step_profile import loop_of
+    from difftuning_control.verbs.commands import only
+    from difftuning_control.verbs.parse import parse
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)
@@ -218,7 +218,7 @@ def memory(setting: Setting) -> dict[str, Any]:
 
 def profile(setting: Setting) -> dict[str, float]:
     """Where the time of a LoRA's step goes, in shares of its CPU time."""
-    from difftuning_control.bench.step_profile import ProfiledLoop
+    from difftuning_control.verbs.bench.step_profile import ProfiledLoop
 
     return _loop(setting, setting.ours("lora", 1), ProfiledLoop).measure(setting.bench.steps)
 

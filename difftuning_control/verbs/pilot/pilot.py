@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
-from difftuning_control.analysis import measure, read_multipliers
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
@@ -33,8 +32,6 @@ from difftuning_control.evaluation.figures import check_held_out, summarise, thr
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import spread_budget
-from difftuning_control.pilot_guidance import best_scales, guidance_of, judge_scales, search_scales
-from difftuning_control.pilot_judge import judge_of
 from difftuning_control.pipelines.domain_guidance import check_domain_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import POWER, AnalysisConfig, PilotConfig
@@ -46,11 +43,10 @@ from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manif
 from difftuning_control.runs.record import deciding_settings, describe_device, read_run, versions
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
-from difftuning_control.trainer import train
 from difftuning_control.training.control_inputs import build_spec
-
-if TYPE_CHECKING:
-    pass
+from difftuning_control.verbs.analyze import measure, read_multipliers
+from difftuning_control.verbs.pilot.judge import best_scales, guidance_of, judge_of, judge_scales, search_scales
+from difftuning_control.verbs.train import train
 
 PRIMARY = "kid"
 SHOWN = 8

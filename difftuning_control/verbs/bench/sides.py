@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from difftuning_control.bench.settings import PEERS
 from difftuning_control.errors import UserError
+from difftuning_control.verbs.bench.settings import PEERS
 
 RANK = 16
 OURS = ["-m", "difftuning_control.cli"]
@@ -41,7 +41,7 @@ def run(command: list[str], folder: Path, threads: int | None) -> Timed:
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
     with log.open("w", encoding="utf-8") as out:
-        watched = [sys.executable, "-m", "difftuning_control.bench.stopwatch", str(record), *command]
+        watched = [sys.executable, "-m", "difftuning_control.verbs.bench.stopwatch", str(record), *command]
         code = subprocess.run(watched, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]

@@ -11,9 +11,9 @@ import sys
 import typing
 from typing import Any
 
-from difftuning_control.commands import COMMANDS, POSITIONAL
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import is_text, read_text
+from difftuning_control.verbs.commands import COMMANDS, POSITIONAL
 
 PROGRAM = "difftune"
 ABOUT = "From a recipe to a tuned model, and what was gained. A mistake is one sentence and exit code 2."

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.export_card import Parts, despite_gates, evaluation_lines, export_card
-from difftuning_control.export_files import write_parts
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.pipelines.strength import psi_of_run
 from difftuning_control.recipe.recipe import recipe_of
@@ -32,6 +30,8 @@ from difftuning_control.runs.gates import check_passed
 from difftuning_control.runs.record import versions
 from difftuning_control.system.durable import PARTIAL, alone, place, write_json, write_text
 from difftuning_control.system.tensors import named_errors
+from difftuning_control.verbs.export.card import Parts, despite_gates, evaluation_lines, export_card
+from difftuning_control.verbs.export.files import write_parts
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.recipe import Recipe

@@ -7,12 +7,12 @@ import math
 import typing
 from dataclasses import dataclass, field
 
-from difftuning_control.bench.settings import Bench
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig, check_domain_scale
+from difftuning_control.verbs.bench.settings import Bench
 
 T = typing.TypeVar("T")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +19,12 @@ from difftuning_control.data.prepare import cache_folder, resolution_of
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
-from difftuning_control.gates import judge_run
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.audit import Session, read_audit
 from difftuning_control.runs.folder import OutputFolder
-from difftuning_control.runs.gates import failed
+from difftuning_control.runs.gates import failed, judge
 from difftuning_control.runs.manifest import local_places, sources_of, write_inputs, write_record
 from difftuning_control.runs.record import (
     describe_device,
@@ -52,6 +53,34 @@ from difftuning_control.training.setup import (
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+
+FOLDER = "gates"  # in the run's own: the evaluation that its gates were judged by
+
+
+def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, Any]:
+    """What `run.json` holds under `gates`, of a finished run in its folder; pictures are drawn where they must be.
+
+    Raises:
+        UserError: if its pictures, its bank or its base are no longer there.
+    """
+    side: dict[str, Any] = {"losses": run["losses"]}
+    gates = recipe.gates
+    if gates.draws:
+        import torch
+
+        from difftuning_control.verbs.evaluate import evaluate
+
+        gc.collect()  # the evaluation loads models of its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        source = run["bank"]["folder"] if run["bank"].get("pictures") else None
+        request = Evaluation(
+            [str(output)], source=source, features=gates.features, pictures=gates.pictures, seeds=gates.seeds,
+            steps=gates.steps, guidance_scale=gates.guidance_scale, output=str(output / FOLDER),
+        )  # fmt: skip
+        side |= evaluate(request)["sides"][0]
+    return judge(gates, side)
+
 
 TABLE = ("kind", "u", "psi", "xi")
 

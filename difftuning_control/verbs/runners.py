@@ -9,8 +9,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.bench.settings import Bench
-from difftuning_control.commands import (
+from difftuning_control.errors import ChangedError, UserError
+from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.runs import audit
+from difftuning_control.system.terminal import say
+from difftuning_control.verbs.bench.settings import Bench
+from difftuning_control.verbs.commands import (
     AnalyzeCommand,
     BankCommand,
     BenchCommand,
@@ -22,20 +29,13 @@ from difftuning_control.commands import (
     TrainCommand,
     only,
 )
-from difftuning_control.errors import ChangedError, UserError
-from difftuning_control.recipe.inputs import MAX_SEED
-from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
-from difftuning_control.recipe.studies import Evaluation
-from difftuning_control.runs import audit
-from difftuning_control.system.terminal import say
 
 
 def run_train(command: TrainCommand) -> None:
     from accelerate import PartialState
 
     from difftuning_control.runs.gates import stop_if_failed
-    from difftuning_control.trainer import train
+    from difftuning_control.verbs.train import train
 
     run = train(only(Recipe, command), command.overwrite, say)
     if not PartialState().is_main_process:
@@ -115,8 +115,8 @@ def run_bank(command: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.sampling import sample_to_folder
     from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.verbs.sample import sample_to_folder
 
     with audit.noted(*filter(None, [command.run])) as artefacts:
         done = sample_to_folder(**dataclasses.asdict(command))
@@ -125,11 +125,11 @@ def run_sample(command: SampleCommand) -> None:
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
-    from difftuning_control.evaluation.compare import evaluate
     from difftuning_control.evaluation.report.tables import table
     from difftuning_control.runs.folder import check_folder
     from difftuning_control.runs.gates import stop_if_failed
     from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.verbs.evaluate import evaluate
 
     check_folder(command.output, "evaluation.json", command.overwrite)
     with audit.noted(*command.runs) as artefacts:
@@ -146,8 +146,8 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
 
 def run_export(command: ExportCommand) -> None:
-    from difftuning_control.export import MARKER, export
     from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.verbs.export.export import MARKER, export
 
     with audit.noted(command.run) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
@@ -158,10 +158,10 @@ def run_export(command: ExportCommand) -> None:
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
-    from difftuning_control.analysis import analyze, write_analysis
     from difftuning_control.evaluation.report.words import load_words
     from difftuning_control.runs.folder import check_folder
     from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.verbs.analyze import analyze, write_analysis
 
     recipe = only(Recipe, command)
     if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
@@ -185,15 +185,15 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 def run_pilot(command: PilotCommand) -> None:
     from difftuning_control.evaluation.report.words import load_words
-    from difftuning_control.pilot import pilot
+    from difftuning_control.verbs.pilot.pilot import pilot
 
     load_words(command.language)  # a language that is not there is said before the work, not after it
     pilot(only(Recipe, command), command.pilot, command.language, command.overwrite)
 
 
 def run_demo(command: DemoCommand) -> None:
-    from difftuning_control.demo import demo
     from difftuning_control.evaluation.report.words import load_words
+    from difftuning_control.verbs.demo import demo
 
     load_words(command.language)
     if command.steps < 1:
@@ -225,7 +225,7 @@ def run_runs(command: RunsRequest) -> None:
 
 
 def run_bench(command: BenchCommand) -> None:
-    from difftuning_control.bench.run import bench
+    from difftuning_control.verbs.bench.run import bench
 
     bench(only(Bench, command), command.overwrite)
     say(f"done: {command.output}/bench.json")

@@ -1,0 +1,1 @@
+"""`difftune export`: a run in the forms that other tools load."""
