@@ -367,8 +367,11 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(saved, tmp_
 def test_other_places_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "pickle.bin").write_text("no")
-    for place, fault in ((tmp_path, "holds no adapter"), (tmp_path / "nothing", "holds no adapter"),
-                         (tmp_path / "pickle.bin", "is never loaded; .* convert it")):  # fmt: skip
+    for place, fault in (
+        (tmp_path, "holds no adapter"),
+        (tmp_path / "nothing", "holds no adapter"),
+        (tmp_path / "pickle.bin", "is never loaded; .* convert it"),
+    ):
         with pytest.raises(UserError, match=fault):
             load_adapter(tiny_pipeline(), place)
     with pytest.raises(UserError, match="damaged or no safetensors file"):
@@ -445,7 +448,7 @@ def test_adapters_side_by_side_are_named_apart_and_each_comes_off_alone(tmp_path
         ({"rank": 2, "init": "orthogonal", "targets": "conv1"}, "kind lora with init orthogonal fits linear"),
         ({"kind": "ia3", "targets": "to_queue"}, "adapter.targets names to_queue"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_the_layers_is_refused_by_name_and_nothing_is_attached(settings, said):
     family = family_of(tiny_pipeline())
     before = list(family.denoiser.state_dict())
@@ -481,7 +484,7 @@ def test_what_does_not_fit_the_layers_is_refused_by_name_and_nothing_is_attached
         ({"on": "controlnet", "kind": "dora"}, "adapter.kind dora is given for a ControlNet"),
         ({"on": "controlnet", "text_encoder": True}, "adapter.text_encoder is given for a ControlNet"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_a_kind_has_no_use_for_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         AdapterConfig(**settings)

@@ -69,8 +69,12 @@ def supplied(folder: Path, tmp_path: Path, train: Maker) -> Maker:
     (tmp_path / "conditions").mkdir()
     for path in folder.glob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(tmp_path / "conditions" / path.name)
-    values = {"control.annotator": "supplied", "control.path": tmp_path / "conditions",
-              "control.bank_condition": "blank", "control.fidelity.every": 0}  # fmt: skip
+    values = {
+        "control.annotator": "supplied",
+        "control.path": tmp_path / "conditions",
+        "control.bank_condition": "blank",
+        "control.fidelity.every": 0,
+    }
     return lambda **changes: train(**{**values, **changes})
 
 
@@ -140,7 +144,7 @@ def test_the_undisturbed_commands_succeed(train, supplied, tmp_path):
         ([*SAMPLE, "--run", "x", "--control_ready"], "--control_ready is given without --control; name the picture of"),
     ],
     ids=lambda v: " ".join(v[1:]) if isinstance(v, list) else "",
-)  # fmt: skip
+)
 def test_a_command_that_cannot_be_meant_is_refused(tmp_path, monkeypatch, capsys, words, expected):
     monkeypatch.chdir(tmp_path)
     assert_refused(words, capsys, tmp_path, expected)
@@ -172,7 +176,7 @@ def test_parameters_that_are_no_section_are_refused(tmp_path, monkeypatch, capsy
         ({"data.holdout": 0}, "or set --control.fidelity.every 0."),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_condition_that_cannot_be_made_is_told(train, tmp_path, capsys, changes, expected):
     assert_refused(train(**changes), capsys, tmp_path, expected)
     assert not (tmp_path / "run").exists()
@@ -309,13 +313,17 @@ def photo(folder: Path) -> Path:
 def test_sampling_a_controlnet_needs_a_condition_and_a_lora_takes_none(runs, photo, tmp_path, capsys):
     words = [*SAMPLE, "--output", str(tmp_path / "samples"), "--run"]
     assert_refused(
-        [*words, str(runs["control"])], capsys, tmp_path,
+        [*words, str(runs["control"])],
+        capsys,
+        tmp_path,
         f"the run {runs['control']} is a ControlNet, which draws under a condition; give --control photo.png.",
-    )  # fmt: skip
+    )
     assert_refused(
-        [*words, str(runs["lora"]), "--control", str(photo)], capsys, tmp_path,
+        [*words, str(runs["lora"]), "--control", str(photo)],
+        capsys,
+        tmp_path,
         f"the run {runs['lora']} is no ControlNet (its method is lora); omit --control.",
-    )  # fmt: skip
+    )
     assert not (tmp_path / "samples").exists()
 
 

@@ -299,9 +299,13 @@ def test_a_name_that_is_neither_a_folder_nor_a_data_set_at_hand_is_refused(train
 def test_a_caption_that_is_too_long_is_refused_unless_it_may_be_cut(train, folder, tmp_path, capsys):
     rewrite_metadata(folder, lambda rows: rows[3].update(text="red " * 30))
     assert_refused(
-        train(), capsys, tmp_path, "the caption of 3.png has 32 tokens, the text encoder takes 16", "shorten it",
+        train(),
+        capsys,
+        tmp_path,
+        "the caption of 3.png has 32 tokens, the text encoder takes 16",
+        "shorten it",
         "--data.truncate_captions true",
-    )  # fmt: skip
+    )
     assert_refused(["bank", *train()[1:]], capsys, tmp_path, "the caption of 3.png has 32 tokens")
     main([*train(), "--data.truncate_captions", "true"])
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
@@ -336,10 +340,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a custom class": (index_says(["mine", "MyPipeline"]), ("is a MyPipeline, which cannot be tuned yet",)),
     "a part missing": (lambda m: shutil.rmtree(m / "unet"), ("could not be loaded", "safetensors weights")),
     "damaged weights": (
-        lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), ("could not be loaded",)
+        lambda m: (m / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
+        ("could not be loaded",),
     ),
     "pickled weights": (pickled, ("as a pickle (diffusion_pytorch_model.bin)", "is never loaded", "convert it: ")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
@@ -357,9 +362,12 @@ def test_a_model_that_cannot_be_downloaded_is_refused(train, tmp_path, capsys, n
     if verb == "sample":
         words = ["--model.id", name, "--prompts", '["red"]', "--output", str(tmp_path / "run")]
     assert_refused(
-        [verb, *words], capsys, tmp_path, f"the model {name} is no directory here and could not be downloaded",
+        [verb, *words],
+        capsys,
+        tmp_path,
+        f"the model {name} is no directory here and could not be downloaded",
         "a Hub id that this machine can reach",
-    )  # fmt: skip
+    )
 
 
 def test_a_resolution_that_the_model_cannot_take_is_refused(train, tmp_path, capsys):
@@ -570,7 +578,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
         (["demo", "--steps", "0"], "steps is 0; expected at least 1."),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)  # fmt: skip
+)
 def test_a_command_that_cannot_be_meant_is_refused(tmp_path, monkeypatch, capsys, words, expected):
     monkeypatch.chdir(tmp_path)
     assert_refused(words, capsys, tmp_path, expected)
@@ -596,7 +604,7 @@ BAD_RECIPES: dict[str, tuple[bytes | None, str]] = {
     "wrong type": (b"training: {max_steps: seven}\n", "training.max_steps is seven; expected a whole number."),
     "yes for no": (b"training: {mixed_precision: no}\n", 'is False; expected one of "no", "fp16", "bf16".'),
     "out of range": (b"training: {max_steps: 0}\n", "training.max_steps is 0; expected at least 1."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_RECIPES)

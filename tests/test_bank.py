@@ -133,9 +133,14 @@ def test_items_are_exactly_what_the_stock_pipeline_draws(tmp_path, prediction_ty
     stock = tiny_pipeline(prediction_type=prediction_type)
     for latents, prompt, seed in zip(bank.latents, bank.prompts, bank.seeds):
         drawn = stock(
-            prompt, height=16, width=16, num_inference_steps=2, guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(seed), output_type="latent",
-        ).images[0]  # fmt: skip
+            prompt,
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images[0]
         assert torch.equal(latents, drawn)
 
 

@@ -100,8 +100,11 @@ def test_settings_that_cannot_be_meant_are_refused(settings, said):
 def test_the_table_has_a_row_for_each_comparison():
     found = {"ratio": 2.0, "least": 1.9, "most": 2.2}
     part = {"cpu": found, "wall": found, "peak": {"ours": 2**30, "peer": 2**31}}
-    parts = {"lora": part, "bank": {"clock": "cpu", "loop of 1": found, "loop of 4": found},
-             "memory": {"train": {"10": 2**30, "1000": 2**30}}}  # fmt: skip
+    parts = {
+        "lora": part,
+        "bank": {"clock": "cpu", "loop of 1": found, "loop of 4": found},
+        "memory": {"train": {"10": 2**30, "1000": 2**30}},
+    }
     lines = table({"parts": parts}).splitlines()
     assert "| lora: steps/s against diffusers' script | 2.00 (1.90 to 2.20) | 2.00 (1.90 to 2.20) |" in lines[2]
     assert "1.0 GiB against 2.0 GiB" in lines[2]

@@ -76,20 +76,39 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def make(tmp_path: Path, models: dict[str, str], shapes: Path):
     def recipe(name: str, family: str = "sd", method: str = "lora", **changes: dict[str, Any]) -> Recipe:
-        data = {"path": str(shapes), "resolution": 16, "holdout": 0.0, "cache": str(tmp_path / "cache"),
-                "buckets": True, "bucket_step": 8, "bucket_aspect": 4.0}  # fmt: skip
-        training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                    "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+        data = {
+            "path": str(shapes),
+            "resolution": 16,
+            "holdout": 0.0,
+            "cache": str(tmp_path / "cache"),
+            "buckets": True,
+            "bucket_step": 8,
+            "bucket_aspect": 4.0,
+        }
+        training = {
+            "max_steps": 4,
+            "batch_size": 5,
+            "checkpoint_every": 2,
+            "validate_every": 0,
+            "validation_size": 2,
+            "sample_every": 0,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.0,
+        }
         control = ControlConfig(
             annotator="supplied", path=f"{shapes}/conditions", bank_condition="blank", fidelity=FidelityConfig(every=0)
         )
         return Recipe(
-            method, ModelConfig(models[family]), DataConfig(**data | changes.get("data", {})),
-            TuningConfig(**changes.get("tuning", {})), BankConfig(size=10, steps=2, batch_size=4),
+            method,
+            ModelConfig(models[family]),
+            DataConfig(**data | changes.get("data", {})),
+            TuningConfig(**changes.get("tuning", {})),
+            BankConfig(size=10, steps=2, batch_size=4),
             AdapterConfig(rank=2) if method == "lora" else AdapterConfig(),
             control if method == "controlnet" else ControlConfig(),
-            TrainingConfig(**training | changes.get("training", {})), str(tmp_path / name),
-        )  # fmt: skip
+            TrainingConfig(**training | changes.get("training", {})),
+            str(tmp_path / name),
+        )
 
     return recipe
 
@@ -153,9 +172,14 @@ def test_a_model_of_one_size_is_refused(shapes, models):
 
 @pytest.mark.parametrize(
     "data",
-    [{"bucket_step": 8}, {"bucket_aspect": 3.0}, {"buckets": True, "bucket_aspect": 0.5},
-     {"buckets": True, "bucket_step": 1}, {"buckets": True, "stream": True}],
-)  # fmt: skip
+    [
+        {"bucket_step": 8},
+        {"bucket_aspect": 3.0},
+        {"buckets": True, "bucket_aspect": 0.5},
+        {"buckets": True, "bucket_step": 1},
+        {"buckets": True, "stream": True},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(data):
     with pytest.raises(UserError, match="bucket"):
         Recipe(data=DataConfig(**data))
@@ -196,9 +220,12 @@ def test_the_denoiser_of_sdxl_is_told_what_the_stock_pipeline_would_tell_it(make
             for row, ids in zip(part.batch.conditioning["sizes"].tolist(), given["added_cond_kwargs"]["time_ids"]):
                 assert row[4:] == frame
                 stock = pipe._get_add_time_ids(
-                    tuple(row[:2]), tuple(row[2:4]), tuple(row[4:]), torch.float32,
+                    tuple(row[:2]),
+                    tuple(row[2:4]),
+                    tuple(row[4:]),
+                    torch.float32,
                     pipe.text_encoder_2.config.projection_dim,
-                )  # fmt: skip
+                )
                 assert torch.equal(ids, stock[0])
 
 

@@ -224,8 +224,9 @@ def test_crops_are_windows_of_the_picture_at_places_that_depend_on_the_seed(tmp_
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("cached", [lambda f, p, c: moments_of(f, p, c), lambda f, p, c: embeddings_of(f, c)],
-                         ids=["moments", "prompts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "cached", [lambda f, p, c: moments_of(f, p, c), lambda f, p, c: embeddings_of(f, c)], ids=["moments", "prompts"]
+)
 def test_a_damaged_file_is_made_again(family, pictures, tmp_path, cached, damage):
     cached(family, pictures, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")

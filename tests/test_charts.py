@@ -49,8 +49,11 @@ def test_bare_well_formed_svg(language):
         for unwanted in ("<?xml", "<!DOCTYPE", "<style", "metadata", "xlink", "font-family", 'width="2'):
             assert unwanted not in svg, (name, unwanted)
         assert T[language][f"chart.{'gap_axis' if name == 'gap' else 'u_axis'}"] in texts(svg) or name in (
-            "multipliers", "staged", "sides", "length",
-        )  # fmt: skip
+            "multipliers",
+            "staged",
+            "sides",
+            "length",
+        )
 
 
 def test_no_ids_in_common_and_none_missing():
@@ -115,9 +118,11 @@ def test_outside_text_stays_text(language):
     item = {"label": EVIL, "u": samples.U, "mean": [0.1] * 5, "low": [0.0] * 5, "high": [0.2] * 5}
     t = T[language]
     found = [
-        charts.sides_chart(result["sides"], "kid", t), charts.length_chart(result["sides"], "kid", t),
-        charts.forgetting_chart([item], None, t), charts.schedule_chart([item | {"psi": [1] * 5, "xi": [0] * 5}], t),
-    ]  # fmt: skip
+        charts.sides_chart(result["sides"], "kid", t),
+        charts.length_chart(result["sides"], "kid", t),
+        charts.forgetting_chart([item], None, t),
+        charts.schedule_chart([item | {"psi": [1] * 5, "xi": [0] * 5}], t),
+    ]
     for svg in found:
         labels = [x for x in texts(svg) if x.startswith("<b>&\"'␛[31m⟨U+202E⟩")]
         assert labels

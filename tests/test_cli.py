@@ -24,10 +24,19 @@ HEAVY = ("controlnet_aux", "matplotlib", "torchmetrics", "datasets", "accelerate
 def settings(model: Path, data: Path, root: Path, **changes: object) -> dict[str, object]:
     """Flags without their dashes that train the tiny model for two steps, all caches below `root`."""
     return {
-        "model.id": model, "data.path": data, "data.cache": root / "cache", "data.holdout": 0.25, "bank.size": 6,
-        "bank.steps": 2, "training.max_steps": 2, "training.batch_size": 5, "training.validation_size": 2,
-        "training.sample_every": 0, "output": root / "run", **changes,
-    }  # fmt: skip
+        "model.id": model,
+        "data.path": data,
+        "data.cache": root / "cache",
+        "data.holdout": 0.25,
+        "bank.size": 6,
+        "bank.steps": 2,
+        "training.max_steps": 2,
+        "training.batch_size": 5,
+        "training.validation_size": 2,
+        "training.sample_every": 0,
+        "output": root / "run",
+        **changes,
+    }
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -173,9 +182,15 @@ def test_train_leaves_the_files_that_the_design_names(trained):
     run = json.loads((trained / "run.json").read_text())
     assert run["status"] == "complete"
     assert {p.name for p in trained.iterdir()} == {
-        "pytorch_lora_weights.safetensors", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-        "inputs.jsonl", "audit.jsonl",
-    }  # fmt: skip
+        "pytorch_lora_weights.safetensors",
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "README.md",
+        "samples",
+        "inputs.jsonl",
+        "audit.jsonl",
+    }
     assert len((trained / "metrics.jsonl").read_text().splitlines()) >= 2
 
 
@@ -190,8 +205,20 @@ def test_the_recipe_that_a_run_writes_repeats_it(trained, root, model_dir, pictu
 
 def test_sample_draws_a_run_beside_its_base(trained, root, capsys):
     prompts = ["red 1", "Two  words!"]
-    main(["sample", "--run", str(trained), "--compare", "--steps", "2", "--prompts", json.dumps(prompts),
-          "--output", str(root / "samples")])  # fmt: skip
+    main(
+        [
+            "sample",
+            "--run",
+            str(trained),
+            "--compare",
+            "--steps",
+            "2",
+            "--prompts",
+            json.dumps(prompts),
+            "--output",
+            str(root / "samples"),
+        ]
+    )
     assert "2 pictures" in capsys.readouterr().out
     names = {p.name for p in (root / "samples").iterdir()}
     assert names == {"000-red-1.png", "001-two-words.png", "grid.png", "samples.json"}

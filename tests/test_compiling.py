@@ -45,12 +45,21 @@ def make(root: Path, model_dir: Path, pictures: Path):
             if method == "controlnet"
             else ControlConfig(),
             training=TrainingConfig(
-                **{"max_steps": 3, "batch_size": 4, "validate_every": 2, "validation_size": 2, "sample_every": 2,
-                   "sample_steps": 2, "learning_rate": RATE, "lr_scheduler": "constant", "ema_decay": 0.9}
+                **{
+                    "max_steps": 3,
+                    "batch_size": 4,
+                    "validate_every": 2,
+                    "validation_size": 2,
+                    "sample_every": 2,
+                    "sample_steps": 2,
+                    "learning_rate": RATE,
+                    "lr_scheduler": "constant",
+                    "ema_decay": 0.9,
+                }
                 | sections.get("training", {})
             ),
             output=str(root / name),
-        )  # fmt: skip
+        )
 
     return recipe
 

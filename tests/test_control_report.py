@@ -47,10 +47,14 @@ def curve_of(points, kind: str = "edges", without: float = 0.31, others: tuple[s
     found = find_convergence(steps, values, higher)
     figures = {main: values} | {name: [0.5 + v / 9 for v in values] for name in others}
     return {
-        "kind": kind, "main": main, "higher_is_better": higher,
-        "without": {main: without} | dict.fromkeys(others, 0.52), "steps": steps, "figures": figures,
+        "kind": kind,
+        "main": main,
+        "higher_is_better": higher,
+        "without": {main: without} | dict.fromkeys(others, 0.52),
+        "steps": steps,
+        "figures": figures,
         "convergence": None if found is None else vars(found),
-    }  # fmt: skip
+    }
 
 
 CURVES = {
@@ -63,7 +67,7 @@ CURVES = {
     "already": curve_of(ramp(600, 700, low=0.7)),
     "gradual": curve_of(ramp(100, 350)),
     "sudden": curve_of(ramp(150, 175)),
-}  # fmt: skip
+}
 
 
 def control_run(code: str = "sudden", output: str = "runs/edges") -> dict[str, Any]:
@@ -76,19 +80,32 @@ def control_run(code: str = "sudden", output: str = "runs/edges") -> dict[str, A
         for i, role in enumerate(("target", "bank"))
     }
     return {
-        "status": "complete", "recipe": recipe.to_dict(), "steps": 500, "seed": 0, "device": "cpu (x86_64, 2 threads)",
+        "status": "complete",
+        "recipe": recipe.to_dict(),
+        "steps": 500,
+        "seed": 0,
+        "device": "cpu (x86_64, 2 threads)",
         "data": {"pictures": 584, "held_out": 32, "skipped": {"bad.png": "is not a picture"}, "resolution": 64},
         "control": {
-            "spec": {"annotator": "canny", "params": {"low_threshold": 100, "high_threshold": 200}, "weights": None,
-                     "resolution": 64, "value_range": [0.0, 1.0], "channel_order": "rgb", "resize": "lanczos",
-                     "crop": "centre"},
+            "spec": {
+                "annotator": "canny",
+                "params": {"low_threshold": 100, "high_threshold": 200},
+                "weights": None,
+                "resolution": 64,
+                "value_range": [0.0, 1.0],
+                "channel_order": "rgb",
+                "resize": "lanczos",
+                "crop": "centre",
+            },
             "blank": [f"blank-{i:02d}.png" for i in range(27)],
         },
-        "fidelity": copy.deepcopy(CURVES[code]), "losses": bands, "steps_per_second": 1.9228,
+        "fidelity": copy.deepcopy(CURVES[code]),
+        "losses": bands,
+        "steps_per_second": 1.9228,
         "frozen": {"denoiser_before": "22c6da55331a4c92", "denoiser_after": "22c6da55331a4c92"},
         "timings": {"preparation": 7.45, "training": 611.2},
         "versions": {"python": "3.12.3", "difftuning-control": "0.2.0", "torch": "2.13.0"},
-    }  # fmt: skip
+    }
 
 
 def draw_grid(folder: Path, step: int, width: int = 700, colour: str = "navy") -> None:
@@ -215,9 +232,14 @@ def test_the_last_grid_is_inside_and_made_small(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "longer", "measured"),
-    [("rising", True, False), ("none", True, False), ("short", True, True), ("unmeasured", False, True),
-     ("sudden", False, False)],
-)  # fmt: skip
+    [
+        ("rising", True, False),
+        ("none", True, False),
+        ("short", True, True),
+        ("unmeasured", False, True),
+        ("sudden", False, False),
+    ],
+)
 def test_the_commands_run(tmp_path, code, longer, measured):
     folder = tmp_path / "my run; rm -rf x"
     folder.mkdir()

@@ -35,19 +35,30 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
         bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
         control=ControlConfig(fidelity=FidelityConfig(every=2, size=4, steps=2)),
         training=TrainingConfig(
-            max_steps=4, batch_size=5, validate_every=0, validation_size=4, sample_every=0, learning_rate=1e-2,
+            max_steps=4,
+            batch_size=5,
+            validate_every=0,
+            validation_size=4,
+            sample_every=0,
+            learning_rate=1e-2,
             lr_scheduler="constant",
         ),
         output=str(root / "run"),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def config(features: str) -> PilotConfig:
     return PilotConfig(
-        ["plain", "difftuning_tau1"], [0, 1], [1e-2, 1e-3], [2, 4], pictures=6, steps=2, guidance_scale=2.0,
+        ["plain", "difftuning_tau1"],
+        [0, 1],
+        [1e-2, 1e-3],
+        [2, 4],
+        pictures=6,
+        steps=2,
+        guidance_scale=2.0,
         features=features,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +107,15 @@ def test_an_evaluation_draws_controlnets_under_the_held_out_conditions_and_their
     for run in runs:
         train(run)
     request = Evaluation(
-        [r.output for r in runs], features=features, pictures=6, seeds=[0, 1], steps=2, guidance_scale=2.0,
-        outside=["red 1"], output=str(tmp_path / "out"),
-    )  # fmt: skip
+        [r.output for r in runs],
+        features=features,
+        pictures=6,
+        seeds=[0, 1],
+        steps=2,
+        guidance_scale=2.0,
+        outside=["red 1"],
+        output=str(tmp_path / "out"),
+    )
     result = evaluate(request)
     assert all("f1" in s["summary"] and "ssim" in s["summary"] for s in (result["base"], *result["sides"]))
     assert "f1" in table(result)

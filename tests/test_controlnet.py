@@ -97,8 +97,15 @@ def annotator(root: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def make(root: Path, model_dir: Path, photos: Path, annotator: str) -> Maker:
     """Makes recipes of a tiny ControlNet that trains for six steps, with one cache for all."""
-    training = {"max_steps": STEPS, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2}  # fmt: skip
+    training = {
+        "max_steps": STEPS,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+    }
     fidelity = {"every": 2, "size": 2, "steps": 2}
 
     def recipe(name: str = "", method: str = "controlnet", **sections: dict[str, Any]) -> Recipe:
@@ -177,10 +184,16 @@ def with_factor(factor: int) -> StableDiffusion:
     """The tiny model with an autoencoder that brings pictures down by so much."""
     pipe, levels = tiny_pipeline(), factor.bit_length()
     vae = AutoencoderKL(
-        block_out_channels=(8,) * levels, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        sample_size=8 * factor, mid_block_add_attention=False, scaling_factor=0.7,
-    )  # fmt: skip
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8 * factor,
+        mid_block_add_attention=False,
+        scaling_factor=0.7,
+    )
     components = {**pipe.components, "vae": vae}
     return family_of(StableDiffusionPipeline(**components, requires_safety_checker=False))
 
@@ -350,7 +363,7 @@ def test_the_stock_pipeline_draws_bit_by_bit_what_is_drawn_here(finished, photos
         ours = sample_pictures(tuned, PROMPTS, **drawing, control=rows_of(conditions))
     theirs = stock(recipe)(
         PROMPTS, image=conditions, num_inference_steps=3, guidance_scale=2.5, generator=generators(7)
-    )  # fmt: skip
+    )
     assert_same_pictures(ours, theirs.images)
     assert not any(np.array_equal(a, b) for a, b in zip(ours, base))
     assert family.controlnet is None
@@ -363,9 +376,16 @@ def command(root: Path, model_dir: Path, annotator: str) -> tuple[Path, str]:
     photos = write_photos(root / "photos-command")
     for i in range(3):
         Image.new("RGB", (20, 20), (i, 90, 90)).save(photos / f"{i}.png")
-    changes = {"method": "controlnet", "control.annotator": annotator, "control.fidelity.every": 2,
-               "control.fidelity.steps": 1, "training.learning_rate": 1e-2, "training.sample_every": 2,
-               "training.sample_steps": 1, "output": root / "command"}  # fmt: skip
+    changes = {
+        "method": "controlnet",
+        "control.annotator": annotator,
+        "control.fidelity.every": 2,
+        "control.fidelity.steps": 1,
+        "training.learning_rate": 1e-2,
+        "training.sample_every": 2,
+        "training.sample_steps": 1,
+        "output": root / "command",
+    }
     printed = io.StringIO()
     with redirect_stdout(printed):
         main(["train", *flags(settings(model_dir, photos, root, **changes))])
@@ -424,9 +444,17 @@ def test_a_training_tells_of_pictures_without_a_condition_and_of_fidelity(comman
 def test_a_controlnet_leaves_the_files_that_the_design_names(command):
     run = command[0]
     assert {p.name for p in run.iterdir()} == {
-        "controlnet", "recipe.yaml", "run.json", "metrics.jsonl", "fidelity.json", "README.md", "report.html",
-        "samples", "inputs.jsonl", "audit.jsonl",
-    }  # fmt: skip
+        "controlnet",
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "fidelity.json",
+        "README.md",
+        "report.html",
+        "samples",
+        "inputs.jsonl",
+        "audit.jsonl",
+    }
     assert {p.name for p in (run / "controlnet").iterdir()} == {"config.json", "control_spec.json", FILE}
     values = json.loads((run / "run.json").read_text())
     assert values["outputs"] == {n: digest_of_file(run / n) for n in values["outputs"]}
@@ -573,8 +601,11 @@ def test_the_record_the_curve_and_the_metrics_say_the_same(finished, every, step
     curve = curve_of(recipe)
     assert record(recipe)["fidelity"] == curve
     assert (curve["steps"], curve["kind"], curve["main"], curve["higher_is_better"]) == (
-        steps, "similarity", "ssim", True,
-    )  # fmt: skip
+        steps,
+        "similarity",
+        "ssim",
+        True,
+    )
     logged = [(r["step"], r["fidelity/ssim"]) for r in rows(recipe) if "fidelity/ssim" in r]
     assert logged == list(zip(steps, curve["figures"]["ssim"]))
     assert set(curve["without"]) == set(curve["figures"]) == {"ssim"}
@@ -827,9 +858,10 @@ MISFITS: dict[str, tuple[Any, str]] = {
     "layers_per_block": (2, "its layers_per_block is 2, the model's 1;"),
     "in_channels": (9, "its in_channels is 9, the model's 4;"),
     "conditioning_embedding_out_channels": (
-        (16, 32, 96, 256), "it brings conditions down by 8, the autoencoder pictures by 2;"
+        (16, 32, 96, 256),
+        "it brings conditions down by 8, the autoencoder pictures by 2;",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", MISFITS)
@@ -891,8 +923,13 @@ def test_supplied_conditions_train_beside_a_bank_with_blank_ones(make, photos, t
 
 def test_supplied_conditions_of_a_validation_folder_belong_to_its_pictures(make, photos, tmp_path):
     held = write_photos(tmp_path / "held", 4, seed=9)
-    control = {"annotator": "supplied", "path": str(photos), "validation_path": str(held), "bank_condition": "blank",
-               "fidelity": {"every": 0}}  # fmt: skip
+    control = {
+        "annotator": "supplied",
+        "path": str(photos),
+        "validation_path": str(held),
+        "bank_condition": "blank",
+        "fidelity": {"every": 0},
+    }
     recipe = make(control=control, data={"validation_path": str(held), "holdout": 0.0})
     _, conditioner, inputs = prepared(replace(recipe, training=replace(recipe.training, validation_size=4)))
     expected = rows_of([conditioner.prepare(e.load()) for e in load_images(str(held)).examples])

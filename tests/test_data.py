@@ -113,8 +113,10 @@ def test_a_folder_behind_a_link_and_links_within_it_are_read(tmp_path):
     (folder / "again.png").symlink_to("0.png")
     (tmp_path / "link").symlink_to(folder)
     assert [e.name for e in load_images(str(tmp_path / "link"), default_caption="red").examples] == [
-        "0.png", "1.png", "again.png",
-    ]  # fmt: skip
+        "0.png",
+        "1.png",
+        "again.png",
+    ]
 
 
 def test_embedded_sets_are_found_by_name_with_a_name_for_each_picture():
@@ -206,10 +208,15 @@ def test_rows_without_a_picture_are_skipped_only_when_wanted(dataset, images):
 # --- what becomes of a picture --------------------------------------------------------------------------------------
 
 TO_STORED = {  # how a camera that writes this orientation has stored an upright picture
-    1: (), 2: (Image.Transpose.FLIP_LEFT_RIGHT,), 3: (Image.Transpose.ROTATE_180,),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM,), 5: (Image.Transpose.TRANSPOSE,), 6: (Image.Transpose.ROTATE_90,),
-    7: (Image.Transpose.TRANSVERSE,), 8: (Image.Transpose.ROTATE_270,),
-}  # fmt: skip
+    1: (),
+    2: (Image.Transpose.FLIP_LEFT_RIGHT,),
+    3: (Image.Transpose.ROTATE_180,),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM,),
+    5: (Image.Transpose.TRANSPOSE,),
+    6: (Image.Transpose.ROTATE_90,),
+    7: (Image.Transpose.TRANSVERSE,),
+    8: (Image.Transpose.ROTATE_270,),
+}
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {"quality": 100, "subsampling": 0})])
@@ -255,9 +262,22 @@ CMYK_RED = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
         (encoded(Image.new("P", (4, 4), 0), "GIF"), (0, 0, 0)),
         (encoded(Image.new("RGB", (4, 4), "red"), "BMP"), (255, 0, 0)),
     ],
-    ids=["rgba", "rgba webp", "grey alpha", "palette alpha", "palette index", "palette", "rgb index", "cmyk tiff",
-         "cmyk jpeg", "grey", "bits", "one-frame gif", "bmp"],
-)  # fmt: skip
+    ids=[
+        "rgba",
+        "rgba webp",
+        "grey alpha",
+        "palette alpha",
+        "palette index",
+        "palette",
+        "rgb index",
+        "cmyk tiff",
+        "cmyk jpeg",
+        "grey",
+        "bits",
+        "one-frame gif",
+        "bmp",
+    ],
+)
 def test_any_mode_becomes_rgb_on_white(content, colour):
     found = decode_image(content)
     assert found.mode == "RGB"

@@ -117,13 +117,28 @@ def test_joint_attention_and_single_blocks_end_in_scale_factors_too():
 
     torch.manual_seed(0)
     sd3 = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        out_channels=4,
+    )
     flux = FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
     ends = {
         "sd3": {n.split(".", 2)[2] for n in branch_ends(sd3)},
         "flux": {n.split(".", 2)[2] for n in branch_ends(flux)},

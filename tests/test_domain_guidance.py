@@ -378,17 +378,20 @@ def load_ip_adapter(unet: Any, width: int) -> None:
             shape = (attention.inner_dim, size)
             layers[f"{2 * i + 1}.to_{part}_ip.weight"] = 0.2 * torch.randn(shape, generator=generator)
     projection = {
-        "proj.weight": torch.randn(size * 4, width, generator=generator), "proj.bias": torch.zeros(size * 4),
-        "norm.weight": torch.ones(size), "norm.bias": torch.zeros(size),
-    }  # fmt: skip
+        "proj.weight": torch.randn(size * 4, width, generator=generator),
+        "proj.bias": torch.zeros(size * 4),
+        "norm.weight": torch.ones(size),
+        "norm.bias": torch.zeros(size),
+    }
     unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
 
 
 def test_an_ip_adapter_goes_on_seeing_its_picture(kind):
     pipe = with_both(kind, domain_guidance=True)
-    others = {name: unet_with(kind, names) for name, names in (
-        ("pretrained", {"style": 0.6}), ("tuned", {"tuned": 0.8, "style": 0.6})
-    )}  # fmt: skip
+    others = {
+        name: unet_with(kind, names)
+        for name, names in (("pretrained", {"style": 0.6}), ("tuned", {"tuned": 0.8, "style": 0.6}))
+    }
     for unet in (pipe.unet, *others.values()):
         load_ip_adapter(unet, 6)
     embeds = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))

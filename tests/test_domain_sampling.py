@@ -20,8 +20,15 @@ FAMILIES: dict[str, Any] = {"sd": StableDiffusion, "xl": StableDiffusionXL, "sd3
 
 def latents(pipe: Any) -> torch.Tensor:
     generator = [torch.Generator().manual_seed(0)]
-    return pipe("red 1", height=16, width=16, num_inference_steps=3, guidance_scale=2.5, generator=generator,
-                output_type="latent").images  # fmt: skip
+    return pipe(
+        "red 1",
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        generator=generator,
+        output_type="latent",
+    ).images
 
 
 def sampled(family: Any) -> torch.Tensor:

@@ -85,22 +85,28 @@ def make(root: Path, model_dir: Path, annotator: str) -> Maker:
     def recipe(name: str, method: str = "lora", model: Path = model_dir, **sections: dict[str, Any]) -> Recipe:
         adapter = {"rank": 2, "alpha": 6.0} if method == "lora" else {}
         training = {
-            "max_steps": 3, "batch_size": 5, "validate_every": 0, "validation_size": 2, "sample_every": 0,
-            "learning_rate": 1e-1 if method == "lora" else 1e-2, "lr_scheduler": "constant",
-        }  # fmt: skip
+            "max_steps": 3,
+            "batch_size": 5,
+            "validate_every": 0,
+            "validation_size": 2,
+            "sample_every": 0,
+            "learning_rate": 1e-1 if method == "lora" else 1e-2,
+            "lr_scheduler": "constant",
+        }
         control = ControlConfig(annotator=annotator, fidelity=FidelityConfig(every=0))
         return Recipe(
             method,
             ModelConfig(str(model)),
-            DataConfig(str(data["controlnet" if method == "controlnet" else "lora"]), holdout=0.45,
-                       cache=str(root / "cache")),
+            DataConfig(
+                str(data["controlnet" if method == "controlnet" else "lora"]), holdout=0.45, cache=str(root / "cache")
+            ),
             TuningConfig(),
             BankConfig(size=10, steps=2, batch_size=4),
             AdapterConfig(**{**adapter, **sections.get("adapter", {})}),
             control if method == "controlnet" else ControlConfig(),
             TrainingConfig(**{**training, **sections.get("training", {})}),
             str(root / name),
-        )  # fmt: skip
+        )
 
     return recipe
 
@@ -207,7 +213,8 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("full", STOCK, PIPELINE_PARTS),
         ("full", {"source_unet": "whole"}, PIPELINE_PARTS | {"difftuning_sd.py", "source_unet"}),
         (
-            "full", {"source_unet": "difference"},
+            "full",
+            {"source_unet": "difference"},
             PIPELINE_PARTS | {"difftuning_sd.py", "source_difference.safetensors"},
         ),
         ("controlnet", {}, PIPELINE_PARTS | {"difftuning_sd_controlnet.py", "controlnet"}),
@@ -215,7 +222,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         ("controlnet", {"base": "referenced", **STOCK}, {"controlnet"}),
     ],
     ids=lambda given: "" if isinstance(given, set) else str(given),
-)  # fmt: skip
+)
 def test_an_export_holds_what_was_asked_for_says_so_and_names_no_place(run, to, root, method, settings, expected):
     recipe = run(method)
     folder = to(recipe, **settings)
@@ -296,8 +303,12 @@ def test_stock_diffusers_alone_opens_and_draws(lora, full, to, tmp_path):
     folders = [to(lora, **STOCK), to(lora, adapter="fused", **STOCK), to(full, **STOCK)]
     done = subprocess.run(
         [sys.executable, "-I", "-c", STOCK_SCRIPT, json.dumps([str(f) for f in folders])],
-        capture_output=True, text=True, timeout=300, check=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=tmp_path,
+    )
     assert done.stdout.splitlines() == ["diffusers StableDiffusionPipeline False"] * 3
     for folder, recipe in zip(folders, (lora, lora, full)):
         found = np.load(f"{folder}.npy")
@@ -417,12 +428,17 @@ def test_a_stock_directory_can_be_tuned_further(lora, full, to):
 @pytest.mark.parametrize(
     ("method", "dtype", "settings"),
     [
-        ("lora", "float32", {}), ("lora", "bfloat16", {}), ("lora", "float16", {"adapter": "fused"}),
-        ("lora", "float16", {"format": "kohya"}), ("full", "bfloat16", {"source_unet": "whole"}),
-        ("full", "float16", STOCK), ("controlnet", "float16", {}), ("controlnet", "bfloat16", {"base": "referenced"}),
+        ("lora", "float32", {}),
+        ("lora", "bfloat16", {}),
+        ("lora", "float16", {"adapter": "fused"}),
+        ("lora", "float16", {"format": "kohya"}),
+        ("full", "bfloat16", {"source_unet": "whole"}),
+        ("full", "float16", STOCK),
+        ("controlnet", "float16", {}),
+        ("controlnet", "bfloat16", {"base": "referenced"}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_everything_is_written_in_the_precision_asked_for(run, to, method, settings, dtype):
     folder = to(run(method), dtype=dtype, **settings)
     for path in folder.rglob("*.safetensors"):
@@ -604,10 +620,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     for name in ("create_repo", "upload_folder"):
         monkeypatch.setattr(
-            huggingface_hub, name,
-            lambda *args, name=name, **given: calls.append((name, (args, given, sorted(names(Path(given.get(
-                "folder_path", "."))))))),
-        )  # fmt: skip
+            huggingface_hub,
+            name,
+            lambda *args, name=name, **given: calls.append(
+                (name, (args, given, sorted(names(Path(given.get("folder_path", "."))))))
+            ),
+        )
     return calls
 
 
@@ -650,11 +668,14 @@ def test_a_failed_upload_keeps_the_export_and_says_why(lora, hub, tmp_path, monk
 @pytest.mark.parametrize(
     "words",
     [
-        ["runs/a", "--to", "x"], ["--to", "x", "runs/a"], ["--run", "runs/a", "--to", "x"], ["--run=runs/a", "--to=x"],
+        ["runs/a", "--to", "x"],
+        ["--to", "x", "runs/a"],
+        ["--run", "runs/a", "--to", "x"],
+        ["--run=runs/a", "--to=x"],
         ["--overwrite", "--to", "x", "--run", "runs/a"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_run_is_given_with_or_without_its_key(words):
     verb, command = parse(["export", *words])
     assert (verb, command.run, command.to) == ("export", "runs/a", "x")
@@ -676,8 +697,11 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
     ("method", "more", "expected"),
     [
         ("lora", "--format kohya --adapter fused", "--format kohya writes one LoRA file; leave out --adapter fused."),
-        ("lora", "--format comfyui --base referenced --pipeline stock",
-         "--format comfyui writes one LoRA file; leave out --base referenced and --pipeline stock."),
+        (
+            "lora",
+            "--format comfyui --base referenced --pipeline stock",
+            "--format comfyui writes one LoRA file; leave out --base referenced and --pipeline stock.",
+        ),
         ("full", "--format kohya --source_unet whole", "leave out --source_unet whole."),
         ("full", "--format kohya", "has the method full; --format kohya is for LoRAs only."),
         ("controlnet", "--format comfyui", "has the method controlnet; --format comfyui is for LoRAs only."),
@@ -700,7 +724,7 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
         ("lora", "other", "run is given twice; give it once, as --run or without a key."),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(run, tmp_path, capsys, monkeypatch, method, more, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -825,8 +849,9 @@ def test_layers_that_a_format_has_no_name_for_are_told(make, tmp_path, capsys):
     recipe = tuned(make("first convolution", adapter={"targets": "to_q,conv_in"}))
     expected = "sd-scripts would leave out the LoRA on conv_in, which lie in no block; export it with --format comfyui"
     assert_refused(words(recipe, tmp_path / "out", "--format", "kohya"), capsys, tmp_path, expected)
-    found = load_file(export(ExportRequest(recipe.output, str(tmp_path / "c"), format="comfyui"))
-                      / "first convolution.safetensors")  # fmt: skip
+    found = load_file(
+        export(ExportRequest(recipe.output, str(tmp_path / "c"), format="comfyui")) / "first convolution.safetensors"
+    )
     assert "diffusion_model.input_blocks.0.0.lora_down.weight" in found
 
 
@@ -842,10 +867,13 @@ def test_a_pipeline_without_a_drop_in_is_told(lora, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("method", "settings", "opened_by"),
     [
-        ("lora", {}, DiffusionPipeline), ("lora", {"adapter": "fused"}, StableDiffusionPipeline),
-        ("lora", {}, DiffTuningPipeline), ("full", {}, DiffusionPipeline), ("full", {}, StableDiffusionPipeline),
+        ("lora", {}, DiffusionPipeline),
+        ("lora", {"adapter": "fused"}, StableDiffusionPipeline),
+        ("lora", {}, DiffTuningPipeline),
+        ("full", {}, DiffusionPipeline),
+        ("full", {}, StableDiffusionPipeline),
     ],
-)  # fmt: skip
+)
 def test_a_directory_opens_as_our_class_and_draws_what_the_run_draws(run, to, method, settings, opened_by):
     folder = to(run(method), **settings)
     pipe = opened_by.from_pretrained(folder, trust_remote_code=True)
@@ -888,11 +916,21 @@ def test_a_source_guides(full, to, how):
 
 
 CARDS = [
-    ("lora", {}), ("lora", STOCK), ("lora", {"adapter": "fused"}), ("lora", {"base": "referenced"}),
-    ("lora", {"base": "referenced", **STOCK}), ("lora", {"format": "kohya"}), ("full", {}), ("full", STOCK),
-    ("full", {"source_unet": "whole"}), ("full", {"source_unet": "difference"}), ("controlnet", {}),
-    ("controlnet", STOCK), ("controlnet", {"base": "referenced"}), ("controlnet", {"base": "referenced", **STOCK}),
-]  # fmt: skip
+    ("lora", {}),
+    ("lora", STOCK),
+    ("lora", {"adapter": "fused"}),
+    ("lora", {"base": "referenced"}),
+    ("lora", {"base": "referenced", **STOCK}),
+    ("lora", {"format": "kohya"}),
+    ("full", {}),
+    ("full", STOCK),
+    ("full", {"source_unet": "whole"}),
+    ("full", {"source_unet": "difference"}),
+    ("controlnet", {}),
+    ("controlnet", STOCK),
+    ("controlnet", {"base": "referenced"}),
+    ("controlnet", {"base": "referenced", **STOCK}),
+]
 
 
 @pytest.mark.parametrize(("method", "settings"), CARDS, ids=str)
@@ -917,11 +955,12 @@ def test_the_cards_lines_draw(run, to, root, tmp_path, monkeypatch, method, sett
 
 def test_the_embedded_base_is_found_by_whoever_has_the_package(root, tmp_path, monkeypatch):
     recipe = Recipe(
-        model=ModelConfig("embedded"), tuning=TuningConfig(retention_ratio=0.0, retention_weight=0.0),
+        model=ModelConfig("embedded"),
+        tuning=TuningConfig(retention_ratio=0.0, retention_weight=0.0),
         data=DataConfig("embedded/icons", holdout=0.0, limit=2, cache=str(root / "cache")),
         training=TrainingConfig(max_steps=1, batch_size=1, validate_every=0, sample_every=0),
         output=str(tmp_path / "run"),
-    )  # fmt: skip
+    )
     train(recipe)
     folder = export(ExportRequest(recipe.output, str(tmp_path / "out"), base="referenced"))
     card = (folder / "README.md").read_text()

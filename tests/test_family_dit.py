@@ -427,8 +427,16 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(root) -> Maker:
-    training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
 
     def recipe(name: str, method: str = "lora", model: str = "learned", **sections: dict[str, Any]) -> Recipe:
         tuning = sections.get("tuning", {})
@@ -510,8 +518,11 @@ def test_run_json_and_the_card_say_which_class_is_which(finished, case):
     found, card = record(recipe)["classes"], (Path(recipe.output) / "README.md").read_text()
     numbers = {"own": {"bee": 1, "dog": 3}, "new": {"eel": 0, "owl": 1, "yak": 2}}[recipe.tuning.label_space]
     assert found == {
-        "label_space": recipe.tuning.label_space, "classes": numbers, "named": True, "null_class": 1000,
-    }  # fmt: skip
+        "label_space": recipe.tuning.label_space,
+        "classes": numbers,
+        "named": True,
+        "null_class": 1000,
+    }
     assert ", ".join(f"{i} {name}" for name, i in numbers.items()) in card
     code = card.split("```python\n")[1].split("```")[0]
     code = code.replace("image = pipe(", "image = pipe(num_inference_steps=1, class_labels=")
@@ -608,9 +619,12 @@ def test_a_new_label_space_keeps_the_null_class_and_draws_its_rows_from_the_seed
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [(["owl"], "have 1 classes; expected 2 to 1000"), ([str(i) for i in range(1001)], "have 1001"),
-     (["eel, moray", "owl"], "has a comma")],
-)  # fmt: skip
+    [
+        (["owl"], "have 1 classes; expected 2 to 1000"),
+        ([str(i) for i in range(1001)], "have 1001"),
+        (["eel, moray", "owl"], "has a comma"),
+    ],
+)
 def test_label_spaces_that_have_no_place_are_refused(names, said):
     with pytest.raises(UserError, match=said):
         family_of(tiny_dit()).set_classes(names, 0)
@@ -634,9 +648,13 @@ def test_bank_rows_train_with_the_old_null_class(make, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("prompts", "expected"),
-    [("empty", [""]), ("captions", ["bee", "dog"]), ("classes", list(DIT_CLASSES)),
-     ("both", ["ant", "", "bee", "", "cat", "", "dog", ""])],
-)  # fmt: skip
+    [
+        ("empty", [""]),
+        ("captions", ["bee", "dog"]),
+        ("classes", list(DIT_CLASSES)),
+        ("both", ["ant", "", "bee", "", "cat", "", "dog", ""]),
+    ],
+)
 def test_a_bank_is_drawn_by_class_by_the_empty_class_or_both(finished, prompts, expected):
     recipe = finished({"bank": {"prompts": prompts}})
     lines = (Path(record(recipe)["bank"]["folder"]) / "prompts.jsonl").read_text().splitlines()
@@ -789,9 +807,11 @@ def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(make, ro
 
 @pytest.mark.parametrize(
     ("sections", "said"),
-    [({"tuning": {"label_space": "new"}}, "tuning.label_space is new, but this model is told prompts"),
-     ({"bank": {"prompts": "both"}}, "bank.prompts is both, but this model is told prompts")],
-)  # fmt: skip
+    [
+        ({"tuning": {"label_space": "new"}}, "tuning.label_space is new, but this model is told prompts"),
+        ({"bank": {"prompts": "both"}}, "bank.prompts is both, but this model is told prompts"),
+    ],
+)
 def test_models_that_are_told_prompts_have_no_classes(recipe, sections, said):
     tuning, bank = TuningConfig(**sections.get("tuning", {})), replace(recipe.bank, **sections.get("bank", {}))
     with pytest.raises(UserError, match=said):
@@ -827,20 +847,34 @@ def test_sample_takes_classes_for_prompts(finished, capsys, tmp_path):
 def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     example = Path(__file__).parents[1] / "examples" / "dit_transfer.yaml"
     overrides = {
-        "model.id": root / "models/learned", "data.path": root / "new", "data.resolution": 16,
-        "data.cache": tmp_path / "cache", "bank.size": 8, "bank.steps": 2, "training.max_steps": 2,
-        "training.batch_size": 5, "training.mixed_precision": "no", "training.sample_every": 0,
-        "training.gradient_accumulation_steps": 1, "output": tmp_path / "run",
-    }  # fmt: skip
+        "model.id": root / "models/learned",
+        "data.path": root / "new",
+        "data.resolution": 16,
+        "data.cache": tmp_path / "cache",
+        "bank.size": 8,
+        "bank.steps": 2,
+        "training.max_steps": 2,
+        "training.batch_size": 5,
+        "training.mixed_precision": "no",
+        "training.sample_every": 0,
+        "training.gradient_accumulation_steps": 1,
+        "output": tmp_path / "run",
+    }
     flags = [f"--{k}={v}" for k, v in overrides.items()]
     code, _, err = difftune(capsys, "train", f"--config={example}", *flags)
     assert (code, err if code else "") == (0, "")
     pipe = DiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.labels == {"eel": 0, "owl": 1, "yak": 2}
     code, _, err = difftune(
-        capsys, "train", f"--config={example}", *flags, "--method=lora", f"--output={tmp_path / 'lora'}",
-        "--training.gradient_checkpointing=true", "--training.mixed_precision=bf16",
-    )  # fmt: skip
+        capsys,
+        "train",
+        f"--config={example}",
+        *flags,
+        "--method=lora",
+        f"--output={tmp_path / 'lora'}",
+        "--training.gradient_checkpointing=true",
+        "--training.mixed_precision=bf16",
+    )
     assert (code, err if code else "") == (0, "")
     pipe = DiTPipeline.from_pretrained(root / "models/learned")
     before = stock_pictures(pipe, ["bee"])
@@ -946,8 +980,10 @@ def test_a_run_is_analysed_and_handed_over(finished, name):
 
 
 def test_runs_are_evaluated_against_their_base(finished, tmp_path):
-    runs = [finished(SETTINGS[n] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}}) for n in (
-        "lora, new", "full, new")]  # fmt: skip
+    runs = [
+        finished(SETTINGS[n] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})
+        for n in ("lora, new", "full, new")
+    ]
     request = Evaluation([r.output for r in runs], pictures=6, steps=2, seeds=[0], output=str(tmp_path / "judged"))
     result = evaluate(request)
     assert result["settings"]["outside"] == [""]
@@ -980,20 +1016,34 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
         example.load().save(tmp_path / "data" / ("eel", "owl")[i // 2] / f"{i}.png")
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=40, in_channels=12, out_channels=24, num_layers=3, sample_size=8,
-        patch_size=2, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=4,
+        attention_head_dim=40,
+        in_channels=12,
+        out_channels=24,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=4,
+    )
     for block in transformer.transformer_blocks:  # each begins as the identity, as in the paper
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
     pipe = DiTPipeline(transformer, load_family("embedded").pipe.vae, tiny_dit().scheduler)
     family_of(pipe).save_pipeline(tmp_path / "model")
     recipe = make(
-        "", method="full", tuning={"label_space": "new", "retention_ratio": 0.0, "retention_weight": 0.0,
-                                   "schedule": ScheduleConfig("constant"), "variance": "hybrid"},
-        bank={"prompts": "empty"}, data={"path": str(tmp_path / "data"), "holdout": 0.0},
+        "",
+        method="full",
+        tuning={
+            "label_space": "new",
+            "retention_ratio": 0.0,
+            "retention_weight": 0.0,
+            "schedule": ScheduleConfig("constant"),
+            "variance": "hybrid",
+        },
+        bank={"prompts": "empty"},
+        data={"path": str(tmp_path / "data"), "holdout": 0.0},
         training={"max_steps": 700, "batch_size": 16, "learning_rate": 3e-3, "checkpoint_every": 1000},
-    )  # fmt: skip
+    )
     recipe = replace(recipe, model=ModelConfig(str(tmp_path / "model")), output=str(tmp_path / "run"))
     train(recipe)
     family, data = load_family(recipe.model.id), load_images(str(tmp_path / "data"), classes="folders")

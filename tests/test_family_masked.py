@@ -64,9 +64,15 @@ def recorded(pipe, side: int, steps: int, prompts=PROMPTS, **settings):
 
     handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
     pictures = pipe(
-        prompts, height=side, width=side, num_inference_steps=steps, generator=generators(*range(len(prompts))),
-        output_type="pt", **exact(pipe), **settings,
-    ).images  # fmt: skip
+        prompts,
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        generator=generators(*range(len(prompts))),
+        output_type="pt",
+        **exact(pipe),
+        **settings,
+    ).images
     handle.remove()
     return calls, pictures
 

@@ -61,8 +61,16 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(root):
-    training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
 
     def recipe(name, family, method="lora", **sections):
         data = {
@@ -235,9 +243,14 @@ def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
     recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
     side = 2 * SIDES[name]
     data = DataConfig(
-        str(tmp_path / "shapes"), holdout=0.0, resolution=side, cache=str(tmp_path / "cache"), buckets=True,
-        bucket_step=side // 2, bucket_aspect=4.0,
-    )  # fmt: skip
+        str(tmp_path / "shapes"),
+        holdout=0.0,
+        resolution=side,
+        cache=str(tmp_path / "cache"),
+        buckets=True,
+        bucket_step=side // 2,
+        bucket_aspect=4.0,
+    )
     run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
     assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
     assert len(run["data"]["buckets"]["pictures"]) == 3

@@ -93,8 +93,12 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
 
     monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     cache = str(tmp_path / "cache of its own")
-    offloaded = replace(plain, model=replace(plain.model, offload=True), output=str(tmp_path / "b"),
-                        data=replace(plain.data, cache=cache))  # fmt: skip
+    offloaded = replace(
+        plain,
+        model=replace(plain.model, offload=True),
+        output=str(tmp_path / "b"),
+        data=replace(plain.data, cache=cache),
+    )
     other = train(offloaded)
     _, encoders = found
     assert encoders.swaps == 2  # the bank's prompts, then all of them
@@ -140,9 +144,13 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
     make().save_pretrained(tmp_path / "model")
     more = {"adapter": AdapterConfig(on="controlnet" if method == "controlnet" else "denoiser", rank=2)}
     run = replace(
-        recipe, method=method, model=ModelConfig(str(tmp_path / "model"), quantization="float8", offload=True),
-        data=replace(recipe.data, resolution=16), training=replace(recipe.training, mixed_precision="bf16"), **more,
-    )  # fmt: skip
+        recipe,
+        method=method,
+        model=ModelConfig(str(tmp_path / "model"), quantization="float8", offload=True),
+        data=replace(recipe.data, resolution=16),
+        training=replace(recipe.training, mixed_precision="bf16"),
+        **more,
+    )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
     record = train(run)
     assert record["losses"]["target"]["tuned"]["loss"] != record["losses"]["target"]["base"]["loss"]
@@ -164,7 +172,7 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
     if method == "lora":
         sample_to_folder(
             PROMPTS, run.output, None, None, False, False, str(tmp_path / "drawn"), 2, 3.0, None, None, 0, False
-        )  # fmt: skip
+        )
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 

@@ -47,11 +47,21 @@ def short_prompts(monkeypatch):
 def run(recipe: str, family: str, root: Path, output: Path, **more: object) -> dict:
     """Train by a recipe for two steps, only as much of it changed as a tiny model and a short test ask for."""
     values = {
-        "model.id": root / family, "data.path": root / "photos", "data.cache": root / "cache",
+        "model.id": root / family,
+        "data.path": root / "photos",
+        "data.cache": root / "cache",
         "data.resolution": SIDES.get(family, 16),
-        "data.holdout": 0.25, "bank.size": 6, "bank.steps": 2, "training.max_steps": 2, "training.validate_every": 0,
-        "training.validation_size": 2, "training.sample_every": 2, "training.sample_steps": 2, "output": output, **more,
-    }  # fmt: skip
+        "data.holdout": 0.25,
+        "bank.size": 6,
+        "bank.steps": 2,
+        "training.max_steps": 2,
+        "training.validate_every": 0,
+        "training.validation_size": 2,
+        "training.sample_every": 2,
+        "training.sample_steps": 2,
+        "output": output,
+        **more,
+    }
     main(["train", "--config", str(EXAMPLES / recipe), *flags(values)])
     return json.loads((output / "run.json").read_text())
 

@@ -67,10 +67,18 @@ def family():
 def stock(family, control, steps: int = 3, **more):
     """A call of the stock pipeline under these conditions."""
     return family.control_pipeline()(
-        PROMPTS, height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=3.0, generator=generators(0, 1),
-        output_type="pt", use_resolution_binning=False, **PLAIN,
-        control_image=to_tensor(control, (-1.0, 1.0)), **more,
-    ).images  # fmt: skip
+        PROMPTS,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=generators(0, 1),
+        output_type="pt",
+        use_resolution_binning=False,
+        **PLAIN,
+        control_image=to_tensor(control, (-1.0, 1.0)),
+        **more,
+    ).images
 
 
 # --- predict, sampling ----------------------------------------------------------------------------------------------
@@ -175,8 +183,16 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(root):
-    training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
 
     def recipe(name: str, **sections) -> Recipe:
         return Recipe(
@@ -219,9 +235,16 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, ro
         without = sample_pictures(tuned, PROMPTS, **sampling)
     seeds = [torch.Generator().manual_seed(step_seed(3, i)) for i in range(len(PROMPTS))]
     found = pipe(
-        PROMPTS, height=SIDE, width=SIDE, num_inference_steps=2, guidance_scale=3.0, generator=seeds,
-        control_image=pictures, use_resolution_binning=False, **PLAIN,
-    ).images  # fmt: skip
+        PROMPTS,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=seeds,
+        control_image=pictures,
+        use_resolution_binning=False,
+        **PLAIN,
+    ).images
     assert_same_pictures(found, expected)
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(expected, without))
     words = (Path(recipe.output) / "README.md").read_text()

@@ -86,8 +86,16 @@ def photos(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def make(root: Path, models: dict[str, str], photos: Path) -> Maker:
     """Makes recipes that train a tiny model of a family for four steps, with one cache for all."""
-    training = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validate_every": 0, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2, "weight_decay": 0.0}  # fmt: skip
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
 
     def recipe(name: str, family: str, method: str = "lora", **sections: dict[str, Any]) -> Recipe:
         control = {"annotator": "family_outlines:outline", **sections.get("control", {})}
@@ -181,8 +189,9 @@ def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name
     folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), **settings))
     pipe = opened(folder)
     stock, ours = {
-        "sd3": ("StableDiffusion3Pipeline", "DiffTuningSD3Pipeline"), "flux": ("FluxPipeline", "DiffTuningFluxPipeline")
-    }[name]  # fmt: skip
+        "sd3": ("StableDiffusion3Pipeline", "DiffTuningSD3Pipeline"),
+        "flux": ("FluxPipeline", "DiffTuningFluxPipeline"),
+    }[name]
     assert type(pipe).__name__ == (stock if settings else ours)
     assert_same_pictures(stock_pictures(pipe), tuned_pictures(recipe))
     if not settings:
@@ -379,9 +388,11 @@ def test_sdxl_is_told_what_was_done_to_each_view(make, photos):
             assert np.array_equal(whole[top : top + 16, left : left + 16], view)
             assert example.size == image.size
     assert len({tuple(s) for s in inputs.targets.sizes.flatten(0, 1).tolist()}) > 12
-    batch = BatchSource(
-        family, objective, inputs.targets, inputs.embeddings, inputs.bank, "empty", 0.0, 10, 0
-    ).rows(0).batch  # fmt: skip
+    batch = (
+        BatchSource(family, objective, inputs.targets, inputs.embeddings, inputs.bank, "empty", 0.0, 10, 0)
+        .rows(0)
+        .batch
+    )
     told = batch.conditioning["sizes"]
     assert told[batch.is_retention].tolist() == [[16, 16, 0, 0, 16, 16]] * 2  # as the stock pipeline drew them
     known = inputs.targets.sizes.flatten(0, 1)
@@ -436,7 +447,7 @@ def stock_loss(pipe: Any, name: str, latents: Tensor, captions: list[str]) -> fl
             if name == "sd3":
                 embeds, _, pooled, _ = pipe.encode_prompt(
                     captions, None, None, do_classifier_free_guidance=False, max_sequence_length=16
-                )  # fmt: skip
+                )
                 pred = pipe.transformer(noisy, embeds, pooled, timesteps).sample
             else:
                 embeds, pooled, text_ids = pipe.encode_prompt(captions, None, max_sequence_length=16)
@@ -444,7 +455,7 @@ def stock_loss(pipe: Any, name: str, latents: Tensor, captions: list[str]) -> fl
                 ids = pipe._prepare_latent_image_ids(1, 4, 4, torch.device("cpu"), torch.float32)
                 pred = pipe.transformer(
                     packed, embeds, pooled, timesteps / 1000, ids, text_ids, torch.ones(len(latents))
-                ).sample  # fmt: skip
+                ).sample
                 pred = pipe._unpack_latents(pred, 16, 16, 2)
         total.append(torch.nn.functional.mse_loss(pred, target))
     return float(torch.stack(total).mean())
@@ -509,9 +520,14 @@ def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_
     assert found["staged"]["tuned_above"]["kid"][0] == found["staged"]["tuned_below"]["kid"][-1]
     assert np.isfinite(found["gap"]["mean"]).all()
     request = Evaluation(
-        [plain.output], features=features, pictures=6, seeds=[0], steps=2, guidance_scale=2.0,
+        [plain.output],
+        features=features,
+        pictures=6,
+        seeds=[0],
+        steps=2,
+        guidance_scale=2.0,
         output=str(tmp_path / "evaluation"),
-    )  # fmt: skip
+    )
     result = evaluate(request)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert result

@@ -72,8 +72,10 @@ def test_a_failed_run_is_kept_whole_and_marked(failed):
     judged = record["gates"]
     assert judged["passed"] is False
     assert {name: (g["limit"], g["at"], g["passed"]) for name, g in judged["figures"].items()} == {
-        "kid": (1e6, "most", True), "retention_loss": (1e6, "most", True), "memorisation": (-1, "most", False),
-    }  # fmt: skip
+        "kid": (1e6, "most", True),
+        "retention_loss": (1e6, "most", True),
+        "memorisation": (-1, "most", False),
+    }
     assert all(math.isfinite(g["value"]) for g in judged["figures"].values())
     assert verify(VerifyRequest(str(failed)))["status"] == "same"
     last = read_audit(failed).entries[-1]
@@ -85,8 +87,14 @@ def test_a_failed_run_is_kept_whole_and_marked(failed):
 
 
 def test_gates_are_judged_by_the_numbers_of_an_evaluation(failed, root, capsys):
-    values = {"runs": json.dumps([str(failed)]), "features": root / "features", "pictures": 5, "seeds": "[0, 1]",
-              "steps": 2, "output": root / "evaluation"}  # fmt: skip
+    values = {
+        "runs": json.dumps([str(failed)]),
+        "features": root / "features",
+        "pictures": 5,
+        "seeds": "[0, 1]",
+        "steps": 2,
+        "output": root / "evaluation",
+    }
     evaluate = ["evaluate", *flags(values)]
     with pytest.raises(SystemExit) as stopped:
         main(evaluate)
@@ -235,11 +243,13 @@ def test_a_figure_that_was_not_measured_fails(recipe):
         ({"gates.kid": 1, "data.holdout": 0.2}, "an evaluation needs at least 6 held-out pictures; there are 3."),
         ({"gates.kid": 1, "bank.size": 4, "training.batch_size": 5}, "bank.size is 4; expected at least 5"),
         ({"gates.kid": 1, "gates.features": "resnet"}, "features is 'resnet'"),
-        ({"gates.retention_loss": 0.1, "tuning.retention_ratio": 0, "tuning.retention_weight": 0},
-         "gates.retention_loss needs a knowledge bank"),
+        (
+            {"gates.retention_loss": 0.1, "tuning.retention_ratio": 0, "tuning.retention_weight": 0},
+            "gates.retention_loss needs a knowledge bank",
+        ),
     ],
     ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
-)  # fmt: skip
+)
 def test_a_gate_that_cannot_be_judged_is_refused_before_anything(words, root, capsys, changes, expected):
     place = root / "refused"
     place.mkdir(exist_ok=True)
@@ -265,5 +275,6 @@ def test_no_gate_is_no_gate():
     assert Recipe(tuning=PLAIN, gates=GatesConfig(kid=0.1), bank=BankConfig(path="pictures")).gates.draws
     _, command = parse(["train", "--gates", "{kid: 0.1, memorisation: 0.9}"])
     assert {k: v for k, v in asdict(command.gates).items() if v is not None and k in ("kid", "memorisation")} == {
-        "kid": 0.1, "memorisation": 0.9,
-    }  # fmt: skip
+        "kid": 0.1,
+        "memorisation": 0.9,
+    }

@@ -34,11 +34,16 @@ UNETS: dict[str, dict[str, Any]] = {
     "uneven": {**DEEP, "use_linear_projection": True, "layers_per_block": [1, 3, 2, 1]},
     "sdxl": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (8, 16, 16),
-        "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 3], "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
     },
-}  # fmt: skip
+}
 ALPHAS = [("shallow", 2, 2.0), ("shallow", 4, 1.0), *((name, 3, 7.0) for name in (*UNETS, "embedded"))]
 OUTSIDE = ("conv_in", "conv_out", "time_embedding", "add_embedding")  # of any block
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -49,9 +54,13 @@ def make_unet(name: str) -> UNet2DConditionModel:
     if name == "embedded":
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(embedded_model() / "unet"))
     settings = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 16,
-        "attention_head_dim": 2, "norm_num_groups": 4,
-    }  # fmt: skip
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
     return UNet2DConditionModel(**{**settings, **UNETS[name]})
 
 
@@ -98,16 +107,21 @@ def ldm_blocks(config: Any) -> Iterator[tuple[str, str]]:
     for name, blocks in (("input_blocks", encoder), ("output_blocks", decoder)):
         for i, block in enumerate(blocks):
             yield from ((f"{name}.{i}.{j}", part) for j, part in enumerate(block))
-    yield from ((f"middle_block.{i}", f"mid_block.{part}") for i, part in enumerate(
-        ("resnets.0", "attentions.0", "resnets.1")
-    ))  # fmt: skip
+    yield from (
+        (f"middle_block.{i}", f"mid_block.{part}") for i, part in enumerate(("resnets.0", "attentions.0", "resnets.1"))
+    )
     yield from (("time_embed", "time_embedding"), ("out.2", "conv_out"), ("label_emb.0", "add_embedding"))
 
 
 INNER = {  # LDM's sequences of layers by number, diffusers' by name
-    "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.3": "conv2", "op": "conv",
-    "skip_connection": "conv_shortcut", "0": "linear_1", "2": "linear_2",
-}  # fmt: skip
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.3": "conv2",
+    "op": "conv",
+    "skip_connection": "conv_shortcut",
+    "0": "linear_1",
+    "2": "linear_2",
+}
 
 
 def from_ldm(unet: nn.Module, config: Any) -> dict[str, str]:

@@ -244,47 +244,59 @@ REFUSED = {
     "NaN for FID": (lambda: fid(BAD, SIX), "the real features for FID are not finite."),
     "infinity for FID": (lambda: fid(SIX, SIX / 0), "the generated features for FID are not finite."),
     "one picture for KID": (
-        lambda: kid(SIX, SIX[:1]), "KID needs at least 2 pictures on each side; there are 6 and 1.",
+        lambda: kid(SIX, SIX[:1]),
+        "KID needs at least 2 pictures on each side; there are 6 and 1.",
     ),
     "a subset too large for KID": (
-        lambda: kid(SIX, FEW, subset_size=5), "KID needs at least 5 generated pictures; there are 4.",
+        lambda: kid(SIX, FEW, subset_size=5),
+        "KID needs at least 5 generated pictures; there are 4.",
     ),
     "flat features for KID": (lambda: kid(FLAT, SIX), "KID needs features (N, D); the real ones are (6,)."),
     "NaN for KID": (lambda: kid(SIX, BAD), "the generated features for KID are not finite."),
     "few real pictures for density": (
-        lambda: density_coverage(SIX[:5], SIX), "density needs at least 6 real pictures; there are 5.",
+        lambda: density_coverage(SIX[:5], SIX),
+        "density needs at least 6 real pictures; there are 5.",
     ),
     "no picture for density": (
-        lambda: density_coverage(SIX, SIX[:0]), "density needs at least 1 generated pictures; there are 0.",
+        lambda: density_coverage(SIX, SIX[:0]),
+        "density needs at least 1 generated pictures; there are 0.",
     ),
     "NaN for density": (lambda: density_coverage(SIX, BAD), "the generated features for density are not finite."),
     "few source pictures": (
-        lambda: domain_hit_rate(FEW, SIX, SIX), "domain hit rate needs at least 5 source pictures; there are 4.",
+        lambda: domain_hit_rate(FEW, SIX, SIX),
+        "domain hit rate needs at least 5 source pictures; there are 4.",
     ),
     "few target pictures": (
-        lambda: domain_hit_rate(SIX, FEW, SIX), "domain hit rate needs at least 5 target pictures; there are 4.",
+        lambda: domain_hit_rate(SIX, FEW, SIX),
+        "domain hit rate needs at least 5 target pictures; there are 4.",
     ),
     "nothing to judge": (
-        lambda: domain_hit_rate(SIX, SIX, SIX[:0]), "domain hit rate needs at least 1 generated pictures; there are 0.",
+        lambda: domain_hit_rate(SIX, SIX, SIX[:0]),
+        "domain hit rate needs at least 1 generated pictures; there are 0.",
     ),
     "NaN to judge": (
-        lambda: domain_hit_rate(SIX, SIX, BAD), "the generated features for domain hit rate are not finite.",
+        lambda: domain_hit_rate(SIX, SIX, BAD),
+        "the generated features for domain hit rate are not finite.",
     ),
     "unequal pairs": (
-        lambda: pair_similarity(SIX, FEW), "there are 6 generated pictures and 4 true counterparts.",
+        lambda: pair_similarity(SIX, FEW),
+        "there are 6 generated pictures and 4 true counterparts.",
     ),
     "no pair": (
-        lambda: pair_similarity(SIX[:0], SIX[:0]), "pair similarity needs at least 1 generated pictures; there are 0.",
+        lambda: pair_similarity(SIX[:0], SIX[:0]),
+        "pair similarity needs at least 1 generated pictures; there are 0.",
     ),
     "a NaN pair": (lambda: pair_similarity(SIX, BAD), "the true features for pair similarity are not finite."),
     "nothing to have copied": (
-        lambda: memorisation(SIX, SIX[:0]), "memorisation needs at least 1 train pictures; there are 0.",
+        lambda: memorisation(SIX, SIX[:0]),
+        "memorisation needs at least 1 train pictures; there are 0.",
     ),
     "flat copies": (
-        lambda: memorisation(FLAT, SIX), "memorisation needs features (N, D); the generated ones are (6,).",
+        lambda: memorisation(FLAT, SIX),
+        "memorisation needs features (N, D); the generated ones are (6,).",
     ),
     "prompts amiss": (lambda: diversity(SIX, ["a"]), "there are 6 generated pictures and 1 prompts."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

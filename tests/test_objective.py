@@ -82,11 +82,15 @@ def expected_loss_and_gradient(objective: DiffTuningObjective) -> tuple[Tensor, 
 @pytest.mark.parametrize(
     "schedule",
     [
-        PowerSchedule(0.3), PowerSchedule(1.0), PowerSchedule(2.0), PaperSchedule(0.5, T), TABLE,
+        PowerSchedule(0.3),
+        PowerSchedule(1.0),
+        PowerSchedule(2.0),
+        PaperSchedule(0.5, T),
+        TABLE,
         ConstantSchedule(2.0, 0.5),
     ],
     ids=lambda schedule: schedule.to_dict()["kind"],
-)  # fmt: skip
+)
 def test_both_estimators_have_the_same_expected_loss_and_gradient(schedule, prediction, base_density, min_snr_gamma):
     process = process_of(prediction, T, base_density)
     settings = {"retention_weight": 0.7, "min_snr_gamma": min_snr_gamma}

@@ -116,7 +116,7 @@ NOT_READ = {
     "a name that is a list": (named(["3.png"]), "row 4", "has a list for a file_name; expected text"),
     "a device": (named("/dev/zero"), "/dev/zero", "lies outside the folder"),
     "half a character": (lambda f: rewrite_metadata(f, lambda r: r[3].update(text="\ud800")), "3.png", "lone surr"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", NOT_READ)
@@ -331,9 +331,10 @@ def test_names_do_not_command_the_terminal(train, folder, tmp_path, capsys):
 
 
 CANARIES = {
-    "HF_TOKEN": "hf_CanaryOne1234567890", "WANDB_API_KEY": "canary2222222222222222222222222222222222",
+    "HF_TOKEN": "hf_CanaryOne1234567890",
+    "WANDB_API_KEY": "canary2222222222222222222222222222222222",
     "MY_COMPANY_PASSWORD": "canary-three-333",
-}  # fmt: skip
+}
 SECRETS = [*CANARIES.values(), "user4:canary4", "canary55555", "hf_CanarySix66666666666"]
 
 
@@ -377,10 +378,14 @@ def test_secrets_are_in_no_file_and_no_line_of_a_run_its_export_and_its_report(
         ]
     )
     for wrong in (
-        ["--model.id", address], ["--model.id", "nobody/hf_CanarySix66666666666"], ["--data.path", address],
-        ["--hf_token=canary55555"], ["--hf_token", "canary55555"], ["--training.max_steps", CANARIES["HF_TOKEN"]],
+        ["--model.id", address],
+        ["--model.id", "nobody/hf_CanarySix66666666666"],
+        ["--data.path", address],
+        ["--hf_token=canary55555"],
+        ["--hf_token", "canary55555"],
+        ["--training.max_steps", CANARIES["HF_TOKEN"]],
         ["--config", f"/nowhere/{CANARIES['MY_COMPANY_PASSWORD']}"],
-    ):  # fmt: skip
+    ):
         with pytest.raises(SystemExit) as stopped:
             main([*words, "--overwrite", *wrong])
         assert stopped.value.code == 2

@@ -33,19 +33,30 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
         tuning=TuningConfig(retention_ratio=0.4),
         bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
         training=TrainingConfig(
-            max_steps=3, batch_size=5, validate_every=0, validation_size=4, sample_every=0, learning_rate=1e-3,
+            max_steps=3,
+            batch_size=5,
+            validate_every=0,
+            validation_size=4,
+            sample_every=0,
+            learning_rate=1e-3,
             lr_scheduler="constant",
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
     features = str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
     return PilotConfig(
-        ["plain", "difftuning_tau1"], [0, 1], [1e-3], pictures=6, steps=2, guidance_scale=2.0, features=features,
+        ["plain", "difftuning_tau1"],
+        [0, 1],
+        [1e-3],
+        pictures=6,
+        steps=2,
+        guidance_scale=2.0,
+        features=features,
         guidance_scales=SCALES,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

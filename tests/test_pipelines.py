@@ -190,7 +190,7 @@ def test_guidance_can_be_changed_while_sampling(pipe, kind):
         names += ["add_text_embeds", "add_time_ids"]
     found = draw(
         pipe, kind, callback_on_step_end=stop_guidance, callback_on_step_end_tensor_inputs=names, output_type="latent"
-    )  # fmt: skip
+    )
     assert torch.isfinite(found).all()
     assert not torch.equal(found, draw(pipe, kind, output_type="latent"))
 

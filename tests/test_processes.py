@@ -42,21 +42,33 @@ def make(tmp_path_factory, model_dir, pictures):
 
     def recipe(name: str, processes: int, method: str = "lora", cache: str | None = None, **training) -> Recipe:
         settings = {
-            "max_steps": 4, "batch_size": 10 // processes, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
-            "lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_decay": 0.9, "checkpoint_every": 2,
-            "validate_every": 0, "validation_size": 2, "sample_every": 0, **training,
-        }  # fmt: skip
+            "max_steps": 4,
+            "batch_size": 10 // processes,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 2,
+            "ema_decay": 0.9,
+            "checkpoint_every": 2,
+            "validate_every": 0,
+            "validation_size": 2,
+            "sample_every": 0,
+            **training,
+        }
         control = ControlConfig()
         if method == "controlnet":
             control = ControlConfig(dropout=0.3, fidelity=FidelityConfig(every=0))
         return Recipe(
-            method=method, model=ModelConfig(str(model_dir)),
+            method=method,
+            model=ModelConfig(str(model_dir)),
             data=DataConfig(str(pictures), holdout=0.25, flip=True, cache=str(root / (cache or f"cache-{processes}"))),
             tuning=TuningConfig(schedule=ScheduleConfig("power", tau=0.5), prompt_dropout=0.3),
             bank=BankConfig(size=10, steps=2, batch_size=4),
             adapter=AdapterConfig(rank=4) if method == "lora" else AdapterConfig(),
-            control=control, training=TrainingConfig(**settings), output=str(root / name),
-        )  # fmt: skip
+            control=control,
+            training=TrainingConfig(**settings),
+            output=str(root / name),
+        )
 
     return recipe
 

@@ -26,9 +26,7 @@ from difftuning_control.system.text import harmless, plain_markdown, python_text
 from difftuning_control.verbs.commands import COMMANDS
 from difftuning_control.verbs.parse import keys_of, parse
 
-few = settings(
-    derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
+few = settings(derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 settings.register_profile("few", few)
 settings.register_profile("thorough", few, derandomize=False, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
@@ -36,10 +34,29 @@ slow = settings(max_examples=settings().max_examples // 2)
 
 TEXT = st.text(st.characters(codec=None), max_size=40)  # with lone surrogates, controls and bidirectional marks
 HOSTILE = st.sampled_from(
-    ["", " ", "\0", "a\nb", "\ud800", "\u202eexe", "\x1b[2J", "<script>alert(1)</script>", "=cmd|' /C calc'!A0",
-     "```\n# x", "{{ 7*7 }}", "x" * 5000, "長" * 3000, "../../etc/passwd", "/etc/passwd", "null", "1e999", "$x$", 
-     "\u200d👩‍👩‍👧", "a\u2028b"]
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "\0",
+        "a\nb",
+        "\ud800",
+        "\u202eexe",
+        "\x1b[2J",
+        "<script>alert(1)</script>",
+        "=cmd|' /C calc'!A0",
+        "```\n# x",
+        "{{ 7*7 }}",
+        "x" * 5000,
+        "長" * 3000,
+        "../../etc/passwd",
+        "/etc/passwd",
+        "null",
+        "1e999",
+        "$x$",
+        "\u200d👩‍👩‍👧",
+        "a\u2028b",
+    ]
+)
 WORDS = TEXT | HOSTILE
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, 2, 0.5, 10**30, True])
 VALUES = st.recursive(
@@ -187,8 +204,9 @@ NAMES = st.sampled_from(
 ROWS = st.lists(
     st.fixed_dictionaries({}, optional={"file_name": NAMES | VALUES, "text": st.just("red") | VALUES, "other": VALUES})
     | VALUES,
-    min_size=1, max_size=3,
-)  # fmt: skip
+    min_size=1,
+    max_size=3,
+)
 
 
 @given(rows=ROWS, absolute=st.booleans(), kind=st.sampled_from(["jsonl", "csv"]))
@@ -240,10 +258,14 @@ def rotated() -> bytes:
 
 WHOLE = {
     **{f"png {mode}": encoded(mode, "PNG") for mode in ("1", "L", "P", "LA", "I;16", "RGB", "RGBA")},
-    "jpeg cmyk": encoded("CMYK", "JPEG"), "jpeg rotated": rotated(), "tiff": encoded("RGB", "TIFF"),
-    "tiff float": encoded("F", "TIFF"), "webp": encoded("RGBA", "WEBP"), "gif": encoded("P", "GIF"),
+    "jpeg cmyk": encoded("CMYK", "JPEG"),
+    "jpeg rotated": rotated(),
+    "tiff": encoded("RGB", "TIFF"),
+    "tiff float": encoded("F", "TIFF"),
+    "webp": encoded("RGBA", "WEBP"),
+    "gif": encoded("P", "GIF"),
     "bmp": encoded("RGB", "BMP"),
-}  # fmt: skip
+}
 
 
 def check_picture(content: bytes) -> None:

@@ -68,10 +68,13 @@ def test_a_run_on_a_quantised_base_is_drawn_on_the_same(name, kind, method, reci
     MODELS[name]().save_pretrained(tmp_path / "model")
     side = SIDES.get(name, 16)
     run = replace(
-        recipe, method=method, model=ModelConfig(str(tmp_path / "model"), quantization=kind, offload=True),
+        recipe,
+        method=method,
+        model=ModelConfig(str(tmp_path / "model"), quantization=kind, offload=True),
         adapter=AdapterConfig(on="controlnet" if method == "controlnet" else "denoiser", rank=2),
-        data=replace(recipe.data, resolution=side), training=replace(recipe.training, mixed_precision="bf16"),
-    )  # fmt: skip
+        data=replace(recipe.data, resolution=side),
+        training=replace(recipe.training, mixed_precision="bf16"),
+    )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
     record = train(run)
     assert record["losses"]["target"]["tuned"]["loss"] != record["losses"]["target"]["base"]["loss"]
@@ -97,9 +100,14 @@ def test_a_run_with_the_8_bit_optimizer_resumes_bit_by_bit(recipe, tmp_path):
     training = replace(recipe.training, optimizer="adamw8bit", max_steps=4, checkpoint_every=2, validate_every=0)
     tiny_flux().save_pretrained(tmp_path / "model")
     whole = replace(
-        recipe, method="full", model=ModelConfig(str(tmp_path / "model")), adapter=AdapterConfig(), training=training,
-        data=replace(recipe.data, resolution=16), output=str(tmp_path / "whole"),
-    )  # fmt: skip
+        recipe,
+        method="full",
+        model=ModelConfig(str(tmp_path / "model")),
+        adapter=AdapterConfig(),
+        training=training,
+        data=replace(recipe.data, resolution=16),
+        output=str(tmp_path / "whole"),
+    )
     broken = replace(whole, output=str(tmp_path / "broken"))
     train(whole)
     with pytest.raises(KeyboardInterrupt), interrupted_after(3):

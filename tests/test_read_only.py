@@ -33,8 +33,16 @@ def locked(tmp_path):
         yield tmp_path / "locked"
 
 
-@pytest.mark.parametrize(("verb", "key"), [("train", "output"), ("train", "data.cache"), ("train", "bank.path"),
-                                           ("bank", "data.cache"), ("bank", "bank.path")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("train", "output"),
+        ("train", "data.cache"),
+        ("train", "bank.path"),
+        ("bank", "data.cache"),
+        ("bank", "bank.path"),
+    ],
+)
 def test_training_and_drawing_a_bank_are_refused(locked, tmp_path, model_dir, pictures, capsys, verb, key):
     words = [verb, *flags(settings(model_dir, pictures, tmp_path, **{key: locked / "new"}))]
     said = OF_THE_OUTPUT if key == "output" else OF_A_PLACE
@@ -56,16 +64,18 @@ def test_a_pilot_is_refused(locked, tmp_path, model_dir, capsys):
     assert_refused(["pilot", *flags(values)], capsys, tmp_path, str(locked), OF_THE_OUTPUT)
 
 
-@pytest.mark.parametrize("words", [
-    ["sample", "--run", "run", "--prompts", '["red"]', "--output"],
-    ["evaluate", "--runs", '["run"]', "--output"],
-    ["analyze", "--run", "run", "--output"],
-    ["export", "run", "--base", "referenced", "--to"],
-    ["bench", "--output"],
-], ids=lambda words: words[0])  # fmt: skip
-def test_what_reads_a_run_is_refused_before_it_loads_anything(
-    locked, finished, tmp_path, monkeypatch, capsys, words
-):  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "--run", "run", "--prompts", '["red"]', "--output"],
+        ["evaluate", "--runs", '["run"]', "--output"],
+        ["analyze", "--run", "run", "--output"],
+        ["export", "run", "--base", "referenced", "--to"],
+        ["bench", "--output"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_reads_a_run_is_refused_before_it_loads_anything(locked, finished, tmp_path, monkeypatch, capsys, words):
     shutil.copytree(finished, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *a, **k: pytest.fail("loaded"))

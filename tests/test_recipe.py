@@ -18,30 +18,64 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 
 SECTIONS = [c for c in vars(recipes).values() if dataclasses.is_dataclass(c)]
 BY_NAME = {
-    "data": recipes.DataConfig, "tuning": TuningConfig, "bank": recipes.BankConfig, "adapter": AdapterConfig,
+    "data": recipes.DataConfig,
+    "tuning": TuningConfig,
+    "bank": recipes.BankConfig,
+    "adapter": AdapterConfig,
     "training": TrainingConfig,
-}  # fmt: skip
+}
 NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = {
-    "data.resolution": [0, 7, -64], "data.crops": [0, 65], "data.holdout": [-0.1, 1.0, NAN], "data.limit": [0],
-    "tuning.retention_ratio": [-0.1, 1.0, NAN], "tuning.retention_weight": [-1.0, INF, NAN],
-    "tuning.prompt_dropout": [-0.1, 1.1, NAN], "tuning.min_snr_gamma": [0.0, -5.0, INF, NAN],
-    "bank.size": [0], "bank.steps": [0], "bank.batch_size": [0], "bank.guidance_scale": [-1.0, INF, NAN],
-    "adapter.rank": [0], "adapter.alpha": [0.0, INF], "adapter.dropout": [-0.1, 1.0, NAN],
-    "training.max_steps": [0, -1], "training.batch_size": [0], "training.gradient_accumulation_steps": [0],
-    "training.learning_rate": [0.0, -1e-3, INF, NAN], "training.lr_warmup_steps": [-1],
-    "training.weight_decay": [-0.1, NAN], "training.max_grad_norm": [0.0, INF], "training.ema_decay": [0.0, 1.0],
-    "training.seed": [-1, 2**31], "training.checkpoint_every": [0], "training.validate_every": [-1],
-    "training.validation_size": [0], "training.sample_every": [-1], "training.sample_steps": [0],
+    "data.resolution": [0, 7, -64],
+    "data.crops": [0, 65],
+    "data.holdout": [-0.1, 1.0, NAN],
+    "data.limit": [0],
+    "tuning.retention_ratio": [-0.1, 1.0, NAN],
+    "tuning.retention_weight": [-1.0, INF, NAN],
+    "tuning.prompt_dropout": [-0.1, 1.1, NAN],
+    "tuning.min_snr_gamma": [0.0, -5.0, INF, NAN],
+    "bank.size": [0],
+    "bank.steps": [0],
+    "bank.batch_size": [0],
+    "bank.guidance_scale": [-1.0, INF, NAN],
+    "adapter.rank": [0],
+    "adapter.alpha": [0.0, INF],
+    "adapter.dropout": [-0.1, 1.0, NAN],
+    "training.max_steps": [0, -1],
+    "training.batch_size": [0],
+    "training.gradient_accumulation_steps": [0],
+    "training.learning_rate": [0.0, -1e-3, INF, NAN],
+    "training.lr_warmup_steps": [-1],
+    "training.weight_decay": [-0.1, NAN],
+    "training.max_grad_norm": [0.0, INF],
+    "training.ema_decay": [0.0, 1.0],
+    "training.seed": [-1, 2**31],
+    "training.checkpoint_every": [0],
+    "training.validate_every": [-1],
+    "training.validation_size": [0],
+    "training.sample_every": [-1],
+    "training.sample_steps": [0],
     "training.sample_guidance_scale": [-1.0, NAN],
-}  # fmt: skip
+}
 AT_THE_EDGE = {
-    "data.resolution": [8, None], "data.crops": [1, 64], "data.holdout": [0.0, 0.999], "data.limit": [1, None],
-    "tuning.prompt_dropout": [0.0, 1.0], "tuning.min_snr_gamma": [1e-9, None], "bank.size": [1],
-    "bank.guidance_scale": [0.0], "adapter.rank": [1], "adapter.alpha": [1e-9, None], "adapter.dropout": [0.0, 0.999],
-    "training.max_grad_norm": [None], "training.lr_warmup_steps": [0], "training.seed": [0, 2**31 - 1],
-    "training.validate_every": [0], "training.sample_every": [0], "training.weight_decay": [0.0],
-}  # fmt: skip
+    "data.resolution": [8, None],
+    "data.crops": [1, 64],
+    "data.holdout": [0.0, 0.999],
+    "data.limit": [1, None],
+    "tuning.prompt_dropout": [0.0, 1.0],
+    "tuning.min_snr_gamma": [1e-9, None],
+    "bank.size": [1],
+    "bank.guidance_scale": [0.0],
+    "adapter.rank": [1],
+    "adapter.alpha": [1e-9, None],
+    "adapter.dropout": [0.0, 0.999],
+    "training.max_grad_norm": [None],
+    "training.lr_warmup_steps": [0],
+    "training.seed": [0, 2**31 - 1],
+    "training.validate_every": [0],
+    "training.sample_every": [0],
+    "training.weight_decay": [0.0],
+}
 
 
 def with_value(key: str, value: object) -> object:
@@ -162,10 +196,19 @@ def test_a_measured_schedule_is_read_from_its_file(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[1, 2]", b"5", b"\xff\xfe", b'{"u": [0, 1], "psi": [0, 1]}', b'{"u": null, "psi": 1, "xi": 1}',
-     json.dumps({**TABLE, "psi": [1.0, 0.5, 0.0]}).encode(), json.dumps({**TABLE, "xi": [1.0]}).encode()],
+    [
+        b"",
+        b"{",
+        b"[1, 2]",
+        b"5",
+        b"\xff\xfe",
+        b'{"u": [0, 1], "psi": [0, 1]}',
+        b'{"u": null, "psi": 1, "xi": 1}',
+        json.dumps({**TABLE, "psi": [1.0, 0.5, 0.0]}).encode(),
+        json.dumps({**TABLE, "xi": [1.0]}).encode(),
+    ],
     ids=["empty", "broken", "a list", "a number", "not text", "no xi", "nulls", "ψ falls", "too short"],
-)  # fmt: skip
+)
 def test_a_measured_schedule_that_cannot_be_one_is_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"measured schedule .*table.json cannot be read|^tuning.schedule: "):
         measured(tmp_path, content).build(1000)

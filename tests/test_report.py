@@ -474,10 +474,21 @@ def test_it_renders_without_sideways_scrolling(tmp_path, language, width):
         )
         shot = tmp_path / f"{name}.png"
         subprocess.run(
-            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             "--allow-file-access-from-files", f"--screenshot={shot}", f"--window-size={width + 200},1500", str(frame)],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+            [
+                "chromium",
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--allow-file-access-from-files",
+                f"--screenshot={shot}",
+                f"--window-size={width + 200},1500",
+                str(frame),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
         with Image.open(shot) as picture:
             pixels = picture.convert("RGB")
         assert pixels.getpixel((width + 1, 700)) == (0, 0, 255)  # the frame did not have to grow
@@ -502,6 +513,6 @@ def test_a_pilot_without_any_effect_names_a_winner_in_few_cases_only(seeds, side
                 "runs": [{"seed": s, "steps": 1, "kid": rng.gauss(1, 0.1)} for s in range(seeds)],
             }
             for n in names
-        ]  # fmt: skip
+        ]
         named += verdict({"primary": "kid", "base": {}, "sides": found})["code"] == "winner"
     assert named / 600 < 0.08

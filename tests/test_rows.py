@@ -43,8 +43,19 @@ def test_every_way_to_index_gives_what_the_tensor_gives(tmp_path, dtype):
     files = written(tmp_path, [{"a": whole[part], "b": beside[part]} for part in (slice(3), slice(3, 7))], lead=2)
     rows = files.rows("a")
     assert (len(rows), rows.shape) == (7, whole.shape)
-    for index in (0, 5, -1, slice(None), slice(2, 5), [6, 1, 1], torch.tensor(4), torch.tensor([4, 2]), (3, 1),
-                  (torch.tensor(6), torch.tensor(2)), (torch.tensor([0, 6]), torch.tensor([2, 0]))):  # fmt: skip
+    for index in (
+        0,
+        5,
+        -1,
+        slice(None),
+        slice(2, 5),
+        [6, 1, 1],
+        torch.tensor(4),
+        torch.tensor([4, 2]),
+        (3, 1),
+        (torch.tensor(6), torch.tensor(2)),
+        (torch.tensor([0, 6]), torch.tensor([2, 0])),
+    ):
         assert torch.equal(rows[index], whole[index]), index
         assert rows[index].dtype == dtype
     assert torch.equal(torch.stack(list(rows)), whole)
@@ -140,9 +151,12 @@ def read_whole(found: TrainingInputs) -> TrainingInputs:
     moments, conditions = LatentMoments(targets.moments.mean[:], targets.moments.std[:]), held(targets.conditions)
     embeddings = replace(found.embeddings, tensors={n: rows[:] for n, rows in found.embeddings.tensors.items()})
     return replace(
-        found, targets=replace(targets, moments=moments, conditions=conditions), embeddings=embeddings,
-        bank=replace(bank, latents=bank.latents[:]), control=control and replace(control, bank=held(control.bank)),
-    )  # fmt: skip
+        found,
+        targets=replace(targets, moments=moments, conditions=conditions),
+        embeddings=embeddings,
+        bank=replace(bank, latents=bank.latents[:]),
+        control=control and replace(control, bank=held(control.bank)),
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "controlnet"])
@@ -151,9 +165,12 @@ def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_
     monkeypatch.setattr("difftuning_control.data.conditions.SHARD", 3)
     control = ControlConfig(dropout=0.3, fidelity=FidelityConfig(every=0), bank_condition="own")
     recipe = replace(
-        recipe, method=method, data=replace(recipe.data, flip=True), tuning=TuningConfig(retention_prompts="own"),
+        recipe,
+        method=method,
+        data=replace(recipe.data, flip=True),
+        tuning=TuningConfig(retention_prompts="own"),
         control=control if method == "controlnet" else recipe.control,
-    )  # fmt: skip
+    )
     trainer.train(recipe)
     prepare = trainer.prepare_inputs
     monkeypatch.setattr(trainer, "prepare_inputs", lambda *given: read_whole(prepare(*given)))

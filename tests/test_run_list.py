@@ -60,9 +60,14 @@ def test_every_run_has_its_state_and_figures(runs, record):
     with FileLock(runs / "alive" / ".lock"):
         rows = {row["run"]: row for row in list_runs(runs)}
     assert {name: row["state"] for name, row in rows.items()} == {
-        "done": "done", "pilot/plain/seed-1": "done", "cut": "interrupted", "diverged": "failed", "alive": "running",
-        "torn": "unreadable", "alien": "unreadable",
-    }  # fmt: skip
+        "done": "done",
+        "pilot/plain/seed-1": "done",
+        "cut": "interrupted",
+        "diverged": "failed",
+        "alive": "running",
+        "torn": "unreadable",
+        "alien": "unreadable",
+    }
     done, cut, judged = rows["done"], rows["cut"], rows["pilot/plain/seed-1"]
     losses = record["losses"]["target"]["tuned"]["loss"]
     assert done["target_loss"] == pytest.approx(sum(losses) / len(losses))

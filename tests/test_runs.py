@@ -54,12 +54,20 @@ def make(root: Path, model_dir: Path) -> Maker:
             tuning or TuningConfig(),
             BankConfig(size=10, steps=2, batch_size=4),
             AdapterConfig(rank=2) if method == "lora" else AdapterConfig(),
-            training=TrainingConfig(**{
-                "max_steps": 4, "batch_size": 5, "validate_every": 0, "validation_size": 2, "sample_every": 0,
-                "learning_rate": 1e-1 if method == "lora" else 1e-2, "lr_scheduler": "constant", **training,
-            }),
+            training=TrainingConfig(
+                **{
+                    "max_steps": 4,
+                    "batch_size": 5,
+                    "validate_every": 0,
+                    "validation_size": 2,
+                    "sample_every": 0,
+                    "learning_rate": 1e-1 if method == "lora" else 1e-2,
+                    "lr_scheduler": "constant",
+                    **training,
+                }
+            ),
             output=str(root / name),
-        )  # fmt: skip
+        )
 
     return recipe
 
@@ -217,9 +225,15 @@ def words(features: Path) -> Callable[..., list[str]]:
 
     def command(output: Path, *runs: str, **changes: object) -> list[str]:
         values: dict[str, object] = {
-            "runs": json.dumps(runs), "output": output, "features": features, "pictures": 6, "seeds": [0, 1],
-            "steps": 2, "outside": '["a red car", "a dog"]', **changes,
-        }  # fmt: skip
+            "runs": json.dumps(runs),
+            "output": output,
+            "features": features,
+            "pictures": 6,
+            "seeds": [0, 1],
+            "steps": 2,
+            "outside": '["a red car", "a dog"]',
+            **changes,
+        }
         return ["evaluate", *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
 
     return command
@@ -240,13 +254,22 @@ def result(evaluated: Path) -> dict[str, Any]:
 
 def test_an_evaluation_holds_base_and_sides_with_their_settings(result, lora, full, root):
     assert [s["name"] for s in (result["base"], *result["sides"])] == [
-        "base", lora.output, str(root / "copy"), full.output,
-    ]  # fmt: skip
+        "base",
+        lora.output,
+        str(root / "copy"),
+        full.output,
+    ]
     assert (result["status"], result["model"]) == ("complete", lora.model.id)
     assert result["settings"] == {
-        "features": "tiny-dinov2", "pictures": 6, "real": 6, "seeds": [0, 1], "steps": 2, "guidance_scale": 4.0,
-        "domain_guidance_scale": None, "outside": ["a red car", "a dog"],
-    }  # fmt: skip
+        "features": "tiny-dinov2",
+        "pictures": 6,
+        "real": 6,
+        "seeds": [0, 1],
+        "steps": 2,
+        "guidance_scale": 4.0,
+        "domain_guidance_scale": None,
+        "outside": ["a red car", "a dog"],
+    }
 
 
 def test_every_side_has_its_figures_for_every_seed(result):
@@ -314,8 +337,19 @@ def test_runs_of_one_name_in_two_places_keep_their_rows(lora, words, root, tmp_p
 def test_the_table_has_a_line_for_every_side(result, capsys):
     lines = table(result).split("\n")
     head, rows = lines[0].split(), lines[1:]
-    assert head == ["kid", "×1000", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "diversity",
-                    "bank", "loss", "apart"]  # fmt: skip
+    assert head == [
+        "kid",
+        "×1000",
+        "fid",
+        "domain_hit",
+        "pair_similarity",
+        "memorisation",
+        "coverage",
+        "diversity",
+        "bank",
+        "loss",
+        "apart",
+    ]
     assert [row.split()[0] for row in rows] == [s["name"] for s in (result["base"], *result["sides"])]
     assert len({len(line.rstrip()) for line in lines[2:]}) == 1
     side = result["sides"][0]

@@ -15,9 +15,15 @@ from difftuning_control.objective.schedules import (
 
 TABLE = TabulatedSchedule(u=[0.1, 0.4, 0.9], psi=[0.0, 0.5, 2.0], xi=[3.0, 3.0, 0.25])
 SCHEDULES = [
-    PowerSchedule(0.3), PowerSchedule(1.0), PowerSchedule(2.0), PaperSchedule(0.5), PaperSchedule(2.0, 50),
-    ConstantSchedule(), ConstantSchedule(2.0, 0.5), TABLE,
-]  # fmt: skip
+    PowerSchedule(0.3),
+    PowerSchedule(1.0),
+    PowerSchedule(2.0),
+    PaperSchedule(0.5),
+    PaperSchedule(2.0, 50),
+    ConstantSchedule(),
+    ConstantSchedule(2.0, 0.5),
+    TABLE,
+]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.to_dict()["kind"])
 GRID = torch.linspace(0, 1, 501)
 

@@ -60,7 +60,7 @@ def test_keys_known_by_their_form_are_left_out_wherever_they_stand(secret, text)
         ("--hub.token abc x", "--hub.token (secret) x"),
         ("MY_PASSWORD='abc' run", "MY_PASSWORD='(secret)' run"),
     ],
-)  # fmt: skip
+)
 def test_what_a_name_announces_is_left_out(text, expected):
     assert without_secrets(text) == expected
     assert without_secrets(expected) == expected
@@ -86,8 +86,18 @@ def test_words_names_and_hashes_stay(text):
     assert without_secrets(text) == text
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "MYTOKEN", "AWS_SECRET_ACCESS_KEY", "X_PASSWORD",
-                                  "AWS_ACCESS_KEY_ID", "MY_SECRET_THING"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "MYTOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "X_PASSWORD",
+        "AWS_ACCESS_KEY_ID",
+        "MY_SECRET_THING",
+    ],
+)
 def test_the_value_of_a_variable_is_left_out_in_every_form(monkeypatch, name):
     value = 'se"cret & more'
     monkeypatch.setenv(name, value)
@@ -97,8 +107,9 @@ def test_the_value_of_a_variable_is_left_out_in_every_form(monkeypatch, name):
         )
 
 
-@pytest.mark.parametrize(("name", "value"), [("TOKENIZERS_PARALLELISM", "a longer word 1"), ("MY_TOKEN", "off"),
-                                             ("MY_API_KEY", "disabled")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [("TOKENIZERS_PARALLELISM", "a longer word 1"), ("MY_TOKEN", "off"), ("MY_API_KEY", "disabled")]
+)
 def test_variables_with_words_in_them_change_nothing(monkeypatch, tmp_path, name, value):
     monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path))

@@ -171,9 +171,10 @@ def test_processes_and_forwards_together_hold_the_rows_of_one(source):
 
 def test_a_streamed_run_goes_on_bit_for_bit(recipe, folders, tmp_path):
     recipe = replace(
-        recipe, data=DataConfig(str(folders["tar"]), stream=True, flip=True, cache=recipe.data.cache),
+        recipe,
+        data=DataConfig(str(folders["tar"]), stream=True, flip=True, cache=recipe.data.cache),
         training=replace(recipe.training, validate_every=0),
-    )  # fmt: skip
+    )
     found = train(replace(recipe, output=str(tmp_path / "whole")))
     assert found["data"]["pictures"] == "streamed"
     assert found["data"]["held_out"] == recipe.training.validation_size

@@ -47,19 +47,31 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
         tuning=TuningConfig(retention_ratio=0.4),
         bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
         training=TrainingConfig(
-            max_steps=4, batch_size=5, validate_every=0, validation_size=4, sample_every=0, learning_rate=1e-2,
-            lr_scheduler="constant", ema_decay=0.9,
+            max_steps=4,
+            batch_size=5,
+            validate_every=0,
+            validation_size=4,
+            sample_every=0,
+            learning_rate=1e-2,
+            lr_scheduler="constant",
+            ema_decay=0.9,
         ),
         output=str(root / "run"),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def config(features: str) -> PilotConfig:
     return PilotConfig(
-        ["plain", "difftuning_measured", "difftuning_budget"], [0, 1], [1e-2, 1e-3],
-        [2, 4], pictures=6, steps=2, guidance_scale=2.0, features=features,
-    )  # fmt: skip
+        ["plain", "difftuning_measured", "difftuning_budget"],
+        [0, 1],
+        [1e-2, 1e-3],
+        [2, 4],
+        pictures=6,
+        steps=2,
+        guidance_scale=2.0,
+        features=features,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +230,23 @@ def test_a_sides_tuning_keeps_the_rest_of_the_recipes():
 def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_path):
     training = replace(study.training, max_steps=60, batch_size=10)
     recipe = replace(
-        study, tuning=replace(study.tuning, schedule=ScheduleConfig("auto")), training=training,
+        study,
+        tuning=replace(study.tuning, schedule=ScheduleConfig("auto")),
+        training=training,
         output=str(tmp_path / "auto"),
-    )  # fmt: skip
+    )
     run = train(recipe)
     kept = json.loads((tmp_path / "auto" / "schedule.json").read_text())
     schedule = schedule_from_dict({k: kept[k] for k in ("kind", "u", "psi", "xi")})
     assert schedule.psi_values[-1] == 1.0
     assert run["schedule"]["psi"] == kept["psi"]
-    named = replace(recipe, output=str(tmp_path / "named"), tuning=replace(
-        recipe.tuning, schedule=ScheduleConfig("measured", path=str(tmp_path / "auto" / "schedule.json"))
-    ))  # fmt: skip
+    named = replace(
+        recipe,
+        output=str(tmp_path / "named"),
+        tuning=replace(
+            recipe.tuning, schedule=ScheduleConfig("measured", path=str(tmp_path / "auto" / "schedule.json"))
+        ),
+    )
     assert train(named)["losses"] == run["losses"]
 
 
@@ -439,10 +457,13 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     from difftuning_control.training.setup import _budget, build_objective, make_accelerator
 
     recipe = replace(
-        study, model=ModelConfig("embedded"), tuning=replace(study.tuning, forgetting_budget=0.02),
+        study,
+        model=ModelConfig("embedded"),
+        tuning=replace(study.tuning, forgetting_budget=0.02),
         data=replace(study.data, path="embedded/icons", validation_path="embedded/icons-eval", limit=8),
-        bank=replace(study.bank, size=40, steps=8, path=str(tmp_path / "bank")), output=str(tmp_path),
-    )  # fmt: skip
+        bank=replace(study.bank, size=40, steps=8, path=str(tmp_path / "bank")),
+        output=str(tmp_path),
+    )
     family = load_family("embedded")
     objective = build_objective(recipe, family.process)
     inputs = prepare_inputs(recipe, family, objective, make_accelerator(recipe))

@@ -211,9 +211,17 @@ def test_the_timestep_is_found_where_a_transformer_takes_it():
 
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        out_channels=4,
+    )
     process = NoiseProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())
     attach(model, AdapterConfig("tlora", rank=4, min_rank=1), 0, ("to_q", "to_k"), process)
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8)

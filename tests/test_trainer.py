@@ -63,8 +63,15 @@ Maker = Callable[..., Recipe]
 def make(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Path) -> Maker:
     """Makes recipes that train the tiny model for six steps, with one cache for all: `make(name, training={…})`."""
     root = tmp_path_factory.mktemp("trainer")
-    training = {"max_steps": STEPS, "batch_size": 5, "checkpoint_every": 2, "validate_every": 3, "validation_size": 2,
-                "sample_every": 0, "learning_rate": 1e-2}  # fmt: skip
+    training = {
+        "max_steps": STEPS,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 3,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+    }
 
     def recipe(name: str, method: str = "lora", **sections: dict[str, Any]) -> Recipe:
         return Recipe(

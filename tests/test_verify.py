@@ -300,16 +300,24 @@ def test_captions_beside_pictures_and_a_place_of_held_out_ones(recipe, tmp_path)
         (folder / "metadata.jsonl").unlink()
         for i in range(4):
             (folder / f"{i}.txt").write_text(f"{name} {i}")
-    data = DataConfig(str(tmp_path / "train"), holdout=0.0, validation_path=str(tmp_path / "held"), limit=3,
-                      cache=str(tmp_path / "cache"))  # fmt: skip
+    data = DataConfig(
+        str(tmp_path / "train"),
+        holdout=0.0,
+        validation_path=str(tmp_path / "held"),
+        limit=3,
+        cache=str(tmp_path / "cache"),
+    )
     training = replace(recipe.training, max_steps=1, batch_size=2)
     made = replace(recipe, data=data, training=training, tuning=TuningConfig(retention_ratio=0, retention_weight=0))
     train(made)
     request = VerifyRequest(made.output)
 
     def differing() -> dict[str, list[tuple[str, str]]]:
-        return {p["part"]: [(f["what"], f["item"]) for f in p["findings"]]
-                for p in verify(request)["parts"] if p["findings"]}  # fmt: skip
+        return {
+            p["part"]: [(f["what"], f["item"]) for f in p["findings"]]
+            for p in verify(request)["parts"]
+            if p["findings"]
+        }
 
     assert differing() == {}
     (tmp_path / "train" / "9.txt").write_text("beyond the limit")
@@ -321,8 +329,9 @@ def test_captions_beside_pictures_and_a_place_of_held_out_ones(recipe, tmp_path)
     (tmp_path / "held" / "2.txt").write_text("another")
     Image.new("RGB", (16, 16)).save(tmp_path / "held" / "9.png")
     assert differing() == {
-        "data": [("missing", "1.png"), ("added", "00.png")], "validation": [("changed", "2.png"), ("added", "9.png")],
-    }  # fmt: skip
+        "data": [("missing", "1.png"), ("added", "00.png")],
+        "validation": [("changed", "2.png"), ("added", "9.png")],
+    }
 
 
 def test_conditions_and_a_bank_of_pictures(recipe, tmp_path):
@@ -335,16 +344,20 @@ def test_conditions_and_a_bank_of_pictures(recipe, tmp_path):
         recipe.model,
         DataConfig(str(tmp_path / "data"), holdout=0.25, cache=str(tmp_path / "cache")),
         bank=BankConfig(path=str(tmp_path / "old")),
-        control=ControlConfig("supplied", path=str(tmp_path / "conditions"), bank_condition="blank",
-                              fidelity=FidelityConfig(every=0)),
+        control=ControlConfig(
+            "supplied", path=str(tmp_path / "conditions"), bank_condition="blank", fidelity=FidelityConfig(every=0)
+        ),
         training=replace(recipe.training, max_steps=1),
         output=recipe.output,
-    )  # fmt: skip
+    )
     train(made)
 
     def parts() -> dict[str, list[tuple[str, str, str]]]:
-        return {p["part"]: [(f["what"], f["item"], f["said"]) for f in p["findings"]]
-                for p in verify(VerifyRequest(made.output))["parts"] if p["findings"]}  # fmt: skip
+        return {
+            p["part"]: [(f["what"], f["item"], f["said"]) for f in p["findings"]]
+            for p in verify(VerifyRequest(made.output))["parts"]
+            if p["findings"]
+        }
 
     assert parts() == {}
     Image.new("RGB", (16, 16)).save(tmp_path / "conditions" / "2.png")

@@ -38,13 +38,20 @@ def again(root: Path) -> dict[str, Any]:
         tuning=TuningConfig(retention_ratio=0.4),
         bank=BankConfig(size=6, steps=1, batch_size=6),
         training=TrainingConfig(
-            max_steps=4, batch_size=5, validate_every=0, validation_size=4, sample_every=0, learning_rate=1e-2,
-            lr_scheduler="constant", ema_decay=0.9,
+            max_steps=4,
+            batch_size=5,
+            validate_every=0,
+            validation_size=4,
+            sample_every=0,
+            learning_rate=1e-2,
+            lr_scheduler="constant",
+            ema_decay=0.9,
         ),
         output="pilot",
-    )  # fmt: skip
-    config = PilotConfig(["plain", "difftuning_measured"], [0, 1], [1e-2], [2, 4], pictures=6, steps=1,
-                         features="features")  # fmt: skip
+    )
+    config = PilotConfig(
+        ["plain", "difftuning_measured"], [0, 1], [1e-2], [2, 4], pictures=6, steps=1, features="features"
+    )
     return pilot(recipe, config, "en", False, tell=lambda text: None)
 
 
@@ -105,14 +112,17 @@ def test_a_pilot_that_was_moved_verifies(root):
         ("pilot/base/seed-0/0.png", "outputs", "base/seed-0/0.png"),
         (f"pilot/{RUNS[1]}/figures.json", RUNS[1], "figures.json"),
         (f"pilot/{RUNS[3]}/pictures-2/0.png", RUNS[3], "pictures-2/0.png"),
-        (f"pilot/{RUNS[0]}/pipeline/unet/diffusion_pytorch_model.safetensors", RUNS[0],
-         "pipeline/unet/diffusion_pytorch_model.safetensors"),
+        (
+            f"pilot/{RUNS[0]}/pipeline/unet/diffusion_pytorch_model.safetensors",
+            RUNS[0],
+            "pipeline/unet/diffusion_pytorch_model.safetensors",
+        ),
         (f"pilot/{RUNS[2]}/run.json", RUNS[2], "run.json"),
         ("pilot/bank/bank-00000.safetensors", "bank", "bank-00000.safetensors"),
         ("base/vae/diffusion_pytorch_model.safetensors", "base", "vae/diffusion_pytorch_model.safetensors"),
         ("held/3.png", "validation", "3.png"),
     ],
-)  # fmt: skip
+)
 def test_a_flipped_byte_is_found_and_so_is_a_missing_file(root, name, part, item):
     path = root / name
     content = path.read_bytes()
@@ -130,8 +140,9 @@ def test_an_added_file_an_added_run_and_one_that_is_gone_are_found(root):
     shutil.copytree(root / "pilot" / RUNS[0], root / "pilot" / "plain" / "lr-0.02" / "seed-0")
     shutil.rmtree(root / "pilot" / RUNS[3])
     assert found() == {
-        "outputs": [("added", "more.txt"), ("added", "plain/lr-0.02/seed-0")], RUNS[3]: [("missing", "run.json")],
-    }  # fmt: skip
+        "outputs": [("added", "more.txt"), ("added", "plain/lr-0.02/seed-0")],
+        RUNS[3]: [("missing", "run.json")],
+    }
 
 
 @pytest.mark.parametrize("place", [".", RUNS[1]])

@@ -28,9 +28,12 @@ class NewClasses(TrainedWhole):
         names, rows = _read(path)
         tables = tables_of(pipe.transformer) if isinstance(pipe.transformer, DiTTransformer2DModel) else {}
         for key in tables.keys() | rows.keys():
-            if key not in tables or key not in rows or rows[key].shape[1] != tables[key].shape[1] or not (
-                len(rows[key]) == len(names) + 1 <= len(tables[key])
-            ):  # fmt: skip
+            if (
+                key not in tables
+                or key not in rows
+                or rows[key].shape[1] != tables[key].shape[1]
+                or not (len(rows[key]) == len(names) + 1 <= len(tables[key]))
+            ):
                 raise UserError(f"{path} does not fit this model: its {len(names)} classes have no place in {key}.")
         super().__init__(tables, name, {key: unknown(table.detach(), len(names)) for key, table in tables.items()})
         self.pipe, self.labels = pipe, pipe.labels

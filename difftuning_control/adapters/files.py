@@ -250,8 +250,14 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
     import peft
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    kinds = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig, "OFT": peft.OFTConfig,
-             "BOFT": peft.BOFTConfig, "IA3": peft.IA3Config}  # fmt: skip
+    kinds = {
+        "LORA": peft.LoraConfig,
+        "LOHA": peft.LoHaConfig,
+        "LOKR": peft.LoKrConfig,
+        "OFT": peft.OFTConfig,
+        "BOFT": peft.BOFTConfig,
+        "IA3": peft.IA3Config,
+    }
     try:
         values = from_json(read_text(folder / PEFT_CONFIG))
         kind = values.pop("peft_type")

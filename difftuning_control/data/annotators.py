@@ -85,9 +85,16 @@ _FILES = {
 _ALONE = ("anyline", "dwpose", "leres", "lineart_standard", "mediapipe_face", "midas", "sam", "shuffle", "zoe")
 # ours to give, deprecated, a second picture in the result (depth_and_normal), or Python files to be run (configs)
 _RESERVED = (
-    "self", "input_image", "output_type", "pretrained_model_or_path", "device", "hand_and_face", "depth_and_normal",
-    "det_config", "pose_config",
-)  # fmt: skip
+    "self",
+    "input_image",
+    "output_type",
+    "pretrained_model_or_path",
+    "device",
+    "hand_and_face",
+    "depth_and_normal",
+    "det_config",
+    "pose_config",
+)
 _LOCK = threading.RLock()
 
 

@@ -117,9 +117,12 @@ class KnowledgeBank:
         rows = slice(start, start + length)
         sizes = self.sizes[rows] if self.sizes is not None else None
         return replace(
-            self, latents=self.latents.narrow(0, start, length), prompts=self.prompts[rows], seeds=self.seeds[rows],
+            self,
+            latents=self.latents.narrow(0, start, length),
+            prompts=self.prompts[rows],
+            seeds=self.seeds[rows],
             sizes=sizes,
-        )  # fmt: skip
+        )
 
     @classmethod
     def build(
@@ -236,9 +239,12 @@ def _build_shard(
         chunk = items[start : start + batch_size]
         generators = [torch.Generator().manual_seed(request.seed_of(i)) for i in chunk]
         latents = family.sample(
-            [request.prompt_of(i) for i in chunk], generators, steps=request.steps,
-            guidance_scale=request.guidance_scale, resolution=request.resolution,
-        )  # fmt: skip
+            [request.prompt_of(i) for i in chunk],
+            generators,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            resolution=request.resolution,
+        )
         parts.append(latents.cpu())
         advance(len(chunk))
     write_checked(path, {"latents": torch.cat(parts)})

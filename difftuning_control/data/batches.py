@@ -163,9 +163,11 @@ class BatchSource:
                 if values[places[0]] is not None:
                     conditioning[name] = torch.stack([v for p in places if (v := values[p]) is not None])
             batch = LatentBatch(
-                torch.stack([latents[p] for p in places]), conditioning, is_retention[chosen],
+                torch.stack([latents[p] for p in places]),
+                conditioning,
+                is_retention[chosen],
                 [names[p] for p in places],
-            )  # fmt: skip
+            )
             noise = torch.stack([noises[p][1] for p in places])
             return TrainingRows(batch, noise, levels[chosen], (targets, banks), apart)
 

@@ -196,9 +196,7 @@ class Conditioner:
             if self.spec.is_function:
                 self._annotate = _call(self.spec)
             else:
-                self._annotate = load_annotator(
-                    self.spec.annotator, self.spec.params, self.spec.weights, self.device
-                )  # fmt: skip
+                self._annotate = load_annotator(self.spec.annotator, self.spec.params, self.spec.weights, self.device)
         return self._annotate
 
     @property

@@ -147,9 +147,14 @@ class Checker:
             return None
         read = row.condition
         return Example(
-            row.name, caption, picture[1], lambda: self.decode(row.read), condition[1], lambda: self.decode(read),
+            row.name,
+            caption,
+            picture[1],
+            lambda: self.decode(row.read),
+            condition[1],
+            lambda: self.decode(read),
             picture[0],
-        )  # fmt: skip
+        )
 
     def decode(self, read: Read) -> Image.Image:
         return decode_image(read(self.max_pixels * BYTES_PER_PIXEL), self.max_pixels)

@@ -73,9 +73,7 @@ def class_names(data: ImageData) -> list[str]:
     return sorted({e.caption for e in data.examples})
 
 
-def begin_label_space(
-    family: Any, recipe: Recipe, data: ImageData, bank: KnowledgeBank | None
-) -> KnowledgeBank | None:  # fmt: skip
+def begin_label_space(family: Any, recipe: Recipe, data: ImageData, bank: KnowledgeBank | None) -> KnowledgeBank | None:
     """Give the model the data's classes where the recipe says so; returns the bank as it is retained from then on."""
     if not family.class_conditional or recipe.tuning.label_space == "own":
         return bank

@@ -180,17 +180,27 @@ def prepare_bank(
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         return _bank_of_pictures(family, path, data, resolution, show, share)
     request = BankRequest(
-        tuple(bank_prompts(family, config, captions)), config.size, config.guidance_scale, config.steps, resolution,
+        tuple(bank_prompts(family, config, captions)),
+        config.size,
+        config.guidance_scale,
+        config.steps,
+        resolution,
         config.seed,
-    )  # fmt: skip
+    )
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
     with progress(request.size, "knowledge bank", show) as advance:
         return KnowledgeBank.build(
-            family, folder, request, batch_size=config.batch_size, advance=advance, process_index=share.index,
-            num_processes=share.count, wait=share.wait,
-        )  # fmt: skip
+            family,
+            folder,
+            request,
+            batch_size=config.batch_size,
+            advance=advance,
+            process_index=share.index,
+            num_processes=share.count,
+            wait=share.wait,
+        )
 
 
 def _bank_of_pictures(
@@ -201,16 +211,20 @@ def _bank_of_pictures(
     folders = any(p.is_dir() for p in path.iterdir()) and not any(path.glob("metadata.*"))
     by_folder = family.class_conditional and folders
     pictures = load_images(
-        str(path), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False,
-        classes="folders" if by_folder else None, max_pixels=data.max_pixels,
-    )  # fmt: skip
+        str(path),
+        caption_column=data.caption_column,
+        skip_bad=data.skip_bad,
+        need_captions=False,
+        classes="folders" if by_folder else None,
+        max_pixels=data.max_pixels,
+    )
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = moments.first_views(family.scale_latents), [e.caption for e in pictures.examples]
     sizes = sizes_of(family, pictures, Framing(resolution))
     return KnowledgeBank.from_latents(
         latents, captions, str(path), pictures.fingerprint, sizes[:, 0] if sizes is not None else None
-    )  # fmt: skip
+    )
 
 
 def sizes_of(family: Family, data: ImageData, framing: Framing) -> torch.Tensor | None:

@@ -61,9 +61,11 @@ class StreamSource:
             self.check(example)
         rows = [*self._target_rows(forward)]
         found = replace(
-            self.plain, targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),
-            embeddings=self._embeddings([e.caption for e in examples]), items={r: i for i, r in enumerate(rows)},
-        )  # fmt: skip
+            self.plain,
+            targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),
+            embeddings=self._embeddings([e.caption for e in examples]),
+            items={r: i for i, r in enumerate(rows)},
+        )
         return found.rows(step, forward)
 
     def _examples(self, step: int, forward: int) -> list[Example]:

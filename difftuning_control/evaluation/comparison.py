@@ -104,18 +104,23 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     order = sorted(means, key=lambda n: sign * means[n])
     base = result["base"].get(metric)
     found: dict[str, Any] = {
-        "code": "none", "reason": None, "metric": metric, "lower": sign > 0, "side": order[0] if order else None,
-        "also": [], "barred": barred, "comparisons": [], "retention": None,
+        "code": "none",
+        "reason": None,
+        "metric": metric,
+        "lower": sign > 0,
+        "side": order[0] if order else None,
+        "also": [],
+        "barred": barred,
+        "comparisons": [],
+        "retention": None,
         "base_better": bool(order) and is_number(base) and sign * base <= sign * means[order[0]],
-    }  # fmt: skip
+    }
     if plain is None:
         return found | {"reason": "no_plain"}
     if len(sides) == 1:
         return found | {"reason": "alone"}
     others = [s for n, s in sides.items() if n != PLAIN]
-    compared = [
-        c | {"barred": s["name"] in barred} for s in others if (c := compare(s, plain, metric, len(others)))
-    ]  # fmt: skip
+    compared = [c | {"barred": s["name"] in barred} for s in others if (c := compare(s, plain, metric, len(others)))]
     found |= {"comparisons": compared, "retention": _retention(sides, plain, barred)}
     if PLAIN not in means or not compared:
         return found | {"reason": "unmeasured"}

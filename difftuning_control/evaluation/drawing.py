@@ -42,7 +42,7 @@ def sample_pictures(
         conditions = control[start : start + batch_size] if control is not None else None
         latents = family.sample(
             part, generators, steps=steps, guidance_scale=guidance_scale, resolution=resolution, control=conditions
-        )  # fmt: skip
+        )
         pictures += to_images(family.decode(latents))
         advance(len(part))
     return pictures

@@ -43,9 +43,7 @@ class Features:
         clip: the Hub id or directory of a CLIP model, where these features are one's; a CLIP score can be had then.
     """
 
-    def __init__(
-        self, name: str, extract: Callable[[Tensor], Tensor], batch_size: int = 32, clip: str | None = None
-    ):  # fmt: skip
+    def __init__(self, name: str, extract: Callable[[Tensor], Tensor], batch_size: int = 32, clip: str | None = None):
         self.name, self.extract, self.batch_size, self.clip = name, extract, batch_size, clip
 
     @torch.no_grad()

@@ -82,10 +82,14 @@ class FidelityCurve:
         """The curve and its change point, as `run.json` and `fidelity.json` hold them."""
         found = find_convergence(self.steps, self.values, MAIN[self.kind][1])
         return {
-            "kind": self.kind, "main": self.main, "higher_is_better": MAIN[self.kind][1], "without": self.without,
-            "steps": self.steps, "figures": {name: [row[name] for row in self.rows] for name in self.without},
+            "kind": self.kind,
+            "main": self.main,
+            "higher_is_better": MAIN[self.kind][1],
+            "without": self.without,
+            "steps": self.steps,
+            "figures": {name: [row[name] for row in self.rows] for name in self.without},
             "convergence": None if found is None else vars(found),
-        }  # fmt: skip
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"without": self.without, "steps": self.steps, "rows": self.rows}

@@ -62,9 +62,16 @@ class Sampling:
         control = self.control if family.controlnet is not None else None
         for seed in self.seeds:
             found += sample_pictures(
-                family, self.prompts, seed=seed, steps=self.steps, guidance_scale=self.guidance_scale,
-                resolution=self.resolution, batch_size=self.batch_size, advance=advance, control=control,
-            )  # fmt: skip
+                family,
+                self.prompts,
+                seed=seed,
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                resolution=self.resolution,
+                batch_size=self.batch_size,
+                advance=advance,
+                control=control,
+            )
         return found
 
     @property
@@ -156,9 +163,13 @@ def build_reference(
 def reference_of(family: Family, features: Features, found: Materials) -> Reference:
     """The reference of a study: its held-out pictures, and its decoded bank for the old domain."""
     return build_reference(
-        family, features, real=found.held_out.sample(MOST), training=found.data,
-        source=features(decoded(family, found.bank.latents[:MOST])), resolution=found.resolution,
-    )  # fmt: skip
+        family,
+        features,
+        real=found.held_out.sample(MOST),
+        training=found.data,
+        source=features(decoded(family, found.bank.latents[:MOST])),
+        resolution=found.resolution,
+    )
 
 
 def figures(

@@ -37,8 +37,9 @@ def compare_configs(denoiser: Any, controlnet: Any, name: str, keys: tuple[str, 
         UserError: with the two values that differ.
     """
     for key in keys:
-        mine, theirs = (list(v) if isinstance(v, (list, tuple)) else v for v in (
-            denoiser.config[key], controlnet.config[key]))  # fmt: skip
+        mine, theirs = (
+            list(v) if isinstance(v, (list, tuple)) else v for v in (denoiser.config[key], controlnet.config[key])
+        )
         if mine != theirs:
             raise UserError(
                 f"the ControlNet {name} does not fit this model: its {key} is {theirs}, the model's {mine}; give one "

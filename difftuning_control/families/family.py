@@ -363,9 +363,14 @@ class Family(ABC):
         pipe.set_progress_bar_config(disable=True)
         with self._drawing():
             return pipe(
-                **options, height=resolution, width=resolution, num_inference_steps=steps,
-                guidance_scale=guidance_scale, generator=generators, output_type="latent",
-            ).images.float()  # fmt: skip
+                **options,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="latent",
+            ).images.float()
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:

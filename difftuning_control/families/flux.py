@@ -67,7 +67,7 @@ class Flux(FlowTransformer):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompts, None, device=self.device, max_sequence_length=self.t5_length
-        )  # fmt: skip
+        )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:

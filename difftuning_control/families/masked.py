@@ -36,9 +36,12 @@ class MaskedTransformer(LatentTransformer):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, mask, negative, negative_mask = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=not all(prompts), device=self.device,
-            max_sequence_length=self.text_length, **self.instructions,
-        )  # fmt: skip
+            prompts,
+            do_classifier_free_guidance=not all(prompts),
+            device=self.device,
+            max_sequence_length=self.text_length,
+            **self.instructions,
+        )
         if negative is not None:
             empty = torch.tensor([not prompt for prompt in prompts], device=embeds.device)
             embeds = torch.where(empty[:, None, None], negative, embeds)

@@ -89,7 +89,7 @@ class StableDiffusion(Family):
     def control_pipeline(self) -> Any:
         return self.control_pipeline_class(
             **self.pipe.components, controlnet=self.controlnet, requires_safety_checker=False
-        )  # fmt: skip
+        )
 
     def _new_controlnet(self) -> Any:
         """Its condition embedding, drawn at random, brings pictures down by the autoencoder's factor."""

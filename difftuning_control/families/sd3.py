@@ -40,9 +40,13 @@ class StableDiffusion3(FlowTransformer):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False,
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
             max_sequence_length=self.t5_length,
-        )  # fmt: skip
+        )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def denoiser_inputs(

@@ -68,9 +68,11 @@ class StableDiffusionXL(StableDiffusion):
 
     def control_pipeline(self) -> Any:
         return self.control_pipeline_class(
-            **self.pipe.components, controlnet=self.controlnet,
-            force_zeros_for_empty_prompt=self.pipe.config.force_zeros_for_empty_prompt, add_watermarker=False,
-        )  # fmt: skip
+            **self.pipe.components,
+            controlnet=self.controlnet,
+            force_zeros_for_empty_prompt=self.pipe.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
 
     # --- an autoencoder that overflows in float16 -------------------------------------------------------------------
 

@@ -103,8 +103,15 @@ class FlowTransformer(LatentTransformer):
 
     base_density = "logit_normal"
     lora_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
     t5_length = 256  # tokens that the pipeline encodes with T5 unless told otherwise
     t5 = "3"  # its number among the text encoders
 

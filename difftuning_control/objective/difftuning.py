@@ -284,11 +284,10 @@ class DiffTuningObjective:
         if self.variance == "fixed":
             return losses
         if variance.shape != latents.shape:
-            raise ValueError(f"variance is hybrid, but the model gives {model_output.shape[1]} channels; expected "
-                             f"{2 * channels}.")  # fmt: skip
-        bound = variational_bound(
-            self.process, latents, noised.noisy_model_input, model_pred, variance, noised.levels
-        )  # fmt: skip
+            raise ValueError(
+                f"variance is hybrid, but the model gives {model_output.shape[1]} channels; expected {2 * channels}."
+            )
+        bound = variational_bound(self.process, latents, noised.noisy_model_input, model_pred, variance, noised.levels)
         return losses + BOUND_WEIGHT * len(self.process) * bound
 
 

@@ -29,9 +29,13 @@ EDGE = 0.999  # beyond it a bin is open
 
 
 def variational_bound(
-    process: NoiseProcess, latents: Tensor, noisy_model_input: Tensor, noise_pred: Tensor, variance: Tensor,
+    process: NoiseProcess,
+    latents: Tensor,
+    noisy_model_input: Tensor,
+    noise_pred: Tensor,
+    variance: Tensor,
     levels: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The bound's term of every row at its level, (B,) float32, in bits per dimension; only `variance` has a gradient.
 
     Args:
@@ -46,9 +50,12 @@ def variational_bound(
     share = (variance.float() + 1) / 2
     log_variance = share * largest + (1 - share) * smallest
     divergence = 0.5 * (
-        log_variance - smallest - 1 + torch.exp(smallest - log_variance)
+        log_variance
+        - smallest
+        - 1
+        + torch.exp(smallest - log_variance)
         + (true_mean - mean).square() * torch.exp(-log_variance)
-    )  # fmt: skip
+    )
     last = (levels == 0).view(-1, *[1] * (latents.ndim - 1))
     found = torch.where(last, -discretized_log_likelihood(latents, mean, 0.5 * log_variance), divergence)
     return found.flatten(1).mean(1) / math.log(2)

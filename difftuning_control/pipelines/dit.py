@@ -42,9 +42,12 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
     ):
         DiTPipeline.__init__(self, transformer, vae, scheduler, id2label)
         self._start_extras(
-            source_transformer, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_transformer,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
         pipe: Any = self
         pipe.register_to_config(id2label=id2label)
         for name in ("transformer", "source_transformer"):

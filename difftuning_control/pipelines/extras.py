@@ -112,9 +112,15 @@ class TunedSampling:
     extras: Extras
     component: ClassVar[str] = "transformer"
     source_keys: ClassVar[tuple[str, ...]] = (
-        "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
-        "pooled_projection_dim", "guidance_embeds", "num_embeds_ada_norm",
-    )  # fmt: skip
+        "in_channels",
+        "out_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+        "num_embeds_ada_norm",
+    )
     guidance_argument: ClassVar[str] = "guidance_scale"
 
     def _start_extras(self, source: Any, **settings: Any) -> None:

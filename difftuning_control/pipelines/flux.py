@@ -55,8 +55,12 @@ class FluxSampling(TunedSampling):
 
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     control_keys: ClassVar[tuple[str, ...]] = (
-        "in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim",
-    )  # fmt: skip
+        "in_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    )
 
     def _branch(self, call: dict[str, Any]) -> AtForward:
         if not has_negative(call):
@@ -120,13 +124,24 @@ class DiffTuningFluxPipeline(FluxSampling, FluxPipeline):
         hand_over: float | None = None,
     ):
         FluxPipeline.__init__(
-            self, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, image_encoder,
+            self,
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            transformer,
+            image_encoder,
             feature_extractor,
-        )  # fmt: skip
+        )
         self._start_extras(
-            source_transformer, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_transformer,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(FluxPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,13 +183,26 @@ class DiffTuningFluxControlNetPipeline(FluxSampling, ControlledSampling, FluxCon
         control_schedule: dict | list | str | Strength | Callable | None = None,
     ):
         FluxControlNetPipeline.__init__(
-            self, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer, controlnet,
-            image_encoder, feature_extractor,
-        )  # fmt: skip
+            self,
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            transformer,
+            controlnet,
+            image_encoder,
+            feature_extractor,
+        )
         self._start_extras(
-            source_transformer, control_schedule, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_transformer,
+            control_schedule,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(FluxControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

@@ -246,10 +246,12 @@ def can_mask(weights: TunedWeights) -> bool:
         return False
     mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]
     return all(
-        isinstance(layer, LoraLayer) and name in layer.lora_A and name not in layer.lora_variant
+        isinstance(layer, LoraLayer)
+        and name in layer.lora_A
+        and name not in layer.lora_variant
         and not layer.lora_bias[name]
         for layer, name in mine
-    )  # fmt: skip
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -50,13 +50,24 @@ class DiffTuningPipeline(UNetSampling, StableDiffusionPipeline):
         hand_over: float | None = None,
     ):
         StableDiffusionPipeline.__init__(
-            self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+            self,
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            scheduler,
+            safety_checker,
+            feature_extractor,
+            image_encoder,
             requires_safety_checker,
-        )  # fmt: skip
+        )
         self._start_extras(
-            source_unet, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_unet,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusionPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,13 +104,26 @@ class DiffTuningControlNetPipeline(ControlledUNet, StableDiffusionControlNetPipe
         control_schedule: dict | list | str | Strength | Callable | None = None,
     ):
         StableDiffusionControlNetPipeline.__init__(
-            self, vae, text_encoder, tokenizer, unet, controlnet, scheduler, safety_checker, feature_extractor,
-            image_encoder, requires_safety_checker,
-        )  # fmt: skip
+            self,
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            controlnet,
+            scheduler,
+            safety_checker,
+            feature_extractor,
+            image_encoder,
+            requires_safety_checker,
+        )
         self._start_extras(
-            source_unet, control_schedule, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_unet,
+            control_schedule,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusionControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

@@ -69,13 +69,26 @@ class DiffTuningSD3Pipeline(SD3Sampling, StableDiffusion3Pipeline):
         hand_over: float | None = None,
     ):
         StableDiffusion3Pipeline.__init__(
-            self, transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
-            tokenizer_3, image_encoder, feature_extractor,
-        )  # fmt: skip
+            self,
+            transformer,
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            text_encoder_3,
+            tokenizer_3,
+            image_encoder,
+            feature_extractor,
+        )
         self._start_extras(
-            source_transformer, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_transformer,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusion3Pipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,13 +128,28 @@ class DiffTuningSD3ControlNetPipeline(ControlledSampling, SD3Sampling, StableDif
         control_schedule: dict | list | str | Strength | Callable | None = None,
     ):
         StableDiffusion3ControlNetPipeline.__init__(
-            self, transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
-            tokenizer_3, controlnet, image_encoder, feature_extractor,
-        )  # fmt: skip
+            self,
+            transformer,
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            text_encoder_3,
+            tokenizer_3,
+            controlnet,
+            image_encoder,
+            feature_extractor,
+        )
         self._start_extras(
-            source_transformer, control_schedule, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_transformer,
+            control_schedule,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusion3ControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

@@ -57,13 +57,26 @@ class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
         hand_over: float | None = None,
     ):
         StableDiffusionXLPipeline.__init__(
-            self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
-            feature_extractor, force_zeros_for_empty_prompt, add_watermarker,
-        )  # fmt: skip
+            self,
+            vae,
+            text_encoder,
+            text_encoder_2,
+            tokenizer,
+            tokenizer_2,
+            unet,
+            scheduler,
+            image_encoder,
+            feature_extractor,
+            force_zeros_for_empty_prompt,
+            add_watermarker,
+        )
         self._start_extras(
-            source_unet, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_unet,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,13 +115,28 @@ class DiffTuningXLControlNetPipeline(ControlledUNet, StableDiffusionXLControlNet
         control_schedule: dict | list | str | Strength | Callable | None = None,
     ):
         StableDiffusionXLControlNetPipeline.__init__(
-            self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, controlnet, scheduler,
-            force_zeros_for_empty_prompt, add_watermarker, feature_extractor, image_encoder,
-        )  # fmt: skip
+            self,
+            vae,
+            text_encoder,
+            text_encoder_2,
+            tokenizer,
+            tokenizer_2,
+            unet,
+            controlnet,
+            scheduler,
+            force_zeros_for_empty_prompt,
+            add_watermarker,
+            feature_extractor,
+            image_encoder,
+        )
         self._start_extras(
-            source_unet, control_schedule, domain_guidance=domain_guidance, tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule, hand_over=hand_over,
-        )  # fmt: skip
+            source_unet,
+            control_schedule,
+            domain_guidance=domain_guidance,
+            tuned_adapters=tuned_adapters,
+            adapter_schedule=adapter_schedule,
+            hand_over=hand_over,
+        )
 
     @like(StableDiffusionXLControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

@@ -17,8 +17,12 @@ class UNetSampling(NegativePrompts, TunedSampling):
 
     component: ClassVar[str] = "unet"
     source_keys: ClassVar[tuple[str, ...]] = (
-        "in_channels", "out_channels", "cross_attention_dim", "block_out_channels", "layers_per_block",
-    )  # fmt: skip
+        "in_channels",
+        "out_channels",
+        "cross_attention_dim",
+        "block_out_channels",
+        "layers_per_block",
+    )
 
     def _check_guidance(self, scale: float) -> None:
         if scale <= 1 or self.denoiser.config.time_cond_proj_dim is not None:

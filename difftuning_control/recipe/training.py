@@ -143,9 +143,11 @@ class TuningConfig:
         except ValueError as error:
             raise UserError(f"tuning.forgetting_budget: {error}") from None
         need(
-            LOWEST <= self.retention_weight <= HIGHEST and self.retention_ratio > 0, "tuning.retention_weight",
-            self.retention_weight, f"{LOWEST} to {HIGHEST}, with a retention_ratio above 0, for a forgetting budget",
-        )  # fmt: skip
+            LOWEST <= self.retention_weight <= HIGHEST and self.retention_ratio > 0,
+            "tuning.retention_weight",
+            self.retention_weight,
+            f"{LOWEST} to {HIGHEST}, with a retention_ratio above 0, for a forgetting budget",
+        )
 
 
 @dataclass
@@ -213,8 +215,14 @@ class TrainingConfig:
     stop_after: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every", "validation_size",
-                     "sample_steps"):  # fmt: skip
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "checkpoint_every",
+            "validation_size",
+            "sample_steps",
+        ):
             need(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("lr_warmup_steps", "validate_every", "sample_every", "stop_after"):
             need(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
@@ -261,8 +269,12 @@ class GatesConfig:
     guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("kid", 0, math.inf), ("retention_loss", -1, math.inf), ("fidelity", 0, 1),
-                                ("memorisation", -1, 1)):  # fmt: skip
+        for name, low, high in (
+            ("kid", 0, math.inf),
+            ("retention_loss", -1, math.inf),
+            ("fidelity", 0, 1),
+            ("memorisation", -1, 1),
+        ):
             value = getattr(self, name)
             expected = f"{low} to {high}" if high < math.inf else f"a finite number of at least {low}"
             need(value is None or (low <= value <= high and value < math.inf), f"gates.{name}", value, expected)

@@ -100,9 +100,13 @@ class Session:
         outcome, said = how_it_ended(error)
         try:
             append(
-                self.folder, outcome, said=said or self.said, recipe=self.recipe, session=self.number,
+                self.folder,
+                outcome,
+                said=said or self.said,
+                recipe=self.recipe,
+                session=self.number,
                 artefacts=self.artefacts,
-            )  # fmt: skip
+            )
         except OSError:
             if error is None:  # else the first error is the one to tell
                 raise
@@ -134,8 +138,10 @@ def _note(folders: Sequence[str | Path], artefacts: dict[str, str], error: BaseE
         try:
             append(folder, outcome, said=said, artefacts=artefacts)
         except OSError as reason:
-            print(f"note: {folder / FILE} cannot be written ({reason.strerror}); this command is not in it",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"note: {folder / FILE} cannot be written ({reason.strerror}); this command is not in it",
+                file=sys.stderr,
+            )
 
 
 def how_it_ended(error: BaseException | None) -> tuple[str, str | None]:

@@ -12,8 +12,17 @@ from difftuning_control.adapters.kinds import LORA_KINDS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.text import plain_markdown, python_text
 
-KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "tlora": "T-LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
-              "boft": "BOFT", "ia3": "IA3", "difffit": "DiffFit"}  # fmt: skip
+KIND_NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "tlora": "T-LoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "ia3": "IA3",
+    "difffit": "DiffFit",
+}
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WHOLE_RUN = "`run.json` has the whole configuration; `recipe.yaml` repeats the run."
@@ -58,14 +67,27 @@ def model_card(
     else:
         words = "plain fine-tuning"
     lines = [
-        "---", yaml.safe_dump(card, sort_keys=False).strip(), "---", "",
-        f"# {titles[recipe.method]} {plain_markdown(base_name(recipe.model.id))}", "",
-        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: "
-        f"{words}.", "", *(["```python", *_usage(recipe, run), "```"] if use is None else use), "",
-        *_class_lines(run.get("classes")), *(figures or []), *_fidelity_lines(run.get("fidelity")),
+        "---",
+        yaml.safe_dump(card, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {titles[recipe.method]} {plain_markdown(base_name(recipe.model.id))}",
+        "",
+        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: {words}.",
+        "",
+        *(["```python", *_usage(recipe, run), "```"] if use is None else use),
+        "",
+        *_class_lines(run.get("classes")),
+        *(figures or []),
+        *_fidelity_lines(run.get("fidelity")),
         *_gate_lines(run.get("gates")),
-        "## Loss by noise band", "", *_loss_table(run["losses"]), "", closing, "",
-    ]  # fmt: skip
+        "## Loss by noise band",
+        "",
+        *_loss_table(run["losses"]),
+        "",
+        closing,
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -102,12 +124,13 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         return [
             f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
-            "from difftuning_control import Conditioner, ControlSpec", "",
-            f'controlnet = {controlnet}.from_pretrained({place})',
-            f'pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)',
+            "from difftuning_control import Conditioner, ControlSpec",
+            "",
+            f"controlnet = {controlnet}.from_pretrained({place})",
+            f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
             f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
-        ]  # fmt: skip
+        ]
     call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":
         load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{recipe.output}/pipeline')})"]
@@ -138,10 +161,15 @@ def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
         way = "sudden" if found["sudden"] else "gradual"
         said = f"Convergence: {way}, at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})."
     return [
-        "## Fidelity to held-out conditions", "", f"Compared as {curve['kind']}. {said}", "",
-        "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
-        *(f"| {label} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for label, row in shown), "",
-    ]  # fmt: skip
+        "## Fidelity to held-out conditions",
+        "",
+        f"Compared as {curve['kind']}. {said}",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+        *(f"| {label} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for label, row in shown),
+        "",
+    ]
 
 
 def _gate_lines(judged: dict[str, Any] | None) -> list[str]:

@@ -13,10 +13,24 @@ from difftuning_control.runs.record import read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
 WRITTEN = (
-    "pytorch_lora_weights.safetensors", "pipeline", "recipe.yaml", "run.json", "metrics.jsonl", "README.md", "samples",
-    "logs", "schedule.json", "controlnet", "fidelity.json", "report.html", "adapter", "difffit.safetensors",
-    "class_embeddings.safetensors", "inputs.jsonl", "gates",
-)  # fmt: skip
+    "pytorch_lora_weights.safetensors",
+    "pipeline",
+    "recipe.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "README.md",
+    "samples",
+    "logs",
+    "schedule.json",
+    "controlnet",
+    "fidelity.json",
+    "report.html",
+    "adapter",
+    "difffit.safetensors",
+    "class_embeddings.safetensors",
+    "inputs.jsonl",
+    "gates",
+)
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:

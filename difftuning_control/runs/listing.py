@@ -18,8 +18,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STATES = {"complete": "done", "failed": "failed", "running": "interrupted"}
-COLUMNS = ("run", "state", "model", "method", "steps", "target_loss", "retention_loss", "fidelity", "kid",
-           "memorisation", "gates")  # fmt: skip
+COLUMNS = (
+    "run",
+    "state",
+    "model",
+    "method",
+    "steps",
+    "target_loss",
+    "retention_loss",
+    "fidelity",
+    "kid",
+    "memorisation",
+    "gates",
+)
 FORMULA = (
     "=",
     "+",

@@ -32,8 +32,18 @@ def deciding_settings(recipe: Recipe) -> dict[str, Any]:
     if schedule["path"] is not None:  # what the file says, not where it lies
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
-    for name in ("resume", "checkpoint_every", "save_at", "validate_every", "sample_every", "sample_prompts",
-                 "sample_steps", "sample_guidance_scale", "trackers", "shard"):  # fmt: skip
+    for name in (
+        "resume",
+        "checkpoint_every",
+        "save_at",
+        "validate_every",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance_scale",
+        "trackers",
+        "shard",
+    ):
         values["training"].pop(name)
     values["control"].pop("workers")
     if recipe.training.stop_when is None:
@@ -56,8 +66,12 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     for name in ("batch_size", "gradient_accumulation_steps"):
         values["training"].pop(name)
     # where things lie does not matter: what they are is in the fingerprints
-    for section, names in (("model", ("id",)), ("data", ("path", "validation_path")), ("bank", ("path",)),
-                           ("control", ("path", "validation_path", "weights", "init"))):  # fmt: skip
+    for section, names in (
+        ("model", ("id",)),
+        ("data", ("path", "validation_path")),
+        ("bank", ("path",)),
+        ("control", ("path", "validation_path", "weights", "init")),
+    ):
         for name in names:
             values[section].pop(name)
     return digest_of([values, fingerprints, rows_of_step(recipe, processes)])

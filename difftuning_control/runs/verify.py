@@ -41,11 +41,15 @@ def _result(request: VerifyRequest, found: list[Part], chain: Chain) -> dict[str
     unchecked = [part.name for part in found if part.unchecked is not None]
     changed = any(part.findings for part in found) or (request.strict and bool(unchecked))
     return {
-        "run": request.run, "status": "changed" if changed else "same", "unchecked": unchecked,
-        "parts": [{"part": p.name, "state": p.state, **{k: v for k, v in asdict(p).items() if k != "name"}}
-                  for p in found],
-        "head": chain.head, "torn": chain.torn,
-    }  # fmt: skip
+        "run": request.run,
+        "status": "changed" if changed else "same",
+        "unchecked": unchecked,
+        "parts": [
+            {"part": p.name, "state": p.state, **{k: v for k, v in asdict(p).items() if k != "name"}} for p in found
+        ],
+        "head": chain.head,
+        "torn": chain.torn,
+    }
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------

@@ -215,9 +215,13 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def _pictures(
-    part: Part, record: dict[str, Any], recipe: Recipe, path: str, conditions: str | None,
+    part: Part,
+    record: dict[str, Any],
+    recipe: Recipe,
+    path: str,
+    conditions: str | None,
     lines: Iterable[dict[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     """Pictures, captions and conditions against the run's list of them."""
     data = recipe.data
     caption = "label" if data.classes == "label" else data.caption_column
@@ -266,8 +270,10 @@ def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> No
         part.find(name, "missing", "its caption")
     elif digest_of_text(caption) != line["caption"]:
         part.find(name, "changed", "its caption")
-    for read, digest, what in ((row.read, line["picture"], "the picture"),
-                               (row.condition, line["condition"], "its condition")):  # fmt: skip
+    for read, digest, what in (
+        (row.read, line["picture"], "the picture"),
+        (row.condition, line["condition"], "its condition"),
+    ):
         if digest is None or read is None:
             continue
         try:
@@ -309,7 +315,7 @@ def _bank_of_pictures(record: dict[str, Any], recipe: Recipe, part: Part, folder
     try:
         found = load_images(
             str(folder), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False
-        )  # fmt: skip
+        )
     except UserError as error:
         part.find(str(folder), "changed" if folder.is_dir() else "missing", str(error))
         return part

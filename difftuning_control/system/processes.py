@@ -80,9 +80,7 @@ def files_together(
     return Files([found[number] if number in found else file_of(number) for number in range(len(paths))])
 
 
-def kept(
-    path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object], lead: int = 1
-) -> StoredFile:  # fmt: skip
+def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object], lead: int = 1) -> StoredFile:
     """A file of the cache, made anew where it is absent or damaged.
 
     Of several jobs on a machine that share a cache one makes it, and the others wait. `there()` is called where it was
@@ -147,8 +145,11 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(code := getattr(error, "code", None), int):  # of SystemExit, and of signals
         return code
     codes: tuple[tuple[type[BaseException], int], ...] = (
-        (UserError, 2), (OSError, 2), (NonFiniteLossError, 3), (KeyboardInterrupt, 130),
-    )  # fmt: skip
+        (UserError, 2),
+        (OSError, 2),
+        (NonFiniteLossError, 3),
+        (KeyboardInterrupt, 130),
+    )
     return next((code for kind, code in codes if isinstance(error, kind)), 1)
 
 

@@ -31,9 +31,17 @@ from difftuning_control.system.digests import DIGEST
 from difftuning_control.system.tensors import title_of_tensor
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 OPEN = 128  # files of a set that are held open at once
 
 
@@ -88,9 +96,13 @@ class StoredFile:
             for name, values in sorted(header.items()):
                 dtype, shape = DTYPES[values["dtype"]], torch.Size(values["shape"])
                 entry = Entry(
-                    dtype, shape, 8 + size + values["data_offsets"][0], shape[:lead],
-                    prod(shape[lead:]) * dtype.itemsize, np.zeros(prod(shape[:lead]), np.uint32),
-                )  # fmt: skip
+                    dtype,
+                    shape,
+                    8 + size + values["data_offsets"][0],
+                    shape[:lead],
+                    prod(shape[lead:]) * dtype.itemsize,
+                    np.zeros(prod(shape[:lead]), np.uint32),
+                )
                 found.update(title_of_tensor(name, entry.shape, entry.dtype))
                 file.seek(entry.begin)
                 for place in range(len(entry.sums)):

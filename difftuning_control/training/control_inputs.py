@@ -34,9 +34,14 @@ def build_spec(recipe: Recipe, family: Family, resolution: int) -> ControlSpec:
     control = recipe.control
     order: Any = family.channel_order
     return ControlSpec(
-        control.annotator, dict(control.params), control.weights, resolution, family.condition_range, order,
+        control.annotator,
+        dict(control.params),
+        control.weights,
+        resolution,
+        family.condition_range,
+        order,
         control.resize,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,12 @@ def prepare_control(
         if wanted:
             asked = cached_conditions(conditioner, probed, still, cache, advance, workers, share)
             watched = control.fidelity
-            sampling = {"seed": recipe.training.seed, "steps": watched.steps, "guidance_scale": watched.guidance_scale,
-                        "resolution": still.resolution}  # fmt: skip
+            sampling = {
+                "seed": recipe.training.seed,
+                "steps": watched.steps,
+                "guidance_scale": watched.guidance_scale,
+                "resolution": still.resolution,
+            }
             probe = FidelityProbe.build(conditioner, probed, asked.rows(range(len(probed))), sampling)
     few = held
     if few is None:  # of training, in squares

@@ -109,7 +109,7 @@ def prepare_inputs(
     if conditioner is not None:
         control = prepare_control(
             recipe, family, conditioner, buckets, held_out, all_held_out, bank, cache, accelerator
-        )  # fmt: skip
+        )
     samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
     if control is not None:
         samples = (held_captions or captions)[: len(control.shown)]
@@ -140,18 +140,16 @@ def prepare_inputs(
         targets = empty_targets(family, framing)
         return TrainingInputs(
             data, held_out, targets, embeddings, bank, validation, samples, resolution, all_held_out, stream=stream
-        )  # fmt: skip
+        )
     sets = []
     for number, bucket in enumerate(buckets):
         examples = bucket.data.examples
         made = control.targets[number] if control is not None else None
         sizes = sizes_of(family, bucket.data, bucket.framing)
-        sets.append(
-            TargetSet(moments[number], [e.caption for e in examples], [e.name for e in examples], made, sizes)
-        )  # fmt: skip
+        sets.append(TargetSet(moments[number], [e.caption for e in examples], [e.name for e in examples], made, sizes))
     found = TrainingInputs(
         data, held_out, sets[0], embeddings, bank, validation, samples, resolution, all_held_out, control
-    )  # fmt: skip
+    )
     return replace(found, buckets=sets, bucketing=describe(buckets)) if recipe.data.buckets else found
 
 

@@ -97,9 +97,11 @@ class TrainingLoop:
         self.parameters = self.tuning.parameters()
         optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
         self.lr_scheduler = get_scheduler(
-            self.config.lr_scheduler, optimizer, num_warmup_steps=self.config.lr_warmup_steps,
+            self.config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,
-        )  # fmt: skip
+        )
         self.denoiser = self.model if self.sharded else accelerator.prepare(self.model)
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = None
@@ -108,16 +110,32 @@ class TrainingLoop:
         self.probe = inputs.control.probe if inputs.control is not None else None
         self.curve = FidelityCurve(self.probe.kind) if self.probe is not None else None
         self.state = TrainingState(
-            self.tuning.state(), optimizer, self.lr_scheduler, self.ema, accelerator.scaler, budget, self.curve,
+            self.tuning.state(),
+            optimizer,
+            self.lr_scheduler,
+            self.ema,
+            accelerator.scaler,
+            budget,
+            self.curve,
             self.sharded,
-        )  # fmt: skip
+        )
         plain = BatchSource(
-            family, objective, inputs.targets, inputs.embeddings, inputs.bank, recipe.tuning.retention_prompts,
-            recipe.tuning.prompt_dropout, self.config.batch_size, self.config.seed, accelerator.process_index,
-            accelerator.num_processes, inputs.control.bank if inputs.control is not None else None,
-            recipe.control.dropout, self.config.gradient_accumulation_steps,
+            family,
+            objective,
+            inputs.targets,
+            inputs.embeddings,
+            inputs.bank,
+            recipe.tuning.retention_prompts,
+            recipe.tuning.prompt_dropout,
+            self.config.batch_size,
+            self.config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            inputs.control.bank if inputs.control is not None else None,
+            recipe.control.dropout,
+            self.config.gradient_accumulation_steps,
             nothing=inputs.control.nothing if inputs.control is not None else None,
-        )  # fmt: skip
+        )
         self.source: BatchSource | BucketSource | StreamSource = plain
         if inputs.buckets is not None:
             self.source = BucketSource(plain, inputs.buckets)
@@ -158,10 +176,16 @@ class TrainingLoop:
         self.denoiser.train()
         self.end = self._planned_end(first)
         seconds, step = 0.0, first
-        with deferred(), tqdm(
-            total=self.config.max_steps, initial=first, desc="training", mininterval=1.0,
-            disable=not self.accelerator.is_main_process,
-        ) as bar:  # fmt: skip
+        with (
+            deferred(),
+            tqdm(
+                total=self.config.max_steps,
+                initial=first,
+                desc="training",
+                mininterval=1.0,
+                disable=not self.accelerator.is_main_process,
+            ) as bar,
+        ):
             while step < self.end:
                 begun = time.time()
                 losses = self._step(step)
@@ -359,9 +383,14 @@ class TrainingLoop:
         shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
         with self.accelerator.autocast():
             return sample_pictures(
-                self.family, self.inputs.sample_prompts, seed=self.config.seed, steps=self.config.sample_steps,
-                guidance_scale=self.config.sample_guidance_scale, resolution=self.inputs.resolution, control=shown,
-            )  # fmt: skip
+                self.family,
+                self.inputs.sample_prompts,
+                seed=self.config.seed,
+                steps=self.config.sample_steps,
+                guidance_scale=self.config.sample_guidance_scale,
+                resolution=self.inputs.resolution,
+                control=shown,
+            )
 
     def _sample_grid(self, step: int) -> None:
         with self._averaged_weights():

@@ -84,9 +84,14 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
 def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
     """The transfer gap of the pretrained model and the schedule that follows; None for what only a run has."""
     rows = loss_rows(
-        family, found.target, part_of(found.bank, found.bank.prompts), found.embeddings,
-        rows=config.rows, draws=config.draws, seed=config.seed,
-    )  # fmt: skip
+        family,
+        found.target,
+        part_of(found.bank, found.bank.prompts),
+        found.embeddings,
+        rows=config.rows,
+        draws=config.draws,
+        seed=config.seed,
+    )
     with progress(1, "transfer gap"):
         gap, losses = transfer_gap(rows, family.model)
     return {
@@ -135,8 +140,10 @@ def _of_run(
     u = rows["bank"].centres
     forgot, rise = (compare(base[role], after[role], u) for role in ("bank", "target"))
     learnt = {
-        "mean": [-v for v in rise.mean], "low": [-v for v in rise.high], "high": [-v for v in rise.low],
-    }  # fmt: skip
+        "mean": [-v for v in rise.mean],
+        "low": [-v for v in rise.high],
+        "high": [-v for v in rise.low],
+    }
     budget = record.get("budget")
     allowed = budget["allowed"] if budget else None
     return {

@@ -181,10 +181,18 @@ class BenchCommand(Bench):
 
 
 COMMANDS: dict[str, type] = {
-    "train": TrainCommand, "bank": BankCommand, "sample": SampleCommand, "evaluate": EvaluateCommand,
-    "export": ExportCommand, "analyze": AnalyzeCommand, "pilot": PilotCommand, "demo": DemoCommand,
-    "verify": VerifyRequest, "runs": RunsRequest, "bench": BenchCommand,
-}  # fmt: skip
+    "train": TrainCommand,
+    "bank": BankCommand,
+    "sample": SampleCommand,
+    "evaluate": EvaluateCommand,
+    "export": ExportCommand,
+    "analyze": AnalyzeCommand,
+    "pilot": PilotCommand,
+    "demo": DemoCommand,
+    "verify": VerifyRequest,
+    "runs": RunsRequest,
+    "bench": BenchCommand,
+}
 POSITIONAL = {"export": "run", "verify": "run", "runs": "folder"}  # what a word without a key is, at such a verb
 
 

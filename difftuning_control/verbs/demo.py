@@ -32,11 +32,17 @@ def demo_study(output: Path, steps: int, seed: int) -> tuple[Recipe, PilotConfig
         ),
         bank=BankConfig(size=128, steps=15, batch_size=64, path=str(output / "bank")),
         training=TrainingConfig(
-            max_steps=steps, batch_size=16, learning_rate=5e-3, lr_scheduler="constant", ema_decay=0.999,
-            validation_size=48, checkpoint_every=max(steps, 1), seed=seed,
+            max_steps=steps,
+            batch_size=16,
+            learning_rate=5e-3,
+            lr_scheduler="constant",
+            ema_decay=0.999,
+            validation_size=48,
+            checkpoint_every=max(steps, 1),
+            seed=seed,
         ),
         output=str(output),
-    )  # fmt: skip
+    )
     seeds = [seed, seed + 1, seed + 2]
     return recipe, PilotConfig(list(SIDES), seeds, [5e-3], pictures=32, steps=15, guidance_scale=4.0)
 
@@ -90,9 +96,12 @@ def _print_summary(output: Path, result: dict[str, Any], table: list[dict[str, A
     print("\nLoss by noise band (u: 0 clean, 1 pure noise); target: held-out icons, bank: held-out samples of the base")
     print(f"  {'rows':<8}{'u':>5}{'base':>10}{'plain':>10}{'Diff-Tuning':>13}")
     for row in table:
-        print(f"  {row['rows']:<8}{row['u']:>5.1f}" + "".join(
-            f"{row[name]:>{width}.4f}" for name, width in (("base", 10), ("plain", 10), ("difftuning_measured", 13))
-        ))  # fmt: skip
+        print(
+            f"  {row['rows']:<8}{row['u']:>5.1f}"
+            + "".join(
+                f"{row[name]:>{width}.4f}" for name, width in (("base", 10), ("plain", 10), ("difftuning_measured", 13))
+            )
+        )
     best = next(s for s in result["sides"] if s["name"] != "plain")["runs"][0]["folder"]
     print(f"\nReport: {output / 'report.html'}   pictures: {output / 'grid.png'}   {result['cost']['seconds']:.0f} s")
     print("\nUse it in stock diffusers:")

@@ -54,14 +54,18 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.recipe import Recipe
 
 OUTSIDE = (
-    "a photo of a dog", "a city street at night", "an oil painting of mountains", "a bowl of fruit on a table",
-    "a portrait of an old man", "a red car", "a field of sunflowers", "a cup of coffee",
-)  # fmt: skip
+    "a photo of a dog",
+    "a city street at night",
+    "an oil painting of mountains",
+    "a bowl of fruit on a table",
+    "a portrait of an old man",
+    "a red car",
+    "a field of sunflowers",
+    "a cup of coffee",
+)
 OUTSIDE_EMBEDDED = tuple(
-    f"{style} emoji {name}"
-    for name in ("red apple", "dog face", "pizza", "guitar")
-    for style in ("noto", "twemoji")
-)  # fmt: skip
+    f"{style} emoji {name}" for name in ("red apple", "dog face", "pizza", "guitar") for style in ("noto", "twemoji")
+)
 
 
 def evaluate(request: Evaluation) -> dict[str, Any]:
@@ -108,9 +112,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         old = features(decoded(family, bank.latents[:MOST]))
     chosen = real.sample(request.pictures)
     with progress(3, f"{features.name} features of real pictures"):
-        reference = build_reference(
-            family, features, real=real, training=training, source=old, resolution=resolution
-        )  # fmt: skip
+        reference = build_reference(family, features, real=real, training=training, source=old, resolution=resolution)
     probe = _probe(records, chosen, family.device)
     outside = request.outside or _outside(family, recipe, training)
     sampling = Sampling(
@@ -125,7 +127,7 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     blank = torch.zeros_like(probe.control[:1]).expand(len(outside), -1, -1, -1) if probe is not None else None
     far = Sampling(
         outside, request.seeds[:1], request.steps, request.guidance_scale, resolution, request.batch_size, blank
-    )  # fmt: skip
+    )
 
     sides: list[dict[str, Any]] = []
     grid: dict[str, list[Image.Image]] = {}
@@ -166,14 +168,19 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         "status": "complete",
         "model": recipe.model.id,
         "settings": {
-            "features": features.name, "pictures": len(chosen), "real": len(reference.real), "seeds": request.seeds,
-            "steps": request.steps, "guidance_scale": request.guidance_scale,
-            "domain_guidance_scale": domain, "outside": outside,
+            "features": features.name,
+            "pictures": len(chosen),
+            "real": len(reference.real),
+            "seeds": request.seeds,
+            "steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "domain_guidance_scale": domain,
+            "outside": outside,
         },
         "base": base,
         "sides": sides,
         "warnings": [warning] if warning else [],
-    }  # fmt: skip
+    }
     _write(Path(request.output), result, grid, sampling.prompts[:8])
     return result
 

@@ -173,8 +173,14 @@ def run_analyze(command: AnalyzeCommand) -> None:
         report = write_analysis(result, Path(command.output), command.language)
         artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
     say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
-    columns = (result["u"], result["target"]["loss"], result["bank"]["loss"], result["gap"]["mean"],
-               result["schedule"]["psi"], result["schedule"]["xi"])  # fmt: skip
+    columns = (
+        result["u"],
+        result["target"]["loss"],
+        result["bank"]["loss"],
+        result["gap"]["mean"],
+        result["schedule"]["psi"],
+        result["schedule"]["xi"],
+    )
     for u, target, bank, gap, psi, xi in zip(*columns):
         say(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")
     if result["forgetting"] is not None:
@@ -232,7 +238,15 @@ def run_bench(command: BenchCommand) -> None:
 
 
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
-    "train": run_train, "bank": run_bank, "sample": run_sample, "evaluate": run_evaluate, "export": run_export,
-    "analyze": run_analyze, "pilot": run_pilot, "demo": run_demo, "verify": run_verify, "runs": run_runs,
+    "train": run_train,
+    "bank": run_bank,
+    "sample": run_sample,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "analyze": run_analyze,
+    "pilot": run_pilot,
+    "demo": run_demo,
+    "verify": run_verify,
+    "runs": run_runs,
     "bench": run_bench,
-}  # fmt: skip
+}

@@ -75,9 +75,15 @@ def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, An
             torch.cuda.empty_cache()
         source = run["bank"]["folder"] if run["bank"].get("pictures") else None
         request = Evaluation(
-            [str(output)], source=source, features=gates.features, pictures=gates.pictures, seeds=gates.seeds,
-            steps=gates.steps, guidance_scale=gates.guidance_scale, output=str(output / FOLDER),
-        )  # fmt: skip
+            [str(output)],
+            source=source,
+            features=gates.features,
+            pictures=gates.pictures,
+            seeds=gates.seeds,
+            steps=gates.steps,
+            guidance_scale=gates.guidance_scale,
+            output=str(output / FOLDER),
+        )
         side |= evaluate(request)["sides"][0]
     return judge(gates, side)
 

@@ -44,8 +44,14 @@ class FewPictures(Pilot):
 
 
 def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
-    flags = {"data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank", "pilot.sides": list(SIDES),
-             "pilot.learning_rates": RATES[images], "output": work / f"{kind}-{images}"}  # fmt: skip
+    flags = {
+        "data.limit": images,
+        "data.cache": work / "cache",
+        "bank.path": work / "bank",
+        "pilot.sides": list(SIDES),
+        "pilot.learning_rates": RATES[images],
+        "output": work / f"{kind}-{images}",
+    }
     given = [f"--adapter={json.dumps({'kind': kind, 'rank': 16})}", *(f"--{k}={v}" for k, v in flags.items()), *changes]
     _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *given])
     recipe = only(Recipe, command)

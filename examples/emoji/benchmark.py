@@ -27,8 +27,14 @@ COLUMNS = ("kid", "fid", "domain_hit", "pair_similarity", "memorisation", "cover
 
 
 def run(adapter: str, images: int, work: Path, config: Path) -> None:
-    flags = {"method": adapter, "data.limit": images, "data.cache": work / "cache", "bank.path": work / "bank",
-             "pilot.learning_rates": RATES[adapter], "output": work / f"{adapter}-{images}"}  # fmt: skip
+    flags = {
+        "method": adapter,
+        "data.limit": images,
+        "data.cache": work / "cache",
+        "bank.path": work / "bank",
+        "pilot.learning_rates": RATES[adapter],
+        "output": work / f"{adapter}-{images}",
+    }
     _, command = parse(["pilot", f"--config={config}", *(f"--{k}={v}" for k, v in flags.items())])
     recipe = only(Recipe, command)
     Pilot(recipe, command.pilot, Path(recipe.output)).run()
@@ -46,8 +52,10 @@ def collect(work: Path) -> dict:
         cells[f"{adapter}-{images}"] = {
             "base": {k: pilot["base"].get(k) for k in COLUMNS},
             "learning_rates": {s["name"]: s["learning_rate"] for s in pilot["sides"]},
-            "schedule": pilot["analysis"]["schedule"], "gap": pilot["analysis"]["gap"], "cost": pilot["cost"],
-        }  # fmt: skip
+            "schedule": pilot["analysis"]["schedule"],
+            "gap": pilot["analysis"]["gap"],
+            "cost": pilot["cost"],
+        }
         for side in pilot["sides"]:
             for r in side["runs"]:
                 figures = {k: round(r[k], 5) if r[k] is not None else None for k in COLUMNS}

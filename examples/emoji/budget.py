@@ -25,16 +25,26 @@ ALLOWED, WEIGHTS, SEEDS = 0.1, (0.01, 0.03, 0.1, 0.3, 1.0), (0, 1, 2)
 
 def recipe(work: Path, name: str, seed: int, tuning: TuningConfig, steps: int) -> Recipe:
     return Recipe(
-        data=DataConfig("embedded/icons", holdout=0.0, validation_path="embedded/icons-eval", limit=8,
-                        cache=str(work / "cache")),
+        data=DataConfig(
+            "embedded/icons", holdout=0.0, validation_path="embedded/icons-eval", limit=8, cache=str(work / "cache")
+        ),
         tuning=tuning,
         bank=BankConfig(256, str(HERE / "bank_prompts.txt"), 1.5, 15, 64, path=str(work / "bank")),
         training=TrainingConfig(
-            max_steps=steps, batch_size=16, learning_rate=5e-3, lr_scheduler="constant", ema_decay=0.999, seed=seed,
-            validate_every=0, validation_size=64, sample_every=0, checkpoint_every=1000, resume=True,
+            max_steps=steps,
+            batch_size=16,
+            learning_rate=5e-3,
+            lr_scheduler="constant",
+            ema_decay=0.999,
+            seed=seed,
+            validate_every=0,
+            validation_size=64,
+            sample_every=0,
+            checkpoint_every=1000,
+            resume=True,
         ),
         output=str(work / name / f"seed-{seed}"),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -53,13 +63,18 @@ def main() -> None:
         bands = [[r["losses"]["bank"][k]["loss"] for k in ("base", "tuned")] for r in runs]
         rises = [[after / before - 1 for before, after in zip(*pair)] for pair in bands]
         targets = [mean(r["losses"]["target"]["tuned"]["loss"]) for r in runs]
-        rows.append({
-            "side": name, "u": runs[0]["losses"]["bank"]["base"]["u"], "rise": [mean(c) for c in zip(*rises)],
-            "rise_spread": [stdev(c) for c in zip(*rises)] if len(runs) > 1 else None,
-            "bands_kept": sum(mean(c) <= ALLOWED for c in zip(*rises)), "target_loss": mean(targets),
-            "target_loss_spread": stdev(targets) if len(runs) > 1 else None,
-            "multipliers": [r["budget"]["multipliers"] for r in runs] if "budget" in name else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "side": name,
+                "u": runs[0]["losses"]["bank"]["base"]["u"],
+                "rise": [mean(c) for c in zip(*rises)],
+                "rise_spread": [stdev(c) for c in zip(*rises)] if len(runs) > 1 else None,
+                "bands_kept": sum(mean(c) <= ALLOWED for c in zip(*rises)),
+                "target_loss": mean(targets),
+                "target_loss_spread": stdev(targets) if len(runs) > 1 else None,
+                "multipliers": [r["budget"]["multipliers"] for r in runs] if "budget" in name else None,
+            }
+        )
         worst = max(rows[-1]["rise"])
         kept = rows[-1]["bands_kept"]
         print(f"{name:12s} worst rise {worst:+.1%}  bands kept {kept}/5  target loss {rows[-1]['target_loss']:.4f}")

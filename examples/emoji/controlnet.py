@@ -85,8 +85,15 @@ def recipe_of(condition: str, side: str, rate: float, seed: int, work: Path) -> 
     name = side.replace(" = ", "").replace(", ", "-").replace(" ", "-").replace("τ", "tau")
     output = work / condition.replace(", ", "-") / name / f"lr-{rate:g}" / f"seed-{seed}"
     kept = GRID_STEPS if (condition, seed) == (GRID_CELL, SEEDS[0]) else ()
-    training = {"max_steps": CELLS[condition].steps, "learning_rate": rate, "seed": seed, "resume": True,
-                "validate_every": 0, "sample_every": 0, "save_at": kept}  # fmt: skip
+    training = {
+        "max_steps": CELLS[condition].steps,
+        "learning_rate": rate,
+        "seed": seed,
+        "resume": True,
+        "validate_every": 0,
+        "sample_every": 0,
+        "save_at": kept,
+    }
     flags = {**SIDES[side], **{f"training.{k}": v for k, v in training.items()}, "data.cache": work / "cache"}
     flags["output"] = output
     given = [f"--{k}={v if isinstance(v, (str, Path)) else json.dumps(v)}" for k, v in flags.items()]
@@ -114,8 +121,12 @@ def jobs(work: Path) -> list[tuple[str, str, float, int]]:
     """What can be trained now: the search first, then what it chose."""
     found = [("canny", side, rate, SEEDS[0]) for side in CELLS["canny"].sides for rate in RATES]
     for condition, cell in CELLS.items():
-        found += [(condition, side, rate, seed) for seed in SEEDS for side in cell.sides
-                  if (rate := chosen_rate(condition, side, work)) is not None]  # fmt: skip
+        found += [
+            (condition, side, rate, seed)
+            for seed in SEEDS
+            for side in cell.sides
+            if (rate := chosen_rate(condition, side, work)) is not None
+        ]
     found.sort(key=lambda job: job[1] not in ("plain", "τ = 1"))  # the main comparison first
     return [job for job in dict.fromkeys(found) if finished(*job, work) is None]
 
@@ -193,9 +204,15 @@ def rows_of(condition: str, work: Path) -> tuple[list[dict[str, Any]], list[dict
             if record is None:
                 continue
             run = Path(record["recipe"]["output"])
-            row = {"condition": condition, "side": side, "learning_rate": candidate, "seed": seed,
-                   "chosen": candidate == rate, "steps_per_second": round(record["steps_per_second"], 3),
-                   "fidelity": record["fidelity"]}  # fmt: skip
+            row = {
+                "condition": condition,
+                "side": side,
+                "learning_rate": candidate,
+                "seed": seed,
+                "chosen": candidate == rate,
+                "steps_per_second": round(record["steps_per_second"], 3),
+                "fidelity": record["fidelity"],
+            }
             if row["chosen"]:
                 done = run / "figures.json"
                 if not done.exists():
@@ -238,8 +255,16 @@ def half_way(steps: list[int], values: list[float], level: float) -> float | Non
 
 def table(result: dict[str, Any]) -> str:
     """Steps to half of plain's rise, the change point, and figures at the end, as Markdown."""
-    head = ("condition", "side", "steps to half-way", "change point", "fidelity, mean of the curve", "at the end",
-            "KID × 1000", "KID × 1000 to the base's style")  # fmt: skip
+    head = (
+        "condition",
+        "side",
+        "steps to half-way",
+        "change point",
+        "fidelity, mean of the curve",
+        "at the end",
+        "KID × 1000",
+        "KID × 1000 to the base's style",
+    )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for condition in CELLS:
         rows = [r for r in result["rows"] if r["condition"] == condition and r["chosen"]]
@@ -258,10 +283,11 @@ def table(result: dict[str, Any]) -> str:
             reached = [half_way(*c, level) for c in curves]
             points = [p.step if (p := find_convergence(*c)) is not None else None for c in curves]
             cells = [
-                spread([s for s in steps if s is not None], "{:.0f}") if None not in steps else
-                f"{sum(s is not None for s in steps)} of {len(steps)} runs"
+                spread([s for s in steps if s is not None], "{:.0f}")
+                if None not in steps
+                else f"{sum(s is not None for s in steps)} of {len(steps)} runs"
                 for steps in (reached, points)
-            ]  # fmt: skip
+            ]
             cells += [
                 spread([mean(v) for _, v in curves], "{:.3f}"),
                 spread([mean(v[-LAST:]) for _, v in curves], "{:.3f}"),

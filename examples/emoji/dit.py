@@ -70,9 +70,15 @@ def source_pictures(work: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
 def new_dit(channels: int, width: int, layers: int) -> DiTTransformer2DModel:
     """A DiT with the variance beside ε, every block of which begins as the identity."""
     model = DiTTransformer2DModel(
-        num_attention_heads=width // 32, attention_head_dim=32, in_channels=channels, out_channels=2 * channels,
-        num_layers=layers, sample_size=8, patch_size=2, norm_num_groups=4,
-    )  # fmt: skip
+        num_attention_heads=width // 32,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=2 * channels,
+        num_layers=layers,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=4,
+    )
     for block in model.transformer_blocks:
         nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
         nn.init.zeros_(block.norm1.linear.weight)
@@ -91,9 +97,11 @@ def train_source(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = new_dit(latents.shape[1], args.width, args.layers)
     pipe = DiTPipeline(
-        model, load_family("embedded").pipe.vae, DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+        model,
+        load_family("embedded").pipe.vae,
+        DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
         id2label=dict(enumerate(classes)),
-    )  # fmt: skip
+    )
     family = family_of(pipe)
     objective = DiffTuningObjective.from_scheduler(pipe.scheduler, "plain", variance="hybrid")
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4, weight_decay=0.0)
@@ -134,8 +142,13 @@ def train_source(args: argparse.Namespace) -> None:
 
 
 def run(cell: str, work: Path, overrides: list[str]) -> None:
-    flags = {**CELLS[cell], "model.id": work / "model", "data.cache": work / "cache", "bank.path": work / "bank",
-             "output": work / cell}  # fmt: skip
+    flags = {
+        **CELLS[cell],
+        "model.id": work / "model",
+        "data.cache": work / "cache",
+        "bank.path": work / "bank",
+        "output": work / cell,
+    }
     _, command = parse(
         ["pilot", f"--config={HERE / 'dit.yaml'}", *(f"--{k}={v}" for k, v in flags.items()), *overrides]
     )

@@ -24,10 +24,31 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.loading import family_of
 
 PROMPTS = (
-    "red heart", "slice of pizza", "dog face", "red apple", "cat face", "birthday cake", "soccer ball", "guitar",
-    "sunflower", "hamburger", "fish", "butterfly", "banana", "christmas tree", "trophy", "key", "umbrella",
-    "rabbit face", "strawberry", "teacup without handle", "light bulb", "envelope", "frog", "mushroom",
-)  # fmt: skip
+    "red heart",
+    "slice of pizza",
+    "dog face",
+    "red apple",
+    "cat face",
+    "birthday cake",
+    "soccer ball",
+    "guitar",
+    "sunflower",
+    "hamburger",
+    "fish",
+    "butterfly",
+    "banana",
+    "christmas tree",
+    "trophy",
+    "key",
+    "umbrella",
+    "rabbit face",
+    "strawberry",
+    "teacup without handle",
+    "light bulb",
+    "envelope",
+    "frog",
+    "mushroom",
+)
 
 
 def rank_of_truth(features: torch.Tensor, truth: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -90,9 +90,17 @@ CELLS = [
 
 def recipe_for(cell: Cell, seed: int, work: Path) -> Recipe:
     """The benchmark's recipe for one run of a cell."""
-    flags = {"method": cell.adapter, "data.limit": cell.images, "data.cache": work / "cache",
-             "bank.path": work / "bank", "training.learning_rate": cell.rate, "training.max_steps": cell.steps,
-             "training.seed": seed, "training.resume": True, "output": work / f"{cell.name}-{seed}"}  # fmt: skip
+    flags = {
+        "method": cell.adapter,
+        "data.limit": cell.images,
+        "data.cache": work / "cache",
+        "bank.path": work / "bank",
+        "training.learning_rate": cell.rate,
+        "training.max_steps": cell.steps,
+        "training.seed": seed,
+        "training.resume": True,
+        "output": work / f"{cell.name}-{seed}",
+    }
     _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *(f"--{k}={v}" for k, v in flags.items())])
     recipe = only(Recipe, command)
     return replace(recipe, tuning=side_tuning(cell.side, recipe.tuning, work / "none"))

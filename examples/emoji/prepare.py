@@ -44,8 +44,11 @@ def fetch(package: str, folder: Path) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         out = subprocess.run(
             ["npm", "pack", "--silent", f"@iconify-json/{package}"],
-            cwd=folder, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         with tarfile.open(folder / out.stdout.strip().splitlines()[-1]) as tar:
             for member in tar.getmembers():
                 if member.isfile() and "/" in member.name:

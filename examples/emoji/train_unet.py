@@ -72,10 +72,17 @@ def train_tokenizer(captions: list[str], vocabulary: int = 2048) -> CLIPTokenize
 
 def build_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return CLIPTextModel(config)
 
 
@@ -144,19 +151,27 @@ def train(args: argparse.Namespace, model: Model, ema: EMAModel, tokenizer: CLIP
             total = []
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_state(
-                checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(),
+                checkpoint,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                ema=ema.state_dict(),
                 step=step + 1,
-            )  # fmt: skip
+            )
 
 
 def export(work: Path, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     averaged = copy.deepcopy(model)
     ema.copy_to(averaged.parameters())
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"), text_encoder=averaged.text, tokenizer=tokenizer,
-        unet=averaged.unet, scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=averaged.text,
+        tokenizer=tokenizer,
+        unet=averaged.unet,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     pipe.to(torch.float16).save_pretrained(folder)
     # transformers loads what the configuration names, diffusers float32: without this a stock load mixes the two
     config = folder / "text_encoder" / "config.json"

@@ -33,7 +33,7 @@ def test_steps_per_second_with_cached_inputs_against_encoding_every_step(tmp_pat
     objective = DiffTuningObjective.from_scheduler(family.pipe.scheduler, preset="plain")
     source = BatchSource(
         family, objective, TargetSet(moments, captions, captions), embeddings, None, "empty", 0.0, BATCH, 0
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(AdapterTuning(family, AdapterConfig(rank=16)).parameters().values(), 1e-4)
 
     def step(number: int, encode: bool) -> None:

@@ -60,10 +60,12 @@ def test_what_the_extras_cost(family, capsys):
     ratios = compare(
         capsys,
         {
-            "stock": sampling(family.pipe), "extras off": sampling(off), "Domain Guidance": sampling(on),
+            "stock": sampling(family.pipe),
+            "extras off": sampling(off),
+            "Domain Guidance": sampling(on),
             "adapter schedule": sampling(scheduled),
         },
-    )  # fmt: skip
+    )
     assert set(ratios) == {"stock", "extras off", "Domain Guidance", "adapter schedule"}
 
 

@@ -26,8 +26,13 @@ from difftuning_control.system.digests import digest_of_file
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 PHASES = ("bank building", "caching", "annotating", "training", "checkpointing", "exporting")
 SPEED = re.compile(r"[\d a-z.]+ on [^<]+ steps per second")  # of report.html, the same
-PARTS = {"checkpoint-": "checkpointing", "/banks/": "bank building", "conditions-": "annotating",
-         "control-": "annotating", "/cache/": "caching"}  # fmt: skip
+PARTS = {
+    "checkpoint-": "checkpointing",
+    "/banks/": "bank building",
+    "conditions-": "annotating",
+    "control-": "annotating",
+    "/cache/": "caching",
+}
 TIMES = {"timings", "steps_per_second"}  # of run.json: seconds, which no two runs share
 
 

@@ -26,7 +26,7 @@ CASES = {
     "bank building": ("bank", ".", (0.4, 0.8), "bank-00001"),
     "checkpointing": ("train", "run", (0.5, 1.8, 2.8, 3.5), "checkpoint-4"),
     "exporting": ("export", ".", (0.3, 0.97), "export"),
-}  # fmt: skip
+}
 
 
 def pages(folder: Path) -> int:

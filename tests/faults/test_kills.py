@@ -31,23 +31,46 @@ def flags(values: dict[str, object]) -> list[str]:
 
 def commands(model: Path, pictures: Path, work: Path) -> dict[str, list[str]]:
     """A command by scenario, each as a user would give it again after any interruption."""
-    common = {"model.id": model, "data.path": pictures, "data.cache": work / "cache", "data.holdout": 0.25,
-              "bank.size": 70, "bank.steps": 1, "bank.batch_size": 35}  # fmt: skip
-    training = {"training.max_steps": 6, "training.batch_size": 5, "training.checkpoint_every": 2,
-                "training.resume": "true", "training.validation_size": 2, "training.validate_every": 3,
-                "training.sample_every": 0, "training.ema_decay": 0.9, "output": work / "run"}  # fmt: skip
+    common = {
+        "model.id": model,
+        "data.path": pictures,
+        "data.cache": work / "cache",
+        "data.holdout": 0.25,
+        "bank.size": 70,
+        "bank.steps": 1,
+        "bank.batch_size": 35,
+    }
+    training = {
+        "training.max_steps": 6,
+        "training.batch_size": 5,
+        "training.checkpoint_every": 2,
+        "training.resume": "true",
+        "training.validation_size": 2,
+        "training.validate_every": 3,
+        "training.sample_every": 0,
+        "training.ema_decay": 0.9,
+        "output": work / "run",
+    }
     fidelity = {"control.fidelity.every": 3, "control.fidelity.size": 2, "control.fidelity.steps": 1}
     return {
         "bank": ["bank", *flags(common | {"bank.path": work / "bank", "bank.size": 140})],
         "train": ["train", *flags(common | training | {"training.save_at": "[3]"})],
-        "controlnet": ["train", *flags(common | training | fidelity | {"method": "controlnet",
-                       "control.annotator": "canny"})],
+        "controlnet": [
+            "train",
+            *flags(common | training | fidelity | {"method": "controlnet", "control.annotator": "canny"}),
+        ],
         "export": ["export", str(work.parent / "finished"), "--to", str(work / "export"), "--overwrite"],
-    }  # fmt: skip
+    }
 
 
-AIMED = {"bank building": "bank", "caching": "train", "annotating": "controlnet", "training": "train",
-         "checkpointing": "train", "exporting": "export"}  # fmt: skip
+AIMED = {
+    "bank building": "bank",
+    "caching": "train",
+    "annotating": "controlnet",
+    "training": "train",
+    "checkpointing": "train",
+    "exporting": "export",
+}
 
 
 def again(root: Path) -> None:

@@ -29,8 +29,20 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(recipe, tmp_path, processes)
     training = replace(recipe.training, max_steps=100_000, checkpoint_every=100_000, batch_size=10)
     recipe = replace(recipe, training=training)
     write_recipe(tmp_path, recipe)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes",
-               str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(processes),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command += ["--multi_gpu"] if processes > 1 and "--cpu" not in command else []
     command += ["--module", "difftuning_control.cli", "train", "--config", str(tmp_path / "recipe.yaml")]
     with (tmp_path / "said").open("w") as said:

@@ -17,15 +17,29 @@ NAMES = ("one", "two")
 
 
 def command(root: Path, name: str, **more: object) -> list[str]:
-    values = {"model.id": root / "model", "data.path": root / "pictures", "data.cache": root / "work" / "cache",
-              "data.holdout": 0.25, "bank.size": 70, "bank.steps": 1, "bank.batch_size": 35,
-              "training.max_steps": 4, "training.batch_size": 5, "training.checkpoint_every": 2,
-              "training.validation_size": 2, "training.sample_every": 0, "output": root / "work" / name}  # fmt: skip
+    values = {
+        "model.id": root / "model",
+        "data.path": root / "pictures",
+        "data.cache": root / "work" / "cache",
+        "data.holdout": 0.25,
+        "bank.size": 70,
+        "bank.steps": 1,
+        "bank.batch_size": 35,
+        "training.max_steps": 4,
+        "training.batch_size": 5,
+        "training.checkpoint_every": 2,
+        "training.validation_size": 2,
+        "training.sample_every": 0,
+        "output": root / "work" / name,
+    }
     return ["train", *flags(values | more)]
 
 
-@pytest.mark.parametrize("more", [{}, {"method": "controlnet", "control.annotator": "canny",
-                                       "control.fidelity.every": 0}], ids=["lora", "controlnet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"method": "controlnet", "control.annotator": "canny", "control.fidelity.every": 0}],
+    ids=["lora", "controlnet"],
+)
 def test_two_runs_that_share_a_cache_end_as_runs_alone(tmp_path, more):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     write_pictures(tmp_path / "pictures")

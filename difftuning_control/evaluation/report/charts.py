@@ -29,10 +29,15 @@ Placed = tuple[float, str, str, str | None, str]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, darkened where thin lines need it; and a marker each
 SIDES = {
-    "base": ("#6b7680", "s"), "tuned": ("#0072b2", "o"), "plain": ("#d1495b", "D"), "prior": ("#d98e04", "v"),
-    "difftuning_tau1": ("#0072b2", "o"), "difftuning_measured": ("#00876c", "^"), "difftuning_tau0.3": ("#56a3d9", "P"),
+    "base": ("#6b7680", "s"),
+    "tuned": ("#0072b2", "o"),
+    "plain": ("#d1495b", "D"),
+    "prior": ("#d98e04", "v"),
+    "difftuning_tau1": ("#0072b2", "o"),
+    "difftuning_measured": ("#00876c", "^"),
+    "difftuning_tau0.3": ("#56a3d9", "P"),
     "difftuning_budget": ("#8e5ea2", "X"),
-}  # fmt: skip
+}
 OTHERS = ("#7a5230", "#2f4b7c", "#5c7f00", "#b0578d", "#00838f")
 INK, SOFT, GRID = "#1f2a37", "#566270", "#e3e7ec"
 TARGET, BANK, BUDGET = "#0072b2", "#d98e04", "#1f2a37"
@@ -40,10 +45,20 @@ SHARES = ("domain_hit", "domain_judge")  # metrics in per cent
 LINKS = ("href", "clip-path")  # attributes that name an id
 WIDTH, SIZE = 400.0, 10.5  # points
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "difftuning-control", "text.parse_math": False, "font.size": SIZE,
-    "path.simplify": False, "axes.edgecolor": "#9aa5b1", "axes.linewidth": 0.8, "axes.labelcolor": SOFT,
-    "xtick.color": SOFT, "ytick.color": SOFT, "text.color": INK, "axes.unicode_minus": True, "lines.linewidth": 1.8,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "difftuning-control",
+    "text.parse_math": False,
+    "font.size": SIZE,
+    "path.simplify": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "text.color": INK,
+    "axes.unicode_minus": True,
+    "lines.linewidth": 1.8,
+}
 
 
 def side_style(name: str) -> tuple[str, str]:
@@ -258,9 +273,12 @@ class _Chart:
     """
 
     def __init__(
-        self, entries: Sequence[Entry], y_label: str | None, height: float = 190.0,
+        self,
+        entries: Sequence[Entry],
+        y_label: str | None,
+        height: float = 190.0,
         left: float = 48.0,
-    ):  # fmt: skip
+    ):
         rows = _wrap(entries)
         top = 18.0 * len(rows) + (20.0 if y_label else 8.0)
         self.height = top + height + 44.0
@@ -384,7 +402,11 @@ def _clean(text: str, title: str) -> str:
             if key in e.attrib:
                 e.set(key, e.attrib[key].replace("#", "#" + prefix))
     root.attrib = {
-        "xmlns": "http://www.w3.org/2000/svg", "class": "chart", "role": "img", "aria-label": title,
-        "viewBox": root.attrib["viewBox"], "stroke-linejoin": "round",
-    }  # fmt: skip
+        "xmlns": "http://www.w3.org/2000/svg",
+        "class": "chart",
+        "role": "img",
+        "aria-label": title,
+        "viewBox": root.attrib["viewBox"],
+        "stroke-linejoin": "round",
+    }
     return ElementTree.tostring(root, encoding="unicode")

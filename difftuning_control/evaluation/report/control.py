@@ -43,17 +43,32 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
     if curve and found["code"] != "unmeasured":
         figures = sorted((m for m in curve["figures"] if m in METRICS), key=lambda m: m != curve["main"])
         drawn = [(charts.fidelity_chart(curve, m, words), m) for m in figures]
-        rows = [{"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
-                for i in _spread_out(len(curve["steps"]), ROWS)]  # fmt: skip
+        rows = [
+            {"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
+            for i in _spread_out(len(curve["steps"]), ROWS)
+        ]
     tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.get("losses")}]}
     timings = [v for v in (run.get("timings") or {}).values() if is_number(v)]
     return _write(
-        folder, "control.html.j2", language, words,
-        run=run, verdict=found, curve=curve, charts=drawn, rows=rows, grid=_last_grid(folder), bands=_bands([tuned]),
-        steps=_next_steps(run, found, folder), seconds=sum(timings) if timings else None, names=NAMES, least=LEAST,
-        supplied=run["control"]["spec"].get("annotator") == SUPPLIED, settings=_flatten(run["recipe"]),
+        folder,
+        "control.html.j2",
+        language,
+        words,
+        run=run,
+        verdict=found,
+        curve=curve,
+        charts=drawn,
+        rows=rows,
+        grid=_last_grid(folder),
+        bands=_bands([tuned]),
+        steps=_next_steps(run, found, folder),
+        seconds=sum(timings) if timings else None,
+        names=NAMES,
+        least=LEAST,
+        supplied=run["control"]["spec"].get("annotator") == SUPPLIED,
+        settings=_flatten(run["recipe"]),
         files=[name for name in FILES if (folder / name).is_file()],
-    )  # fmt: skip
+    )
 
 
 def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -88,10 +103,16 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     else:
         code = "sudden" if rise["sudden"] else "gradual"
     return {
-        "code": code, "good": code in ("sudden", "gradual", "already"), "better": gains[-1] > 0, "share": share,
-        "value": values[-1], "without": without, "count": len(values), "settled": settled,
+        "code": code,
+        "good": code in ("sudden", "gradual", "already"),
+        "better": gains[-1] > 0,
+        "share": share,
+        "value": values[-1],
+        "without": without,
+        "count": len(values),
+        "settled": settled,
         "rise": None if rise is None else {k: f"{rise[k]:.0f}" for k in ("start", "end", "step")},
-    }  # fmt: skip
+    }
 
 
 def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

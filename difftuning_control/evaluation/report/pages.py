@@ -30,13 +30,24 @@ __all__ = ["verdict", "write_analysis_report", "write_pilot_report"]
 
 # metric: which way is better, and how it is printed
 METRICS = {
-    "kid": ("lower", "{:.4f}"), "fid": ("lower", "{:.1f}"), "domain_hit": ("higher", "{:.1%}"),
-    "domain_judge": ("neutral", "{:.1%}"), "pair_similarity": ("higher", "{:.3f}"), "density": ("higher", "{:.2f}"),
-    "coverage": ("higher", "{:.2f}"), "diversity": ("higher", "{:.3f}"), "memorisation": ("neutral", "{:.3f}"),
-    "target_loss": ("lower", "{:.4f}"), "bank_loss": ("lower", "{:.4f}"), "pictures": ("neutral", "{:.0f}"),
-    "f1": ("higher", "{:.3f}"), "ssim": ("higher", "{:.3f}"), "rmse": ("lower", "{:.3f}"),
-    "cosine": ("higher", "{:.3f}"), "miou": ("higher", "{:.3f}"),
-}  # fmt: skip
+    "kid": ("lower", "{:.4f}"),
+    "fid": ("lower", "{:.1f}"),
+    "domain_hit": ("higher", "{:.1%}"),
+    "domain_judge": ("neutral", "{:.1%}"),
+    "pair_similarity": ("higher", "{:.3f}"),
+    "density": ("higher", "{:.2f}"),
+    "coverage": ("higher", "{:.2f}"),
+    "diversity": ("higher", "{:.3f}"),
+    "memorisation": ("neutral", "{:.3f}"),
+    "target_loss": ("lower", "{:.4f}"),
+    "bank_loss": ("lower", "{:.4f}"),
+    "pictures": ("neutral", "{:.0f}"),
+    "f1": ("higher", "{:.3f}"),
+    "ssim": ("higher", "{:.3f}"),
+    "rmse": ("lower", "{:.3f}"),
+    "cosine": ("higher", "{:.3f}"),
+    "miou": ("higher", "{:.3f}"),
+}
 LARGEST = 320  # side of a picture in the report, in pixels
 COLUMNS = 8  # pictures in a row
 MOST_WORDS = 90  # characters of a caption shown
@@ -86,18 +97,31 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
         drawn |= _analysis_charts(analysis, words)
     chosen = by_name.get(best["side"])
     return _write(
-        folder, "pilot.html.j2", language, words,
-        result=result, verdict=best, chosen=chosen, by_name=by_name, charts=drawn, lengths=lengths, rises=rises,
+        folder,
+        "pilot.html.j2",
+        language,
+        words,
+        result=result,
+        verdict=best,
+        chosen=chosen,
+        by_name=by_name,
+        charts=drawn,
+        lengths=lengths,
+        rises=rises,
         rise={r["label"]: fmean(r["mean"]) for r in rises},
         metrics=_measured([base, *(r for s in sides for r in s["runs"])]),
-        pictures=_pictures(result.get("pictures"), folder), analysis=analysis, budget=budget, budget_u=budget_u,
+        pictures=_pictures(result.get("pictures"), folder),
+        analysis=analysis,
+        budget=budget,
+        budget_u=budget_u,
         bands=_bands(sides),
         settings=[*_flatten(result["settings"], "pilot."), *_flatten(result.get("recipe") or {})],
         steps=_next_steps(result, best, by_name),
         searched=_measured([row for s in sides for row in s["search"]]),
-        judge=base.get("domain_judge"), guidance=_guidance(sides, result["settings"].get("lengths", [])),
+        judge=base.get("domain_judge"),
+        guidance=_guidance(sides, result["settings"].get("lengths", [])),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
-    )  # fmt: skip
+    )
 
 
 def write_analysis_report(analysis: Mapping[str, Any], folder: Path, language: str = "en") -> Path:
@@ -117,15 +141,23 @@ def write_analysis_report(analysis: Mapping[str, Any], folder: Path, language: s
     train = None
     if command_of:
         recipe = {
-            "model": {"id": analysis["model"]}, "data": {"path": analysis["data"]["path"]},
+            "model": {"id": analysis["model"]},
+            "data": {"path": analysis["data"]["path"]},
             "tuning": {"schedule": {"kind": "measured", "path": str(folder / "schedule.json")}},
-        }  # fmt: skip
+        }
         train = _train_command(recipe)
     return _write(
-        folder, "analysis.html.j2", language, words,
-        analysis=analysis, advice=advice, charts=_analysis_charts(analysis, words), command_of=command_of, train=train,
+        folder,
+        "analysis.html.j2",
+        language,
+        words,
+        analysis=analysis,
+        advice=advice,
+        charts=_analysis_charts(analysis, words),
+        command_of=command_of,
+        train=train,
         schedule_file=(folder / "schedule.json").is_file(),
-    )  # fmt: skip
+    )
 
 
 def _need_complete(result: Mapping[str, Any]) -> None:
@@ -160,9 +192,10 @@ def _analysis_charts(analysis: Mapping[str, Any], words: Mapping[str, str]) -> d
     kind = analysis["schedule"].get("kind", "measured")
     label = words["schedule.measured"] if kind == "measured" else words["schedule.kind"].format(kind=kind)
     found: dict[str, Any] = {
-        "gap": charts.gap_chart(analysis, words), "loss": charts.loss_chart(analysis, words),
+        "gap": charts.gap_chart(analysis, words),
+        "loss": charts.loss_chart(analysis, words),
         "schedule": charts.schedule_chart([{**analysis["schedule"], "label": label}, paper], words),
-    }  # fmt: skip
+    }
     if forgetting := analysis.get("forgetting"):
         item = {**forgetting, "label": "tuned"}
         found["forgetting_run"] = charts.forgetting_chart([item], forgetting.get("budget"), words)
@@ -188,10 +221,13 @@ def _change(side: Mapping[str, Any], role: str) -> dict[str, Any] | None:
     stats = [mean_spread(column) for column in zip(*rows)]
     mean = [m or 0.0 for m, _ in stats]
     return {
-        "label": side["name"], "u": u, "mean": mean, "spread": [s for _, s in stats],
+        "label": side["name"],
+        "u": u,
+        "mean": mean,
+        "spread": [s for _, s in stats],
         "low": [m - (s or 0) for m, s in zip(mean, (s for _, s in stats))],
         "high": [m + (s or 0) for m, s in zip(mean, (s for _, s in stats))],
-    }  # fmt: skip
+    }
 
 
 def _bands(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -201,8 +237,11 @@ def _bands(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         columns: dict[str, list[float]] = {}
         u: list[float] = []
         for side in sides:
-            runs = [r["losses"][role] for r in side["runs"]
-                    if r["steps"] == side["best_length"] and (r.get("losses") or {}).get(role)]  # fmt: skip
+            runs = [
+                r["losses"][role]
+                for r in side["runs"]
+                if r["steps"] == side["best_length"] and (r.get("losses") or {}).get(role)
+            ]
             if runs:
                 u = runs[0]["base"]["u"]
                 columns.setdefault("base", runs[0]["base"]["loss"])
@@ -224,8 +263,11 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
             row = {"name": way, "way": way, "scale": found["scale"], "runs": runs, "best_length": max(lengths)}
             rows.append(row | {"against": compare(row, rows[0], "kid", len(sides)) if rows else None})
         tables.append({"name": side["name"], "rows": rows})
-    metrics = [m for m in ("kid", "domain_hit", "pair_similarity", "memorisation")
-               if any(seed_values(row, m) for table in tables for row in table["rows"])]  # fmt: skip
+    metrics = [
+        m
+        for m in ("kid", "domain_hit", "pair_similarity", "memorisation")
+        if any(seed_values(row, m) for table in tables for row in table["rows"])
+    ]
     return {"sides": tables, "metrics": metrics} if tables else None
 
 
@@ -387,19 +429,29 @@ def _environment(words: Mapping[str, str]) -> Environment:
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=finalize,
-    )  # fmt: skip
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
     environment.filters |= {
-        "figure": figure, "spread": spread, "signed": signed, "number": number, "duration": duration, "value": value,
+        "figure": figure,
+        "spread": spread,
+        "signed": signed,
+        "number": number,
+        "duration": duration,
+        "value": value,
         "short": lambda text: text if len(text) <= MOST_WORDS else text[:MOST_WORDS] + "…",
         "relative": lambda path: "./" + quote(path),
         "say": lambda key, **given: words[key].format(**{k: missing if v is None else v for k, v in given.items()}),
         "side": lambda name: words.get(f"side.{name}", name) if name is not None else missing,
         "direction": lambda metric: words[METRICS.get(metric, ("neutral", ""))[0]],
         "metric": lambda metric: words.get(f"metric.{metric}", metric),
-        "minus": lambda text: text.replace("-", "−"), "flatten": _flatten,
+        "minus": lambda text: text.replace("-", "−"),
+        "flatten": _flatten,
         "created": lambda text: str(text)[:16].replace("T", " "),
-    }  # fmt: skip
+    }
     environment.globals |= {"interval": interval, "seed_values": seed_values, "mean": lambda v: mean_spread(list(v))[0]}
     return environment

@@ -56,9 +56,7 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
     bench, steps = setting.bench, setting.bench.steps + 1
     assert bench.peers is not None
     mine = setting.ours(part, steps)
-    theirs = peer(
-        part, bench.peers, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size
-    )  # fmt: skip
+    theirs = peer(part, bench.peers, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size)
     shutil.rmtree(setting.work / "cache", ignore_errors=True)
     one = setting.ours(part, 1)
     cold, warm = setting.run(one, "cold"), setting.run(one, "warm")
@@ -68,11 +66,13 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
     result: dict[str, Any] = {
         "wall": ratio([(a.steps, b.steps) for a, b in rounds]),
         "cpu": ratio([(a.cpu, b.cpu) for a, b in rounds]),
-        "first_step": {"peer": median(a.first_step or 0.0 for a, _ in rounds),
-                       "ours": median(b.first_step or 0.0 for _, b in rounds)},
+        "first_step": {
+            "peer": median(a.first_step or 0.0 for a, _ in rounds),
+            "ours": median(b.first_step or 0.0 for _, b in rounds),
+        },
         "peak": {"peer": max(a.peak for a, _ in rounds), "ours": max(b.peak for _, b in rounds)},
         "caching": {"seconds": cold.seconds - warm.seconds, "pictures": PICTURES},
-    }  # fmt: skip
+    }
     for clock in ("steps", "cpu"):
         result[f"seconds_{clock}"] = {
             name: [median(getattr(r[i], clock)) for r in rounds] for i, name in enumerate(("peer", "ours"))
@@ -150,8 +150,13 @@ def bank(setting: Setting) -> dict[str, Any]:
         def draw() -> None:
             for start in range(0, count, together):
                 prompts = [request.prompt_of(i) for i in range(start, min(start + together, count))]
-                pipe(prompts, num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
-                     height=setting.side, width=setting.side)  # fmt: skip
+                pipe(
+                    prompts,
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    height=setting.side,
+                    width=setting.side,
+                )
 
         return draw
 
@@ -226,5 +231,9 @@ def profile(setting: Setting) -> dict[str, float]:
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "lora": lambda setting: against_peer(setting, "lora"),
     "controlnet": lambda setting: against_peer(setting, "controlnet"),
-    "difftuning": difftuning, "bank": bank, "startup": startup, "memory": memory, "profile": profile,
-}  # fmt: skip
+    "difftuning": difftuning,
+    "bank": bank,
+    "startup": startup,
+    "memory": memory,
+    "profile": profile,
+}

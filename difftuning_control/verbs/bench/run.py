@@ -27,8 +27,10 @@ def bench(settings: Bench, overwrite: bool = False) -> dict[str, Any]:
     threads = settings.threads if settings.threads is not None else torch.get_num_threads()
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings) | {"threads": threads},
-        "versions": versions(), "device": describe_device(torch.device("cpu")), "parts": {},
-    }  # fmt: skip
+        "versions": versions(),
+        "device": describe_device(torch.device("cpu")),
+        "parts": {},
+    }
     write_json(work / "bench.json", result)
     setting = Setting(settings, work.resolve())
     for part in settings.parts:

@@ -49,21 +49,35 @@ def run(command: list[str], folder: Path, threads: int | None) -> Timed:
     found = json.loads(record.read_text())
     walls, cpus = [step[0] for step in found["steps"]], [step[1] for step in found["steps"]]
     return Timed(
-        [b - a for a, b in pairwise(walls)], [b - a for a, b in pairwise(cpus)],
-        walls[0] - found["started"] if walls else None, found["ended"] - found["started"], found["peak"],
-    )  # fmt: skip
+        [b - a for a, b in pairwise(walls)],
+        [b - a for a, b in pairwise(cpus)],
+        walls[0] - found["started"] if walls else None,
+        found["ended"] - found["started"],
+        found["peak"],
+    )
 
 
 def ours(part: str, model: Path | str, data: Path, work: Path, side: int, steps: int, batch: int) -> list[str]:
     """`difftune train` as plain fine-tuning, without what the script does not do: no validation, no pictures."""
     flags: dict[str, Any] = {
-        "method": part, "model.id": model, "data.path": data, "data.resolution": side, "data.holdout": 0.0,
-        "data.cache": work / "cache", "tuning.retention_ratio": 0.0, "tuning.retention_weight": 0.0,
-        "training.max_steps": steps, "training.batch_size": batch, "training.lr_scheduler": "constant",
+        "method": part,
+        "model.id": model,
+        "data.path": data,
+        "data.resolution": side,
+        "data.holdout": 0.0,
+        "data.cache": work / "cache",
+        "tuning.retention_ratio": 0.0,
+        "tuning.retention_weight": 0.0,
+        "training.max_steps": steps,
+        "training.batch_size": batch,
+        "training.lr_scheduler": "constant",
         "training.learning_rate": 1e-4,
-        "training.validate_every": 0, "training.sample_every": 0, "training.checkpoint_every": 100_000,
-        "tuning.schedule": json.dumps({"kind": "constant", "psi": 1.0, "xi": 0.0}), "output": work / f"ours-{part}",
-    }  # fmt: skip
+        "training.validate_every": 0,
+        "training.sample_every": 0,
+        "training.checkpoint_every": 100_000,
+        "tuning.schedule": json.dumps({"kind": "constant", "psi": 1.0, "xi": 0.0}),
+        "output": work / f"ours-{part}",
+    }
     if part == "lora":
         flags["adapter.rank"] = RANK
     else:
@@ -74,11 +88,20 @@ def ours(part: str, model: Path | str, data: Path, work: Path, side: int, steps:
 def peer(part: str, peers: str, model: Path, data: Path, work: Path, side: int, steps: int, batch: int) -> list[str]:
     """diffusers' script on the same pictures, with the same rank, rows and learning rate."""
     flags: dict[str, Any] = {
-        "pretrained_model_name_or_path": model, "train_data_dir": data, "resolution": side, "max_train_steps": steps,
-        "train_batch_size": batch, "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "seed": 0,
-        "checkpointing_steps": 100_000, "output_dir": work / f"peer-{part}", "cache_dir": work / "datasets",
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": data,
+        "resolution": side,
+        "max_train_steps": steps,
+        "train_batch_size": batch,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "seed": 0,
+        "checkpointing_steps": 100_000,
+        "output_dir": work / f"peer-{part}",
+        "cache_dir": work / "datasets",
         "caption_column": "text",
-    }  # fmt: skip
+    }
     if part == "lora":
         flags["rank"] = RANK
     else:

@@ -174,8 +174,13 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
     table = [f"| {' | '.join(row)} |" for row in rows]
     table.insert(1, "|---" * len(rows[0]) + "|")
     return [
-        "## Pictures against real ones", "", f"{words}; mean ± standard deviation over seeds.", "", *table, "",
-    ]  # fmt: skip
+        "## Pictures against real ones",
+        "",
+        f"{words}; mean ± standard deviation over seeds.",
+        "",
+        *table,
+        "",
+    ]
 
 
 def _is_of(side: dict[str, Any], run: str, record: dict[str, Any]) -> bool:

@@ -165,22 +165,25 @@ def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe
     """`export.json`: what this is, which base it belongs to, the ψ it was tuned by, and which files it consists of."""
     is_named = request.format == "diffusers" and request.base == "referenced"
     settings = ("format", "base", "adapter", "pipeline", "source_unet", "dtype")
-    write_json(folder / MARKER, {
-        "method": recipe.method,
-        "run": {"identity": record["identity"], "steps": record["steps"]},
-        "base": {
-            "id": recipe.model.id if is_named else base_name(recipe.model.id),
-            "variant": recipe.model.variant,
-            "fingerprints": record["fingerprints"]["base"],
+    write_json(
+        folder / MARKER,
+        {
+            "method": recipe.method,
+            "run": {"identity": record["identity"], "steps": record["steps"]},
+            "base": {
+                "id": recipe.model.id if is_named else base_name(recipe.model.id),
+                "variant": recipe.model.variant,
+                "fingerprints": record["fingerprints"]["base"],
+            },
+            "settings": {name: getattr(request, name) for name in settings},
+            "gates": {k: v for k, v in record["gates"].items() if k != "asked"} if record.get("gates") else None,
+            "despite_gates": despite_gates(request, record),
+            "pipeline": parts.stock,
+            "schedule": _schedule(request.run),
+            "versions": versions(),
+            "files": sorted([*_files(folder), MARKER]),
         },
-        "settings": {name: getattr(request, name) for name in settings},
-        "gates": {k: v for k, v in record["gates"].items() if k != "asked"} if record.get("gates") else None,
-        "despite_gates": despite_gates(request, record),
-        "pipeline": parts.stock,
-        "schedule": _schedule(request.run),
-        "versions": versions(),
-        "files": sorted([*_files(folder), MARKER]),
-    })  # fmt: skip
+    )
 
 
 def _schedule(run: str) -> dict[str, Any] | None:

@@ -72,11 +72,16 @@ def judge_of(
         probes = {final: _probe(conditioner, found, prompts[final]) for final in (False, True)}
     search, final = (
         Sampling(
-            prompts[i], [0], config.steps, config.guidance_scale, found.resolution, config.batch_size,
+            prompts[i],
+            [0],
+            config.steps,
+            config.guidance_scale,
+            found.resolution,
+            config.batch_size,
             probes[bool(i)].control if probes is not None else None,
         )
         for i in (0, 1)
-    )  # fmt: skip
+    )
     return Judge(reference, search, final, probes)
 
 

@@ -175,11 +175,18 @@ class Pilot:
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training
         return {
-            "method": self.recipe.method, "steps": training.max_steps, "lengths": self.lengths,
-            "batch_size": training.batch_size, "seeds": config.seeds, "learning_rates": self.rates,
-            "pictures": config.pictures, "guidance_scale": config.guidance_scale, "sampling_steps": config.steps,
-            "features": config.features, "guidance_scales": config.guidance_scales,
-        }  # fmt: skip
+            "method": self.recipe.method,
+            "steps": training.max_steps,
+            "lengths": self.lengths,
+            "batch_size": training.batch_size,
+            "seeds": config.seeds,
+            "learning_rates": self.rates,
+            "pictures": config.pictures,
+            "guidance_scale": config.guidance_scale,
+            "sampling_steps": config.steps,
+            "features": config.features,
+            "guidance_scales": config.guidance_scales,
+        }
 
     # --- what all sides share ---------------------------------------------------------------------------------------
 
@@ -311,9 +318,14 @@ class Pilot:
 
     def _recipe(self, side: str, rate: float, seed: int) -> Recipe:
         training = replace(
-            self.recipe.training, learning_rate=rate, seed=seed, save_at=self.lengths[:-1], sample_every=0, resume=True,
+            self.recipe.training,
+            learning_rate=rate,
+            seed=seed,
+            save_at=self.lengths[:-1],
+            sample_every=0,
+            resume=True,
             validate_every=0,
-        )  # fmt: skip
+        )
         tuning = side_tuning(side, self.recipe.tuning, self.schedule)
         output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
         return replace(self.recipe, tuning=tuning, training=training, gates=GatesConfig(), output=output)
