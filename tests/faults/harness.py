@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -232,3 +233,46 @@ def broken_audits(folder: Path) -> list[str]:
         if record.exists() and chain.last_hash_of("run.json") != digest_of_file(record):
             found.append(f"{path}: vouches for another run.json")
     return found
+
+
+def flags(values: dict[str, object]) -> list[str]:
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def commands(model: Path, pictures: Path, work: Path) -> dict[str, list[str]]:
+    """A command by scenario, each as a user would give it again after any interruption."""
+    common = {
+        "model.id": model,
+        "data.path": pictures,
+        "data.cache": work / "cache",
+        "data.holdout": 0.25,
+        "bank.size": 70,
+        "bank.steps": 1,
+        "bank.batch_size": 35,
+    }
+    training = {
+        "training.max_steps": 6,
+        "training.batch_size": 5,
+        "training.checkpoint_every": 2,
+        "training.resume": "true",
+        "training.validation_size": 2,
+        "training.validate_every": 3,
+        "training.sample_every": 0,
+        "training.ema_decay": 0.9,
+        "output": work / "run",
+    }
+    fidelity = {"control.fidelity.every": 3, "control.fidelity.size": 2, "control.fidelity.steps": 1}
+    return {
+        "bank": ["bank", *flags(common | {"bank.path": work / "bank", "bank.size": 140})],
+        "train": ["train", *flags(common | training | {"training.save_at": "[3]"})],
+        "controlnet": [
+            "train",
+            *flags(common | training | fidelity | {"method": "controlnet", "control.annotator": "canny"}),
+        ],
+        "export": ["export", str(work.parent / "finished"), "--to", str(work / "export"), "--overwrite"],
+    }
+
+
+def again(root: Path) -> None:
+    shutil.rmtree(root / "work", ignore_errors=True)
+    (root / "work").mkdir()

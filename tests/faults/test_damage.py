@@ -7,10 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import tiny_pipeline, write_pictures
 
-from .harness import Moment, broken_audits, contents, import_what_it_imported, run
-from .test_kills import again, commands
+from support.pictures import write_pictures
+from support.tiny_sd import tiny_pipeline
+
+from .harness import Moment, again, broken_audits, commands, contents, import_what_it_imported, run
 
 pytestmark = pytest.mark.slow
 LAST = "difftune: "

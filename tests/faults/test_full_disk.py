@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_pipeline, write_pictures
-from disks import enlarge, small_disk
 
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.training.checkpoint import checkpoints
+from support.disks import enlarge, small_disk
+from support.pictures import write_pictures
+from support.tiny_sd import tiny_pipeline
 
-from .harness import broken_audits, contents, import_what_it_imported, run
-from .test_kills import again, commands
+from .harness import again, broken_audits, commands, contents, import_what_it_imported, run
 
 pytestmark = pytest.mark.slow
 ROOM = 1 << 28

@@ -9,12 +9,13 @@ import random
 import shutil
 import signal
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from conftest import tiny_pipeline, write_pictures
 
-from .harness import PHASES, Moment, broken_audits, contents, import_what_it_imported, run
+from support.pictures import write_pictures
+from support.tiny_sd import tiny_pipeline
+
+from .harness import PHASES, Moment, again, broken_audits, commands, contents, import_what_it_imported, run
 
 pytestmark = pytest.mark.slow
 KINDS = (signal.SIGKILL, signal.SIGTERM)
@@ -25,44 +26,6 @@ STOPPED = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGTERM: (128 + signal.SIG
 SEED = 0
 
 
-def flags(values: dict[str, object]) -> list[str]:
-    return [f"--{key}={value}" for key, value in values.items()]
-
-
-def commands(model: Path, pictures: Path, work: Path) -> dict[str, list[str]]:
-    """A command by scenario, each as a user would give it again after any interruption."""
-    common = {
-        "model.id": model,
-        "data.path": pictures,
-        "data.cache": work / "cache",
-        "data.holdout": 0.25,
-        "bank.size": 70,
-        "bank.steps": 1,
-        "bank.batch_size": 35,
-    }
-    training = {
-        "training.max_steps": 6,
-        "training.batch_size": 5,
-        "training.checkpoint_every": 2,
-        "training.resume": "true",
-        "training.validation_size": 2,
-        "training.validate_every": 3,
-        "training.sample_every": 0,
-        "training.ema_decay": 0.9,
-        "output": work / "run",
-    }
-    fidelity = {"control.fidelity.every": 3, "control.fidelity.size": 2, "control.fidelity.steps": 1}
-    return {
-        "bank": ["bank", *flags(common | {"bank.path": work / "bank", "bank.size": 140})],
-        "train": ["train", *flags(common | training | {"training.save_at": "[3]"})],
-        "controlnet": [
-            "train",
-            *flags(common | training | fidelity | {"method": "controlnet", "control.annotator": "canny"}),
-        ],
-        "export": ["export", str(work.parent / "finished"), "--to", str(work / "export"), "--overwrite"],
-    }
-
-
 AIMED = {
     "bank building": "bank",
     "caching": "train",
@@ -71,11 +34,6 @@ AIMED = {
     "checkpointing": "train",
     "exporting": "export",
 }
-
-
-def again(root: Path) -> None:
-    shutil.rmtree(root / "work", ignore_errors=True)
-    (root / "work").mkdir()
 
 
 def test_no_kill_loses_anything(tmp_path, capsys):

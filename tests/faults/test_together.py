@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tiny_pipeline, write_pictures
 
-from .harness import broken_audits, contents, import_what_it_imported, start
-from .test_kills import flags
+from support.pictures import write_pictures
+from support.tiny_sd import tiny_pipeline
+
+from .harness import broken_audits, contents, flags, import_what_it_imported, start
 
 pytestmark = pytest.mark.slow
 TIMES = 4  # they meet at other places every time

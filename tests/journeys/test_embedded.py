@@ -1,0 +1,79 @@
+"""The model and data that the package carries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from difftuning_control.data.sources import embedded_set, load_images
+from difftuning_control.families.loading import embedded_model
+from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.runs.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_model_is_a_small_stock_pipeline_without_pickles():
+    files = [p for p in embedded_model().rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt"}
+    assert sum(p.stat().st_size for p in files) <= 20 * 2**20
+    pipe = DiffusionPipeline.from_pretrained(embedded_model())
+    assert type(pipe) is StableDiffusionPipeline
+    picture = np.asarray(pipe("red apple", num_inference_steps=6).images[0], dtype=float)
+    assert picture.shape == (64, 64, 3)
+    # an apple on white: a light border, and a middle that is redder than it is blue
+    middle = picture[16:48, 16:48].mean((0, 1))
+    assert picture[:3].mean() > 200
+    assert middle[0] > middle[2] + 20
+
+
+@pytest.mark.parametrize("style", ["icons", "flat"])
+def test_each_style_has_64_pictures_to_tune_on_and_others_to_evaluate_on(style):
+    tune, evaluate = load_images(f"embedded/{style}"), load_images(f"embedded/{style}-eval")
+    assert len(tune) == 64
+    assert len(evaluate) >= 256
+    assert not {e.caption for e in tune.examples} & {e.caption for e in evaluate.examples}
+    assert {e.load().size for e in tune.examples} == {(64, 64)}
+
+
+def test_names_that_the_base_never_saw_are_marked_and_never_tuned_on():
+    for style in ("icons", "flat"):
+        for part in ("", "-eval"):
+            lines = (embedded_set(style + part) / "metadata.jsonl").read_text().splitlines()
+            unknown = [row for row in map(json.loads, lines) if not row["known_to_base"]]
+            assert len(unknown) == (32 if part else 0)
+
+
+def test_the_hook_example_runs_and_adds_at_most_ten_lines(tmp_path):
+    script = ROOT / "examples" / "hook_into_your_loop.py"
+    assert 1 <= sum("# +" in line and '"""' not in line for line in script.read_text().splitlines()[8:]) <= 10
+    command = [sys.executable, str(script), "--steps", "10", "--bank", str(tmp_path / "bank")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "step 10: loss" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_report(tmp_path, capsys):
+    from difftuning_control.cli import main
+
+    main(["demo", "--steps", "2", "--output", str(tmp_path / "demo")])
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert {row["rows"] for row in summary["table"]} == {"target", "bank"}
+    assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert report.startswith("<!DOCTYPE html>")
+    assert "Plain fine-tuning" in report
+    assert verify(VerifyRequest(str(tmp_path / "demo"), strict=True))["status"] == "same"
+    printed = capsys.readouterr().out
+    assert "KID" in printed
+    lora = next(line for line in printed.splitlines() if "load_lora_weights" in line).split('"')[1]
+    pipe = DiffusionPipeline.from_pretrained(embedded_model())
+    pipe.load_lora_weights(lora)
+    assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)

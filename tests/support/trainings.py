@@ -1,0 +1,62 @@
+"""Runs of recipes: trained once, interrupted, resumed, and what they recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.verbs.train import train
+
+PLAIN = {"tuning": {"retention_ratio": 0.0, "retention_weight": 0.0}}
+
+
+def trained_once(make):
+    """Gives for settings the recipe of an undisturbed run of them, made by `make` and trained once."""
+
+    done = {}
+
+    def run(settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in done:
+            recipe = make(f"finished-{len(done)}", **settings)
+            train(recipe)
+            done[key] = recipe
+        return done[key]
+
+    return run
+
+
+def rows(recipe: Recipe) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(recipe: Recipe) -> dict[str, Any]:
+    return json.loads((Path(recipe.output) / "run.json").read_text())
+
+
+def resumed(recipe: Recipe, **settings: Any) -> Recipe:
+    return replace(recipe, training=replace(recipe.training, resume=True, **settings))
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[list[int]]:
+    """Raises KeyboardInterrupt inside the optimizer step of that number; gives the list of the steps taken."""
+    taken: list[int] = []
+
+    def count(*_: Any) -> None:
+        taken.append(1)
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield taken
+    finally:
+        hook.remove()

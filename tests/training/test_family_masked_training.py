@@ -1,0 +1,300 @@
+"""PixArt, Sana and Lumina2 through our trainer: what trains moves, what does not stays, and what is saved reloads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from difftuning_control import load_adapter
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.sources import load_images
+from difftuning_control.evaluation.drawing import sample_pictures
+from difftuning_control.families.loading import load_family
+from difftuning_control.families.lumina2 import Lumina2
+from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.sana import Sana
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs.finished import tuned_model
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.train import train
+from support.drawing import SIDES, exact
+from support.feature_models import save_tiny_dinov2
+from support.pictures import write_pictures
+from support.tensors import differing
+from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
+from support.trainings import interrupted_after, record, resumed, rows, trained_once
+from support.tuned_pictures import LORA_FILE, PROMPTS, assert_same_pictures, generators, opened
+
+MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
+SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch):
+    """Fewer tokens of padding, which saves time."""
+    monkeypatch.setattr(MaskedTransformer, "text_length", 24)
+    monkeypatch.setattr(Lumina2, "text_length", 256)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    write_pictures(folder / "pictures", 8, 64)
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / "models" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(root):
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
+
+    def recipe(name, family, method="lora", **sections):
+        data = {
+            "path": str(root / "pictures"),
+            "holdout": 0.25,
+            "resolution": SIDES[family],
+            "cache": str(root / "cache"),
+        }
+        return Recipe(
+            method,
+            ModelConfig(str(root / "models" / family), **sections.get("model", {})),
+            DataConfig(**data),
+            TuningConfig(**{"prompt_dropout": 0.4, **sections.get("tuning", {})}),
+            BankConfig(size=6, steps=2, batch_size=3, prompts="captions"),
+            AdapterConfig(**sections.get("adapter", {"rank": 2, "alpha": 4.0} if method == "lora" else {})),
+            training=TrainingConfig(**training | sections.get("training", {})),
+            output=str(root / name),
+        )
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(make):
+    return trained_once(make)
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+def stock_pictures(pipe, family: str):
+    size = {"height": SIDES[family], "width": SIDES[family], "max_sequence_length": 256 if family == "lumina2" else 24}
+    return pipe(
+        PROMPTS, num_inference_steps=2, guidance_scale=3.0, generator=generators(), **size, **exact(pipe)
+    ).images
+
+
+def tuned_pictures(recipe):
+    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+        return sample_pictures(tuned, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
+
+
+def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name):
+    recipe = finished({"family": name})
+    base = DiffusionPipeline.from_pretrained(recipe.model.id)
+    before = stock_pictures(base, name)
+    card = (Path(recipe.output) / "README.md").read_text()
+    if name == "pixart":
+        load_adapter(base, recipe.output)
+        assert "load_adapter(pipe" in card
+        assert "load_lora_weights" not in card
+    else:
+        base.load_lora_weights(recipe.output)
+        assert "pipe.load_lora_weights" in card
+    after = stock_pictures(base, name)
+    assert_same_pictures(after, tuned_pictures(recipe))
+    assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
+
+
+def test_full_weights_reload_in_the_stock_pipeline_and_draw_the_same(finished, name):
+    recipe = finished({"family": name, "method": "full"})
+    pipe, base = (DiffusionPipeline.from_pretrained(p) for p in (f"{recipe.output}/pipeline", recipe.model.id))
+    assert type(pipe) is type(base)
+    assert_same_pictures(stock_pictures(pipe, name), tuned_pictures(recipe))
+    changed = {
+        part: differing(module.state_dict(), getattr(base, part).state_dict())
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    assert changed.pop("transformer") == {n for n, _ in base.transformer.named_parameters()}
+    assert not any(changed.values())
+
+
+def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
+    loaded, attached = [], {}
+
+    def load(*args, **options):
+        loaded.append(load_family(*args, **options))
+        return loaded[-1]
+
+    class Watched(trainer.TrainingLoop):
+        def __init__(self, *args):
+            super().__init__(*args)
+            attached.update({n: p.detach().clone() for n, p in self.parameters.items()})
+
+    monkeypatch.setattr(trainer, "load_family", load)
+    monkeypatch.setattr(trainer, "TrainingLoop", Watched)
+    train(replace(make("", name, tuning={"estimator": "weight"}), output=str(tmp_path)))
+    (family,) = loaded
+    trained = {n: p.detach() for n, p in family.denoiser.named_parameters() if p.requires_grad}
+    assert set(trained) == set(attached) == differing(trained, attached)
+    fresh = load_family(str(make("", name).model.id))
+    for part, module in fresh.modules.items():
+        now = {k.replace(".base_layer.", "."): v for k, v in family.modules[part].state_dict().items()}
+        assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
+
+
+def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
+    checkpointing = {"gradient_checkpointing": True}
+    recipe = replace(make("", name, training=checkpointing, model={"offload": True}), output=str(tmp_path))
+    train(recipe)
+    found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, finished({"family": name})))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path):
+    recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
+    train(recipe)
+    found, expected = (rows(r)[0]["target_loss"] for r in (recipe, finished({"family": name})))
+    assert abs(found / expected - 1) < 0.1
+
+
+def test_the_variance_of_pixart_trains_where_that_is_asked_for(finished):
+    fixed, hybrid = (
+        load_file(f"{finished({'family': 'pixart', 'method': 'full', **more}).output}/pipeline/transformer/{FILE}")
+        for more in ({}, {"tuning": {"variance": "hybrid"}})
+    )
+    rows = torch.arange(2 * 2 * 8) % 8 >= 4  # of v, in the last layer
+    start = tiny_pixart().transformer.state_dict()["proj_out.weight"]
+    assert torch.equal(fixed["proj_out.weight"][rows], start[rows])
+    assert not torch.equal(hybrid["proj_out.weight"][rows], start[rows])
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+# --- resuming, judging, exporting -----------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
+    recipe = replace(make("", name), output=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), interrupted_after(3):
+        train(recipe)
+    train(resumed(recipe))
+    assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(finished({"family": name}).output) / LORA_FILE)
+
+
+def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path, monkeypatch):
+    """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})  # which saves time
+    features = str(save_tiny_dinov2(root / "features" / name))
+    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
+    measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
+    data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
+    measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
+    assert len(train(measured)["schedule"]["xi"]) == 10
+    settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
+    found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
+    staged = found["staged"]
+    assert staged["tuned_above"]["kid"][0] == pytest.approx(staged["tuned_below"]["kid"][-1])
+    assert np.isfinite(found["gap"]["mean"]).all()
+    result = evaluate(Evaluation([measured.output], seeds=[0], output=str(tmp_path / "judged"), **settings))
+    assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
+
+
+@pytest.mark.parametrize("adapter", ["separate", "fused"])
+def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, adapter, tmp_path):
+    recipe = finished({"family": name})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock", adapter=adapter))
+    assert_same_pictures(stock_pictures(opened(folder), name), tuned_pictures(recipe))
+
+
+def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
+    for i, (width, height) in enumerate([(64, 64), (64, 64), (130, 64), (64, 130)]):
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        Image.effect_noise((width, height), 80).convert("RGB").save(tmp_path / "shapes" / f"{i}.png")
+        (tmp_path / "shapes" / f"{i}.txt").write_text(f"red {i}")
+    recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
+    side = 2 * SIDES[name]
+    data = DataConfig(
+        str(tmp_path / "shapes"),
+        holdout=0.0,
+        resolution=side,
+        cache=str(tmp_path / "cache"),
+        buckets=True,
+        bucket_step=side // 2,
+        bucket_aspect=4.0,
+    )
+    run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
+    assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
+    assert len(run["data"]["buckets"]["pictures"]) == 3
+
+
+# --- what it is for -------------------------------------------------------------------------------------------------
+
+
+def stock_loss(pipe, family: str, latents: torch.Tensor, captions: list[str]) -> float:
+    """ε of PixArt, the flow of the others, at fixed noise and levels, with a pipeline's own modules."""
+    generator, found = torch.Generator().manual_seed(11), []
+    more = {"complex_human_instruction": None} if family == "sana" else {}
+    length = 256 if family == "lumina2" else 24
+    embeds, mask, _, _ = pipe.encode_prompt(captions, False, device="cpu", max_sequence_length=length, **more)
+    told = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        noise = torch.randn(latents.shape, generator=generator)
+        if family == "pixart":
+            timesteps = torch.full((len(latents),), int(1000 * level))
+            noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, timesteps)
+            size = {"resolution": None, "aspect_ratio": None}
+            out = pipe.transformer(noisy, timestep=timesteps, added_cond_kwargs=size, **told).sample
+            found.append((out.chunk(2, 1)[0] - noise).square().mean())
+            continue
+        shift = 3.0 if family == "sana" else 6.0
+        sigma = shift * level / (1 + (shift - 1) * level)
+        noisy = (1 - sigma) * latents + sigma * noise
+        time, sign = (1000 * sigma, 1) if family == "sana" else (1 - sigma, -1)
+        out = pipe.transformer(noisy, timestep=torch.full((len(latents),), time), **told, return_dict=False)[0]
+        found.append((sign * out - (noise - latents)).square().mean())
+    return float(torch.stack(found).mean())
+
+
+def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})
+    training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
+    plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
+    recipe = make("", name, "full", training=training, tuning=plain)
+    recipe = replace(recipe, data=replace(recipe.data, holdout=0.0), output=str(tmp_path))
+    train(recipe)
+    base, tuned = (DiffusionPipeline.from_pretrained(p) for p in (recipe.model.id, f"{recipe.output}/pipeline"))
+    family, examples = load_family(recipe.model.id), load_images(recipe.data.path).examples
+    with torch.no_grad():
+        pixels = torch.cat([Framing(recipe.data.resolution).pixels(e) for e in examples])
+        latents, captions = family.scale_latents(family.encode_moments(pixels)[0]), [e.caption for e in examples]
+        before, after = (stock_loss(p, name, latents, captions) for p in (base, tuned))
+    assert after < 0.95 * before

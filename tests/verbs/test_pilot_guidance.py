@@ -1,0 +1,155 @@
+"""A pilot that also tries ordinary and Domain Guidance at several scales."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.verbs.pilot.pilot import Pilot, pilot
+from difftuning_control.verbs.train import train
+from support.feature_models import save_tiny_dinov2
+from support.pictures import write_pictures
+from support.tiny_models import tiny_flux
+
+SCALES = [2.0, 3.5]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Path) -> Recipe:
+    root = tmp_path_factory.mktemp("study")
+    held_out = write_pictures(root / "held", 12, seed=7)
+    return Recipe(
+        method="full",
+        model=ModelConfig(str(model_dir)),
+        data=DataConfig(str(pictures), holdout=0.0, validation_path=str(held_out), cache=str(root / "cache")),
+        tuning=TuningConfig(retention_ratio=0.4),
+        bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
+        training=TrainingConfig(
+            max_steps=3,
+            batch_size=5,
+            validate_every=0,
+            validation_size=4,
+            sample_every=0,
+            learning_rate=1e-3,
+            lr_scheduler="constant",
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
+    features = str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
+    return PilotConfig(
+        ["plain", "difftuning_tau1"],
+        [0, 1],
+        [1e-3],
+        pictures=6,
+        steps=2,
+        guidance_scale=2.0,
+        features=features,
+        guidance_scales=SCALES,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("pilot") / "out"
+    return folder, pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
+
+
+def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
+    for side in done[1]["sides"]:
+        searched = side["guidance"]["search"]
+        assert [(row["way"], row["scale"]) for row in searched] == [
+            (way, scale) for way in ("ordinary", "domain") for scale in SCALES
+        ]
+        for way, found in side["guidance"]["ways"].items():
+            best = min((row for row in searched if row["way"] == way), key=lambda row: row["kid"])
+            assert found["scale"] == best["scale"]
+            assert [row["seed"] for row in found["runs"]] == [0, 1]
+
+
+def test_ordinary_guidance_at_the_pilots_own_scale_gives_the_pilots_own_figures(study, config, done, tmp_path):
+    alone = replace(config, guidance_scales=[config.guidance_scale])
+    result = pilot(replace(study, output=str(tmp_path / "out")), alone, "en", False, tell=lambda text: None)
+    for side, kept in zip(result["sides"], done[1]["sides"]):
+        ways = side["guidance"]["ways"]
+        assert [r["kid"] for r in ways["ordinary"]["runs"]] == [r["kid"] for r in side["runs"]]
+        assert [r["kid"] for r in ways["domain"]["runs"]] != [r["kid"] for r in side["runs"]]
+        assert [r["kid"] for r in side["runs"]] == [r["kid"] for r in kept["runs"]]  # the search changes nothing else
+
+
+def test_whole_models_of_later_seeds_go_when_they_are_judged(done):
+    folder, result = done
+    for side in result["sides"]:
+        first, second = (folder / run["folder"] for run in side["runs"])
+        assert (first / "pipeline").is_dir()
+        assert not (second / "pipeline").exists()
+        assert (second / "guidance.json").is_file()
+
+
+def test_the_same_command_draws_nothing_again(done, study, config):
+    folder, result = done
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("guidance.json")}
+    again = pilot(replace(study, output=str(folder)), config, "ja", False, tell=lambda text: None)
+    assert len(stamps) == 4
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("guidance.json")} == stamps
+    assert again["sides"] == json.loads(json.dumps(result["sides"]))
+
+
+def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study, config):
+    """Of a later seed, whose weights are gone: they are trained again."""
+    folder, result = done
+    (folder / result["sides"][0]["runs"][1]["folder"] / "guidance.json").unlink()
+    again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
+    assert again["sides"][0]["guidance"] == json.loads(json.dumps(result["sides"][0]["guidance"]))
+    assert again["sides"][0]["runs"] == json.loads(json.dumps(result["sides"][0]["runs"]))
+
+
+def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, config, tmp_path, monkeypatch):
+    """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
+    trained: list[str] = []
+
+    def counting(recipe: Recipe, **kwargs: bool) -> dict:
+        trained.append(recipe.output)
+        return train(recipe, **kwargs)
+
+    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", counting)
+    several = replace(config, sides=["plain", "prior"], lengths=[2, 3], guidance_scales=[2.0])
+    result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
+    assert len(trained) == len(set(trained)) == 4
+    assert [len(side["guidance"]["ways"]["domain"]["runs"]) for side in result["sides"]] == [2, 2]
+
+
+def test_the_report_shows_it(done):
+    page = (done[0] / "report.html").read_text()
+    assert "Guidance in sampling" in page or "サンプリング時のガイダンス" in page
+    assert page.count("Domain Guidance</td>") == len(done[1]["sides"])
+
+
+@pytest.mark.parametrize("scales", [[1.0], [2.0, 2.0], [float("inf")]])
+def test_scales_that_are_none_are_refused(config, scales):
+    with pytest.raises(UserError, match=r"pilot\.guidance_scales is .* expected different finite numbers above 1"):
+        replace(config, guidance_scales=scales)
+
+
+def test_a_controlnet_is_refused(study, config, tmp_path):
+    recipe = replace(study, method="controlnet", output=str(tmp_path))
+    with pytest.raises(UserError, match="a ControlNet's denoiser is the pretrained one"):
+        Pilot(recipe, config, tmp_path)
+
+
+def test_a_family_without_domain_guidance_is_refused_before_any_work(study, config, tmp_path):
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    recipe = replace(study, model=ModelConfig(str(tmp_path / "flux")), output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"not for a FluxPipeline; leave out pilot\.guidance_scales"):
+        Pilot(recipe, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
