@@ -189,7 +189,7 @@ def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_go
 ):
     trainer.train(replace(recipe, output=str(tmp_path / "undisturbed")))
     path = max(Path(recipe.data.cache).glob("moments-*.safetensors"), key=lambda p: p.stat().st_size)
-    step = TrainingLoop._step
+    step = TrainingLoop.step
 
     def change(loop: TrainingLoop, number: int) -> dict[str, float]:
         if number == 4:
@@ -199,7 +199,7 @@ def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_go
         return step(loop, number)
 
     write_recipe(tmp_path, recipe)
-    monkeypatch.setattr(TrainingLoop, "_step", change)
+    monkeypatch.setattr(TrainingLoop, "step", change)
     with pytest.raises(SystemExit) as ended:
         main(["train", f"--config={tmp_path}/recipe.yaml"])
     assert ended.value.code == 2
