@@ -21,6 +21,7 @@ from difftuning_control.system import rows as stored
 from difftuning_control.system.rows import Files, Rows, open_checked
 from difftuning_control.system.tensors import digest_of_tensors, write_checked
 from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training import preparation
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs import train as trainer
 
@@ -172,8 +173,8 @@ def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_
         control=control if method == "controlnet" else recipe.control,
     )
     trainer.train(recipe)
-    prepare = trainer.prepare_inputs
-    monkeypatch.setattr(trainer, "prepare_inputs", lambda *given: read_whole(prepare(*given)))
+    prepare = preparation.prepare_inputs
+    monkeypatch.setattr(preparation, "prepare_inputs", lambda *given: read_whole(prepare(*given)))
     trainer.train(replace(recipe, output=str(tmp_path / "whole")))
 
     def files(folder: Path) -> dict[str, bytes]:
