@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the base's loss is measured
 
 
-def _check_bank_rows(recipe: Recipe, processes: int) -> None:
+def check_bank_rows(recipe: Recipe, processes: int) -> None:
     """Refuse a step that is too small for its share of bank rows."""
     rows, ratio = rows_of_step(recipe, processes), recipe.tuning.retention_ratio
     if recipe.uses_bank and int(rows * ratio) == 0:
@@ -44,7 +45,7 @@ def _check_bank_rows(recipe: Recipe, processes: int) -> None:
         )
 
 
-def _attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Conditioner:
+def attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Conditioner:
     """Give the family the ControlNet that the recipe starts from; returns what makes its conditions."""
     if recipe.control.init is None:
         family.controlnet = family.new_controlnet(recipe.training.seed)
@@ -57,7 +58,7 @@ def _attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, A
     return conditioner
 
 
-def _check_frozen(family: Family, fingerprints: dict[str, Any]) -> dict[str, str]:
+def check_frozen(family: Family, fingerprints: dict[str, Any]) -> dict[str, str]:
     """The denoiser's fingerprint before and after, which must be one: only the ControlNet may have changed."""
     before, after = fingerprints["base"]["denoiser"], digest_of_module(family.denoiser)
     if before != after:
@@ -71,8 +72,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         UserError: if a tracker is not installed or the precision is not to be had on this machine.
     """
-    from importlib.util import find_spec
-
     for tracker in recipe.training.trackers:
         if find_spec(tracker) is None:
             raise UserError(
@@ -128,7 +127,7 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
         raise UserError(f"tuning: {error}") from None
 
 
-def _auto_schedule(
+def auto_schedule(
     recipe: Recipe, family: Family, inputs: TrainingInputs, output: Path, processes: int
 ) -> dict[str, Any]:
     """What `schedule.json` holds: measured on the pretrained weights, or read back where a run is resumed."""
@@ -149,7 +148,7 @@ def _auto_schedule(
     return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
 
 
-def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> ForgettingBudget:
+def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> ForgettingBudget:
     """The budget, with the pretrained model's loss on the bank rows as they will be trained on."""
     assert inputs.bank is not None
     assert recipe.tuning.forgetting_budget is not None
@@ -162,7 +161,7 @@ def _budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> Forgettin
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 
 
-def _describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[str, Any]:
+def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[str, Any]:
     """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept."""
     base, tuned = losses["bank"]["base"]["loss"], losses["bank"]["tuned"]["loss"]
     rise = [after / before - 1 for before, after in zip(base, tuned)]

@@ -515,7 +515,7 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
     assert ("pipe.load_lora_weights(" in card) == (kind in ("pissa", "dora"))
 
     broken = short(recipe, kind, tmp_path / "broken", ema_decay=0.9, save_at=[2])
-    step = TrainingLoop._step
+    step = TrainingLoop.step
 
     def stop(self, number):
         if number == 3:
@@ -523,7 +523,7 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_step", stop)
+        patch.setattr(TrainingLoop, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     (checkpoint,) = checkpoints(tmp_path / "broken")

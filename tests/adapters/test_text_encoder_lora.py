@@ -129,7 +129,7 @@ def test_it_trains_on_an_encoder_in_lower_precision(recipe):
 
 def test_resuming_is_exact(recipe, monkeypatch):
     whole = train(tuned(recipe, "whole"))
-    broken, step = tuned(recipe, "broken"), TrainingLoop._step
+    broken, step = tuned(recipe, "broken"), TrainingLoop.step
 
     def stop(self, number):
         if number == 3:
@@ -137,7 +137,7 @@ def test_resuming_is_exact(recipe, monkeypatch):
         return step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_step", stop)
+        patch.setattr(TrainingLoop, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     again = train(replace(broken, training=replace(broken.training, resume=True)))

@@ -32,7 +32,7 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
-from difftuning_control.training.setup import _auto_schedule, build_objective, make_accelerator
+from difftuning_control.training.setup import auto_schedule, build_objective, make_accelerator
 from difftuning_control.verbs.train import train
 from support.tiny_models import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl
 from support.tiny_sd import tiny_pipeline
@@ -319,7 +319,7 @@ def test_bank_rows_of_another_shape_count_as_much_as_in_one_forward(make):
                 loss = compute_loss(loop.family, loop.denoiser, loop.objective, batch, noise, level)
             weight = loop.objective.row_weights(level, batch.is_retention)
             expected += float(loss * weight) / (2 if batch.is_retention else 3)
-    assert loop._step(step)["loss"] == pytest.approx(expected, rel=1e-4)
+    assert loop.step(step)["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -339,14 +339,14 @@ def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, famil
 def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
     whole, broken = make("whole"), make("broken")
     train(whole)
-    step = TrainingLoop._step
+    step = TrainingLoop.step
 
     def stop(loop: TrainingLoop, number: int) -> dict[str, float]:
         if number == 3:
             raise KeyboardInterrupt
         return step(loop, number)
 
-    monkeypatch.setattr(TrainingLoop, "_step", stop)
+    monkeypatch.setattr(TrainingLoop, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         train(broken)
     monkeypatch.undo()
@@ -416,6 +416,6 @@ def test_layers_masked_by_noise_level_are_recomputed_as_they_were(make):
 def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path):
     recipe = make("auto", tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 4000})
     loop = loop_of(replace(recipe, tuning=TuningConfig()))
-    measured = _auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
+    measured = auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
     assert measured["rows"] == len(loop.inputs.bank)
     assert len(measured["psi"]) == len(measured["u"])

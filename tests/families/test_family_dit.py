@@ -634,10 +634,10 @@ def test_bank_rows_train_with_the_old_null_class(make, tmp_path, monkeypatch):
     seen = []
 
     class Watched(trainer.TrainingLoop):
-        def _step(self, step):
+        def step(self, step):
             batch = self.source.rows(step).batch
             seen.extend(zip(batch.is_retention.tolist(), batch.conditioning["class_labels"].tolist()))
-            return super()._step(step)
+            return super().step(step)
 
     monkeypatch.setattr(trainer, "TrainingLoop", Watched)
     train(replace(make("", **SETTINGS["lora, new"]), output=str(tmp_path / "run")))

@@ -143,7 +143,7 @@ def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(reci
     whole = replace(recipe, output=str(tmp_path / "whole"))
     train(whole)
     write_recipe(tmp_path, recipe)
-    step = TrainingLoop._step
+    step = TrainingLoop.step
 
     def stopped(self, number):
         if number == 2:
@@ -152,7 +152,7 @@ def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(reci
 
     command = ["train", "--config", str(tmp_path / "recipe.yaml"), "--training.resume", "true"]
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_step", stopped)
+        patch.setattr(TrainingLoop, "step", stopped)
         with pytest.raises(SystemExit) as ended:
             main(command)
     assert ended.value.code == 143

@@ -91,10 +91,10 @@ def test_a_run_that_trains_is_running_and_then_done(recipe, monkeypatch):
     from difftuning_control.training import loop
 
     seen: list[str] = []
-    step = loop.TrainingLoop._step
+    step = loop.TrainingLoop.step
     monkeypatch.setattr(
         loop.TrainingLoop,
-        "_step",
+        "step",
         lambda self, n: (seen.append(list_runs(recipe.output)[0]["state"]), step(self, n))[1],
     )
     train(replace(recipe, training=replace(recipe.training, max_steps=1)))

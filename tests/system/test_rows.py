@@ -20,6 +20,7 @@ from difftuning_control.runs.record import write_recipe
 from difftuning_control.system import rows as stored
 from difftuning_control.system.rows import Files, Rows, open_checked
 from difftuning_control.system.tensors import digest_of_tensors, write_checked
+from difftuning_control.training import preparation
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs import train as trainer
@@ -172,8 +173,8 @@ def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_
         control=control if method == "controlnet" else recipe.control,
     )
     trainer.train(recipe)
-    prepare = trainer.prepare_inputs
-    monkeypatch.setattr(trainer, "prepare_inputs", lambda *given: read_whole(prepare(*given)))
+    prepare = preparation.prepare_inputs
+    monkeypatch.setattr(preparation, "prepare_inputs", lambda *given: read_whole(prepare(*given)))
     trainer.train(replace(recipe, output=str(tmp_path / "whole")))
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -189,7 +190,7 @@ def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_go
 ):
     trainer.train(replace(recipe, output=str(tmp_path / "undisturbed")))
     path = max(Path(recipe.data.cache).glob("moments-*.safetensors"), key=lambda p: p.stat().st_size)
-    step = TrainingLoop._step
+    step = TrainingLoop.step
 
     def change(loop: TrainingLoop, number: int) -> dict[str, float]:
         if number == 4:
@@ -199,7 +200,7 @@ def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_go
         return step(loop, number)
 
     write_recipe(tmp_path, recipe)
-    monkeypatch.setattr(TrainingLoop, "_step", change)
+    monkeypatch.setattr(TrainingLoop, "step", change)
     with pytest.raises(SystemExit) as ended:
         main(["train", f"--config={tmp_path}/recipe.yaml"])
     assert ended.value.code == 2

@@ -45,7 +45,7 @@ from difftuning_control.system.tensors import digest_of_module, digest_of_tensor
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
-from difftuning_control.training.setup import _check_frozen, build_objective, make_accelerator
+from difftuning_control.training.setup import build_objective, check_frozen, make_accelerator
 from difftuning_control.verbs import train as trainer
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
@@ -284,10 +284,10 @@ def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tm
 
 def test_a_denoiser_that_did_change_is_not_passed_over(family):
     fingerprints = {"base": dict(family.fingerprints)}
-    assert _check_frozen(family, fingerprints)["denoiser_after"] == fingerprints["base"]["denoiser"]
+    assert check_frozen(family, fingerprints)["denoiser_after"] == fingerprints["base"]["denoiser"]
     next(family.denoiser.parameters()).data[0] += 1e-6
     with pytest.raises(RuntimeError, match="the frozen denoiser changed"):
-        _check_frozen(family, fingerprints)
+        check_frozen(family, fingerprints)
 
 
 def trained_by_lora(name: str) -> bool:

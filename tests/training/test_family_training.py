@@ -35,7 +35,7 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.training.inputs import prepare_inputs
-from difftuning_control.training.setup import _attach_controlnet, build_objective, make_accelerator
+from difftuning_control.training.setup import attach_controlnet, build_objective, make_accelerator
 from difftuning_control.verbs import train as trainer
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.evaluate import evaluate
@@ -322,7 +322,7 @@ def test_a_lora_of_a_controlnet_trains_its_targets_its_input_and_its_zeros(make,
 def test_conditions_are_encoded_once_before_training(make, family, monkeypatch, tmp_path):
     recipe = make("", family, "controlnet", control={"dropout": 0.5, "bank_condition": "blank"}, data={"flip": True})
     model = load_family(recipe.model.id)
-    conditioner = _attach_controlnet(recipe, model, {})
+    conditioner = attach_controlnet(recipe, model, {})
     objective = build_objective(recipe, model.process)
     inputs = prepare_inputs(recipe, model, objective, make_accelerator(recipe), conditioner)
     assert inputs.control is not None

@@ -454,7 +454,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     from difftuning_control.evaluation.forgetting import row_validator
     from difftuning_control.families.loading import load_family
     from difftuning_control.training.inputs import prepare_inputs
-    from difftuning_control.training.setup import _budget, build_objective, make_accelerator
+    from difftuning_control.training.setup import build_objective, make_accelerator, measured_budget
 
     recipe = replace(
         study,
@@ -467,7 +467,7 @@ def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     family = load_family("embedded")
     objective = build_objective(recipe, family.process)
     inputs = prepare_inputs(recipe, family, objective, make_accelerator(recipe))
-    budget = _budget(recipe, family, inputs)
+    budget = measured_budget(recipe, family, inputs)
     part = part_of(inputs.bank, [""] * len(inputs.bank))
     rows = row_validator(family, part, inputs.embeddings, len(inputs.bank), 1, 100, seed=5)
     losses = rows.rows(family.denoiser)

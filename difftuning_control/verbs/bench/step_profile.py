@@ -38,11 +38,11 @@ class ProfiledLoop(TrainingLoop):
         self.accelerator.backward = timed("backward", self.accelerator.backward)
         self.optimizer.step = timed("optimizer", self.optimizer.step)
         denoiser.train()
-        self._step(0)
+        self.step(0)
         spent.update(dict.fromkeys(PHASES, 0.0))
         begun = time.process_time()
         for step in range(1, steps + 1):
-            self._step(step)
+            self.step(step)
         total = time.process_time() - begun
         shares = {name: seconds / total for name, seconds in spent.items()}
         return shares | {"rest": 1 - sum(shares.values()), "seconds_a_step": total / steps}
@@ -66,11 +66,11 @@ def step_in_turn(loops: Sequence[TrainingLoop], steps: int, clock: Callable[[], 
     """Seconds of every step of each loop, which go step by step in turn, so that a noisy machine is noisy for all."""
     for loop in loops:
         loop.denoiser.train()
-        loop._step(0)
+        loop.step(0)
     seconds: list[list[float]] = [[] for _ in loops]
     for step in range(1, steps + 1):
         for loop, found in zip(loops, seconds):
             begun = clock()
-            loop._step(step)
+            loop.step(step)
             found.append(clock() - begun)
     return seconds

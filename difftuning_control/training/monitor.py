@@ -1,0 +1,142 @@
+"""The measurements of a model while it trains: losses by noise band, sample pictures, fidelity to conditions.
+
+The pretrained model is measured in the same way before anything is attached to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
+from difftuning_control.evaluation.fidelity import FidelityCurve
+from difftuning_control.evaluation.losses import BandLosses
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.durable import write_json
+from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training.metrics_log import MetricsLog
+from difftuning_control.training.weights import TrainedWeights
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What a run measures with.
+
+    Args:
+        together: all processes draw, since of a sharded model no process can draw alone.
+    """
+
+    recipe: Recipe
+    family: Family
+    inputs: TrainingInputs
+    accelerator: Accelerator
+    together: bool = False
+
+    def losses(self, denoiser: torch.nn.Module) -> dict[str, BandLosses]:
+        """The losses on held-out rows by role and noise band."""
+        with self.accelerator.autocast():
+            return {role: validator.measure(denoiser) for role, validator in self.inputs.validation.items()}
+
+    def pictures(self, controlled: bool = True) -> list[Any]:
+        """The pictures of a sample grid; `controlled` off draws them without the ControlNet."""
+        if not self.accelerator.is_main_process and not self.together:
+            return []
+        shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
+        training = self.recipe.training
+        with self.accelerator.autocast():
+            return sample_pictures(
+                self.family,
+                self.inputs.sample_prompts,
+                seed=training.seed,
+                steps=training.sample_steps,
+                guidance_scale=training.sample_guidance_scale,
+                resolution=self.inputs.resolution,
+                control=shown,
+            )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The pretrained model's losses by role and noise band, and its sample pictures."""
+
+    losses: dict[str, BandLosses]
+    pictures: list[Any]
+
+    @classmethod
+    def measure(cls, gauge: Gauge) -> Baseline:
+        """Of the model as it is loaded, to which nothing is attached yet."""
+        losses = gauge.losses(gauge.family.model)
+        return cls(losses, gauge.pictures(controlled=False) if gauge.recipe.training.sample_every else [])
+
+    def beside(self, tuned: dict[str, BandLosses]) -> dict[str, Any]:
+        """Its losses and those of tuned weights, by role."""
+        return {role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.losses.items()}
+
+
+class Monitor:
+    """Measures the weights as they would be used after a step, and logs what it finds."""
+
+    def __init__(
+        self, gauge: Gauge, baseline: Baseline, weights: TrainedWeights, log: MetricsLog, curve: FidelityCurve | None
+    ):
+        self.gauge, self.baseline, self.weights, self.log, self.curve = gauge, baseline, weights, log, curve
+        self.inputs, self.accelerator, self.config = gauge.inputs, gauge.accelerator, gauge.recipe.training
+        self.output = Path(gauge.recipe.output)
+
+    def validate(self, step: int) -> dict[str, BandLosses]:
+        """The losses by role and noise band."""
+        with self.weights.averaged():
+            losses = self.gauge.losses(self.weights.model)
+        row: dict[str, float] = {}
+        for role, bands in losses.items():
+            row |= {f"validation/{role}_{u:.1f}": value for u, value in zip(bands.centres, bands.losses)}
+        self.log.write(step, row)
+        return losses
+
+    def save_grid(self, step: int) -> None:
+        """A grid of the pretrained model's pictures and of these weights', under `samples`."""
+        with self.weights.averaged():
+            tuned = self.gauge.pictures()
+        if not self.accelerator.is_main_process:
+            return
+        rows = {"base": self.baseline.pictures, f"step {step}": tuned}
+        if self.inputs.control is not None:
+            conditions = self.inputs.control.shown.permute(0, 2, 3, 1).numpy()
+            rows = {"condition": [Image.fromarray(c) for c in conditions], **rows}
+        save_grid(self.output / "samples" / f"step-{step:06d}.png", rows, self.inputs.sample_prompts)
+
+    def measure_fidelity(self, step: int) -> None:
+        """The next point of the curve, the same on every process."""
+        control, family = self.inputs.control, self.gauge.family
+        assert self.curve is not None
+        assert control is not None
+        assert control.probe is not None
+        measured: list[Any] = [None, None]  # with the ControlNet, and once without
+        if self.accelerator.is_main_process:
+            with self.weights.averaged(), self.accelerator.autocast():
+                measured[0] = control.probe.measure(family)
+                measured[1] = control.probe.measure(family, controlled=False) if not self.curve.without else None
+        with_control, without = broadcast_object_list(measured)
+        if without is not None:
+            self.curve.without = without
+        self.curve.add(step, with_control)
+        self.log.write(step, {f"fidelity/{name}": value for name, value in with_control.items()})
+        if self.accelerator.is_main_process:
+            write_json(self.output / "fidelity.json", self.curve.describe())
+
+    def planned_end(self, done: int) -> int:
+        """The step at which the run will end, as far as can be said after `done` steps."""
+        stop = None
+        if self.config.stop_when is not None:
+            assert self.curve is not None
+            stop = self.curve.stop_at(self.config.stop_after)
+        return self.config.max_steps if stop is None else min(self.config.max_steps, max(stop, done))

@@ -1,0 +1,88 @@
+"""A run before its first step: the model, the inputs, the objective, and the identity that a resume must share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from difftuning_control.data.prepare import resolution_of
+from difftuning_control.families.loading import load_base
+from difftuning_control.objective.budget import ForgettingBudget
+from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import recipe_identity
+from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
+from difftuning_control.training.setup import attach_controlnet, auto_schedule, build_objective, measured_budget
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+TABLE = ("kind", "u", "psi", "xi")  # of a measured schedule, what the objective takes
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run trains with.
+
+    Args:
+        fingerprints: of the base, the data, the bank and whatever else decides the weights.
+        identity: a digest of them and of the recipe.
+    """
+
+    recipe: Recipe
+    family: Family
+    objective: DiffTuningObjective
+    inputs: TrainingInputs
+    fingerprints: dict[str, Any]
+    identity: str
+
+
+@dataclass(frozen=True)
+class MeasuredObjective:
+    """The objective with what is measured on the pretrained weights: `schedule` as `schedule.json` holds it, where the
+    recipe says `auto`, and the budget where it names one."""
+
+    objective: DiffTuningObjective
+    schedule: dict[str, Any] | None
+    budget: ForgettingBudget | None
+
+
+def prepare_run(recipe: Recipe, accelerator: Accelerator) -> PreparedRun:
+    """Load the model, and read and encode what it trains on.
+
+    Raises:
+        UserError: for a mistake in recipe or data.
+    """
+    family = load_base(recipe).to(accelerator.device)
+    fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
+    family.encodes_in_step = recipe.adapter.text_encoder
+    objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
+    conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
+    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
+    fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
+    if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
+        fingerprints["probe"] = inputs.control.probe.fingerprint
+    fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
+    identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
+    return PreparedRun(recipe, family, objective, inputs, fingerprints, identity)
+
+
+def measure_objective(run: PreparedRun, output: Path, processes: int) -> MeasuredObjective:
+    """Measure schedule and budget on the pretrained weights, where the recipe asks for them.
+
+    Args:
+        output: the run's folder, from which a resumed run reads its schedule back.
+    """
+    recipe, objective = run.recipe, run.objective
+    schedule = budget = None
+    if recipe.tuning.schedule.kind == "auto":
+        schedule = auto_schedule(recipe, run.family, run.inputs, output, processes)
+        objective = replace(objective, schedule=schedule_from_dict({k: schedule[k] for k in TABLE}))
+    if recipe.tuning.forgetting_budget is not None:
+        budget = measured_budget(recipe, run.family, run.inputs)
+        objective = replace(objective, schedule=with_flat_retention(objective.schedule, objective.process.u))
+    return MeasuredObjective(objective, schedule, budget)

@@ -1,0 +1,67 @@
+"""The judging of a finished run by its recipe's gates, on an evaluation of its own where pictures must be drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.runs.audit import Session, read_audit
+from difftuning_control.runs.gates import failed, judge
+from difftuning_control.runs.manifest import write_record
+from difftuning_control.runs.record import write_recipe
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.verbs.evaluate import evaluate
+
+FOLDER = "gates"  # in the run's own: the evaluation that its gates were judged by
+
+
+def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, Any]:
+    """What `run.json` holds under `gates`, of a finished run in its folder; pictures are drawn where they must be.
+
+    Raises:
+        UserError: if its pictures, its bank or its base are no longer there.
+    """
+    side: dict[str, Any] = {"losses": run["losses"]}
+    gates = recipe.gates
+    if gates.draws:
+        gc.collect()  # the evaluation loads models of its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        source = run["bank"]["folder"] if run["bank"].get("pictures") else None
+        request = Evaluation(
+            [str(output)],
+            source=source,
+            features=gates.features,
+            pictures=gates.pictures,
+            seeds=gates.seeds,
+            steps=gates.steps,
+            guidance_scale=gates.guidance_scale,
+            output=str(output / FOLDER),
+        )
+        side |= evaluate(request)["sides"][0]
+    return judge(gates, side)
+
+
+def judge_and_vouch(run: dict[str, Any], recipe: Recipe, output: Path, session: Session) -> None:
+    """Judge a finished run by the recipe's gates, if that was not done, and have the audit vouch for its record."""
+    judged = run.get("gates")
+    if recipe.gates.limits and (judged is None or judged["asked"] != dataclasses.asdict(recipe.gates)):
+        if not session.number:
+            session.begin()
+        run["gates"] = judge_run(run, recipe, output)
+        run["recipe"]["gates"] = dataclasses.asdict(recipe.gates)
+        write_recipe(output, recipe)
+        write_record(run, recipe, output)
+    if "gates" in run:
+        session.said = failed(run["gates"]) or None
+    if not session.number and read_audit(output).is_ended:
+        return
+    if not session.number:  # the power went between the record and the line that vouches for it
+        session.begin()
+    session.artefacts = {"run.json": digest_of_file(output / "run.json"), **run["outputs"]}
