@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ _HOME = {
 }
 __version__ = "0.1.0"
 register()
+# bitsandbytes, which peft imports, warns on some processors that it could not fetch a kernel; nobody asked it to
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,9 @@
     int8    8 bits a weight and a factor a row; inputs larger than 6 are multiplied in `dtype`
 
 They are the layers that diffusers' own `BitsAndBytesConfig` makes, which loads on a GPU only. Rounding happens on the
-CPU after loading, so that a base is the same one on every machine.
+CPU after loading, so that a base is the same one on every machine; and on a CPU the weights keep that layout. On a
+processor with AVX512-BF16, bitsandbytes would pack the weights of nf4 anew at the first forward without gradients, in
+blocks of 32 outputs: smaller layers break, and a model that was sampled from is laid out otherwise than one that was not.
 
 References:
     QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., 2023), https://arxiv.org/abs/2305.14314
@@ -60,6 +62,7 @@ def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     if kind == "nf4":
         found = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
         found.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        found.support_avx512bf16_for_cpu = False  # one road on every processor
     else:
         found = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
         found.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
