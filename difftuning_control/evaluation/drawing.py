@@ -53,13 +53,17 @@ def save_grid(
 ) -> None:
     """A table of pictures: a labelled row for each side, a caption over each column.
 
+    A caption in a script that no font of the machine has becomes the number of its column.
+
     Args:
         cell: side of a cell in pixels; the pictures' own size, but at least 96, when None.
     """
     first = next(iter(rows.values()))[0]
     side = cell or max(96, min(first.width, 256))
     size = max(11, side // 9)
-    font = ImageFont.load_default(size)
+    columns = [harmless(caption[:MOST]) for caption in columns]
+    font = font_for("".join([*rows, *columns]), size)
+    columns = [text if can_draw(font, text) else f"#{j}" for j, text in enumerate(columns, 1)]
     left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * size + 10, 4
     width, height = left + (side + gap) * len(columns), top + (side + gap) * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
@@ -79,12 +83,41 @@ def save_grid(
     temporary.replace(path)
 
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+NO_CHARACTER = "\uffff"  # every font draws it as its sign for what it lacks
+
+
+def can_draw(font: Font, text: str) -> bool:
+    """Whether a font has a glyph for each character of a text."""
+    lacks = bytes(font.getmask(NO_CHARACTER))
+    return all(c.isspace() or bytes(font.getmask(c)) != lacks for c in dict.fromkeys(text))
+
+
+def font_for(text: str, size: int) -> Font:
+    """Pillow's own font where it has all characters of a text, else the first font of the machine that has them, else
+    Pillow's own again."""
+    default = ImageFont.load_default(size)
+    if can_draw(default, text):
+        return default
+    from matplotlib.font_manager import fontManager  # a second of start-up, for other scripts only
+
+    known = [f for f in fontManager.ttflist if not f.name.startswith("Last Resort")]  # which has a sign for each script
+    for entry in sorted(known, key=lambda f: (f.style != "normal", f.weight != 400, f.fname)):
+        try:
+            font = ImageFont.truetype(entry.fname, size)
+            if can_draw(font, text):
+                return font
+        except OSError:  # a font of bitmaps, or a damaged one
+            continue
+    return default
+
+
 MOST = 1000  # characters of a caption that are looked at
 
 
-def _two_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _two_lines(text: str, font: Font, width: int) -> list[str]:
     """The caption broken into at most two lines of the given width, shortened with an ellipsis."""
-    lines, rest = [], " ".join(harmless(text[:MOST]).split())
+    lines, rest = [], " ".join(text.split())
     for number in range(2):
         words = rest.split(" ")
         taken = 0

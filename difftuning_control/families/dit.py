@@ -187,6 +187,10 @@ class DiT(Family):
     def prompt_tokens(self, prompt: str) -> tuple[int, int]:
         return 1, 1
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            self.class_of(prompt)
+
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -306,6 +306,13 @@ class Family(ABC):
         tokenizer = self.pipe.tokenizer
         return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Refuse prompts that the model has no condition for; nothing is encoded. Any text is one.
+
+        Raises:
+            UserError: with the prompt, for a class-conditional model without that class.
+        """
+
     def remember(self, embeddings: PromptEmbeddings) -> None:
         """Keep what prompts are encoded as, where `offload` makes encoding them again expensive."""
         if self.offload:

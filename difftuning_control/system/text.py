@@ -27,6 +27,15 @@ def _show(c: str) -> str:
     return f"⟨U+{code:04X}⟩" if hidden else c
 
 
+def file_stem(text: str, most: int = 60) -> str:
+    """A name for a file made from a text: letters, marks and digits of every script, other characters as hyphens.
+
+    At most `most` characters, which are at most 4 bytes each; `empty` where nothing is left.
+    """
+    kept = [c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", text).lower()]
+    return re.sub(r"-+", "-", "".join(kept)).strip("-")[:most].strip("-") or "empty"
+
+
 def plain_markdown(text: str) -> str:
     """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
     return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", harmless(text)), quote=False)

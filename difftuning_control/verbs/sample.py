@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +24,7 @@ from difftuning_control.runs.folder import refuse_unwritable
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import progress
+from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 
 
@@ -76,7 +76,7 @@ def sample_to_folder(
         condition = conditioner.prepare(photo, side, side, control_ready)
     if record is not None:
         begin_as(family, record)
-    family.encode_prompts(prompts)  # which refuses a class that the model has not, before anything is drawn
+    family.check_prompts(prompts)  # before anything is drawn
     total = len(prompts) * (2 if compare else 1)
     with progress(total, "sampling") as advance:
         base = sample_pictures(family, prompts, **settings, advance=advance) if compare else []
@@ -93,8 +93,7 @@ def sample_to_folder(
                     pictures = sample_pictures(tuned, prompts, **drawn_at, advance=advance, control=asked)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
-        name = re.sub(r"[^a-z0-9]+", "-", without_secrets(prompt).lower()).strip("-")[:60] or "empty"
-        picture.save(folder / f"{i:03d}-{name}.png")
+        picture.save(folder / f"{i:03d}-{file_stem(without_secrets(prompt))}.png")
     if condition is not None:
         condition.save(folder / "condition.png")
     if compare:
