@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-from tiny_models import tiny_flux, tiny_sd3
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from difftuning_control import cli
 from difftuning_control.families.family import Family
+from support.tiny_models import tiny_flux, tiny_sd3
 
 MODELS = {"sd3": tiny_sd3, "flux": tiny_flux}
 
