@@ -306,7 +306,7 @@ class Family(ABC):
         tokenizer = self.pipe.tokenizer
         return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
 
-    def check_prompts(self, prompts: list[str]) -> None:
+    def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027 most families take any text
         """Refuse prompts that the model has no condition for; nothing is encoded. Any text is one.
 
         Raises:

@@ -6,7 +6,7 @@
 They are the layers that diffusers' own `BitsAndBytesConfig` makes, which loads on a GPU only. Rounding happens on the
 CPU after loading, so that a base is the same one on every machine; and on a CPU the weights keep that layout. On a
 processor with AVX512-BF16, bitsandbytes would pack the weights of nf4 anew at the first forward without gradients, in
-blocks of 32 outputs: smaller layers break, and a model that was sampled from is laid out otherwise than one that was not.
+blocks of 32 outputs: smaller layers break, and sampling would change how the weights are laid out.
 
 References:
     QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., 2023), https://arxiv.org/abs/2305.14314

@@ -1,4 +1,4 @@
-"""A processor with AVX512-BF16, as far as bitsandbytes asks for one: `pytest -p support.avx512bf16` runs a suite on it."""
+"""A processor with AVX512-BF16, as bitsandbytes sees it: `pytest -p support.avx512bf16` runs a suite on it."""
 
 from __future__ import annotations
 
