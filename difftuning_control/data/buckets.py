@@ -55,18 +55,20 @@ class Bucket:
         return self.framing.height, self.framing.width
 
 
-def into_buckets(family: Family, config: DataConfig, data: ImageData, resolution: int) -> list[Bucket]:
+def into_buckets(family: Family, config: DataConfig, data: ImageData, framing: Framing) -> list[Bucket]:
     """Each picture in the bucket that crops least of it, the fullest bucket first.
 
     A picture that is smaller than its bucket is enlarged, as it is without buckets.
 
+    Args:
+        framing: of the square; the other frames have about its area.
+
     Raises:
         UserError: if the family draws at one shape only, or takes no sides of this step.
     """
-    framing = Framing(resolution, config.flip, config.crops)
     if not config.buckets:
         return [Bucket(framing, data)]
-    unit = family.resolution_step
+    unit, resolution = family.resolution_step, framing.resolution
     step = config.bucket_step or max(unit, resolution // 16 // unit * unit)
     if step % unit:
         raise UserError(f"data.bucket_step is {step}; this model takes sides that are multiples of {unit}.")
@@ -77,14 +79,14 @@ def into_buckets(family: Family, config: DataConfig, data: ImageData, resolution
     for number, example in enumerate(data.examples):
         best = max(shapes, key=lambda shape: (round(kept(example.size, shape), 9), shape[0] * shape[1], shape))
         chosen.setdefault(best, []).append(number)
-    found = [
+    buckets = [
         Bucket(
             replace(framing, shape=None if shape == (resolution, resolution) else shape),
             ImageData(data.source, [data.examples[i] for i in numbers]),
         )
         for shape, numbers in chosen.items()
     ]
-    return sorted(found, key=lambda bucket: (-len(bucket.data), bucket.shape))
+    return sorted(buckets, key=lambda bucket: (-len(bucket.data), bucket.shape))
 
 
 def describe(buckets: list[Bucket]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from difftuning_control.data.images import EXTENSIONS, decode_image
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text
 
+KEPT = 2**26  # bytes of decoded pictures that are kept from checking to their first use
 CONDITION = "has a condition that "  # what is wrong with it follows
 Read = Callable[[int], bytes]  # gives the bytes of a picture, if they are no more than so many
 
@@ -103,16 +104,32 @@ class ImageData:
         return ImageData(self.source, [self.examples[i] for i in sorted(chosen)], self.skipped, self.ignored_files)
 
 
+class CheckedPicture:
+    """A picture that was decoded once; where it is kept, its first use takes it, and all others decode it again."""
+
+    def __init__(self, image: Image.Image, digest: str, decode: Callable[[], Image.Image], keep: bool):
+        self.size, self.digest, self._decode = image.size, digest, decode
+        self._kept = [image] if keep else []
+
+    def load(self) -> Image.Image:
+        """8-bit RGB."""
+        try:
+            return self._kept.pop()
+        except IndexError:  # not kept, or taken, perhaps by another thread
+            return self._decode()
+
+
 class Checker:
     """Turns raw rows into examples, collecting what is wrong with each."""
 
     def __init__(self, skip_bad: bool, default_caption: str | None, max_pixels: int = MAX_PIXELS):
         self.skip_bad, self.default_caption, self.max_pixels = skip_bad, default_caption, max_pixels
         self.bad: dict[str, str] = {}
+        self._room = KEPT
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
-        examples = [e for row in rows if (e := self._example(row)) is not None]
-        self._stop_if_bad(source)
+        examples = [e for row in rows if (e := self.example(row)) is not None]
+        self.stop_if_bad(source)
         if not examples:
             found = f"{ignored} other files" if ignored else "nothing"
             skipped = f" ({len(self.bad)} skipped as unusable)" if self.bad else ""
@@ -121,7 +138,8 @@ class Checker:
             )
         return ImageData(source, examples, self.bad, ignored)
 
-    def _example(self, row: Row) -> Example | None:
+    def example(self, row: Row) -> Example | None:
+        """The row as an example; None where it cannot be used, and `bad` then says why."""
         caption = row.caption
         if caption is not None and not isinstance(caption, str):
             self.bad[row.name] = f"has a {type(caption).__name__} for a caption; expected text"
@@ -137,40 +155,40 @@ class Checker:
         if picture is None:
             return None
         if row.condition is None:
-            return Example(row.name, caption, picture[1], lambda: self.decode(row.read), size=picture[0])
+            return Example(row.name, caption, picture.digest, picture.load, size=picture.size)
         condition = self._picture(row.name, row.condition, CONDITION)
         if condition is None:
             return None
-        (width, height), (wide, high) = picture[0], condition[0]
+        (width, height), (wide, high) = picture.size, condition.size
         if abs(width * high - wide * height) > max(width * high, wide * height) / min(width, height, wide, high):
             self.bad[row.name] = f"is {width}x{height}, but its condition {wide}x{high}; expected the same proportions"
             return None
-        read = row.condition
-        return Example(
-            row.name,
-            caption,
-            picture[1],
-            lambda: self.decode(row.read),
-            condition[1],
-            lambda: self.decode(read),
-            picture[0],
-        )
+        return Example(row.name, caption, picture.digest, picture.load, condition.digest, condition.load, picture.size)
 
     def decode(self, read: Read) -> Image.Image:
         return decode_image(read(self.max_pixels * BYTES_PER_PIXEL), self.max_pixels)
 
-    def _picture(self, name: str, read: Read, what: str = "") -> tuple[tuple[int, int], str] | None:
-        """Size and digest of a picture that can be used."""
+    def _picture(self, name: str, read: Read, what: str = "") -> CheckedPicture | None:
+        """A picture that can be used."""
         try:
             content = read(self.max_pixels * BYTES_PER_PIXEL)
-            return decode_image(content, self.max_pixels).size, hashlib.sha256(content).hexdigest()
+            image, digest = decode_image(content, self.max_pixels), hashlib.sha256(content).hexdigest()
+            needed = image.width * image.height * len(image.getbands())
+            keep = needed <= self._room
+            self._room -= needed if keep else 0
+            return CheckedPicture(image, digest, lambda: self.decode(read), keep)
         except UserError as error:
             self.bad[name] = f"{what}{error}"
         except OSError as error:
             self.bad[name] = f"{what}cannot be read ({error.strerror})"
         return None
 
-    def _stop_if_bad(self, source: str) -> None:
+    def stop_if_bad(self, source: str) -> None:
+        """Refuse bad rows unless they are to be skipped.
+
+        Raises:
+            UserError: naming the first.
+        """
         if self.bad and not self.skip_bad:
             name, reason = next(iter(self.bad.items()))
             more = f" (and {len(self.bad) - 1} more files with a problem)" if len(self.bad) > 1 else ""

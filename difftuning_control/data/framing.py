@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from difftuning_control.data.examples import Example
 from difftuning_control.data.images import frame, placed
+
+if TYPE_CHECKING:
+    from difftuning_control.recipe.inputs import DataConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Framing:
     crops: int = 1
     seed: int = 0
     shape: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig, resolution: int) -> Framing:
+        """How the pictures to tune on become squares, by the recipe."""
+        return cls(resolution, config.flip, config.crops)
+
+    @property
+    def middle(self) -> Framing:
+        """The square in the middle alone, as pictures are measured and shown."""
+        return Framing(self.resolution)
 
     @property
     def height(self) -> int:

@@ -185,8 +185,8 @@ class Stream:
                 )
             self.begin += len(part)
             checker = Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
-            examples = [e for row in part if (e := checker._example(row)) is not None]
-            checker._stop_if_bad(self.config.path)
+            examples = [e for row in part if (e := checker.example(row)) is not None]
+            checker.stop_if_bad(self.config.path)
             found |= {e.name: e for e in examples}
             skipped |= checker.bad
         return ImageData(self.config.path, list(found.values()), skipped)

@@ -1,4 +1,4 @@
-"""What a ControlNet trains with beside all others: conditions of pictures and bank, and held-out ones to follow."""
+"""The inputs of a ControlNet: conditions of the pictures, of the bank, and of held-out pictures to follow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from difftuning_control.data.conditions import Conditions, bank_conditions, cach
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.framing import Framing
+from difftuning_control.data.latents import Advance
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.system.processes import Share
@@ -111,55 +112,60 @@ def prepare_control(
     Raises:
         UserError: if the annotator finds nothing on any picture.
     """
-    control, show = recipe.control, accelerator.is_main_process
-    still, total_pictures = Framing(buckets[0].framing.resolution), sum(len(b.data) for b in buckets)
-    workers = control.workers or conditioner.default_workers
-    probed = all_held_out.sample(control.fidelity.size)
-    wanted = control.fidelity.every > 0
-    own = bank is not None and control.bank_condition == "own"
-    total = (
-        total_pictures + len(held_out) + (len(probed) if wanted else 0) + (len(bank) if bank is not None and own else 0)
-    )
-    share = Share.of(accelerator)
-    with progress(total, "annotating", show) as advance:
-        targets = [cached_conditions(conditioner, b.data, b.framing, cache, advance, workers, share) for b in buckets]
-        names = [b.data.examples[i].name for b, made in zip(buckets, targets) for i in made.blank]
-        if len(names) == total_pictures:
-            raise UserError(_nothing(conditioner.spec.annotator, total_pictures))
-        held = None
-        if len(held_out):
-            held = cached_conditions(conditioner, held_out, still, cache, advance, workers, share)
+    control, share = recipe.control, Share.of(accelerator)
+    still, workers = buckets[0].framing.middle, control.workers or conditioner.default_workers
+    pictures, own = sum(len(b.data) for b in buckets), bank is not None and control.bank_condition == "own"
+    probed = all_held_out.sample(control.fidelity.size if control.fidelity.every > 0 else 0)
+
+    def annotated(data: ImageData, framing: Framing, advance: Advance) -> Conditions:
+        return cached_conditions(conditioner, data, framing, cache, advance, workers, share)
+
+    total = pictures + len(held_out) + len(probed) + (len(bank) if bank is not None and own else 0)
+    with progress(total, "annotating", accelerator.is_main_process) as advance:
+        targets = [annotated(b.data, b.framing, advance) for b in buckets]
+        blank = [b.data.examples[i].name for b, made in zip(buckets, targets) for i in made.blank]
+        if len(blank) == pictures:
+            raise UserError(_nothing_found(conditioner.spec.annotator, pictures))
+        held = annotated(held_out, still, advance) if len(held_out) else None
         of_bank = None
         if bank is not None and own:
             of_bank = bank_conditions(conditioner, family, bank, cache, advance, workers, share)
         probe = None
-        if wanted:
-            asked = cached_conditions(conditioner, probed, still, cache, advance, workers, share)
-            watched = control.fidelity
-            sampling = {
-                "seed": recipe.training.seed,
-                "steps": watched.steps,
-                "guidance_scale": watched.guidance_scale,
-                "resolution": still.resolution,
-            }
-            probe = FidelityProbe.build(conditioner, probed, asked.rows(range(len(probed))), sampling)
+        if len(probed):
+            asked = annotated(probed, still, advance)
+            probe = FidelityProbe.build(
+                conditioner, probed, asked.rows(range(len(probed))), _sampling(recipe, still.resolution)
+            )
     few = held
     if few is None:  # of training, in squares
         first = ImageData(buckets[0].data.source, buckets[0].data.examples[:SHOWN])
-        few = cached_conditions(conditioner, first, still, cache, lambda count: None, workers, share)
+        few = annotated(first, still, lambda count: None)
     shown = few.rows(range(min(SHOWN, len(few))))
     targets = [encoded_conditions(family, made, cache, share) for made in targets]
     held, of_bank = (encoded_conditions(family, p, cache, share) if p is not None else None for p in (held, of_bank))
     square = next((made for b, made in zip(buckets, targets) if b.framing.shape is None), held)
-    if square is not None:
-        nothing = square.blank_row
-    else:
-        nothing = torch.zeros(3, still.height, still.width, dtype=torch.uint8)
-        nothing = family.encode_control(nothing[None]).float().cpu()[0] if family.encodes_control else nothing
-    return ControlInputs(conditioner, targets, nothing, held, of_bank, probe, names, shown)
+    nothing = square.blank_row if square is not None else _blank_condition(family, still)
+    return ControlInputs(conditioner, targets, nothing, held, of_bank, probe, blank, shown)
 
 
-def _nothing(annotator: str, count: int) -> str:
+def _sampling(recipe: Recipe, resolution: int) -> dict[str, Any]:
+    """How the pictures are drawn whose fidelity is followed."""
+    watched = recipe.control.fidelity
+    return {
+        "seed": recipe.training.seed,
+        "steps": watched.steps,
+        "guidance_scale": watched.guidance_scale,
+        "resolution": resolution,
+    }
+
+
+def _blank_condition(family: Family, framing: Framing) -> Tensor:
+    """A condition that shows nothing, as the family's ControlNet reads it."""
+    black = torch.zeros(3, framing.height, framing.width, dtype=torch.uint8)
+    return family.encode_control(black[None]).float().cpu()[0] if family.encodes_control else black
+
+
+def _nothing_found(annotator: str, count: int) -> str:
     if annotator == SUPPLIED:
         return f"each of the {count} supplied conditions is of one colour; give pictures that show something."
     return (

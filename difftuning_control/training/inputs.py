@@ -1,21 +1,22 @@
-"""The inputs of a training run: pictures, cached latents and embeddings, the knowledge bank, validators."""
+"""The inputs of a training run, in stages: read, check, bank, encode, conditions, prompts, validators, targets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.batches import TargetSet
-from difftuning_control.data.buckets import describe, into_buckets
+from difftuning_control.data.buckets import Bucket, describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import begin_label_space
-from difftuning_control.data.latents import Part, cached_moments, part_of
+from difftuning_control.data.latents import LatentMoments, Part, cached_moments, part_of
 from difftuning_control.data.prepare import (
     cache_folder,
     check_captions,
@@ -27,7 +28,10 @@ from difftuning_control.data.prepare import (
     resolution_of,
     sizes_of,
 )
+from difftuning_control.data.stream_batches import empty_targets
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.figures import check_held_out
 from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
@@ -41,8 +45,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from difftuning_control.data.stream import Stream
-    from difftuning_control.evaluation.features import Features
     from difftuning_control.families.family import Family
+
+SHOWN = 6  # pictures of a sample grid
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,17 @@ class TrainingInputs:
     bank: KnowledgeBank | None
     validation: dict[str, BandValidator]
     sample_prompts: list[str]
-    resolution: int
+    framing: Framing
     all_held_out: ImageData
     control: ControlInputs | None = None
     stream: Stream | None = None
     buckets: list[TargetSet] | None = None  # all the targets by shape; `targets` are the fullest bucket then
     bucketing: dict[str, Any] | None = None  # see `buckets.describe`
+
+    @property
+    def resolution(self) -> int:
+        """The side of the pictures in pixels, or of the square with their area."""
+        return self.framing.resolution
 
 
 def prepare_inputs(
@@ -80,77 +90,195 @@ def prepare_inputs(
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
-    show, share = accelerator.is_main_process, Share.of(accelerator)
-    resolution = resolution_of(family, recipe.data)
-    size, stream = recipe.training.validation_size, None
+    framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
+    pictures = _read(recipe, family)
+    _check(recipe, family, pictures, conditioner)
+    bank = _retained_bank(recipe, family, pictures, framing, accelerator)
+    encoding = _encode(recipe, family, pictures, framing, accelerator)
+    control = None
+    if conditioner is not None:
+        control = prepare_control(
+            recipe,
+            family,
+            conditioner,
+            encoding.buckets,
+            pictures.held_out,
+            pictures.all_held_out,
+            bank,
+            encoding.cache,
+            accelerator,
+        )
+    samples = _sample_prompts(recipe, pictures, control)
+    embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
+    trained, validation = _validators(recipe, family, objective, encoding, embeddings, bank, control)
+    sets = _target_sets(family, framing, pictures, encoding, control)
+    bucketed = recipe.data.buckets and pictures.stream is None
+    return TrainingInputs(
+        pictures.data,
+        pictures.held_out,
+        sets[0],
+        embeddings,
+        trained,
+        validation,
+        samples,
+        framing,
+        pictures.all_held_out,
+        control,
+        pictures.stream,
+        sets if bucketed else None,
+        describe(encoding.buckets) if bucketed else None,
+    )
+
+
+# --- read and check -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures as they are read: to tune on, all that are held out, and those of them that validation sees.
+
+    Of a `stream` nothing is in `data` but what stands for it, and `captions` are those of its first rows.
+    """
+
+    data: ImageData
+    all_held_out: ImageData
+    held_out: ImageData
+    captions: list[str]
+    stream: Stream | None
+
+    @property
+    def held_captions(self) -> list[str]:
+        return [e.caption for e in self.held_out.examples]
+
+
+def _read(recipe: Recipe, family: Family) -> _Pictures:
+    stream = None
     if recipe.data.stream:
         stream, data, all_held_out = read_stream(recipe, family)
     else:
         data, all_held_out = read_data(recipe)
-    held_out = all_held_out.sample(size)
-    check_captions(family, recipe, data, all_held_out)
-    check_gates(recipe, data, all_held_out)
-    if conditioner is not None:
-        check_control(recipe, conditioner, all_held_out)
+    held_out = all_held_out.sample(recipe.training.validation_size)
     captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
-    held_captions = [e.caption for e in held_out.examples]
+    return _Pictures(data, all_held_out, held_out, captions, stream)
+
+
+def _check(recipe: Recipe, family: Family, pictures: _Pictures, conditioner: Conditioner | None) -> None:
+    """Refuse what could not be trained on or judged, before anything that takes long."""
+    check_captions(family, recipe, pictures.data, pictures.all_held_out)
+    check_gates(recipe, pictures.data, pictures.all_held_out)
+    if conditioner is not None:
+        check_control(recipe, conditioner, pictures.all_held_out)
+
+
+def check_gates(recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
+    """Refuse before training what could not be judged after it.
+
+    Raises:
+        UserError: if too few pictures are held out, some of them are tuned on too, or the features are not at hand.
+    """
+    gates = recipe.gates
+    if not gates.draws:
+        return
+    check_held_out(held_out)
+    shared = {e.digest for e in data.examples} & {e.digest for e in held_out.examples}
+    if shared:
+        raise UserError(
+            f"{len(shared)} of the {len(held_out)} held-out pictures are tuned on too, and gates are judged on others; "
+            "take the copies out, or leave the gates out."
+        )
+    load_features(gates.features)
+
+
+# --- bank, latents and prompts --------------------------------------------------------------------------------------
+
+
+def _retained_bank(
+    recipe: Recipe, family: Family, pictures: _Pictures, framing: Framing, accelerator: Accelerator
+) -> KnowledgeBank | None:
+    """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
-        bank = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, accelerator)
-    bank = begin_label_space(family, recipe, data, bank)
-    framing = Framing(resolution, recipe.data.flip, recipe.data.crops)
-    buckets = into_buckets(family, recipe.data, data, resolution)
-    cache = cache_folder(recipe.data)
-    with progress(len(data) + len(held_out), "encoding pictures", show) as advance:
-        if stream is None:
-            moments = [cached_moments(family, b.data, b.framing, cache, advance, share=share) for b in buckets]
-        held = encoded(family, held_out, resolution, cache, advance, share)
-    control = None
-    if conditioner is not None:
-        control = prepare_control(
-            recipe, family, conditioner, buckets, held_out, all_held_out, bank, cache, accelerator
-        )
-    samples = recipe.training.sample_prompts or list(dict.fromkeys(held_captions + captions))[:6]
-    if control is not None:
-        samples = (held_captions or captions)[: len(control.shown)]
-    drawn = control.probe.prompts if control is not None and control.probe is not None else []
-    prompts = (
-        (captions if stream is None else [])
-        + held_captions
-        + (bank.prompts if bank is not None else [])
-        + samples
-        + drawn
-    )
-    unique = len(set(prompts) | {""})
-    with progress(unique, "encoding prompts", show) as advance:
-        embeddings = cached_embeddings(family, prompts, cache, advance, share=share)
+        bank = prepare_bank(family, recipe.bank, recipe.data, pictures.captions, framing.resolution, accelerator)
+    return begin_label_space(family, recipe, pictures.data, bank)
 
+
+@dataclass(frozen=True)
+class _Encoding:
+    """The pictures by frame with the moments of each bucket, and the held-out ones as rows to measure on."""
+
+    buckets: list[Bucket]
+    moments: list[LatentMoments]
+    held_out: Part
+    cache: Path
+
+
+def _encode(
+    recipe: Recipe, family: Family, pictures: _Pictures, framing: Framing, accelerator: Accelerator
+) -> _Encoding:
+    """The latents of all pictures; of a stream, those that are held out."""
+    cache, share = cache_folder(recipe.data), Share.of(accelerator)
+    buckets = into_buckets(family, recipe.data, pictures.data, framing)
+    moments = []
+    total = len(pictures.data) + len(pictures.held_out)
+    with progress(total, "encoding pictures", accelerator.is_main_process) as advance:
+        if pictures.stream is None:
+            moments = [cached_moments(family, b.data, b.framing, cache, advance, share=share) for b in buckets]
+        held_out = encoded(family, pictures.held_out, framing.resolution, cache, advance, share)
+    return _Encoding(buckets, moments, held_out, cache)
+
+
+def _sample_prompts(recipe: Recipe, pictures: _Pictures, control: ControlInputs | None) -> list[str]:
+    """The prompts of the sample grids: with a ControlNet those of the conditions that are shown."""
+    held, captions = pictures.held_captions, pictures.captions
+    if control is not None:
+        return (held or captions)[: len(control.shown)]
+    return recipe.training.sample_prompts or list(dict.fromkeys(held + captions))[:SHOWN]
+
+
+def _embed(
+    family: Family,
+    pictures: _Pictures,
+    bank: KnowledgeBank | None,
+    control: ControlInputs | None,
+    samples: list[str],
+    cache: Path,
+    accelerator: Accelerator,
+) -> PromptEmbeddings:
+    """The embeddings of every prompt that the run knows beforehand."""
+    prompts = [
+        *(pictures.captions if pictures.stream is None else []),
+        *pictures.held_captions,
+        *(bank.prompts if bank is not None else []),
+        *samples,
+        *(control.probe.prompts if control is not None and control.probe is not None else []),
+    ]
+    with progress(len(set(prompts) | {""}), "encoding prompts", accelerator.is_main_process) as advance:
+        return cached_embeddings(family, prompts, cache, advance, share=Share.of(accelerator))
+
+
+# --- validators and targets -----------------------------------------------------------------------------------------
+
+
+def _validators(
+    recipe: Recipe,
+    family: Family,
+    objective: DiffTuningObjective,
+    encoding: _Encoding,
+    embeddings: PromptEmbeddings,
+    bank: KnowledgeBank | None,
+    control: ControlInputs | None,
+) -> tuple[KnowledgeBank | None, dict[str, BandValidator]]:
+    """The part of the bank that is trained on, and the validators of held-out pictures and bank items."""
     validation = {}
-    if held_captions:
+    if encoding.held_out.prompts:
         rows = control.rows_of_held_out() if control is not None else {}
-        validation["target"] = _validator(family, objective, held, embeddings, rows, False)
+        validation["target"] = _validator(family, objective, encoding.held_out, embeddings, rows, False)
     if bank is not None:
-        bank, kept = hold_out(bank, size)
+        bank, kept = hold_out(bank, recipe.training.validation_size)
         rows = control.rows_of_bank(len(kept)) if control is not None else {}
         retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
         validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
-    if stream is not None:
-        from difftuning_control.data.stream_batches import empty_targets
-
-        targets = empty_targets(family, framing)
-        return TrainingInputs(
-            data, held_out, targets, embeddings, bank, validation, samples, resolution, all_held_out, stream=stream
-        )
-    sets = []
-    for number, bucket in enumerate(buckets):
-        examples = bucket.data.examples
-        made = control.targets[number] if control is not None else None
-        sizes = sizes_of(family, bucket.data, bucket.framing)
-        sets.append(TargetSet(moments[number], [e.caption for e in examples], [e.name for e in examples], made, sizes))
-    found = TrainingInputs(
-        data, held_out, sets[0], embeddings, bank, validation, samples, resolution, all_held_out, control
-    )
-    return replace(found, buckets=sets, bucketing=describe(buckets)) if recipe.data.buckets else found
+    return bank, validation
 
 
 def _validator(
@@ -168,23 +296,17 @@ def _validator(
     return BandValidator(family, objective, batch)
 
 
-def check_gates(recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
-    """Refuse before training what could not be judged after it.
-
-    Raises:
-        UserError: if too few pictures are held out, some of them are tuned on too, or the features are not at hand.
-    """
-    gates = recipe.gates
-    if not gates.draws:
-        return
-    from difftuning_control.evaluation.features import load_features
-    from difftuning_control.evaluation.figures import check_held_out
-
-    check_held_out(held_out)
-    shared = {e.digest for e in data.examples} & {e.digest for e in held_out.examples}
-    if shared:
-        raise UserError(
-            f"{len(shared)} of the {len(held_out)} held-out pictures are tuned on too, and gates are judged on others; "
-            "take the copies out, or leave the gates out."
-        )
-    _: Features = load_features(gates.features)
+def _target_sets(
+    family: Family, framing: Framing, pictures: _Pictures, encoding: _Encoding, control: ControlInputs | None
+) -> list[TargetSet]:
+    """The rows to tune on of each bucket; of a stream only their shape is known."""
+    if pictures.stream is not None:
+        return [empty_targets(family, framing)]
+    sets = []
+    for number, (bucket, moments) in enumerate(zip(encoding.buckets, encoding.moments)):
+        examples = bucket.data.examples
+        conditions = control.targets[number] if control is not None else None
+        sizes = sizes_of(family, bucket.data, bucket.framing)
+        captions, names = [e.caption for e in examples], [e.name for e in examples]
+        sets.append(TargetSet(moments, captions, names, conditions, sizes))
+    return sets

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from difftuning_control.data.batches import BatchSource
 from difftuning_control.data.buckets import BucketSource
-from difftuning_control.data.framing import Framing
+from difftuning_control.data.examples import Example
 from difftuning_control.data.prepare import check_caption
 from difftuning_control.data.stream_batches import StreamSource
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -54,6 +54,8 @@ def training_source(
 def _streamed(
     recipe: Recipe, family: Family, inputs: TrainingInputs, plain: BatchSource, stream: Stream
 ) -> StreamSource:
-    data = recipe.data
-    framing = Framing(inputs.resolution, data.flip, data.crops)
-    return StreamSource(plain, stream, framing, lambda e: None if data.truncate_captions else check_caption(family, e))
+    def check(example: Example) -> None:
+        if not recipe.data.truncate_captions:
+            check_caption(family, example)
+
+    return StreamSource(plain, stream, inputs.framing, check)

@@ -149,7 +149,7 @@ def test_what_is_kept_is_the_area_of_the_frame_in_the_resized_picture(size):
 def test_each_picture_is_in_the_bucket_that_crops_least_of_it(shapes, models):
     family, data = load_family(models["sd"]), load_images(str(shapes))
     config = DataConfig(str(shapes), resolution=16, buckets=True, bucket_step=8, bucket_aspect=4.0)
-    found = into_buckets(family, config, data, 16)
+    found = into_buckets(family, config, data, Framing.of(config, 16))
     assert [len(bucket.data) for bucket in found] == sorted(COUNTS.values(), reverse=True)
     assert sorted(e.name for b in found for e in b.data.examples) == sorted(e.name for e in data.examples)
     for bucket in found:
@@ -167,7 +167,7 @@ def test_a_step_that_the_model_cannot_take_is_refused(make, family):
 def test_a_model_of_one_size_is_refused(shapes, models):
     config = DataConfig(str(shapes), buckets=True, bucket_step=16, bucket_aspect=4.0)
     with pytest.raises(UserError, match=r"a side of data.buckets is \d+; this model draws at 16 pixels only"):
-        into_buckets(load_family(models["dit"]), config, load_images(str(shapes)), 32)
+        into_buckets(load_family(models["dit"]), config, load_images(str(shapes)), Framing.of(config, 32))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from PIL import Image
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
+from difftuning_control.data.framing import Framing
 from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.comparison import LOWER_IS_BETTER
@@ -168,9 +169,10 @@ class Pilot:
 
     def _buckets(self, found: Materials) -> dict[str, Any] | None:
         """How the sides frame their pictures, where that is not in squares."""
-        if not self.recipe.data.buckets:
+        config = self.recipe.data
+        if not config.buckets:
             return None
-        return describe(into_buckets(self.family, self.recipe.data, found.data, found.resolution))
+        return describe(into_buckets(self.family, config, found.data, Framing.of(config, found.resolution)))
 
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training
