@@ -1,13 +1,17 @@
-"""Prompt embeddings of a set of prompts, row by row."""
+"""Prompts as a model is told them: their embeddings, row by row, and what the stock pipeline is given for them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from difftuning_control.families.components import Components
+from difftuning_control.system.digests import digest_of
 from difftuning_control.system.rows import Rows
 
 
@@ -22,3 +26,69 @@ class PromptEmbeddings:
         """What the family's `predict` takes for these prompts, each tensor (B, …)."""
         numbers = torch.tensor([self.index[p] for p in prompts])
         return {name: tensor[numbers] for name, tensor in self.tensors.items()}
+
+
+class Prompting(Components):
+    """The text encoders of a model, and with `offload` the embeddings that they have given.
+
+    A family decides what `conditioning` means: a dict of tensors, one row a picture, that `encode_prompts` makes of
+    prompts and `Family.denoiser_inputs` turns into the denoiser's own arguments. Nobody else looks into it.
+    """
+
+    _known: dict[str, dict[str, Tensor]]  # by prompt
+    _remembered: list[PromptEmbeddings]
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The conditioning of these prompts, each tensor (B, …), as the stock pipeline makes it."""
+
+    def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027 most families take any text
+        """Refuse prompts that the model has no condition for; nothing is encoded. Any text is one.
+
+        Raises:
+            UserError: with the prompt, for a class-conditional model without that class.
+        """
+
+    def tokenize(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The conditioning where `model` encodes prompts: `prompt_ids`, as the stock pipeline tokenizes them."""
+        raise NotImplementedError
+
+    def prompt_tokens(self, prompt: str) -> tuple[int, int]:
+        """How many tokens a prompt has, and how many the text encoder takes; both count the end marks."""
+        tokenizer = self.pipe.tokenizer
+        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
+
+    @property
+    def conditioning_fingerprint(self) -> str:
+        """Changes when what `encode_prompts` gives does."""
+        found = {name: digest for name, digest in self.fingerprints.items() if name not in ("denoiser", "vae")}
+        return digest_of([found, str(self.dtype)])
+
+    def remember(self, embeddings: PromptEmbeddings) -> None:
+        """Keep what prompts are encoded as, where `offload` makes encoding them again expensive."""
+        if self.offload:
+            self._remembered.append(embeddings)
+
+    def _remember(self, prompt: str) -> bool:
+        """Whether it is known what a prompt is encoded as; of the cached ones it is read."""
+        if prompt not in self._known:
+            found = next((e for e in self._remembered if prompt in e.index), None)
+            if found is None:
+                return False
+            self._known[prompt] = {name: tensor[0] for name, tensor in found.rows([prompt]).items()}
+        return True
+
+    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        """What the stock pipeline is given for these prompts; with `offload` it is their embeddings."""
+        return self.embedding_arguments(prompts) if self.offload else {"prompt": prompts}
+
+    def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        """Embeddings of the prompts, and of the empty one for guidance, by the names of the pipeline's call."""
+        fresh = [p for p in dict.fromkeys([*prompts, ""]) if not self._remember(p)]
+        if fresh:
+            with self.encoding():
+                found = {name: tensor.cpu() for name, tensor in self.encode_prompts(fresh).items()}
+            self._known |= {p: {name: t[i] for name, t in found.items()} for i, p in enumerate(fresh)}
+        rows = {n: torch.stack([self._known[p][n] for p in prompts]) for n in self._known[""]}
+        rows |= {f"negative_{n}": torch.stack([t] * len(prompts)) for n, t in self._known[""].items()}
+        return {name: tensor.to(self.device) for name, tensor in rows.items()}

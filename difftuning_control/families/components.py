@@ -1,0 +1,117 @@
+"""The components of a model: its modules, where they lie, which of them train, and their fingerprints."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from difftuning_control.errors import UserError
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.tensors import digest_of_module
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Components(ABC):
+    """The modules of a diffusers pipeline, and the ControlNet beside them.
+
+    With `offload` the text encoders stay on the CPU but for the while of `encoding`.
+    """
+
+    component: ClassVar[str]  # of the pipeline, that is tuned: unet or transformer
+    pipe: Any  # diffusers' annotations leave out most of its modules' methods
+    controlnet: Any
+    offload: bool
+
+    def need(self, *names: str) -> None:
+        """Refuse a model without these components.
+
+        Raises:
+            UserError: naming the first that is missing.
+        """
+        for name in names:
+            if getattr(self.pipe, name, None) is None:
+                raise UserError(
+                    f"the model has no {name}, which a {type(self.pipe).__name__} needs; give one that was saved whole."
+                )
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.component)
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """What weights are loaded, by name: denoiser, vae, and the text encoders that there are."""
+        found = {"denoiser": self.denoiser, "vae": self.pipe.vae}
+        named = self.pipe.components.items()
+        return found | {n: m for n, m in named if n.startswith("text_encoder") and m is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe.vae.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipe.vae.dtype
+
+    def unused_parameters(self, module: Any) -> tuple[str, ...]:
+        """Beginnings of the names of those parameters of denoiser or ControlNet whose output nobody reads."""
+        return ()
+
+    def freeze_unused(self) -> None:
+        """Train no parameter without a gradient: weight decay alone would move it, and processes would wait for it."""
+        for module in (self.denoiser, self.controlnet):
+            if module is not None and (unused := self.unused_parameters(module)):
+                for name, parameter in module.named_parameters():
+                    if name.startswith(unused):
+                        parameter.requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move all modules, with `offload` all but the text encoders."""
+        if not self.offload:
+            self.pipe.to(device)
+        for name, module in self.modules.items() if self.offload else ():
+            module.to("cpu" if name.startswith("text_encoder") else device)
+        return self
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """While open, prompts can be encoded: with `offload` the text encoders take the denoiser's place."""
+        if not self.offload:
+            yield
+            return
+        place = self.device
+        encoders = [module for name, module in self.modules.items() if name.startswith("text_encoder")]
+        self.denoiser.to("cpu")
+        try:
+            for module in encoders:
+                module.to(place)
+            yield
+        finally:
+            for module in encoders:
+                module.to("cpu")
+            self.denoiser.to(place)
+
+    def trained_whole(self) -> dict[str, nn.Parameter]:
+        """Parameters of the denoiser that train beside any adapter: what it was given anew for this run."""
+        return {}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each component's weights as loaded, taken on first use: read it before anything is tuned."""
+        found = {name: digest_of_module(module) for name, module in self.modules.items()}
+        for name, part in self.pipe.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                found[name] = digest_of({"vocabulary": part.get_vocab(), "length": part.model_max_length})
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        return digest_of(self.fingerprints)
