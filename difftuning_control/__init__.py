@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.discovery import PIPELINES, register
 
 if TYPE_CHECKING:
-    from difftuning_control.adapters.files import load_adapter, unload_adapter
+    from difftuning_control.adapters.attached import unload_adapter
+    from difftuning_control.adapters.loading import load_adapter
     from difftuning_control.adapters.source import load_source, save_difference
     from difftuning_control.data.bank import BankRequest, KnowledgeBank
     from difftuning_control.data.control_spec import Conditioner, ControlSpec
@@ -75,7 +76,7 @@ _HOME = {
     "UserError": "errors",
     "embedded_model": "families",
     "family_of": "families",
-    "load_adapter": "adapters.files",
+    "load_adapter": "adapters.loading",
     "load_family": "families",
     "NoiseProcess": "objective.noise",
     "DiffTuningObjective": "objective",
@@ -90,7 +91,7 @@ _HOME = {
     "load_source": "adapters.source",
     "save_difference": "adapters.source",
     "train": "verbs.train",
-    "unload_adapter": "adapters.files",
+    "unload_adapter": "adapters.attached",
 }
 __version__ = "0.1.0"
 register()

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.adapters.files import LORA_FILE, load_adapter, unload_adapter
+from difftuning_control.adapters.attached import unload_adapter
+from difftuning_control.adapters.files import LORA_FILE
+from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from difftuning_control.adapters.files import load_adapter
+from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.cli import main
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.control_spec import Conditioner, ControlSpec

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DiffusionPipeline
 
 import difftuning_control
-from difftuning_control.adapters.files import merge_adapter
+from difftuning_control.adapters.attached import merge_adapter
 from difftuning_control.errors import UserError
 from support.pipeline_samples import (
     EVERY,

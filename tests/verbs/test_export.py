@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from difftuning_control.adapters.files import LORA_FILE, load_adapter
+from difftuning_control.adapters.files import LORA_FILE
+from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.source import load_source
 from difftuning_control.cli import main
 from difftuning_control.data.control_spec import ControlSpec

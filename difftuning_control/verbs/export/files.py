@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from difftuning_control.adapters.files import LORA_FILE, denoiser_of, load_adapter, merge_adapter
+from difftuning_control.adapters.attached import denoiser_of, merge_adapter
+from difftuning_control.adapters.files import LORA_FILE
 from difftuning_control.adapters.kinds import ADAPTER
+from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.source import save_difference
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.data.control_spec import ControlSpec

@@ -1,0 +1,227 @@
+"""The loading of adapters of any kind onto any pipeline: checked first, and taken off again where they do not fit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from difftuning_control.adapters.attached import adapter_names, denoiser_of, encoders_of, layers_of, remove_adapter
+from difftuning_control.adapters.difffit import DiffFit
+from difftuning_control.adapters.files import (
+    DIFFFIT_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    find_adapter,
+    metadata_and_shapes,
+    read_header,
+)
+from difftuning_control.adapters.kinds import ADAPTER, BESIDE, keep_part, mask_ranks, own_parts
+from difftuning_control.adapters.new_classes import NewClasses
+from difftuning_control.errors import UserError
+from difftuning_control.families.hub import quiet_loading
+from difftuning_control.families.tunable import CLASSES_FILE, make_tunable
+from difftuning_control.system.tensors import read_tensors
+from difftuning_control.system.untrusted import from_json, read_text
+
+UNSCALED = {"OFT": "oft", "BOFT": "boft", "IA3": "ia3"}
+
+
+def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, strength: float = 1.0) -> None:
+    """Put an adapter of any kind on a diffusers pipeline, as it was trained: a T-LoRA with its mask.
+
+    Args:
+        path: the output folder of a run, what lies in it, or a LoRA file or peft directory of somebody else's.
+        adapter_name: free on this pipeline.
+        strength: 1 as trained, 0 the pretrained model; of oft, boft, ia3 and dora only 1.
+
+    Raises:
+        UserError: if there is no adapter, it does not fit this model, or it cannot be had at this strength; the
+            pipeline is then as it was.
+    """
+    place = find_adapter(Path(path).expanduser())
+    component, denoiser = denoiser_of(pipe)
+    if not (math.isfinite(strength) and strength >= 0):
+        raise UserError(f"strength is {strength}; expected a finite number of at least 0.")
+    if adapter_name in adapter_names(denoiser):
+        raise UserError(f"the pipeline has an adapter {adapter_name} already; unload it or give another adapter_name.")
+    with quiet_loading(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_tunable(denoiser)
+        if place.is_dir():
+            _load_peft(denoiser, place, adapter_name, strength)
+        elif place.name == DIFFFIT_FILE or read_header(place).get("kind") == "difffit":
+            _load_difffit(denoiser, place, adapter_name, strength)
+        else:
+            _load_lora(pipe, component, denoiser, place, adapter_name, strength)
+    beside = (place if place.is_dir() else place.parent) / CLASSES_FILE
+    if beside.exists():
+        try:
+            keep_part(denoiser, BESIDE.format(adapter_name), NewClasses(pipe, beside, adapter_name, strength))
+        except UserError:
+            remove_adapter(pipe, denoiser, adapter_name)
+            raise
+
+
+def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, strength: float) -> None:
+    (metadata, shapes), header = metadata_and_shapes(path), read_header(path)
+    dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
+    _check_strength("dora" if dora else None, strength)
+    try:
+        config = dict(from_json(metadata.get("lora_adapter_metadata", "{}")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the header of {path} cannot be read (lora_adapter_metadata: {error}).") from None
+    rank = header.get("rank", 1)
+    uneven = next((key for key, shape in shapes.items() if ".lora_A." in key and shape[0] % rank), None)
+    if uneven is not None:
+        raise UserError(f"the adapter {path} is no T-LoRA of rank {rank}: {uneven} has {shapes[uneven][0]} rows.")
+    if any(".lora_A." in key for key in shapes):  # other tools' names are diffusers' to translate
+        _check_lora(pipe, component, shapes, config, path)
+    _free(denoiser, path)
+    try:
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
+        else:
+            denoiser.load_lora_adapter(read_tensors(path), prefix=component, adapter_name=name, metadata=config)
+    except Exception as error:  # whatever diffusers finds wrong with it
+        remove_adapter(pipe, denoiser, name)
+        raise _does_not_fit(path, error) from None
+    if header.get("kind") == "tlora":
+        mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
+    if strength != 1:
+        for module in (denoiser, *encoders_of(pipe)):
+            for layer in layers_of(module, name):
+                layer.set_scale(name, strength)
+
+
+def _check_lora(
+    pipe: Any, component: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], path: Path
+) -> None:
+    """Refuse a LoRA whose layers are not this model's."""
+    parts: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        module, _, part = key.rpartition(".lora_")
+        prefix, _, layer = module.partition(".")
+        parts.setdefault((prefix, layer), {})["lora_" + part] = shape
+    found = set()
+    for (prefix, layer), given in parts.items():
+        model = getattr(pipe, prefix, None)
+        modules = _plain_modules(model) if isinstance(model, nn.Module) else {}
+        target = modules.get(layer) or modules.get(layer.removeprefix("text_model."))
+        down, up = given.get("lora_A.weight"), given.get("lora_B.weight")
+        if target is None or not hasattr(target, "weight"):
+            raise UserError(
+                f"the adapter {path} does not fit this model: it has weights for {prefix}.{layer}, which is no layer."
+            )
+        if down is None or up is None:
+            raise UserError(f"the adapter {path} is not whole: A or B of {prefix}.{layer} is missing.")
+        linear = isinstance(target, nn.Linear)  # the weight of a quantised one is packed
+        out, into = (target.out_features, target.in_features) if linear else target.weight.shape[:2]
+        if (up[0], down[1]) != (out, into) or up[1] != down[0]:
+            raise UserError(
+                f"the adapter {path} does not fit this model: it was made for {prefix}.{layer} of {up[0]} × {down[1]}, "
+                f"here it is {out} × {into}."
+            )
+        if prefix == component:
+            found.add(layer)
+    targets = config.get(f"{component}.target_modules")
+    if isinstance(targets, list):
+        modules = _plain_modules(getattr(pipe, component))
+        wanted = {n for n in modules for t in targets if n == t or n.endswith(f".{t}")}
+        if wanted - found:
+            raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - found)} are missing.")
+
+
+def _plain_modules(model: nn.Module) -> dict[str, Any]:
+    """A model's layers by the names that they have without adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return found
+
+
+def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
+    import peft
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    kinds = {
+        "LORA": peft.LoraConfig,
+        "LOHA": peft.LoHaConfig,
+        "LOKR": peft.LoKrConfig,
+        "OFT": peft.OFTConfig,
+        "BOFT": peft.BOFTConfig,
+        "IA3": peft.IA3Config,
+    }
+    try:
+        values = from_json(read_text(folder / PEFT_CONFIG))
+        kind = values.pop("peft_type")
+        config: Any = kinds[kind](**{k: v for k, v in values.items() if k != "auto_mapping"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / PEFT_CONFIG} cannot be read as an adapter of {', '.join(kinds)} ({error!r})."
+        ) from None
+    tensors = read_tensors(folder / PEFT_FILE)
+    if tensors is None:
+        raise UserError(f"{folder} has no whole {PEFT_FILE}; adapters are read from safetensors files only.")
+    tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}
+    _check_strength("dora" if values.get("use_dora") else UNSCALED.get(kind), strength)
+    if kind == "LORA":
+        config.init_lora_weights = True
+    _free(denoiser, folder)
+    try:
+        denoiser.add_adapter(config, name)
+        expected = get_peft_model_state_dict(denoiser, adapter_name=name)
+        _compare({k: tuple(v.shape) for k, v in tensors.items()}, {k: tuple(v.shape) for k, v in expected.items()})
+        set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
+    except Exception as error:  # peft raises what it likes
+        remove_adapter(None, denoiser, name)
+        raise _does_not_fit(folder, error) from None
+    if strength != 1:
+        for layer in layers_of(denoiser, name):
+            layer.set_scale(name, strength)
+
+
+def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None:
+    shapes = metadata_and_shapes(path)[1]
+    if adapter_names(denoiser):
+        raise UserError("the pipeline has an adapter already, beside which a DiffFit cannot be put; unload it first.")
+    try:
+        _compare(shapes, DiffFit.shapes(denoiser))
+    except ValueError as error:
+        raise _does_not_fit(path, error) from None
+    own = DiffFit(denoiser, name)
+    own.set(read_tensors(path) or {}, strength)
+    keep_part(denoiser, name, own)
+
+
+def _compare(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """A ValueError unless names and shapes are the same."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"weights of {missing[0]} are missing")
+    if unknown:
+        raise ValueError(f"it has weights for {unknown[0]}, which is no layer")
+    for key, shape in expected.items():
+        if given[key] != shape:
+            raise ValueError(f"{key} is {given[key]} in it and {shape} here")
+
+
+def _does_not_fit(place: Path, error: Exception) -> UserError:
+    return UserError(f"the adapter {place} does not fit this model: {str(error).strip().splitlines()[0].rstrip('.')}.")
+
+
+def _check_strength(kind: str | None, strength: float) -> None:
+    if kind is not None and strength != 1:
+        raise UserError(f"strength is {strength:g}, but an adapter of kind {kind} cannot be scaled; leave it at 1.")
+
+
+def _free(denoiser: Any, place: Path) -> None:
+    """Refuse to put an adapter beside a DiffFit."""
+    if any(isinstance(own, DiffFit) for own in own_parts(denoiser).values()):
+        raise UserError(f"the pipeline has a DiffFit, beside which {place} cannot be put; unload it first.")
