@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 from difftuning_control.adapters.difffit import DiffFit
 from difftuning_control.adapters.kinds import ADAPTER, BESIDE, own_parts
 from difftuning_control.adapters.tlora import RankMask
@@ -20,8 +23,6 @@ def denoiser_of(pipe: Any) -> tuple[str, Any]:
 
 def layers_of(module: Any, name: str) -> list[Any]:
     """peft's layers that hold this adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     tuned = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     return [m for m in tuned if any(name in getattr(m, part, {}) for part in m.adapter_layer_names)]
 
@@ -74,8 +75,6 @@ def remove_adapter(pipe: Any, denoiser: Any, name: str, merged: bool = False) ->
         if name not in getattr(module, "peft_config", {}):
             continue
         if len(module.peft_config) > 1:
-            from diffusers.utils.peft_utils import delete_adapter_layers
-
             delete_adapter_layers(module, name)
         else:
             _unwrap(module)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
@@ -23,8 +24,6 @@ GAMMA = "difffit_gamma"
 
 def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear]:
     """The last linear layer of every attention and feed-forward branch, by name."""
-    from diffusers.models.attention import FeedForward
-
     found: dict[str, nn.Linear] = {}
     for name, module in denoiser.named_modules():
         inside: list[tuple[str, Any]] = []

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from difftuning_control.adapters.kinds import ADAPTER, lora_state, own_parts
@@ -35,8 +36,6 @@ HEADER = "difftuning_adapter"
 
 def save_peft(module: Any, folder: Path) -> None:
     """A peft directory: `adapter_config.json` and `adapter_model.safetensors`."""
-    from peft import get_peft_model_state_dict
-
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[ADAPTER].to_dict().items()}
     tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
     write_json(folder / PEFT_CONFIG, config | {"inference_mode": True})

@@ -6,7 +6,11 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.lokr.layer import factorization
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from difftuning_control.adapters.lora_start import Down, factors, subtract_start
@@ -28,8 +32,6 @@ LINEAR_ONLY = "fits linear layers only"
 
 def peft_config(config: AdapterConfig, targets: list[str]) -> Any:
     """The configuration that peft knows a kind by."""
-    import peft
-
     rank = config.full_rank
     alpha = rank if config.alpha is None else config.alpha
     if config.kind in LORA_KINDS:
@@ -124,8 +126,6 @@ def _check_blocks(config: AdapterConfig, sizes: dict[str, tuple[int, int]]) -> N
 
 
 def _check_kronecker(rank: int, factor: int | None, layers: dict[str, Any]) -> None:
-    from peft.tuners.lokr.layer import factorization
-
     for name, layer in layers.items():
         out, into = (factorization(size, factor or -1)[1] for size in layer.weight.shape[:2])
         if 2 * rank >= max(out, into):
@@ -173,8 +173,6 @@ def attach(
 
 def mask_ranks(denoiser: Any, name: str, rank: int, limits: list[float], sign: int = 1) -> None:
     """Put the mask of a T-LoRA on its layers."""
-    from peft.tuners.lora import LoraLayer
-
     layers = [m for m in denoiser.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
     runs = len(factors(layers[0], name)[0]) // rank  # two where its start is subtracted
     mask = RankMask(denoiser, rank, limits, runs, sign)
@@ -210,9 +208,6 @@ def lora_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     A start that was subtracted becomes part of it, which then has twice the rank.
     """
-    from peft import get_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
-
     config = module.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
     if config["init_lora_weights"] != "gaussian":

@@ -7,6 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from difftuning_control.adapters.attached import adapter_names, denoiser_of, encoders_of, layers_of, remove_adapter
@@ -138,8 +141,6 @@ def _check_lora(
 
 def _plain_modules(model: nn.Module) -> dict[str, Any]:
     """A model's layers by the names that they have without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -147,9 +148,6 @@ def _plain_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
-    import peft
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     kinds = {
         "LORA": peft.LoraConfig,
         "LOHA": peft.LoHaConfig,

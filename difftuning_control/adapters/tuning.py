@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from difftuning_control.adapters.difffit import DiffFit, TrainedWhole
@@ -206,8 +207,6 @@ def one_group(parameters: dict[str, nn.Parameter], training: TrainingConfig) -> 
 
 def merged(module: Any) -> Any:
     """The model with its adapter's update added to the weights it belongs to; the model itself without an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     tuned = {n: m for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)}
     if not tuned:
         return module

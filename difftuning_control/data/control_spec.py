@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,8 +256,6 @@ class Conditioner:
 @lru_cache(maxsize=1)
 def _opencv() -> str:
     """The installed package behind `cv2`, which has several names; finding it reads the list of all packages."""
-    from importlib.metadata import packages_distributions
-
     return ", ".join(sorted(f"{n} {version(n)}" for n in set(packages_distributions().get("cv2", []))))
 
 

@@ -20,7 +20,7 @@ def local_dataset(folder: Path) -> Any:
     for file in parquet:
         if (target := leads_outside(Path(file), folder)) is not None:
             raise UserError(f"{file} leads outside the folder, to {target}; copy it into the folder.")
-    import datasets
+    import datasets  # saves a second where pictures lie in a folder
 
     try:
         if parquet:
@@ -37,7 +37,7 @@ def local_dataset(folder: Path) -> Any:
 
 def named_dataset_rows(name: str, columns: Columns, need_captions: bool) -> list[Row]:
     """Rows of the train split of a `datasets` data set, by Hub name."""
-    import datasets
+    import datasets  # saves a second where pictures lie in a folder
 
     try:
         data = datasets.load_dataset(name, split="train")
@@ -46,7 +46,7 @@ def named_dataset_rows(name: str, columns: Columns, need_captions: bool) -> list
             f"{name} is no folder here and cannot be loaded as a data set ({type(error).__name__}); "
             "give a folder of pictures, or a data set that this machine can reach."
         ) from None
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE  # as datasets, which imports it
 
     cached = [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
     return dataset_rows(data, columns, need_captions, cached)
@@ -61,7 +61,7 @@ def dataset_rows(
         within: folders in which files that are named instead of held must lie, the first for relative names; files
             from anywhere when None.
     """
-    import datasets
+    import datasets  # saves a second where pictures lie in a folder
 
     if not isinstance(data, datasets.Dataset):
         raise UserError(f"the data set is a {type(data).__name__}; expected a datasets.Dataset, such as one split.")
@@ -90,7 +90,7 @@ def dataset_rows(
 
 def _reader(data: Any, column: str, within: Sequence[Path] | None) -> Callable[[int], Read]:
     """Gives for a row's number what reads the bytes of its picture."""
-    import datasets
+    import datasets  # saves a second where pictures lie in a folder
 
     try:
         raw = data.cast_column(column, datasets.Image(decode=False))

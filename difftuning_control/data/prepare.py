@@ -17,6 +17,7 @@ from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import bank_classes, begin_label_space, check_classes
 from difftuning_control.data.latents import Part, cached_moments
 from difftuning_control.data.sources import load_images
+from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
@@ -29,7 +30,6 @@ from difftuning_control.system.untrusted import read_text
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from difftuning_control.data.stream import Stream
     from difftuning_control.families.family import Family
 
 
@@ -93,8 +93,6 @@ def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, Imag
     Raises:
         UserError: also where the model is told classes, all of which must be known.
     """
-    from difftuning_control.data.stream import Stream, StreamedData
-
     config = recipe.data
     if family.class_conditional:
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 
 def why_not(error: BaseException) -> str:
     """Why the Hub gave nothing, in a few words; of its many errors only what lies behind them tells."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants  # saves it where nothing fails to load
 
     behind, chain = error, [error]
     while (nearest := behind.__cause__ or behind.__context__) is not None and nearest not in chain:
@@ -44,7 +44,7 @@ def best_device() -> torch.device:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """No warnings about the safety checker and renamed arguments, no bars for each component but for downloads."""
-    import diffusers.utils.logging as diffusers_logging
+    import diffusers.utils.logging as diffusers_logging  # these save diffusers where no model is loaded
     import transformers.utils.logging as transformers_logging
 
     level = diffusers_logging.get_verbosity()

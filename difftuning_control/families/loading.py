@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import textwrap
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,6 @@ FAMILIES = {
 
 def embedded_model() -> Path:
     """The directory of the small text-to-image model that the package carries."""
-    from importlib import resources
-
     return Path(str(resources.files("difftuning_control") / "assets" / "embedded"))
 
 
@@ -76,7 +75,7 @@ def load_family(
     """
     path = str(embedded_model()) if model == "embedded" else model
     _check_directory(path)
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline  # saves diffusers where only a path is asked for
 
     try:
         with quiet_loading():

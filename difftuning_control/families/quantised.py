@@ -55,7 +55,7 @@ def quantise_linears(denoiser: Any, kind: str, dtype: torch.dtype) -> None:
 
 
 def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # an extra, which not everybody has
 
     sizes, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
     found: Any
@@ -76,7 +76,7 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in module.named_modules():
         kind = type(getattr(layer, "weight", None)).__name__
         if kind in ("Params4bit", "Int8Params"):
-            from peft.utils.integrations import dequantize_bnb_weight
+            from peft.utils.integrations import dequantize_bnb_weight  # asks for bitsandbytes, an extra
 
             own: Any = layer
             key = f"{name}.weight" if name else "weight"

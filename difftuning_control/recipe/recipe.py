@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, ModelConfig
-from difftuning_control.recipe.training import GatesConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
 
 
 @dataclass
@@ -178,23 +178,21 @@ class Recipe:
 
 def recipe_of(record: dict[str, Any]) -> Recipe:
     """The recipe that a run was made with."""
-    from difftuning_control import recipe as sections
-
     values = record["recipe"]
     tuning = dict(values["tuning"])
-    tuning["schedule"] = sections.ScheduleConfig(**tuning["schedule"])
+    tuning["schedule"] = ScheduleConfig(**tuning["schedule"])
     control = dict(values.get("control", {}))  # records of earlier versions have none
     if control:
-        control["fidelity"] = sections.FidelityConfig(**control["fidelity"])
-    return sections.Recipe(
+        control["fidelity"] = FidelityConfig(**control["fidelity"])
+    return Recipe(
         method=values["method"],
-        model=sections.ModelConfig(**values["model"]),
-        data=sections.DataConfig(**values["data"]),
-        tuning=sections.TuningConfig(**tuning),
-        bank=sections.BankConfig(**values["bank"]),
-        adapter=sections.AdapterConfig(**values["adapter"]),
-        control=sections.ControlConfig(**control),
-        training=sections.TrainingConfig(**values["training"]),
-        gates=sections.GatesConfig(**values.get("gates", {})),
+        model=ModelConfig(**values["model"]),
+        data=DataConfig(**values["data"]),
+        tuning=TuningConfig(**tuning),
+        bank=BankConfig(**values["bank"]),
+        adapter=AdapterConfig(**values["adapter"]),
+        control=ControlConfig(**control),
+        training=TrainingConfig(**values["training"]),
+        gates=GatesConfig(**values.get("gates", {})),
         output=values["output"],
     )

@@ -63,7 +63,7 @@ class ExportRequest:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        import torch
+        import torch  # saves torch until a request is carried out
 
         return None if self.dtype is None else getattr(torch, self.dtype)
 

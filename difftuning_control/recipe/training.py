@@ -58,7 +58,9 @@ class ScheduleConfig:
         Raises:
             UserError: if a value is out of its range or the measured file cannot be read.
         """
-        from difftuning_control.objective.schedules import schedule_from_dict
+        from difftuning_control.objective.schedules import (
+            schedule_from_dict,  # saves torch for recipes that are only read
+        )
 
         try:
             if self.kind == "measured":
@@ -136,7 +138,11 @@ class TuningConfig:
             )
 
     def _check_budget(self) -> None:
-        from difftuning_control.objective.budget import HIGHEST, LOWEST, spread_budget
+        from difftuning_control.objective.budget import (  # saves torch where no budget is named
+            HIGHEST,
+            LOWEST,
+            spread_budget,
+        )
 
         try:
             spread_budget(self.forgetting_budget)  # type: ignore[arg-type]

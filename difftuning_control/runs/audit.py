@@ -219,7 +219,7 @@ def _last_hash(lines: list[bytes]) -> str:
 def _locked(file: BinaryIO) -> Iterator[None]:
     """While open, no other process appends to this file."""
     if sys.platform == "win32":
-        import msvcrt
+        import msvcrt  # of Windows only
 
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
@@ -229,7 +229,7 @@ def _locked(file: BinaryIO) -> Iterator[None]:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
-        import fcntl
+        import fcntl  # not of Windows
 
         fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
         yield

@@ -42,7 +42,7 @@ def figure(name: str, side: dict[str, Any]) -> float | None:
         return retention_loss(side)
     summary = side["summary"]
     if name == "fidelity":
-        from difftuning_control.evaluation.condition_figures import MAIN
+        from difftuning_control.evaluation.condition_figures import MAIN  # saves torch where runs are listed
 
         name = next((main for main, _ in MAIN.values() if main in summary), name)
     return summary[name]["mean"] if name in summary else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.runs.gates import retention_loss
 from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def _row(place: Path, root: Path) -> dict[str, Any]:
 
 
 def _described(run: dict[str, Any], place: Path) -> dict[str, Any]:
-    from difftuning_control.runs.gates import retention_loss
-
     recipe, judged, curve = run["recipe"], run.get("gates"), run.get("fidelity")
     state = STATES[run["status"]]
     if state == "interrupted" and _is_locked(place):
@@ -116,7 +115,7 @@ def _last_step(place: Path) -> int:
 
 def _is_locked(place: Path) -> bool:
     """Whether a process holds the folder, which a run does as long as it lives."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, Timeout  # saves it where no folder has a lock
 
     lock = place / ".lock"
     if not lock.exists():
@@ -152,14 +151,14 @@ def _cell(value: Any) -> Any:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The runs as a table as wide as the terminal; in a file or a pipe as wide as it needs to be."""
-    from rich.console import Console
+    from rich.console import Console  # saves rich for --json and --csv
 
     wide = None if sys.stdout.isatty() else 10_000
     Console(width=wide, highlight=False).print(as_table(rows))
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
-    from rich.box import SIMPLE_HEAD
+    from rich.box import SIMPLE_HEAD  # these too
     from rich.table import Table
     from rich.text import Text
 

@@ -59,13 +59,13 @@ def place_of(name: str, revision: str | None = None) -> Path | None:
         revision: the commit of the snapshot.
     """
     if name == "embedded":
-        from difftuning_control.families.loading import embedded_model
+        from difftuning_control.families.loading import embedded_model  # saves torch where files are hashed
 
         return embedded_model()
     if not is_hub_id(name):
         path = Path(name).expanduser()
         return path if path.exists() else None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # saves it for models that are folders
 
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
@@ -127,7 +127,9 @@ def write_record(run: dict[str, Any], recipe: Recipe, output: Path) -> None:
     """The card and a ControlNet's report, then `run.json` with the hashes of all files in the folder."""
     write_text(output / "README.md", model_card(recipe, run))
     if recipe.method == "controlnet":
-        from difftuning_control.evaluation.report.control import write_control_report
+        from difftuning_control.evaluation.report.control import (
+            write_control_report,  # saves the charts of other methods
+        )
 
         write_control_report(run, output)
     run["files"] = {name: digest_of_file(path) for name, path in files_of_run(output) if name not in run["outputs"]}

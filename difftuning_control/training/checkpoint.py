@@ -114,7 +114,10 @@ def _write(folder: Path, parts: dict[str, dict[str, Tensor]], sharded: bool) -> 
         for name, tensors in parts.items():
             write_tensors(folder / f"{name}.safetensors", tensors)
         return {p.name: digest_of_file(p) for p in sorted(folder.iterdir())}
-    from difftuning_control.training.sharding import digests_together, write_shards
+    from difftuning_control.training.sharding import (  # saves torch's FSDP for one process
+        digests_together,
+        write_shards,
+    )
 
     torch.distributed.barrier()  # the folder is there
     write_shards(folder, {name: tensor for tensors in parts.values() for name, tensor in tensors.items()})
@@ -147,7 +150,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
             "--overwrite."
         )
     if state.sharded:
-        from difftuning_control.training.sharding import digests_together
+        from difftuning_control.training.sharding import digests_together  # saves torch's FSDP for one process
 
         found: dict[str, str | None] = digests_together([folder / name for name in values["files"]])
     else:
@@ -190,7 +193,7 @@ def _fill(folder: Path, targets: dict[str, Tensor], found: dict[str, Tensor]) ->
 def _read_shards(folder: Path, state: TrainingState) -> dict[str, Tensor]:
     """Fill weights and averaged weights from files that hold parts of them; gives the optimizer's tensors, spread as
     the weights are that they belong to."""
-    from difftuning_control.training.sharding import read_shards, shapes
+    from difftuning_control.training.sharding import read_shards, shapes  # saves torch's FSDP for one process
 
     sizes = shapes(folder)
     targets: dict[str, Tensor] = {n: p.data for n, p in state.parameters.items()} | state.averages()

@@ -50,7 +50,7 @@ def _optimizer(name: str) -> Any:
     """The class; that bitsandbytes is there was asked before."""
     if name == "adamw":
         return torch.optim.AdamW
-    from bitsandbytes.optim import AdamW8bit  # an extra: not everybody has it
+    from bitsandbytes.optim import AdamW8bit  # an extra, which not everybody has
 
     return AdamW8bit
 
@@ -75,7 +75,7 @@ class TrainedWeights:
             check_compiler(self.config.compile, accelerator.device)
             compile_blocks(self.model, self.config.compile)
         if self.config.shard and accelerator.num_processes > 1:
-            from difftuning_control.training.sharding import shard  # saves the import of torch's FSDP
+            from difftuning_control.training.sharding import shard  # saves torch's FSDP for one process
 
             shard(self.model, accelerator)
             self.sharded = True
@@ -113,7 +113,7 @@ class TrainedWeights:
         parameters, most = self.parameters.values(), self.config.max_grad_norm or math.inf
         if not self.sharded:
             return self.accelerator.clip_grad_norm_(parameters, most)
-        from difftuning_control.training.sharding import clip_grad_norm  # saves the import of torch's FSDP
+        from difftuning_control.training.sharding import clip_grad_norm  # saves torch's FSDP for one process
 
         return clip_grad_norm(parameters, most)
 
@@ -143,7 +143,7 @@ class TrainedWeights:
         """Where they are sharded, the main process has them whole for the while."""
         if not self.sharded:
             return nullcontext()
-        from difftuning_control.training.sharding import gathered  # saves the import of torch's FSDP
+        from difftuning_control.training.sharding import gathered  # saves torch's FSDP for one process
 
         return gathered(self.family, self.accelerator.is_main_process)
 

@@ -26,7 +26,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     Raises:
         UserError: for an unknown verb, key or value, naming the nearest valid one.
     """
-    import jsonargparse
+    import jsonargparse  # saves it where no command line is read
 
     known: dict[str, Any] = {}
     if not all(map(is_text, arguments)):
@@ -135,7 +135,7 @@ def _check_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_yaml(text: str, where: str) -> Any:
-    import yaml
+    import yaml  # saves it where the recipe is of flags alone
 
     try:
         depth = 0

@@ -15,6 +15,8 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
+from difftuning_control.runs.gates import gate_lines, stop_if_failed
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import say
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.commands import (
@@ -32,9 +34,8 @@ from difftuning_control.verbs.commands import (
 
 
 def run_train(command: TrainCommand) -> None:
-    from accelerate import PartialState
+    from accelerate import PartialState  # saves it for the other verbs
 
-    from difftuning_control.runs.gates import stop_if_failed
     from difftuning_control.verbs.train import train
 
     run = train(only(Recipe, command), command.overwrite, say)
@@ -51,8 +52,6 @@ def run_train(command: TrainCommand) -> None:
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
     if judged is not None:
-        from difftuning_control.runs.gates import gate_lines
-
         for name, line in gate_lines(judged).items():
             say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
 
@@ -81,7 +80,7 @@ def _print_control(run: dict[str, Any]) -> None:
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.data.prepare import (
+    from difftuning_control.data.prepare import (  # saves it for the other verbs
         cache_folder,
         check_captions,
         prepare_bank,
@@ -89,8 +88,7 @@ def run_bank(command: BankCommand) -> None:
         read_stream,
         resolution_of,
     )
-    from difftuning_control.families.loading import load_base
-    from difftuning_control.system.digests import digest_of_file
+    from difftuning_control.families.loading import load_base  # saves it for the other verbs
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
@@ -115,8 +113,7 @@ def run_bank(command: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.system.digests import digest_of_file
-    from difftuning_control.verbs.sample import sample_to_folder
+    from difftuning_control.verbs.sample import sample_to_folder  # saves it for the other verbs
 
     with audit.noted(*filter(None, [command.run])) as artefacts:
         done = sample_to_folder(**dataclasses.asdict(command))
@@ -125,10 +122,8 @@ def run_sample(command: SampleCommand) -> None:
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
-    from difftuning_control.evaluation.report.tables import table
+    from difftuning_control.evaluation.report.tables import table  # saves it for the other verbs
     from difftuning_control.runs.folder import check_folder
-    from difftuning_control.runs.gates import stop_if_failed
-    from difftuning_control.system.digests import digest_of_file
     from difftuning_control.verbs.evaluate import evaluate
 
     check_folder(command.output, "evaluation.json", command.overwrite)
@@ -146,8 +141,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
 
 def run_export(command: ExportCommand) -> None:
-    from difftuning_control.system.digests import digest_of_file
-    from difftuning_control.verbs.export.export import MARKER, export
+    from difftuning_control.verbs.export.export import MARKER, export  # saves it for the other verbs
 
     with audit.noted(command.run) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
@@ -158,9 +152,8 @@ def run_export(command: ExportCommand) -> None:
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words
+    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
     from difftuning_control.runs.folder import check_folder
-    from difftuning_control.system.digests import digest_of_file
     from difftuning_control.verbs.analyze import analyze, write_analysis
 
     recipe = only(Recipe, command)
@@ -190,7 +183,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 
 def run_pilot(command: PilotCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words
+    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
     from difftuning_control.verbs.pilot.pilot import pilot
 
     load_words(command.language)  # a language that is not there is said before the work, not after it
@@ -198,7 +191,7 @@ def run_pilot(command: PilotCommand) -> None:
 
 
 def run_demo(command: DemoCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words
+    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
     from difftuning_control.verbs.demo import demo
 
     load_words(command.language)
@@ -210,7 +203,7 @@ def run_demo(command: DemoCommand) -> None:
 
 
 def run_verify(command: VerifyRequest) -> None:
-    from difftuning_control.runs.verify import table, verify
+    from difftuning_control.runs.verify import table, verify  # saves it for the other verbs
 
     result = verify(command)
     say(json.dumps(result, indent=2) if command.json else table(result))
@@ -221,6 +214,7 @@ def run_verify(command: VerifyRequest) -> None:
 
 
 def run_runs(command: RunsRequest) -> None:
+    # saves it for the other verbs
     from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 
     rows = list_runs(command.folder)
@@ -231,7 +225,7 @@ def run_runs(command: RunsRequest) -> None:
 
 
 def run_bench(command: BenchCommand) -> None:
-    from difftuning_control.verbs.bench.run import bench
+    from difftuning_control.verbs.bench.run import bench  # saves it for the other verbs
 
     bench(only(Bench, command), command.overwrite)
     say(f"done: {command.output}/bench.json")

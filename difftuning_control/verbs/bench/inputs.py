@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from difftuning_control.families.loading import embedded_model
 
@@ -18,9 +21,6 @@ def sd15_sized(folder: Path) -> Path:
     84 M, 4 GB in float32. The tokenizer is the embedded model's, whose 77 positions cost what CLIP's cost."""
     if (folder / "model_index.json").exists():
         return folder
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model() / "tokenizer")

@@ -10,16 +10,24 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from difftuning_control.families.loading import embedded_model
+import torch
+from diffusers import DiffusionPipeline
+
+from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.families.loading import embedded_model, load_family
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.verbs.bench import inputs as material
+from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.verbs.bench import inputs as bench_inputs
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
+from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
 
 if TYPE_CHECKING:
-    from difftuning_control.training.loop import TrainingLoop
+    from difftuning_control.training.loop import TrainingLoop  # saves diffusers where the commands alone are timed
 
-Loop = TypeVar("Loop", bound="TrainingLoop")
+Loop = TypeVar("Loop", bound=TrainingLoop)
 SIDES = {"sd15": 512, "embedded": 64}
 PICTURES = 4  # of the timed trainings
 
@@ -37,11 +45,11 @@ class Setting:
 
     @property
     def model(self) -> Path:
-        return embedded_model() if self.bench.size == "embedded" else material.sd15_sized(self.work / "sd15")
+        return embedded_model() if self.bench.size == "embedded" else bench_inputs.sd15_sized(self.work / "sd15")
 
     @property
     def data(self) -> Path:
-        return material.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
+        return bench_inputs.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
 
     def ours(self, part: str, steps: int, rows: int | None = None) -> list[str]:
         """`difftune train` for so many steps."""
@@ -82,8 +90,6 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
 
 def difftuning(setting: Setting) -> dict[str, Any]:
     """A step with a share of bank rows against a plain one of as many rows, step by step in turn in one process."""
-    from difftuning_control.training.loop import TrainingLoop
-    from difftuning_control.verbs.bench.step_profile import step_in_turn
 
     bench, rows = setting.bench, max(setting.bench.batch_size, 5)
     plain = setting.ours("lora", 1, rows)
@@ -105,11 +111,6 @@ def difftuning(setting: Setting) -> dict[str, Any]:
 
 def _loop(setting: Setting, command: list[str], kind: type[Loop]) -> Loop:
     """The training loop of a `difftune train` command, in this process."""
-    import torch
-
-    from difftuning_control.verbs.bench.step_profile import loop_of
-    from difftuning_control.verbs.commands import only
-    from difftuning_control.verbs.parse import parse
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)
@@ -128,11 +129,6 @@ def _clock(setting: Setting) -> Callable[[], float]:
 
 def bank(setting: Setting) -> dict[str, Any]:
     """Pictures a second of the bank against a loop over the stock pipeline, a prompt a call and four (DreamBooth's)."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from difftuning_control.data.bank import BankRequest, KnowledgeBank
-    from difftuning_control.families.loading import load_family
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)
@@ -193,8 +189,8 @@ def memory(setting: Setting) -> dict[str, Any]:
     """The most memory of each command on ten pictures and on many, in bytes."""
     found: dict[str, dict[str, int]] = {}
     for count in (10, setting.bench.pictures):
-        data = material.pictures(setting.work / f"pictures-{count}", count, 64)
-        judged = material.pictures(setting.work / f"judged-{count}", count, 64, seed=1)  # that no run was tuned on
+        data = bench_inputs.pictures(setting.work / f"pictures-{count}", count, 64)
+        judged = bench_inputs.pictures(setting.work / f"judged-{count}", count, 64, seed=1)  # that no run was tuned on
         work = setting.work / f"memory-{count}"
         train = ours("lora", embedded_model(), data, work, 64, 2, 4)[2:]
         control = [
@@ -223,7 +219,6 @@ def memory(setting: Setting) -> dict[str, Any]:
 
 def profile(setting: Setting) -> dict[str, float]:
     """Where the time of a LoRA's step goes, in shares of its CPU time."""
-    from difftuning_control.verbs.bench.step_profile import ProfiledLoop
 
     return _loop(setting, setting.ours("lora", 1), ProfiledLoop).measure(setting.bench.steps)
 

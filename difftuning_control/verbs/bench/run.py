@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from difftuning_control.runs.folder import check_folder
 from difftuning_control.runs.record import describe_device, versions
 from difftuning_control.system.durable import write_json
@@ -19,8 +21,6 @@ def bench(settings: Bench, overwrite: bool = False) -> dict[str, Any]:
     Raises:
         UserError: if the folder holds a benchmark and `overwrite` is off, or a side fails.
     """
-    import torch
-
     check_folder(settings.output, "bench.json", overwrite)
     work = Path(settings.output)
     work.mkdir(parents=True, exist_ok=True)

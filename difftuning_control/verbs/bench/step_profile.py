@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from difftuning_control.data.prepare import resolution_of
 from difftuning_control.families.family import Family
+from difftuning_control.families.loading import load_base
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.setup import build_objective, make_accelerator
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
 PHASES = ("rows", "forward", "backward", "optimizer")
@@ -50,11 +53,6 @@ class ProfiledLoop(TrainingLoop):
 
 def loop_of(recipe: Recipe, kind: type[Loop]) -> Loop:
     """A training loop of the recipe with a model of its own, before its first step; nothing is written but caches."""
-    from difftuning_control.data.prepare import resolution_of
-    from difftuning_control.families.loading import load_base
-    from difftuning_control.training.inputs import prepare_inputs
-    from difftuning_control.training.setup import build_objective, make_accelerator
-
     accelerator = make_accelerator(recipe)
     family: Family = load_base(recipe).to(accelerator.device)
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))

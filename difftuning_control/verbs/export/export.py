@@ -119,7 +119,7 @@ def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool
 
 
 def _check_hub() -> None:
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token  # saves it where nothing is uploaded
 
     if constants.HF_HUB_OFFLINE:
         raise UserError("--push needs the network, and HF_HUB_OFFLINE is set; unset it, or leave out --push.")
@@ -200,7 +200,7 @@ def _files(folder: Path) -> list[str]:
 
 def _push(folder: Path, repo: str) -> None:
     """Upload an export; what huggingface_hub finds as token it sends itself."""
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import create_repo, upload_folder  # saves it where nothing is uploaded
 
     try:
         create_repo(repo, private=True, exist_ok=True)  # making it public is a decision of its own

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from difftuning_control.errors import UserError
@@ -74,9 +76,6 @@ def lora_layers(unet: Any, adapter: str) -> list[LoRALayer]:
     Raises:
         UserError: if it is no plain LoRA.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     found: list[LoRALayer] = []
     for name, module in unet.named_modules():
         if not isinstance(module, BaseTunerLayer):
