@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,9 +23,6 @@ from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio,
 from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
-
-if TYPE_CHECKING:
-    from difftuning_control.training.loop import TrainingLoop  # saves diffusers where the commands alone are timed
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
 SIDES = {"sd15": 512, "embedded": 64}
