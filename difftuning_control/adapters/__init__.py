@@ -1,1 +1,1 @@
-"""What is trained: adapters of every kind, full weights, ControlNets; started, saved, loaded and taken off."""
+"""Adapters of every kind, full weights and ControlNets: started, saved, loaded and taken off."""

@@ -28,8 +28,8 @@ def layers_of(module: Any, name: str) -> list[Any]:
 
 
 def encoders_of(pipe: Any) -> list[Any]:
-    found = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    return [encoder for encoder in found if encoder is not None]
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    return [encoder for encoder in encoders if encoder is not None]
 
 
 def adapter_names(denoiser: Any) -> set[str]:

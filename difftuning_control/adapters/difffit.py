@@ -24,7 +24,7 @@ GAMMA = "difffit_gamma"
 
 def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear]:
     """The last linear layer of every attention and feed-forward branch, by name."""
-    found: dict[str, nn.Linear] = {}
+    ends: dict[str, nn.Linear] = {}
     for name, module in denoiser.named_modules():
         inside: list[tuple[str, Any]] = []
         if isinstance(module, FeedForward):
@@ -33,8 +33,8 @@ def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear]:
             inside = [(n, m) for n, m in module.named_modules() if n in ("to_out.0", "to_add_out")]
         elif "SingleTransformerBlock" in type(module).__name__:
             inside = [("proj_out", getattr(module, "proj_out", None))]
-        found |= {f"{name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)}
-    return found
+        ends |= {f"{name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)}
+    return ends
 
 
 def small_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:

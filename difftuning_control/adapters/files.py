@@ -99,14 +99,14 @@ def read_header(path: Path) -> dict[str, Any]:
     """What this package wrote into a file's header; nothing in other people's files."""
     text = metadata_and_shapes(path)[0].get(HEADER, "{}")
     try:
-        found = from_json(text)
-        if found.get("kind") == "tlora":
-            limits, sign = [float(v) for v in found["limits"]], int(found.get("sign", 1))
-            found = {"kind": "tlora", "rank": int(found["rank"]), "limits": limits, "sign": sign}
-            if len(limits) >= found["rank"] or abs(sign) != 1:
+        header = from_json(text)
+        if header.get("kind") == "tlora":
+            limits, sign = [float(v) for v in header["limits"]], int(header.get("sign", 1))
+            header = {"kind": "tlora", "rank": int(header["rank"]), "limits": limits, "sign": sign}
+            if len(limits) >= header["rank"] or abs(sign) != 1:
                 raise ValueError("more limits than ranks, or no sign")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"the header of {path} cannot be read ({HEADER}: {text:.100}); save the adapter anew."
         ) from None
-    return found
+    return header

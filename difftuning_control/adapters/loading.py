@@ -110,7 +110,7 @@ def _check_lora(
         module, _, part = key.rpartition(".lora_")
         prefix, _, layer = module.partition(".")
         parts.setdefault((prefix, layer), {})["lora_" + part] = shape
-    found = set()
+    layers = set()
     for (prefix, layer), given in parts.items():
         model = getattr(pipe, prefix, None)
         modules = _plain_modules(model) if isinstance(model, nn.Module) else {}
@@ -130,21 +130,21 @@ def _check_lora(
                 f"here it is {out} × {into}."
             )
         if prefix == component:
-            found.add(layer)
+            layers.add(layer)
     targets = config.get(f"{component}.target_modules")
     if isinstance(targets, list):
         modules = _plain_modules(getattr(pipe, component))
         wanted = {n for n in modules for t in targets if n == t or n.endswith(f".{t}")}
-        if wanted - found:
-            raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - found)} are missing.")
+        if wanted - layers:
+            raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - layers)} are missing.")
 
 
 def _plain_modules(model: nn.Module) -> dict[str, Any]:
     """A model's layers by the names that they have without adapters."""
-    found: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
     for name, module in model.named_modules():
-        found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return found
+        modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return modules
 
 
 def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:

@@ -41,10 +41,10 @@ def rank_limits(process: NoiseProcess, rank: int, min_rank: int) -> list[float]:
     Half-way between two levels, so that a sampler's timesteps off the grid count as the nearest level's. Where
     timesteps fall with the noise, these are negated, and so are those that `RankMask` compares.
     """
-    found = ranks(process.u, len(process), rank, min_rank)
+    limits = ranks(process.u, len(process), rank, min_rank)
     timesteps = process.time_sign * process.timesteps.double()
     edges = torch.cat([timesteps[:1] - 1, (timesteps[1:] + timesteps[:-1]) / 2, timesteps[-1:] + 1])
-    return [float(edges[int((found > component).sum())]) for component in range(min_rank, rank)]
+    return [float(edges[int((limits > component).sum())]) for component in range(min_rank, rank)]
 
 
 class RankMask:

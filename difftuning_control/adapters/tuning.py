@@ -1,4 +1,4 @@
-"""What trains: an adapter on the denoiser, all of its weights, or a ControlNet beside it, whole or by LoRA."""
+"""The parts of a model that train: an adapter, all weights, or a ControlNet beside it, whole or by LoRA."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ class AdapterTuning:
             attach(family.pipe.text_encoder, replace(config, targets="auto"), seed, family.text_lora_targets)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        found = trainable(self.family.denoiser)
+        parameters = trainable(self.family.denoiser)
         if self.config.text_encoder:
-            found |= {f"text_encoder.{n}": p for n, p in trainable(self.family.pipe.text_encoder).items()}
-        return found
+            parameters |= {f"text_encoder.{n}": p for n, p in trainable(self.family.pipe.text_encoder).items()}
+        return parameters
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: what trains, and what it started from where that is taken away again."""
-        found = dict(self.parameters()) | starts(self.family.denoiser)
+        tensors = dict(self.parameters()) | starts(self.family.denoiser)
         if self.config.text_encoder:
-            found |= {f"text_encoder.{n}": t for n, t in starts(self.family.pipe.text_encoder).items()}
-        return found
+            tensors |= {f"text_encoder.{n}": t for n, t in starts(self.family.pipe.text_encoder).items()}
+        return tensors
 
     def groups(self, training: TrainingConfig) -> list[dict[str, Any]]:
         """The optimizer's groups: the text encoder has its own learning rate, and factors do not decay to zero."""

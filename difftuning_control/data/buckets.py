@@ -29,12 +29,12 @@ def bucket_shapes(resolution: int, step: int, aspect: float) -> list[Shape]:
     """The square, and of every width the largest height with at most its area; sides are multiples of `step`, and none
     is longer than `aspect` times the other."""
     sides = range(step, int(resolution * aspect**0.5) // step * step + step, step)
-    found = {(resolution, resolution)}
+    shapes = {(resolution, resolution)}
     for side in sides:
         other = resolution * resolution // side // step * step
         if other >= step and max(side, other) <= aspect * min(side, other):
-            found |= {(side, other), (other, side)}
-    return sorted(found)
+            shapes |= {(side, other), (other, side)}
+    return sorted(shapes)
 
 
 def kept(size: tuple[int, int], shape: Shape) -> float:
@@ -96,13 +96,13 @@ def describe(buckets: list[Bucket]) -> dict[str, Any]:
     return {"pictures": counts, "cropped": sum(shares) / len(shares)}
 
 
-def bucket_line(found: dict[str, Any]) -> str:
+def bucket_line(described: dict[str, Any]) -> str:
     """A line of what `describe` gives, of the fullest buckets."""
-    counts = [f"{count} of {shape}" for shape, count in found["pictures"].items()]
+    counts = [f"{count} of {shape}" for shape, count in described["pictures"].items()]
     more = f" and {len(counts) - TOLD} more" if len(counts) > TOLD else ""
     return (
         f"pictures in {len(counts)} frames (height×width): {', '.join(counts[:TOLD])}{more}; on average "
-        f"{found['cropped']:.0%} of a picture is cropped away"
+        f"{described['cropped']:.0%} of a picture is cropped away"
     )
 
 

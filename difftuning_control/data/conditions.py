@@ -52,8 +52,8 @@ class Conditions:
 
     def row(self, item: int, view: int = 0) -> Tensor:
         """One condition, (3, H, W) uint8, or encoded."""
-        found = self.shards[item // SHARD][item % SHARD, view]
-        return found.expand(3, -1, -1) if self.empty is None else found
+        condition = self.shards[item // SHARD][item % SHARD, view]
+        return condition.expand(3, -1, -1) if self.empty is None else condition
 
     @property
     def blank_row(self) -> Tensor:
@@ -186,8 +186,8 @@ def _make(
         return {"conditions": pixels[:, :, :1] if grey else pixels}
 
     paths = [folder / f"conditions-{key}.safetensors" for key in keys]
-    found = files_together(paths, make_part, share, lambda i: advance(len(parts[i])), lead=2)
-    return Conditions(found.each("conditions"))
+    files = files_together(paths, make_part, share, lambda i: advance(len(parts[i])), lead=2)
+    return Conditions(files.each("conditions"))
 
 
 def _ahead(

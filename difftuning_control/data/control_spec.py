@@ -70,8 +70,8 @@ class ControlSpec:
     def __post_init__(self) -> None:
         for name, known in (("resize", RESAMPLING), ("channel_order", ("rgb", "bgr")), ("crop", ("centre",))):
             if getattr(self, name) not in known:
-                found = getattr(self, name)
-                raise UserError(f"the control's {name} is {found!r}; expected one of {', '.join(known)}.")
+                value = getattr(self, name)
+                raise UserError(f"the control's {name} is {value!r}; expected one of {', '.join(known)}.")
         if self.resolution < 8:
             raise UserError(f"the control's resolution is {self.resolution}; expected at least 8 pixels.")
         low, high = self.value_range

@@ -1,4 +1,4 @@
-"""A class-conditional model and a recipe: which class each picture is of, and a label space of the data's own.
+"""The classes of a class-conditional model under a recipe: of each picture, and a label space of the data's own.
 
 The captions of the pictures are then names of classes. A new label space begins after the bank has been drawn, which is
 for the pretrained model's classes or for none; the bank's items stand for the empty class from then on.
@@ -83,18 +83,18 @@ def begin_label_space(family: Any, recipe: Recipe, data: ImageData, bank: Knowle
 
 def begin_as(family: Any, record: dict[str, Any]) -> None:
     """Give the model the label space that a run began with, by its record."""
-    found = record.get("classes")
-    if found is not None and found["label_space"] == "new":
-        family.set_classes(list(found["classes"]), record["seed"])
+    classes = record.get("classes")
+    if classes is not None and classes["label_space"] == "new":
+        family.set_classes(list(classes["classes"]), record["seed"])
 
 
 def as_pretrained(family: Any, record: dict[str, Any]) -> AbstractContextManager[None]:
     """While open, the base of a run takes classes of the run's own label space for the empty one: of these it knows
     nothing, and in its own label space their numbers mean others."""
-    found = record.get("classes")
-    if found is None or found["label_space"] != "new":
+    classes = record.get("classes")
+    if classes is None or classes["label_space"] != "new":
         return nullcontext()
-    return family.unknown_classes(len(found["classes"]))
+    return family.unknown_classes(len(classes["classes"]))
 
 
 def describe_classes(family: Any, recipe: Recipe, data: ImageData) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
-"""Latent moments and prompt embeddings on disk, so that no training step runs the VAE or a text encoder.
+"""Latent moments on disk, so that no training step runs the VAE.
 
 Each file is keyed by everything it depends on: the pictures' bytes, the encoder's weights and the way the pictures are
 cut. What is stored of a picture is the mean and the standard deviation of its VAE posterior; drawing
-mean + std · noise afresh at every step gives the same distribution as encoding it afresh. Latents and embeddings stay
-on disk: a step reads the rows that it needs (see `rows`).
+mean + std · noise afresh at every step gives the same distribution as encoding it afresh. A step
+reads the rows that it needs from disk (see `rows`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a recipe to data: pictures read and checked, the knowledge bank drawn or read, latents encoded."""
+"""The data of a recipe: pictures read and checked, the knowledge bank drawn or read, latents encoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: folders, sets that the package carries, and `datasets` data sets.
+"""The sources of pictures and captions: folders, sets that the package carries, and `datasets` data sets.
 
 A folder holds pictures with a `.txt` file beside each, or a `metadata.jsonl` or `metadata.csv` with the columns
 `file_name` and `text`; or one sub-folder a class, whose name is the caption of the pictures in it.

@@ -92,11 +92,11 @@ class StreamSource:
     def _embeddings(self, captions: list[str]) -> StreamedEmbeddings:
         family, stay = self.plain.family, self.plain.embeddings
         fresh = [c for c in dict.fromkeys(captions) if c not in stay.index]
-        found: dict[str, Tensor] = {}
+        encoded: dict[str, Tensor] = {}
         if fresh:
             encode = family.tokenize if family.encodes_in_step else family.encode_prompts
-            found = {name: tensor.cpu() for name, tensor in encode(fresh).items()}
-        return StreamedEmbeddings({c: i for i, c in enumerate(fresh)}, found, stay)
+            encoded = {name: tensor.cpu() for name, tensor in encode(fresh).items()}
+        return StreamedEmbeddings({c: i for i, c in enumerate(fresh)}, encoded, stay)
 
 
 def empty_targets(family: Family, framing: Framing) -> TargetSet:

@@ -1,4 +1,4 @@
-"""One file a model family; trainer, bank and analysis see only what `Family` in `family.py` shows."""
+"""The families of models, a file each; trainer, bank and analysis see only what `Family` in `family.py` shows."""
 
 from difftuning_control.families.hub import best_device, quiet_loading, why_not
 from difftuning_control.families.loading import (

@@ -49,9 +49,9 @@ class Components(ABC):
     @property
     def modules(self) -> dict[str, Any]:
         """What weights are loaded, by name: denoiser, vae, and the text encoders that there are."""
-        found = {"denoiser": self.denoiser, "vae": self.pipe.vae}
+        modules = {"denoiser": self.denoiser, "vae": self.pipe.vae}
         named = self.pipe.components.items()
-        return found | {n: m for n, m in named if n.startswith("text_encoder") and m is not None}
+        return modules | {n: m for n, m in named if n.startswith("text_encoder") and m is not None}
 
     @property
     def device(self) -> torch.device:
@@ -106,11 +106,11 @@ class Components(ABC):
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of each component's weights as loaded, taken on first use: read it before anything is tuned."""
-        found = {name: digest_of_module(module) for name, module in self.modules.items()}
+        digests = {name: digest_of_module(module) for name, module in self.modules.items()}
         for name, part in self.pipe.components.items():
             if name.startswith("tokenizer") and part is not None:
-                found[name] = digest_of({"vocabulary": part.get_vocab(), "length": part.model_max_length})
-        return found
+                digests[name] = digest_of({"vocabulary": part.get_vocab(), "length": part.model_max_length})
+        return digests
 
     @property
     def fingerprint(self) -> str:

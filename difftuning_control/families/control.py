@@ -113,8 +113,8 @@ class Controlled(Components):
         self.need_controlnet()
         with quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            found = self._new_controlnet()
-        return found.float().to(self.device)
+            controlnet = self._new_controlnet()
+        return controlnet.float().to(self.device)
 
     def _new_controlnet(self) -> Any:
         raise NotImplementedError

@@ -72,8 +72,8 @@ class Flux(FlowTransformer):
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Without the empty prompt: guidance is embedded."""
-        found = super().embedding_arguments(prompts)
-        return {name: tensor for name, tensor in found.items() if not name.startswith("negative_")}
+        arguments = super().embedding_arguments(prompts)
+        return {name: tensor for name, tensor in arguments.items() if not name.startswith("negative_")}
 
     def denoiser_inputs(
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]

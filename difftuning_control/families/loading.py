@@ -116,9 +116,9 @@ def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float3
             none.
     """
     family.need_controlnet()
-    found = load_controlnet_model(family.controlnet_class, path, dtype)
-    family.check_controlnet(found, path)
-    return found.to(family.device)
+    controlnet = load_controlnet_model(family.controlnet_class, path, dtype)
+    family.check_controlnet(controlnet, path)
+    return controlnet.to(family.device)
 
 
 def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) -> Any:
@@ -129,15 +129,15 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
     """
     try:
         with quiet_loading():
-            found = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
-        absent = [name for name, parameter in found.named_parameters() if parameter.is_meta]
+            controlnet = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+        absent = [name for name, parameter in controlnet.named_parameters() if parameter.is_meta]
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
     except Exception as error:
         refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
         expected = "a directory with config.json and safetensors weights"
         raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
-    return found
+    return controlnet
 
 
 def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:

@@ -1,4 +1,4 @@
-"""What PixArt, Sana and Lumina2 share: a transformer on VAE latents, one text encoder, and a mask over its tokens."""
+"""The transformers of PixArt, Sana and Lumina2: on VAE latents, with one text encoder and a mask over its tokens."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class MaskedTransformer(LatentTransformer):
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Embeddings, since the pipeline would put its instructions before the empty prompt too."""
         if self.offload:
-            found = self.embedding_arguments(prompts) | {"negative_prompt": None}
+            arguments = self.embedding_arguments(prompts) | {"negative_prompt": None}
         else:
-            found = self.encode_prompts(prompts)
-        return found | self.call_settings | {"max_sequence_length": self.text_length}
+            arguments = self.encode_prompts(prompts)
+        return arguments | self.call_settings | {"max_sequence_length": self.text_length}
 
     def denoiser_inputs(
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]

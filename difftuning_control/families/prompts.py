@@ -61,8 +61,8 @@ class Prompting(Components):
     @property
     def conditioning_fingerprint(self) -> str:
         """Changes when what `encode_prompts` gives does."""
-        found = {name: digest for name, digest in self.fingerprints.items() if name not in ("denoiser", "vae")}
-        return digest_of([found, str(self.dtype)])
+        encoders = {name: digest for name, digest in self.fingerprints.items() if name not in ("denoiser", "vae")}
+        return digest_of([encoders, str(self.dtype)])
 
     def remember(self, embeddings: PromptEmbeddings) -> None:
         """Keep what prompts are encoded as, where `offload` makes encoding them again expensive."""
@@ -72,10 +72,10 @@ class Prompting(Components):
     def _remember(self, prompt: str) -> bool:
         """Whether it is known what a prompt is encoded as; of the cached ones it is read."""
         if prompt not in self._known:
-            found = next((e for e in self._remembered if prompt in e.index), None)
-            if found is None:
+            embeddings = next((e for e in self._remembered if prompt in e.index), None)
+            if embeddings is None:
                 return False
-            self._known[prompt] = {name: tensor[0] for name, tensor in found.rows([prompt]).items()}
+            self._known[prompt] = {name: tensor[0] for name, tensor in embeddings.rows([prompt]).items()}
         return True
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
@@ -87,8 +87,8 @@ class Prompting(Components):
         fresh = [p for p in dict.fromkeys([*prompts, ""]) if not self._remember(p)]
         if fresh:
             with self.encoding():
-                found = {name: tensor.cpu() for name, tensor in self.encode_prompts(fresh).items()}
-            self._known |= {p: {name: t[i] for name, t in found.items()} for i, p in enumerate(fresh)}
+                encoded = {name: tensor.cpu() for name, tensor in self.encode_prompts(fresh).items()}
+            self._known |= {p: {name: t[i] for name, t in encoded.items()} for i, p in enumerate(fresh)}
         rows = {n: torch.stack([self._known[p][n] for p in prompts]) for n in self._known[""]}
         rows |= {f"negative_{n}": torch.stack([t] * len(prompts)) for n, t in self._known[""].items()}
         return {name: tensor.to(self.device) for name, tensor in rows.items()}

@@ -58,16 +58,16 @@ def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes as bnb  # an extra, which not everybody has
 
     sizes, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
-    found: Any
+    packed: Any
     if kind == "nf4":
-        found = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
-        found.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-        found.support_avx512bf16_for_cpu = False  # one road on every processor
+        packed = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+        packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        packed.support_avx512bf16_for_cpu = False  # one road on every processor
     else:
-        found = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
-        found.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    found.bias = layer.bias
-    return found.requires_grad_(False).to("cpu")
+        packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+        packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    packed.bias = layer.bias
+    return packed.requires_grad_(False).to("cpu")
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

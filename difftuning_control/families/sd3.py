@@ -84,10 +84,10 @@ class StableDiffusion3(FlowTransformer):
         layers = -(-self.denoiser.config.num_layers // 2)
         own = {"num_layers": layers, "extra_conditioning_channels": 0, "force_zeros_for_pooled_projection": False}
         copied = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks")
-        found = self.copied_controlnet(own, copied)
-        nn.init.zeros_(found.pos_embed_input.proj.weight)
-        nn.init.zeros_(found.pos_embed_input.proj.bias)
-        return found
+        controlnet = self.copied_controlnet(own, copied)
+        nn.init.zeros_(controlnet.pos_embed_input.proj.weight)
+        nn.init.zeros_(controlnet.pos_embed_input.proj.bias)
+        return controlnet
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         compare_configs(
@@ -112,9 +112,9 @@ class StableDiffusion3(FlowTransformer):
         encode = self.pipe.vae.encode
 
         def encode_mean(pictures: Tensor) -> Any:
-            found = encode(pictures)
-            found.latent_dist.sample = found.latent_dist.mode
-            return found
+            encoded = encode(pictures)
+            encoded.latent_dist.sample = encoded.latent_dist.mode
+            return encoded
 
         self.pipe.vae.encode = encode_mean
         try:

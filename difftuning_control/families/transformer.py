@@ -1,5 +1,5 @@
-"""What transformers on VAE latents share, ControlNets that read conditions as latents among it; and what Stable
-Diffusion 3 and FLUX do: flow matching.
+"""Transformers on VAE latents, with ControlNets that read conditions as latents; and those of Stable Diffusion 3 and
+FLUX, which are trained by flow matching.
 
 References:
     Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024),
@@ -87,12 +87,12 @@ class LatentTransformer(Family):
         """
         known = inspect.signature(self.controlnet_class.__init__).parameters
         config = {k: v for k, v in self.denoiser.config.items() if k in known} | own
-        found = self.controlnet_class(**config)
+        controlnet = self.controlnet_class(**config)
         for name in copied:
             weights = plain_state(getattr(self.denoiser, name))
-            part = getattr(found, name)
+            part = getattr(controlnet, name)
             part.load_state_dict({k: weights[k] for k in part.state_dict()})
-        return found
+        return controlnet
 
 
 class FlowTransformer(LatentTransformer):

@@ -71,7 +71,7 @@ def set_metadata(path: Path, values: dict[str, str]) -> None:
     header["__metadata__"] = dict(sorted((header.get("__metadata__", {}) | values).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])  # in a folder yet to be placed
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

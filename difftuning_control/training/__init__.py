@@ -1,1 +1,1 @@
-"""Training: inputs, the loop, checkpoints."""
+"""Training: inputs, the loop and what it measures, checkpoints."""

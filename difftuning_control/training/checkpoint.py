@@ -127,8 +127,8 @@ def _write(folder: Path, parts: dict[str, dict[str, Tensor]], sharded: bool) -> 
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints in a run's folder, newest first."""
-    found = [p for p in output.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / "state.json").exists()]
-    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
+    complete = [p for p in output.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / "state.json").exists()]
+    return sorted(complete, key=lambda p: -int(p.name.split("-")[1]))
 
 
 def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
@@ -152,10 +152,10 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
     if state.sharded:
         from difftuning_control.training.sharding import digests_together  # saves torch's FSDP for one process
 
-        found: dict[str, str | None] = digests_together([folder / name for name in values["files"]])
+        digests: dict[str, str | None] = digests_together([folder / name for name in values["files"]])
     else:
-        found = {n: digest_of_file(folder / n) if (folder / n).exists() else None for n in values["files"]}
-    damaged = [name for name, digest in values["files"].items() if found[name] != digest]
+        digests = {n: digest_of_file(folder / n) if (folder / n).exists() else None for n in values["files"]}
+    damaged = [name for name, digest in values["files"].items() if digests[name] != digest]
     if damaged:
         raise UserError(f"{folder} is damaged ({', '.join(damaged)}); {DELETE}.")
     read = _read_shards if state.sharded or values.get("sharded") else _read_files
@@ -182,12 +182,12 @@ def _read_files(folder: Path, state: TrainingState) -> dict[str, Tensor]:
     return read_tensors(folder / "optimizer.safetensors") or {}
 
 
-def _fill(folder: Path, targets: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in targets.items()}:
+def _fill(folder: Path, targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    if {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in targets.items()}:
         raise _other_model(folder)
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(found[name])
+            target.copy_(values[name])
 
 
 def _read_shards(folder: Path, state: TrainingState) -> dict[str, Tensor]:

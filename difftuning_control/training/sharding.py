@@ -80,10 +80,10 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
-        found = [reason for reason, _ in error.failures.values() if isinstance(reason, OSError)]
-        if not found:
+        failures = [reason for reason, _ in error.failures.values() if isinstance(reason, OSError)]
+        if not failures:
             raise
-        raise found[0] from None
+        raise failures[0] from None
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor], together: bool) -> None:
@@ -97,8 +97,8 @@ def read_shards(folder: Path, tensors: dict[str, Tensor], together: bool) -> Non
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """The whole shape of every tensor in the safetensors files in `folder`."""
-    found: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: entry.size for name, entry in found.items()}
+    entries: Any = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in entries.items()}
 
 
 def digests_together(files: list[Path]) -> dict[str, str | None]:
