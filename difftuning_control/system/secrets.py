@@ -8,8 +8,6 @@ import os
 import re
 from urllib.parse import quote
 
-# --- secrets --------------------------------------------------------------------------------------------------------
-
 HIDDEN = "(secret)"
 _PART = "(?:token|secret|passw(?:or)?d|passphrase|(?:api|access|secret)[_-]?key|credentials?|authorization)"
 SECRET_NAME = rf"[\w.-]*{_PART}"  # the end of an option that takes a secret
@@ -32,6 +30,7 @@ _BY_FORM = (
     r"\b(?:api_org_|gh[opsu]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)(?=[\w-]*\d)[\w-]{12,}",
 )
 _PATTERNS = [(re.compile(p, re.IGNORECASE), rf"\1{HIDDEN}") for p in _AFTER_NAMES]
+_PATTERNS += [(re.compile(p), HIDDEN) for p in _BY_FORM]
 
 
 def without_secrets(text: str) -> str:

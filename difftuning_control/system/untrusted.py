@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.system.secrets import _BY_FORM, _PATTERNS, HIDDEN
 
 MAX_PIXELS = 89_478_485  # of a picture: where Pillow begins to warn of decompression bombs
 MOST_PIXELS = 2 * MAX_PIXELS  # where Pillow itself refuses
@@ -109,9 +107,6 @@ def _pickled_part(folder: Path) -> Path | None:
         if pickles and not any(p.suffix == ".safetensors" for p in files):
             return pickles[0]
     return None
-
-
-_PATTERNS += [(re.compile(p), HIDDEN) for p in _BY_FORM]
 
 
 def leads_outside(path: Path, root: Path) -> str | None:

@@ -180,7 +180,8 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
 
 KILLED_WHILE_WRITING_CHECKPOINT_4 = """
 import os, signal, sys
-from difftuning_control import checkpoint, cli
+from difftuning_control import cli
+from difftuning_control.training import checkpoint
 
 write_json = checkpoint.write_json
 
