@@ -42,7 +42,7 @@ class Prompting(Components):
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The conditioning of these prompts, each tensor (B, …), as the stock pipeline makes it."""
 
-    def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027 most families take any text
+    def check_prompts(self, prompts: list[str]) -> None:
         """Refuse prompts that the model has no condition for; nothing is encoded. Any text is one.
 
         Raises:
