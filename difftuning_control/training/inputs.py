@@ -19,19 +19,13 @@ from difftuning_control.data.labels import begin_label_space
 from difftuning_control.data.latents import LatentMoments, Part, cached_moments, part_of
 from difftuning_control.data.prepare import (
     cache_folder,
-    check_captions,
     encoded,
     hold_out,
     prepare_bank,
-    read_data,
-    read_stream,
     resolution_of,
     sizes_of,
 )
 from difftuning_control.data.stream_batches import empty_targets
-from difftuning_control.errors import UserError
-from difftuning_control.evaluation.features import load_features
-from difftuning_control.evaluation.figures import check_held_out
 from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
@@ -39,7 +33,8 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
-from difftuning_control.training.control_inputs import ControlInputs, check_control, prepare_control
+from difftuning_control.training.control_inputs import ControlInputs, prepare_control
+from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,8 +86,8 @@ def prepare_inputs(
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
-    pictures = _read(recipe, family)
-    _check(recipe, family, pictures, conditioner)
+    pictures = read_pictures(recipe, family)
+    check_pictures(recipe, family, pictures, conditioner)
     bank = _retained_bank(recipe, family, pictures, framing, accelerator)
     encoding = _encode(recipe, family, pictures, framing, accelerator)
     control = None
@@ -130,70 +125,11 @@ def prepare_inputs(
     )
 
 
-# --- read and check -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """The pictures as they are read: to tune on, all that are held out, and those of them that validation sees.
-
-    Of a `stream` nothing is in `data` but what stands for it, and `captions` are those of its first rows.
-    """
-
-    data: ImageData
-    all_held_out: ImageData
-    held_out: ImageData
-    captions: list[str]
-    stream: Stream | None
-
-    @property
-    def held_captions(self) -> list[str]:
-        return [e.caption for e in self.held_out.examples]
-
-
-def _read(recipe: Recipe, family: Family) -> _Pictures:
-    stream = None
-    if recipe.data.stream:
-        stream, data, all_held_out = read_stream(recipe, family)
-    else:
-        data, all_held_out = read_data(recipe)
-    held_out = all_held_out.sample(recipe.training.validation_size)
-    captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
-    return _Pictures(data, all_held_out, held_out, captions, stream)
-
-
-def _check(recipe: Recipe, family: Family, pictures: _Pictures, conditioner: Conditioner | None) -> None:
-    """Refuse what could not be trained on or judged, before anything that takes long."""
-    check_captions(family, recipe, pictures.data, pictures.all_held_out)
-    check_gates(recipe, pictures.data, pictures.all_held_out)
-    if conditioner is not None:
-        check_control(recipe, conditioner, pictures.all_held_out)
-
-
-def check_gates(recipe: Recipe, data: ImageData, held_out: ImageData) -> None:
-    """Refuse before training what could not be judged after it.
-
-    Raises:
-        UserError: if too few pictures are held out, some of them are tuned on too, or the features are not at hand.
-    """
-    gates = recipe.gates
-    if not gates.draws:
-        return
-    check_held_out(held_out)
-    shared = {e.digest for e in data.examples} & {e.digest for e in held_out.examples}
-    if shared:
-        raise UserError(
-            f"{len(shared)} of the {len(held_out)} held-out pictures are tuned on too, and gates are judged on others; "
-            "take the copies out, or leave the gates out."
-        )
-    load_features(gates.features)
-
-
 # --- bank, latents and prompts --------------------------------------------------------------------------------------
 
 
 def _retained_bank(
-    recipe: Recipe, family: Family, pictures: _Pictures, framing: Framing, accelerator: Accelerator
+    recipe: Recipe, family: Family, pictures: RunPictures, framing: Framing, accelerator: Accelerator
 ) -> KnowledgeBank | None:
     """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
@@ -213,7 +149,7 @@ class _Encoding:
 
 
 def _encode(
-    recipe: Recipe, family: Family, pictures: _Pictures, framing: Framing, accelerator: Accelerator
+    recipe: Recipe, family: Family, pictures: RunPictures, framing: Framing, accelerator: Accelerator
 ) -> _Encoding:
     """The latents of all pictures; of a stream, those that are held out."""
     cache, share = cache_folder(recipe.data), Share.of(accelerator)
@@ -227,7 +163,7 @@ def _encode(
     return _Encoding(buckets, moments, held_out, cache)
 
 
-def _sample_prompts(recipe: Recipe, pictures: _Pictures, control: ControlInputs | None) -> list[str]:
+def _sample_prompts(recipe: Recipe, pictures: RunPictures, control: ControlInputs | None) -> list[str]:
     """The prompts of the sample grids: with a ControlNet those of the conditions that are shown."""
     held, captions = pictures.held_captions, pictures.captions
     if control is not None:
@@ -237,7 +173,7 @@ def _sample_prompts(recipe: Recipe, pictures: _Pictures, control: ControlInputs 
 
 def _embed(
     family: Family,
-    pictures: _Pictures,
+    pictures: RunPictures,
     bank: KnowledgeBank | None,
     control: ControlInputs | None,
     samples: list[str],
@@ -297,7 +233,7 @@ def _validator(
 
 
 def _target_sets(
-    family: Family, framing: Framing, pictures: _Pictures, encoding: _Encoding, control: ControlInputs | None
+    family: Family, framing: Framing, pictures: RunPictures, encoding: _Encoding, control: ControlInputs | None
 ) -> list[TargetSet]:
     """The rows to tune on of each bucket; of a stream only their shape is known."""
     if pictures.stream is not None:
