@@ -98,7 +98,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
     from difftuning_control.adapters.classes import NewClasses
     from difftuning_control.families.tunable import CLASSES_FILE, make_tunable
 
-    place = _find(Path(path).expanduser())
+    place = find_adapter(Path(path).expanduser())
     component, denoiser = denoiser_of(pipe)
     if not (math.isfinite(strength) and strength >= 0):
         raise UserError(f"strength is {strength}; expected a finite number of at least 0.")
@@ -122,7 +122,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
             raise
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: Path) -> Path:
     """The adapter's file, or its peft directory."""
     if path.is_file() and path.suffix == ".safetensors":
         return path
@@ -140,7 +140,7 @@ def _find(path: Path) -> Path:
     )
 
 
-def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+def metadata_of(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """The metadata of a safetensors file, and the shape of each tensor."""
     try:
         with safe_open(path, "pt") as file:
@@ -152,7 +152,7 @@ def _metadata(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
 
 def _header(path: Path) -> dict[str, Any]:
     """What this package wrote into a file's header; nothing in other people's files."""
-    text = _metadata(path)[0].get(HEADER, "{}")
+    text = metadata_of(path)[0].get(HEADER, "{}")
     try:
         found = from_json(text)
         if found.get("kind") == "tlora":
@@ -168,7 +168,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, strength: float) -> None:
-    (metadata, shapes), header = _metadata(path), _header(path)
+    (metadata, shapes), header = metadata_of(path), _header(path)
     dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
     _check_strength("dora" if dora else None, strength)
     try:
@@ -288,7 +288,7 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
 
 
 def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None:
-    shapes = _metadata(path)[1]
+    shapes = metadata_of(path)[1]
     if _names(denoiser):
         raise UserError("the pipeline has an adapter already, beside which a DiffFit cannot be put; unload it first.")
     try:

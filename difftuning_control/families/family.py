@@ -483,6 +483,10 @@ class Family(ABC):
         """What `load_adapter` takes along, where `trained_whole` has something."""
         raise NotImplementedError
 
+    def load_trained_whole(self, folder: Path) -> None:
+        """The inverse, into parameters that train already; a UserError if they are of other classes."""
+        raise NotImplementedError
+
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
         """A directory for the ControlNet class's `from_pretrained`."""
         controlnet.save_pretrained(folder, safe_serialization=True)
