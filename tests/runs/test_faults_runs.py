@@ -1,6 +1,7 @@
 """Faults 9, 10 and 12 of issue 15: runs work from any folder, go on with another length, and begin from one another."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -9,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_pipeline, write_pictures
 from safetensors.torch import load_file, save_file
-from test_bad_input import assert_refused
-from test_cli import flags, settings
-from test_trainer import interrupted_after
 
 from difftuning_control.adapters.files import load_adapter, unload_adapter
 from difftuning_control.cli import main
@@ -25,7 +22,13 @@ from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.verify import verify
+from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
+from support.command_line import flags, settings
+from support.pictures import write_pictures
+from support.refusals import assert_refused
+from support.tiny_sd import tiny_pipeline
+from support.trainings import interrupted_after
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -113,7 +116,9 @@ def test_fault_15_09_the_lines_of_the_card_run_from_any_folder(project, tmp_path
 def test_fault_15_09_a_run_that_was_moved_with_its_inputs_finds_them_beside_it(copy, capsys):
     (copy / "data" / "metadata.jsonl").write_text((copy / "data" / "metadata.jsonl").read_text().replace("red 0", "x"))
     found = verify(VerifyRequest(str(copy / "runs" / "one")))
-    assert {p["part"]: [f["item"] for f in p["findings"]] for p in found["parts"] if p["findings"]} == {"data": ["0.png"]}
+    assert {p["part"]: [f["item"] for f in p["findings"]] for p in found["parts"] if p["findings"]} == {
+        "data": ["0.png"]
+    }
     assert found["unchecked"] == []
 
 
@@ -129,7 +134,11 @@ def test_fault_15_09_a_run_that_was_moved_by_itself_finds_its_inputs_where_they_
     [
         ("model", "base", ["sample", "--prompts", '["red 1"]', "--steps", "1", "--output", "out", "--run"]),
         ("model", "base", ["export", "--to", "out"]),
-        ("data", "data", ["evaluate", "--pictures", "5", "--seeds", "[0]", "--steps", "1", "--output", "out", "--runs"]),
+        (
+            "data",
+            "data",
+            ["evaluate", "--pictures", "5", "--seeds", "[0]", "--steps", "1", "--output", "out", "--runs"],
+        ),
         ("bank", "bank", ["analyze", "--analysis.rows", "4", "--analysis.draws", "1", "--output", "out", "--run"]),
     ],
     ids=["sample", "export", "evaluate", "analyze"],
@@ -158,14 +167,8 @@ def test_fault_15_09_verify_says_which_option_names_the_new_place(copy, project,
     found = {p["part"]: p for p in verify(VerifyRequest(run, skip=["bank"]))["parts"]}
     assert found["data"]["findings"][0]["what"] == "missing"
     assert "--moved.data" in found["data"]["findings"][0]["said"]
-    _, moved = parse_verify([run, "--moved.data", str(copy / "new")])
+    _, moved = parse(["verify", run, "--moved.data", str(copy / "new")])
     assert {p["part"]: p["state"] for p in verify(moved)["parts"]}["data"] == "same"
-
-
-def parse_verify(words):
-    from difftuning_control.verbs.parse import parse
-
-    return parse(["verify", *words])
 
 
 def test_fault_15_09_a_run_folder_that_is_gone_is_told_with_the_option(tmp_path, monkeypatch, capsys):
@@ -176,7 +179,6 @@ def test_fault_15_09_a_run_folder_that_is_gone_is_told_with_the_option(tmp_path,
 
 def test_fault_15_09_a_run_is_resumed_from_any_folder_and_its_recipe_stays_portable(copy, project):
     run = copy / "runs" / "one"
-    shutil.rmtree(project / "nothing", ignore_errors=True)
     main(["resume", str(run), "--training.max_steps", "3"])
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (recipe["model"]["id"], recipe["data"]["path"], recipe["training"]["max_steps"]) == ("base", "data", 3)
@@ -216,7 +218,9 @@ def test_fault_15_10_an_interrupted_run_goes_on_at_another_rate_and_says_so(reci
         train(recipe)
     before = record(output)["identity"]
     run = train(longer(recipe, 6, learning_rate=5e-3), tell=said.append)
-    assert lines(output, "learning_rate") == pytest.approx(dict.fromkeys((1, 2), 1e-2) | dict.fromkeys(range(3, 7), 5e-3))
+    assert lines(output, "learning_rate") == pytest.approx(
+        dict.fromkeys((1, 2), 1e-2) | dict.fromkeys(range(3, 7), 5e-3)
+    )
     (change,) = run["changes"]
     assert change == {
         "step": 2,
@@ -228,8 +232,10 @@ def test_fault_15_10_an_interrupted_run_goes_on_at_another_rate_and_says_so(reci
     assert "no longer bit-equal" in said[-1]
     begun = [e["said"] for e in read_audit(output).entries if e["outcome"] == "begun"]
     assert begun[0] is None
-    assert begun[1] == "from step 2 on: training.learning_rate 0.01 → 0.005; the run is no longer bit-equal to an " \
+    assert (
+        begun[1] == "from step 2 on: training.learning_rate 0.01 → 0.005; the run is no longer bit-equal to an "
         "undisturbed one."
+    )
     assert "`training.learning_rate` 0.005 (was 0.01)" in (output / "README.md").read_text()
     assert verify(VerifyRequest(recipe.output))["status"] == "same"
 
@@ -240,10 +246,8 @@ def test_fault_15_10_a_longer_cosine_is_entered_at_the_step_reached(recipe):
         train(recipe)
     train(longer(recipe, 12))
     found = lines(output, "learning_rate")
-    cosine = {n: {k: 5e-3 * (1 + torch.pi and __import__("math").cos(__import__("math").pi * k / n)) for k in (4, 5, 12)}
-              for n in (6, 12)}
-    assert found[4] == pytest.approx(cosine[6][4])  # of the six steps that were planned
-    assert found[5] == pytest.approx(cosine[12][5])  # of the twelve that are
+    assert found[4] == pytest.approx(5e-3 * (1 + math.cos(math.pi * 4 / 6)))  # of the six steps that were planned
+    assert found[5] == pytest.approx(5e-3 * (1 + math.cos(math.pi * 5 / 12)))  # of the twelve that are
     assert found[12] == pytest.approx(0, abs=1e-9)
     assert len(lines(output, "loss")) == 12
 
@@ -270,7 +274,10 @@ METHODS = {
         {"tuning": TuningConfig(ScheduleConfig(), retention_ratio=0.4, forgetting_budget=0.02)},
         {"ema_decay": 0.9},
     ),
-    "controlnet": ({"method": "controlnet", "control": ControlConfig(fidelity=FidelityConfig(every=3, size=2, steps=1))}, {}),
+    "controlnet": (
+        {"method": "controlnet", "control": ControlConfig(fidelity=FidelityConfig(every=3, size=2, steps=1))},
+        {},
+    ),
 }
 
 
@@ -300,14 +307,18 @@ def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name
     values, training = METHODS[name]
     recipe = replace(recipe, **values, training=replace(recipe.training, **training))
     first = train(recipe)
-    still = replace(recipe.training, begin_from=recipe.output, learning_rate=1e-12, max_steps=1, lr_scheduler="constant")
+    still = replace(
+        recipe.training, begin_from=recipe.output, learning_rate=1e-12, max_steps=1, lr_scheduler="constant"
+    )
     second = replace(recipe, training=still, output=str(tmp_path / "second"))
     run = train(second)
     for role, losses in first["losses"].items():
         found = run["losses"][role]
         assert found["base"]["loss"] == pytest.approx(losses["base"]["loss"], rel=1e-5)
         assert found["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
-    assert first["losses"]["target"]["tuned"]["loss"] != pytest.approx(first["losses"]["target"]["base"]["loss"], rel=1e-4)
+    assert first["losses"]["target"]["tuned"]["loss"] != pytest.approx(
+        first["losses"]["target"]["base"]["loss"], rel=1e-4
+    )
     assert run["identity"] != first["identity"]
     found = verify(VerifyRequest(second.output))
     assert (found["status"], found["unchecked"]) == ("same", [])
