@@ -135,7 +135,7 @@ def _allowed(
             refused.append(f"{PARTS[name]} {'have' if PARTS[name].endswith(('s', 'on')) else 'has'} changed")
     if refused or not differing:
         raise UserError(
-            f"the run in {output} had another recipe, base or data: {'; '.join(refused) or 'a file it reads'}; only "
+            f"the run in {output} had another recipe, base or data: {'; '.join(refused) or 'or was of another version'}; only "
             f"{', '.join(CHANGEABLE)} and {WATCHING} may change; resume with the same, begin a new run with --from "
             f"{output}, or start afresh with --overwrite."
         )
@@ -154,7 +154,8 @@ def _settings(recipe: Recipe, record: dict[str, Any] | None) -> dict[str, Any]:
     """What decides the weights, by dotted key; of the file of a schedule its digest."""
     path, digest = recipe.tuning.schedule.path, None
     if path is not None and record is not None:
-        digest = next(iter((record["sources"]["schedule"]["files"] or {}).values()), None)
+        kept = record.get("sources", {}).get("schedule", {}).get("files") or {}
+        digest = next(iter(kept.values()), None)
     elif path is not None:
         digest = digest_of_file(Path(path).expanduser())
     return dict(_flat(identity_settings(recipe, {"path": digest})))

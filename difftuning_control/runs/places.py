@@ -35,6 +35,7 @@ KEYS = {
     "cache": "data.cache",
 }
 ALWAYS_LOCAL = ("bank", "schedule", "begin", "cache")  # others may be names of the Hub or of this package
+WORDS = {"prompts": ("captions", "empty", "classes", "both"), "features": ("lite0", "dinov2", "clip", "inception")}
 SOURCES = {"base": "model", "controlnet": "controlnet", "schedule": "schedule", "begin": "begin"}  # in a record
 NAMES = {
     "model": "the base",
@@ -79,7 +80,9 @@ def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
     values, found = recipe.to_dict(), {RUN: absolute(recipe.output)}
     for role, key in KEYS.items():
         value = value_of(values, key)
-        if isinstance(value, str) and (role in ALWAYS_LOCAL or _is_local(value)):
+        if not isinstance(value, str) or value in WORDS.get(role, ()):
+            continue
+        if role in ALWAYS_LOCAL or _is_local(value):
             found[role] = absolute(value)
     if bank is not None:
         found["bank"] = absolute(bank)
@@ -102,14 +105,11 @@ def places_now(record: dict[str, Any], run: str | Path, moved: Moved | None = No
         moved: new places that the user names.
     """
     recorded = record.get("places", {})
-    if not recorded:
-        return {}
-    here, before = absolute(place_of_run(run)[0]), recorded[RUN]
-    found = {}
+    here, found = absolute(place_of_run(run)[0]), {}
     for role, place in recorded.items():
         if role != RUN:
             written = value_of(record["recipe"], KEYS[role])
-            found[role] = _place_now(place, before, here, written if isinstance(written, str) else None)
+            found[role] = _place_now(place, recorded[RUN], here, written if isinstance(written, str) else None)
     named = {} if moved is None else {name: place for name, place in vars(moved).items() if place is not None}
     return found | {name: absolute(place) for name, place in named.items()}
 
@@ -129,7 +129,7 @@ def _place_now(place: str, before: str, here: str, written: str | None) -> str:
 
 
 def located(record: dict[str, Any], run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
-    """A record whose paths are those of today; one of an earlier version, which recorded no places, as it is."""
+    """A record whose paths are those of today; one of an earlier version, which recorded none, as it was written."""
     now = places_now(record, run, moved)
     if not now:
         return record
@@ -139,7 +139,7 @@ def located(record: dict[str, Any], run: str | Path, moved: Moved | None = None)
             set_value(found["recipe"], KEYS[role], place)
     written = record["recipe"]["data"]
     today = {written["path"]: now.get("data"), written["validation_path"]: now.get("validation")}
-    found["data"]["local"] = [today.get(p) or p for p in record["data"]["local"]]
+    found["data"]["local"] = [today.get(p) or p for p in record["data"].get("local", [])]
     if record["bank"] is not None and "bank" in now:
         found["bank"]["folder"] = now["bank"]
     if "model" in now:

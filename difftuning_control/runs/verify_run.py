@@ -189,7 +189,12 @@ def _source(name: str, kept: dict[str, Any]) -> Part:
     elif place is None:
         part.find(kept["id"], "missing", _if_moved(SOURCES[name]))
     else:
-        compare(part, kept["files"], dict(start_of(place).files() if name == "begin" else source_files(place)))
+        try:
+            there = dict(start_of(place).files() if name == "begin" else source_files(place))
+        except UserError as error:
+            part.find(kept["id"], "missing", str(error))
+            return part
+        compare(part, kept["files"], there)
     return part
 
 

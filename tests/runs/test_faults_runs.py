@@ -413,16 +413,16 @@ def test_fault_15_10_weights_that_do_not_fit_are_refused_with_both_values(recipe
     train(replace(recipe, adapter=AdapterConfig(rank=2)))
     begun = replace(recipe.training, begin_from=recipe.output)
     wide = replace(recipe, adapter=AdapterConfig(rank=4), training=begun, output=str(tmp_path / "second"))
-    with pytest.raises(UserError, match="adapter.rank is 2 there and 4 here"):
+    with pytest.raises(UserError, match=r"adapter.rank is 2 there and 4 here"):
         train(wide)
     file = replace(begun, begin_from=str(Path(recipe.output) / WEIGHTS))
-    with pytest.raises(UserError, match="adapter.rank is 4, and the LoRA .* has the rank 2; give --adapter.rank 2"):
+    with pytest.raises(UserError, match=r"adapter.rank is 4, and the LoRA .* has the rank 2; give --adapter.rank 2"):
         train(replace(wide, training=file))
     tiny_pipeline(seed=7).save_pretrained(tmp_path / "other")
     other = replace(recipe, model=replace(recipe.model, id=str(tmp_path / "other")), adapter=AdapterConfig(rank=2))
     with pytest.raises(UserError, match="tuned from another base"):
         train(replace(other, training=begun, output=str(tmp_path / "third")))
-    with pytest.raises(UserError, match="there is nothing at .* to begin from"):
+    with pytest.raises(UserError, match=r"there is nothing at .* to begin from"):
         train(replace(wide, training=replace(begun, begin_from=str(tmp_path / "gone"))))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="does not fit"):
