@@ -133,9 +133,11 @@ def _allowed(
     for name, found in fingerprints.items():
         if record["fingerprints"].get(name) != found:
             refused.append(f"{PARTS[name]} {'have' if PARTS[name].endswith(('s', 'on')) else 'has'} changed")
-    if refused or not differing:
+    if not differing and not refused:
+        refused.append("the run is of another version")
+    if refused:
         raise UserError(
-            f"the run in {output} had another recipe, base or data: {'; '.join(refused) or 'or was of another version'}; only "
+            f"the run in {output} had another recipe, base or data: {'; '.join(refused)}; only "
             f"{', '.join(CHANGEABLE)} and {WATCHING} may change; resume with the same, begin a new run with --from "
             f"{output}, or start afresh with --overwrite."
         )

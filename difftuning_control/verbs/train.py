@@ -19,7 +19,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
 from difftuning_control.runs.folder import OutputFolder
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.record import read_run, write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
@@ -59,6 +59,8 @@ def train(
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
+                if recipe.training.resume and read_run(output) is None:
+                    tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
             run = _train(written, recipe, accelerator, output, folder, session, tell)
