@@ -158,8 +158,9 @@ class Beginning:
 
         tensors = {k.removeprefix("text_model."): v for k, v in tensors.items()}
         layers = {n.removeprefix("text_model."): m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
-        expected = {k.removeprefix("text_model."): v for k, v in get_peft_model_state_dict(module).items()}
-        starts = {n: m for n, m in layers.items() if isinstance(m.lora_A[ADAPTER], Down)}
+        starts = any(isinstance(layer.lora_A[ADAPTER], Down) for layer in layers.values())
+        state = {} if starts else get_peft_model_state_dict(module, adapter_name=ADAPTER)
+        expected = {k.removeprefix("text_model."): v for k, v in state.items()}
         wanted = {f"{n}.{part}" for n in layers for part in PARTS} if starts else set(expected)
         missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
         if missing or unknown:
@@ -172,8 +173,7 @@ class Beginning:
             a, b = tensors[f"{name}.{PARTS[0]}"], tensors[f"{name}.{PARTS[1]}"]
             factor = scale / layer.scaling[ADAPTER]
             self._fill_layer(name, layer, a, b if factor == 1 else b * factor)
-            rest = [k for k in expected if k.startswith(f"{name}.") and k not in {f"{name}.{p}" for p in PARTS}]
-            for key in rest if not starts else ():  # DoRA's magnitudes
+            for key in (k for k in expected if k.startswith(f"{name}.") and not k.endswith(PARTS)):  # DoRA's magnitudes
                 expected[key].copy_(tensors[key])
 
     def _fill_layer(self, name: str, layer: Any, a: Tensor, b: Tensor) -> None:
