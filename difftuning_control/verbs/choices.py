@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,19 @@ def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-DEFAULTS = flat(Recipe().to_dict())
+def _defaults(section: type, prefix: str = "") -> dict[str, Any]:
+    """Of a dataclass and its sections by dotted key; none is made, since a schedule's checks import torch."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        make: Any = entry.default_factory
+        if dataclasses.is_dataclass(make):
+            found |= _defaults(make, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        else:
+            found[f"{prefix}{entry.name}"] = entry.default if make is dataclasses.MISSING else make()
+    return found
+
+
+DEFAULTS = _defaults(Recipe)
 
 
 def _of_schedule(values: Values) -> set[str]:
