@@ -13,11 +13,12 @@ from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteL
 from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
 from difftuning_control.system.terminal import Record, crashed, shown
+from difftuning_control.verbs.commands import check_named
 from difftuning_control.verbs.parse import PROGRAM, parse
 from difftuning_control.verbs.runners import RUNNERS
 
 TRAINER = "difftuning_control.verbs.train"
-TRAINERS = ("train", "bank", "evaluate", "analyze", "pilot")  # verbs that need it before anything else
+TRAINERS = ("train", "resume", "bank", "evaluate", "analyze", "pilot")  # verbs that need it before anything else
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,13 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(_fail(error, said, 2))
         except KeyboardInterrupt as error:
             found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-            again = "go on with --training.resume true" if arguments[:1] == ["train"] else "run the same command again"
+            trains = arguments[:1] in (["train"], ["resume"])
+            again = "go on with difftune resume and its output folder" if trains else "run the same command again"
             sys.exit(_fail(error, f"{found.describe()}; {again}.", found.code))
 
 
 def _run(arguments: list[str]) -> None:
     verb, command = parse(arguments)
-    if verb not in ("train", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    check_named(verb, command)
+    if verb not in ("train", "resume", "bank") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
     if verb in TRAINERS and TRAINER not in sys.modules:
         _import_trainer()

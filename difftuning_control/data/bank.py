@@ -102,7 +102,8 @@ class KnowledgeBank:
 
     @property
     def fingerprint(self) -> str:
-        return digest_of(self.manifest)
+        """Of what it holds, wherever it lies."""
+        return digest_of({k: v for k, v in self.manifest.items() if k != "source"})
 
     def retained_prompts(self, kind: str) -> list[str]:
         """What the items are trained and measured with: `own`, or the empty prompt for all (`empty`)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
-from difftuning_control.families.tunable import NAMES, make_tunable, save_classes, tables_of, unknown
+from difftuning_control.families.tunable import NAMES, load_classes, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 
@@ -261,3 +261,6 @@ class DiT(Family):
     def save_trained_whole(self, folder: Path) -> None:
         """`class_embeddings.safetensors`, of a new label space."""
         save_classes(self.denoiser, folder, self.class_names)
+
+    def load_trained_whole(self, folder: Path) -> None:
+        load_classes(self.denoiser, folder, self.class_names)

@@ -206,6 +206,10 @@ class Family(Controlled, Prompting, LatentSpace):
         """What `load_adapter` takes along, where `trained_whole` has something."""
         raise NotImplementedError
 
+    def load_trained_whole(self, folder: Path) -> None:
+        """The inverse, into parameters that train already; a UserError if they are of other classes."""
+        raise NotImplementedError
+
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.pipe.save_pretrained(folder, safe_serialization=True)

@@ -11,9 +11,11 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import LabelEmbedding
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from difftuning_control.system.tensors import write_tensors
+from difftuning_control.errors import UserError
+from difftuning_control.system.tensors import read_tensors, write_tensors
 
 WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
 CLASSES_FILE = "class_embeddings.safetensors"
@@ -56,6 +58,29 @@ def save_classes(transformer: Any, folder: Path, names: list[str]) -> None:
     """The embeddings of new classes in order, and of the null class last, under the transformer's own names."""
     rows = {key: torch.cat([t.data[: len(names)], t.data[-1:]]).float() for key, t in tables_of(transformer).items()}
     write_tensors(folder / CLASSES_FILE, rows, {NAMES: json.dumps(names)})
+
+
+@torch.no_grad()
+def load_classes(transformer: Any, folder: Path, names: list[str]) -> None:
+    """What `save_classes` wrote, into the embeddings of a label space of the same classes in the same order.
+
+    Raises:
+        UserError: if they are others.
+    """
+    path = folder / CLASSES_FILE
+    rows = read_tensors(path)
+    if rows is None:
+        raise UserError(f"there is no whole {path}, the embeddings of the new classes to begin from; give another run.")
+    with safe_open(path, "pt") as file:
+        found = json.loads((file.metadata() or {}).get(NAMES, "[]"))
+    if found != names:
+        raise UserError(
+            f"the classes of {folder} are {', '.join(found)}, and here they are {', '.join(names)}; give the same, in "
+            "the same order."
+        )
+    for key, table in tables_of(transformer).items():
+        table[: len(names)].copy_(rows[key][:-1])
+        table[-1].copy_(rows[key][-1])
 
 
 def unknown(table: Tensor, count: int) -> Tensor:

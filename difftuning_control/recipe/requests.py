@@ -13,7 +13,34 @@ if TYPE_CHECKING:
     import torch
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
-PARTS = ("record", "audit", "outputs", "base", "controlnet", "schedule", "data", "validation", "bank")
+PARTS = ("record", "audit", "outputs", "base", "controlnet", "schedule", "begin", "data", "validation", "bank")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where the inputs of a run lie now, if they were moved since it was trained.
+
+    Args:
+        model: the base's directory.
+        data: the pictures that were tuned on.
+        validation: those of data.validation_path.
+        bank: the knowledge bank.
+        control: the folder of supplied conditions.
+        control_validation: the folder of those of data.validation_path.
+        controlnet: the ControlNet that training started from.
+        schedule: the file of the measured schedule.
+        begin: the run or LoRA that training began from.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    validation: str | None = None
+    bank: str | None = None
+    control: str | None = None
+    control_validation: str | None = None
+    controlnet: str | None = None
+    schedule: str | None = None
+    begin: str | None = None
 
 
 @dataclass
@@ -21,7 +48,7 @@ class ExportRequest:
     """What is exported, as what, and where to.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run, or RUN/step-000010 that its training.save_at kept.
         to: folder of the export.
         format: diffusers, or one LoRA file for kohya or comfyui.
         base: copied gives a whole pipeline directory; referenced only what was tuned, and which base it belongs to.
@@ -34,6 +61,7 @@ class ExportRequest:
         evaluation: an evaluation.json of `difftune evaluate` that has this run; its figures go into the model card.
         push: repository on the Hub that the export is uploaded to (user/name); nothing is uploaded when empty.
         despite_gates: export a run that fails its gates, or was not judged by them; the card says so.
+        moved: where the run's inputs lie now, if they were moved.
     """
 
     run: str
@@ -47,6 +75,7 @@ class ExportRequest:
     evaluation: str | None = None
     push: str | None = None
     despite_gates: bool = False
+    moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
         chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
@@ -75,9 +104,10 @@ class VerifyRequest:
     Args:
         run: folder of a finished run, or of a finished pilot.
         head: a hash of the audit's chain that was kept elsewhere; the chain must still have it.
-        skip: parts to leave out: base, controlnet, schedule, data, validation, bank.
+        skip: parts to leave out: base, controlnet, schedule, begin, data, validation, bank.
         strict: what cannot be checked, or is left out, counts as changed.
         json: print the result as JSON.
+        moved: where the run's inputs lie now, if they were moved.
     """
 
     run: str
@@ -85,6 +115,7 @@ class VerifyRequest:
     skip: list[str] = field(default_factory=list)
     strict: bool = False
     json: bool = False
+    moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
         if self.head is not None and re.fullmatch(r"[0-9a-f]{64}", self.head) is None:

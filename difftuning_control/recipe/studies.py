@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.requests import Moved
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
@@ -30,7 +31,7 @@ class Evaluation:
     """What to evaluate and how.
 
     Args:
-        runs: folders of finished runs of one base.
+        runs: folders of finished runs of one base, or of steps that they kept (RUN/step-000010).
         data: real pictures of the new domain that no run was tuned on; those that the first run held out when empty.
         source: real pictures of the old domain; the decoded knowledge bank when empty.
         features: lite0, dinov2, clip, inception, or a local model directory.
@@ -42,6 +43,7 @@ class Evaluation:
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
         output: folder of the results.
+        moved: where the runs' inputs lie now, if they were moved.
     """
 
     runs: list[str]
@@ -56,6 +58,7 @@ class Evaluation:
     outside: list[str] = field(default_factory=list)
     batch_size: int = 16
     output: str = "runs/evaluation"
+    moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
         if not self.runs or len(set(self.runs)) < len(self.runs):

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 GATES = ("kid", "retention_loss", "fidelity", "memorisation")
 DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
 DEFAULT_TAU = 0.3
+SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "power": ("tau",),
+    "paper": ("tau",),
+    "constant": ("psi", "xi"),
+    "measured": ("path",),
+    "auto": (),
+}
 
 
 @dataclass
@@ -41,11 +48,10 @@ class ScheduleConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        takes = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}
-        used = takes.get(self.kind, set())
+        used = SCHEDULE_OPTIONS[self.kind]
         for name in ("tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
-                names = f"only {' and '.join(sorted(used))}" if used else "none of these"
+                names = f"only {' and '.join(used)}" if used else "none of these"
                 raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
         if self.kind == "measured" and self.path is None:
             raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
@@ -180,7 +186,10 @@ class TrainingConfig:
         seed: of everything random.
         checkpoint_every: optimizer steps between checkpoints.
         save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
-        resume: go on from the last checkpoint in the output, or from the start if there is none.
+        resume: go on from the last checkpoint in the output, or from the start if there is none (`difftune resume RUN`
+            needs no recipe, and a run that it goes on with).
+        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base
+            (on the command line also --from); what trains starts as it always does when empty.
         validate_every: optimizer steps between validations; 0 for only before and after.
         validation_size: rows of target and of bank in a validation.
         sample_every: optimizer steps between sample grids; 0 for none.
@@ -210,6 +219,7 @@ class TrainingConfig:
     checkpoint_every: int = 100
     save_at: list[int] = field(default_factory=list)
     resume: bool = False
+    begin_from: str | None = None
     validate_every: int = 100
     validation_size: int = 32
     sample_every: int = 100

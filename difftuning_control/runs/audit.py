@@ -86,10 +86,15 @@ class Session:
         self.artefacts: dict[str, str] = {}
         self.said: str | None = None
 
-    def begin(self, recipe: str | None = None) -> None:
-        """Args: recipe: the SHA-256 of the recipe."""
+    def begin(self, recipe: str | None = None, said: str | None = None) -> None:
+        """Write the line of the beginning.
+
+        Args:
+            recipe: the SHA-256 of the recipe.
+            said: what a resumed run changes.
+        """
         self.number, self.recipe = secrets.token_hex(4), recipe
-        append(self.folder, "begun", recipe=recipe, session=self.number)
+        append(self.folder, "begun", said=said, recipe=recipe, session=self.number)
 
     def __enter__(self) -> Session:
         return self

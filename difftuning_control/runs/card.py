@@ -77,6 +77,7 @@ def model_card(
         "",
         *(["```python", *_usage(recipe, run), "```"] if use is None else use),
         "",
+        *_change_lines(run.get("changes", [])),
         *_class_lines(run.get("classes")),
         *(figures or []),
         *_fidelity_lines(run.get("fidelity")),
@@ -89,6 +90,17 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _change_lines(changes: list[dict[str, Any]]) -> list[str]:
+    """What was changed on the way."""
+    if not changes:
+        return []
+    said = [
+        f"from step {c['step']} on " + ", ".join(f"`{k}` {v[1]} (was {v[0]})" for k, v in c["keys"].items())
+        for c in changes
+    ]
+    return [f"Changed on the way, so not bit-equal to an undisturbed run: {'; '.join(said)}.", ""]
 
 
 def _class_lines(found: dict[str, Any] | None) -> list[str]:
@@ -116,11 +128,13 @@ def asked_for(run: dict[str, Any]) -> str:
 
 def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
-    base = python_text(run["base_path"] if recipe.model.id == "embedded" else recipe.model.id)
-    output = python_text(recipe.output)
+    places = run.get("places", {})  # absolute, so that the lines run from any folder
+    base = python_text(run["base_path"] if recipe.model.id == "embedded" else places.get("model", recipe.model.id))
+    folder = places.get("run", recipe.output)
+    output = python_text(folder)
     prompt = prompt_of(run)
     if recipe.method == "controlnet":
-        place, (controlnet, pipeline) = python_text(f"{recipe.output}/controlnet"), run["control"]["classes"]
+        place, (controlnet, pipeline) = python_text(f"{folder}/controlnet"), run["control"]["classes"]
         return [
             f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
@@ -133,7 +147,7 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         ]
     call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":
-        load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{recipe.output}/pipeline')})"]
+        load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{folder}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
     stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say

@@ -13,25 +13,45 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.runs.kept import place_of_run, record_at, step_folder
+from difftuning_control.runs.places import absolute, located
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.recipe.requests import Moved
 
 
-def finished_run(run: str | Path) -> dict[str, Any]:
-    """The record of a finished run.
+def finished_run(run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
+    """The record of a finished run, or of a run as it was at a step that it kept, with paths as they are today.
+
+    Args:
+        run: its folder, or `RUN/step-000010`.
+        moved: new places of its inputs.
 
     Raises:
         UserError: if there is no run, or it is not finished.
     """
-    record = read_run(Path(run))
+    folder, step = place_of_run(run)
+    record = read_run(folder)
+    if record is None and not folder.exists():
+        raise UserError(
+            f"there is no folder {run} (looked for at {absolute(run)}); if the run was moved, give its new place as "
+            "--run, or to evaluate as --runs."
+        )
     if record is None:
         raise UserError(f"{run} holds no run (no readable run.json); give the output folder of difftune train.")
+    if step is not None:
+        return record_at(located(record, folder, moved), folder, step)
     if record["status"] != "complete":
-        raise UserError(f"the run {run} is {record['status']}, not complete; go on with --training.resume true.")
-    return record
+        raise UserError(f"the run {run} is {record['status']}, not complete; go on with difftune resume {run}.")
+    return located(record, folder, moved)
+
+
+def weights_of(run: str | Path, name: str) -> Path:
+    """Where the `pipeline` or the `controlnet` of a run lies; those of a kept step are its folder itself."""
+    return Path(run) / name if place_of_run(run)[1] is None else Path(run)
 
 
 def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
@@ -77,12 +97,15 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
 
     Args:
         family: the base, without an adapter.
+        run: its folder, or `RUN/step-000010`.
         step: the weights that `training.save_at` kept after so many steps; the final ones when None.
 
     Raises:
         UserError: if these weights were not kept.
     """
-    folder = Path(run) if step is None else Path(run) / f"step-{step:06d}"
+    run, named = place_of_run(run)
+    step = named if step is None else step
+    folder = run if step is None else run / step_folder(step)
     if not folder.is_dir():
         raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
     method = record["recipe"]["method"]

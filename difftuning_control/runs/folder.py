@@ -44,7 +44,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"the output {output} is not empty and holds no run; choose another folder.")
     if not overwrite:
         raise UserError(
-            f"the output {output} already holds a run ({run.get('status')}); go on with --training.resume true, "
+            f"the output {output} already holds a run ({run.get('status')}); go on with difftune resume {output}, "
             "replace it with --overwrite, or choose another folder."
         )
 

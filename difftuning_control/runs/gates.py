@@ -91,6 +91,6 @@ def check_passed(record: dict[str, Any], run: str | Path) -> None:
         )
     if judged is None and asked is not None and GatesConfig(**asked).limits:
         raise UserError(
-            f"the run {run} has not been judged by its gates; go on with --training.resume true, or say "
+            f"the run {run} has not been judged by its gates; have it judged with difftune resume, or say "
             "--despite-gates, which is written down."
         )

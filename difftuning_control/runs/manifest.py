@@ -1,6 +1,7 @@
 """What a run writes down so that it can be verified: the SHA-256 of each file that went in and of each that came out.
 
-sources         in run.json: the base's files, those of a ControlNet to start from, the file of a measured schedule
+sources         in run.json: the base's files, those of a ControlNet to start from, the file of a measured schedule,
+                the weights that training began from
 inputs.jsonl    one line a picture: its bytes, its caption, its condition
 outputs, files  in run.json: the result, and all else that the run left in its folder
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.runs.card import is_hub_id, model_card
+from difftuning_control.runs.start import start_of
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json, write_text
 
@@ -49,6 +51,9 @@ def sources_of(recipe: Recipe) -> dict[str, Any]:
         hashed = None if folder is None else {n: digest_of_file(p) for n, p in source_files(folder)}
         revision = folder.name if folder is not None and is_hub_id(place) else None
         found[name] = {"id": place, "revision": revision, "files": hashed}
+    if recipe.training.begin_from is not None:
+        files = {n: digest_of_file(p) for n, p in start_of(recipe.training.begin_from).files()}
+        found["begin"] = {"id": recipe.training.begin_from, "revision": None, "files": files}
     return found
 
 

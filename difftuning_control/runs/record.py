@@ -22,15 +22,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def deciding_settings(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values without what only watches or says where things are written."""
+def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's values without what only watches or says where things are written.
+
+    Args:
+        schedule_file: what stands for the path of a schedule; what its file says when None.
+    """
     values = recipe.to_dict()
     values.pop("output")
     values.pop("gates")
     values["data"].pop("cache")
     schedule = values["tuning"]["schedule"]
-    if schedule["path"] is not None:  # what the file says, not where it lies
+    if schedule_file is not None:
+        schedule |= schedule_file
+    elif schedule["path"] is not None:  # what the file says, not where it lies
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
+    if recipe.training.begin_from is None:
+        values["training"].pop("begin_from")
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
     for name in (
         "resume",
@@ -62,9 +70,15 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     Args:
         processes: how many share the work. How a step's rows are dealt out decides nothing but rounding.
     """
-    values = deciding_settings(recipe)
+    return digest_of([identity_settings(recipe), fingerprints, rows_of_step(recipe, processes)])
+
+
+def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's values as far as they decide the weights; see `deciding_settings`."""
+    values = deciding_settings(recipe, schedule_file)
     for name in ("batch_size", "gradient_accumulation_steps"):
         values["training"].pop(name)
+    values["training"].pop("begin_from", None)
     # where things lie does not matter: what they are is in the fingerprints
     for section, names in (
         ("model", ("id",)),
@@ -74,7 +88,7 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     ):
         for name in names:
             values[section].pop(name)
-    return digest_of([values, fingerprints, rows_of_step(recipe, processes)])
+    return values
 
 
 def read_run(output: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.requests import Moved, VerifyRequest
 from difftuning_control.runs.audit import FILE, Chain, read_audit
 from difftuning_control.runs.pilot_files import DEMO, RESULT, SETTINGS, VOUCHED, files_of_pilot, records_of
 from difftuning_control.runs.verify_run import EARLIER, Part, audit_part, compare, verify_run
@@ -31,9 +31,9 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
     """
     folder = Path(request.run)
     if (folder / SETTINGS).is_file():
-        parts, chain = verify_pilot(folder, request.skip, request.head)
+        parts, chain = verify_pilot(folder, request.skip, request.head, request.moved)
     else:
-        parts, chain = verify_run(folder, request.skip, request.head)
+        parts, chain = verify_run(folder, request.skip, request.head, moved=request.moved)
     return _result(request, parts, chain)
 
 
@@ -76,7 +76,9 @@ def table(result: dict[str, Any]) -> str:
 OWN = ("record", "audit", "outputs")  # of each run
 
 
-def verify_pilot(output: Path, skip: Iterable[str] = (), head: str | None = None) -> tuple[list[Part], Chain]:
+def verify_pilot(
+    output: Path, skip: Iterable[str] = (), head: str | None = None, moved: Moved | None = None
+) -> tuple[list[Part], Chain]:
     """The parts of a pilot, those of its inputs, and one for each run; and the pilot's audit.
 
     Raises:
@@ -109,10 +111,17 @@ def verify_pilot(output: Path, skip: Iterable[str] = (), head: str | None = None
             if vouched[name] is None and (output / name).exists():
                 outputs.find(name, "added")
     found = [record, audit_part({"files": files}, chain, head), outputs]
-    return found + _runs(output, old, records, skip, outputs), chain
+    return found + _runs(output, old, records, skip, outputs, moved), chain
 
 
-def _runs(output: Path, old: str, records: dict[str, str] | None, skip: Iterable[str], outputs: Part) -> list[Part]:
+def _runs(
+    output: Path,
+    old: str,
+    records: dict[str, str] | None,
+    skip: Iterable[str],
+    outputs: Part,
+    moved: Moved | None,
+) -> list[Part]:
     inputs: dict[str, Part] = {}
     runs, seen, there = [], set[str](), records_of(output)
     for name, digest in (records if records is not None else there).items():
@@ -124,7 +133,7 @@ def _runs(output: Path, old: str, records: dict[str, str] | None, skip: Iterable
             continue
         if json.loads((output / name / "run.json").read_text(encoding="utf-8"))["status"] != "complete":
             continue  # it diverged, and left nothing
-        for of_run in verify_run(output / name, skip, None, seen, lambda r: _relocated(r, old, output))[0]:
+        for of_run in verify_run(output / name, skip, None, seen, lambda r: _relocated(r, old, output), moved)[0]:
             if of_run.name in OWN:
                 part.checked += of_run.checked
                 part.findings += of_run.findings

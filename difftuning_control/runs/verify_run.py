@@ -18,6 +18,8 @@ from difftuning_control.runs.audit import FILE, Chain, read_audit
 from difftuning_control.runs.card import is_hub_id
 from difftuning_control.runs.finished import finished_run
 from difftuning_control.runs.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
+from difftuning_control.runs.places import SOURCES
+from difftuning_control.runs.start import start_of
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.terminal import progress
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL
@@ -25,6 +27,7 @@ from difftuning_control.system.untrusted import BYTES_PER_PIXEL
 if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
     from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.requests import Moved
 
 EARLIER = "the run is of an earlier version, which wrote down no hashes of it"
 
@@ -59,6 +62,7 @@ def verify_run(
     head: str | None = None,
     seen: set[str] | None = None,
     relocated: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
+    moved: Moved | None = None,
 ) -> tuple[list[Part], Chain]:
     """The parts of a run, and its audit.
 
@@ -66,14 +70,15 @@ def verify_run(
         skip: names of parts that are left out.
         head: a hash that the audit must have.
         seen: digests of inputs that were compared for other runs already and are left out here; added to.
-        relocated: from a record to one that says where things lie now.
+        relocated: from a record of an earlier version to one that says where things lie now.
+        moved: new places of the run's inputs.
 
     Raises:
         UserError: if there is no finished run.
     """
     chain = read_audit(run)
     try:
-        record = relocated(finished_run(run))
+        record = relocated(finished_run(run, moved))
         recipe = recipe_of(record)
     except (UserError, KeyError, TypeError, AttributeError) as error:
         if not chain.is_ended or chain.last_hash_of("run.json") in (None, _digest_of(run / "run.json")):
@@ -182,10 +187,19 @@ def _source(name: str, kept: dict[str, Any]) -> Part:
     elif place is None and is_hub_id(kept["id"]):
         part.unchecked = f"{kept['id']} at {kept['revision']} is not in this machine's cache of the Hub"
     elif place is None:
-        part.find(kept["id"], "missing")
+        part.find(kept["id"], "missing", _if_moved(SOURCES[name]))
     else:
-        compare(part, kept["files"], dict(source_files(place)))
+        try:
+            there = dict(start_of(place).files() if name == "begin" else source_files(place))
+        except UserError as error:
+            part.find(kept["id"], "missing", str(error))
+            return part
+        compare(part, kept["files"], there)
     return part
+
+
+def _if_moved(role: str) -> str:
+    return f"if it was moved, give its new place: --moved.{role}"
 
 
 def _data(run: Path, record: dict[str, Any], recipe: Recipe, name: str, path: str, conditions: str | None) -> Part:
@@ -231,7 +245,7 @@ def _pictures(
         rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes)
     except UserError as error:
         if path in record["data"]["local"]:
-            part.find(path, "missing", str(error))
+            part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
         else:
             part.unchecked = str(error)
         return
@@ -294,7 +308,7 @@ def _bank(record: dict[str, Any], recipe: Recipe) -> Part:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         shards, prompts = dict(manifest["shards"]), manifest["prompts"]
     except FileNotFoundError:
-        part.find(str(folder / "manifest.json"), "missing")
+        part.find(str(folder / "manifest.json"), "missing", _if_moved("bank"))
         return part
     except (OSError, ValueError, KeyError, TypeError):
         part.find(str(folder / "manifest.json"), "changed", "it cannot be read")
@@ -317,9 +331,10 @@ def _bank_of_pictures(record: dict[str, Any], recipe: Recipe, part: Part, folder
             str(folder), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False
         )
     except UserError as error:
-        part.find(str(folder), "changed" if folder.is_dir() else "missing", str(error))
+        part.find(str(folder), "changed" if folder.is_dir() else "missing", f"{error} ({_if_moved('bank')})")
         return part
     part.checked = len(found)
-    if digest_of({"source": str(folder), "pictures": found.fingerprint}) != record["fingerprints"]["bank"]:
+    earlier = {"source": str(folder), "pictures": found.fingerprint}  # an earlier version counted its place
+    if record["fingerprints"]["bank"] not in (digest_of({"pictures": found.fingerprint}), digest_of(earlier)):
         part.find(str(folder), "changed", "a picture or a caption in it, or their order")
     return part

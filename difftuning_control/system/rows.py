@@ -128,7 +128,7 @@ class StoredFile:
         if read != len(found) or sums != entry.sums[first : first + count].tolist():
             raise UserError(
                 f"{self.path} changed while it was in use; run the command again (a training goes on from its last "
-                "checkpoint with --training.resume true)."
+                "checkpoint with difftune resume)."
             )
         shape = entry.shape[len(index) :]
         return (

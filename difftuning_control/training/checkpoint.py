@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections import ChainMap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,12 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(complete, key=lambda p: -int(p.name.split("-")[1]))
 
 
-def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
+def load_checkpoint(folder: Path, state: TrainingState, identity: str, earlier: Sequence[str] = ()) -> int:
     """Restore everything in place and return the step.
+
+    Args:
+        earlier: identities that the run had before its learning rate or its length were changed. From a checkpoint of
+            one of these the schedule is not restored: it is the new one, entered at this step.
 
     Raises:
         UserError: if the checkpoint is damaged or belongs to a run with other settings, data or base.
@@ -144,7 +149,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         digest = None
     if digest is None or digest != digest_of(values):
         raise UserError(f"{folder} is damaged (state.json); {DELETE}.")
-    if values["identity"] != identity:
+    if values["identity"] not in (identity, *earlier):
         raise UserError(
             f"{folder} was written with another recipe, base or data; resume with the same, or start afresh with "
             "--overwrite."
@@ -160,8 +165,15 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         raise UserError(f"{folder} is damaged ({', '.join(damaged)}); {DELETE}.")
     read = _read_shards if state.sharded or values.get("sharded") else _read_files
     merged = _merge(read(folder, state), values["optimizer"])
-    state.optimizer.load_state_dict({"state": merged, "param_groups": values["param_groups"]})
-    state.lr_scheduler.load_state_dict(values["lr_scheduler"] | {"lr_lambdas": [None] * len(values["param_groups"])})
+    groups = values["param_groups"]
+    if values["identity"] == identity:
+        state.optimizer.load_state_dict({"state": merged, "param_groups": groups})
+        state.lr_scheduler.load_state_dict(values["lr_scheduler"] | {"lr_lambdas": [None] * len(groups)})
+    else:
+        rates = [group["initial_lr"] for group in state.optimizer.param_groups]
+        groups = [group | {"initial_lr": rate} for group, rate in zip(groups, rates)]
+        state.optimizer.load_state_dict({"state": merged, "param_groups": groups})
+        enter_schedule(state.lr_scheduler, values["step"])
     if state.ema is not None:
         state.ema.load_state_dict(values["ema"] | {"shadow_params": state.ema.shadow_params})
     if state.scaler is not None and values.get("scaler"):
@@ -172,6 +184,15 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str) -> int:
         state.fidelity.load_state_dict(values["fidelity"])
     state.logged = values["logged"]
     return int(values["step"])
+
+
+def enter_schedule(scheduler: Any, step: int) -> None:
+    """Put a schedule, and its optimizer's learning rates, where they would be after so many steps of it."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _read_files(folder: Path, state: TrainingState) -> dict[str, Tensor]:

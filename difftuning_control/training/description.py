@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from difftuning_control.data.labels import describe_classes
 from difftuning_control.runs.manifest import local_places
+from difftuning_control.runs.places import places_of
 from difftuning_control.runs.record import describe_device, rows_of_step, versions
 from difftuning_control.training.preparation import PreparedRun
 
@@ -16,17 +17,20 @@ from difftuning_control.training.preparation import PreparedRun
 def describe_run(prepared: PreparedRun, accelerator: Accelerator) -> dict[str, Any]:
     """The record of a run that is about to train."""
     recipe, family, inputs = prepared.recipe, prepared.family, prepared.inputs
+    bank, going = _describe_bank(prepared), prepared.going
     return {
         "status": "running",
-        "identity": prepared.identity,
-        "recipe": recipe.to_dict(),
+        "identity": going.identity,
+        **({"changes": going.changes} if going.changes else {}),
+        "recipe": prepared.written.to_dict(),
+        "places": places_of(recipe, bank["folder"] if bank is not None else None),
         "family": family.name,
         "base_path": str(family.pipe.config._name_or_path),
         "fingerprints": prepared.fingerprints,
         "dtype": str(family.dtype),
         "loads_lora": hasattr(family.pipe, "load_lora_weights"),
         "data": _describe_data(prepared),
-        "bank": _describe_bank(prepared),
+        "bank": bank,
         "classes": describe_classes(family, recipe, inputs.data),
         "control": _describe_control(prepared),
         "prompts": inputs.sample_prompts,
@@ -39,7 +43,8 @@ def describe_run(prepared: PreparedRun, accelerator: Accelerator) -> dict[str, A
 
 
 def _describe_data(prepared: PreparedRun) -> dict[str, Any]:
-    inputs, config = prepared.inputs, prepared.recipe.data
+    inputs, here, written = prepared.inputs, prepared.recipe.data, prepared.written.data
+    places = {written.path: here.path, written.validation_path: here.validation_path}
     return {
         "pictures": len(inputs.data) if inputs.stream is None else "streamed",
         "held_out": len(inputs.held_out),
@@ -47,7 +52,7 @@ def _describe_data(prepared: PreparedRun) -> dict[str, Any]:
         "ignored_files": inputs.data.ignored_files,
         "resolution": inputs.resolution,
         "buckets": inputs.bucketing,
-        "local": local_places(config.path, config.validation_path),
+        "local": [path for path, place in places.items() if path is not None and local_places(place)],
     }
 
 

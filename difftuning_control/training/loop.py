@@ -31,6 +31,7 @@ from difftuning_control.training.weights import TrainedWeights
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.runs.start import Start
 
 
 class TrainingLoop:
@@ -48,17 +49,19 @@ class TrainingLoop:
         accelerator: Accelerator,
         identity: str,
         budget: ForgettingBudget | None = None,
+        start: Start | None = None,
+        earlier: tuple[str, ...] = (),
     ):
         self.recipe, self.family, self.objective = recipe, family, objective
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
-        self.end = self.config.max_steps
+        self.end, self.earlier = self.config.max_steps, earlier  # identities of the run before it was changed
         self.saved: int | None = None  # the step of the last checkpoint
         control = inputs.control
         gauge = Gauge(recipe, family, inputs, accelerator)
         baseline = Baseline.measure(gauge)  # before anything is attached to the pretrained weights
         spec = control.conditioner.spec if control is not None else None
-        self.weights = TrainedWeights(recipe, family, spec, accelerator)
+        self.weights = TrainedWeights(recipe, family, spec, accelerator, start)
         self.parameters, self.denoiser = self.weights.parameters, self.weights.denoiser
         self.optimizer = self.weights.optimizer
         probe = control.probe if control is not None else None
@@ -232,6 +235,6 @@ class TrainingLoop:
     def _resume(self) -> int:
         """The step to go on from."""
         complete = checkpoints(self.output) if self.config.resume else []
-        step = load_checkpoint(complete[0], self.state, self.identity) if complete else 0
+        step = load_checkpoint(complete[0], self.state, self.identity, self.earlier) if complete else 0
         self.saved = step if complete else None
         return step

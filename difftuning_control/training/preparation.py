@@ -14,7 +14,10 @@ from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.changes import Resumption, resumption
 from difftuning_control.runs.record import recipe_identity
+from difftuning_control.runs.start import Start, check_start, start_of
+from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.setup import attach_controlnet, auto_schedule, build_objective, measured_budget
 
@@ -29,16 +32,21 @@ class PreparedRun:
     """What a run trains with.
 
     Args:
+        written: the recipe as it is recorded.
+        recipe: the same with paths as they are found from here.
         fingerprints: of the base, the data, the bank and whatever else decides the weights.
-        identity: a digest of them and of the recipe.
+        start: the weights that training begins from, where these are another run's.
+        going: how the run goes on, or that it begins; its identity is a digest of all these.
     """
 
+    written: Recipe
     recipe: Recipe
     family: Family
     objective: DiffTuningObjective
     inputs: TrainingInputs
     fingerprints: dict[str, Any]
-    identity: str
+    start: Start | None
+    going: Resumption
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,11 @@ class MeasuredObjective:
     budget: ForgettingBudget | None
 
 
-def prepare_run(recipe: Recipe, accelerator: Accelerator) -> PreparedRun:
+def prepare_run(written: Recipe, recipe: Recipe, accelerator: Accelerator) -> PreparedRun:
     """Load the model, and read and encode what it trains on.
 
     Raises:
-        UserError: for a mistake in recipe or data.
+        UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
     family = load_base(recipe).to(accelerator.device)
     fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
@@ -67,8 +75,33 @@ def prepare_run(recipe: Recipe, accelerator: Accelerator) -> PreparedRun:
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
         fingerprints["probe"] = inputs.control.probe.fingerprint
     fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
-    identity = recipe_identity(recipe, fingerprints, accelerator.num_processes)
-    return PreparedRun(recipe, family, objective, inputs, fingerprints, identity)
+    start = _start(recipe, family, fingerprints)
+    going = _resumption(written, recipe, accelerator.num_processes, fingerprints)
+    if going.reopened is not None:
+        start = Start(Path(recipe.output), going.reopened)
+    return PreparedRun(written, recipe, family, objective, inputs, fingerprints, start, going)
+
+
+def _start(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Start | None:
+    """The weights to begin from, which are among what decides the run."""
+    if recipe.training.begin_from is None:
+        return None
+    start = start_of(recipe.training.begin_from)
+    check_start(start, recipe, family)
+    fingerprints["begin"] = start.fingerprint
+    return start
+
+
+def _resumption(written: Recipe, recipe: Recipe, processes: int, fingerprints: dict[str, Any]) -> Resumption:
+    """How the run goes on, or that it begins."""
+    decisive = replace(recipe, bank=replace(recipe.bank, prompts=written.bank.prompts))  # the bank says what they are
+    identity = recipe_identity(decisive, fingerprints, processes)
+    if not recipe.training.resume:
+        return Resumption(identity)
+    output = Path(recipe.output)
+    complete = checkpoints(output)
+    newest = int(complete[0].name.split("-")[1]) if complete else None
+    return resumption(output, decisive, fingerprints, identity, processes, newest)
 
 
 def measure_objective(run: PreparedRun, output: Path, processes: int) -> MeasuredObjective:

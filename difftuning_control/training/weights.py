@@ -20,6 +20,7 @@ from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import named_errors
+from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
 from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from difftuning_control.data.control_spec import ControlSpec
     from difftuning_control.evaluation.fidelity import FidelityCurve
     from difftuning_control.families.family import Family
+    from difftuning_control.runs.start import Start
 
 
 def attach_tuning(
@@ -62,10 +64,20 @@ class TrainedWeights:
     moves, by name. Where the weights are `sharded`, each process has a part of every one.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, spec: ControlSpec | None, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        spec: ControlSpec | None,
+        accelerator: Accelerator,
+        start: Start | None = None,
+    ):
         self.family, self.accelerator, self.config = family, accelerator, recipe.training
         self.output, self.model, self.sharded = Path(recipe.output), family.model, False
+        begin = Beginning(start, family) if start is not None else None
         self.tuning = attach_tuning(recipe, family, spec)
+        if begin is not None:
+            begin.fill(self.tuning)
         family.freeze_unused()
         if self.config.gradient_checkpointing:
             for module in (family.denoiser, family.controlnet):

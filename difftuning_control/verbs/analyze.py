@@ -29,31 +29,38 @@ from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.recipe.recipe import Recipe, recipe_of
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
+from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.recipe.requests import Moved
 
 
-def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> dict[str, Any]:
+def analyze(
+    recipe: Recipe, config: AnalysisConfig, run: str | None = None, moved: Moved | None = None
+) -> dict[str, Any]:
     """Measure; returns what `analysis.json` holds.
 
     Args:
         recipe: model, data and bank; those of the run when one is given.
-        run: a finished run, whose forgetting is measured too.
+        run: a finished run, or a step that it kept, whose forgetting is measured too.
+        moved: where the run's inputs lie now.
 
     Raises:
         UserError: if run and base do not belong together, or there are too few pictures.
     """
     started = time.time()
-    record = finished_run(run) if run is not None else None
+    record = finished_run(run, moved) if run is not None else None
     recipe = recipe_of(record) if record is not None else recipe
     if record is not None and recipe.method == "controlnet":
         raise UserError(
             f"the run {run} is a ControlNet, beside which the model stays as it was: there is nothing that it forgot; "
             "judge its pictures with difftune evaluate."
         )
+    if record is not None and run is not None:
+        need_places(record, run, ("model", "data", "validation", "bank"))
     family = load_base(recipe).to(best_device())
     if record is not None and run is not None:
         check_base(family, record, run)

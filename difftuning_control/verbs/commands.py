@@ -8,29 +8,49 @@ import typing
 from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
+from difftuning_control.recipe.inputs import MAX_SEED, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
+from difftuning_control.recipe.requests import ExportRequest, Moved, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig, check_domain_scale
 from difftuning_control.verbs.bench.settings import Bench
 
 T = typing.TypeVar("T")
 
 
+def _unnamed() -> DataConfig:
+    """Data that the user has yet to name."""
+    return DataConfig(path="")
+
+
 @dataclass
 class TrainCommand(Recipe):
-    """Tune a model by a recipe. Without --config the flags alone suffice.
+    """Tune a model by a recipe (--config), by flags alone, or from the weights of another run (--from RUN).
 
     Args:
         overwrite: replace an earlier run in the output folder.
     """
 
+    data: DataConfig = field(default_factory=_unnamed)
     overwrite: bool = False
+
+
+@dataclass
+class ResumeCommand(Recipe):
+    """Go on with a run that broke off, or make a finished one longer: difftune resume RUN --training.max_steps 400.
+
+    Args:
+        run: folder of the run, which has its recipe. Length, learning rate and its schedule, and how often it saves,
+            samples and validates may change; of inputs that were moved the new place is given (--data.path).
+    """
+
+    run: str = ""
 
 
 @dataclass
 class BankCommand(Recipe):
     """Draw ahead of training the knowledge bank that `train` with the same flags uses, at bank.path or in the cache."""
+
+    data: DataConfig = field(default_factory=_unnamed)
 
 
 @dataclass
@@ -38,13 +58,14 @@ class SampleCommand:
     """Draw pictures with a trained model (--run) or a pretrained one (--model.id), seed by seed comparable.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run, or RUN/step-000010 that its training.save_at kept.
         model: the pretrained model (--model.id, --model.variant, --model.quantization, --model.offload); that of
             the run when --run is given.
         prompts: what to draw, as a list: '["red apple", "dog face"]'.
         control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
         control_ready: the picture given as --control is a condition already.
         compare: also draw the base's pictures and put both into one grid.
+        kept: with --compare, also draw with the weights of every step that training.save_at kept.
         output: folder of the pictures.
         steps: sampling steps.
         guidance_scale: classifier-free guidance.
@@ -52,6 +73,7 @@ class SampleCommand:
         resolution: side in pixels; the model's own when empty.
         seed: of the noise.
         overwrite: replace pictures in the output folder.
+        moved: where the run's inputs lie now, if they were moved.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -60,6 +82,7 @@ class SampleCommand:
     control: str | None = None
     control_ready: bool = False
     compare: bool = False
+    kept: bool = False
     output: str = "runs/samples"
     steps: int = 25
     guidance_scale: float = 4.0
@@ -67,6 +90,7 @@ class SampleCommand:
     resolution: int | None = None
     seed: int = 0
     overwrite: bool = False
+    moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -88,6 +112,8 @@ class SampleCommand:
             raise UserError("give --run or --model.id, not both; a run knows its model.")
         if self.compare and self.run is None:
             raise UserError("--compare needs --run: it sets a trained model beside its base.")
+        if self.kept and not self.compare:
+            raise UserError("--kept needs --compare: it sets the steps that a run kept beside its base.")
         if self.control is not None and self.run is None:
             raise UserError("--control needs --run: the folder of a trained ControlNet.")
         if self.control_ready and self.control is None:
@@ -121,17 +147,20 @@ class AnalyzeCommand(Recipe):
     """Measure where along the noise a model must learn, which schedule follows, and (--run) what a run forgot.
 
     Args:
-        run: a finished run, instead of a recipe.
+        run: a finished run, or RUN/step-000010 that it kept, instead of a recipe.
         analysis: what is measured.
         language: of the report.
         overwrite: replace an earlier analysis.
+        moved: where the run's inputs lie now, if they were moved.
     """
 
+    data: DataConfig = field(default_factory=_unnamed)
     run: str | None = None
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     language: str = "en"
     overwrite: bool = False
     output: str = "runs/analysis"
+    moved: Moved = field(default_factory=Moved)
 
 
 @dataclass
@@ -144,6 +173,7 @@ class PilotCommand(Recipe):
         overwrite: replace an earlier pilot; without it the same command goes on where it was interrupted.
     """
 
+    data: DataConfig = field(default_factory=_unnamed)
     pilot: PilotConfig = field(default_factory=PilotConfig)
     language: str = "en"
     overwrite: bool = False
@@ -182,6 +212,7 @@ class BenchCommand(Bench):
 
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
+    "resume": ResumeCommand,
     "bank": BankCommand,
     "sample": SampleCommand,
     "evaluate": EvaluateCommand,
@@ -193,7 +224,30 @@ COMMANDS: dict[str, type] = {
     "runs": RunsRequest,
     "bench": BenchCommand,
 }
-POSITIONAL = {"export": "run", "verify": "run", "runs": "folder"}  # what a word without a key is, at such a verb
+POSITIONAL = {
+    "resume": "run",
+    "export": "run",
+    "verify": "run",
+    "runs": "folder",
+}  # what a word without a key is, at such a verb
+
+ALIASES = {"train": {"from": "training.begin_from"}}
+
+
+def check_named(verb: str, command: typing.Any) -> None:
+    """Refuse a verb that reads data and was told of none.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if not isinstance(command, (TrainCommand, BankCommand, AnalyzeCommand, PilotCommand)) or command.data.path:
+        return
+    if isinstance(command, AnalyzeCommand) and command.run is not None:
+        return
+    said = f"{verb} is told of no data; give --data.path FOLDER (embedded/icons to try it), or a recipe that names data"
+    if command.training.resume:
+        said += f"; to go on with the run in {command.output}: difftune resume {command.output}"
+    raise UserError(f"{said}.")
 
 
 def only(kind: type[T], command: T) -> T:

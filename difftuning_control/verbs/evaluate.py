@@ -44,8 +44,9 @@ from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.studies import Evaluation
-from difftuning_control.runs.finished import check_base, finished_run, tuned_model
+from difftuning_control.runs.finished import check_base, finished_run, tuned_model, weights_of
 from difftuning_control.runs.gates import judge
+from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 
@@ -75,12 +76,14 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
         UserError: if runs and base do not belong together, there are too few pictures, or nothing stands for the old
             domain.
     """
-    records = {run: finished_run(run) for run in request.runs}
+    records = {run: finished_run(run, request.moved) for run in request.runs}
     recipes = {run: recipe_of(record) for run, record in records.items()}
     domain = request.domain_guidance_scale
     for run, its in recipes.items() if domain is not None else ():
         check_domain_method(run, its.method)
     recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
+    roles = ("model", "data", "validation", "control", "control_validation")
+    need_places(records[request.runs[0]], request.runs[0], roles)
     # as the first run's fingerprints were taken
     family = load_base(recipe)
     family.to(best_device())
@@ -102,7 +105,8 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
     if bank is None and request.source is None:
         raise UserError(
             "no run here has a knowledge bank of the base's samples (or it is no longer there), so nothing stands for "
-            "the old domain; give --source, a folder of pictures as the base draws them, or add a run with a bank."
+            "the old domain; give --source, a folder of pictures as the base draws them, add a run with a bank, or say "
+            "where it was moved with --moved.bank."
         )
     if request.source is not None:
         pictures = load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels)
@@ -217,7 +221,7 @@ def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.
     Raises:
         UserError: if only some runs are ControlNets, or their conditions are made in different ways.
     """
-    places = {run: Path(run) / "controlnet" for run, r in records.items() if r["recipe"]["method"] == "controlnet"}
+    places = {run: weights_of(run, "controlnet") for run, r in records.items() if r["recipe"]["method"] == "controlnet"}
     if not places:
         return None
     specs = {run: ControlSpec.load(place) for run, place in places.items()}

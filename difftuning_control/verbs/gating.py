@@ -48,16 +48,21 @@ def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, An
     return judge(gates, side)
 
 
-def judge_and_vouch(run: dict[str, Any], recipe: Recipe, output: Path, session: Session) -> None:
-    """Judge a finished run by the recipe's gates, if that was not done, and have the audit vouch for its record."""
+def judge_and_vouch(run: dict[str, Any], written: Recipe, recipe: Recipe, output: Path, session: Session) -> None:
+    """Judge a finished run by the recipe's gates, if that was not done, and have the audit vouch for its record.
+
+    Args:
+        written: the recipe as it is recorded.
+        recipe: the same with paths as they are found from here.
+    """
     judged = run.get("gates")
     if recipe.gates.limits and (judged is None or judged["asked"] != dataclasses.asdict(recipe.gates)):
         if not session.number:
             session.begin()
         run["gates"] = judge_run(run, recipe, output)
-        run["recipe"]["gates"] = dataclasses.asdict(recipe.gates)
-        write_recipe(output, recipe)
-        write_record(run, recipe, output)
+        run["recipe"]["gates"] = dataclasses.asdict(written.gates)
+        write_recipe(output, written)
+        write_record(run, written, output)
     if "gates" in run:
         session.said = failed(run["gates"]) or None
     if not session.number and read_audit(output).is_ended:

@@ -6,14 +6,18 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import typing
 from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.terminal import say
 from difftuning_control.system.untrusted import is_text, read_text
-from difftuning_control.verbs.commands import COMMANDS, POSITIONAL
+from difftuning_control.verbs.choices import as_flags, flat, left_out
+from difftuning_control.verbs.commands import ALIASES, COMMANDS, POSITIONAL
+from difftuning_control.verbs.resume import recipe_to_begin, recipe_to_resume
 
 PROGRAM = "difftune"
 ABOUT = "From a recipe to a tuned model, and what was gained. A mistake is one sentence and exit code 2."
@@ -29,13 +33,14 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     import jsonargparse  # saves it where no command line is read
 
     known: dict[str, Any] = {}
+    dropped: list[str] = []
     if not all(map(is_text, arguments)):
         raise UserError("the command has bytes that are no UTF-8 text; rename such files and folders.")
     if arguments and not arguments[0].startswith("-"):
         if arguments[0] not in COMMANDS:
             raise UserError(f"there is no verb {arguments[0]!r}{_nearest(arguments[0], COMMANDS)}")
         known = keys_of(COMMANDS[arguments[0]])
-        arguments = _arrange(arguments, known)
+        arguments = _arrange(arguments, known, dropped)
     parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=ABOUT, exit_on_error=False)
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
@@ -52,7 +57,10 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         verb = found.verb
         values = parser.instantiate(found)[verb]
         settings = {f.name: values[f.name] for f in dataclasses.fields(COMMANDS[verb]) if f.name in values}
-        return verb, COMMANDS[verb](**settings)
+        command = COMMANDS[verb](**settings)
+        if dropped and os.environ.get("RANK", "0") == "0":
+            say(f"note: {', '.join(dropped)} of the recipe belong to what was chosen there, and are left out")
+        return verb, command
     except UserError:
         raise
     except RecursionError:
@@ -81,15 +89,23 @@ def keys_of(command: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
-    """Check the keys, put --config first, so that flags override it from any place, and let a bare switch mean true."""
-    recipes, flags, rest, word = [], [], arguments[1:], POSITIONAL.get(arguments[0])
+def _arrange(arguments: list[str], known: dict[str, Any], tell: list[str]) -> list[str]:
+    """Check the keys, put --config first, so that flags override it from any place, and let a bare switch mean true.
+
+    Args:
+        tell: is given the keys of recipes that a choice made over them leaves out.
+    """
+    recipes: list[list[str]] = []
+    layers: list[dict[str, Any]] = []  # the values of each recipe, then those of the flags
+    given: dict[str, Any] = {}
+    flags, rest, word = [], arguments[1:], POSITIONAL.get(arguments[0])
     while rest:
         argument = rest.pop(0)
         key, equals, value = argument[2:].partition("=")
-        if argument.startswith("--") and key not in known and key.replace("-", "_") in known:
-            key = key.replace("-", "_")
-            argument = f"--{key}{equals}{value}"
+        if argument.startswith("--") and key not in known:
+            named = ALIASES.get(arguments[0], {}).get(key, key.replace("-", "_"))
+            if named in known:
+                key, argument = named, f"--{named}{equals}{value}"
         bare = not equals and (not rest or rest[0].startswith("--"))
         if key in ("help", "print_config"):
             flags.append(argument)
@@ -97,7 +113,9 @@ def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
             flags.append(f"--{word}={argument}" if word is not None else argument)
         elif key == "config":
             value = value if equals or bare else rest.pop(0)
-            recipes += [f"--config={value}", *_place_of_study(arguments[0], _check_recipe(value, known))]
+            values = _check_recipe(value, known)
+            recipes.append([f"--config={value}", *_place_of_study(arguments[0], values)])
+            layers.append(flat(values))
         elif key not in known:
             raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
         else:
@@ -105,9 +123,53 @@ def _arrange(arguments: list[str], known: dict[str, Any]) -> list[str]:
                 _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
             flags.append(f"{argument}=true" if bare and known[key] is bool else argument)
             flags += [rest.pop(0)] if not equals and not bare else []
+            given |= _read_flag(key, value if equals else "true" if bare else flags[-1])
     if sum(flag.partition("=")[0] == f"--{word}" for flag in flags) > 1:
         raise UserError(f"{word} is given twice; give it once, as --{word} or without a key.")
-    return [arguments[0], *recipes, *flags]
+    for path, more in _recipe_of_run(arguments[0], flags, given, bool(recipes)):
+        recipes.insert(0, [f"--config={path}", *more])
+        layers.insert(0, flat(_check_recipe(path, known)))
+    resets = left_out([*layers, given])
+    for recipe, reset in zip([*recipes, []], resets):
+        recipe[:0] = as_flags(reset)
+        tell += [key for key in reset if key not in tell]
+    return [arguments[0], *(word for recipe in recipes for word in recipe), *as_flags(resets[-1]), *flags]
+
+
+def _read_flag(key: str, text: str) -> dict[str, Any]:
+    """The value of a flag by dotted key, as YAML reads it; of a section those of its keys."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # text, or what is refused later
+        value = text
+    return flat({key: value})
+
+
+def _recipe_of_run(verb: str, flags: list[str], given: dict[str, Any], has_recipe: bool) -> list[tuple[str, list[str]]]:
+    """The recipe that a run has in its folder, for `resume RUN`, and for `train --from RUN` without one of its own."""
+    if verb == "resume":
+        run = _word_of(flags, "run")
+        if not run:
+            raise UserError("resume is told of no run; name the folder of one: difftune resume RUN.")
+        if "output" in given:
+            raise UserError("a run goes on in its own folder; leave out --output.")
+        return [(recipe_to_resume(run), [])]
+    start = _word_of(flags, "training.begin_from")
+    if verb == "train" and not has_recipe and start and (found := recipe_to_begin(start)) is not None:
+        return [(found[0], as_flags(found[1]))]
+    return []
+
+
+def _word_of(flags: list[str], key: str) -> str | None:
+    """The text of a flag, as it was given last."""
+    found = None
+    for flag, following in zip(flags, [*flags[1:], ""]):
+        name, equals, value = flag.partition("=")
+        if name == f"--{key}":
+            found = value if equals else following
+    return found
 
 
 def _place_of_study(verb: str, recipe: dict[str, Any]) -> list[str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import ChangedError, UserError
-from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.recipe.inputs import MAX_SEED, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
 from difftuning_control.runs.gates import gate_lines, stop_if_failed
+from difftuning_control.runs.kept import place_of_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import say
 from difftuning_control.verbs.bench.settings import Bench
@@ -27,27 +28,40 @@ from difftuning_control.verbs.commands import (
     EvaluateCommand,
     ExportCommand,
     PilotCommand,
+    ResumeCommand,
     SampleCommand,
     TrainCommand,
     only,
 )
+from difftuning_control.verbs.resume import recipes_of_resumption
 
 
 def run_train(command: TrainCommand) -> None:
+    from difftuning_control.verbs.train import train  # saves it for the other verbs
+
+    _print_run(train(only(Recipe, command), command.overwrite, say), command.output)
+
+
+def run_resume(command: ResumeCommand) -> None:
+    from difftuning_control.verbs.train import train  # saves it for the other verbs
+
+    written, here = recipes_of_resumption(only(Recipe, command), command.run)
+    _print_run(train(written, False, say, here), command.run)
+
+
+def _print_run(run: dict[str, Any], output: str) -> None:
+    """What came of a training, and whether it passes its gates."""
     from accelerate import PartialState  # saves it for the other verbs
 
-    from difftuning_control.verbs.train import train
-
-    run = train(only(Recipe, command), command.overwrite, say)
     if not PartialState().is_main_process:
         return
-    say(f"done: {command.output} ({run['status']})")
+    say(f"done: {output} ({run['status']})")
     for role, losses in run["losses"].items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
     _print_control(run)
     _print_gates(run.get("gates"))
-    stop_if_failed(run.get("gates"), command.output)
+    stop_if_failed(run.get("gates"), output)
 
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
@@ -115,8 +129,8 @@ def run_bank(command: BankCommand) -> None:
 def run_sample(command: SampleCommand) -> None:
     from difftuning_control.verbs.sample import sample_to_folder  # saves it for the other verbs
 
-    with audit.noted(*filter(None, [command.run])) as artefacts:
-        done = sample_to_folder(**dataclasses.asdict(command))
+    with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
+        done = sample_to_folder(**dataclasses.asdict(command) | {"moved": command.moved})
         artefacts["samples.json"] = digest_of_file(Path(command.output) / "samples.json")
     say(f"done: {done}")
 
@@ -127,7 +141,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
     from difftuning_control.verbs.evaluate import evaluate
 
     check_folder(command.output, "evaluation.json", command.overwrite)
-    with audit.noted(*command.runs) as artefacts:
+    with audit.noted(*dict.fromkeys(place_of_run(run)[0] for run in command.runs)) as artefacts:
         result = evaluate(only(Evaluation, command))
         artefacts["evaluation.json"] = digest_of_file(Path(command.output) / "evaluation.json")
     say(table(result))
@@ -143,7 +157,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 def run_export(command: ExportCommand) -> None:
     from difftuning_control.verbs.export.export import MARKER, export  # saves it for the other verbs
 
-    with audit.noted(command.run) as artefacts:
+    with audit.noted(place_of_run(command.run)[0]) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
         artefacts[MARKER] = digest_of_file(folder / MARKER)
     say(f"done: {folder}/README.md says how it is used")
@@ -157,12 +171,12 @@ def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.verbs.analyze import analyze, write_analysis
 
     recipe = only(Recipe, command)
-    if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(output=""):
+    if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(data=DataConfig(""), output=""):
         raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
     check_folder(command.output, "analysis.json", command.overwrite)
     load_words(command.language)
-    with audit.noted(command.run or command.output) as artefacts:
-        result = analyze(recipe, command.analysis, command.run)
+    with audit.noted(place_of_run(command.run)[0] if command.run else command.output) as artefacts:
+        result = analyze(recipe, command.analysis, command.run, command.moved)
         report = write_analysis(result, Path(command.output), command.language)
         artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
     say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
@@ -233,6 +247,7 @@ def run_bench(command: BenchCommand) -> None:
 
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "train": run_train,
+    "resume": run_resume,
     "bank": run_bank,
     "sample": run_sample,
     "evaluate": run_evaluate,

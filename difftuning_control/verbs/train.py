@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ from accelerate import Accelerator
 from difftuning_control.adapters.tuning import result_of
 from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder
-from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
 from difftuning_control.runs.folder import OutputFolder
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
-from difftuning_control.runs.record import read_run, rows_of_step, write_recipe
+from difftuning_control.runs.record import read_run, write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
+from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
@@ -30,16 +32,26 @@ from difftuning_control.training.setup import check_bank_rows, check_frozen, des
 from difftuning_control.verbs.gating import judge_and_vouch
 
 
-def train(recipe: Recipe, overwrite: bool = False, tell: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
-    """Run a recipe and return what `run.json` holds. A finished run that is resumed is returned as it is.
+def train(
+    recipe: Recipe,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+    placed: Recipe | None = None,
+) -> dict[str, Any]:
+    """Run a recipe and return what `run.json` holds. A finished run that is resumed is returned as it is, unless its
+    length was changed.
 
     Args:
         tell: is given, on the main process, lines of what the run begins with.
+        placed: the recipe with paths as they are found from here, where it was written elsewhere; what is recorded is
+            `recipe`.
 
     Raises:
         UserError: for a mistake in recipe, data or output folder; nothing is written then.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
+    written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
+    recipe = placed or recipe
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
@@ -47,11 +59,13 @@ def train(recipe: Recipe, overwrite: bool = False, tell: Callable[[str], object]
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
+                if recipe.training.resume and read_run(output) is None:
+                    tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            run = _train(recipe, accelerator, output, folder, session, tell)
+            run = _train(written, recipe, accelerator, output, folder, session, tell)
             if folder is not None:
-                judge_and_vouch(run, recipe, output, session)
+                judge_and_vouch(run, written, recipe, output, session)
             accelerator.wait_for_everyone()
             return run
     finally:
@@ -61,6 +75,7 @@ def train(recipe: Recipe, overwrite: bool = False, tell: Callable[[str], object]
 
 
 def _train(
+    written: Recipe,
     recipe: Recipe,
     accelerator: Accelerator,
     output: Path,
@@ -70,11 +85,14 @@ def _train(
 ) -> dict[str, Any]:
     """The record of the run once it is complete; `folder` is the main process's."""
     started = time.time()
-    prepared = prepare_run(recipe, accelerator)
-    if recipe.training.resume and (finished := _finished(output, prepared.identity, recipe, accelerator)) is not None:
+    prepared = prepare_run(written, recipe, accelerator)
+    going = prepared.going
+    if going.finished is not None:
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
-        return finished
+        return going.finished
+    for line in going.said if folder is not None else ():
+        tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:
         tell(bucket_line(prepared.inputs.bucketing))
     measured = measure_objective(prepared, output, accelerator.num_processes)
@@ -84,9 +102,14 @@ def _train(
         measured.objective,
         prepared.inputs,
         accelerator,
-        prepared.identity,
+        going.identity,
         measured.budget,
+        prepared.start,
+        going.earlier,
     )
+    if going.reopened is not None:
+        reopen(output, going.reopened, loop.state, folder is not None)
+        accelerator.wait_for_everyone()
     run = describe_run(prepared, accelerator)
     run["schedule"] = measured.schedule
     if folder is not None:
@@ -109,7 +132,7 @@ def _train(
     run["status"] = "complete"
     if folder is not None:
         run["outputs"] = _hash_outputs(output, output / result_of(recipe))
-        write_record(run, recipe, output)
+        write_record(run, written, output)
         _forget_checkpoints(output)  # only now is the result on disk and recorded
     return run
 
@@ -122,28 +145,10 @@ def _begin(run: dict[str, Any], prepared: PreparedRun, output: Path, folder: Out
     write_json(output / "run.json", run)  # first of all: by it the folder is known as a run's
     run["inputs"] = write_inputs(output, inputs.data, inputs.all_held_out)
     write_json(output / "run.json", run)
-    write_recipe(output, recipe)
-    session.begin(digest_of_file(output / "recipe.yaml"))
+    write_recipe(output, prepared.written)
+    session.begin(digest_of_file(output / "recipe.yaml"), " ".join(prepared.going.said) or None)
     if run["schedule"] is not None:
         write_json(output / "schedule.json", run["schedule"])
-
-
-def _finished(output: Path, identity: str, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any] | None:
-    run = read_run(output)
-    if run is None:
-        return None
-    before, now = run.get("rows_per_step"), rows_of_step(recipe, accelerator.num_processes)
-    if before not in (None, now):
-        raise UserError(
-            f"the run in {output} had {before} rows to a step, and here they are {now} on {accelerator.num_processes} "
-            "processes; choose training.batch_size and training.gradient_accumulation_steps so that they are the same."
-        )
-    if run["identity"] != identity:
-        raise UserError(
-            f"the run in {output} had another recipe, base or data; resume with the same, or start "
-            "afresh with --overwrite."
-        )
-    return run if run["status"] == "complete" else None
 
 
 def _forget_checkpoints(output: Path) -> None:

@@ -415,7 +415,7 @@ def test_sampling_refuses_a_run_that_is_missing_or_unfinished(output, tmp_path, 
     words = [*SAMPLE, "--output", str(tmp_path / "samples"), "--run"]
     assert_refused([*words, str(tmp_path)], capsys, tmp_path, "holds no run", "give the output folder of difftune")
     mark_running(output)
-    assert_refused([*words, str(output)], capsys, tmp_path, "is running, not complete; go on with --training.resume")
+    assert_refused([*words, str(output)], capsys, tmp_path, "is running, not complete; go on with difftune resume")
 
 
 def test_sampling_keeps_what_its_output_holds(output, tmp_path, capsys):
@@ -492,7 +492,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
     ("words", "expected"),
     [
         (["trian"], "there is no verb 'trian'; did you mean train?"),
-        (["frobnicate"], "expected one of analyze, bank, bench, demo, evaluate, export, pilot, runs, sample,"),
+        (["frobnicate"], "expected one of analyze, bank, bench, demo, evaluate, export, pilot, resume, runs, sample,"),
         (["train", "stray"], "stray"),
         (["train", "--training.max_step", "3"], "no option --training.max_step; did you mean --training.max_steps?"),
         (["train", "--data.max_steps", "3"], "no option --data.max_steps; did you mean --training.max_steps?"),

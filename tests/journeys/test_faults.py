@@ -113,7 +113,7 @@ def test_a_signal_ends_a_command_with_a_code_of_its_own(monkeypatch, capsys, num
     before = signal.getsignal(number)
     monkeypatch.setitem(main.__globals__["RUNNERS"], "bank", lambda command: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended:
-        main(["bank"])
+        main(["bank", "--data.path", "embedded/icons"])
     assert ended.value.code == code
     assert "run the same command again" in capsys.readouterr().err
     assert signal.getsignal(number) is before
@@ -156,7 +156,7 @@ def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(reci
         with pytest.raises(SystemExit) as ended:
             main(command)
     assert ended.value.code == 143
-    assert "with a checkpoint of step 3; go on with --training.resume true" in capsys.readouterr().err
+    assert "with a checkpoint of step 3; go on with difftune resume" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     main(command)
     name = "pytorch_lora_weights.safetensors"

@@ -428,7 +428,9 @@ def test_without_a_bank_something_must_stand_for_the_old_domain(make, words, tmp
 def test_an_unfinished_run_is_not_evaluated(lora, words, tmp_path, capsys):
     write_json(tmp_path / "cut" / "run.json", {**finished_run(lora.output), "status": "running"})
     shown = refusal(words(tmp_path / "out", lora.output, str(tmp_path / "cut")), capsys, tmp_path)
-    assert shown == f"the run {tmp_path / 'cut'} is running, not complete; go on with --training.resume true."
+    assert (
+        shown == f"the run {tmp_path / 'cut'} is running, not complete; go on with difftune resume {tmp_path / 'cut'}."
+    )
 
 
 def test_runs_of_different_bases_are_not_compared(lora, make, words, tmp_path, capsys):

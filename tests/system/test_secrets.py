@@ -148,7 +148,7 @@ def test_a_crash_shows_no_key_and_commands_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setitem(main.__globals__["RUNNERS"], "bank", crash)
     with pytest.raises(RuntimeError) as crashed:
-        main(["bank"])
+        main(["bank", "--data.path", "embedded/icons"])
     sys.excepthook(crashed.type, crashed.value, crashed.tb)
     said = capsys.readouterr().err
     assert said.startswith("Traceback (most recent call last):\n")

@@ -275,7 +275,6 @@ def test_a_resume_without_an_earlier_run_starts_from_the_beginning(make, finishe
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
-    "learning rate": lambda r: replace(r, training=replace(r.training, learning_rate=2e-2)),
     "seed": lambda r: replace(r, training=replace(r.training, seed=1)),
     # bank items that validation keeps for itself are not trained on
     "validation size": lambda r: replace(r, training=replace(r.training, validation_size=1)),

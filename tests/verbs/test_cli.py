@@ -34,6 +34,8 @@ def test_without_anything_the_defaults_are_those_of_the_recipe():
     verb, command = parse(["train"])
     assert verb == "train"
     assert command.overwrite is False
+    assert command.data.path == ""  # which the command refuses: what is trained on is named
+    command.data.path = Recipe().data.path
     assert {k: v for k, v in command.to_dict().items() if k != "overwrite"} == Recipe().to_dict()
 
 

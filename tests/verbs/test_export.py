@@ -753,7 +753,7 @@ def test_no_run_and_an_unfinished_one_are_refused(lora, tmp_path, capsys):
     record = json.loads((Path(lora.output) / "run.json").read_text())
     write_json(tmp_path / "cut" / "run.json", {**record, "status": "running"})
     cut = replace(lora, output=str(tmp_path / "cut"))
-    assert_refused(words(cut, tmp_path / "out"), capsys, tmp_path, "is running, not complete; go on with --training")
+    assert_refused(words(cut, tmp_path / "out"), capsys, tmp_path, "is running, not complete; go on with difftune")
 
 
 @pytest.mark.parametrize("more", [[], ["--base", "referenced"], ["--format", "kohya"], ["--adapter", "fused"]], ids=str)

@@ -30,8 +30,8 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
     words = load_words(language)
     if run.get("status") != "complete":
         raise UserError(
-            f"the run is not finished (its status is {_quoted(run.get('status'))}), so there is nothing to report; run "
-            "the same command again with --training.resume."
+            f"the run is not finished (its status is {_quoted(run.get('status'))}), so there is nothing to report; go "
+            "on with difftune resume."
         )
     method = run["recipe"].get("method")
     if method != "controlnet" or not run.get("control"):

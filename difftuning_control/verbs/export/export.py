@@ -27,6 +27,7 @@ from difftuning_control.runs.card import base_name
 from difftuning_control.runs.finished import check_outputs, finished_run
 from difftuning_control.runs.folder import check_folder
 from difftuning_control.runs.gates import check_passed
+from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.record import versions
 from difftuning_control.system.durable import PARTIAL, alone, place, write_json, write_text
 from difftuning_control.system.tensors import named_errors
@@ -46,7 +47,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
         UserError: if the run is not finished or has changed since, its base is another one here, the request does not
             fit it, or the folder holds something; nothing is written then. Also if the upload fails.
     """
-    record = finished_run(request.run)
+    record = finished_run(request.run, request.moved)
     recipe = recipe_of(record)
     _check_method(request, recipe.method)
     _check_adapter(request, recipe)
@@ -100,7 +101,7 @@ def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
 def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool) -> None:
     """Refuse a folder whose replacement would cost something: the run, its base, or what is not of an export."""
     target = Path(request.to).resolve()
-    for what, path in (("the run", request.run), ("the base", record["base_path"])):
+    for what, path in (("the run", place_of_run(request.run)[0]), ("the base", record["base_path"])):
         other = Path(path).resolve()
         if other.is_dir() and (target == other or target in other.parents or other in target.parents):
             raise UserError(f"the export {request.to} and {what} {path} lie in one another; choose another folder.")

@@ -21,7 +21,9 @@ from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.pipelines.registry import PIPELINES
-from difftuning_control.runs.finished import check_base
+from difftuning_control.runs.finished import check_base, weights_of
+from difftuning_control.runs.kept import place_of_run, step_folder
+from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 from difftuning_control.verbs.export.card import Parts
@@ -71,6 +73,7 @@ def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
     """The base in float32, which is compared in the precision that the run's fingerprints were taken in."""
     dtype = getattr(torch, (record.get("dtype") or "torch.float32").removeprefix("torch."))
     model = recipe.model
+    need_places(record, run, ("model",))
     family = load_family(model.id, dtype, model.variant, quantization=model.quantization)
     check_base(family, record, run)
     exact = dtype == torch.float32 and model.quantization is None
@@ -82,7 +85,8 @@ def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Rec
     load_adapter(base.pipe, Path(request.run) / LORA_FILE)
     layers = lora_layers(base.denoiser, ADAPTER)
     tensors = (kohya_tensors if request.format == "kohya" else comfyui_tensors)(layers, base.denoiser.config)
-    name = f"{Path(request.run).resolve().name}.safetensors"
+    place, step = place_of_run(Path(request.run).resolve())
+    name = f"{place.name}{'' if step is None else f'-{step_folder(step)}'}.safetensors"
     dtype = request.torch_dtype or torch.float32
     write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
     return Parts(type(base.pipe).__name__, None, None, name)
@@ -115,7 +119,7 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
 
 def _write_controlnet(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
     base = _checked_base(record, recipe, request.run)
-    source, place = Path(request.run) / ControlNetTuning.result, folder / ControlNetTuning.result
+    source, place = weights_of(request.run, ControlNetTuning.result), folder / ControlNetTuning.result
     spec = ControlSpec.load(source)
     base.controlnet = load_controlnet(base, str(source))
     base.controlnet.to(request.torch_dtype or _stored_dtype(base.controlnet))
@@ -130,7 +134,7 @@ def _write_controlnet(request: ExportRequest, record: dict[str, Any], recipe: Re
 
 
 def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
-    tuned = load_family(str(Path(request.run) / FullTuning.result))
+    tuned = load_family(str(weights_of(request.run, FullTuning.result)))
     dtype = request.torch_dtype or _stored_dtype(tuned.denoiser)
     tuned.pipe.to(dtype)
     tuned.save_pipeline(folder)

@@ -1,0 +1,71 @@
+"""Weights that `training.save_at` kept: `RUN/step-000010` stands for the run as it was after ten steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.system.digests import digest_of
+
+STEP = re.compile(r"step-(\d{6,})")
+LOSSES = "losses.json"
+OF_THE_END = ("gates", "budget", "timings", "steps_per_second", "discarded")  # of the final weights alone
+
+
+def step_folder(step: int) -> str:
+    """The name of the folder in which a run keeps the weights of a step."""
+    return f"step-{step:06d}"
+
+
+def place_of_run(place: str | Path) -> tuple[Path, int | None]:
+    """The folder of a run, and the step that is meant where a folder of kept weights was named."""
+    path = Path(place)
+    found = STEP.fullmatch(path.name)
+    if found is not None and not (path / "run.json").exists() and (path.parent / "run.json").is_file():
+        return path.parent, int(found[1])
+    return path, None
+
+
+def kept_steps(run: str | Path) -> list[int]:
+    """The steps of which a run kept its weights, in order."""
+    found = (STEP.fullmatch(p.name) for p in Path(run).glob("step-*") if (p / LOSSES).is_file())
+    return sorted(int(match[1]) for match in found if match is not None)
+
+
+def record_at(record: dict[str, Any], run: Path, step: int) -> dict[str, Any]:
+    """The record of a run as if it had ended after a step that it kept; the run itself need not be finished.
+
+    Names of outputs are those in the folder of the step.
+
+    Raises:
+        UserError: if these weights were not kept.
+    """
+    folder = run / step_folder(step)
+    if not (folder / LOSSES).is_file():
+        raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
+    try:
+        losses = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{folder / LOSSES} cannot be read; name another step of the run.") from None
+    prefix = f"{step_folder(step)}/"
+    files = {n.removeprefix(prefix): h for n, h in record.get("files", {}).items() if n.startswith(prefix)}
+    curve = record.get("fidelity")
+    found = {k: v for k, v in record.items() if k not in OF_THE_END}
+    return found | {
+        "status": "complete",
+        "steps": step,
+        "losses": losses,
+        "outputs": {n: h for n, h in files.items() if n != LOSSES},
+        "identity": digest_of([record["identity"], step]),
+        "fidelity": None if curve is None else _until(curve, step),
+    }
+
+
+def _until(curve: dict[str, Any], step: int) -> dict[str, Any]:
+    """A fidelity curve as it was after a step."""
+    count = sum(at <= step for at in curve["steps"])
+    figures = {name: values[:count] for name, values in curve["figures"].items()}
+    return curve | {"steps": curve["steps"][:count], "figures": figures, "convergence": None}

@@ -1,0 +1,188 @@
+"""Where the inputs of a run lie: absolute places, recorded beside what the user wrote, and found again from anywhere.
+
+`run.json` keeps under `recipe` what was written, so that `recipe.yaml` can be taken elsewhere, and under `places` the
+absolute place of everything local. A run that was moved together with its inputs finds them where they now lie from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.runs.kept import place_of_run
+
+if TYPE_CHECKING:
+    from difftuning_control.recipe.requests import Moved
+
+RUN = "run"
+KEYS = {
+    "model": "model.id",
+    "data": "data.path",
+    "validation": "data.validation_path",
+    "bank": "bank.path",
+    "prompts": "bank.prompts",
+    "control": "control.path",
+    "control_validation": "control.validation_path",
+    "controlnet": "control.init",
+    "annotator": "control.weights",
+    "schedule": "tuning.schedule.path",
+    "begin": "training.begin_from",
+    "features": "gates.features",
+    "cache": "data.cache",
+}
+ALWAYS_LOCAL = ("bank", "schedule", "begin", "cache")  # others may be names of the Hub or of this package
+WORDS = {"prompts": ("captions", "empty", "classes", "both"), "features": ("lite0", "dinov2", "clip", "inception")}
+SOURCES = {"base": "model", "controlnet": "controlnet", "schedule": "schedule", "begin": "begin"}  # in a record
+NAMES = {
+    "model": "the base",
+    "data": "the data",
+    "validation": "the held-out pictures",
+    "bank": "the knowledge bank",
+    "control": "the conditions",
+    "control_validation": "the held-out conditions",
+    "controlnet": "the first ControlNet",
+    "schedule": "the measured schedule",
+    "begin": "what training began from,",
+}
+
+
+def value_of(values: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key of nested dictionaries."""
+    for part in key.split("."):
+        values = values.get(part, {})
+    return values if values != {} else None
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Change the value at a dotted key in place."""
+    *sections, name = key.split(".")
+    for part in sections:
+        values = values[part]
+    values[name] = value
+
+
+def absolute(path: str | Path) -> str:
+    """Absolute and without `..`; links stay links, which may be what an input is found by."""
+    return os.path.abspath(Path(path).expanduser())
+
+
+def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
+    """The absolute place of the output, as `run`, and of everything local that a recipe names, by `KEYS`.
+
+    Args:
+        recipe: with paths as they are found from the current folder.
+        bank: folder of the bank, where the recipe leaves it to the cache.
+    """
+    values, found = recipe.to_dict(), {RUN: absolute(recipe.output)}
+    for role, key in KEYS.items():
+        value = value_of(values, key)
+        if not isinstance(value, str) or value in WORDS.get(role, ()):
+            continue
+        if role in ALWAYS_LOCAL or _is_local(value):
+            found[role] = absolute(value)
+    if bank is not None:
+        found["bank"] = absolute(bank)
+    return found
+
+
+def _is_local(value: str) -> bool:
+    if value == "embedded" or value.startswith("embedded/"):
+        return False
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that is too long, or of an unknown user
+        return False
+
+
+def places_now(record: dict[str, Any], run: str | Path, moved: Moved | None = None) -> dict[str, str]:
+    """Where what a run recorded lies today, by `KEYS`; whether it is there is not asked.
+
+    Args:
+        moved: new places that the user names.
+    """
+    recorded = record.get("places", {})
+    here, found = absolute(place_of_run(run)[0]), {}
+    for role, place in recorded.items():
+        if role != RUN:
+            written = value_of(record["recipe"], KEYS[role])
+            found[role] = _place_now(place, recorded[RUN], here, written if isinstance(written, str) else None)
+    named = {} if moved is None else {name: place for name, place in vars(moved).items() if place is not None}
+    return found | {name: absolute(place) for name, place in named.items()}
+
+
+def _place_now(place: str, before: str, here: str, written: str | None) -> str:
+    """The same place as seen from a run that was moved, or as it was written, where it is there and no longer here."""
+    if here != before:
+        try:
+            beside = os.path.normpath(os.path.join(here, os.path.relpath(place, before)))
+        except ValueError:  # on another drive
+            beside = place
+        if os.path.exists(beside):
+            return beside
+    if not os.path.exists(place) and written is not None and os.path.exists(absolute(written)):
+        return absolute(written)
+    return place
+
+
+def located(record: dict[str, Any], run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
+    """A record whose paths are those of today; one of an earlier version, which recorded none, as it was written."""
+    now = places_now(record, run, moved)
+    if not now:
+        return record
+    found = copy.deepcopy(record)
+    for role, place in now.items():
+        if value_of(record["recipe"], KEYS[role]) is not None:
+            set_value(found["recipe"], KEYS[role], place)
+    written = record["recipe"]["data"]
+    today = {written["path"]: now.get("data"), written["validation_path"]: now.get("validation")}
+    found["data"]["local"] = [today.get(p) or p for p in record["data"].get("local", [])]
+    if record["bank"] is not None and "bank" in now:
+        found["bank"]["folder"] = now["bank"]
+    if "model" in now:
+        found["base_path"] = now["model"]
+    for name, source in found.get("sources", {}).items():
+        source["id"] = now.get(SOURCES[name], source["id"])
+    cache = now.get("cache")
+    if cache is not None and not os.path.exists(cache) and not os.path.exists(os.path.dirname(cache)):
+        found["recipe"]["data"]["cache"] = None  # of another machine; the user's own serves as well
+    return found
+
+
+def placed(recipe: Recipe, record: dict[str, Any], run: str | Path) -> Recipe:
+    """A recipe with the paths that a run's record has in common with it as they are today, and the run's output.
+
+    What differs from the record was named since, and is meant from the current folder.
+    """
+    before, now, values = record["recipe"], located(record, run)["recipe"], recipe.to_dict()
+    for key in KEYS.values():
+        if value_of(values, key) is not None and value_of(values, key) == value_of(before, key):
+            set_value(values, key, value_of(now, key))
+    values["output"] = str(run)
+    return recipe_of({"recipe": values})
+
+
+def need_places(
+    record: dict[str, Any], run: str | Path, roles: tuple[str, ...], option: dict[str, str] | None = None
+) -> None:
+    """Refuse a run of which an input is no longer where it was.
+
+    Args:
+        record: as `located` gives it.
+        roles: which inputs are needed.
+        option: the option that names a new place, by role; `--moved.<role>` when None.
+
+    Raises:
+        UserError: naming the first that is gone, and the option for its new place.
+    """
+    for role in roles:
+        place = value_of(record["recipe"], KEYS[role])
+        if role in record.get("places", {}) and place is not None and not os.path.exists(place):
+            named = f"--moved.{role}" if option is None else option[role]
+            raise UserError(
+                f"{NAMES[role]} of the run {run} is no longer at {place}; if it was moved, give its new place: "
+                f"{named} PLACE."
+            )

@@ -1,0 +1,249 @@
+"""The weights that training begins from: another run's, read before what trains is attached and put into it after.
+
+A LoRA keeps what it does, B A times its scale, whatever rank-for-rank form and alpha it was written with. A ControlNet
+that trains by a LoRA begins from the other's weights as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from difftuning_control.adapters.files import (
+    DIFFFIT_FILE,
+    HEADER,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    denoiser_of,
+    load_adapter,
+    metadata_and_shapes,
+    unload_adapter,
+)
+from difftuning_control.adapters.kinds import ADAPTER, LORA_KINDS, own_parts
+from difftuning_control.adapters.lora_start import Down, factors
+from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
+from difftuning_control.errors import UserError
+from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.runs.start import Start
+from difftuning_control.system.tensors import read_tensors
+from difftuning_control.system.untrusted import from_json, read_text
+from difftuning_control.training.checkpoint import TrainingState, enter_schedule, save_checkpoint
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+OTHERS = "begin"  # the name under which an adapter of others is read
+PARTS = ("lora_A.weight", "lora_B.weight")
+COMPARED = ("peft_type", "r", "alpha", "lora_alpha", "use_dora", "oft_block_size", "boft_block_size")
+
+
+class Beginning:
+    """Weights of another run, of what a run kept, or of an adapter file, for one run to begin from.
+
+    Args:
+        start: where they lie.
+        family: the base, which nothing is attached to yet.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+
+    def __init__(self, start: Start, family: Family):
+        self.start, self.family = start, family
+        self.lora: dict[str, tuple[dict[str, Tensor], float]] = {}  # by component: tensors, and their scale
+        if start.record is not None and start.record["recipe"]["method"] == "controlnet":
+            found = load_controlnet(family, str(start.weights))
+            family.controlnet.load_state_dict(found.state_dict())
+        elif start.weights.suffix == ".safetensors" and start.weights.name != DIFFFIT_FILE:
+            self.lora = self._read_lora(start.weights)
+
+    def fill(self, tuning: AdapterTuning | FullTuning | ControlNetTuning) -> None:
+        """Put the weights into what trains.
+
+        Raises:
+            UserError: if they do not fit it.
+        """
+        if isinstance(tuning, ControlNetTuning):
+            return
+        with torch.no_grad():
+            if isinstance(tuning, FullTuning):
+                tuned = load_family(str(self.start.weights)).denoiser
+                self.family.denoiser.load_state_dict(tuned.state_dict())
+                return
+            self._fill_adapter(tuning)
+            if self.family.trained_whole():
+                self.family.load_trained_whole(self.start.weights.parent)
+
+    # --- LoRAs ------------------------------------------------------------------------------------------------------
+
+    def _read_lora(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
+        """By component the tensors under peft's names, and the one scale of all."""
+        tensors = read_tensors(path)
+        if tensors is None:
+            raise UserError(f"{path} is damaged or no safetensors file; give a whole one.")
+        header = metadata_and_shapes(path)[0]
+        try:
+            config = dict(from_json(header.get("lora_adapter_metadata", "{}")))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the header of {path} cannot be read (lora_adapter_metadata: {error}).") from None
+        uneven = any(value for key, value in config.items() if key.endswith(("rank_pattern", "alpha_pattern")))
+        if uneven or not any(".lora_A." in key for key in tensors):
+            return self._read_others(path)
+        found: dict[str, tuple[dict[str, Tensor], float]] = {}
+        for prefix in dict.fromkeys(key.partition(".")[0] for key in tensors):
+            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+            rank, alpha = config.get(f"{prefix}.r"), config.get(f"{prefix}.lora_alpha")
+            scale = 1.0
+            if rank and alpha is not None:
+                scale = alpha / (rank**0.5 if config.get(f"{prefix}.use_rslora") else rank)
+            found[prefix] = (own, scale)
+        return found
+
+    def _read_others(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
+        """A file of another tool's, as diffusers reads it; scales are made part of B."""
+        from peft.tuners.lora import LoraLayer
+
+        pipe = self.family.pipe
+        load_adapter(pipe, path, OTHERS)
+        found = {}
+        component, denoiser = denoiser_of(pipe)
+        for prefix, module in ((component, denoiser), ("text_encoder", getattr(pipe, "text_encoder", None))):
+            tensors = {}
+            for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+                if isinstance(layer, LoraLayer) and OTHERS in layer.lora_A:
+                    a, b = factors(layer, OTHERS)
+                    tensors[f"{name}.{PARTS[0]}"] = a.float().clone()
+                    tensors[f"{name}.{PARTS[1]}"] = b.float() * layer.scaling[OTHERS]
+            if tensors:
+                found[prefix] = (tensors, 1.0)
+        unload_adapter(pipe, OTHERS)
+        return found
+
+    def _fill_adapter(self, tuning: AdapterTuning) -> None:
+        kind, weights = tuning.config.kind, self.start.weights
+        component, denoiser = denoiser_of(self.family.pipe)
+        if kind in LORA_KINDS:
+            if not self.lora:
+                raise UserError(f"{weights} is no LoRA, and adapter.kind is {kind}; give the kind that it is.")
+            header = from_json(metadata_and_shapes(weights)[0].get(HEADER, "{}"))
+            if (header.get("kind") == "tlora") != (kind == "tlora"):
+                there = header.get("kind", "lora")
+                raise UserError(f"adapter.kind is {kind}, and {weights} is a {there}; give --adapter.kind {there}.")
+            parts = {component: denoiser}
+            if tuning.config.text_encoder:
+                parts["text_encoder"] = self.family.pipe.text_encoder
+            strange = sorted(self.lora.keys() - parts.keys())
+            if strange:
+                raise UserError(
+                    f"{weights} also has weights for the {strange[0]}, which do not train here; say "
+                    "--adapter.text_encoder true, or give another."
+                )
+            for name, module in parts.items():
+                self._fill_lora(module, *self.lora.get(name, ({}, 1.0)))
+        elif kind == "difffit":
+            own = own_parts(denoiser)[ADAPTER].parameters
+            self._copy(own, read_tensors(weights) or {} if weights.name == DIFFFIT_FILE else {})
+        else:
+            self._fill_peft(denoiser, weights)
+
+    def _fill_lora(self, module: Any, tensors: dict[str, Tensor], scale: float) -> None:
+        """Put a LoRA's tensors into an attached one; a start that is taken away again is the file's second half."""
+        from peft import get_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer
+
+        tensors = {k.removeprefix("text_model."): v for k, v in tensors.items()}
+        layers = {n.removeprefix("text_model."): m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+        starts = any(isinstance(layer.lora_A[ADAPTER], Down) for layer in layers.values())
+        state = {} if starts else get_peft_model_state_dict(module, adapter_name=ADAPTER)
+        expected = {k.removeprefix("text_model."): v for k, v in state.items()}
+        wanted = {f"{n}.{part}" for n in layers for part in PARTS} if starts else set(expected)
+        missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        if missing or unknown:
+            said = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which does not train here"
+            raise UserError(
+                f"{self.start.weights} does not fit what trains: it {said}; give the adapter.targets and the "
+                "adapter.kind that it was trained with."
+            )
+        for name, layer in layers.items():
+            a, b = tensors[f"{name}.{PARTS[0]}"], tensors[f"{name}.{PARTS[1]}"]
+            factor = scale / layer.scaling[ADAPTER]
+            self._fill_layer(name, layer, a, b if factor == 1 else b * factor)
+            for key in (k for k in expected if k.startswith(f"{name}.") and not k.endswith(PARTS)):  # DoRA's magnitudes
+                expected[key].copy_(tensors[key])
+
+    def _fill_layer(self, name: str, layer: Any, a: Tensor, b: Tensor) -> None:
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        rank = len(down.weight)
+        starts = isinstance(down, Down)
+        if len(a) != rank and not (starts and len(a) == 2 * rank):
+            raise UserError(
+                f"adapter.rank is {rank}, and the LoRA {self.start.weights} has the rank {len(a)}; give --adapter.rank "
+                f"{len(a)}{' and --adapter.init gaussian' if starts else ''}."
+            )
+        if a.shape[1:] != down.weight.shape[1:] or len(b) != len(up.weight):
+            raise UserError(
+                f"{self.start.weights} was made for another base: its {name} is {len(b)} × {a.shape[1]}, here it is "
+                f"{len(up.weight)} × {down.weight.shape[1]}."
+            )
+        a, b = a.to(down.weight), b.to(up.weight)
+        if not starts:
+            down.weight.copy_(a)
+            up.weight.copy_(b)
+            return
+        whole = len(a) == 2 * rank
+        down.weight.copy_(a[:rank] if down.factor is None else a[:rank] / down.factor[:, None])
+        down.start.copy_(a[rank:] if whole else torch.zeros_like(a))
+        up.weight.copy_(b[:, :rank])
+        up.start.copy_(b[:, rank:] if whole else torch.zeros_like(b))
+
+    # --- other kinds ------------------------------------------------------------------------------------------------
+
+    def _fill_peft(self, denoiser: Any, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        if not (folder / PEFT_CONFIG).is_file():
+            raise UserError(f"{folder} is no peft directory; give an adapter of the kind that trains.")
+        config, ours = from_json(read_text(folder / PEFT_CONFIG)), denoiser.peft_config[ADAPTER].to_dict()
+        ours = json.loads(json.dumps(ours, default=str))
+        pairs = {k: (config[k], ours[k]) for k in COMPARED if k in config and k in ours}
+        differing = [f"{k} is {a} there and {str(b).split('.')[-1]} here" for k, (a, b) in pairs.items() if a != b]
+        if differing:
+            raise UserError(f"training cannot begin from {folder}: {'; '.join(differing)}; give the same.")
+        tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in (read_tensors(folder / PEFT_FILE) or {}).items()}
+        self._copy(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER), tensors)
+
+    def _copy(self, targets: dict[str, Any], found: dict[str, Tensor]) -> None:
+        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in targets.items()}:
+            raise UserError(
+                f"{self.start.weights} does not fit what trains; give an adapter of the same kind, targets and size."
+            )
+        for name, target in targets.items():
+            target.copy_(found[name])
+
+
+def reopen(output: Path, record: dict[str, Any], state: TrainingState, main: bool) -> None:
+    """Make of a finished run one that broke off at its end: a checkpoint of its result, with a fresh optimizer.
+
+    Args:
+        state: filled from the result.
+        main: whether this process writes.
+    """
+    if (output / f"checkpoint-{record['steps']}" / "state.json").exists():  # it was reopened before, and killed
+        return
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    state.logged = len(lines)
+    enter_schedule(state.lr_scheduler, record["steps"])
+    if state.budget is not None:
+        multipliers = record["budget"]["multipliers"]
+        state.budget.load_state_dict(state.budget.state_dict() | {"multipliers": multipliers})
+    if state.fidelity is not None and record.get("fidelity") is not None:
+        curve = record["fidelity"]
+        rows = [{n: v[i] for n, v in curve["figures"].items()} for i in range(len(curve["steps"]))]
+        state.fidelity.load_state_dict({"without": curve["without"], "steps": curve["steps"], "rows": rows})
+    if main or state.sharded:
+        save_checkpoint(output, record["steps"], state, record["identity"])
