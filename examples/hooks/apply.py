@@ -44,5 +44,10 @@ def apply(hook: str, script: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     hook, script = (Path(name).read_text(encoding="utf-8") for name in sys.argv[1:])
-    print(apply(hook, script), end="")
+    try:
+        print(apply(hook, script), end="")
+    except ValueError as error:
+        sys.exit(str(error))

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from PIL import Image
-from tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
 
 from difftuning_control import BankRequest, KnowledgeBank, family_of
+from support.tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
+from support.tiny_sd import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 HOOKS = ROOT / "examples" / "hooks"

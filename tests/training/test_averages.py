@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_dit
 from torch import nn
 
 from difftuning_control.errors import UserError
@@ -20,8 +19,10 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.training.averaging import running_average
 from difftuning_control.training.checkpoint import checkpoints
+from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
+from support.tiny_models import tiny_dit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -84,8 +85,6 @@ def test_fault_15_23_a_resumed_average_is_bit_equal_with_either_choice(
     whole = recipe_of(tmp_path / "whole", model_dir, pictures, warmup)
     train(whole)
     broken = recipe_of(tmp_path / "broken", model_dir, pictures, warmup)
-
-    from difftuning_control.training.loop import TrainingLoop
 
     step = TrainingLoop._step
     with monkeypatch.context() as patch:
