@@ -61,6 +61,14 @@ def test_fault_15_23_a_warmup_of_no_average_is_refused():
         TrainingConfig(ema_warmup=False)
 
 
+class BrokeOffError(Exception):
+    """What ends a run in its middle."""
+
+
+def break_off():
+    raise BrokeOffError
+
+
 def recipe_of(output: Path, model: Path, pictures: Path, warmup: bool, **training) -> Recipe:
     common = {"max_steps": 4, "batch_size": 5, "checkpoint_every": 2, "validation_size": 2, "sample_every": 0}
     return Recipe(
@@ -88,8 +96,8 @@ def test_fault_15_23_a_resumed_average_is_bit_equal_with_either_choice(
 
     step = TrainingLoop._step
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_step", lambda self, k: step(self, k) if k < 3 else (_ for _ in ()).throw(OSError))
-        with pytest.raises(OSError):  # noqa: PT011, our own
+        patch.setattr(TrainingLoop, "_step", lambda self, k: step(self, k) if k < 3 else break_off())
+        with pytest.raises(BrokeOffError):
             train(broken)
     (found,) = checkpoints(tmp_path / "broken")
     assert found.name == "checkpoint-2"
@@ -187,4 +195,4 @@ def test_fault_15_23_the_examples_are_the_authors_settings(name):
 def test_fault_15_23_what_stays_different_is_a_table():
     text = (Path(__file__).parents[2] / "docs" / "paper.md").read_text()
     for key in ("ema_warmup", "max_grad_norm", "label_start", "retention_tau", "mixed_precision", "holdout"):
-        assert f"`{key}`" in text or f".{key}`" in text, key
+        assert f".{key}" in text, key
