@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from difftuning_control.objective.batch import LatentBatch
     from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
     from difftuning_control.objective.noise import NoiseProcess
+    from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.pipelines import (
         DiffTuningControlNetPipeline,
@@ -56,6 +57,7 @@ __all__ = [
     "UserError",
     "add_control",
     "embedded_model",
+    "extend_rows",
     "family_of",
     "load_adapter",
     "load_family",
@@ -80,6 +82,7 @@ _HOME = {
     "load_family": "families",
     "NoiseProcess": "objective.noise",
     "DiffTuningObjective": "objective",
+    "extend_rows": "objective",
     "per_sample_loss": "objective",
     **dict.fromkeys(PIPELINES, "pipelines"),
     "add_control": "pipelines",

@@ -1,6 +1,7 @@
 """Diff-Tuning inside a training loop of your own: the lines marked `# +` are all that is added.
 
-The loop is written the way diffusers' `train_text_to_image.py` is. It runs on the embedded model:
+The loop is written the way diffusers' `train_text_to_image.py` is. What the lines mean, and how they fit other models:
+docs/hook.md; lines for diffusers' own scripts: examples/hooks. It runs on the embedded model:
 
     python examples/hook_into_your_loop.py --steps 50
 """

@@ -88,6 +88,9 @@ class KnowledgeBank:
 
     Of a bank on disk they stay there, and what is indexed is read; `latents[:]` are all of them as a tensor.
     `sizes` (N, 6) are those of `Framing.sizes` where the bank is of real pictures and the family takes them.
+
+    Raises:
+        UserError: if there are no latents, or another number of prompts, seeds or sizes.
     """
 
     latents: Tensor | Rows
@@ -96,6 +99,15 @@ class KnowledgeBank:
     manifest: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     sizes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.latents)
+        found = {"prompts": len(self.prompts)}
+        found |= {"seeds": len(self.seeds)} if self.seeds else {}
+        found |= {"sizes": len(self.sizes)} if self.sizes is not None else {}
+        wrong = [f"{n} {name}" for name, n in found.items() if n != count]
+        if not count or wrong:
+            raise UserError(f"a bank has {' and '.join([f'{count} latents', *wrong])}; expected as many, at least 1.")
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -109,9 +121,9 @@ class KnowledgeBank:
         """What the items are trained and measured with: `own`, or the empty prompt for all (`empty`)."""
         return self.prompts if kind == "own" else [""] * len(self)
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` items' latents, drawn with replacement, (count, C, h, w)."""
-        return self.latents[torch.randint(len(self), (count,), generator=generator)]
+    def __getitem__(self, items: Tensor) -> Tensor:
+        """The latents of the items (n,) long, (n, C, h, w): what `DiffTuningObjective.add_bank_rows` asks for."""
+        return self.latents[items]
 
     def part(self, start: int, length: int) -> KnowledgeBank:
         """Items start … start + length − 1."""

@@ -77,7 +77,7 @@ def begin_label_space(family: Any, recipe: Recipe, data: ImageData, bank: Knowle
     """Give the model the data's classes where the recipe says so; returns the bank as it is retained from then on."""
     if not family.class_conditional or recipe.tuning.label_space == "own":
         return bank
-    family.set_classes(class_names(data), recipe.training.seed)
+    family.set_classes(class_names(data), recipe.training.seed if recipe.tuning.label_start == "random" else None)
     return replace(bank, prompts=[""] * len(bank)) if bank is not None else None
 
 
@@ -85,7 +85,7 @@ def begin_as(family: Any, record: dict[str, Any]) -> None:
     """Give the model the label space that a run began with, by its record."""
     classes = record.get("classes")
     if classes is not None and classes["label_space"] == "new":
-        family.set_classes(list(classes["classes"]), record["seed"])
+        family.set_classes(list(classes["classes"]), None if classes.get("label_start") == "first" else record["seed"])
 
 
 def as_pretrained(family: Any, record: dict[str, Any]) -> AbstractContextManager[None]:
@@ -103,12 +103,13 @@ def describe_classes(family: Any, recipe: Recipe, data: ImageData) -> dict[str, 
         return None
     numbers = {name: family.class_of(name) for name in class_names(data)}
     named = all(name in family.labels for name in numbers)
-    return {
+    found = {
         "label_space": recipe.tuning.label_space,
         "classes": numbers,
         "named": named,
         "null_class": family.null_class,
     }
+    return found | ({"label_start": "first"} if recipe.tuning.label_start == "first" else {})
 
 
 def bank_classes(family: Any, kind: str) -> list[str]:

@@ -134,8 +134,11 @@ class DiT(Family):
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names[:8])}{', …' * (len(names) > 8)}."
         raise UserError(f"the model has no class {prompt!r}; {hint}")
 
-    def set_classes(self, names: list[str], seed: int) -> None:
-        """A new label space: class i is names[i], its embedding drawn from `seed`; the null class stays as it is.
+    def set_classes(self, names: list[str], seed: int | None) -> None:
+        """A new label space: class i is names[i]; the null class stays as it is.
+
+        Args:
+            seed: what the embeddings are drawn from; with None they begin as those of the model's own class i.
 
         Raises:
             UserError: if these are too few or too many, or a name has a comma, at which the pipeline splits names.
@@ -146,12 +149,13 @@ class DiT(Family):
             if "," in name:
                 raise UserError(f"the class {name!r} has a comma, at which a DiTPipeline splits names; rename it.")
         self.fingerprints  # noqa: B018, those of the model as it was loaded
-        tables = list(tables_of(self.denoiser).values())
-        generator = torch.Generator().manual_seed(seed)
-        rows = SPREAD * torch.randn(len(names), tables[0].shape[1], generator=generator)
-        with torch.no_grad():
-            for table in tables:
-                table[: len(names)] = rows.to(table)
+        if seed is not None:
+            tables = list(tables_of(self.denoiser).values())
+            generator = torch.Generator().manual_seed(seed)
+            rows = SPREAD * torch.randn(len(names), tables[0].shape[1], generator=generator)
+            with torch.no_grad():
+                for table in tables:
+                    table[: len(names)] = rows.to(table)
         self.pipe.labels = dict(sorted((name, i) for i, name in enumerate(names)))
         self.has_new_classes = True
 

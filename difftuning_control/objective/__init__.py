@@ -3,9 +3,9 @@
 from difftuning_control.objective.difftuning import (
     PRESETS,
     DiffTuningObjective,
-    DrawsLatents,
     NoisedBatch,
     per_sample_loss,
 )
+from difftuning_control.objective.rows import Bank, extend_rows
 
-__all__ = ["PRESETS", "DiffTuningObjective", "DrawsLatents", "NoisedBatch", "per_sample_loss"]
+__all__ = ["PRESETS", "Bank", "DiffTuningObjective", "NoisedBatch", "extend_rows", "per_sample_loss"]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from difftuning_control.objective.rows import check_roles
+
 
 @dataclass
 class LatentBatch:
@@ -26,14 +28,15 @@ class LatentBatch:
     ids: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name, part in ({"latents": self.latents} | self.conditioning).items():
+            if part.ndim == 0:
+                raise ValueError(f"{name} is a single number; expected a tensor whose first dimension is the rows.")
+        check_roles(self.is_retention)
         rows = len(self.latents)
         sizes = {name: len(t) for name, t in self.conditioning.items()} | {"is_retention": len(self.is_retention)}
         wrong = {name: n for name, n in sizes.items() if n != rows}
         if wrong:
             raise ValueError(f"latents have {rows} rows, but {wrong}; every part of a batch needs the same rows.")
-        if self.is_retention.dtype != torch.bool or self.is_retention.ndim != 1:
-            found = f"{tuple(self.is_retention.shape)} {self.is_retention.dtype}"
-            raise ValueError(f"is_retention is {found}; expected (B,) torch.bool.")
         if len(self.ids) not in (0, rows):
             raise ValueError(f"there are {len(self.ids)} ids for {rows} rows; give one a row, or none.")
 

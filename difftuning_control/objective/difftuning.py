@@ -22,12 +22,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
+from difftuning_control.objective.rows import (
+    Bank,
+    bank_latents,
+    check_one_a_row,
+    check_roles,
+    check_same_shape,
+    draw_items,
+    extend_rows,
+)
 from difftuning_control.objective.schedules import (
     ConstantSchedule,
     PaperSchedule,
@@ -38,12 +47,6 @@ from difftuning_control.objective.schedules import (
 from difftuning_control.objective.variance import BOUND_WEIGHT, variational_bound
 
 PRESETS = ("paper", "plain", "prior_preservation")
-
-
-class DrawsLatents(Protocol):
-    """Anything that gives latents of the pretrained model's own samples: a `KnowledgeBank`, or a few lines of yours."""
-
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -164,39 +167,67 @@ class DiffTuningObjective:
         """How many rows of a batch of this size come from the bank (rounded down, as in the authors' code)."""
         return int(batch_size * self.retention_ratio) if self.uses_retention else 0
 
-    # --- the hook for other people's loops: mix, sample_timesteps, reduce ---------------------------------------
+    # --- the hook for other people's loops: add_bank_rows, extend_rows (or mix), sample_timesteps, reduce ------------
+
+    def add_bank_rows(
+        self, latents: Tensor, bank: Bank, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append rows of the bank to a batch of target rows, and say which.
+
+        Args:
+            latents: (B, C, h, w), scaled.
+            bank: gives latents of the same shape and scale.
+
+        Returns:
+            latents of B + n rows; is_retention (B + n,) bool on their device; items (n,) long on the CPU, the numbers
+            of the bank's items that were added. n = B r / (1 − r), rounded, at least 1, is what makes the bank's share
+            r; it is 0 without retention. `extend_rows` gives whatever else the model is told its rows.
+
+        Raises:
+            ValueError: if the batch or the bank has no rows, or the bank's latents have another shape.
+        """
+        count = len(latents)
+        if count == 0:
+            raise ValueError(f"latents are {tuple(latents.shape)}; expected at least one target row.")
+        extra = max(1, round(count * self.retention_ratio / (1 - self.retention_ratio))) if self.uses_retention else 0
+        items = draw_items(bank, extra, generator) if extra else torch.zeros(0, dtype=torch.long)
+        if extra:
+            latents = torch.cat([latents, bank_latents(bank, items, latents)])
+        return latents, torch.arange(len(latents), device=latents.device) >= count, items
 
     def mix(
         self,
         latents: Tensor,
-        prompt_embeds: Tensor,
-        bank: DrawsLatents,
-        empty_prompt_embeds: Tensor,
+        prompt_embeds: Any,
+        bank: Bank,
+        empty_prompt_embeds: Any,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Append bank rows with the empty prompt to a batch of target rows.
+    ) -> tuple[Tensor, Any, Tensor]:
+        """`add_bank_rows` and `extend_rows` in one, where all bank rows are told the same and nothing is padded.
 
         Args:
-            latents: (B, C, h, w), scaled; prompt_embeds: (B, L, D).
+            latents: (B, C, h, w), scaled.
+            prompt_embeds: (B, L, D), or a list, tuple or dict as `extend_rows` takes.
             bank: gives latents of the same shape and scale.
-            empty_prompt_embeds: the embedding of the empty prompt, (1, L, D).
+            empty_prompt_embeds: the embedding of the empty prompt, (1, L, D), or built like `prompt_embeds`.
 
         Returns:
-            latents and prompt_embeds of B + n rows, and is_retention (B + n,) bool; n = B r / (1 − r), rounded, at
-            least 1, is what makes the bank's share r.
+            latents and prompt_embeds of B + n rows, and is_retention (B + n,) bool.
+
+        Raises:
+            ValueError: if the parts do not agree in rows or shapes.
         """
-        count = len(latents)
-        if self.uses_retention:
-            extra = max(1, round(count * self.retention_ratio / (1 - self.retention_ratio)))
-            rows = bank.draw(extra, generator).to(latents)
-            latents = torch.cat([latents, rows])
-            empty = empty_prompt_embeds.to(prompt_embeds).expand(extra, *prompt_embeds.shape[1:])
-            prompt_embeds = torch.cat([prompt_embeds, empty])
-        is_retention = torch.arange(len(latents), device=latents.device) >= count
-        return latents, prompt_embeds, is_retention
+        latents, is_retention, _ = self.add_bank_rows(latents, bank, generator)
+        extended = extend_rows(prompt_embeds, empty_prompt_embeds, is_retention, name="prompt_embeds")
+        return latents, extended, is_retention
 
     def sample_levels(self, is_retention: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A noise level for each row, by its role, (B,) long on the device of `is_retention`."""
+        """A noise level for each row, by its role, (B,) long on the device of `is_retention`.
+
+        Raises:
+            ValueError: unless `is_retention` is (B,) bool.
+        """
+        check_roles(is_retention)
         levels = torch.empty(len(is_retention), dtype=torch.long)
         roles = is_retention.cpu()
         for retention in (False, True):
@@ -207,7 +238,11 @@ class DiffTuningObjective:
         return levels.to(is_retention.device)
 
     def sample_timesteps(self, is_retention: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A timestep for each row, by its role, as the model takes it, (B,)."""
+        """A timestep for each row, by its role, as the model takes it, (B,).
+
+        Raises:
+            ValueError: unless `is_retention` is (B,) bool.
+        """
         levels = self.sample_levels(is_retention, generator)
         return self.process.timesteps.to(levels.device)[levels]
 
@@ -216,7 +251,12 @@ class DiffTuningObjective:
 
         Args:
             multipliers: stands in for λ, one number a row (B,).
+
+        Raises:
+            ValueError: unless levels, is_retention and multipliers have one number a row.
         """
+        numbers = {"multipliers": multipliers} if isinstance(multipliers, Tensor) and multipliers.ndim else {}
+        check_one_a_row(is_retention, levels=levels, **numbers)
         weight = self.retention_weight if multipliers is None else multipliers
         if self.estimator == "weight":
             psi, xi = self.psi.to(levels.device)[levels], self.xi.to(levels.device)[levels]
@@ -233,7 +273,12 @@ class DiffTuningObjective:
         return float((self.xi.double() * base).sum() / (self.psi.double() * base).sum())
 
     def reduce(self, per_sample_loss: Tensor, timesteps: Tensor, is_retention: Tensor) -> Tensor:
-        """The objective from the per-sample losses ℓ (B,), a scalar."""
+        """The objective from the per-sample losses ℓ (B,), a scalar.
+
+        Raises:
+            ValueError: unless losses, timesteps and is_retention have one number a row.
+        """
+        check_one_a_row(is_retention, per_sample_loss=per_sample_loss, timesteps=timesteps)
         return self.combine(per_sample_loss, self.process.levels_of(timesteps), is_retention)
 
     # --- what the trainer, validation and analysis use ---------------------------------------------------------------
@@ -252,7 +297,11 @@ class DiffTuningObjective:
             counts: how many target and bank rows the means are over, where these rows are one process's part of a
                 larger batch; the numbers in this batch when None.
             multipliers: stands in for λ, one number a row (B,).
+
+        Raises:
+            ValueError: unless losses, levels, is_retention and multipliers have one number a row.
         """
+        check_one_a_row(is_retention, per_sample_loss=per_sample_loss)
         weighted = per_sample_loss.float() * self.row_weights(levels, is_retention, multipliers)
         bank = int(is_retention.sum())
         targets, banks = counts if counts is not None else (len(is_retention) - bank, bank)
@@ -260,7 +309,14 @@ class DiffTuningObjective:
         return target_sum / max(targets, 1) + bank_sum / max(banks, 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
-        """The forward process at the given levels."""
+        """The forward process at the given levels, (B,) long.
+
+        Raises:
+            ValueError: unless latents and noise have one shape, and as many rows as there are levels.
+        """
+        check_same_shape(latents=latents, noise=noise)
+        if levels.shape != latents.shape[:1]:
+            raise ValueError(f"levels are {tuple(levels.shape)} for {len(latents)} latents; expected one a row.")
         return NoisedBatch(
             self.process.add_noise(latents, noise, levels),
             self.process.timesteps.to(latents.device)[levels],
@@ -276,7 +332,7 @@ class DiffTuningObjective:
             latents: (B, C, h, w), without noise.
 
         Raises:
-            ValueError: if `variance` is hybrid and the model does not predict it.
+            ValueError: if the shapes do not agree, or `variance` is hybrid and the model does not predict it.
         """
         channels = latents.shape[1]
         model_pred, variance = model_output[:, :channels], model_output[:, channels:]
@@ -292,5 +348,10 @@ class DiffTuningObjective:
 
 
 def per_sample_loss(model_pred: Tensor, target: Tensor) -> Tensor:
-    """ℓ: the squared error averaged over everything but the batch, (B,) float32."""
+    """ℓ: the squared error averaged over everything but the batch, (B,) float32.
+
+    Raises:
+        ValueError: unless the two have one shape.
+    """
+    check_same_shape(model_pred=model_pred, target=target)
     return (model_pred.float() - target.float()).square().flatten(1).mean(1)

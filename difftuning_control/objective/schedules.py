@@ -27,24 +27,29 @@ S = TypeVar("S")
 class PowerSchedule:
     """ψ(u) = u^τ and ξ(u) = 1 − u^τ. The paper's class-conditional experiments use τ = 1.
 
+    Args:
+        retention_tau: τ of ξ alone; that of ψ when None.
+
     Raises:
-        ValueError: unless 0 < tau < ∞.
+        ValueError: unless 0 < tau < ∞, and retention_tau likewise.
     """
 
     tau: float = 1.0
+    retention_tau: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}; a power schedule needs a finite tau above 0.")
+        _check_tau("tau", self.tau, "power")
+        if self.retention_tau is not None:
+            _check_tau("retention_tau", self.retention_tau, "power")
 
     def psi(self, u: Tensor) -> Tensor:
         return u**self.tau
 
     def xi(self, u: Tensor) -> Tensor:
-        return 1 - u**self.tau
+        return 1 - u ** (self.tau if self.retention_tau is None else self.retention_tau)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "power", "tau": self.tau}
+        return {"kind": "power", "tau": self.tau} | _own_tau(self.retention_tau)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PowerSchedule:
@@ -55,16 +60,21 @@ class PowerSchedule:
 class PaperSchedule:
     """The authors' code: ψ ∝ (t + 1)^τ and its mirror image ξ ∝ (T − t)^τ, that is ψ(u) = u^τ, ξ(u) = (1 − u + 1/T)^τ.
 
+    Args:
+        retention_tau: τ of ξ alone; that of ψ when None.
+
     Raises:
-        ValueError: unless 0 < tau < ∞ and num_train_timesteps ≥ 1.
+        ValueError: unless 0 < tau < ∞, retention_tau likewise, and num_train_timesteps ≥ 1.
     """
 
     tau: float = 1.0
     num_train_timesteps: int = 1000
+    retention_tau: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau is {self.tau}; the paper's schedule needs a finite tau above 0.")
+        _check_tau("tau", self.tau, "paper")
+        if self.retention_tau is not None:
+            _check_tau("retention_tau", self.retention_tau, "paper")
         if not 1 <= self.num_train_timesteps < math.inf:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1.")
 
@@ -72,10 +82,12 @@ class PaperSchedule:
         return u**self.tau
 
     def xi(self, u: Tensor) -> Tensor:
-        return (1 - u + 1 / self.num_train_timesteps) ** self.tau
+        tau = self.tau if self.retention_tau is None else self.retention_tau
+        return (1 - u + 1 / self.num_train_timesteps) ** tau
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "paper", "tau": self.tau, "num_train_timesteps": self.num_train_timesteps}
+        values = {"kind": "paper", "tau": self.tau, "num_train_timesteps": self.num_train_timesteps}
+        return values | _own_tau(self.retention_tau)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PaperSchedule:
@@ -170,6 +182,16 @@ class TabulatedSchedule:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TabulatedSchedule:
         return _of_class(cls, values)
+
+
+def _check_tau(name: str, tau: float, kind: str) -> None:
+    if not 0 < tau < math.inf:
+        raise ValueError(f"{name} is {tau}; a {kind} schedule needs a finite {name} above 0.")
+
+
+def _own_tau(retention_tau: float | None) -> dict[str, float]:
+    """What a schedule's description has of a τ of retention's own."""
+    return {} if retention_tau is None else {"retention_tau": retention_tau}
 
 
 def with_flat_retention(schedule: Schedule, u: Tensor) -> TabulatedSchedule:

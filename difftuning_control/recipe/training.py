@@ -20,8 +20,8 @@ GATES = ("kid", "retention_loss", "fidelity", "memorisation")
 DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
 DEFAULT_TAU = 0.3
 SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "power": ("tau",),
-    "paper": ("tau",),
+    "power": ("tau", "retention_tau"),
+    "paper": ("tau", "retention_tau"),
     "constant": ("psi", "xi"),
     "measured": ("path",),
     "auto": (),
@@ -36,6 +36,7 @@ class ScheduleConfig:
         kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path), auto
             (measured on the model and the data when the run begins).
         tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper.
+        retention_tau: τ of ξ alone, of power and paper; that of ψ when empty.
         psi: ψ of constant, 1 when empty.
         xi: ξ of constant, 0 when empty.
         path: a JSON file with u, psi and xi, for measured.
@@ -43,13 +44,14 @@ class ScheduleConfig:
 
     kind: Literal["power", "paper", "constant", "measured", "auto"] = "power"
     tau: float | None = None
+    retention_tau: float | None = None
     psi: float | None = None
     xi: float | None = None
     path: str | None = None
 
     def __post_init__(self) -> None:
         used = SCHEDULE_OPTIONS[self.kind]
-        for name in ("tau", "psi", "xi", "path"):
+        for name in ("tau", "retention_tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
                 names = f"only {' and '.join(used)}" if used else "none of these"
                 raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
@@ -80,6 +82,7 @@ class ScheduleConfig:
                 return schedule_from_dict({"kind": "constant", "psi": psi, "xi": xi})
             default = DEFAULT_TAU if self.kind == "power" else 1.0
             values: dict[str, Any] = {"kind": self.kind, "tau": default if self.tau is None else self.tau}
+            values["retention_tau"] = self.retention_tau
             if self.kind == "paper":
                 values["num_train_timesteps"] = num_train_timesteps
             return schedule_from_dict(values)
@@ -104,6 +107,8 @@ class TuningConfig:
         prompt_dropout: share of target rows that train with the empty prompt, or without a class.
         label_space: own (the data's classes are the model's), or new (the data's classes take the place of the model's,
             each with a new embedding that trains whole); of models that are told classes.
+        label_start: where the embeddings of a new label space begin: random (one vector a class, drawn from the
+            seed), or first (the model's own first classes, in order, as in the authors' code).
         variance: fixed (the loss on the prediction alone), or hybrid (and the variational bound on the variance, of
             models that predict it).
         min_snr_gamma: γ of min-SNR weighting, none when empty.
@@ -118,6 +123,7 @@ class TuningConfig:
     retention_prompts: Literal["empty", "own"] = "empty"
     prompt_dropout: float = 0.0
     label_space: Literal["own", "new"] = "own"
+    label_start: Literal["random", "first"] = "random"
     variance: Literal["fixed", "hybrid"] = "fixed"
     min_snr_gamma: float | None = None
     stratified: bool = True
@@ -136,6 +142,8 @@ class TuningConfig:
             )
         if self.forgetting_budget is not None:
             self._check_budget()
+        if self.label_start == "first" and self.label_space == "own":
+            raise UserError("tuning.label_start is first, but tuning.label_space is own; say new, or leave it out.")
 
         if self.schedule.kind == "auto" and self.retention_ratio == 0:
             raise UserError(
@@ -183,6 +191,9 @@ class TrainingConfig:
         shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
             still fit once on every device, 4 bytes a weight, before training.
         ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
+        ema_warmup: the decay rises to ema_decay, 1 − (1 + s)^(−2/3) after s steps (0.978 at 300, 0.9988 at 24,000), so
+            that short runs do not save their start; when false it is ema_decay from the first step on, as in the
+            authors' code.
         seed: of everything random.
         checkpoint_every: optimizer steps between checkpoints.
         save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
@@ -215,6 +226,7 @@ class TrainingConfig:
     compile: Literal["inductor", "aot_eager"] | None = None
     shard: bool = False
     ema_decay: float | None = None
+    ema_warmup: bool = True
     seed: int = 0
     checkpoint_every: int = 100
     save_at: list[int] = field(default_factory=list)
@@ -247,6 +259,8 @@ class TrainingConfig:
         need(0 <= decay < math.inf, "training.weight_decay", decay, "a finite number of at least 0")
         need(norm is None or 0 < norm < math.inf, "training.max_grad_norm", norm, "a finite number above 0")
         need(self.ema_decay is None or 0 < self.ema_decay < 1, "training.ema_decay", self.ema_decay, "between 0 and 1")
+        if self.ema_decay is None and not self.ema_warmup:
+            raise UserError("training.ema_warmup is false, but training.ema_decay is empty; give the decay.")
         need(0 <= self.seed <= MAX_SEED, "training.seed", self.seed, f"0 to {MAX_SEED}")
         guidance = self.sample_guidance_scale
         need(0 <= guidance < math.inf, "training.sample_guidance_scale", guidance, "at least 0")

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.adapters.attached import denoiser_of, unload_adapter
 from difftuning_control.adapters.files import (
     DIFFFIT_FILE,
     HEADER,
     PEFT_CONFIG,
     PEFT_FILE,
     PEFT_PREFIX,
-    denoiser_of,
-    load_adapter,
     metadata_and_shapes,
-    unload_adapter,
 )
 from difftuning_control.adapters.kinds import ADAPTER, LORA_KINDS, own_parts
+from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.lora_start import Down, factors
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.errors import UserError

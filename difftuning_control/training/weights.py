@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
@@ -20,6 +19,7 @@ from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import named_errors
+from difftuning_control.training.averaging import running_average
 from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
 from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
@@ -103,7 +103,7 @@ class TrainedWeights:
         self.optimizer = accelerator.prepare(self._plain_optimizer)
         self.ema = None
         if self.config.ema_decay is not None:
-            self.ema = EMAModel(self.parameters.values(), decay=self.config.ema_decay, use_ema_warmup=True)
+            self.ema = running_average(self.parameters.values(), self.config.ema_decay, self.config.ema_warmup)
 
     def state(self, budget: ForgettingBudget | None, curve: FidelityCurve | None) -> TrainingState:
         """What a checkpoint saves and restores, with what changes beside the weights."""

@@ -18,6 +18,7 @@ from difftuning_control.data.prepare import prepare_bank
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
+from difftuning_control.objective.rows import draw_items
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from support.pictures import write_pictures
 from support.tiny_sd import tiny_pipeline
@@ -265,12 +266,12 @@ def test_requests_out_of_range_are_refused(change, message):
 
 
 def test_draws_are_items_and_follow_the_generator(undisturbed):
-    drawn = [undisturbed.draw(20, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert drawn[0].shape == (20, *undisturbed.latents.shape[1:])
-    assert {digest(d) for d in drawn[0]} <= {digest(item) for item in undisturbed.latents}
+    drawn = [draw_items(undisturbed, 20, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert undisturbed[drawn[0]].shape == (20, *undisturbed.latents.shape[1:])
+    assert torch.equal(undisturbed[drawn[0]], undisturbed.latents[:][drawn[0]])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    assert undisturbed.draw(2).shape == (2, 4, 8, 8)
+    assert undisturbed[draw_items(undisturbed, 2)].shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("captions", [True, False])
@@ -283,7 +284,7 @@ def test_a_folder_of_real_pictures_can_be_the_bank(family, tmp_path, captions):
     mean, _ = family.encode_moments(torch.cat([Framing(16).pixels(e) for e in examples]))
     torch.testing.assert_close(bank.latents[:], mean * 0.7, atol=1e-5, rtol=1e-5)
     assert bank.prompts == [f"red {i}" if captions else "" for i in range(5)]
-    assert bank.draw(3).shape == (3, 4, 8, 8)
+    assert bank[draw_items(bank, 3)].shape == (3, 4, 8, 8)
 
 
 def test_two_jobs_that_want_the_same_bank_at_once_both_get_it(tmp_path, model_dir):

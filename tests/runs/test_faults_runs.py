@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from difftuning_control.adapters.files import load_adapter, unload_adapter
+from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_family
