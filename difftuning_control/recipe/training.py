@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import from_json, read_text
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ScheduleConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
+        expand_paths(self, "path")
         takes = {"power": {"tau"}, "paper": {"tau"}, "constant": {"psi", "xi"}, "measured": {"path"}}
         used = takes.get(self.kind, set())
         for name in ("tau", "psi", "xi", "path"):
@@ -275,6 +277,7 @@ class GatesConfig:
     guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
+        expand_paths(self, "features")
         for name, low, high in (
             ("kid", 0, math.inf),
             ("retention_loss", -1, math.inf),

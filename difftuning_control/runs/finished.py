@@ -13,6 +13,8 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.recipe.recipe import recipe_of
+from difftuning_control.runs.folder import data_places
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.digests import digest_of_file
 
@@ -32,6 +34,15 @@ def finished_run(run: str | Path) -> dict[str, Any]:
     if record["status"] != "complete":
         raise UserError(f"the run {run} is {record['status']}, not complete; go on with --training.resume true.")
     return record
+
+
+def data_of_runs(*runs: str) -> list[str]:
+    """The folders of pictures that these finished runs were tuned and validated on.
+
+    Raises:
+        UserError: if one of them is no finished run.
+    """
+    return [place for run in runs for place in data_places(recipe_of(finished_run(run)))]
 
 
 def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:

@@ -68,7 +68,7 @@ def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int
     # where things lie does not matter: what they are is in the fingerprints
     for section, names in (
         ("model", ("id",)),
-        ("data", ("path", "validation_path")),
+        ("data", ("path", "validation_path", "split", "validation_split")),
         ("bank", ("path",)),
         ("control", ("path", "validation_path", "weights", "init")),
     ):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.data.latents import part_of
-from difftuning_control.data.prepare import Materials, hold_out, materials
+from difftuning_control.data.prepare import Materials, hold_out, materials, silent
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.figures import Sampling, check_held_out, figures, reference_of
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 
-def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> dict[str, Any]:
+def analyze(
+    recipe: Recipe, config: AnalysisConfig, run: str | None = None, tell: Callable[[str], object] = silent
+) -> dict[str, Any]:
     """Measure; returns what `analysis.json` holds.
 
     Args:
         recipe: model, data and bank; those of the run when one is given.
         run: a finished run, whose forgetting is measured too.
+        tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: if run and base do not belong together, or there are too few pictures.
@@ -66,7 +70,7 @@ def analyze(recipe: Recipe, config: AnalysisConfig, run: str | None = None) -> d
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
-    found = materials(family, recipe)
+    found = materials(family, recipe, tell)
     if record is not None and record["fingerprints"]["data"] != found.data.fingerprint:
         raise UserError(
             f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."
