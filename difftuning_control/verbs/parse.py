@@ -165,7 +165,7 @@ def _from_yaml(text: str, where: str) -> Any:
 
 def _refuse_twice_in(text: str, where: str) -> None:
     """The same of a flag's value; what is no YAML is told of later."""
-    import yaml
+    import yaml  # as in _from_yaml
 
     node = None
     with suppress(yaml.YAMLError, ValueError, RecursionError):
@@ -179,7 +179,7 @@ def _refuse_twice(node: Any, where: str, seen: set[int]) -> None:
     Args:
         seen: the nodes that were looked at, which aliases lead to again.
     """
-    import yaml
+    import yaml  # as in _from_yaml
 
     if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
         return
