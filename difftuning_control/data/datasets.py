@@ -3,47 +3,138 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from difftuning_control.data.examples import Checker, Columns, ImageData, Read, Row
+from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.splits import (
+    ALL,
+    FOR_TRAINING,
+    TRAIN,
+    chosen,
+    is_hidden,
+    splits_of,
+    taken,
+    visible_files,
+)
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import leads_outside, read_file
 
 
-def local_dataset(folder: Path) -> Any:
-    """What `save_to_disk` left, or the rows of Parquet files; None for a folder of pictures."""
-    parquet = sorted(str(p) for p in folder.rglob("*.parquet") if p.is_file())
+@dataclass(frozen=True)
+class Choice:
+    """Which split of a data set is wanted.
+
+    Args:
+        split: its name, or all; the first of `prefer` that is there when None.
+        option: which names it on the command line.
+    """
+
+    split: str | None = None
+    prefer: Sequence[str] = FOR_TRAINING
+    option: str = "--data.split"
+
+
+FIRST = Choice()  # train
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder holds what `save_to_disk` left, or Parquet files, and not pictures alone."""
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-    if not parquet and not saved:
-        return None
-    for file in parquet:
-        if (target := leads_outside(Path(file), folder)) is not None:
-            raise UserError(f"{file} leads outside the folder, to {target}; copy it into the folder.")
+    return saved or bool(visible_files(folder, "*.parquet"))
+
+
+def local_dataset(folder: Path, choice: Choice) -> tuple[Any, list[str]]:
+    """The chosen split of what `save_to_disk` left, or of Parquet files, and what is to be said of it.
+
+    Raises:
+        UserError: if it cannot be read, lies elsewhere, or has no such split.
+    """
+    parquet = [p for p in visible_files(folder, "*.parquet") if p.is_file()]
+    refuse_outside(parquet, folder)
+    if parquet:
+        return _of_parquet(folder, parquet, choice)
     import datasets  # saves a second where pictures lie in a folder
 
     try:
-        if parquet:
-            return datasets.load_dataset("parquet", data_files=parquet, split="train")
-        found = datasets.load_from_disk(str(folder))
+        found = datasets.load_from_disk(literal(folder))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
-    if isinstance(found, datasets.DatasetDict):
-        if "train" not in found:
-            raise UserError(f"the data set {folder} has the splits {', '.join(found)}; expected one called train.")
-        return found["train"]
-    return found
+    if not isinstance(found, datasets.DatasetDict):
+        chosen([TRAIN], choice.split, choice.prefer, folder, choice.option)
+        return found, []
+    split = chosen(found, choice.split, choice.prefer, folder, choice.option)
+    data = datasets.concatenate_datasets(list(found.values())) if split == ALL else found[split]
+    return data, taken(folder, split, found, 0, choice.option)
 
 
-def named_dataset_rows(name: str, columns: Columns, need_captions: bool) -> list[Row]:
-    """Rows of the train split of a `datasets` data set, by Hub name."""
+def _of_parquet(folder: Path, files: list[Path], choice: Choice) -> tuple[Any, list[str]]:
+    import datasets  # saves a second where pictures lie in a folder
+
+    files, lines = files_of_split(folder, files, choice)
+    pictures = sum(p.suffix.lower() in EXTENSIONS for p in visible_files(folder))
+    if pictures:
+        lines.append(f"using the Parquet files of {folder}, without the {pictures} picture files beside them")
+    names = [escape(literal(file)) for file in files]
+    try:
+        return datasets.load_dataset("parquet", data_files={TRAIN: names}, split=TRAIN), lines
+    except Exception as error:
+        raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
+
+
+def files_of_split(folder: Path, files: list[Path], choice: Choice) -> tuple[list[Path], list[str]]:
+    """Those of a data set's files that are of the chosen split, and what is to be said of that."""
+    splits = splits_of(folder, files)
+    split = chosen(splits, choice.split, choice.prefer, folder, choice.option)
+    if split == ALL:
+        return files, []
+    left = set(files).difference(*splits.values())
+    return splits[split], taken(folder, split, splits, len(left), choice.option)
+
+
+def refuse_outside(files: list[Path], folder: Path) -> None:
+    """Refuse files of a data set that are links to elsewhere.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for file in files:
+        if (target := leads_outside(file, folder)) is not None:
+            raise UserError(f"{file} leads outside the folder, to {target}; copy it into the folder.")
+
+
+def literal(path: Path) -> str:
+    """A path as `datasets` takes it.
+
+    Raises:
+        UserError: if it has a sign in it that would make another file of it.
+    """
+    if "::" in str(path):
+        raise UserError(f"{path} has :: in its name, which stands for a file within an archive; rename it.")
+    return str(path)
+
+
+def named_dataset_rows(name: str, columns: Columns, need_captions: bool, choice: Choice) -> list[Row]:
+    """Rows of a split of a `datasets` data set, by Hub name."""
     import datasets  # saves a second where pictures lie in a folder
 
     try:
-        data = datasets.load_dataset(name, split="train")
+        split = choice.split or TRAIN
+        if choice.split is None and len(choice.prefer) > 1:
+            split = chosen(datasets.get_dataset_split_names(name), None, choice.prefer, name, choice.option)
+        data = datasets.load_dataset(name, split=split)
+    except UserError:
+        raise
     except Exception as error:
+        unknown = isinstance(error, ValueError) and "split" in str(error)
+        reason = f"no split {split}" if unknown else type(error).__name__
         raise UserError(
-            f"{name} is no folder here and cannot be loaded as a data set ({type(error).__name__}); "
+            f"{name} is no folder here and cannot be loaded as a data set ({reason}); "
             "give a folder of pictures, or a data set that this machine can reach."
         ) from None
     from huggingface_hub.constants import HF_HUB_CACHE  # as datasets, which imports it
@@ -108,6 +199,8 @@ def _reader(data: Any, column: str, within: Sequence[Path] | None) -> Callable[[
             if cell.get("path") is None:
                 raise UserError("has no picture")
             path = Path(cell["path"]) if within is None else within[0] / cell["path"]
+            if within is not None and path.is_relative_to(within[0]) and is_hidden(path, within[0]):
+                raise UserError(f"names a hidden picture, {path.name}; give it a name without a dot in front")
             if within is not None and all(leads_outside(path, folder) is not None for folder in within):
                 raise UserError(f"names a picture outside the data set, {path}")
             return read_file(path, most)

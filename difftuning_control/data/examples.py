@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_
 
 KEPT = 2**26  # bytes of decoded pictures that are kept from checking to their first use
 CONDITION = "has a condition that "  # what is wrong with it follows
+NAMED = 10  # so many pictures are named, and the number of the rest
 Read = Callable[[int], bytes]  # gives the bytes of a picture, if they are no more than so many
 
 
@@ -67,12 +68,16 @@ class Example:
 
 @dataclass(frozen=True)
 class ImageData:
-    """The usable examples of a data set, what was skipped and why, and how many other files lay beside them."""
+    """The usable examples of a data set, what was skipped and why, and how many other files lay beside them.
+
+    `notes` are lines to be shown: which split was taken, and what else was left out.
+    """
 
     source: str
     examples: list[Example]
     skipped: dict[str, str] = field(default_factory=dict)
     ignored_files: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -96,12 +101,24 @@ class ImageData:
         parts: list[list[Example]] = [[], []]
         for i, example in enumerate(self.examples):
             parts[i in held].append(example)
-        return ImageData(self.source, parts[0], self.skipped, self.ignored_files), ImageData(self.source, parts[1])
+        return replace(self, examples=parts[0]), ImageData(self.source, parts[1])
 
     def sample(self, count: int) -> ImageData:
         """At most `count` examples, always the same ones of the same data."""
         chosen = np.random.default_rng(0).permutation(len(self))[:count]
-        return ImageData(self.source, [self.examples[i] for i in sorted(chosen)], self.skipped, self.ignored_files)
+        return replace(self, examples=[self.examples[i] for i in sorted(chosen)])
+
+
+def listed(names: Iterable[str]) -> str:
+    """At most ten names, and the number of the rest."""
+    first = list(names)
+    rest = len(first) - NAMED
+    return ", ".join(first[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def with_reasons(bad: dict[str, str]) -> str:
+    """At most ten names, each with what is wrong with it in a few words, and the number of the rest."""
+    return listed(f"{name} ({reason.partition(';')[0].removeprefix('has ')})" for name, reason in bad.items())
 
 
 class CheckedPicture:
@@ -120,12 +137,13 @@ class CheckedPicture:
 
 
 class Checker:
-    """Turns raw rows into examples, collecting what is wrong with each."""
+    """Turns raw rows into examples, collecting what is wrong with each, and lines to be shown."""
 
     def __init__(self, skip_bad: bool, default_caption: str | None, max_pixels: int = MAX_PIXELS):
         self.skip_bad, self.default_caption, self.max_pixels = skip_bad, default_caption, max_pixels
         self.bad: dict[str, str] = {}
         self._room = KEPT
+        self.notes: list[str] = []
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
         examples = [e for row in rows if (e := self.example(row)) is not None]
@@ -136,7 +154,7 @@ class Checker:
             raise UserError(
                 f"{source} has no usable picture{skipped}, but {found}; expected {', '.join(sorted(EXTENSIONS))} files."
             )
-        return ImageData(source, examples, self.bad, ignored)
+        return ImageData(source, examples, self.bad, ignored, [*self.notes, *self._left_out(len(examples), source)])
 
     def example(self, row: Row) -> Example | None:
         """The row as an example; None where it cannot be used, and `bad` then says why."""
@@ -183,15 +201,24 @@ class Checker:
             self.bad[name] = f"{what}cannot be read ({error.strerror})"
         return None
 
+    def _left_out(self, used: int, source: str) -> list[str]:
+        if not self.bad:
+            return []
+        return [f"using {used} of {used + len(self.bad)} pictures of {source}; left out: {with_reasons(self.bad)}"]
+
     def stop_if_bad(self, source: str) -> None:
         """Refuse bad rows unless they are to be skipped.
 
         Raises:
-            UserError: naming the first.
+            UserError: naming the first ten.
         """
         if self.bad and not self.skip_bad:
-            name, reason = next(iter(self.bad.items()))
-            more = f" (and {len(self.bad) - 1} more files with a problem)" if len(self.bad) > 1 else ""
+            (name, reason), *others = self.bad.items()
+            more = len(others)
+            also = with_reasons(dict(others[: NAMED - 1]))
+            rest = f" and {more - NAMED + 1} more" if more >= NAMED else ""
+            files = "files" if more > 1 else "file"
+            said = f" (and {more} more {files} with a problem: {also}{rest})" if others else ""
             raise UserError(
-                f"{name} in {source} {reason}{more}; mend it, or leave such files out: --data.skip_bad true."
+                f"{name} in {source} {reason}{said}; mend it, or leave such files out: --data.skip_bad true."
             )

@@ -6,17 +6,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
-from difftuning_control.data.examples import Example, ImageData
+from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import bank_classes, begin_label_space, check_classes
 from difftuning_control.data.latents import Part, cached_moments
 from difftuning_control.data.sources import load_images
+from difftuning_control.data.splits import FOR_JUDGING, is_hidden
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
 from difftuning_control.families.prompts import PromptEmbeddings
@@ -59,8 +61,15 @@ def check_resolution(family: Family, side: int, name: str) -> int:
     return side
 
 
-def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def read_data(recipe: Recipe, tell: Callable[[str], object] = silent) -> tuple[ImageData, ImageData]:
     """Pictures to tune on and held-out ones.
+
+    Args:
+        tell: is given lines on what was left out of them.
 
     Raises:
         UserError: also where they are to be streamed, which only training does.
@@ -68,27 +77,65 @@ def read_data(recipe: Recipe) -> tuple[ImageData, ImageData]:
     config = recipe.data
     if config.stream:
         raise UserError("data.stream is for train and bank, and this reads all pictures; leave it out, name a sample.")
-    options: dict[str, Any] = {
-        "caption_column": config.caption_column,
-        "image_column": config.image_column,
-        "default_caption": config.default_caption,
-        "skip_bad": config.skip_bad,
-        "max_pixels": config.max_pixels,
-        "classes": config.classes,
-    }
-    if recipe.method == "controlnet":
-        options["condition_column"] = recipe.control.column
-    data = load_images(config.path, **options, condition_path=recipe.control.path)
+    data = _read(recipe, config.path, recipe.control.path, Choice(config.split))
     if config.limit is not None:
-        data = ImageData(data.source, data.examples[: config.limit], data.skipped, data.ignored_files)
+        data = replace(data, examples=data.examples[: config.limit])
     if config.validation_path is not None:
-        held_out = load_images(config.validation_path, **options, condition_path=recipe.control.validation_path)
-        return data, held_out
-    return data.split(config.holdout)
+        held_out = _read_validation(recipe)
+    else:
+        data, held_out = data.split(config.holdout)
+    for line in (*data.notes, *held_out.notes, *copies_held_out(data, held_out)):
+        tell(line)
+    return data, held_out
 
 
-def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, ImageData]:
+def _read_validation(recipe: Recipe) -> ImageData:
+    assert recipe.data.validation_path is not None
+    choice = validation_choice(recipe.data)
+    return _read(recipe, recipe.data.validation_path, recipe.control.validation_path, choice)
+
+
+def _read(recipe: Recipe, path: str, conditions: str | None, choice: Choice) -> ImageData:
+    config = recipe.data
+    return load_images(
+        path,
+        caption_column=config.caption_column,
+        image_column=config.image_column,
+        default_caption=config.default_caption,
+        skip_bad=config.skip_bad,
+        max_pixels=config.max_pixels,
+        classes=config.classes,
+        condition_column=recipe.control.column if recipe.method == "controlnet" else None,
+        condition_path=conditions,
+        choice=choice,
+    )
+
+
+def validation_choice(config: DataConfig) -> Choice:
+    """Which split of data.validation_path is wanted."""
+    return Choice(config.validation_split, FOR_JUDGING, "--data.validation_split")
+
+
+def copies_held_out(data: ImageData, held_out: ImageData) -> list[str]:
+    """What to say where held-out pictures are tuned on too, byte for byte."""
+    tuned = {e.digest: e.name for e in data.examples}
+    both = {e.name: tuned[e.digest] for e in held_out.examples if e.digest in tuned}
+    if not both:
+        return []
+    names = listed(f"{name} (as {other})" if name != other else name for name, other in both.items())
+    return [
+        f"{len(both)} of the {len(held_out)} held-out pictures are tuned on too: {names}; so the loss on held-out "
+        "pictures says too little; take the copies out"
+    ]
+
+
+def read_stream(
+    recipe: Recipe, family: Family, tell: Callable[[str], object] = silent
+) -> tuple[Stream, ImageData, ImageData]:
     """A streamed data set, what stands for its pictures, and held-out ones.
+
+    Args:
+        tell: is given lines on what was left out of them.
 
     Raises:
         UserError: also where the model is told classes, all of which must be known.
@@ -102,8 +149,11 @@ def read_stream(recipe: Recipe, family: Family) -> tuple[Stream, ImageData, Imag
     stream = Stream(config, recipe.training.validation_size if held else 0, recipe.training.seed)
     held_out = stream.head()
     if config.validation_path is not None:
-        plain = replace(config, path=config.validation_path, validation_path=None, holdout=0, stream=False)
-        held_out = read_data(replace(recipe, data=plain))[0]
+        held_out = _read_validation(recipe)
+    stream.held = {e.digest for e in held_out.examples}
+    left = f"left out of the held-out pictures: {with_reasons(held_out.skipped)}"
+    for line in (*stream.collection.notes, *held_out.notes, *([left] if held_out.skipped and held else [])):
+        tell(line)
     return stream, StreamedData(config.path, [], held_out.skipped, digest=stream.collection.fingerprint), held_out
 
 
@@ -168,15 +218,20 @@ def prepare_bank(
     captions: list[str],
     resolution: int,
     accelerator: Accelerator | None = None,
+    tell: Callable[[str], object] = silent,
 ) -> KnowledgeBank:
-    """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures."""
+    """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures.
+
+    Args:
+        tell: is given lines on what was left out of these.
+    """
     path = Path(config.path).expanduser() if config.path is not None else None
     share = ALONE if accelerator is None else Share.of(accelerator)
     show = share.index == 0
     if path is not None and path.is_file():
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        return _bank_of_pictures(family, path, data, resolution, show, share)
+        return _bank_of_pictures(family, path, data, resolution, show, share, tell)
     request = BankRequest(
         tuple(bank_prompts(family, config, captions)),
         config.size,
@@ -202,11 +257,18 @@ def prepare_bank(
 
 
 def _bank_of_pictures(
-    family: Family, path: Path, data: DataConfig, resolution: int, show: bool, share: Share
+    family: Family,
+    path: Path,
+    data: DataConfig,
+    resolution: int,
+    show: bool,
+    share: Share,
+    tell: Callable[[str], object],
 ) -> KnowledgeBank:
     """Real source pictures instead of samples; pictures without captions stand for the empty prompt, and of a model
     that is told classes those in sub-folders for the class that a sub-folder is named after."""
-    folders = any(p.is_dir() for p in path.iterdir()) and not any(path.glob("metadata.*"))
+    beside = [p for p in path.iterdir() if not is_hidden(p, path)]
+    folders = any(p.is_dir() for p in beside) and not any(p.stem == "metadata" for p in beside)
     by_folder = family.class_conditional and folders
     pictures = load_images(
         str(path),
@@ -216,6 +278,8 @@ def _bank_of_pictures(
         classes="folders" if by_folder else None,
         max_pixels=data.max_pixels,
     )
+    for line in pictures.notes:
+        tell(line)
     with progress(len(pictures), "bank pictures", show) as advance:
         moments = cached_moments(family, pictures, Framing(resolution), cache_folder(data), advance, share=share)
     latents, captions = moments.first_views(family.scale_latents), [e.caption for e in pictures.examples]
@@ -270,17 +334,21 @@ class Materials:
     resolution: int
 
 
-def materials(family: Family, recipe: Recipe) -> Materials:
+def materials(family: Family, recipe: Recipe, tell: Callable[[str], object] = silent) -> Materials:
     """Read, encode and cache the data of a recipe; load its bank, or draw it.
+
+    Args:
+        tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: for whatever is wrong with the data or the bank.
     """
-    data, held_out = read_data(recipe)
+    data, held_out = read_data(recipe, tell)
     check_captions(family, recipe, data, held_out)
     resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
     captions = [e.caption for e in data.examples]
-    bank = begin_label_space(family, recipe, data, prepare_bank(family, recipe.bank, recipe.data, captions, resolution))
+    drawn = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, tell=tell)
+    bank = begin_label_space(family, recipe, data, drawn)
     assert bank is not None
     held_captions = [e.caption for e in held_out.examples]
     with progress(len(data) + len(held_out), "encoding pictures") as advance:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -15,12 +16,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data.datasets import dataset_rows, local_dataset, named_dataset_rows
-from difftuning_control.data.examples import CONDITION, Checker, Columns, ImageData, Row
+from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
+from difftuning_control.data.examples import CONDITION, Checker, Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.splits import ALL, TRAIN, chosen, is_hidden, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import MAX_PIXELS, from_json, leads_outside, read_file, read_text
 
+METADATA = ("metadata.jsonl", "metadata.csv")
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 
@@ -49,6 +52,7 @@ def load_images(
     condition_path: str | None = None,
     classes: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    choice: Choice = FIRST,
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -62,17 +66,23 @@ def load_images(
         classes: folders, where captions are the names of sub-folders, or label, where they are what the column `label`
             names: text, a number, or a `datasets` ClassLabel.
         max_pixels: a picture with more is not decoded, nor is a file read that is larger than such a picture.
+        choice: of the split, where there are several.
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
     checker = Checker(skip_bad, default_caption if need_captions else default_caption or "", max_pixels)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
-    return checker.data(path, *_rows(path, columns, checker, condition_path, classes))
+    return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice))
 
 
 def list_rows(
-    path: str, columns: Columns, default_caption: str | None, condition_path: str | None, classes: str | None
+    path: str,
+    columns: Columns,
+    default_caption: str | None,
+    condition_path: str | None,
+    classes: str | None,
+    choice: Choice = FIRST,
 ) -> tuple[list[Row], dict[str, str]]:
     """What `load_images` would check and decode, before that; and what is wrong with other pictures, by name.
 
@@ -80,33 +90,62 @@ def list_rows(
         UserError: if nothing can be listed.
     """
     checker = Checker(True, default_caption)
-    return _rows(path, columns, checker, condition_path, classes)[0], checker.bad
+    return _rows(path, columns, checker, condition_path, classes, choice)[0], checker.bad
 
 
 def _rows(
-    path: str, columns: Columns, checker: Checker, condition_path: str | None, classes: str | None
+    path: str, columns: Columns, checker: Checker, condition_path: str | None, classes: str | None, choice: Choice
 ) -> tuple[list[Row], int]:
     """The pictures before they are checked, and how many other files lie beside them."""
-    folder = place_of_data(path)
+    folder, need_captions = place_of_data(path), checker.default_caption is None
     rows: list[Row]
-    if classes == "folders":
-        rows, ignored = _class_rows(path, folder, checker)
-    elif folder.is_dir() and (local := local_dataset(folder)) is not None:
-        rows, ignored = dataset_rows(local, columns, checker.default_caption is None, [folder]), 0
+    is_set, split = folder.is_dir() and is_dataset(folder), ALL
+    if classes == "folders" and (is_set or not folder.is_dir()):
+        raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
+    if is_set:
+        found, lines = local_dataset(folder, choice)
+        checker.notes += lines
+        rows, ignored = dataset_rows(found, columns, need_captions, [folder]), 0
     elif folder.is_dir():
-        rows, ignored = _folder_rows(folder, columns, checker)
+        files, others, split = _files_of_split(path, folder, choice, checker, classes == "folders")
+        if classes == "folders":
+            rows, ignored = _class_rows(path, folder, files, split, checker)
+        else:
+            rows, ignored = _folder_rows(folder, files, others, columns, checker)
     elif folder.exists():
         raise UserError(f"{path} is a file; expected a folder of pictures with captions.")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
-        rows, ignored = named_dataset_rows(path, columns, checker.default_caption is None), 0
+        rows, ignored = named_dataset_rows(path, columns, need_captions, choice), 0
     if condition_path is not None:
-        if not folder.is_dir() or local_dataset(folder) is not None:
+        if is_set or not folder.is_dir():
             raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
-        rows, more = _with_conditions(rows, condition_path, checker)
+        rows, more = _with_conditions(rows, condition_path, split, checker)
         ignored += more
     return rows, ignored
+
+
+def _files_of_split(
+    path: str, folder: Path, choice: Choice, checker: Checker, by_class: bool
+) -> tuple[set[Path], set[Path], str]:
+    """The files of a folder of pictures that are of the chosen split, the others, and its name: `all` where there are
+    none."""
+    files = visible_files(folder)
+    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
+    splits = splits_of_pictures(folder, pictures)
+    if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
+        splits = {}  # of classes with these names
+    if not splits:
+        chosen([TRAIN], choice.split, choice.prefer, path, choice.option)
+        return set(files), set(), ALL
+    split = chosen(splits, choice.split, choice.prefer, path, choice.option)
+    if split == ALL:
+        return set(files), set(), ALL
+    left = len(set(pictures).difference(*splits.values()))
+    checker.notes += taken(path, split, splits, left, choice.option)
+    mine = {*splits_of_pictures(folder, files)[split], *(p for p in files if p.parent == folder and p.name in METADATA)}
+    return mine, set(files) - mine, split
 
 
 def place_of_data(path: str) -> Path:
@@ -116,22 +155,27 @@ def place_of_data(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _with_conditions(rows: list[Row], path: str, checker: Checker) -> tuple[list[Row], int]:
-    """Each row with the picture of the same name in another folder, and how many conditions have no picture."""
+def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -> tuple[list[Row], int]:
+    """Each row with the picture of the same name in another folder, and how many conditions have no picture.
+
+    Args:
+        split: of the pictures; where the other folder is split too, its other splits are of no concern.
+    """
     folder = place_of_data(path)
     if not folder.is_dir():
         raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
     found: dict[str, list[Path]] = {}
-    for file in sorted(_visible_files(folder)):
-        if file.suffix.lower() in EXTENSIONS and file.is_file() and leads_outside(file, folder) is None:
+    files = [p for p in visible_files(folder) if p.suffix.lower() in EXTENSIONS]
+    for file in splits_of_pictures(folder, files).get(split, files):
+        if file.is_file() and leads_outside(file, folder) is None:
             found.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
     wanted = {str(Path(name).with_suffix("")) for name in (*(row.name for row in rows), *checker.bad)}
     extra = [file for key, files in found.items() if key not in wanted for file in files]
+    said = f"{len(extra)} conditions without a picture: {listed(file.name for file in extra)}"
     if extra and not checker.skip_bad:
-        raise UserError(
-            f"{path} has {len(extra)} conditions without a picture, such as {extra[0].name}; take them out, or leave "
-            "such files out: --data.skip_bad true."
-        )
+        raise UserError(f"{path} has {said}; take them out, or leave such files out: --data.skip_bad true.")
+    if extra:
+        checker.notes.append(f"left out of {path}: {said}")
     paired = []
     for row in rows:
         files = found.get(str(Path(row.name).with_suffix("")), [])
@@ -150,20 +194,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _visible_files(folder: Path) -> set[Path]:
-    """Files and links anywhere below a folder, without hidden ones and what lies in hidden folders."""
-    files = {p for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
-    return {p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)}
+def _folder_rows(
+    folder: Path, files: set[Path], others: set[Path], columns: Columns, checker: Checker
+) -> tuple[list[Row], int]:
+    """The rows that a folder's metadata name, or its pictures, and how many of the files are something else.
 
-
-def _folder_rows(folder: Path, columns: Columns, checker: Checker) -> tuple[list[Row], int]:
-    metadata = [p for n in ("metadata.jsonl", "metadata.csv") if (p := folder / n).exists()]
-    if len(metadata) > 1:
-        raise UserError(f"{folder} has both metadata.jsonl and metadata.csv; keep one.")
-    files = _visible_files(folder)
+    Args:
+        files: those of the chosen split; where there are several splits, each may have metadata of its own.
+        others: those of other splits, or of none.
+    """
+    metadata = _metadata_of(folder, files)
     if metadata:
-        named = list(_metadata_rows(metadata[0], folder, columns, checker))
-        return [row for row, _ in named], len(files.difference([metadata[0]], *(used for _, used in named)))
+        named = [pair for path in metadata for pair in _metadata_rows(path, folder, others, columns, checker)]
+        return [row for row, _ in named], len(files.difference(metadata, *(used for _, used in named)))
     if columns.condition is not None:
         raise UserError(f"{folder} has no metadata, so no column {columns.condition!r}; name a folder of conditions.")
     rows: list[Row] = []
@@ -186,20 +229,33 @@ def _folder_rows(folder: Path, columns: Columns, checker: Checker) -> tuple[list
     return rows, len(files - used)
 
 
-def _class_rows(path: str, folder: Path, checker: Checker) -> tuple[list[Row], int]:
-    """Pictures of class folders, one level deep, and how many other files lie in them."""
-    if not folder.is_dir() or local_dataset(folder) is not None:
-        raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
-    if (metadata := next((n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).exists()), None)) is not None:
+def _metadata_of(folder: Path, files: set[Path]) -> list[Path]:
+    """The metadata of a folder, or those of its split's own folders.
+
+    Raises:
+        UserError: if one of them has two kinds.
+    """
+    found = [p for n in METADATA if (p := folder / n).exists()]
+    if not found:
+        beside = sorted(p for p in files if p.name in METADATA)
+        found = beside if splits_of_pictures(folder, visible_files(folder)) else []
+    if len({p.parent for p in found}) < len(found):
+        raise UserError(f"{found[0].parent} has both metadata.jsonl and metadata.csv; keep one.")
+    return found
+
+
+def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: Checker) -> tuple[list[Row], int]:
+    """Pictures of class folders, one level deep or below a split's folder, and how many other files there are."""
+    if (metadata := next((n for n in METADATA if (folder / n).exists()), None)) is not None:
         raise UserError(
             f"{path} has {metadata}, but data.classes is folders; name classes in one place "
             "(--data.classes label reads its column label)."
         )
-    files = _visible_files(folder)
     pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
     rows: list[Row] = []
+    depth = 0 if split == ALL else 1
     for picture in pictures:
-        name, parts = str(picture.relative_to(folder)), picture.relative_to(folder).parts
+        name, parts = str(picture.relative_to(folder)), picture.relative_to(folder).parts[depth:]
         if (target := leads_outside(picture, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif len(parts) != 2:
@@ -208,24 +264,43 @@ def _class_rows(path: str, folder: Path, checker: Checker) -> tuple[list[Row], i
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     found = {row.caption for row in rows}
-    subfolders = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    empty = next((name for name in subfolders if name not in found), None)
-    if empty is not None and not checker.skip_bad and not checker.bad:
+    roots = [folder] if split == ALL else {folder / p.relative_to(folder).parts[0] for p in pictures}
+    subfolders = sorted(p.name for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith("."))
+    empty = [name for name in subfolders if name not in found]
+    if empty and checker.skip_bad:
+        checker.notes.append(f"left out of {path}: {len(empty)} class folders without a picture: {listed(empty)}")
+    elif empty and not checker.bad:
         raise UserError(
-            f"the class folder {empty} in {path} has no picture; add some, take it out, or leave such ones out: "
-            "--data.skip_bad true."
+            f"the class folder {empty[0]} in {path} has no picture{_and_more(empty)}; add some, take it out, or leave "
+            "such ones out: --data.skip_bad true."
         )
     return rows, len(files) - len(pictures)
 
 
-def _metadata_rows(path: Path, folder: Path, names: Columns, checker: Checker) -> Iterable[tuple[Row, set[Path]]]:
-    """Each row of a metadata file, and the files that it uses."""
+def _and_more(names: list[str]) -> str:
+    """All but the first of these names, for the end of a sentence about it."""
+    return f" (nor has {listed(names[1:])})" if len(names) > 1 else ""
+
+
+def _metadata_rows(
+    path: Path, folder: Path, others: set[Path], names: Columns, checker: Checker
+) -> Iterable[tuple[Row, set[Path]]]:
+    """Each row of a metadata file, and the files that it uses.
+
+    Args:
+        folder: of all the data, of which the file may describe a part.
+        others: files of other splits, whose rows are passed over.
+    """
     if (target := leads_outside(path, folder)) is not None:
         raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
     try:
         text = read_text(path)
         if path.suffix == ".csv":
-            rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
+            table = csv.DictReader(io.StringIO(text))
+            heads = list(table.fieldnames or ())
+            if twice := next((head for head in heads if head and heads.count(head) > 1), None):
+                raise ValueError(f"the column {twice!r} stands twice")
+            rows: list[dict[str, Any]] = list(table)
         else:
             rows = [from_json(line) for line in text.split("\n") if line.strip()]
     except UnicodeDecodeError:
@@ -250,14 +325,19 @@ def _metadata_rows(path: Path, folder: Path, names: Columns, checker: Checker) -
         if not isinstance(file_name, str):
             checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
             continue
-        used = {"": folder / file_name}
+        used = {"": path.parent / file_name}
+        name = file_name if path.parent == folder else str((path.parent / file_name).relative_to(folder))
+        if Path(os.path.normpath(used[""])) in others:
+            continue
         if names.condition is not None:
-            used[CONDITION] = folder / str(row.get(names.condition) or "")
+            used[CONDITION] = path.parent / str(row.get(names.condition) or "")
         for what, file in used.items():
             if leads_outside(file, folder) is not None:
-                checker.bad[file_name] = f"{what}is named by {path.name} but lies outside the folder"
+                checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"
             elif not _is_file(file):
-                checker.bad[file_name] = f"{what}is named by {path.name} but does not exist"
-        if file_name not in checker.bad:
+                checker.bad[name] = f"{what}is named by {path.name} but does not exist"
+            elif is_hidden(file, folder):
+                checker.bad[name] = f"{what}is named by {path.name} but is hidden (a dot begins its path)"
+        if name not in checker.bad:
             picture, *condition = (partial(read_file, file) for file in used.values())
-            yield Row(file_name, picture, names.caption_of(row.get(names.caption)), *condition), set(used.values())
+            yield Row(name, picture, names.caption_of(row.get(names.caption)), *condition), set(used.values())

@@ -13,15 +13,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from glob import escape
 from itertools import count, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from difftuning_control.data.examples import Checker, Example, ImageData, Read, Row
-from difftuning_control.data.images import decode_image
+from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
+from difftuning_control.data.examples import Checker, Example, ImageData, Read, Row, listed, with_reasons
+from difftuning_control.data.images import EXTENSIONS, decode_image
 from difftuning_control.data.sources import place_of_data
+from difftuning_control.data.splits import (
+    ALL,
+    TRAIN,
+    chosen,
+    is_hidden,
+    is_of_split,
+    splits_of_pictures,
+    taken,
+    visible_files,
+)
 from difftuning_control.errors import UserError
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.seeds import step_seed
@@ -45,10 +57,16 @@ class Collection:
         import datasets  # saves a second where nothing is streamed
 
         self.config, self.folder = config, place_of_data(config.path)
-        self.kind, paths = self._find() if self.folder.is_dir() else ("", [])
-        names: Any = {"path": self.kind, "data_files": [str(p) for p in paths]} if paths else {"path": config.path}
+        self.notes: list[str] = []
+        self.split: str | None = None  # of the pictures that a metadata.jsonl of several splits names
+        choice = Choice(config.split)
+        self.kind, paths = self._find(choice) if self.folder.is_dir() else ("", [])
+        self.places = [path.parent for path in paths]
+        names: Any = {"path": config.path, "split": config.split or TRAIN}
+        if paths:
+            names = {"path": self.kind, "data_files": {TRAIN: [escape(literal(p)) for p in paths]}, "split": TRAIN}
         try:
-            data = datasets.load_dataset(**names, split="train", streaming=True)
+            data = datasets.load_dataset(**names, streaming=True)
             self.columns = list(data.features or next(iter(data)))
         except Exception as error:
             raise UserError(
@@ -66,10 +84,13 @@ class Collection:
             )
         self.data, self.files = data, data.num_shards
         sizes = [(str(p.relative_to(self.folder)), p.stat().st_size) for p in paths]
-        self.fingerprint = digest_of([config.path if not paths else self.kind, sizes, self.files])
+        split = self.split if paths else config.split
+        shown = [config.path if not paths else self.kind, sizes, self.files, *([split] if split is not None else [])]
+        self.fingerprint = digest_of(shown)
 
-    def _find(self) -> tuple[str, list[Path]]:
-        found = {kind: sorted(self.folder.rglob(pattern)) for kind, pattern in KINDS.items()}
+    def _find(self, choice: Choice) -> tuple[str, list[Path]]:
+        """The kind of the folder's files, and those of the chosen split."""
+        found = {kind: visible_files(self.folder, pattern) for kind, pattern in KINDS.items()}
         kinds = [kind for kind, paths in found.items() if paths]
         if len(kinds) != 1:
             what = "files of several kinds" if kinds else "nothing that can be streamed"
@@ -77,9 +98,18 @@ class Collection:
                 f"{self.folder} holds {what}; expected WebDataset .tar shards, Parquet files, or a metadata.jsonl."
             )
         paths = found[kinds[0]]
-        for path in paths:
-            if (target := leads_outside(path, self.folder)) is not None:
-                raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
+        refuse_outside(paths, self.folder)
+        pictures = (
+            [p for p in visible_files(self.folder) if p.suffix.lower() in EXTENSIONS] if kinds == ["json"] else []
+        )
+        splits = splits_of_pictures(self.folder, pictures) if paths[0].parent == self.folder else {}
+        if splits:
+            split = chosen(splits, choice.split, choice.prefer, self.folder, choice.option)
+            self.split = None if split == ALL else split
+            left = len(set(pictures).difference(*splits.values()))
+            self.notes = taken(self.folder, split, splits, left, choice.option)
+            return kinds[0], paths[:1]
+        paths, self.notes = files_of_split(self.folder, paths, choice)
         return kinds[0], paths
 
     def _image_column(self, features: Any) -> str:
@@ -99,8 +129,15 @@ class Collection:
     def rows(self, file: int, start: int = 0) -> Iterator[Row]:
         """The rows of a file, from row `start` on."""
         for number, row in enumerate(self.data.shard(self.files, file)):
-            if number >= start:
-                yield Row(self._name(row, file, number), self._reader(row[self.image]), self._caption(row))
+            if number >= start and not self._passed_over(row, file):
+                yield Row(self._name(row, file, number), self._reader(row[self.image], file), self._caption(row))
+
+    def _passed_over(self, row: dict[str, Any], file: int) -> bool:
+        """Whether a row is of a hidden file in a shard, or of another split than the one that is wanted."""
+        if self.split is not None:
+            place = self.places[file] / str(row[self.image])
+            return leads_outside(place, self.folder) is None and not is_of_split(self.folder, place, self.split)
+        return self.kind == "webdataset" and is_hidden(PurePosixPath(str(row.get("__key__") or "")))
 
     def _name(self, row: dict[str, Any], file: int, number: int) -> str:
         return str(row.get("__key__") or row.get("file_name") or f"row {number} of file {file}")
@@ -112,12 +149,14 @@ class Collection:
         beside = row.get("json")
         return beside.get(self.config.caption_column) if isinstance(beside, dict) else None
 
-    def _reader(self, cell: Any) -> Read:
+    def _reader(self, cell: Any, file: int) -> Read:
         def read(most: int) -> bytes:
             if self.kind == "json":
-                path = self.folder / str(cell)
+                path = self.places[file] / str(cell)
                 if leads_outside(path, self.folder) is not None:
                     raise UserError("is named by metadata.jsonl but lies outside the folder")
+                if is_hidden(path, self.folder):
+                    raise UserError("is named by metadata.jsonl but is hidden (a dot begins its path)")
                 return read_file(path, most)
             if (cell or {}).get("bytes") is None:
                 raise UserError("has no picture")
@@ -169,6 +208,9 @@ class Stream:
         self.config, self.seed, self.holdout = config, seed, holdout
         self.collection = Collection(config)
         self.begin = 0  # the first row of the first file to tune on
+        self.held: set[str] = set()  # digests of held-out pictures
+        self._bad: dict[str, str] = {}
+        self._copies: dict[str, None] = {}
         self._lanes: dict[tuple[int, int], Lane] = {}
 
     def head(self) -> ImageData:
@@ -208,7 +250,22 @@ class Stream:
             lane = row % lanes
             position = step * len(range(lane, total, lanes)) + row // lanes
             wanted.append(self._lane(lane, lanes).candidates(position))
-        return list(decoded(self._usable, wanted))
+        found = list(decoded(self._usable, wanted))
+        for example, bad in found:
+            self._bad |= bad
+            if example.digest in self.held:
+                self._copies[example.name] = None
+        return [example for example, _ in found]
+
+    def notes(self) -> list[str]:
+        """What there is to say, once rows were read, of those that this process met."""
+        lines = [f"left out of {self.config.path}: {with_reasons(self._bad)}"] if self._bad else []
+        if self._copies:
+            lines.append(
+                f"{len(self._copies)} pictures of {self.config.path} that were tuned on are held out too "
+                f"({listed(self._copies)}), so the loss on held-out pictures says too little; take the copies out"
+            )
+        return lines
 
     def _lane(self, number: int, lanes: int) -> Lane:
         key = (number, lanes)
@@ -224,9 +281,10 @@ class Stream:
         text = row.caption.strip() if isinstance(row.caption, str) else ""
         return text or self.config.default_caption
 
-    def _usable(self, candidates: list[Row]) -> Example:
-        """The first of these rows that can be used; only the first of all unless bad ones are skipped."""
-        reason = ""
+    def _usable(self, candidates: list[Row]) -> tuple[Example, dict[str, str]]:
+        """The first of these rows that can be used, only the first of all unless bad ones are skipped; and what is
+        wrong with those before it."""
+        bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
                 caption = self._caption_of(row)
@@ -235,10 +293,13 @@ class Stream:
                 if not is_text(caption):
                     raise UserError("has a caption that is no text")
                 content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
-                return _decoded(row.name, caption, content, self.config.max_pixels)
+                return _decoded(row.name, caption, content, self.config.max_pixels), bad
             except (UserError, OSError) as error:
-                reason = reason or f"{row.name} in {self.config.path} {getattr(error, 'strerror', None) or error}"
-        raise UserError(f"{reason}; mend it, or leave such rows out: --data.skip_bad true.")
+                bad.setdefault(row.name, str(getattr(error, "strerror", None) or error))
+        name, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{name} in {self.config.path} {reason}; mend it, or leave such rows out: --data.skip_bad true."
+        )
 
 
 def _decoded(name: str, caption: str, content: bytes, max_pixels: int) -> Example:

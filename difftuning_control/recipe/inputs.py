@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
+from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 MAX_SEED = 2**31 - 1
@@ -30,6 +31,9 @@ class ModelConfig:
     quantization: Literal["float8", "int8", "nf4"] | None = None
     offload: bool = False
 
+    def __post_init__(self) -> None:
+        expand_paths(self, "id")
+
 
 @dataclass
 class DataConfig:
@@ -42,6 +46,9 @@ class DataConfig:
         crops: positions of the square kept of pictures that are not square; 1 is the centre.
         holdout: share of the pictures kept for validation; only without validation_path.
         validation_path: pictures to validate on, instead of a share of path.
+        split: of path, where it has several (of the files of a data set, or folders of pictures such as train and
+            test), or all; train when empty.
+        validation_split: of validation_path; validation, else test, else train when empty.
         limit: use only the first so many pictures.
         caption_column: column of the captions.
         image_column: column of the pictures, in a `datasets` data set.
@@ -67,6 +74,8 @@ class DataConfig:
     crops: int = 1
     holdout: float = 0.1
     validation_path: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
     limit: int | None = None
     caption_column: str = "text"
     image_column: str = "image"
@@ -82,6 +91,7 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        expand_paths(self, "path", "validation_path", "cache")
         need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
         need(
             self.bucket_step is None or self.bucket_step >= 8, "data.bucket_step", self.bucket_step, "at least 8 pixels"
@@ -95,6 +105,8 @@ class DataConfig:
         need(0 <= self.holdout < 1, "data.holdout", self.holdout, "at least 0 and less than 1")
         need(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         need(1 <= self.max_pixels <= MOST_PIXELS, "data.max_pixels", self.max_pixels, f"1 to {MOST_PIXELS}")
+        if self.validation_split is not None and self.validation_path is None:
+            raise UserError("data.validation_split is given without data.validation_path; name the pictures.")
         if self.classes is not None and self.default_caption is not None:
             raise UserError(
                 f"data.classes is {self.classes}, so every picture has its caption; leave out data.default_caption."
@@ -125,6 +137,7 @@ class BankConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
+        expand_paths(self, "path", "prompts")
         for name in ("size", "steps", "batch_size"):
             need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
         need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
@@ -187,6 +200,7 @@ class ControlConfig:
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "weights", "path", "validation_path", "init")
         need(0 <= self.dropout <= 1, "control.dropout", self.dropout, "0 to 1")
         need(self.workers is None or 1 <= self.workers <= 256, "control.workers", self.workers, "1 to 256")
         places = [name for name in ("path", "column") if getattr(self, name) is not None]

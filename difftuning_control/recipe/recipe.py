@@ -10,6 +10,7 @@ from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.system.home import expand_paths
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Recipe:
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "output")
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
         self._check_quantization()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.home import expand_paths
 from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ExportRequest:
     moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "run", "to", "evaluation")
         chosen = {"base": "referenced", "adapter": "fused", "pipeline": "stock"}
         given = [f"--{name} {value}" for name, value in chosen.items() if getattr(self, name) == value]
         given += [f"--source_unet {self.source_unet}"] if self.source_unet != "none" else []
@@ -118,6 +120,7 @@ class VerifyRequest:
     moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "run")
         if self.head is not None and re.fullmatch(r"[0-9a-f]{64}", self.head) is None:
             raise UserError(f"head is {harmless(self.head)!r}; expected the 64 hexadecimal digits of a line's hash.")
         strange = [name for name in self.skip if name not in PARTS[3:]]
@@ -140,5 +143,6 @@ class RunsRequest:
     csv: bool = False
 
     def __post_init__(self) -> None:
+        expand_paths(self, "folder")
         if self.json and self.csv:
             raise UserError("give --json or --csv, not both.")

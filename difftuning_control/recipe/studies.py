@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.requests import Moved
+from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
@@ -61,6 +62,7 @@ class Evaluation:
     moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "runs", "data", "source", "features", "output")
         if not self.runs or len(set(self.runs)) < len(self.runs):
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
         _check_seeds("seeds", self.seeds, 1)
@@ -97,6 +99,7 @@ class AnalysisConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        expand_paths(self, "features")
         least = {"rows": 4, "draws": 1, "pictures": 5, "steps": 1, "seed": 0, "guidance_scale": 0, "batch_size": 1}
         _check("analysis.", self, least)
         if not self.u0 or not all(0 <= u <= 1 for u in self.u0):
@@ -134,6 +137,7 @@ class PilotConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        expand_paths(self, "features")
         for side in self.sides:
             power = POWER.fullmatch(side)
             if side not in (*SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):

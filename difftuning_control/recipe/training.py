@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import from_json, read_text
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ScheduleConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
+        expand_paths(self, "path")
         used = SCHEDULE_OPTIONS[self.kind]
         for name in ("tau", "retention_tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
@@ -299,6 +301,7 @@ class GatesConfig:
     guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
+        expand_paths(self, "features")
         for name, low, high in (
             ("kid", 0, math.inf),
             ("retention_loss", -1, math.inf),

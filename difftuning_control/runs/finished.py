@@ -13,6 +13,8 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.recipe.recipe import recipe_of
+from difftuning_control.runs.folder import data_places
 from difftuning_control.runs.kept import place_of_run, record_at, step_folder
 from difftuning_control.runs.places import absolute, located
 from difftuning_control.runs.record import read_run
@@ -52,6 +54,15 @@ def finished_run(run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
 def weights_of(run: str | Path, name: str) -> Path:
     """Where the `pipeline` or the `controlnet` of a run lies; those of a kept step are its folder itself."""
     return Path(run) / name if place_of_run(run)[1] is None else Path(run)
+
+
+def data_of_runs(*runs: str, moved: Moved | None = None) -> list[str]:
+    """The folders of pictures that these finished runs were tuned and validated on.
+
+    Raises:
+        UserError: if one of them is no finished run.
+    """
+    return [place for run in runs for place in data_places(recipe_of(finished_run(run, moved)))]
 
 
 def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:

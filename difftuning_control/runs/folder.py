@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from difftuning_control.data.sources import place_of_data
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
@@ -64,6 +68,49 @@ def refuse_unwritable(output: Path) -> None:
     except OSError as error:
         said = f"the output {output} cannot be written ({error.strerror})"
         raise UserError(f"{said}; mend that, or choose another folder.") from None
+
+
+def data_places(recipe: Recipe) -> list[str]:
+    """The folders of a recipe whose pictures are read; also banks of pictures, but not of samples."""
+    data, control = recipe.data, recipe.control
+    named = [data.path, data.validation_path, control.path, control.validation_path]
+    bank = Path(recipe.bank.path) if recipe.bank.path is not None else None
+    if bank is not None and bank.is_dir() and not is_empty(bank) and not (bank / "manifest.json").exists():
+        named.append(str(bank))
+    return [place for place in named if place is not None]
+
+
+def written_places(recipe: Recipe) -> dict[str, str]:
+    """What a recipe's run writes into, by option: its output, and the cache and the bank where they are named."""
+    bank = recipe.bank.path
+    places = {"--output": recipe.output, "--data.cache": recipe.data.cache}
+    places["--bank.path"] = bank if bank is not None and (not Path(bank).is_dir() or is_empty(Path(bank))) else None
+    return {option: place for option, place in places.items() if place is not None}
+
+
+def refuse_among_data(written: str | Path, data: Iterable[str | None], option: str = "--output") -> None:
+    """Refuse a folder to write into that lies in a folder of pictures, where what is written would be read as data; and
+    an output that holds one, which could be cleared away with it.
+
+    Args:
+        option: which names the folder.
+
+    Raises:
+        UserError: naming both.
+    """
+    target = Path(os.path.realpath(Path(written).expanduser()))
+    for place in data:
+        if place is None:
+            continue
+        folder = Path(os.path.realpath(place_of_data(place)))
+        if not folder.exists():  # a data set of the Hub
+            continue
+        is_cleared = option in ("--output", "--to")
+        if target.is_relative_to(folder) or (is_cleared and folder.is_relative_to(target)):
+            raise UserError(
+                f"{option} {written} and the data {place} lie in one another, and what a run writes is not to be taken "
+                f"for data; name a folder outside of it with {option}."
+            )
 
 
 def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:

@@ -82,7 +82,7 @@ def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
     # where things lie does not matter: what they are is in the fingerprints
     for section, names in (
         ("model", ("id",)),
-        ("data", ("path", "validation_path")),
+        ("data", ("path", "validation_path", "split", "validation_split")),
         ("bank", ("path",)),
         ("control", ("path", "validation_path", "weights", "init")),
     ):

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.data.datasets import Choice
 from difftuning_control.data.examples import Columns, Row
+from difftuning_control.data.prepare import validation_choice
 from difftuning_control.data.sources import list_rows, load_images
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import recipe_of
@@ -242,7 +244,8 @@ def _pictures(
     column = recipe.control.column if recipe.method == "controlnet" else None
     columns = Columns(data.image_column, caption, column)
     try:
-        rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes)
+        choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
+        rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes, choice)
     except UserError as error:
         if path in record["data"]["local"]:
             part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")

@@ -62,11 +62,20 @@ def read_text(path: str | Path) -> str:
 
 
 def from_json(text: str) -> Any:
-    """A JSON value; a ValueError also where it is nested too deeply or has a number that is too long."""
+    """A JSON value; a ValueError also where it is nested too deeply, has a number that is too long or a key twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
 
 
 def is_text(text: str) -> bool:

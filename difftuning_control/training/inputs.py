@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from difftuning_control.data.prepare import (
     hold_out,
     prepare_bank,
     resolution_of,
+    silent,
     sizes_of,
 )
 from difftuning_control.data.stream_batches import empty_targets
@@ -76,19 +78,21 @@ def prepare_inputs(
     objective: DiffTuningObjective,
     accelerator: Accelerator,
     conditioner: Conditioner | None = None,
+    tell: Callable[[str], object] = silent,
 ) -> TrainingInputs:
     """Read, check, encode and cache everything; build the bank if it is wanted and not there.
 
     Args:
         conditioner: of the ControlNet that is to be trained.
+        tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
-    pictures = read_pictures(recipe, family)
+    pictures = read_pictures(recipe, family, tell)
     check_pictures(recipe, family, pictures, conditioner)
-    bank = _retained_bank(recipe, family, pictures, framing, accelerator)
+    bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
     encoding = _encode(recipe, family, pictures, framing, accelerator)
     control = None
     if conditioner is not None:
@@ -129,12 +133,17 @@ def prepare_inputs(
 
 
 def _retained_bank(
-    recipe: Recipe, family: Family, pictures: RunPictures, framing: Framing, accelerator: Accelerator
+    recipe: Recipe,
+    family: Family,
+    pictures: RunPictures,
+    framing: Framing,
+    accelerator: Accelerator,
+    tell: Callable[[str], object],
 ) -> KnowledgeBank | None:
     """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
     if recipe.uses_bank or recipe.bank.path is not None:
-        bank = prepare_bank(family, recipe.bank, recipe.data, pictures.captions, framing.resolution, accelerator)
+        bank = prepare_bank(family, recipe.bank, recipe.data, pictures.captions, framing.resolution, accelerator, tell)
     return begin_label_space(family, recipe, pictures.data, bank)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
-from difftuning_control.data.prepare import check_captions, read_data, read_stream
+from difftuning_control.data.prepare import check_captions, read_data, read_stream, silent
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.figures import check_held_out
@@ -37,17 +38,20 @@ class RunPictures:
         return [e.caption for e in self.held_out.examples]
 
 
-def read_pictures(recipe: Recipe, family: Family) -> RunPictures:
+def read_pictures(recipe: Recipe, family: Family, tell: Callable[[str], object] = silent) -> RunPictures:
     """Read the data of a recipe, or the beginning of its stream.
+
+    Args:
+        tell: is given lines on what was left out of them.
 
     Raises:
         UserError: for whatever is wrong with it.
     """
     stream = None
     if recipe.data.stream:
-        stream, data, all_held_out = read_stream(recipe, family)
+        stream, data, all_held_out = read_stream(recipe, family, tell)
     else:
-        data, all_held_out = read_data(recipe)
+        data, all_held_out = read_data(recipe, tell)
     held_out = all_held_out.sample(recipe.training.validation_size)
     captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
     return RunPictures(data, all_held_out, held_out, captions, stream)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from difftuning_control.data.prepare import resolution_of
+from difftuning_control.data.prepare import resolution_of, silent
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -59,8 +60,13 @@ class MeasuredObjective:
     budget: ForgettingBudget | None
 
 
-def prepare_run(written: Recipe, recipe: Recipe, accelerator: Accelerator) -> PreparedRun:
+def prepare_run(
+    written: Recipe, recipe: Recipe, accelerator: Accelerator, tell: Callable[[str], object] = silent
+) -> PreparedRun:
     """Load the model, and read and encode what it trains on.
+
+    Args:
+        tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
@@ -70,7 +76,7 @@ def prepare_run(written: Recipe, recipe: Recipe, accelerator: Accelerator) -> Pr
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
-    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner)
+    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell)
     fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
         fingerprints["probe"] = inputs.control.probe.fingerprint

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.data.latents import part_of
-from difftuning_control.data.prepare import Materials, hold_out, materials
+from difftuning_control.data.prepare import Materials, hold_out, materials, silent
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.figures import Sampling, check_held_out, figures, reference_of
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    recipe: Recipe, config: AnalysisConfig, run: str | None = None, moved: Moved | None = None
+    recipe: Recipe,
+    config: AnalysisConfig,
+    run: str | None = None,
+    moved: Moved | None = None,
+    tell: Callable[[str], object] = silent,
 ) -> dict[str, Any]:
     """Measure; returns what `analysis.json` holds.
 
@@ -47,6 +52,7 @@ def analyze(
         recipe: model, data and bank; those of the run when one is given.
         run: a finished run, or a step that it kept, whose forgetting is measured too.
         moved: where the run's inputs lie now.
+        tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: if run and base do not belong together, or there are too few pictures.
@@ -73,7 +79,7 @@ def analyze(
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
-    found = materials(family, recipe)
+    found = materials(family, recipe, tell)
     if record is not None and record["fingerprints"]["data"] != found.data.fingerprint:
         raise UserError(
             f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."

@@ -12,6 +12,7 @@ from difftuning_control.recipe.inputs import MAX_SEED, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, Moved, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig, check_domain_scale
+from difftuning_control.system.home import expand_paths
 from difftuning_control.verbs.bench.settings import Bench
 
 T = typing.TypeVar("T")
@@ -93,6 +94,7 @@ class SampleCommand:
     moved: Moved = field(default_factory=Moved)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "run", "control", "output")
         if not self.prompts:
             raise UserError("there is no prompt; give --prompts '[\"red apple\"]'.")
         if self.steps < 1:
@@ -162,6 +164,10 @@ class AnalyzeCommand(Recipe):
     output: str = "runs/analysis"
     moved: Moved = field(default_factory=Moved)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expand_paths(self, "run")
+
 
 @dataclass
 class PilotCommand(Recipe):
@@ -197,6 +203,9 @@ class DemoCommand:
     seed: int = 0
     language: str = "en"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "output")
 
 
 @dataclass

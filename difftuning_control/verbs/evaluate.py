@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import Tensor
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
+from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.labels import bank_classes, begin_label_space, class_names
 from difftuning_control.data.latents import part_of
-from difftuning_control.data.prepare import cache_folder, hold_out, read_data
+from difftuning_control.data.prepare import cache_folder, hold_out, read_data, silent
 from difftuning_control.data.sources import load_images
+from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
@@ -69,8 +72,11 @@ OUTSIDE_EMBEDDED = tuple(
 )
 
 
-def evaluate(request: Evaluation) -> dict[str, Any]:
+def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dict[str, Any]:
     """Figures of the base and of every run, written to `evaluation.json`; what that file holds.
+
+    Args:
+        tell: is given lines on what was left out of the pictures.
 
     Raises:
         UserError: if runs and base do not belong together, there are too few pictures, or nothing stands for the old
@@ -94,11 +100,17 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
     features = load_features(request.features, family.device)
     training, held_out = read_data(recipe)
-    real = load_images(request.data, max_pixels=recipe.data.max_pixels) if request.data is not None else held_out
+    real = held_out
+    if request.data is not None:
+        real = load_images(
+            request.data, max_pixels=recipe.data.max_pixels, choice=Choice(None, FOR_JUDGING, "a folder")
+        )
     for run, record in records.items():
         _check_data(run, record, request.runs[0], training, real)
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
             raise UserError(f"{run} was tuned in another label space than {request.runs[0]}; evaluate them apart.")
+    for line in real.notes:
+        tell(line)
     check_held_out(real)
     real = real.sample(MOST_REAL)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
@@ -109,7 +121,14 @@ def evaluate(request: Evaluation) -> dict[str, Any]:
             "where it was moved with --moved.bank."
         )
     if request.source is not None:
-        pictures = load_images(request.source, need_captions=False, max_pixels=recipe.data.max_pixels)
+        pictures = load_images(
+            request.source,
+            need_captions=False,
+            max_pixels=recipe.data.max_pixels,
+            choice=Choice(option="another folder"),
+        )
+        for line in pictures.notes:
+            tell(line)
         old = reconstructed(family, features, pictures.sample(MOST), resolution)
     else:
         assert bank is not None

@@ -10,9 +10,11 @@ import os
 import re
 import sys
 import typing
+from contextlib import suppress
 from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.home import at_home
 from difftuning_control.system.terminal import say
 from difftuning_control.system.untrusted import is_text, read_text
 from difftuning_control.verbs.choices import as_flags, flat, left_out
@@ -112,13 +114,15 @@ def _arrange(arguments: list[str], known: dict[str, Any], tell: list[str]) -> li
         elif not argument.startswith("--"):
             flags.append(f"--{word}={argument}" if word is not None else argument)
         elif key == "config":
-            value = value if equals or bare else rest.pop(0)
+            value = at_home(value if equals or bare else rest.pop(0))
             values = _check_recipe(value, known)
             recipes.append([f"--config={value}", *_place_of_study(arguments[0], values)])
             layers.append(flat(values))
         elif key not in known:
             raise UserError(f"there is no option --{key}{_nearest(key, known, '--')}")
         else:
+            if typing.get_origin(known[key]) in (dict, list) and not bare:
+                _refuse_twice_in(value if equals else rest[0], f"--{key}")
             if _section_of(known[key]) is not None and not bare:
                 _check_values({key: _from_yaml(value if equals else rest[0], f"--{key}")}, "", known, f"--{key}")
             flags.append(f"{argument}=true" if bare and known[key] is bool else argument)
@@ -205,6 +209,7 @@ def _from_yaml(text: str, where: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise UserError(f"{where} is nested more than {DEEPEST} levels deep; give a flatter one.")
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), where, set())
         values = yaml.safe_load(text)
         if _expanded(values, {}) > LARGEST:
             raise UserError(f"{where} has aliases (*) that stand for more than {LARGEST} values; write them out.")
@@ -218,6 +223,42 @@ def _from_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML: {error.problem}{line}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _refuse_twice_in(text: str, where: str) -> None:
+    """The same of a flag's value; what is no YAML is told of later."""
+    import yaml  # as in _from_yaml
+
+    node = None
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        node = yaml.compose(text, yaml.SafeLoader)
+    _refuse_twice(node, where, set())
+
+
+def _refuse_twice(node: Any, where: str, seen: set[int]) -> None:
+    """Refuse a section that has a key twice, of which YAML keeps the last alone.
+
+    Args:
+        seen: the nodes that were looked at, which aliases lead to again.
+    """
+    import yaml  # as in _from_yaml
+
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[Any, int] = {}
+    for part in node.value:
+        if isinstance(node, yaml.MappingNode):
+            key, part = part
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise UserError(
+                    f"{where} has the key {key.value} twice, in line {lines[name]} and in line {line}, and only one "
+                    "of them can hold; put them together."
+                )
+            lines[name] = line
+        _refuse_twice(part, where, seen)
 
 
 def _expanded(value: Any, sizes: dict[int, float]) -> float:

@@ -101,23 +101,29 @@ def run_bank(command: BankCommand) -> None:
         read_data,
         read_stream,
         resolution_of,
+        silent,
     )
     from difftuning_control.families.loading import load_base  # saves it for the other verbs
+    from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
+    for option, place in written_places(command).items():
+        if option != "--output":  # which a bank does not use
+            refuse_among_data(place, data_places(command), option)
     accelerator = make_accelerator(command)
+    tell = say if accelerator.is_main_process else silent
     with ending_together(accelerator):
         check_shared(accelerator, cache_folder(command.data), "data.cache")
         family = load_base(command).to(accelerator.device)
         if command.data.stream:
-            captions = read_stream(command, family)[0].captions(command.bank.size)
+            captions = read_stream(command, family, tell)[0].captions(command.bank.size)
         else:
-            data, held_out = read_data(command)
+            data, held_out = read_data(command, tell)
             check_captions(family, command, data, held_out)
             captions = [e.caption for e in data.examples]
         resolution = resolution_of(family, command.data)
-        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator)
+        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator, tell)
     if accelerator.is_main_process:
         if bank.folder is not None:
             with audit.noted(bank.folder) as artefacts:
@@ -137,12 +143,14 @@ def run_sample(command: SampleCommand) -> None:
 
 def run_evaluate(command: EvaluateCommand) -> None:
     from difftuning_control.evaluation.report.tables import table  # saves it for the other verbs
-    from difftuning_control.runs.folder import check_folder
+    from difftuning_control.runs.finished import data_of_runs
+    from difftuning_control.runs.folder import check_folder, refuse_among_data
     from difftuning_control.verbs.evaluate import evaluate
 
+    refuse_among_data(command.output, [command.data, command.source, *data_of_runs(*command.runs, moved=command.moved)])
     check_folder(command.output, "evaluation.json", command.overwrite)
     with audit.noted(*dict.fromkeys(place_of_run(run)[0] for run in command.runs)) as artefacts:
-        result = evaluate(only(Evaluation, command))
+        result = evaluate(only(Evaluation, command), say)
         artefacts["evaluation.json"] = digest_of_file(Path(command.output) / "evaluation.json")
     say(table(result))
     for warning in result["warnings"]:
@@ -167,16 +175,21 @@ def run_export(command: ExportCommand) -> None:
 
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
-    from difftuning_control.runs.folder import check_folder
+    from difftuning_control.runs.finished import data_of_runs
+    from difftuning_control.runs.folder import check_folder, data_places, refuse_among_data
     from difftuning_control.verbs.analyze import analyze, write_analysis
 
     recipe = only(Recipe, command)
     if command.run is not None and dataclasses.replace(recipe, output="") != Recipe(data=DataConfig(""), output=""):
         raise UserError("give --run or a recipe, not both; a run knows its model, data and bank.")
+    refuse_among_data(
+        command.output,
+        data_of_runs(command.run, moved=command.moved) if command.run is not None else data_places(recipe),
+    )
     check_folder(command.output, "analysis.json", command.overwrite)
     load_words(command.language)
     with audit.noted(place_of_run(command.run)[0] if command.run else command.output) as artefacts:
-        result = analyze(recipe, command.analysis, command.run, command.moved)
+        result = analyze(recipe, command.analysis, command.run, command.moved, say)
         report = write_analysis(result, Path(command.output), command.language)
         artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
     say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
@@ -201,7 +214,7 @@ def run_pilot(command: PilotCommand) -> None:
     from difftuning_control.verbs.pilot.pilot import pilot
 
     load_words(command.language)  # a language that is not there is said before the work, not after it
-    pilot(only(Recipe, command), command.pilot, command.language, command.overwrite)
+    pilot(only(Recipe, command), command.pilot, command.language, command.overwrite, say)
 
 
 def run_demo(command: DemoCommand) -> None:

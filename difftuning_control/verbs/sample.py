@@ -19,8 +19,8 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
-from difftuning_control.runs.finished import finished_run, tuned_model, weights_of
-from difftuning_control.runs.folder import refuse_unwritable
+from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_model, weights_of
+from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
 from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json
@@ -60,6 +60,8 @@ def sample_to_folder(
             the output folder already holds pictures or cannot be written.
     """
     folder = Path(output)
+    if run is not None:
+        refuse_among_data(folder, data_of_runs(run, moved=moved))
     refuse_unwritable(folder)
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 from difftuning_control.adapters.tuning import result_of
 from difftuning_control.data.buckets import bucket_line
-from difftuning_control.data.prepare import cache_folder
+from difftuning_control.data.prepare import cache_folder, silent
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
-from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.runs.folder import OutputFolder, data_places, refuse_among_data, written_places
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
 from difftuning_control.runs.record import read_run, write_recipe
 from difftuning_control.system.digests import digest_of_file
@@ -52,6 +52,8 @@ def train(
     """
     written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
     recipe = placed or recipe
+    for option, place in written_places(recipe).items():
+        refuse_among_data(place, data_places(recipe), option)
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
@@ -85,7 +87,8 @@ def _train(
 ) -> dict[str, Any]:
     """The record of the run once it is complete; `folder` is the main process's."""
     started = time.time()
-    prepared = prepare_run(written, recipe, accelerator)
+    said = tell if folder is not None else silent  # once, by the main process
+    prepared = prepare_run(written, recipe, accelerator, said)
     going = prepared.going
     if going.finished is not None:
         if folder is not None:
@@ -124,6 +127,10 @@ def _train(
     if measured.budget is not None:
         run["budget"] = describe_budget(measured.budget, run["losses"])
     run["steps"] = loop.end
+    if prepared.inputs.stream is not None:
+        run["data"]["notes"] = prepared.inputs.stream.notes()
+        for line in run["data"]["notes"]:
+            said(line)
     if loop.curve is not None:
         run["fidelity"] = loop.curve.describe()
     if recipe.method == "controlnet":

@@ -435,7 +435,7 @@ def extra(photos: Path) -> dict[str, str]:
 
 def test_a_condition_without_a_picture_is_named_and_left_out_when_asked(photos):
     options = extra(photos)
-    with pytest.raises(UserError, match=r"has 1 conditions without a picture, such as more\.png; take them out, or "):
+    with pytest.raises(UserError, match=r"has 1 conditions without a picture: more\.png; take them out, or "):
         load_images(str(photos), **options)
     assert len(load_images(str(photos), **options, skip_bad=True)) == 8
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.home import expand_paths
 
 Part = Literal["lora", "controlnet", "difftuning", "bank", "startup", "memory", "profile"]
 PEERS = {"lora": "train_text_to_image_lora.py", "controlnet": "train_controlnet.py"}
@@ -41,6 +42,7 @@ class Bench:
     output: str = "runs/bench"
 
     def __post_init__(self) -> None:
+        expand_paths(self, "peers", "output")
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise UserError(f"parts is {self.parts}; give those to be measured, each once.")
         for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("pictures", 11), ("threads", 1)):

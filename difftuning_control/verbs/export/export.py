@@ -24,8 +24,8 @@ from difftuning_control.pipelines.strength import psi_of_run
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.runs.card import base_name
-from difftuning_control.runs.finished import check_outputs, finished_run
-from difftuning_control.runs.folder import check_folder
+from difftuning_control.runs.finished import check_outputs, data_of_runs, finished_run
+from difftuning_control.runs.folder import check_folder, refuse_among_data
 from difftuning_control.runs.gates import check_passed
 from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.record import versions
@@ -105,6 +105,7 @@ def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool
         other = Path(path).resolve()
         if other.is_dir() and (target == other or target in other.parents or other in target.parents):
             raise UserError(f"the export {request.to} and {what} {path} lie in one another; choose another folder.")
+    refuse_among_data(request.to, data_of_runs(request.run, moved=request.moved), "--to")
     check_folder(request.to, MARKER, overwrite, "--to")
     if not (target / MARKER).exists():
         return

@@ -24,7 +24,7 @@ from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, res
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.prepare import Materials, materials, read_data, resolution_of
+from difftuning_control.data.prepare import Materials, copies_held_out, materials, read_data, resolution_of
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.comparison import LOWER_IS_BETTER
 from difftuning_control.evaluation.features import load_features
@@ -39,7 +39,7 @@ from difftuning_control.recipe.studies import POWER, AnalysisConfig, PilotConfig
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TuningConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.runs.folder import refuse_unwritable
+from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
 from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of, settle
 from difftuning_control.runs.record import deciding_settings, describe_device, read_run, versions
 from difftuning_control.system.digests import digest_of, digest_of_file
@@ -117,7 +117,13 @@ class Pilot:
         self.recipe = replace(recipe, bank=bank)
         self.schedule = output / "schedule.json"
         self.features = load_features(config.features, best_device())
-        check_held_out(read_data(recipe)[1])
+        data, held_out = read_data(recipe, tell)
+        check_held_out(held_out)
+        if copies_held_out(data, held_out):
+            raise UserError(
+                f"{copies_held_out(data, held_out)[0]}, or name other pictures with --data.validation_path: a pilot is "
+                "judged on pictures that were not tuned on."
+            )
         self.family = load_base(recipe).to(best_device())
         if config.guidance_scales:
             check_domain_family(self.family, "pilot.guidance_scales")
@@ -449,6 +455,8 @@ def pilot(
     from difftuning_control.evaluation.report.pages import write_pilot_report
 
     output = Path(recipe.output)
+    for option, place in written_places(recipe).items():
+        refuse_among_data(place, data_places(recipe), option)
     marker, identity = output / SETTINGS, _identity(recipe, config)
     refuse_unwritable(output)
     if output.exists() and not is_empty(output):
