@@ -1,4 +1,4 @@
-"""Does a picture drawn under a condition follow it? Annotated again, what is found is compared with what was asked.
+"""Figures of how well a drawn picture follows its condition: it is annotated again and compared with what was asked.
 
     edges        F1 = 2 P R / (P + R); P: share of found edge pixels with an asked one within a pixel, R: the reverse
     depth        RMSE = (mean (asked − found)²)^½                                               lower is better
@@ -23,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difftuning_control.evaluation.metric_table import lower_is_better
+
 KINDS = ("edges", "depth", "normals", "masks", "similarity")
-MAIN: dict[str, tuple[str, bool]] = {
-    "edges": ("f1", True),
-    "depth": ("rmse", False),
-    "normals": ("cosine", True),
-    "masks": ("miou", True),
-    "similarity": ("ssim", True),
+MAIN: dict[str, tuple[str, bool]] = {  # of each kind the figure that says how well it is followed; is higher better?
+    kind: (name, not lower_is_better(name)) for kind, name in zip(KINDS, ("f1", "rmse", "cosine", "miou", "ssim"))
 }
 EDGE = 0.25
 SEGMENT = 0.005

@@ -1,4 +1,4 @@
-"""When a ControlNet starts to obey: the sudden convergence in a noisy curve of fidelity over training steps.
+"""Detection of sudden convergence: the step at which a noisy curve of fidelity over training steps rises, if any.
 
 A ControlNet does not learn gradually to follow its condition, it succeeds abruptly, usually within 10 000 steps. The
 curve is fitted by a ramp, two levels with a straight rise between two of the measured steps a < b:

@@ -1,4 +1,4 @@
-"""Pictures of a model against real ones: the same prompts, seeds, steps and guidance for every side.
+"""Figures of a model's pictures against real ones, with the same prompts, seeds, steps and guidance for every side.
 
 Real pictures pass through the model's own autoencoder first: otherwise its softness, which all sides share, would
 dominate every distance.
