@@ -46,7 +46,7 @@ def threshold(seeds: int, sides: int) -> float:
     The one-sided 5 % quantile of Student's t with seeds − 1 degrees of freedom, shared out among the sides
     (Bonferroni): without it, one pilot in five without any effect would name a winner.
     """
-    from scipy.stats import t
+    from scipy.stats import t  # takes a second to import
 
     return float(t.ppf(1 - LEVEL / sides, seeds - 1)) if seeds > 1 else math.inf
 
@@ -121,7 +121,7 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     sign = 1 if lower_is_better(metric) else -1
     order = sorted(means, key=lambda n: sign * means[n])
     against_base = _against_base([sides[n] for n in order], result["base"], metric)
-    found: dict[str, Any] = {
+    judged: dict[str, Any] = {
         "code": "none",
         "reason": None,
         "metric": metric,
@@ -136,26 +136,26 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
         "base_better": against_base is not None,
     }
     if plain is None:
-        return found | {"reason": "no_plain"}
+        return judged | {"reason": "no_plain"}
     if len(sides) == 1:
-        return found | {"reason": "alone"}
+        return judged | {"reason": "alone"}
     others = [s for n, s in sides.items() if n != PLAIN]
     compared = [
         c | {"barred": s["name"] in barred} for s in others if (c := compare_sides(s, plain, metric, len(others)))
     ]
-    found |= {"comparisons": compared, "retention": _retention(others, plain, barred)}
+    judged |= {"comparisons": compared, "retention": _retention(others, plain, barred)}
     if PLAIN not in means or not compared:
-        return found | {"reason": "unmeasured"}
+        return judged | {"reason": "unmeasured"}
     clear = {c["side"] for c in compared if c["clear"] and c["better"]}
     winners = [n for n in order if n in clear]
     if winners:
-        return found | {"code": "winner", "side": winners[0], "also": winners[1:]}
+        return judged | {"code": "winner", "side": winners[0], "also": winners[1:]}
     worse = {c["side"] for c in compared if c["clear"] and not c["better"]}
     if all(n in worse or n in barred for n in sides if n != PLAIN) and not clear:
-        return found | {"code": PLAIN, "side": PLAIN}
+        return judged | {"code": PLAIN, "side": PLAIN}
     if all(c["seeds"] < 2 for c in compared):
-        return found | {"reason": "one_seed"}
-    return found | {"reason": "barred" if clear else "within_noise"}
+        return judged | {"reason": "one_seed"}
+    return judged | {"reason": "barred" if clear else "within_noise"}
 
 
 def domain_bar(side: Mapping[str, Any], plain: Mapping[str, Any], sides: int = 1) -> str | None:
@@ -173,7 +173,7 @@ def domain_bar(side: Mapping[str, Any], plain: Mapping[str, Any], sides: int = 1
 
 def _chance_of_fewer_hits(side: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
     """One-sided p of Fisher's exact test on the pictures of all seeds; 1 where their number is not known."""
-    from scipy.stats import fisher_exact
+    from scipy.stats import fisher_exact  # scipy.stats takes a second to import
 
     counts = [_hits_and_misses(s) for s in (side, plain)]
     return float(fisher_exact(counts, alternative="less").pvalue) if all(map(sum, counts)) else 1.0

@@ -57,24 +57,25 @@ def write_analysis_report(analysis: Mapping[str, Any], folder: Path, language: s
 
 
 def analysis_charts(analysis: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    from difftuning_control.evaluation.report import charts
+    """The SVG of each chart by name, those of a run where one was measured; gap is None where no band was."""
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
     u = [i / 20 for i in range(21)]
     paper = {"label": texts["schedule.paper"], "u": u, "psi": u, "xi": [1 - x for x in u]}
     kind = analysis["schedule"].get("kind", "measured")
     label = texts["schedule.measured"] if kind == "measured" else texts["schedule.kind"].format(kind=kind)
-    found: dict[str, Any] = {
+    charts_by_name: dict[str, Any] = {
         "gap": charts.gap_chart(analysis, texts) if findings.gap_bands(analysis) else None,
         "loss": charts.loss_chart(analysis, texts),
         "schedule": charts.schedule_chart([{**analysis["schedule"], "label": label}, paper], texts),
     }
     if forgetting := analysis.get("forgetting"):
         item = {**forgetting, "label": "tuned"}
-        found["forgetting_run"] = charts.forgetting_chart([item], forgetting.get("budget"), texts)
+        charts_by_name["forgetting_run"] = charts.forgetting_chart([item], forgetting.get("budget"), texts)
     if staged := analysis.get("staged"):
         values = {m: staged["tuned_above"].get(m, []) for m in ("kid", "domain_hit", "pair_similarity")}
         shown = [m for m, v in values.items() if any(is_number(x) for x in v)]
-        found["staged"] = [(charts.staged_chart(staged, texts, m), m) for m in shown]
+        charts_by_name["staged"] = [(charts.staged_chart(staged, texts, m), m) for m in shown]
     if multipliers := analysis.get("multipliers"):
-        found["multipliers_run"] = charts.multipliers_chart(multipliers, texts)
-    return found
+        charts_by_name["multipliers_run"] = charts.multipliers_chart(multipliers, texts)
+    return charts_by_name

@@ -41,7 +41,7 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
     method = run["recipe"].get("method")
     if method != "controlnet" or not run.get("control"):
         raise UserError(f"the run's method is {quoted(method)}; only a run of controlnet has this report.")
-    from difftuning_control.evaluation.report import charts
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
     curve, found = run.get("fidelity"), control_verdict(run.get("fidelity"))
     drawn, rows, grid = [], [], _last_grid(folder)

@@ -26,7 +26,7 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
     """
     texts = load_texts(language)
     _need_complete(result)
-    from difftuning_control.evaluation.report import charts
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
     sides, best = list(result["sides"]), verdict(result)
     by_name = {s["name"]: s for s in sides}
