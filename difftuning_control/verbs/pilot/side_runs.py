@@ -111,6 +111,7 @@ class SideRuns:
         return (min if lower_is_better(self.primary) else max)(candidates, key=value)
 
     def recipe_of(self, side: str, rate: float, seed: int) -> Recipe:
+        """The recipe of one run, which has a folder of its own below the pilot's."""
         training = replace(
             self.recipe.training,
             learning_rate=rate,
