@@ -108,6 +108,7 @@ def _cosine(asked: Tensor, found: Tensor) -> float:
 
 def _ssim(asked: Tensor, found: Tensor) -> float:
     """With a Gaussian window of σ = 1.5 and 11 pixels, or the largest that fits into a smaller picture."""
+    # saves torchmetrics where no similarity is asked
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     radius = (min(asked.shape[1:]) - 1) // 2
@@ -128,7 +129,7 @@ def _segments(picture: Tensor, least: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _miou(asked: Tensor, found: Tensor) -> float:
     """Over asked segments of at least 0.5 % of the picture, found ones from a tenth of that; 1 if there are none."""
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # saves scipy.optimize where no segments are
 
     (a, a_pixels), (b, b_pixels) = _segments(asked, SEGMENT), _segments(found, SEGMENT / 10)
     if not len(a_pixels):

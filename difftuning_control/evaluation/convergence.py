@@ -86,7 +86,7 @@ def _ramps(steps: np.ndarray, values: np.ndarray) -> _Ramps:
 
 def _chance(simple: float, full: float, freedom: float, degrees: int) -> float:
     """p of an F-test for one more parameter: squared errors without and with it, freedom that scales F, degrees."""
-    from scipy.special import fdtrc
+    from scipy.special import fdtrc  # saves scipy where no curve is tested
 
     if full <= 1e-12 * simple:  # no noise but that of rounding
         return 0.0

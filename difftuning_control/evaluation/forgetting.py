@@ -73,7 +73,7 @@ def fit_schedule(u: list[float], gap: list[float]) -> TabulatedSchedule:
     Raises:
         ValueError: if a gap is not finite, or u does not rise within [0, 1].
     """
-    from sklearn.isotonic import IsotonicRegression
+    from sklearn.isotonic import IsotonicRegression  # saves sklearn where a schedule is given
 
     if not np.isfinite(gap).all():
         raise ValueError("the transfer gap is not finite at every band.")

@@ -177,7 +177,7 @@ def read_multipliers(run: Path) -> dict[str, Any] | None:
 
 def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
     """`analysis.json`, `schedule.json` for `schedule: {kind: measured, path: …}`, and `report.html`."""
-    from difftuning_control.evaluation.report.analysis import write_analysis_report
+    from difftuning_control.evaluation.report.analysis import write_analysis_report  # saves the templates for a pilot
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", result)

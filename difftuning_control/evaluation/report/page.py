@@ -27,7 +27,7 @@ def write_page(folder: Path, template: str, language: str, texts: Mapping[str, s
 
 
 def page_environment(texts: Mapping[str, str]) -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # saves jinja2 where no report is written
     from markupsafe import Markup
 
     missing = texts["missing"]

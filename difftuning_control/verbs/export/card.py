@@ -156,7 +156,7 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
     Raises:
         UserError: if the file cannot be read, or does not have this run.
     """
-    from difftuning_control.evaluation.report.tables import table_rows
+    from difftuning_control.evaluation.report.tables import table_rows  # saves it where no evaluation is given
 
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))

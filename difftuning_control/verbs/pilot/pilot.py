@@ -250,7 +250,7 @@ def pilot(
     Raises:
         UserError: if the output holds something else, or another pilot without `overwrite`.
     """
-    from difftuning_control.evaluation.report.pilot import write_pilot_report
+    from difftuning_control.evaluation.report.pilot import write_pilot_report  # read at its end, after the runs
 
     output = Path(recipe.output)
     marker, identity = output / SETTINGS, pilot_identity(recipe, config)
