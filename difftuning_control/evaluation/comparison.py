@@ -1,4 +1,15 @@
-"""The sides of a pilot compared seed by seed, in numbers and codes; a report puts them into words."""
+"""Comparisons of a pilot's sides, seed by seed: a difference, the noise of the seeds, and what is clear beyond it.
+
+The verdict is made of numbers and codes; a report puts them into words. A domain hit rate is a count of pictures, so a
+bar because of it takes two tests, and both must reject chance:
+
+- Student's t over the seeds, the test of every other figure: it knows how much one training differs from the next, but
+  takes rates that happen to agree in all seeds (15 of 16 pictures in each) for exact;
+- Fisher's exact test on the pictures of all seeds: it knows how little a few pictures say, at any number of them, but
+  takes pictures of one training for independent.
+
+A permutation of the seeds is no third way: with 3 pairs its p-value cannot fall below 1/8.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
-LOWER_IS_BETTER = frozenset({"kid", "fid", "target_loss", "bank_loss", "rmse"})
+from difftuning_control.evaluation.metric_table import lower_is_better
+
 PLAIN = "plain"
 LEVEL = 0.05
-GUARD = 0.05  # a side that hits the domain this much less often than plain fine-tuning cannot win
+GUARD = 0.05  # a side that hits the domain clearly, and by more than this, less often than plain cannot win
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -34,12 +46,14 @@ def threshold(seeds: int, sides: int) -> float:
     The one-sided 5 % quantile of Student's t with seeds − 1 degrees of freedom, shared out among the sides
     (Bonferroni): without it, one pilot in five without any effect would name a winner.
     """
-    from scipy.stats import t
+    from scipy.stats import t  # takes a second to import
 
     return float(t.ppf(1 - LEVEL / sides, seeds - 1)) if seeds > 1 else math.inf
 
 
-def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str, sides: int = 1) -> dict[str, Any] | None:
+def compare_sides(
+    side: Mapping[str, Any], plain: Mapping[str, Any], metric: str, sides: int = 1
+) -> dict[str, Any] | None:
     """plain − side at each one's best length: by seed where both have the same seeds, else of the means.
 
     It is clear if the mean is more standard errors from 0 than `threshold` and all seeds agree in sign; without pairs,
@@ -74,7 +88,7 @@ def compare(side: Mapping[str, Any], plain: Mapping[str, Any], metric: str, side
         "seeds": min(len(mine), len(theirs)),
         "paired": paired,
         "agree": agree,
-        "better": (mean > 0) == (metric in LOWER_IS_BETTER) and mean != 0,
+        "better": (mean > 0) == lower_is_better(metric) and mean != 0,
         "clear": error is not None and abs(mean) > needed * error and agree,
         "threshold": needed if math.isfinite(needed) else None,
     }
@@ -84,26 +98,30 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     """Which side of a pilot won on its primary metric, against plain fine-tuning and the noise of the seeds.
 
     Returns:
-        code: winner (a side is clearly better than plain), plain (plain is clearly better than every other side that
-            may win), or none.
+        code: winner (a side is clearly better than plain), plain (every other side is clearly worse than plain or
+            barred), or none.
         reason: why there is no winner: no_plain, alone, unmeasured, one_seed, barred (only a barred side was clearly
             better), within_noise; None otherwise.
         side: the winner or plain; with none, the best mean of the sides that may win.
         also: other sides that are clearly better than plain, best first.
-        barred: sides that hit the domain too seldom to win.
-        comparisons: one `compare` for each side but plain, with `barred`.
-        retention: `compare` on the bank loss, of the side that may win and forgets least, if that beats plain's.
-        base_better: no side that may win has a better mean than the pretrained model.
+        barred: sides that clearly hit the domain too seldom to win.
+        doubted: sides that hit it too seldom on average, but within the noise of seeds or pictures; they may win.
+        comparisons: one `compare_sides` for each side but plain, with `barred`.
+        retention: `compare_sides` on the bank loss, of the side that may win and forgets least, if that beats plain's.
+        base: the pretrained model against the sides that may win: better (clearly, than each of them), unclear (none
+            of them is clearly better than it), or None.
+        base_better: whether `base` says anything.
     """
     metric = result["primary"]
     sides = {s["name"]: s for s in result["sides"]}
     plain = sides.get(PLAIN)
-    barred = [n for n, s in sides.items() if plain is not None and n != PLAIN and _misses(s, plain)]
+    bars = {n: domain_bar(s, plain, len(sides) - 1) for n, s in sides.items() if plain is not None and n != PLAIN}
+    barred, doubted = ([n for n, bar in bars.items() if bar == kind] for kind in ("barred", "doubted"))
     means = {n: fmean(v.values()) for n, s in sides.items() if n not in barred and (v := seed_values(s, metric))}
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = 1 if lower_is_better(metric) else -1
     order = sorted(means, key=lambda n: sign * means[n])
-    base = result["base"].get(metric)
-    found: dict[str, Any] = {
+    against_base = _against_base([sides[n] for n in order], result["base"], metric)
+    judged: dict[str, Any] = {
         "code": "none",
         "reason": None,
         "metric": metric,
@@ -111,39 +129,97 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
         "side": order[0] if order else None,
         "also": [],
         "barred": barred,
+        "doubted": doubted,
         "comparisons": [],
         "retention": None,
-        "base_better": bool(order) and is_number(base) and sign * base <= sign * means[order[0]],
+        "base": against_base,
+        "base_better": against_base is not None,
     }
     if plain is None:
-        return found | {"reason": "no_plain"}
+        return judged | {"reason": "no_plain"}
     if len(sides) == 1:
-        return found | {"reason": "alone"}
+        return judged | {"reason": "alone"}
     others = [s for n, s in sides.items() if n != PLAIN]
-    compared = [c | {"barred": s["name"] in barred} for s in others if (c := compare(s, plain, metric, len(others)))]
-    found |= {"comparisons": compared, "retention": _retention(sides, plain, barred)}
+    compared = [
+        c | {"barred": s["name"] in barred} for s in others if (c := compare_sides(s, plain, metric, len(others)))
+    ]
+    judged |= {"comparisons": compared, "retention": _retention(others, plain, barred)}
     if PLAIN not in means or not compared:
-        return found | {"reason": "unmeasured"}
+        return judged | {"reason": "unmeasured"}
     clear = {c["side"] for c in compared if c["clear"] and c["better"]}
     winners = [n for n in order if n in clear]
     if winners:
-        return found | {"code": "winner", "side": winners[0], "also": winners[1:]}
+        return judged | {"code": "winner", "side": winners[0], "also": winners[1:]}
     worse = {c["side"] for c in compared if c["clear"] and not c["better"]}
     if all(n in worse or n in barred for n in sides if n != PLAIN) and not clear:
-        return found | {"code": PLAIN, "side": PLAIN}
+        return judged | {"code": PLAIN, "side": PLAIN}
     if all(c["seeds"] < 2 for c in compared):
-        return found | {"reason": "one_seed"}
-    return found | {"reason": "barred" if clear else "within_noise"}
+        return judged | {"reason": "one_seed"}
+    return judged | {"reason": "barred" if clear else "within_noise"}
 
 
-def _misses(side: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
-    mine, theirs = seed_values(side, "domain_hit"), seed_values(plain, "domain_hit")
-    return bool(mine and theirs) and fmean(theirs.values()) - fmean(mine.values()) > GUARD + 1e-9
+def domain_bar(side: Mapping[str, Any], plain: Mapping[str, Any], sides: int = 1) -> str | None:
+    """Whether a side misses the domain: barred (by more than GUARD, and beyond both kinds of noise), doubted (by more
+    than GUARD on average, but within one of them), or None.
+
+    Args:
+        sides: among how many the level is shared out.
+    """
+    compared = compare_sides(side, plain, "domain_hit", sides)
+    if compared is None or compared["difference"] <= GUARD + 1e-9:
+        return None
+    return "barred" if compared["clear"] and _chance_of_fewer_hits(side, plain) < LEVEL / sides else "doubted"
+
+
+def _chance_of_fewer_hits(side: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
+    """One-sided p of Fisher's exact test on the pictures of all seeds; 1 where their number is not known."""
+    from scipy.stats import fisher_exact  # scipy.stats takes a second to import
+
+    counts = [_hits_and_misses(s) for s in (side, plain)]
+    return float(fisher_exact(counts, alternative="less").pvalue) if all(map(sum, counts)) else 1.0
+
+
+def _hits_and_misses(side: Mapping[str, Any]) -> tuple[int, int]:
+    rates = seed_values(side, "domain_hit")
+    drawn = seed_values(side, "pictures")
+    hits = sum(round(rate * drawn.get(seed, 0)) for seed, rate in rates.items())
+    return hits, round(sum(drawn.get(seed, 0) for seed in rates)) - hits
 
 
 def _retention(
-    sides: Mapping[str, Mapping[str, Any]], plain: Mapping[str, Any], barred: Sequence[str]
+    others: Sequence[Mapping[str, Any]], plain: Mapping[str, Any], barred: Sequence[str]
 ) -> dict[str, Any] | None:
-    found = [compare(s, plain, "bank_loss") for n, s in sides.items() if n != PLAIN and n not in barred]
+    found = [compare_sides(s, plain, "bank_loss", len(others)) for s in others if s["name"] not in barred]
     better = [c for c in found if c is not None and c["better"]]
     return min(better, key=lambda c: c["value"], default=None)
+
+
+def _against_base(sides: Sequence[Mapping[str, Any]], base: Mapping[str, Any], metric: str) -> str | None:
+    """better, unclear or None, as `verdict` has it. A base without runs of its own counts as the same at every seed."""
+    if not is_number(base.get(metric)) or not sides:
+        return None
+    compared = []
+    for side in sides:
+        rows = base.get("runs") or [{"seed": seed, metric: base[metric]} for seed in seed_values(side, metric)]
+        model = {"name": "base", "best_length": None, "runs": [{**row, "steps": None} for row in rows]}
+        compared.append(compare_sides(side, model, metric, len(sides)))
+    if any(c is None or (c["clear"] and c["better"]) for c in compared):
+        return None
+    return "better" if all(c is not None and c["clear"] for c in compared) else "unclear"
+
+
+def improves_to_the_end(side: Mapping[str, Any], metric: str) -> bool:
+    """Whether a side's longest runs are its best, and clearly better than those of the length before."""
+    lengths = sorted({r["steps"] for r in side["runs"]})
+    if len(lengths) < 2 or side["best_length"] != lengths[-1]:
+        return False
+    found = compare_sides(side, {**side, "best_length": lengths[-2]}, metric)
+    return found is not None and found["clear"] and found["better"]
+
+
+def clear_sign(values: Sequence[float], tests: int = 1) -> int:
+    """The sign of a mean over the seeds that is more standard errors from 0 than `threshold`, or 0 within the noise."""
+    mean, spread = mean_spread(values)
+    if mean is None or spread is None:
+        return 0
+    return int(math.copysign(1, mean)) if abs(mean) > threshold(len(values), tests) * spread / len(values) ** 0.5 else 0

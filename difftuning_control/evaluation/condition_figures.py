@@ -1,4 +1,4 @@
-"""Does a picture drawn under a condition follow it? Annotated again, what is found is compared with what was asked.
+"""Figures of how well a drawn picture follows its condition: it is annotated again and compared with what was asked.
 
     edges        F1 = 2 P R / (P + R); P: share of found edge pixels with an asked one within a pixel, R: the reverse
     depth        RMSE = (mean (asked − found)²)^½                                               lower is better
@@ -23,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difftuning_control.evaluation.metric_table import lower_is_better
+
 KINDS = ("edges", "depth", "normals", "masks", "similarity")
-MAIN: dict[str, tuple[str, bool]] = {
-    "edges": ("f1", True),
-    "depth": ("rmse", False),
-    "normals": ("cosine", True),
-    "masks": ("miou", True),
-    "similarity": ("ssim", True),
+MAIN: dict[str, tuple[str, bool]] = {  # of each kind the figure that says how well it is followed; is higher better?
+    kind: (name, not lower_is_better(name)) for kind, name in zip(KINDS, ("f1", "rmse", "cosine", "miou", "ssim"))
 }
 EDGE = 0.25
 SEGMENT = 0.005
@@ -110,6 +108,7 @@ def _cosine(asked: Tensor, found: Tensor) -> float:
 
 def _ssim(asked: Tensor, found: Tensor) -> float:
     """With a Gaussian window of σ = 1.5 and 11 pixels, or the largest that fits into a smaller picture."""
+    # saves torchmetrics where no similarity is asked
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     radius = (min(asked.shape[1:]) - 1) // 2
@@ -130,7 +129,7 @@ def _segments(picture: Tensor, least: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _miou(asked: Tensor, found: Tensor) -> float:
     """Over asked segments of at least 0.5 % of the picture, found ones from a tenth of that; 1 if there are none."""
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # saves scipy.optimize where no segments are
 
     (a, a_pixels), (b, b_pixels) = _segments(asked, SEGMENT), _segments(found, SEGMENT / 10)
     if not len(a_pixels):

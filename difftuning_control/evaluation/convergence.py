@@ -1,4 +1,4 @@
-"""When a ControlNet starts to obey: the sudden convergence in a noisy curve of fidelity over training steps.
+"""Detection of sudden convergence: the step at which a noisy curve of fidelity over training steps rises, if any.
 
 A ControlNet does not learn gradually to follow its condition, it succeeds abruptly, usually within 10 000 steps. The
 curve is fitted by a ramp, two levels with a straight rise between two of the measured steps a < b:
@@ -86,7 +86,7 @@ def _ramps(steps: np.ndarray, values: np.ndarray) -> _Ramps:
 
 def _chance(simple: float, full: float, freedom: float, degrees: int) -> float:
     """p of an F-test for one more parameter: squared errors without and with it, freedom that scales F, degrees."""
-    from scipy.special import fdtrc
+    from scipy.special import fdtrc  # saves scipy where no curve is tested
 
     if full <= 1e-12 * simple:  # no noise but that of rounding
         return 0.0

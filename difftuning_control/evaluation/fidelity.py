@@ -1,4 +1,4 @@
-"""How well a ControlNet's pictures follow what was asked of them, while it trains.
+"""The fidelity probe and its curve: how well pictures follow a ControlNet's conditions while it trains.
 
 Held-out conditions are drawn in few steps with fixed noise, the pictures annotated again, and what is found compared
 with what was asked. A supplied condition cannot be made from a picture: there the edges of the drawn picture are
@@ -47,7 +47,7 @@ class FidelityCurve:
     """The figures of every measurement, and what follows from them.
 
     Args:
-        kind: what is compared, a key of `evaluation.control.MAIN`.
+        kind: what is compared, a key of `condition_figures.MAIN`.
         without: the figures of the model without control.
     """
 

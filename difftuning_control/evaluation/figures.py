@@ -1,4 +1,4 @@
-"""Pictures of a model against real ones: the same prompts, seeds, steps and guidance for every side.
+"""Figures of a model's pictures against real ones, with the same prompts, seeds, steps and guidance for every side.
 
 Real pictures pass through the model's own autoencoder first: otherwise its softness, which all sides share, would
 dominate every distance.
@@ -173,7 +173,7 @@ def reference_of(family: Family, features: Features, found: Materials) -> Refere
 
 
 def figures(
-    pictures: Sequence[Image.Image], prompts: Sequence[str], reference: Reference, found: Tensor | None = None
+    pictures: Sequence[Image.Image], prompts: Sequence[str], reference: Reference, generated: Tensor | None = None
 ) -> dict[str, Any]:
     """Every figure of one side: kid, fid, domain_hit, pair_similarity, memorisation, density, coverage, diversity, …
 
@@ -181,20 +181,20 @@ def figures(
     are None where there are no counterparts, no prompt was drawn twice, or the features are no CLIP's.
 
     Args:
-        found: the pictures' features, where they are known already.
+        generated: the pictures' features, where they are known already.
 
     Raises:
         UserError: with fewer than 5 pictures.
     """
     if len(pictures) < LEAST_PICTURES:
         raise UserError(f"an evaluation needs at least {LEAST_PICTURES} generated pictures; there are {len(pictures)}.")
-    found, clip = reference.features(pictures) if found is None else found, reference.features.clip
-    kid, kid_spread = metrics.kid(reference.real, found)
+    generated, clip = reference.features(pictures) if generated is None else generated, reference.features.clip
+    kid, kid_spread = metrics.kid(reference.real, generated)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said once for all sides, by `fid_warning`
-        fid = metrics.fid(reference.real, found)
-    hit, judge = metrics.domain_hit_rate(reference.source, reference.real, found)
-    density, coverage = metrics.density_coverage(reference.real, found)
+        fid = metrics.fid(reference.real, generated)
+    hit, judge = metrics.domain_hit_rate(reference.source, reference.real, generated)
+    density, coverage = metrics.density_coverage(reference.real, generated)
     paired = [i for i, prompt in enumerate(prompts) if prompt in reference.counterparts]
     truth = [reference.counterparts[prompts[i]] for i in paired]
     return {
@@ -203,11 +203,11 @@ def figures(
         "fid": fid,
         "domain_hit": hit,
         "domain_judge": judge,
-        "pair_similarity": metrics.pair_similarity(found[paired], torch.stack(truth)) if truth else None,
-        "memorisation": metrics.memorisation(found, reference.training),
+        "pair_similarity": metrics.pair_similarity(generated[paired], torch.stack(truth)) if truth else None,
+        "memorisation": metrics.memorisation(generated, reference.training),
         "density": density,
         "coverage": coverage,
-        "diversity": metrics.diversity(found, prompts),
+        "diversity": metrics.diversity(generated, prompts),
         "clip_score": metrics.clip_score(pictures, prompts, clip) if clip is not None else None,
         "pictures": len(pictures),
     }

@@ -1,4 +1,4 @@
-"""The chain of forgetting: where along the noise a model must learn, what it forgets, and which schedule follows.
+"""Measurements of the chain of forgetting: the transfer gap, what a model forgets and learns, and the schedule.
 
     transfer gap     g(u) = ℓ_target(u) / ℓ_bank(u) − 1     the pretrained model on new data against its own samples
     forgetting       f(u) = ℓ'_bank(u) / ℓ_bank(u) − 1      the tuned model (') on the bank against the pretrained one
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from difftuning_control.data.latents import Part, part_of
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.curve import SMALL, Curve, advice
 from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -40,20 +41,6 @@ if TYPE_CHECKING:
 
 SCHEDULE_BANDS = 10
 LEAST_ROWS = 4
-SMALL, WIDE = 0.05, 1.0  # gaps below the one leave nothing to learn; above the other at every band, little carries over
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A relative change by noise band with its 95 % interval, each of the three as long as `u`."""
-
-    u: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-
-    def to_dict(self) -> dict[str, list[float]]:
-        return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
 def paired_ratio(
@@ -86,7 +73,7 @@ def fit_schedule(u: list[float], gap: list[float]) -> TabulatedSchedule:
     Raises:
         ValueError: if a gap is not finite, or u does not rise within [0, 1].
     """
-    from sklearn.isotonic import IsotonicRegression
+    from sklearn.isotonic import IsotonicRegression  # saves sklearn where a schedule is given
 
     if not np.isfinite(gap).all():
         raise ValueError("the transfer gap is not finite at every band.")
@@ -97,32 +84,6 @@ def fit_schedule(u: list[float], gap: list[float]) -> TabulatedSchedule:
     if fitted.max() < SMALL:
         xi = np.ones_like(xi)
     return TabulatedSchedule(u, psi.tolist(), xi.tolist())
-
-
-def advice(gap: Curve) -> list[str]:
-    """What the gap says about retention, as codes that the report puts into words.
-
-    no_gap: nothing to learn; uncertain: the intervals are wider than the gap; wide: the pretrained knowledge fits at
-    no band; rising, flat, not_monotone: the gap's shape.
-    """
-    mean, low, high = (np.array(v) for v in (gap.mean, gap.low, gap.high))
-    uncertain = np.median(high - low) > max(np.median(mean), SMALL)
-    if high.max() < SMALL or (mean.max() < SMALL and not uncertain):
-        return ["no_gap"]
-    found = ["uncertain"] if uncertain else []
-    if low.min() > WIDE:
-        found.append("wide")
-    half = len(mean) // 2
-    spread = float(np.mean(high - low)) / 2
-    if mean.max() - mean.min() <= max(spread, 0.2 * mean.max()):
-        found.append("flat")
-    elif any(high[later] < low[earlier] for earlier in range(len(mean)) for later in range(earlier + 1, len(mean))):
-        found.append("not_monotone")
-    elif mean[half:].mean() > mean[:half].mean():
-        found.append("rising")
-    else:
-        found.append("not_monotone")
-    return found
 
 
 @dataclass(frozen=True)
@@ -193,7 +154,7 @@ def transfer_gap(rows: LossRows, denoiser: Any) -> tuple[Curve, dict[str, list[f
     return Curve(rows.u, *(t.tolist() for t in paired_ratio(target, bank))), losses
 
 
-def compare(base: Tensor, tuned: Tensor, u: list[float]) -> Curve:
+def relative_change(base: Tensor, tuned: Tensor, u: list[float]) -> Curve:
     """tuned / base − 1 by band, from losses (N, bands) of the same rows: f(u) on the bank, −h(u) on the target."""
     return Curve(u, *(t.tolist() for t in paired_ratio(tuned, base)))
 

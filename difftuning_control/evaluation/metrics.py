@@ -82,7 +82,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
     Raises:
         UserError: with fewer than 2 pictures on a side.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.fid import FrechetInceptionDistance  # saves torchmetrics where none is computed
 
     real, generated = _need(real, 2, "FID", "real"), _need(generated, 2, "FID", "generated")
     if (warning := fid_warning(len(real), len(generated), real.shape[1])) is not None:
@@ -105,7 +105,7 @@ def kid(
     Raises:
         UserError: with fewer pictures than a subset, or subsets of fewer than 2.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance  # the same
 
     size = subset_size if subset_size is not None else min(len(real), len(generated), 1000)
     if size < 2:
@@ -146,7 +146,7 @@ def domain_hit_rate(source: Tensor, target: Tensor, generated: Tensor) -> tuple[
     Raises:
         UserError: with fewer than 5 pictures of source or target.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # saves sklearn where no judge is fitted
     from sklearn.model_selection import cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -207,10 +207,11 @@ def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "op
     Raises:
         UserError: if the model's weights are not to be had.
     """
+    # saves torchmetrics and transformers where there is no CLIP
     from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
     from transformers import CLIPModel, CLIPProcessor
 
-    from difftuning_control.families.hub import quiet_loading
+    from difftuning_control.families.hub import quiet_loading  # for such models alone
 
     try:
         with quiet_loading():

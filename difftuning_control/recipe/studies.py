@@ -1,4 +1,4 @@
-"""What `evaluate`, `analyze` and `pilot` measure and how, as dataclasses that check their ranges."""
+"""Requests of `evaluate`, `analyze` and `pilot`: what is measured and how, as dataclasses that check their ranges."""
 
 from __future__ import annotations
 
@@ -7,39 +7,23 @@ import re
 from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_least
 from difftuning_control.recipe.requests import Moved
 from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
+DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
 POWER = re.compile(r"difftuning_tau(\d+(?:\.\d+)?)")
 
 
-def _check(section: str, values: object, least: dict[str, int]) -> None:
-    for name, lowest in least.items():
-        value = getattr(values, name)
-        if not lowest <= value < math.inf:
-            raise UserError(f"{section}{name} is {value}; expected at least {lowest}.")
-
-
-def _check_seeds(name: str, seeds: list[int], least: int) -> None:
-    if len(set(seeds)) < max(len(seeds), least) or any(seed < 0 for seed in seeds):
-        raise UserError(f"{name} is {seeds}; expected at least {least} different whole numbers of at least 0.")
-
-
 @dataclass
-class Evaluation:
+class Evaluation(SeededDrawSettings):
     """What to evaluate and how.
 
     Args:
         runs: folders of finished runs of one base, or of steps that they kept (RUN/step-000010).
         data: real pictures of the new domain that no run was tuned on; those that the first run held out when empty.
         source: real pictures of the old domain; the decoded knowledge bank when empty.
-        features: lite0, dinov2, clip, inception, or a local model directory.
-        pictures: how many prompts, taken from the captions of the data.
-        seeds: of the noise; every prompt is drawn once a seed, and the spread is over seeds.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
         domain_guidance_scale: the runs draw at this scale (above 1) with Domain Guidance instead, the base as before.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
@@ -50,11 +34,6 @@ class Evaluation:
     runs: list[str]
     data: str | None = None
     source: str | None = None
-    features: str = "lite0"
-    pictures: int = 64
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    steps: int = 20
-    guidance_scale: float = 4.0
     domain_guidance_scale: float | None = None
     outside: list[str] = field(default_factory=list)
     batch_size: int = 16
@@ -65,13 +44,13 @@ class Evaluation:
         expand_paths(self, "runs", "data", "source", "features", "output")
         if not self.runs or len(set(self.runs)) < len(self.runs):
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
-        _check_seeds("seeds", self.seeds, 1)
-        _check("", self, {"pictures": 5, "steps": 1, "guidance_scale": 0, "batch_size": 1})
+        self.check_drawing("")
+        check_least("", self, {"batch_size": 1})
         check_domain_scale(self.domain_guidance_scale)
 
 
 @dataclass
-class AnalysisConfig:
+class AnalysisConfig(DrawSettings):
     """What an analysis measures.
 
     Args:
@@ -80,9 +59,6 @@ class AnalysisConfig:
         staged: also hand over between the tuned and the pretrained model at every u0 (needs a run).
         u0: where to hand over.
         pictures: pictures at every u0.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-        features: lite0, dinov2, clip, inception, or a local model directory.
         seed: of the noise.
         batch_size: pictures drawn at once.
     """
@@ -91,23 +67,21 @@ class AnalysisConfig:
     draws: int = 2
     staged: bool = False
     u0: list[float] = field(default_factory=lambda: list(U0))
-    pictures: int = 48
-    steps: int = 15
-    guidance_scale: float = 4.0
-    features: str = "lite0"
+    pictures: int = field(default=48, kw_only=True)
+    steps: int = field(default=15, kw_only=True)
     seed: int = 0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         expand_paths(self, "features")
-        least = {"rows": 4, "draws": 1, "pictures": 5, "steps": 1, "seed": 0, "guidance_scale": 0, "batch_size": 1}
-        _check("analysis.", self, least)
+        self.check_drawing("analysis.")
+        check_least("analysis.", self, {"rows": 4, "draws": 1, "seed": 0, "batch_size": 1})
         if not self.u0 or not all(0 <= u <= 1 for u in self.u0):
             raise UserError(f"analysis.u0 is {self.u0}; expected numbers from 0 to 1.")
 
 
 @dataclass
-class PilotConfig:
+class PilotConfig(SeededDrawSettings):
     """What a pilot compares.
 
     Args:
@@ -117,38 +91,33 @@ class PilotConfig:
         learning_rates: candidates of the search; half, once and twice the recipe's when empty.
         lengths: steps at which every run is judged, read off one run each; its last step when empty.
         pictures: generated pictures a run and length.
-        steps: sampling steps.
         guidance_scale: classifier-free guidance of all sides.
         guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
             scales above 1, and the best of each judged beside the figures at guidance_scale; not done when empty.
-        features: lite0, dinov2, clip, inception, or a local model directory.
         batch_size: pictures drawn at once.
     """
 
-    sides: list[str] = field(default_factory=lambda: list(SIDES))
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    sides: list[str] = field(default_factory=lambda: list(DEFAULT_SIDES))
     learning_rates: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    pictures: int = 48
-    steps: int = 15
-    guidance_scale: float = 4.0
+    pictures: int = field(default=48, kw_only=True)
+    steps: int = field(default=15, kw_only=True)
     guidance_scales: list[float] = field(default_factory=list)
-    features: str = "lite0"
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         expand_paths(self, "features")
         for side in self.sides:
             power = POWER.fullmatch(side)
-            if side not in (*SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):
+            if side not in (*DEFAULT_SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):
                 raise UserError(
                     f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured or "
                     "difftuning_budget."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")
-        _check_seeds("pilot.seeds", self.seeds, 2)
-        _check("pilot.", self, {"pictures": 5, "steps": 1, "guidance_scale": 0, "batch_size": 1})
+        self.check_drawing("pilot.", least_seeds=2)
+        check_least("pilot.", self, {"batch_size": 1})
         if len(set(self.lengths)) < len(self.lengths) or any(length < 1 for length in self.lengths):
             raise UserError(f"pilot.lengths is {self.lengths}; expected different numbers of steps of at least 1.")
         if not all(0 < rate < math.inf for rate in self.learning_rates):

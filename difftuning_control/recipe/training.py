@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
+from difftuning_control.recipe.drawing import SeededDrawSettings
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import from_json, read_text
@@ -275,7 +276,7 @@ class TrainingConfig:
 
 
 @dataclass
-class GatesConfig:
+class GatesConfig(SeededDrawSettings):
     """Limits that a finished run is judged by; one that fails them is marked, and not exported unasked.
 
     Args:
@@ -283,22 +284,12 @@ class GatesConfig:
         retention_loss: at most, the rise of the loss on held-out bank samples over the base's (0.1 is 10 %).
         fidelity: of a ControlNet, the main figure on held-out conditions; at least, or at most for depth (rmse).
         memorisation: at most, the mean cosine to the nearest training picture.
-        features: lite0, dinov2, clip, inception, or a local model directory, for kid and memorisation.
-        pictures: how many held-out pictures give their captions.
-        seeds: of the noise; every caption is drawn once a seed, and means over the seeds are judged.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
     """
 
     kid: float | None = None
     retention_loss: float | None = None
     fidelity: float | None = None
     memorisation: float | None = None
-    features: str = "lite0"
-    pictures: int = 64
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    steps: int = 20
-    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         expand_paths(self, "features")
@@ -311,12 +302,7 @@ class GatesConfig:
             value = getattr(self, name)
             expected = f"{low} to {high}" if high < math.inf else f"a finite number of at least {low}"
             need(value is None or (low <= value <= high and value < math.inf), f"gates.{name}", value, expected)
-        for name, least in (("pictures", 5), ("steps", 1)):
-            need(getattr(self, name) >= least, f"gates.{name}", getattr(self, name), f"at least {least}")
-        need(0 <= self.guidance_scale < math.inf, "gates.guidance_scale", self.guidance_scale, "at least 0")
-        seeds = self.seeds
-        different = bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0
-        need(different, "gates.seeds", seeds, "different whole numbers of at least 0")
+        self.check_drawing("gates.")
         drawn = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in GATES}
         if not self.draws and drawn != DRAWN:
             raise UserError(

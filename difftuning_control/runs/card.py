@@ -192,7 +192,7 @@ def _gate_lines(judged: dict[str, Any] | None) -> list[str]:
         return []
     rows = [
         f"| {name} | {'unknown' if g['value'] is None else format(g['value'], '.4g')} | at {g['at']} {g['limit']:g} | "
-        f"{'yes' if g['passed'] else '**no**'} |"
+        f"{'yes' if g['passed'] else '**no**'}{', within the noise' if g.get('clear') is False else ''} |"
         for name, g in judged["figures"].items()
     ]
     said = "The run passes its gates." if judged["passed"] else "**The run fails its gates.**"

@@ -2,6 +2,8 @@
 
 kid, fidelity, memorisation   of pictures drawn as `difftune evaluate` draws them, means over the seeds
 retention_loss                the rise of the loss on held-out bank samples, the mean over the noise bands
+
+A gate is passed or failed by the figure as it was measured; whether that is beyond the noise is said beside it.
 """
 
 from __future__ import annotations
@@ -12,26 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import GatesFailedError, UserError
+from difftuning_control.evaluation.comparison import threshold
+from difftuning_control.evaluation.metric_table import is_upper_limit
 from difftuning_control.recipe.training import GatesConfig
 
-AT_MOST = {"kid": True, "retention_loss": True, "memorisation": True}
+FIDELITY = ("f1", "cosine", "rmse", "miou", "ssim")  # the main figure of each kind, before those that it has besides
 
 
 def judge(gates: GatesConfig, side: dict[str, Any]) -> dict[str, Any]:
-    """Each limit against a side's figures: `passed` (all of them), `figures` (each with value, limit, at and passed),
-    and the `asked` gates.
+    """Each limit against a side's figures: `passed` (all of them), `figures` (each with value, limit, at, passed and
+    clear), and the `asked` gates.
+
+    `clear` is whether the figure is apart from its limit by more than noise: that of the seeds, or of the rows behind a
+    loss; None where it was measured once, so that the noise is not known.
 
     Args:
         side: with a `summary` and perhaps `forgetting` as in evaluation.json, or `losses` as in run.json.
     """
     figures = {}
     for name, limit in gates.limits.items():
-        value, at_most = figure(name, side), AT_MOST.get(name, False)
-        if name == "fidelity":
-            at_most = "rmse" in side["summary"]
+        value, at_most = figure(name, side), is_upper_limit(_metric_of(name, side))
         known = value is not None and math.isfinite(value)
         passed = value is not None and known and (value <= limit if at_most else value >= limit)
-        figures[name] = {"value": value, "limit": limit, "at": "most" if at_most else "least", "passed": passed}
+        clear = is_clear(name, side, limit) if known else None
+        at = "most" if at_most else "least"
+        figures[name] = {"value": value, "limit": limit, "at": at, "passed": passed, "clear": clear}
     passed = all(found["passed"] for found in figures.values())
     return {"passed": passed, "figures": figures, "asked": dataclasses.asdict(gates)}
 
@@ -40,12 +47,32 @@ def figure(name: str, side: dict[str, Any]) -> float | None:
     """A gate's figure; None where it was not measured."""
     if name == "retention_loss":
         return retention_loss(side)
-    summary = side["summary"]
-    if name == "fidelity":
-        from difftuning_control.evaluation.condition_figures import MAIN  # saves torch where runs are listed
+    found = _summary_of(name, side)
+    return found["mean"] if found is not None else None
 
-        name = next((main for main, _ in MAIN.values() if main in summary), name)
-    return summary[name]["mean"] if name in summary else None
+
+def _summary_of(name: str, side: dict[str, Any]) -> dict[str, Any] | None:
+    """Mean, spread and number of runs of a gate's figure."""
+    return side["summary"].get(_metric_of(name, side))
+
+
+def _metric_of(name: str, side: dict[str, Any]) -> str:
+    """The metric that a gate is on: of fidelity the main figure of the run's conditions."""
+    if name != "fidelity":
+        return name
+    return next((main for main in FIDELITY if main in side["summary"]), FIDELITY[0])
+
+
+def is_clear(name: str, side: dict[str, Any], limit: float) -> bool | None:
+    """Whether a gate's figure is beyond its limit, on either side, by more than noise; None where that is not known."""
+    if name == "retention_loss":
+        low, high = (side.get("forgetting", {}).get(end) for end in ("low", "high"))
+        # the bands share their rows, so the interval of their mean is at most the mean of their intervals
+        return not sum(low) / len(low) <= limit <= sum(high) / len(high) if low and high else None
+    found = _summary_of(name, side)
+    if found is None or found.get("spread") is None:
+        return None
+    return abs(found["mean"] - limit) > threshold(found["runs"], 1) * found["spread"] / math.sqrt(found["runs"])
 
 
 def retention_loss(side: dict[str, Any]) -> float | None:
@@ -66,7 +93,7 @@ def gate_lines(judged: dict[str, Any]) -> dict[str, str]:
     """Each gate in words."""
     return {
         name: f"{name} is {'unknown' if found['value'] is None else format(found['value'], '.4g')}, at "
-        f"{found['at']} {found['limit']:g} asked"
+        f"{found['at']} {found['limit']:g} asked{' (within the noise)' if found.get('clear') is False else ''}"
         for name, found in judged["figures"].items()
     }
 

@@ -1,4 +1,4 @@
-"""`difftune analyze`: where along the noise a model must learn, what a run forgot, and which schedule follows."""
+"""`difftune analyze`: the transfer gap by noise level, the schedule that follows, and what a run learnt and forgot."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from difftuning_control.evaluation.figures import Sampling, check_held_out, figu
 from difftuning_control.evaluation.forgetting import (
     LEAST_ROWS,
     advice,
-    compare,
     fit_schedule,
     loss_rows,
+    relative_change,
     row_validator,
     transfer_gap,
 )
@@ -137,9 +137,9 @@ def _of_run(
             f"the run {run} held out {len(kept)} sample of its bank, and what it forgot is measured on 2 at least; run "
             "it with a larger bank.size or training.validation_size."
         )
-    words = kept.retained_prompts(recipe.tuning.retention_prompts)
+    prompts = kept.retained_prompts(recipe.tuning.retention_prompts)
     fresh = found.fresh if len(found.fresh.prompts) >= LEAST_ROWS else found.target
-    parts = {"bank": part_of(kept, words), "target": fresh}
+    parts = {"bank": part_of(kept, prompts), "target": fresh}
     rows = {
         role: row_validator(family, part, found.embeddings, config.rows, config.draws, BANDS, config.seed)
         for role, part in parts.items()
@@ -151,7 +151,7 @@ def _of_run(
             after = {role: validator.rows(tuned.model) for role, validator in rows.items()}
         advance(1)
     u = rows["bank"].centres
-    forgot, rise = (compare(base[role], after[role], u) for role in ("bank", "target"))
+    forgot, rise = (relative_change(base[role], after[role], u) for role in ("bank", "target"))
     learnt = {
         "mean": [-v for v in rise.mean],
         "low": [-v for v in rise.high],
@@ -183,7 +183,7 @@ def read_multipliers(run: Path) -> dict[str, Any] | None:
 
 def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
     """`analysis.json`, `schedule.json` for `schedule: {kind: measured, path: …}`, and `report.html`."""
-    from difftuning_control.evaluation.report.pages import write_analysis_report
+    from difftuning_control.evaluation.report.analysis import write_analysis_report  # saves the templates for a pilot
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "analysis.json", result)
@@ -191,7 +191,7 @@ def write_analysis(result: dict[str, Any], output: Path, language: str) -> Path:
     return write_analysis_report(result, output, language)
 
 
-METRICS = ("kid", "domain_hit", "pair_similarity")
+STAGED = ("kid", "domain_hit", "pair_similarity")  # the figures of staged sampling
 
 
 def staged_sampling(
@@ -224,6 +224,6 @@ def staged_sampling(
             for u0 in config.u0:
                 with hand_over(tuned, u0, tuned_above=above, base=base):
                     quality = figures(sampling.draw(tuned, advance), prompts, reference)
-                for metric in METRICS:
+                for metric in STAGED:
                     result[key].setdefault(metric, []).append(quality[metric])
     return result

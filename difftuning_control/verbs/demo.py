@@ -20,8 +20,8 @@ from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.pilot.pilot import pilot
 
-SIDES = {"plain": "plain", "difftuning_measured": "Diff-Tuning"}
-LABELS = {"truth": "true icon", "base": "base"} | SIDES
+COMPARED = {"plain": "plain", "difftuning_measured": "Diff-Tuning"}
+LABELS = {"truth": "true icon", "base": "base"} | COMPARED
 
 
 def demo_study(output: Path, steps: int, seed: int) -> tuple[Recipe, PilotConfig]:
@@ -44,7 +44,9 @@ def demo_study(output: Path, steps: int, seed: int) -> tuple[Recipe, PilotConfig
         output=str(output),
     )
     seeds = [seed, seed + 1, seed + 2]
-    return recipe, PilotConfig(list(SIDES), seeds, [5e-3], pictures=32, steps=15, guidance_scale=4.0)
+    return recipe, PilotConfig(
+        list(COMPARED), seeds=seeds, learning_rates=[5e-3], pictures=32, steps=15, guidance_scale=4.0
+    )
 
 
 def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _print_summary(output: Path, result: dict[str, Any], table: list[dict[str, A
         for metric, factor, digits in figures:
             value = side["summary"][str(side["best_length"])][metric]
             cells.append(f"{factor * value['mean']:.{digits}f} ± {factor * value['spread']:.{digits}f}")
-        print(f"  {SIDES[side['name']]:<14}{cells[0]:>16}{cells[1]:>20}{cells[2]:>22}")
+        print(f"  {COMPARED[side['name']]:<14}{cells[0]:>16}{cells[1]:>20}{cells[2]:>22}")
     print("\nLoss by noise band (u: 0 clean, 1 pure noise); target: held-out icons, bank: held-out samples of the base")
     print(f"  {'rows':<8}{'u':>5}{'base':>10}{'plain':>10}{'Diff-Tuning':>13}")
     for row in table:

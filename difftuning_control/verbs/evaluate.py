@@ -1,10 +1,10 @@
-"""`difftune evaluate`: finished runs and their base on the same prompts, seeds, steps and guidance."""
+"""`difftune evaluate`: figures of finished runs and their base on the same prompts, seeds, steps and guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,14 @@ from difftuning_control.data.prepare import cache_folder, hold_out, read_data, s
 from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.curve import Curve
 from difftuning_control.evaluation.drawing import save_grid
-from difftuning_control.evaluation.features import load_features
+from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import (
     MOST,
     MOST_REAL,
+    Reference,
     Sampling,
     build_reference,
     check_held_out,
@@ -39,7 +41,7 @@ from difftuning_control.evaluation.figures import (
     reconstructed,
     summarise,
 )
-from difftuning_control.evaluation.forgetting import Curve, compare, row_validator
+from difftuning_control.evaluation.forgetting import relative_change, row_validator
 from difftuning_control.evaluation.metrics import diversity, fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
@@ -114,78 +116,21 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     check_held_out(real)
     real = real.sample(MOST_REAL)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
-    if bank is None and request.source is None:
-        raise UserError(
-            "no run here has a knowledge bank of the base's samples (or it is no longer there), so nothing stands for "
-            "the old domain; give --source, a folder of pictures as the base draws them, add a run with a bank, or say "
-            "where it was moved with --moved.bank."
-        )
-    if request.source is not None:
-        pictures = load_images(
-            request.source,
-            need_captions=False,
-            max_pixels=recipe.data.max_pixels,
-            choice=Choice(option="another folder"),
-        )
-        for line in pictures.notes:
-            tell(line)
-        old = reconstructed(family, features, pictures.sample(MOST), resolution)
-    else:
-        assert bank is not None
-        old = features(decoded(family, bank.latents[:MOST]))
+    old = _old_domain(request, recipe, family, features, bank, resolution, tell)
     chosen = real.sample(request.pictures)
     with progress(3, f"{features.name} features of real pictures"):
         reference = build_reference(family, features, real=real, training=training, source=old, resolution=resolution)
     probe = _probe(records, chosen, family.device)
     outside = request.outside or _outside(family, recipe, training)
-    sampling = Sampling(
-        [e.caption for e in chosen.examples],
-        request.seeds,
-        request.steps,
-        request.guidance_scale,
-        resolution,
-        request.batch_size,
-        probe.control if probe is not None else None,
-    )
-    blank = torch.zeros_like(probe.control[:1]).expand(len(outside), -1, -1, -1) if probe is not None else None
-    far = Sampling(
-        outside, request.seeds[:1], request.steps, request.guidance_scale, resolution, request.batch_size, blank
-    )
-
-    sides: list[dict[str, Any]] = []
-    grid: dict[str, list[Image.Image]] = {}
-    total = (len(records) + 1) * (len(sampling.repeated_prompts) + len(outside))
-    with progress(total, "sampling") as advance:
-
-        def side(name: str, model: Family, scale: float) -> dict[str, Any]:
-            pictures = replace(sampling, guidance_scale=scale).draw(model, advance)
-            grid[name] = pictures[:8]
-            drawn[name] = features(replace(far, guidance_scale=scale).draw(model, advance))
-            found, each, runs = features(pictures), len(sampling.prompts), []
-            for i, seed in enumerate(request.seeds):
-                rows = slice(i * each, (i + 1) * each)
-                row = {"seed": seed} | figures(pictures[rows], sampling.prompts, reference, found[rows])
-                runs.append(row | (probe.judge_pictures(pictures[rows]) if probe is not None else {}))
-            within = diversity(found, sampling.repeated_prompts)
-            return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
-
-        drawn: dict[str, Tensor] = {}
-        base = side("base", family, request.guidance_scale)
-        for run, record in records.items():
-            with (
-                tuned_model(family, run, record) as tuned,
-                domain_guided(family, tuned) if domain is not None else nullcontext(),
-            ):
-                found = side(run, tuned, request.guidance_scale if domain is None else domain)
-            apart = 1 - F.cosine_similarity(drawn["base"].double(), drawn[run].double())
-            sides.append(found | {"identity": record["identity"], "outside": float(apart.mean())})
+    drawing = _drawing(request, [e.caption for e in chosen.examples], outside, resolution, reference, probe)
+    base, sides = _judge_all(request, family, records, drawing)
     measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
     if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
-        for found, curve in zip(sides, _forgetting(family, records, recipe, bank)):
-            found["forgetting"] = {"u": curve.u, **curve.to_dict()}
-    for run, found in zip(records, sides):
+        for side, curve in zip(sides, _forgetting(family, records, recipe, bank)):
+            side["forgetting"] = {"u": curve.u, **curve.to_dict()}
+    for run, side in zip(records, sides):
         if recipes[run].gates.limits:
-            found["gates"] = judge(recipes[run].gates, {"losses": records[run]["losses"], **found})
+            side["gates"] = judge(recipes[run].gates, {"losses": records[run]["losses"], **side})
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
     result: dict[str, Any] = {
         "status": "complete",
@@ -204,8 +149,121 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
         "sides": sides,
         "warnings": [warning] if warning else [],
     }
-    _write(Path(request.output), result, grid, sampling.prompts[:8])
+    _write(Path(request.output), result, drawing.grid, drawing.within.prompts[:8])
     return result
+
+
+# --- pictures of every side -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Drawing:
+    """What every side draws, and what it is judged by; keeps what sides are compared by.
+
+    Args:
+        within: prompts of the new domain.
+        outside: prompts outside it, of which the features alone are wanted.
+        grid: the first pictures of each side.
+        drawn: features of each side's pictures outside the domain.
+    """
+
+    within: Sampling
+    outside: Sampling
+    reference: Reference
+    probe: FidelityProbe | None
+    grid: dict[str, list[Image.Image]] = field(default_factory=dict)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+
+    def side(self, name: str, model: Family, scale: float, advance: Callable[[int], object]) -> dict[str, Any]:
+        """Figures of a model's pictures by seed, and their summary."""
+        features = self.reference.features
+        pictures = replace(self.within, guidance_scale=scale).draw(model, advance)
+        self.grid[name] = pictures[:8]
+        self.drawn[name] = features(replace(self.outside, guidance_scale=scale).draw(model, advance))
+        each, runs = len(self.within.prompts), []
+        of_pictures = features(pictures)
+        for i, seed in enumerate(self.within.seeds):
+            rows = slice(i * each, (i + 1) * each)
+            row = {"seed": seed} | figures(pictures[rows], self.within.prompts, self.reference, of_pictures[rows])
+            runs.append(row | (self.probe.judge_pictures(pictures[rows]) if self.probe is not None else {}))
+        within = diversity(of_pictures, self.within.repeated_prompts)
+        return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
+
+    def apart(self, name: str) -> float:
+        """How far a side's pictures outside the domain are from the base's: the mean of 1 − cosine."""
+        return float((1 - F.cosine_similarity(self.drawn["base"].double(), self.drawn[name].double())).mean())
+
+
+def _drawing(
+    request: Evaluation,
+    captions: list[str],
+    outside: list[str],
+    resolution: int,
+    reference: Reference,
+    probe: FidelityProbe | None,
+) -> _Drawing:
+    control = probe.control if probe is not None else None
+    blank = torch.zeros_like(control[:1]).expand(len(outside), -1, -1, -1) if control is not None else None
+    within = Sampling(
+        captions, request.seeds, request.steps, request.guidance_scale, resolution, request.batch_size, control
+    )
+    far = replace(within, prompts=outside, seeds=request.seeds[:1], control=blank)
+    return _Drawing(within, far, reference, probe)
+
+
+def _judge_all(
+    request: Evaluation, family: Family, records: dict[str, dict[str, Any]], drawing: _Drawing
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The base, and every run."""
+    domain, sides = request.domain_guidance_scale, []
+    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
+    with progress(total, "sampling") as advance:
+        base = drawing.side("base", family, request.guidance_scale, advance)
+        for run, record in records.items():
+            with (
+                tuned_model(family, run, record) as tuned,
+                domain_guided(family, tuned) if domain is not None else nullcontext(),
+            ):
+                side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
+            sides.append(side | {"identity": record["identity"], "outside": drawing.apart(run)})
+    return base, sides
+
+
+# --- what they are judged by ----------------------------------------------------------------------------------------
+
+
+def _old_domain(
+    request: Evaluation,
+    recipe: Recipe,
+    family: Family,
+    features: Features,
+    bank: KnowledgeBank | None,
+    resolution: int,
+    tell: Callable[[str], object],
+) -> Tensor:
+    """Features of pictures that stand for the old domain: those given, or the decoded bank.
+
+    Raises:
+        UserError: if there are neither.
+    """
+    if bank is None and request.source is None:
+        raise UserError(
+            "no run here has a knowledge bank of the base's samples (or it is no longer there), so nothing stands for "
+            "the old domain; give --source, a folder of pictures as the base draws them, add a run with a bank, or say "
+            "where it was moved with --moved.bank."
+        )
+    if request.source is not None:
+        pictures = load_images(
+            request.source,
+            need_captions=False,
+            max_pixels=recipe.data.max_pixels,
+            choice=Choice(option="another folder"),
+        )
+        for line in pictures.notes:
+            tell(line)
+        return reconstructed(family, features, pictures.sample(MOST), resolution)
+    assert bank is not None
+    return features(decoded(family, bank.latents[:MOST]))
 
 
 def _outside(family: Family, recipe: Recipe, training: ImageData) -> list[str]:
@@ -272,14 +330,14 @@ def _bank(family: Family, records: dict[str, dict[str, Any]]) -> KnowledgeBank |
 def _forgetting(family: Family, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
     """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
-    words = kept.retained_prompts(recipe.tuning.retention_prompts)
-    embeddings = cached_embeddings(family, words, cache_folder(recipe.data), lambda count: None)
-    rows = row_validator(family, part_of(kept, words), embeddings, len(kept), 1, BANDS, 0)
-    base, found = rows.rows(family.model), []
+    prompts = kept.retained_prompts(recipe.tuning.retention_prompts)
+    embeddings = cached_embeddings(family, prompts, cache_folder(recipe.data), lambda count: None)
+    rows = row_validator(family, part_of(kept, prompts), embeddings, len(kept), 1, BANDS, 0)
+    base, curves = rows.rows(family.model), []
     for run, record in records.items():
         with tuned_model(family, run, record) as tuned:
-            found.append(compare(base, rows.rows(tuned.model), rows.centres))
-    return found
+            curves.append(relative_change(base, rows.rows(tuned.model), rows.centres))
+    return curves
 
 
 def _write(output: Path, result: dict[str, Any], grid: dict[str, list[Image.Image]], prompts: list[str]) -> None:

@@ -174,7 +174,7 @@ def run_export(command: ExportCommand) -> None:
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, data_places, refuse_among_data
     from difftuning_control.verbs.analyze import analyze, write_analysis
@@ -187,7 +187,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
         data_of_runs(command.run, moved=command.moved) if command.run is not None else data_places(recipe),
     )
     check_folder(command.output, "analysis.json", command.overwrite)
-    load_words(command.language)
+    load_texts(command.language)
     with audit.noted(place_of_run(command.run)[0] if command.run else command.output) as artefacts:
         result = analyze(recipe, command.analysis, command.run, command.moved, say)
         report = write_analysis(result, Path(command.output), command.language)
@@ -206,22 +206,22 @@ def run_analyze(command: AnalyzeCommand) -> None:
     if result["forgetting"] is not None:
         rises = zip(result["forgetting"]["u"], result["forgetting"]["mean"])
         say("  forgotten on the bank: " + ", ".join(f"{rise:+.1%} at u {u:.1f}" for u, rise in rises))
-    say(f"done: {report} ({', '.join(result['advice'])})")
+    say(f"done: {report}" + (f" ({', '.join(result['advice'])})" if result["advice"] else ""))
 
 
 def run_pilot(command: PilotCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
     from difftuning_control.verbs.pilot.pilot import pilot
 
-    load_words(command.language)  # a language that is not there is said before the work, not after it
+    load_texts(command.language)  # a language that is not there is said before the work, not after it
     pilot(only(Recipe, command), command.pilot, command.language, command.overwrite, say)
 
 
 def run_demo(command: DemoCommand) -> None:
-    from difftuning_control.evaluation.report.words import load_words  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
     from difftuning_control.verbs.demo import demo
 
-    load_words(command.language)
+    load_texts(command.language)
     if command.steps < 1:
         raise UserError(f"steps is {command.steps}; expected at least 1.")
     if not 0 <= command.seed <= MAX_SEED - 2:

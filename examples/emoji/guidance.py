@@ -33,7 +33,7 @@ from difftuning_control.runs.record import read_run, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
-from difftuning_control.verbs.pilot.pilot import side_tuning
+from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent

@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from difftuning_control.evaluation.report import charts
-from difftuning_control.evaluation.report.words import load_words
+from difftuning_control.evaluation.report.language import load_texts
 from support import report_samples as samples
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<b>&\"'\x1b[31m\u202e$x_1$ =1+1 " + "長" * 200
-T = {language: load_words(language) for language in ("en", "ja")}
+T = {language: load_texts(language) for language in ("en", "ja")}
 
 
 def every_chart(t, result=None, analysis=None) -> dict[str, str]:
@@ -161,7 +161,7 @@ def test_odd_values_do_not_stop_a_chart():
 def test_matplotlib_is_not_imported_with_the_package():
     code = "import sys, difftuning_control; sys.exit('matplotlib' in sys.modules or 'jinja2.ext' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    code = "import sys, difftuning_control.evaluation.report.pages; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, difftuning_control.evaluation.report.pilot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

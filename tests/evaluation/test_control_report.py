@@ -7,7 +7,6 @@ import copy
 import html
 import io
 import json
-import random
 import re
 import shlex
 from pathlib import Path
@@ -19,93 +18,14 @@ from PIL import Image
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.condition_figures import MAIN
-from difftuning_control.evaluation.convergence import find_convergence
-from difftuning_control.evaluation.report import charts, words
+from difftuning_control.evaluation.report import chart, charts
 from difftuning_control.evaluation.report.control import control_verdict, write_control_report
-from difftuning_control.recipe.inputs import ControlConfig
+from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import write_recipe
 from difftuning_control.verbs.parse import parse
+from support.control_runs import CURVES, control_run, curve_of, ramp
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
-
-U = [0.1, 0.3, 0.5, 0.7, 0.9]
-
-
-def ramp(start: float, end: float, low: float = 0.31, high: float = 0.72, count: int = 21, noise: float = 0.006):
-    """A noisy curve over 0 to 500 steps that goes from low to high between two of them."""
-    rng, last = random.Random(0), 500
-    for i in range(count):
-        step = last * i // (count - 1)
-        share = min(max((step - start) / (end - start), 0), 1)
-        yield step, low + (high - low) * share + (rng.gauss(0, noise) if i else 0)
-
-
-def curve_of(points, kind: str = "edges", without: float = 0.31, others: tuple[str, ...] = ("ssim",)) -> dict[str, Any]:
-    """As `FidelityCurve.describe` gives it."""
-    steps, values = (list(column) for column in zip(*points))
-    main, higher = MAIN[kind]
-    found = find_convergence(steps, values, higher)
-    figures = {main: values} | {name: [0.5 + v / 9 for v in values] for name in others}
-    return {
-        "kind": kind,
-        "main": main,
-        "higher_is_better": higher,
-        "without": {main: without} | dict.fromkeys(others, 0.52),
-        "steps": steps,
-        "figures": figures,
-        "convergence": None if found is None else vars(found),
-    }
-
-
-CURVES = {
-    "unmeasured": None,
-    "short": curve_of(ramp(100, 200, count=4)),
-    "none": curve_of(ramp(600, 700)),
-    "worse": curve_of(ramp(150, 250, low=0.1, high=0.28)),
-    "rising": curve_of(ramp(100, 500)),
-    "slight": curve_of(ramp(150, 175, high=0.36)),
-    "already": curve_of(ramp(600, 700, low=0.7)),
-    "gradual": curve_of(ramp(100, 350)),
-    "sudden": curve_of(ramp(150, 175)),
-}
-
-
-def control_run(code: str = "sudden", output: str = "runs/edges") -> dict[str, Any]:
-    """A finished run, as the trainer writes it."""
-    recipe = Recipe(method="controlnet", output=output, control=ControlConfig(params={"low_threshold": 100}))
-    recipe.data.path, recipe.training.max_steps = "photos", 500
-    losses = [0.36, 0.2, 0.11, 0.046, 0.0104]
-    bands = {
-        role: {"base": {"u": U, "loss": losses}, "tuned": {"u": U, "loss": [v * (0.9 + 0.1 * i) for v in losses]}}
-        for i, role in enumerate(("target", "bank"))
-    }
-    return {
-        "status": "complete",
-        "recipe": recipe.to_dict(),
-        "steps": 500,
-        "seed": 0,
-        "device": "cpu (x86_64, 2 threads)",
-        "data": {"pictures": 584, "held_out": 32, "skipped": {"bad.png": "is not a picture"}, "resolution": 64},
-        "control": {
-            "spec": {
-                "annotator": "canny",
-                "params": {"low_threshold": 100, "high_threshold": 200},
-                "weights": None,
-                "resolution": 64,
-                "value_range": [0.0, 1.0],
-                "channel_order": "rgb",
-                "resize": "lanczos",
-                "crop": "centre",
-            },
-            "blank": [f"blank-{i:02d}.png" for i in range(27)],
-        },
-        "fidelity": copy.deepcopy(CURVES[code]),
-        "losses": bands,
-        "steps_per_second": 1.9228,
-        "frozen": {"denoiser_before": "22c6da55331a4c92", "denoiser_after": "22c6da55331a4c92"},
-        "timings": {"preparation": 7.45, "training": 611.2},
-        "versions": {"python": "3.12.3", "difftuning-control": "0.2.0", "torch": "2.13.0"},
-    }
 
 
 def draw_grid(folder: Path, step: int, width: int = 700, colour: str = "navy") -> None:
@@ -128,7 +48,7 @@ def test_the_headline_answers_whether_it_follows(tmp_path, code):
     curve = CURVES[code]
     rise = (curve or {}).get("convergence") or dict.fromkeys(("start", "end", "step"), 0)
     for language in LANGUAGES:
-        said, page = words.load_words(language), Page(write_control_report(control_run(code), tmp_path, language))
+        said, page = load_texts(language), Page(write_control_report(control_run(code), tmp_path, language))
         check_self_contained(page)
         heading = re.search(r"<h1>(.*?)</h1>", page.source)
         wanted = said[f"headline.control.{code}"].format(**{k: f"{rise[k]:.0f}" for k in ("start", "end", "step")})
@@ -168,7 +88,7 @@ def test_a_plateau_has_more_than_one_measurement(end, code):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_kind_has_words(tmp_path, kind, language):
     run = control_run() | {"fidelity": curve_of(ramp(150, 175), kind, others=())}
-    said, text = words.load_words(language), text_of(run, tmp_path, language)
+    said, text = load_texts(language), text_of(run, tmp_path, language)
     for key in (f"metric.{MAIN[kind][0]}", f"explain.{MAIN[kind][0]}", f"about.control.{kind}"):
         assert said[key] in text
 
@@ -274,11 +194,11 @@ def test_a_bare_run_is_reported(tmp_path, language):
     page = Page(write_control_report(run, tmp_path, language))
     check_self_contained(page)
     assert "<svg" not in page.source
-    assert words.load_words(language)["verdict.control.unmeasured"] in page.text
+    assert load_texts(language)["verdict.control.unmeasured"] in page.text
 
 
 def test_a_run_without_a_bank_does_not_speak_of_one(tmp_path):
-    said = words.load_words("en")
+    said = load_texts("en")
     assert said["explain.bank"] in text_of(control_run(), tmp_path)
     run = control_run()
     del run["losses"]["bank"]
@@ -320,13 +240,13 @@ def test_same_input_same_bytes(tmp_path, language):
 
 
 def test_the_chart_marks_the_rise_on_the_main_figure_alone():
-    t, curve = words.load_words("en"), CURVES["sudden"]
+    t, curve = load_texts("en"), CURVES["sudden"]
     main, other = (charts.fidelity_chart(curve, m, t) for m in ("f1", "ssim"))
     step = f"half of it done: step {curve['convergence']['step']:.0f}"
     assert step in main
-    assert charts.BANK in main
+    assert chart.BANK in main
     assert step not in other
-    assert charts.BANK not in other
+    assert chart.BANK not in other
     for svg in (main, other):
         assert "without control" in svg
         assert ElementTree.fromstring(svg).get("aria-label") in ("F1", "SSIM")

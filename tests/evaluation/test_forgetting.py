@@ -15,11 +15,11 @@ from difftuning_control.evaluation.forgetting import (
     Curve,
     advice,
     affordable_rows,
-    compare,
     fit_schedule,
     loss_rows,
     measure_schedule,
     paired_ratio,
+    relative_change,
     transfer_gap,
 )
 from difftuning_control.evaluation.losses import BandValidator
@@ -206,8 +206,8 @@ def test_too_few_pictures_are_refused(family, tmp_path):
 
 def test_comparing_a_model_with_itself_shows_nothing_forgotten(family, tmp_path):
     losses = torch.rand(8, 5) + 0.1
-    assert compare(losses, losses, [0.1, 0.3, 0.5, 0.7, 0.9]).mean == [0.0] * 5
-    assert compare(losses, 1.2 * losses, [0.1, 0.3, 0.5, 0.7, 0.9]).mean == pytest.approx([0.2] * 5)
+    assert relative_change(losses, losses, [0.1, 0.3, 0.5, 0.7, 0.9]).mean == [0.0] * 5
+    assert relative_change(losses, 1.2 * losses, [0.1, 0.3, 0.5, 0.7, 0.9]).mean == pytest.approx([0.2] * 5)
 
 
 # --- the time that measuring may take -------------------------------------------------------------------------------

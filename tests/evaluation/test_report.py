@@ -14,8 +14,11 @@ from PIL import Image
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import verdict
-from difftuning_control.evaluation.report import words
-from difftuning_control.evaluation.report.pages import METRICS, write_analysis_report, write_pilot_report
+from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.evaluation.report.analysis import write_analysis_report
+from difftuning_control.evaluation.report.language import FOLDER, languages, load_texts, placeholders
+from difftuning_control.evaluation.report.pilot import write_pilot_report
+from difftuning_control.system.text import harmless
 from support import report_samples as samples
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
 
@@ -48,17 +51,17 @@ def test_every_figure_is_there(pilot_page):
     result = samples.pilot()
     for side in result["sides"]:
         for run in side["runs"]:
-            for metric, (_, form) in METRICS.items():
+            for metric, row in METRICS.items():
                 if run.get(metric) is not None:
-                    assert form.format(run[metric]) in pilot_page.text
+                    assert row.form.format(run[metric]) in pilot_page.text
             for role in ("target", "bank"):
                 for loss in run["losses"][role]["base"]["loss"]:
                     assert f"{loss:.4f}" in pilot_page.text
         for row in side["search"]:
             assert f"{row['kid']:.4f}" in pilot_page.text
-    for metric, (_, form) in METRICS.items():
+    for metric, row in METRICS.items():
         if result["base"].get(metric) is not None:
-            assert form.format(result["base"][metric]) in pilot_page.text
+            assert row.form.format(result["base"][metric]) in pilot_page.text
     for key in (*result["settings"], *result["versions"], "adapter.rank", "tuning.forgetting_budget"):
         assert key in pilot_page.text
     for a in result["analysis"]["schedule"]["psi"]:
@@ -193,44 +196,44 @@ def test_pictures_that_cannot_be_shown_are_named(tmp_path, file, match):
 
 
 def test_languages_have_equal_keys_and_placeholders():
-    assert set(LANGUAGES) <= set(words.languages())
-    model = words.load_words("en")
-    for language in words.languages():
-        raw = json.loads((words.FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+    assert set(LANGUAGES) <= set(languages())
+    model = load_texts("en")
+    for language in languages():
+        raw = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
         assert list(raw) == list(model)
         for key, text in raw.items():
-            assert words.placeholders(text) == words.placeholders(model[key]), key
+            assert placeholders(text) == placeholders(model[key]), key
 
 
 def test_every_word_is_used_and_every_used_word_exists():
-    package = words.FOLDER.parent
-    files = [package / "pages.py", package / "charts.py", *(package / "templates").glob("*.j2")]
+    package = FOLDER.parent
+    files = [package.parent / "metric_table.py", *package.glob("*.py"), *(package / "templates").glob("*.j2")]
     code = "\n".join(f.read_text(encoding="utf-8") for f in files)
     made = ("metric.", "explain.", "side.", "about.", "advice.", "do.", "role.", "headline.", "verdict.", "chart.tuned")
-    for key in words.load_words("en"):
+    for key in load_texts("en"):
         assert key.startswith(made) or f'"{key}"' in code or f"t.{key}" in code, key
-    for found in re.findall(r'\b(?:t|words)\["([\w.]+)"\]|"([\w.]+)"\|say|heading\(count, "([\w.]+)"\)', code):
-        assert "".join(found) in words.load_words("en")
+    for found in re.findall(r'\b(?:t|texts)\["([\w.]+)"\]|"([\w.]+)"\|say|heading\(count, "([\w.]+)"\)', code):
+        assert "".join(found) in load_texts("en")
 
 
 def test_a_new_language_is_one_new_file(tmp_path):
     for name in ("en.json", "ja.json"):
-        shutil.copy(words.FOLDER / name, tmp_path)
-    mine = words.load_words("en") | {"yes": "oui"}
+        shutil.copy(FOLDER / name, tmp_path)
+    mine = load_texts("en") | {"yes": "oui"}
     (tmp_path / "fr.json").write_text(json.dumps(mine), encoding="utf-8")
-    assert words.languages(tmp_path) == ["en", "fr", "ja"]
-    assert words.load_words("fr", tmp_path)["yes"] == "oui"
+    assert languages(tmp_path) == ["en", "fr", "ja"]
+    assert load_texts("fr", tmp_path)["yes"] == "oui"
     with pytest.raises(UserError, match="'de' is unknown; choose one of en, fr, ja"):
-        words.load_words("de", tmp_path)
+        load_texts("de", tmp_path)
     (tmp_path / "fr.json").write_text(json.dumps({k: v for k, v in mine.items() if k != "card.best"}))
     with pytest.raises(UserError, match=r"fr\.json lacks 'card\.best'"):
-        words.load_words("fr", tmp_path)
+        load_texts("fr", tmp_path)
     (tmp_path / "fr.json").write_text(json.dumps(mine | {"steps": "{m} pas"}))
     with pytest.raises(UserError, match=r"other placeholders in 'steps' than en\.json \(n\)"):
-        words.load_words("fr", tmp_path)
+        load_texts("fr", tmp_path)
     (tmp_path / "fr.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        words.load_words("fr", tmp_path)
+        load_texts("fr", tmp_path)
 
 
 def test_an_unknown_language_is_refused_before_anything_is_written(tmp_path):
@@ -240,11 +243,24 @@ def test_an_unknown_language_is_refused_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("code", ["rising", "flat", "not_monotone", "wide", "no_gap", "uncertain"])
+GAPS = {
+    "rising": [0.28, 0.62, 1.05, 1.40, 1.62],
+    "flat": [0.6, 0.61, 0.6, 0.59, 0.6],
+    "not_monotone": [1.62, 1.4, 1.05, 0.62, 0.28],
+    "unclear": [0.6, 0.7, 0.55, 0.65, 0.5],
+    "wide": [2.3, 2.4, 2.3, 2.4, 2.3],
+    "no_gap": [-0.2, -0.1, 0.0, -0.1, -0.2],
+    "uncertain": [0.1, 0.12, 0.1, 0.12, 0.1],
+}
+
+
+@pytest.mark.parametrize("code", GAPS)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_advice_has_words(tmp_path, code, language):
-    page = Page(write_analysis_report(samples.analysis() | {"advice": [code]}, tmp_path, language))
-    said = words.load_words(language)
+    half = {"flat": 0.01, "uncertain": 0.3, "no_gap": 0.04}.get(code, 0.15)
+    gap = {"mean": GAPS[code], "low": [g - half for g in GAPS[code]], "high": [g + half for g in GAPS[code]]}
+    page = Page(write_analysis_report(samples.analysis() | {"gap": gap}, tmp_path, language))
+    said = load_texts(language)
     for prefix in ("headline.advice.", "advice.", "do."):
         assert said[prefix + code].replace("-", "‑") in page.text.replace("-", "‑")
     assert ("--tuning.schedule.kind measured" in page.text) == (code in ("rising", "not_monotone"))
@@ -253,16 +269,16 @@ def test_every_advice_has_words(tmp_path, code, language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_pilots_frames_are_told_beside_its_resolution(tmp_path, language):
     result = samples.pilot()
-    assert words.load_words(language)["meta.frames"] not in Page(write_pilot_report(result, tmp_path, language)).text
+    assert load_texts(language)["meta.frames"] not in Page(write_pilot_report(result, tmp_path, language)).text
     result["data"]["buckets"] = {"pictures": {"64×64": 40, "48×80": 24}, "cropped": 0.0625}
     said = Page(write_pilot_report(result, tmp_path, language)).text
-    for expected in (words.load_words(language)["meta.frames"], "64×64", "40", "48×80", "24", "6%"):
+    for expected in (load_texts(language)["meta.frames"], "64×64", "40", "48×80", "24", "6%"):
         assert expected in said
 
 
 def test_harmless():
-    assert words.harmless("dog 犬 é 👩‍🚀 ±") == "dog 犬 é 👩‍🚀 ±"
-    assert words.harmless("a\x1b\n\x7f\x9b\u202e\ud800\ufffe") == "a␛␊␡⟨U+009B⟩⟨U+202E⟩⟨U+D800⟩⟨U+FFFE⟩"
+    assert harmless("dog 犬 é 👩‍🚀 ±") == "dog 犬 é 👩‍🚀 ±"
+    assert harmless("a\x1b\n\x7f\x9b\u202e\ud800\ufffe") == "a␛␊␡⟨U+009B⟩⟨U+202E⟩⟨U+D800⟩⟨U+FFFE⟩"
 
 
 # ---- the verdict
@@ -371,11 +387,14 @@ def test_the_report_says_what_the_verdict_says(tmp_path):
     assert "clearly better than" not in text
     text = said({"plain": PLAIN, "difftuning_tau1": BETTER}, {"difftuning_tau1": 0.5})
     assert "more than 5 points below" in text
+    assert "by more than the noise of pictures and seeds" in text
     assert "cannot win" in text
     text = said({"plain": BETTER, "prior": PLAIN})
     assert "Plain fine-tuning is the best choice" in text
     base = samples.pilot()["base"]
-    assert "the pretrained model is as good" in said({"plain": PLAIN, "prior": BETTER}, base=base | {"kid": 0.001})
+    assert "the pretrained model is clearly better" in said(
+        {"plain": PLAIN, "prior": BETTER}, base=base | {"kid": 0.001}
+    )
     assert "right only 70.0%" in said({"plain": PLAIN, "prior": BETTER}, base=base | {"domain_judge": 0.7})
 
 

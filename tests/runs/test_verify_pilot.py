@@ -50,7 +50,13 @@ def again(root: Path) -> dict[str, Any]:
         output="pilot",
     )
     config = PilotConfig(
-        ["plain", "difftuning_measured"], [0, 1], [1e-2], [2, 4], pictures=6, steps=1, features="features"
+        ["plain", "difftuning_measured"],
+        seeds=[0, 1],
+        learning_rates=[1e-2],
+        lengths=[2, 4],
+        pictures=6,
+        steps=1,
+        features="features",
     )
     return pilot(recipe, config, "en", False, tell=lambda text: None)
 
@@ -154,7 +160,7 @@ def test_an_edited_audit_line_is_found(root, place):
 
 def test_the_same_command_again_leaves_a_pilot_that_verifies(root, monkeypatch):
     records = {name: (root / "pilot" / name / "run.json").read_bytes() for name in RUNS}
-    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("difftuning_control.verbs.pilot.side_runs.train", lambda *a, **k: pytest.fail("trained again"))
     again(root)
     assert {name: (root / "pilot" / name / "run.json").read_bytes() for name in RUNS} == records
     assert found() == {}

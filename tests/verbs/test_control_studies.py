@@ -51,9 +51,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
 def config(features: str) -> PilotConfig:
     return PilotConfig(
         ["plain", "difftuning_tau1"],
-        [0, 1],
-        [1e-2, 1e-3],
-        [2, 4],
+        learning_rates=[1e-2, 1e-3],
+        seeds=[0, 1],
+        lengths=[2, 4],
         pictures=6,
         steps=2,
         guidance_scale=2.0,
@@ -86,7 +86,7 @@ def test_its_learning_rate_and_length_are_those_of_the_highest_fidelity(done):
 
 def test_a_pilot_goes_on_without_training_again(done, study, config, monkeypatch):
     folder, result = done
-    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("difftuning_control.verbs.pilot.side_runs.train", lambda *a, **k: pytest.fail("trained again"))
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert again["sides"] == result["sides"]
 

@@ -31,7 +31,7 @@ from difftuning_control.adapters.source import load_source
 from difftuning_control.cli import main
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.report.tables import cells
+from difftuning_control.evaluation.report.tables import table_rows
 from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines import DiffTuningControlNetPipeline, DiffTuningPipeline
 from difftuning_control.pipelines.registry import PIPELINES
@@ -561,7 +561,7 @@ def test_figures_of_an_evaluation_become_a_table(lora, to, evaluated):
     part = card[card.index("## Pictures against real ones") :].split("\n## ")[0]
     assert "5 prompts, 2 seeds, 1 steps, guidance 4, features" in part
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
-    head, base, own = cells(result)
+    head, base, own = table_rows(result)
     assert rows == [head, ["---"] * len(head), base, ["tuned", *own[1:]]]
     assert f"{1000 * result['sides'][0]['summary']['kid']['mean']:.1f} ±" in part
 

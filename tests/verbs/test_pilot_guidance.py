@@ -49,8 +49,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
     features = str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
     return PilotConfig(
         ["plain", "difftuning_tau1"],
-        [0, 1],
-        [1e-3],
+        learning_rates=[1e-3],
+        seeds=[0, 1],
         pictures=6,
         steps=2,
         guidance_scale=2.0,
@@ -122,7 +122,7 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
         trained.append(recipe.output)
         return train(recipe, **kwargs)
 
-    monkeypatch.setattr("difftuning_control.verbs.pilot.pilot.train", counting)
+    monkeypatch.setattr("difftuning_control.verbs.pilot.side_runs.train", counting)
     several = replace(config, sides=["plain", "prior"], lengths=[2, 3], guidance_scales=[2.0])
     result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
     assert len(trained) == len(set(trained)) == 4

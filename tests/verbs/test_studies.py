@@ -22,7 +22,8 @@ from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotC
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.pilot.judge import judge_of
-from difftuning_control.verbs.pilot.pilot import Pilot, pilot, side_tuning
+from difftuning_control.verbs.pilot.pilot import Pilot, pilot
+from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
@@ -64,9 +65,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
 def config(features: str) -> PilotConfig:
     return PilotConfig(
         ["plain", "difftuning_measured", "difftuning_budget"],
-        [0, 1],
-        [1e-2, 1e-3],
-        [2, 4],
+        learning_rates=[1e-2, 1e-3],
+        seeds=[0, 1],
+        lengths=[2, 4],
         pictures=6,
         steps=2,
         guidance_scale=2.0,
@@ -135,10 +136,10 @@ def test_the_budgets_side_is_summed_up(done):
 def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tmp_path):
     """Were an adapter left on, the base drawn afterwards would not be that drawn before."""
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
-    job.judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
-    before = job.judge.figures(job.family, 0, True)[0]
-    job.train("plain", 1e-2, 0)
-    assert job.judge.figures(job.family, 0, True)[0] == before
+    judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))
+    before = judge.figures(job.family, 0, True)[0]
+    job.side_runs(judge).train("plain", 1e-2, 0)
+    assert judge.figures(job.family, 0, True)[0] == before
     assert before["kid"] == done[1]["base"]["runs"][0]["kid"]
 
 
@@ -407,9 +408,9 @@ def test_a_pilot_does_not_go_on_with_other_pictures(study, config, done, tmp_pat
     shutil.copytree(study.data.path, data)
     moved = replace(study, data=replace(study.data, path=str(data)), output=str(folder))
     settings = json.loads((folder / "pilot-settings.json").read_text())
-    from difftuning_control.verbs.pilot.pilot import _identity
+    from difftuning_control.verbs.pilot.settings import pilot_identity
 
-    (folder / "pilot-settings.json").write_text(json.dumps(settings | {"identity": _identity(moved, config)}))
+    (folder / "pilot-settings.json").write_text(json.dumps(settings | {"identity": pilot_identity(moved, config)}))
     Image.new("RGB", (16, 16), "red").save(data / "0.png")
     with pytest.raises(UserError, match="have changed since the pilot"):
         pilot(moved, config, "en", False, tell=lambda text: None)
@@ -419,14 +420,14 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
     told = []
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path, told.append)
     found = materials(job.family, job.recipe)
-    job.judge = judge_of(config, job.family, job.features, job.conditioner, found)
-    job.rates = [1e-2, 1e30]
-    side = job.side("plain")
+    runs = job.side_runs(judge_of(config, job.family, job.features, job.conditioner, found))
+    runs.rates = [1e-2, 1e30]
+    side = runs.side("plain")
     assert (side["learning_rate"], side["diverged"]) == (1e-2, [1e30])
     assert any("diverged at learning rate 1e+30" in line for line in told)
-    job.rates = [1e30, 1e31]
+    runs.rates = [1e30, 1e31]
     with pytest.raises(UserError, match="plain diverged at every learning rate"):
-        job.side("plain")
+        runs.side("plain")
 
 
 def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, config, done, tmp_path):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from difftuning_control.data.control_spec import SUPPLIED
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.comparison import is_number, mean_spread
+from difftuning_control.evaluation.comparison import is_number, mean_spread, threshold
 from difftuning_control.evaluation.convergence import LEAST
-from difftuning_control.evaluation.report.pages import METRICS, _bands, _data_uri, _flatten, _quoted, _write
-from difftuning_control.evaluation.report.words import load_words
+from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.evaluation.report.language import load_texts
+from difftuning_control.evaluation.report.loss_tables import loss_tables
+from difftuning_control.evaluation.report.page import flatten, quoted, write_page
+from difftuning_control.evaluation.report.pictures import data_uri
 
 SLIGHT = 0.1  # of the distance from the model without control to a perfect match
 ROWS, NAMES = 20, 20  # most rows of the table of measurements, most names of pictures
@@ -27,46 +32,47 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
     Raises:
         UserError: if the run is not finished or trained no ControlNet, or the language is unknown.
     """
-    words = load_words(language)
+    texts = load_texts(language)
     if run.get("status") != "complete":
         raise UserError(
-            f"the run is not finished (its status is {_quoted(run.get('status'))}), so there is nothing to report; go "
+            f"the run is not finished (its status is {quoted(run.get('status'))}), so there is nothing to report; go "
             "on with difftune resume."
         )
     method = run["recipe"].get("method")
     if method != "controlnet" or not run.get("control"):
-        raise UserError(f"the run's method is {_quoted(method)}; only a run of controlnet has this report.")
-    from difftuning_control.evaluation.report import charts
+        raise UserError(f"the run's method is {quoted(method)}; only a run of controlnet has this report.")
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
     curve, found = run.get("fidelity"), control_verdict(run.get("fidelity"))
-    drawn, rows = [], []
+    drawn, rows, grid = [], [], _last_grid(folder)
     if curve and found["code"] != "unmeasured":
         figures = sorted((m for m in curve["figures"] if m in METRICS), key=lambda m: m != curve["main"])
-        drawn = [(charts.fidelity_chart(curve, m, words), m) for m in figures]
+        drawn = [(charts.fidelity_chart(curve, m, texts), m) for m in figures]
         rows = [
             {"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
             for i in _spread_out(len(curve["steps"]), ROWS)
         ]
     tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.get("losses")}]}
     timings = [v for v in (run.get("timings") or {}).values() if is_number(v)]
-    return _write(
+    return write_page(
         folder,
         "control.html.j2",
         language,
-        words,
+        texts,
         run=run,
         verdict=found,
         curve=curve,
         charts=drawn,
         rows=rows,
-        grid=_last_grid(folder),
-        bands=_bands([tuned]),
-        steps=_next_steps(run, found, folder),
+        grid=grid,
+        bands=loss_tables([tuned]),
+        steps=_next_steps(run, found, folder, grid is not None),
+        every=run["recipe"]["control"]["fidelity"]["every"],
         seconds=sum(timings) if timings else None,
         names=NAMES,
         least=LEAST,
         supplied=run["control"]["spec"].get("annotator") == SUPPLIED,
-        settings=_flatten(run["recipe"]),
+        settings=flatten(run["recipe"]),
         files=[name for name in FILES if (folder / name).is_file()],
     )
 
@@ -74,25 +80,32 @@ def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "
 def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     """Whether pictures follow their conditions, by a fidelity curve as `run.json` holds it.
 
-    The code is unmeasured; short (too few measurements); none (no rise beyond noise); worse (at the end no better than
-    without control); rising (at most one measurement after the rise); slight (better by less than `SLIGHT` of what a
-    perfect match would be); already (better from the first measurement on); sudden or gradual.
+    The code is unmeasured; short (too few measurements); none (no rise beyond noise); worse (at the end not better than
+    without control by more than the noise between measurements); rising (at most one measurement after the rise);
+    slight (better by less than `SLIGHT` of what a perfect match would be); already (better from the first measurement
+    on); sudden or gradual.
+
+    `better` says that the last figure is better than without control beyond noise, `no_better` that it is not even so
+    within it. Measurements that are not finite are left out.
     """
-    if not curve or not curve["steps"]:
+    points = _points(curve)
+    if curve is None or not points or not is_number(curve["without"].get(curve["main"])):
         return {"code": "unmeasured", "good": False}
     higher, main, rise = curve["higher_is_better"], curve["main"], curve["convergence"]
-    values, without = curve["figures"][main], curve["without"][main]
+    steps, values = zip(*points)
+    without = curve["without"][main]
     gains = [(v - without) * (1 if higher else -1) for v in values]
     distance = abs((1.0 if higher else 0.0) - without)
     share = gains[-1] / distance if distance else None
     mean, spread = mean_spread(gains)
-    settled = rise is None or rise["end"] <= curve["steps"][-3]  # one measurement after a rise is no plateau
+    settled = rise is None or rise["end"] <= steps[-min(3, len(steps))]  # one measurement after a rise is no plateau
     already = rise is None and min(gains) > 0 and (mean or 0) > 3 * (spread or 0)
+    better = already or (rise is not None and gains[-1] > _noise(points, rise))
     if len(values) < LEAST:
         code = "short"
     elif rise is None and not already:
         code = "none"
-    elif gains[-1] <= 0:
+    elif not better:
         code = "worse"
     elif not settled:
         code = "rising"
@@ -105,7 +118,8 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "code": code,
         "good": code in ("sudden", "gradual", "already"),
-        "better": gains[-1] > 0,
+        "better": better and code != "short",
+        "no_better": gains[-1] <= 0,
         "share": share,
         "value": values[-1],
         "without": without,
@@ -115,8 +129,28 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What to do after a run: a key of the words, and a command or None."""
+def _points(curve: Mapping[str, Any] | None) -> list[tuple[int, float]]:
+    """Steps and values of the main figure, where it is a number."""
+    if not curve:
+        return []
+    return [(s, v) for s, v in zip(curve["steps"], curve["figures"].get(curve["main"], [])) if is_number(v)]
+
+
+def _noise(points: Sequence[tuple[int, float]], rise: Mapping[str, Any]) -> float:
+    """What one measurement must gain on the one without control, which is as noisy, to be better beyond chance.
+
+    The noise is that of the measurements around the fitted ramp, by their median distance: one that fell out of the
+    curve, such as the last one, must not widen it.
+    """
+    width = (rise["end"] - rise["start"]) or 1.0
+    level, change = rise["before"], rise["after"] - rise["before"]
+    apart = [abs(v - level - change * min(max((s - rise["start"]) / width, 0.0), 1.0)) for s, v in points]
+    deviation = 1.4826 * median(apart)  # of a normal distribution with that median distance
+    return threshold(len(points) - 3, 1) * math.sqrt(2) * deviation if len(points) > 4 else math.inf
+
+
+def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path, has_grid: bool) -> list[dict[str, Any]]:
+    """What to do after a run: a key of the language files, and a command or None."""
     recipe, done = run["recipe"], run["steps"]
     place, code = str(folder), found["code"]
     photo = "condition.png" if run["control"]["spec"].get("annotator") == SUPPLIED else "photo.png"
@@ -133,7 +167,7 @@ def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path) 
     elif code == "none" or not found["settled"]:
         steps.append(("do.control.longer", longer))
     if code in ("none", "worse", "slight"):
-        steps += [("do.control.rate", None), ("do.control.conditions", None)]
+        steps += [("do.control.rate", None), *([("do.control.conditions", None)] if has_grid else [])]
     if run["control"].get("blank"):
         steps.append(("do.control.blank", None))
     steps += [("do.control.sample_supplied" if photo == "condition.png" else "do.control.sample", draw)]
@@ -147,7 +181,7 @@ def _last_grid(folder: Path) -> dict[str, Any] | None:
     ]
     for step, name in sorted(found, reverse=True):
         try:
-            return {"step": step, "uri": _data_uri(folder, f"samples/{name}", GRID)}
+            return {"step": step, "uri": data_uri(folder, f"samples/{name}", GRID)}
         except UserError:  # a report without pictures is better than none
             continue
     return None

@@ -156,13 +156,13 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
     Raises:
         UserError: if the file cannot be read, or does not have this run.
     """
-    from difftuning_control.evaluation.report.tables import cells
+    from difftuning_control.evaluation.report.tables import table_rows  # saves it where no evaluation is given
 
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         side = next((s for s in result["sides"] if _is_of(s, run, record)), None)
         if side is not None:
-            rows = cells({"base": result["base"], "sides": [{**side, "name": "tuned"}]})
+            rows = table_rows({"base": result["base"], "sides": [{**side, "name": "tuned"}]})
             asked = result["settings"]
             words = f"{asked['pictures']} prompts, {len(asked['seeds'])} seeds, {asked['steps']} steps, guidance "
             words += f"{asked['guidance_scale']:g}, features {plain_markdown(str(asked['features']))}"

@@ -1,4 +1,4 @@
-"""Which guidance suits a tuned model: ordinary and Domain Guidance at the same scales, chosen by the same search.
+"""The judge of a pilot, which draws a model's pictures and judges them, and the search for the guidance that suits it.
 
 Ordinary guidance draws with ε = ε_tuned(∅) + w (ε_tuned(c) − ε_tuned(∅)); Domain Guidance (Domain Guidance: A Simple
 Transfer Approach for a Pre-trained Diffusion Model, arXiv:2504.01521) takes ε(∅) from the pretrained model instead.
@@ -60,23 +60,23 @@ class Judge:
 
 
 def judge_of(
-    config: PilotConfig, family: Family, features: Features, conditioner: Conditioner | None, found: Materials
+    config: PilotConfig, family: Family, features: Features, conditioner: Conditioner | None, inputs: Materials
 ) -> Judge:
     """The judge of a pilot: of the held-out captions every other one is for the search, the rest for the figures."""
-    reference = reference_of(family, features, found)
-    captions = list(dict.fromkeys(e.caption for e in found.held_out.sample(2 * config.pictures).examples))
+    reference = reference_of(family, features, inputs)
+    captions = list(dict.fromkeys(e.caption for e in inputs.held_out.sample(2 * config.pictures).examples))
     halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
     prompts = [[half[i % len(half)] for i in range(config.pictures)] for half in halves]
     probes = None
     if conditioner is not None:
-        probes = {final: _probe(conditioner, found, prompts[final]) for final in (False, True)}
+        probes = {final: _probe(conditioner, inputs, prompts[final]) for final in (False, True)}
     search, final = (
         Sampling(
             prompts[i],
             [0],
             config.steps,
             config.guidance_scale,
-            found.resolution,
+            inputs.resolution,
             config.batch_size,
             probes[bool(i)].control if probes is not None else None,
         )
@@ -85,11 +85,11 @@ def judge_of(
     return Judge(reference, search, final, probes)
 
 
-def _probe(conditioner: Conditioner, found: Materials, captions: list[str]) -> FidelityProbe:
+def _probe(conditioner: Conditioner, inputs: Materials, captions: list[str]) -> FidelityProbe:
     """What shows and judges the conditions of the held-out pictures with these captions."""
-    by_caption = {e.caption: e for e in found.held_out.examples}
-    data = ImageData(found.held_out.source, [by_caption[c] for c in captions])
-    control = conditions_of(conditioner, data, found.resolution, lambda count: None)
+    by_caption = {e.caption: e for e in inputs.held_out.examples}
+    data = ImageData(inputs.held_out.source, [by_caption[c] for c in captions])
+    control = conditions_of(conditioner, data, inputs.resolution, lambda count: None)
     return FidelityProbe.build(conditioner, data, control, {})
 
 
@@ -102,15 +102,15 @@ def search_scales(judge: Judge, base: Family, tuned: Family, seed: int, scales: 
     rows = []
     for way in (ORDINARY, DOMAIN):
         for scale in scales:
-            found = judge.figures(tuned, seed, False, scale, base if way == DOMAIN else None)[0]
-            rows.append({"way": way, "scale": scale} | {name: found[name] for name in KEPT})
+            row = judge.figures(tuned, seed, False, scale, base if way == DOMAIN else None)[0]
+            rows.append({"way": way, "scale": scale} | {name: row[name] for name in KEPT})
     return rows
 
 
 def best_scales(searched: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The scale of the lowest KID, for each way."""
-    found = {way: [row for row in searched if row["way"] == way] for way in (ORDINARY, DOMAIN)}
-    return {way: min(rows, key=lambda row: row["kid"])["scale"] for way, rows in found.items()}
+    by_way = {way: [row for row in searched if row["way"] == way] for way in (ORDINARY, DOMAIN)}
+    return {way: min(rows, key=lambda row: row["kid"])["scale"] for way, rows in by_way.items()}
 
 
 def judge_scales(

@@ -1,4 +1,4 @@
-"""The words of reports: one JSON file a language in `languages/`; and text from outside, made harmless to show."""
+"""The texts of reports, one JSON file a language in `languages/`, and the check that a file has them all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ FOLDER = Path(__file__).parent / "languages"
 
 
 def languages(folder: Path = FOLDER) -> list[str]:
+    """The names of the languages that there are."""
     return sorted(p.stem for p in folder.glob("*.json"))
 
 
-def load_words(language: str, folder: Path = FOLDER) -> dict[str, str]:
-    """The words of a language; `en.json` says which there must be.
+def load_texts(language: str, folder: Path = FOLDER) -> dict[str, str]:
+    """The texts of a language; `en.json` says which there must be.
 
     Raises:
         UserError: if there is no such language, or its file lacks a key or a placeholder.
@@ -27,26 +28,26 @@ def load_words(language: str, folder: Path = FOLDER) -> dict[str, str]:
             f"the language {harmless(language)!r} is unknown; choose one of {', '.join(languages(folder))}, "
             f"or add {folder}/<language>.json."
         )
-    words = _read(folder / f"{language}.json")
+    texts = _read(folder / f"{language}.json")
     for key, model in _read(folder / "en.json").items():
-        if key not in words:
+        if key not in texts:
             raise UserError(f"the language file {folder / language}.json lacks {key!r}; add it as en.json has it.")
-        if placeholders(words[key]) != placeholders(model):
+        if placeholders(texts[key]) != placeholders(model):
             wanted = ", ".join(sorted(placeholders(model))) or "none"
             raise UserError(
                 f"the language file {folder / language}.json has other placeholders in {key!r} than en.json ({wanted})."
             )
-    return words
+    return texts
 
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
+        texts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"the language file {path} is not JSON ({error}); mend or remove it.") from None
-    if not isinstance(words, dict) or not all(isinstance(v, str) for v in words.values()):
+    if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
         raise UserError(f"the language file {path} is not a JSON object of strings; shape it as en.json.")
-    return words
+    return texts
 
 
 def placeholders(text: str) -> set[str]:

@@ -1,0 +1,34 @@
+"""The shortest `difftune train` command of a recipe, for the next steps that a report names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from difftuning_control.evaluation.report.page import flatten
+from difftuning_control.recipe.recipe import Recipe
+
+UNWANTED = (
+    "output",
+    "data.cache",
+    "training.resume",
+    "training.seed",
+    "training.save_at",
+)  # in a command to go on with
+
+
+def train_command(recipe: Mapping[str, Any]) -> str:
+    """The shortest `difftune train` of a recipe: model, data, and what differs from the defaults."""
+    defaults = dict(flatten(Recipe().to_dict()))
+    always = ("model.id", "data.path", "training.learning_rate", "training.max_steps")
+    flags = []
+    for key, value in flatten({k: recipe[k] for k in recipe if k in {f.name for f in dataclasses.fields(Recipe)}}):
+        known = key in defaults and key not in UNWANTED and value is not None
+        if known and (key in always or value != defaults[key]):
+            text = value if isinstance(value, str) else json.dumps(value)
+            flags.append((always.index(key) if key in always else len(always), f"--{key} {shlex.quote(text)}"))
+    flags.sort(key=lambda f: f[0])
+    return " ".join(["difftune train", *(f for _, f in flags), "--output runs/final"])

@@ -1,0 +1,113 @@
+"""The page of a report: templates filled in with texts and figures, as one HTML file with nothing fetched or run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from difftuning_control.evaluation.comparison import is_number, mean_spread, seed_values
+from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.system.durable import write_text
+from difftuning_control.system.text import harmless
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MOST_WORDS = 90  # characters of a caption shown
+
+
+def write_page(folder: Path, template: str, language: str, texts: Mapping[str, str], **values: Any) -> Path:
+    page = page_environment(texts).get_template(template).render(language=language, t=texts, folder=folder, **values)
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def page_environment(texts: Mapping[str, str]) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # saves jinja2 where no report is written
+    from markupsafe import Markup
+
+    missing = texts["missing"]
+
+    def finalize(value: Any) -> Any:  # everything printed passes here before it is escaped
+        return value if isinstance(value, Markup) else missing if value is None else harmless(str(value))
+
+    def figure(value: Any, metric: str) -> str:
+        form = METRICS[metric].form if metric in METRICS else "{:.4g}"
+        return form.format(value) if is_number(value) else missing
+
+    def spread(values: Mapping[int, float], metric: str) -> str:
+        mean, deviation = mean_spread(list(values.values()))
+        text = figure(mean, metric)
+        return text if deviation is None else f"{text} ± {figure(deviation, metric)}"
+
+    def signed(value: Any, digits: int = 1) -> str:
+        if not is_number(value):
+            return missing
+        text = f"{value:+.{digits if abs(value) < 0.9995 else 0}%}".replace("-", "−")
+        return text if any(c in "123456789" for c in text) else text[1:]
+
+    def number(value: Any, digits: int = 4) -> str:
+        return f"{value:.{digits}g}" if is_number(value) else missing
+
+    def duration(seconds: Any) -> str:
+        if not is_number(seconds):
+            return missing
+        if seconds < 60:
+            return texts["duration.seconds"].format(s=f"{seconds:.1f}" if seconds < 10 else round(seconds))
+        if seconds < 3600:
+            minutes, rest = divmod(round(seconds), 60)
+            return texts["duration.minutes"].format(m=minutes, s=rest)
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return texts["duration.hours"].format(h=hours, m=minutes)
+
+    def interval(low: Any, high: Any) -> str:
+        return texts["range"].format(low=signed(low), high=signed(high))
+
+    def value(found: Any) -> str:
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "spread": spread,
+        "signed": signed,
+        "number": number,
+        "duration": duration,
+        "value": value,
+        "short": lambda text: text if len(text) <= MOST_WORDS else text[:MOST_WORDS] + "…",
+        "relative": lambda path: "./" + quote(path),
+        "say": lambda key, **given: texts[key].format(**{k: missing if v is None else v for k, v in given.items()}),
+        "side": lambda name: texts.get(f"side.{name}", name) if name is not None else missing,
+        "direction": lambda metric: texts[METRICS[metric].better if metric in METRICS else "neutral"],
+        "metric": lambda metric: texts.get(f"metric.{metric}", metric),
+        "change": lambda after, before: (
+            after / before - 1 if is_number(after) and is_number(before) and before else None
+        ),
+        "minus": lambda text: text.replace("-", "−"),
+        "flatten": flatten,
+        "created": lambda text: str(text)[:16].replace("T", " "),
+    }
+    environment.globals |= {"interval": interval, "seed_values": seed_values, "mean": lambda v: mean_spread(list(v))[0]}
+    return environment
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def quoted(value: Any) -> str:
+    return repr(harmless(value)) if isinstance(value, str) else repr(value)

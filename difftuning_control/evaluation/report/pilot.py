@@ -1,0 +1,133 @@
+"""The report of a pilot: its verdict, its figures, its pictures and what to do next, in one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.evaluation.comparison import PLAIN, compare_sides, is_number, seed_values, verdict
+from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.evaluation.report import findings
+from difftuning_control.evaluation.report.analysis import analysis_charts
+from difftuning_control.evaluation.report.language import load_texts
+from difftuning_control.evaluation.report.loss_tables import loss_tables
+from difftuning_control.evaluation.report.page import flatten, quoted, write_page
+from difftuning_control.evaluation.report.pictures import picture_blocks
+from difftuning_control.evaluation.report.pilot_steps import next_steps
+
+
+def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = "en") -> Path:
+    """`report.html` of a pilot in its folder, which holds the pictures that the result names.
+
+    Raises:
+        UserError: if the pilot is not finished, a picture is missing, or the language is unknown.
+    """
+    texts = load_texts(language)
+    _need_complete(result)
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
+
+    sides, best = list(result["sides"]), verdict(result)
+    by_name = {s["name"]: s for s in sides}
+    rises = [r for s in sides if (r := findings.loss_change(s, "bank")) is not None]
+    lengths = sorted({r["steps"] for s in sides for r in s["runs"]})
+    analysis, budget = result.get("analysis"), result.get("budget")
+    primary, base = result["primary"], result["base"]
+    shown = [primary, *(m for m in ("domain_hit", "pair_similarity", "bank_loss") if m != primary)]
+    shown = [m for m in shown if any(seed_values(s, m) for s in sides)]
+    drawn: dict[str, Any] = {
+        "sides": [(charts.sides_chart(sides, m, texts, base.get(m)), m) for m in shown],
+        "lengths": [(charts.length_chart(sides, m, texts), m) for m in shown[:2]] if len(lengths) > 1 else [],
+        "forgetting": None,
+    }
+    if rises:
+        allowed = budget["allowed"] if budget and len(budget["allowed"]) == len(rises[0]["u"]) else None
+        drawn["forgetting"] = charts.forgetting_chart(rises, allowed, texts)
+    limits: dict[str, Any] | None = None
+    if budget:
+        limited = by_name.get(budget["side"])
+        rows = findings.budget_of_pilot(budget, limited)
+        cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.get("target_cost"), len(sides) - 1)
+        limits = {"rows": rows, "sentences": [*findings.budget_sentences(rows), *filter(None, [cost])]}
+        if budget.get("multipliers"):
+            count = len(budget["allowed"])
+            u = [(i + 0.5) / count for i in range(count)]
+            drawn["multipliers"] = charts.multipliers_chart({"u": u, **budget["multipliers"]}, texts)
+    if analysis:
+        drawn |= analysis_charts(analysis, texts)
+    chosen = by_name.get(best["side"])
+    gap = findings.gap_bands(analysis) if analysis else []
+    told = [r for r in rises if r["label"] in (PLAIN, best["side"])]
+    pictures = picture_blocks(result.get("pictures"), folder)
+    return write_page(
+        folder,
+        "pilot.html.j2",
+        language,
+        texts,
+        result=result,
+        verdict=best,
+        chosen=chosen,
+        by_name=by_name,
+        charts=drawn,
+        lengths=lengths,
+        rises=rises,
+        rise={r["label"]: findings.mean_change(r) for r in rises},
+        forgetting=[*filter(None, map(findings.forgetting_sentence, told))],
+        gap=findings.gap_sentences(gap),
+        advice=findings.advice_of(analysis) if analysis else [],
+        metrics=_measured([base, *(r for s in sides for r in s["runs"])]),
+        pictures=pictures,
+        analysis=analysis,
+        budget=budget,
+        limits=limits,
+        bands=loss_tables(sides),
+        settings=[*flatten(result["settings"], "pilot."), *flatten(result.get("recipe") or {})],
+        steps=next_steps(result, best, by_name, bool(pictures)),
+        searched=_measured([row for s in sides for row in s["search"]]),
+        judge=base.get("domain_judge"),
+        guidance=_guidance(sides, result["settings"].get("lengths", [])),
+        analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
+    )
+
+
+def _need_complete(result: Mapping[str, Any]) -> None:
+    again = "run the same command again, which goes on where it stopped."
+    if result.get("status") != "complete":
+        raise UserError(f"the pilot is not finished (its status is {quoted(result.get('status'))}); {again}")
+    if not result["sides"]:
+        raise UserError(f"the pilot has no side that was tuned, so there is nothing to report; {again}")
+    seeds, lengths = result["settings"].get("seeds", []), result["settings"].get("lengths", [])
+    for side in result["sides"]:
+        done = {(r["seed"], r["steps"]) for r in side["runs"]}
+        absent = [(s, n) for s in seeds for n in lengths if (s, n) not in done]
+        if not side["runs"] or not any(n == side["best_length"] for _, n in done):
+            raise UserError(f"the pilot is not finished (the side {quoted(side['name'])} has no finished run); {again}")
+        if absent:
+            missing = f"the side {quoted(side['name'])} lacks seed {absent[0][0]} at {absent[0][1]} steps"
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(f"the pilot is not finished ({missing}{more}); {again}")
+
+
+def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any] | None:
+    """Each side's ways of guidance and how Domain Guidance compares with the ordinary one; None if none was tried."""
+    tables = []
+    for side in sides:
+        if not side.get("guidance"):
+            continue
+        rows: list[dict[str, Any]] = []
+        for way, found in side["guidance"]["ways"].items():
+            runs = [row | {"steps": max(lengths)} for row in found["runs"]]
+            row = {"name": way, "way": way, "scale": found["scale"], "runs": runs, "best_length": max(lengths)}
+            rows.append(row | {"against": compare_sides(row, rows[0], "kid", len(sides)) if rows else None})
+        tables.append({"name": side["name"], "rows": rows})
+    metrics = [
+        m
+        for m in ("kid", "domain_hit", "pair_similarity", "memorisation")
+        if any(seed_values(row, m) for table in tables for row in table["rows"])
+    ]
+    return {"sides": tables, "metrics": metrics} if tables else None
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [m for m in METRICS if any(is_number(row.get(m)) for row in rows)]

@@ -1,0 +1,64 @@
+"""Settings of the pictures that a study draws: how many, from which noise, in how many steps, seen by which network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from difftuning_control.errors import UserError
+
+
+@dataclass(kw_only=True)
+class DrawSettings:
+    """How pictures are drawn and seen.
+
+    Args:
+        features: lite0, dinov2, clip, inception, or a local model directory.
+        pictures: how many prompts, taken from the captions of held-out pictures.
+        steps: sampling steps.
+        guidance_scale: classifier-free guidance.
+    """
+
+    features: str = "lite0"
+    pictures: int = 64
+    steps: int = 20
+    guidance_scale: float = 4.0
+
+    def check_drawing(self, section: str) -> None:
+        """Refuse settings out of range, named with their section.
+
+        Raises:
+            UserError: naming the first.
+        """
+        check_least(section, self, {"pictures": 5, "steps": 1, "guidance_scale": 0})
+
+
+@dataclass(kw_only=True)
+class SeededDrawSettings(DrawSettings):
+    """How pictures are drawn and seen, where a spread over seeds is wanted.
+
+    Args:
+        seeds: of the noise; every prompt is drawn once a seed, and the spread is over seeds.
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+    def check_drawing(self, section: str, least_seeds: int = 1) -> None:
+        super().check_drawing(section)
+        seeds = self.seeds
+        if len(set(seeds)) < max(len(seeds), least_seeds) or any(seed < 0 for seed in seeds):
+            raise UserError(
+                f"{section}seeds is {seeds}; expected at least {least_seeds} different whole numbers of at least 0."
+            )
+
+
+def check_least(section: str, values: object, least: dict[str, int]) -> None:
+    """Refuse values that are not finite or below the least.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for name, lowest in least.items():
+        value = getattr(values, name)
+        if not lowest <= value < math.inf:
+            raise UserError(f"{section}{name} is {value}; expected at least {lowest}.")

@@ -1,0 +1,63 @@
+"""The settings file of a pilot's folder: what the pilot was asked for, what it began with, how long it has taken."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from difftuning_control.data.prepare import Materials
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.runs.pilot_files import SETTINGS
+from difftuning_control.runs.record import deciding_settings
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import write_json
+
+
+def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
+    """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
+    return digest_of([deciding_settings(recipe), vars(config)])
+
+
+def read_settings(output: Path) -> dict[str, Any]:
+    """What the file holds; nothing where there is none."""
+    path = output / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:
+    """Refuse to go on with other data, another bank or another base than those that the pilot began with.
+
+    Raises:
+        UserError: if one of them has changed.
+    """
+    parts = [inputs.data.fingerprint, inputs.held_out.fingerprint, inputs.bank.fingerprint, base_fingerprint]
+    settings = read_settings(output)
+    if settings.setdefault("inputs", parts) != parts:
+        raise UserError(
+            f"the data, the bank or the base have changed since the pilot in {output} began; start afresh "
+            "with --overwrite, or choose another --output."
+        )
+    write_json(output / SETTINGS, settings)
+
+
+class Clock:
+    """The time that a pilot has taken, over all its sessions.
+
+    Args:
+        output: the pilot's folder, whose settings keep the seconds.
+    """
+
+    def __init__(self, output: Path):
+        self.output, self.since = output, time.time()
+
+    def spent(self) -> float:
+        """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
+        settings, now = read_settings(self.output), time.time()
+        settings["seconds"] = settings.get("seconds", 0.0) + now - self.since
+        self.since = now
+        write_json(self.output / SETTINGS, settings)
+        return settings["seconds"]

@@ -1,0 +1,221 @@
+"""The training runs of a pilot's sides: searched, trained, judged at every length, and kept in the pilot's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
+from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.evaluation.figures import summarise
+from difftuning_control.evaluation.metric_table import lower_is_better
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import GatesConfig
+from difftuning_control.runs.finished import finished_run, tuned_model
+from difftuning_control.runs.pilot_files import settle
+from difftuning_control.runs.record import read_run
+from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.pilot.judge import Judge, best_scales, guidance_of, judge_scales, search_scales
+from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
+from difftuning_control.verbs.pilot.side_tuning import side_tuning
+from difftuning_control.verbs.train import train
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+SHOWN = 8  # pictures of a run that are kept
+
+
+@dataclass
+class SideRuns:
+    """Trains the runs of each side and judges them; what is done is read back and not done again.
+
+    Args:
+        recipe: of all sides.
+        output: the pilot's folder.
+        family: the pretrained model.
+        judge: draws and judges a tuned model's pictures.
+        primary: the figure by which learning rates and lengths are chosen.
+        rates: candidates of the search.
+        lengths: steps at which every run is judged, rising.
+        schedule: file of the measured schedule.
+        clock: notes the time that each run has taken.
+        tell: told in words of what is being done.
+    """
+
+    recipe: Recipe
+    config: PilotConfig
+    output: Path
+    family: Family
+    judge: Judge
+    primary: str
+    rates: list[float]
+    lengths: list[int]
+    schedule: Path
+    clock: Clock
+    tell: Callable[[str], object]
+
+    def side(self, name: str) -> dict[str, Any]:
+        """The search, and the final runs with the winner."""
+        first, *others = self.config.seeds
+        tried = {rate: rows for rate in self.rates if (rows := self._try(name, rate, first)) is not None}
+        if not tried:
+            raise UserError(
+                f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in self.rates)}); give lower "
+                "ones with --pilot.learning_rates."
+            )
+        chosen = next(iter(tried))
+        if len(tried) > 1:
+            figures = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
+            chosen = self._best(figures, lambda pair: pair[1])[0]
+        rows = list(tried[chosen])
+        guided = [self._guided(name, chosen, first, None)] if self.config.guidance_scales else []
+        for seed in others:
+            rows += self.train(name, chosen, seed)
+            if guided:
+                guided.append(self._guided(name, chosen, seed, guided[0]["scales"]))
+            self._drop_weights(self.recipe_of(name, chosen, seed))
+        for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
+            settle(Path(self.recipe_of(name, rate, seed).output))
+        search = [
+            {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
+            | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
+            for rate, trial in tried.items()
+            for row in trial
+            if row["search"] is not None
+        ]
+        summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
+        best = self._best(self.lengths, lambda n: summary[str(n)][self.primary]["mean"])
+        return {
+            "name": name,
+            "tuning": self.recipe_of(name, chosen, first).to_dict()["tuning"],
+            "learning_rate": chosen,
+            "search": search,
+            "diverged": [rate for rate in self.rates if rate not in tried],
+            "runs": rows,
+            "summary": summary,
+            "best_length": best,
+            "guidance": guidance_of(guided) if guided else None,
+            "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
+        }
+
+    def _best(self, candidates: Iterable[Any], value: Callable[[Any], Any]) -> Any:
+        """The candidate whose value of the primary figure is the best."""
+        return (min if lower_is_better(self.primary) else max)(candidates, key=value)
+
+    def recipe_of(self, side: str, rate: float, seed: int) -> Recipe:
+        """The recipe of one run, which has a folder of its own below the pilot's."""
+        training = replace(
+            self.recipe.training,
+            learning_rate=rate,
+            seed=seed,
+            save_at=self.lengths[:-1],
+            sample_every=0,
+            resume=True,
+            validate_every=0,
+        )
+        tuning = side_tuning(side, self.recipe.tuning, self.schedule)
+        output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
+        return replace(self.recipe, tuning=tuning, training=training, gates=GatesConfig(), output=output)
+
+    def _try(self, side: str, rate: float, seed: int) -> list[dict[str, Any]] | None:
+        """The rows of a run of the search; None if its loss became infinite."""
+        try:
+            return self.train(side, rate, seed)
+        except NonFiniteLossError:
+            self.tell(f"      {side} diverged at learning rate {rate:g}")
+            return None
+
+    def train(self, side: str, rate: float, seed: int) -> list[dict[str, Any]]:
+        """One run, judged at every length; read back where an earlier pilot in this folder has done it."""
+        recipe = self.recipe_of(side, rate, seed)
+        folder = Path(recipe.output)
+        identity = pilot_identity(recipe, self.config)
+        done = folder / "figures.json"
+        if done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            if kept["identity"] == identity:
+                return kept["rows"]
+        record = self._train(recipe)
+        rows = []
+        for length in self.lengths:
+            last = length == self.lengths[-1]
+            with tuned_model(self.family, folder, record, None if last else length) as tuned:
+                searching = len(self.rates) > 1 and seed == self.config.seeds[0]
+                search = self.judge.figures(tuned, seed, False)[0] if searching else None
+                final, pictures = self.judge.figures(tuned, seed, True)
+            save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
+            kept = folder / f"step-{length:06d}" / "losses.json"
+            losses = record["losses"] if last else json.loads(kept.read_text(encoding="utf-8"))
+            rows.append(
+                {"seed": seed, "steps": length, "folder": str(folder.relative_to(self.output))}
+                | {"seconds": record["timings"]["training"] * length / self.lengths[-1], "search": search, **final}
+                | {f"{role}_loss": mean_of(bands["tuned"]["loss"]) for role, bands in losses.items()}
+                | {"losses": losses}
+            )
+        write_json(done, {"identity": identity, "rows": rows})
+        for kept in folder.glob("step-*"):
+            shutil.rmtree(kept)
+        self.clock.spent()
+        return rows
+
+    def _drop_weights(self, recipe: Recipe) -> None:
+        """Whole models that were judged are large; those of the first seed stay."""
+        for name in (FullTuning.result, ControlNetTuning.result):
+            shutil.rmtree(Path(recipe.output) / name, ignore_errors=True)
+
+    def _guided(self, side: str, rate: float, seed: int, scales: dict[str, float] | None) -> dict[str, Any]:
+        """Figures of a run's final weights under each way of guidance at its scale; without scales they are sought."""
+        recipe = self.recipe_of(side, rate, seed)
+        folder = Path(recipe.output)
+        done, identity = folder / "guidance.json", [pilot_identity(recipe, self.config), scales]
+        if done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            if kept["identity"] == identity:
+                return kept
+        if not (folder / result_of(recipe)).exists():
+            (folder / "figures.json").unlink()  # or it would not be trained and judged again
+            self.train(side, rate, seed)
+        with tuned_model(self.family, folder, finished_run(folder)) as tuned:
+            searched = []
+            if scales is None:
+                searched = search_scales(self.judge, self.family, tuned, seed, self.config.guidance_scales)
+            chosen = scales or best_scales(searched)
+            ways = judge_scales(self.judge, self.family, tuned, seed, chosen)
+        guidance = {"identity": identity, "search": searched, "scales": chosen, "ways": ways}
+        write_json(done, guidance)
+        self.clock.spent()
+        return guidance
+
+    def _train(self, recipe: Recipe) -> dict[str, Any]:
+        """The run's record; it is trained again where its weights are gone but its figures are wanted."""
+        folder = Path(recipe.output)
+        weights = [folder / result_of(recipe)]
+        weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
+        run = read_run(folder)
+        gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)
+        if gone:
+            recipe = replace(recipe, training=replace(recipe.training, resume=False))
+        device = self.family.device
+        self.family.to("cpu")  # the run loads a model of its own
+        try:
+            return train(recipe, overwrite=gone)
+        finally:
+            self.family.to(device)
+
+
+def mean_of(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def save_pictures(pictures: list[Image.Image], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
