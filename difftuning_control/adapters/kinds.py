@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from difftuning_control.adapters.lora_start import Down, factors, subtract_start
 from difftuning_control.adapters.tlora import RankMask, orthogonal_start, rank_limits
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 
 if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 OWN = "_difftuning_adapters"
 BESIDE = "{} beside"  # the name of what trains whole beside an adapter
-BLOCKS = {"oft": 32, "boft": 4}
 LAYERS = (nn.Linear, nn.Conv2d)
-LORA_KINDS = ("lora", "dora", "tlora")
 LINEAR_ONLY = "fits linear layers only"
 
 
@@ -47,7 +46,7 @@ def peft_config(config: AdapterConfig, targets: list[str]) -> Any:
         return peft.LoKrConfig(target_modules=targets, decompose_factor=config.factor or -1, **size)
     if config.kind == "ia3":
         return peft.IA3Config(target_modules=targets, feedforward_modules=[])
-    block = config.block_size or BLOCKS[config.kind]
+    block = config.block_size or KINDS[config.kind].block_size
     if config.kind == "boft":
         return peft.BOFTConfig(target_modules=targets, boft_block_size=block)
     return peft.OFTConfig(target_modules=targets, oft_block_size=block, use_cayley_neumann=False)
@@ -115,7 +114,7 @@ def _check_convolution(config: AdapterConfig, name: str, layer: nn.Conv2d) -> No
 
 
 def _check_blocks(config: AdapterConfig, sizes: dict[str, tuple[int, int]]) -> None:
-    block = config.block_size or BLOCKS[config.kind]
+    block = config.block_size or KINDS[config.kind].block_size
     common = math.gcd(*(into for _, into in sizes.values()))
     for name, (_, into) in sizes.items():
         if into % block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,15 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.flux import DiffTuningFluxControlNetPipeline
-from difftuning_control.pipelines.sd import DiffTuningControlNetPipeline
-from difftuning_control.pipelines.sd3 import DiffTuningSD3ControlNetPipeline
-from difftuning_control.pipelines.sdxl import DiffTuningXLControlNetPipeline
+from difftuning_control.pipelines.registry import BY_STOCK
 
-CONTROLLED = {
-    "StableDiffusionPipeline": DiffTuningControlNetPipeline,
-    "StableDiffusionControlNetPipeline": DiffTuningControlNetPipeline,
-    "StableDiffusionXLPipeline": DiffTuningXLControlNetPipeline,
-    "StableDiffusionXLControlNetPipeline": DiffTuningXLControlNetPipeline,
-    "StableDiffusion3Pipeline": DiffTuningSD3ControlNetPipeline,
-    "StableDiffusion3ControlNetPipeline": DiffTuningSD3ControlNetPipeline,
-    "FluxPipeline": DiffTuningFluxControlNetPipeline,
-    "FluxControlNetPipeline": DiffTuningFluxControlNetPipeline,
-}
+
+def controlled(name: str) -> Any:
+    """The class of ours that a pipeline of a stock class becomes with a ControlNet; None where there is none."""
+    row = BY_STOCK.get(name)
+    if row is None or row.control is None:
+        return None
+    return getattr(import_module("difftuning_control.pipelines"), BY_STOCK[row.control].name)
 
 
 def add_control(
@@ -46,15 +41,14 @@ def add_control(
     Raises:
         UserError: if the pipeline is of another kind, or a ControlNet was made for another base.
     """
-    names = [c.__name__ for c in type(pipe).__mro__ if c.__name__ in CONTROLLED]
-    if not names:
+    target = next((found for c in type(pipe).__mro__ if (found := controlled(c.__name__)) is not None), None)
+    if target is None:
         raise UserError(
             f"a control can be added to Stable Diffusion, SDXL, SD3 and FLUX text-to-image pipelines, and this is a "
             f"{type(pipe).__name__}; make one of those with from_pipe first."
         )
     has = getattr(pipe, "controlnet", None)
     present = [] if has is None else list(getattr(has, "nets", [has]))
-    target = CONTROLLED[names[0]]
     added = load_controlnets(pipe, controlnet, target)
     nets = [*present, *added]
     if (schedule := getattr(pipe, "_control_schedule", None)) is not None:
