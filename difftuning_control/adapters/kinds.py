@@ -202,22 +202,23 @@ def _start_orthogonally(layers: dict[str, Any], rank: int) -> None:
         subtract_start(layer, ADAPTER, s)
 
 
-def lora_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def lora_state(module: Any, name: str = ADAPTER) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What diffusers saves of a LoRA: its tensors, float32, and its configuration.
 
     A start that was subtracted becomes part of it, which then has twice the rank.
     """
-    config = module.peft_config[ADAPTER].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
+    config = module.peft_config[name].to_dict()
+    if not isinstance(config["target_modules"], str):
+        config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
     if config["init_lora_weights"] != "gaussian":
         config["init_lora_weights"] = True  # whoever loads it has no start to make
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     some = next(iter(layers.values()))
-    if not isinstance(some.lora_A[ADAPTER], Down):
-        tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    if not isinstance(some.lora_A[name], Down):
+        tensors = get_peft_model_state_dict(module, adapter_name=name)
         return {k: v.float() for k, v in tensors.items()}, config
     tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = factors(layer, ADAPTER)
+    for place, layer in layers.items():
+        tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = factors(layer, name)
     rank = 2 * config["r"]
-    return tensors, config | {"r": rank, "lora_alpha": some.scaling[ADAPTER] * rank, "use_rslora": False}
+    return tensors, config | {"r": rank, "lora_alpha": some.scaling[name] * rank, "use_rslora": False}
