@@ -9,7 +9,7 @@ import peft
 import pytest
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe import AdapterConfig
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.adapter_kinds import KINDS, Kind, kind_of_peft
 from difftuning_control.verbs.parse import parse
 
