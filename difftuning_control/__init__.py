@@ -6,7 +6,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control.discovery import PIPELINES, register
+from difftuning_control.discovery import register
+from difftuning_control.pipelines.registry import CLASSES
 
 if TYPE_CHECKING:
     from difftuning_control.adapters.attached import unload_adapter
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
-    from difftuning_control.pipelines import (
-        DiffTuningControlNetPipeline,
-        DiffTuningPipeline,
-        DiffTuningXLControlNetPipeline,
-        DiffTuningXLPipeline,
-        add_control,
-    )
+    from difftuning_control.pipelines.controlled import add_control
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.verbs.train import train
 
@@ -36,16 +31,7 @@ __all__ = [
     "Conditioner",
     "ConstantSchedule",
     "ControlSpec",
-    "DiffTuningControlNetPipeline",
-    "DiffTuningDiTPipeline",
-    "DiffTuningFluxControlNetPipeline",
-    "DiffTuningFluxPipeline",
     "DiffTuningObjective",
-    "DiffTuningPipeline",
-    "DiffTuningSD3ControlNetPipeline",
-    "DiffTuningSD3Pipeline",
-    "DiffTuningXLControlNetPipeline",
-    "DiffTuningXLPipeline",
     "KnowledgeBank",
     "LatentBatch",
     "NoiseProcess",
@@ -66,6 +52,7 @@ __all__ = [
     "save_difference",
     "train",
     "unload_adapter",
+    *CLASSES,
 ]
 
 _HOME = {
@@ -84,7 +71,7 @@ _HOME = {
     "DiffTuningObjective": "objective",
     "extend_rows": "objective",
     "per_sample_loss": "objective",
-    **dict.fromkeys(PIPELINES, "pipelines"),
+    **dict.fromkeys(CLASSES, "pipelines"),
     "add_control": "pipelines",
     "Recipe": "recipe",
     "ConstantSchedule": "objective.schedules",
@@ -107,3 +94,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,17 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-PIPELINES = (
-    "DiffTuningPipeline",
-    "DiffTuningControlNetPipeline",
-    "DiffTuningXLPipeline",
-    "DiffTuningXLControlNetPipeline",
-    "DiffTuningSD3Pipeline",
-    "DiffTuningSD3ControlNetPipeline",
-    "DiffTuningFluxPipeline",
-    "DiffTuningFluxControlNetPipeline",
-    "DiffTuningDiTPipeline",
-)
+from difftuning_control.pipelines.registry import CLASSES, DROP_INS
+
 TABLES = "diffusers.pipelines.auto_pipeline"
 
 
@@ -33,7 +24,7 @@ def _add_names(module: Any) -> None:
     """Let `diffusers.DiffTuningPipeline` be found."""
 
     def __getattr__(name: str) -> Any:  # noqa: N807 a module's own, asked before its class is
-        if name in PIPELINES:
+        if name in CLASSES:
             return getattr(import_module("difftuning_control.pipelines"), name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
@@ -50,21 +41,13 @@ def _add_to_tables(module: Any) -> None:
     texts, images, masks = (
         getattr(module, f"AUTO_{task}_PIPELINES_MAPPING") for task in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
     )
-    rows = {
-        "difftuning-sd": (ours.DiffTuningPipeline, "stable-diffusion"),
-        "difftuning-sd-controlnet": (ours.DiffTuningControlNetPipeline, "stable-diffusion-controlnet"),
-        "difftuning-sdxl": (ours.DiffTuningXLPipeline, "stable-diffusion-xl"),
-        "difftuning-sdxl-controlnet": (ours.DiffTuningXLControlNetPipeline, "stable-diffusion-xl-controlnet"),
-        "difftuning-sd3": (ours.DiffTuningSD3Pipeline, "stable-diffusion-3"),
-        "difftuning-sd3-controlnet": (ours.DiffTuningSD3ControlNetPipeline, "stable-diffusion-3-controlnet"),
-        "difftuning-flux": (ours.DiffTuningFluxPipeline, "flux"),
-        "difftuning-flux-controlnet": (ours.DiffTuningFluxControlNetPipeline, "flux-controlnet"),
-    }
-    for name, (pipeline, stock) in rows.items():
-        texts[name] = pipeline
+    for row in DROP_INS:
+        if row.auto is None:
+            continue
+        texts[row.auto_name] = getattr(ours, row.name)
         for others in (images, masks):
-            if stock in others:  # SD3's ControlNets have no image-to-image pipeline
-                others[name] = others[stock]
+            if row.auto in others:  # SD3's ControlNets have no image-to-image pipeline
+                others[row.auto_name] = others[row.auto]
 
 
 WANTED: dict[str, Callable[[Any], None]] = {

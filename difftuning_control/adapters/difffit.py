@@ -86,6 +86,18 @@ class TrainedWhole:
             for name, parameter in self.parameters.items():
                 parameter.data = tuned[name]
 
+    @contextmanager
+    def taken_off(self) -> Iterator[None]:
+        """While open, the weights are as they would be without what trained, bit for bit."""
+        tuned = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.base[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = tuned[name]
+
     def remove(self) -> None:
         """Leave them as they were, bit for bit."""
         for name, parameter in self.parameters.items():
@@ -114,6 +126,17 @@ class DiffFit(TrainedWhole):
             self.handles.append(layer.register_forward_hook(_scaled))
             parameters[f"{end}.{GAMMA}"] = gamma
         super().__init__(parameters, name)
+
+    @contextmanager
+    def taken_off(self) -> Iterator[None]:
+        """As of every part that trains whole, and without γ."""
+        gammas = {end: layer._parameters.pop(GAMMA) for end, layer in self.ends.items()}
+        try:
+            with super().taken_off():
+                yield
+        finally:
+            for end, gamma in gammas.items():
+                self.ends[end]._parameters[GAMMA] = gamma
 
     @staticmethod
     def shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -34,17 +34,17 @@ HEADER = "difftuning_adapter"
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
-def save_peft(module: Any, folder: Path) -> None:
+def save_peft(module: Any, folder: Path, name: str = ADAPTER) -> None:
     """A peft directory: `adapter_config.json` and `adapter_model.safetensors`."""
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[ADAPTER].to_dict().items()}
-    tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[name].to_dict().items()}
+    tensors = get_peft_model_state_dict(module, adapter_name=name)
     write_json(folder / PEFT_CONFIG, config | {"inference_mode": True})
     write_tensors(folder / PEFT_FILE, {PEFT_PREFIX + k: v.float() for k, v in tensors.items()})
 
 
-def save_difffit(module: Any, folder: Path) -> None:
+def save_difffit(module: Any, folder: Path, name: str = ADAPTER) -> None:
     """The biases, norms and scale factors of a denoiser, under its own names."""
-    tensors = {k: v.float() for k, v in own_parts(module)[ADAPTER].parameters.items()}
+    tensors = {k: v.float() for k, v in own_parts(module)[name].parameters.items()}
     write_tensors(folder / DIFFFIT_FILE, tensors, {HEADER: json.dumps({"kind": "difffit"})})
 
 
@@ -79,6 +79,8 @@ def find_adapter(path: Path) -> Path:
             if (path / name).exists():
                 return path / name
     refuse_pickle(f"the adapter {path}", path, "adapter")
+    if (path / "controlnet" / "config.json").exists():
+        raise UserError(f"{path} holds a ControlNet and no adapter; add_control(pipe, {str(path)!r}) takes it.")
     raise UserError(
         f"{path} holds no adapter; expected the output folder of a run, a folder with {LORA_FILE}, {DIFFFIT_FILE} or "
         f"{PEFT_CONFIG}, or a safetensors file."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from difftuning_control.adapters.lora_start import Down, factors, subtract_start
 from difftuning_control.adapters.tlora import RankMask, orthogonal_start, rank_limits
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 
 if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 OWN = "_difftuning_adapters"
 BESIDE = "{} beside"  # the name of what trains whole beside an adapter
-BLOCKS = {"oft": 32, "boft": 4}
 LAYERS = (nn.Linear, nn.Conv2d)
-LORA_KINDS = ("lora", "dora", "tlora")
 LINEAR_ONLY = "fits linear layers only"
 
 
@@ -47,7 +46,7 @@ def peft_config(config: AdapterConfig, targets: list[str]) -> Any:
         return peft.LoKrConfig(target_modules=targets, decompose_factor=config.factor or -1, **size)
     if config.kind == "ia3":
         return peft.IA3Config(target_modules=targets, feedforward_modules=[])
-    block = config.block_size or BLOCKS[config.kind]
+    block = config.block_size or KINDS[config.kind].block_size
     if config.kind == "boft":
         return peft.BOFTConfig(target_modules=targets, boft_block_size=block)
     return peft.OFTConfig(target_modules=targets, oft_block_size=block, use_cayley_neumann=False)
@@ -115,7 +114,7 @@ def _check_convolution(config: AdapterConfig, name: str, layer: nn.Conv2d) -> No
 
 
 def _check_blocks(config: AdapterConfig, sizes: dict[str, tuple[int, int]]) -> None:
-    block = config.block_size or BLOCKS[config.kind]
+    block = config.block_size or KINDS[config.kind].block_size
     common = math.gcd(*(into for _, into in sizes.values()))
     for name, (_, into) in sizes.items():
         if into % block:
@@ -203,22 +202,23 @@ def _start_orthogonally(layers: dict[str, Any], rank: int) -> None:
         subtract_start(layer, ADAPTER, s)
 
 
-def lora_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def lora_state(module: Any, name: str = ADAPTER) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What diffusers saves of a LoRA: its tensors, float32, and its configuration.
 
     A start that was subtracted becomes part of it, which then has twice the rank.
     """
-    config = module.peft_config[ADAPTER].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
+    config = module.peft_config[name].to_dict()
+    if not isinstance(config["target_modules"], str):
+        config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
     if config["init_lora_weights"] != "gaussian":
         config["init_lora_weights"] = True  # whoever loads it has no start to make
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     some = next(iter(layers.values()))
-    if not isinstance(some.lora_A[ADAPTER], Down):
-        tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    if not isinstance(some.lora_A[name], Down):
+        tensors = get_peft_model_state_dict(module, adapter_name=name)
         return {k: v.float() for k, v in tensors.items()}, config
     tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = factors(layer, ADAPTER)
+    for place, layer in layers.items():
+        tensors[f"{place}.lora_A.weight"], tensors[f"{place}.lora_B.weight"] = factors(layer, name)
     rank = 2 * config["r"]
-    return tensors, config | {"r": rank, "lora_alpha": some.scaling[ADAPTER] * rank, "use_rslora": False}
+    return tensors, config | {"r": rank, "lora_alpha": some.scaling[name] * rank, "use_rslora": False}

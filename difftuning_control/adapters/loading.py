@@ -28,10 +28,9 @@ from difftuning_control.adapters.new_classes import NewClasses
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.families.tunable import CLASSES_FILE, make_tunable
+from difftuning_control.recipe.adapter_kinds import KINDS, Kind, kind_of_peft
 from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text
-
-UNSCALED = {"OFT": "oft", "BOFT": "boft", "IA3": "ia3"}
 
 
 def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, strength: float = 1.0) -> None:
@@ -73,7 +72,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
 def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, strength: float) -> None:
     (metadata, shapes), header = metadata_and_shapes(path), read_header(path)
     dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
-    _check_strength("dora" if dora else None, strength)
+    _check_strength("dora" if dora else "lora", strength)
     try:
         config = dict(from_json(metadata.get("lora_adapter_metadata", "{}")))
     except (TypeError, ValueError) as error:
@@ -148,27 +147,20 @@ def _plain_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
-    kinds = {
-        "LORA": peft.LoraConfig,
-        "LOHA": peft.LoHaConfig,
-        "LOKR": peft.LoKrConfig,
-        "OFT": peft.OFTConfig,
-        "BOFT": peft.BOFTConfig,
-        "IA3": peft.IA3Config,
-    }
+    classes = {facts.peft.upper(): f"{facts.peft}Config" for facts in KINDS.values() if facts.peft is not None}
     try:
         values = from_json(read_text(folder / PEFT_CONFIG))
         kind = values.pop("peft_type")
-        config: Any = kinds[kind](**{k: v for k, v in values.items() if k != "auto_mapping"})
+        config: Any = getattr(peft, classes[kind])(**{k: v for k, v in values.items() if k != "auto_mapping"})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder / PEFT_CONFIG} cannot be read as an adapter of {', '.join(kinds)} ({error!r})."
+            f"{folder / PEFT_CONFIG} cannot be read as an adapter of {', '.join(classes)} ({error!r})."
         ) from None
     tensors = read_tensors(folder / PEFT_FILE)
     if tensors is None:
         raise UserError(f"{folder} has no whole {PEFT_FILE}; adapters are read from safetensors files only.")
     tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}
-    _check_strength("dora" if values.get("use_dora") else UNSCALED.get(kind), strength)
+    _check_strength("dora" if values.get("use_dora") else kind_of_peft(kind), strength)
     if kind == "LORA":
         config.init_lora_weights = True
     _free(denoiser, folder)
@@ -214,8 +206,8 @@ def _does_not_fit(place: Path, error: Exception) -> UserError:
     return UserError(f"the adapter {place} does not fit this model: {str(error).strip().splitlines()[0].rstrip('.')}.")
 
 
-def _check_strength(kind: str | None, strength: float) -> None:
-    if kind is not None and strength != 1:
+def _check_strength(kind: Kind, strength: float) -> None:
+    if not KINDS[kind].is_scalable and strength != 1:
         raise UserError(f"strength is {strength:g}, but an adapter of kind {kind} cannot be scaled; leave it at 1.")
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from difftuning_control.adapters.difffit import DiffFit, TrainedWhole
 from difftuning_control.adapters.files import DIFFFIT_FILE, LORA_FILE, PEFT_FOLDER, save_difffit, save_lora, save_peft
-from difftuning_control.adapters.kinds import ADAPTER, BESIDE, LORA_KINDS, attach, keep_part
+from difftuning_control.adapters.kinds import ADAPTER, BESIDE, attach, keep_part
 from difftuning_control.adapters.lora_start import FACTOR, Down, Up, factors
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.adapter_kinds import LORA_KINDS
 
 if TYPE_CHECKING:
     from difftuning_control.data.control_spec import ControlSpec

@@ -1,21 +1,25 @@
-"""Drop-ins for diffusers' pipelines, which know the pretrained model behind a tuned one and how conditions are made."""
+"""Drop-ins for diffusers' pipelines, which know the pretrained model behind a tuned one and how conditions are made.
 
-from difftuning_control.pipelines.controlled import add_control
-from difftuning_control.pipelines.dit import DiffTuningDiTPipeline
-from difftuning_control.pipelines.flux import DiffTuningFluxControlNetPipeline, DiffTuningFluxPipeline
-from difftuning_control.pipelines.sd import DiffTuningControlNetPipeline, DiffTuningPipeline
-from difftuning_control.pipelines.sd3 import DiffTuningSD3ControlNetPipeline, DiffTuningSD3Pipeline
-from difftuning_control.pipelines.sdxl import DiffTuningXLControlNetPipeline, DiffTuningXLPipeline
+The classes of the table are imported on first use: the table itself needs neither torch nor diffusers.
+"""
 
-__all__ = [
-    "DiffTuningControlNetPipeline",
-    "DiffTuningDiTPipeline",
-    "DiffTuningFluxControlNetPipeline",
-    "DiffTuningFluxPipeline",
-    "DiffTuningPipeline",
-    "DiffTuningSD3ControlNetPipeline",
-    "DiffTuningSD3Pipeline",
-    "DiffTuningXLControlNetPipeline",
-    "DiffTuningXLPipeline",
-    "add_control",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from difftuning_control.pipelines.registry import BY_NAME, CLASSES
+
+__all__ = ["add_control", *CLASSES]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name's object."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "controlled" if name == "add_control" else BY_NAME[name].module
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from PIL import Image
@@ -20,7 +21,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import check_compiled
 from difftuning_control.pipelines.control_strength import ControlUse, control_strength
-from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound
+from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound, like
 from difftuning_control.pipelines.specs import find_spec
 from difftuning_control.pipelines.strength import Strength, as_strength, stored
 
@@ -234,6 +235,7 @@ class ControlledSampling(TunedSampling):
     # --- from and to disk and other pipelines -----------------------------------------------------------------------
 
     @classmethod
+    @like(DiffusionPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         found = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, ControlledSampling) and isinstance(found, ControlledSampling):
@@ -242,16 +244,19 @@ class ControlledSampling(TunedSampling):
                 found.set_extras(control_schedule=kwargs.get("control_schedule", pipeline._control_schedule))
         return found
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    @like(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in the stock class, with every setting, and each `control_spec.json` beside its ControlNet's weights."""
         for i in range(len(self.nets)):
             self._spec(i, missing_ok=True)  # now, before weights are written where it may lie
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
-    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    @like(DiffusionPipeline.save_config)
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
         """As in the stock class, which calls it when all weights are written and nothing is pushed to the Hub yet."""
         parent: Any = super()
-        parent.save_config(save_directory, *args, **kwargs)
+        parent.save_config(*args, **kwargs)
+        save_directory = bound(DiffusionPipeline.save_config, self, *args, **kwargs).arguments["save_directory"]
         for i, net in enumerate(self._unwrapped_nets()):
             place = Path(save_directory) / ("controlnet" if i == 0 else f"controlnet_{i}")
             spec = next((spec for one, spec in self._specs if one is net), None)

@@ -39,10 +39,12 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
+        saved_adapters: list | None = None,
     ):
         DiTPipeline.__init__(self, transformer, vae, scheduler, id2label)
         self._start_extras(
             source_transformer,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
@@ -63,6 +65,7 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
         return self._sample(DiTPipeline.__call__, args, kwargs)
 
     @classmethod
+    @like(DiTPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in `TunedSampling`; class names come along."""
         found = super().from_pipe(pipeline, **kwargs)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control import pipelines
 from difftuning_control.errors import UserError
+from difftuning_control.pipelines.registry import BY_STOCK
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -33,11 +35,8 @@ def check_domain_family(family: Family, option: str) -> Any:
     Raises:
         UserError: for a family without one here, naming the option that asks for it.
     """
-    from difftuning_control import pipelines
-    from difftuning_control.pipelines.registry import PIPELINES
-
-    _, name = PIPELINES.get(type(family.pipe).__name__, ("", ""))
-    drop_in: Any = getattr(pipelines, name, None)
+    row = BY_STOCK.get(type(family.pipe).__name__)
+    drop_in: Any = None if row is None else getattr(pipelines, row.name)
     # a family whose guidance is another argument, or that makes its own of classes, is not sampled like the drop-in
     if drop_in is None or drop_in.guidance_argument != "guidance_scale" or family.class_conditional:
         raise UserError(

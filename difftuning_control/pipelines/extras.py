@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
+from difftuning_control.adapters.snapshot import load_adapters, save_adapters, taken_off, tuned_modules
 from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
@@ -36,6 +38,7 @@ from difftuning_control.pipelines.guidance import (
     tuned_weights,
     tuner_layers,
 )
+from difftuning_control.pipelines.saved import ADAPTERS, check_adapters, saved_folder, unsaved_settings
 from difftuning_control.pipelines.strength import Strength, as_strength, check_u, stored
 
 DIFFUSERS_CALLBACKS = (PipelineCallback, MultiPipelineCallbacks)  # known by their class; they draw nothing
@@ -123,7 +126,7 @@ class TunedSampling:
     )
     guidance_argument: ClassVar[str] = "guidance_scale"
 
-    def _start_extras(self, source: Any, **settings: Any) -> None:
+    def _start_extras(self, source: Any, *, saved_adapters: list[str] | None = None, **settings: Any) -> None:
         pipe: Any = self
         if source is not None:
             check_source(self.denoiser, source, self.component, self.source_keys)
@@ -131,6 +134,9 @@ class TunedSampling:
         self.extras = Extras()
         self._text_tuned: list[TunedWeights] = []  # of encoders that are pretrained for negative prompts
         self.set_extras(**settings)
+        pipe.register_to_config(saved_adapters=None)  # in the configuration of a saved pipeline only
+        if saved_adapters:
+            load_adapters(self, saved_folder(pipe, saved_adapters))
 
     @property
     def denoiser(self) -> Any:
@@ -160,7 +166,8 @@ class TunedSampling:
 
         Args:
             domain_guidance: take the unconditional branch from the pretrained model, ε_pretrained(x, ∅) +
-                w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w the `guidance_scale` of the call.
+                w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w the `guidance_scale` of the call. At w = 1 that is the tuned
+                prediction, and one forward.
             tuned_adapters: the adapters that were tuned, by name; needed where several act at once.
             adapter_schedule: their strength over u: a power, a table, a run's folder, or a function
                 (`strength.as_strength`); None for full strength.
@@ -217,6 +224,8 @@ class TunedSampling:
         scale = call[self.guidance_argument]
         if extras.domain_guidance:
             self._check_guidance(scale)
+        is_guided = extras.domain_guidance and scale != 1  # at w = 1 the formula is the tuned prediction
+        if is_guided:
             check_cache(self.denoiser, self.component)
             branch = self._branch(call)
         strength = self._strength(weights)
@@ -230,21 +239,21 @@ class TunedSampling:
                 f"switch the text encoder's part off (pipe.{next(iter(encoders))}.disable_adapters())."
             )
         with ExitStack() as stack:
-            if extras.domain_guidance:
+            if is_guided:
                 self._text_tuned = list(encoders.values())
                 stack.callback(self._text_tuned.clear)
             yield stack.enter_context(tuned_weights(self.denoiser, weights, strength, branch, scale))
 
     def _check_guidance(self, scale: float) -> None:
-        """Refuse a call in which Domain Guidance would do nothing.
+        """Refuse a scale below 1, at which the stock class has no second branch.
 
         Raises:
             UserError: in this case.
         """
-        if scale <= 1:
+        if not scale >= 1:
             raise UserError(
-                f"domain_guidance does nothing at {self.guidance_argument} {scale:g} on this model, which needs a "
-                "scale above 1; raise it, or set_extras(domain_guidance=False)."
+                f"domain_guidance does nothing at {self.guidance_argument} {scale:g}; give 1, which is the tuned model "
+                "alone, or more, or set_extras(domain_guidance=False)."
             )
 
     def _branch(self, call: dict[str, Any]) -> AtForward:
@@ -319,6 +328,7 @@ class TunedSampling:
         return {k: v for k, v in found.items() if k != self.source_name or v is not None}
 
     @classmethod
+    @like(DiffusionPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in the stock class, but shared modules keep their dtype and device unless `dtype` is given."""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
@@ -330,27 +340,33 @@ class TunedSampling:
             found.set_extras(adapter_schedule=functions)  # a function is in no configuration
         return found
 
+    @like(DiffusionPipeline.to)
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As in the stock class."""
         parent: Any = super()
         return self if kwargs.get("dtype") is AS_IT_IS else parent.to(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in the stock class, with every setting.
+    @like(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in the stock class, with every setting that has something to act on, and every adapter of the denoiser
+        and the text encoders: `from_pretrained` loads them again, as they acted.
 
         Raises:
-            UserError: if a schedule is a function, which no file can hold, or an adapter is loaded, which a saved
-                pipeline does not hold either.
+            UserError: if a schedule is a function, which no file can hold, or an adapter is of a kind or in a module
+                that a saved pipeline does not hold; nothing is written then.
         """
         pipe: Any = self
         if any(strength.values is None for strength in self._strengths()):
             raise UserError("a schedule is a function, which cannot be saved; give a power or a table before saving.")
-        modules = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-        loaded = [n for n, m in modules.items() if tuner_layers(m)]
-        if loaded:
-            raise UserError(
-                f"an adapter is loaded in {', '.join(loaded)}, and a saved pipeline does not hold it; unload it "
-                "(unload_lora_weights or unload_adapter), or fuse it (fuse_lora, then unload), before saving."
-            )
+        names = check_adapters(pipe)
+        place = Path(bound(DiffusionPipeline.save_pretrained, self, *args, **kwargs).arguments["save_directory"])
+        settings = unsaved_settings(self, names)
+        kept = {name: pipe.config[name] for name in (*settings, "saved_adapters")}
+        save_adapters(pipe, names, place / ADAPTERS)
         parent: Any = super()
-        parent.save_pretrained(save_directory, *args, **kwargs)
+        try:
+            pipe.register_to_config(saved_adapters=names or None, **settings)
+            with taken_off(list(tuned_modules(pipe).values())):
+                parent.save_pretrained(*args, **kwargs)
+        finally:
+            pipe.register_to_config(**kept)

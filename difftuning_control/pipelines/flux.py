@@ -6,7 +6,7 @@ FLUX has no unconditional rows: dev is told its guidance. Under Domain Guidance 
     without                      ε̂ = ε_pretrained(x, c) + w (ε_tuned(x, c) − ε_pretrained(x, c))
 
 each with the embedded guidance of the call, at two forwards a step. The first is the stock class's own, whose second
-forward the pretrained weights answer.
+forward the pretrained weights answer. At w = 1, the stock default, both are the tuned prediction and one forward.
 """
 
 from __future__ import annotations
@@ -79,15 +79,14 @@ class FluxSampling(TunedSampling):
                 )
             yield hook
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the stock class, which encodes the negative prompt in a second call; under Domain Guidance by the
-        pretrained encoders."""
-        parent: Any = super()
+    def _encode(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stock `encode_prompt`, which a call runs a second time for its negative prompt; under Domain Guidance
+        that is the pretrained encoders'."""
         if not self._text_tuned:
-            return parent.encode_prompt(*args, **kwargs)
+            return stock(self, *args, **kwargs)
         self._encoded += 1
         with pretrained(self._text_tuned if self._encoded == 2 else []):
-            return parent.encode_prompt(*args, **kwargs)
+            return stock(self, *args, **kwargs)
 
     def _process(self) -> NoiseProcess:
         """The transformer is told σ itself."""
@@ -122,6 +121,7 @@ class DiffTuningFluxPipeline(FluxSampling, FluxPipeline):
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
+        saved_adapters: list | None = None,
     ):
         FluxPipeline.__init__(
             self,
@@ -137,11 +137,16 @@ class DiffTuningFluxPipeline(FluxSampling, FluxPipeline):
         )
         self._start_extras(
             source_transformer,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(FluxPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(FluxPipeline.encode_prompt, args, kwargs)
 
     @like(FluxPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +186,7 @@ class DiffTuningFluxControlNetPipeline(FluxSampling, ControlledSampling, FluxCon
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
         control_schedule: dict | list | str | Strength | Callable | None = None,
+        saved_adapters: list | None = None,
     ):
         FluxControlNetPipeline.__init__(
             self,
@@ -198,11 +204,16 @@ class DiffTuningFluxControlNetPipeline(FluxSampling, ControlledSampling, FluxCon
         self._start_extras(
             source_transformer,
             control_schedule,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(FluxControlNetPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(FluxControlNetPipeline.encode_prompt, args, kwargs)
 
     @like(FluxControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

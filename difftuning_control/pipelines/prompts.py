@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,12 +23,11 @@ class NegativePrompts:
 
     _text_tuned: list[TunedWeights]
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the stock class; under Domain Guidance the negative embeddings come from the pretrained encoders."""
-        parent: Any = super()
-        tuned = parent.encode_prompt(*args, **kwargs)
+    def _encode(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stock `encode_prompt`; under Domain Guidance the negative embeddings are the pretrained encoders'."""
+        tuned = stock(self, *args, **kwargs)
         if not self._text_tuned:
             return tuned
         with pretrained(self._text_tuned):
-            others = parent.encode_prompt(*args, **kwargs)
+            others = stock(self, *args, **kwargs)
         return tuple(p if i % 2 else t for i, (t, p) in enumerate(zip(tuned, others)))  # positive, negative, …

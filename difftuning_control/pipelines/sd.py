@@ -48,6 +48,7 @@ class DiffTuningPipeline(UNetSampling, StableDiffusionPipeline):
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusionPipeline.__init__(
             self,
@@ -63,11 +64,16 @@ class DiffTuningPipeline(UNetSampling, StableDiffusionPipeline):
         )
         self._start_extras(
             source_unet,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusionPipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusionPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +108,7 @@ class DiffTuningControlNetPipeline(ControlledUNet, StableDiffusionControlNetPipe
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
         control_schedule: dict | list | str | Strength | Callable | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusionControlNetPipeline.__init__(
             self,
@@ -119,11 +126,16 @@ class DiffTuningControlNetPipeline(ControlledUNet, StableDiffusionControlNetPipe
         self._start_extras(
             source_unet,
             control_schedule,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusionControlNetPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusionControlNetPipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusionControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

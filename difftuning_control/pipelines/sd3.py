@@ -67,6 +67,7 @@ class DiffTuningSD3Pipeline(SD3Sampling, StableDiffusion3Pipeline):
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusion3Pipeline.__init__(
             self,
@@ -84,11 +85,16 @@ class DiffTuningSD3Pipeline(SD3Sampling, StableDiffusion3Pipeline):
         )
         self._start_extras(
             source_transformer,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusion3Pipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusion3Pipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusion3Pipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +132,7 @@ class DiffTuningSD3ControlNetPipeline(ControlledSampling, SD3Sampling, StableDif
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
         control_schedule: dict | list | str | Strength | Callable | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusion3ControlNetPipeline.__init__(
             self,
@@ -145,11 +152,16 @@ class DiffTuningSD3ControlNetPipeline(ControlledSampling, SD3Sampling, StableDif
         self._start_extras(
             source_transformer,
             control_schedule,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusion3ControlNetPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusion3ControlNetPipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusion3ControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

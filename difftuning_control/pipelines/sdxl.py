@@ -55,6 +55,7 @@ class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusionXLPipeline.__init__(
             self,
@@ -72,11 +73,16 @@ class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
         )
         self._start_extras(
             source_unet,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusionXLPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusionXLPipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +119,7 @@ class DiffTuningXLControlNetPipeline(ControlledUNet, StableDiffusionXLControlNet
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
         control_schedule: dict | list | str | Strength | Callable | None = None,
+        saved_adapters: list | None = None,
     ):
         StableDiffusionXLControlNetPipeline.__init__(
             self,
@@ -132,11 +139,16 @@ class DiffTuningXLControlNetPipeline(ControlledUNet, StableDiffusionXLControlNet
         self._start_extras(
             source_unet,
             control_schedule,
+            saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
         )
+
+    @like(StableDiffusionXLControlNetPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encode(StableDiffusionXLControlNetPipeline.encode_prompt, args, kwargs)
 
     @like(StableDiffusionXLControlNetPipeline.__call__, preprocess=False)
     def __call__(self, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,31 @@ def find_spec(controlnet: Any, condition_range: tuple[float, float], missing_ok:
     return spec
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A folder in the Hub's cache.
+
+    Args:
+        repository: its id on the Hub.
+        within: the folder's path in the repository.
+        where: the revision and the cache, as `huggingface_hub` takes them.
+    """
+
+    repository: str
+    within: Path
+    where: dict[str, Any]
+
+
+def snapshot_of(folder: Path) -> Snapshot | None:
+    """What …/models--owner--name/snapshots/<revision>/<within> stands for; None for another folder."""
+    revision = next((p for p in (folder, *folder.parents) if p.parent.name == "snapshots"), None)
+    if revision is None or not revision.parents[1].name.startswith("models--"):
+        return None
+    repository = revision.parents[1].name.removeprefix("models--").replace("--", "/")
+    where = {"revision": revision.name, "cache_dir": revision.parents[2]}
+    return Snapshot(repository, folder.relative_to(revision), where)
+
+
 def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | None:
     """The snapshot folder of a Hub repository that has a spec."""
     from huggingface_hub import hf_hub_download
@@ -61,16 +87,10 @@ def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | No
 
 
 def _from_snapshot(folder: Path) -> Path | None:
-    """The same for a ControlNet that came with a pipeline, of which diffusers loads only weights and configurations.
-
-    Such a folder is …/models--owner--name/snapshots/<revision>/controlnet.
-    """
-    revision = next((p for p in folder.parents if p.parent.name == "snapshots"), None)
-    if revision is None or not revision.parents[1].name.startswith("models--"):
+    """The same for a ControlNet that came with a pipeline, of which diffusers loads only weights and configurations."""
+    if (found := snapshot_of(folder)) is None:
         return None
-    repository = revision.parents[1].name.removeprefix("models--").replace("--", "/")
-    file = (folder.relative_to(revision) / SPEC_FILE).as_posix()
-    return _from_hub(repository, file, revision=revision.name, cache_dir=revision.parents[2])
+    return _from_hub(found.repository, (found.within / SPEC_FILE).as_posix(), **found.where)
 
 
 def _from_subfolder(origin: str, controlnet: Any) -> Path | None:

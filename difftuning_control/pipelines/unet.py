@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, StableDiffusionPipeline
 
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.control import ControlledSampling
-from difftuning_control.pipelines.extras import TunedSampling
+from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.pipelines.prompts import NegativePrompts
 
 
@@ -25,12 +25,14 @@ class UNetSampling(NegativePrompts, TunedSampling):
     )
 
     def _check_guidance(self, scale: float) -> None:
-        if scale <= 1 or self.denoiser.config.time_cond_proj_dim is not None:
+        super()._check_guidance(scale)
+        if scale > 1 and self.denoiser.config.time_cond_proj_dim is not None:
             raise UserError(
-                f"domain_guidance does nothing at guidance_scale {scale:g} on this model, which needs a scale above 1 "
-                "and a model without guidance embedding; raise the scale, or set_extras(domain_guidance=False)."
+                f"domain_guidance does nothing at guidance_scale {scale:g} on this model, which is told its guidance "
+                "and has no unconditional rows; set_extras(domain_guidance=False)."
             )
 
+    @like(StableDiffusionPipeline.enable_freeu)
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
         """As in the stock class, for the source UNet as well."""
         parent: Any = super()
@@ -38,6 +40,7 @@ class UNetSampling(NegativePrompts, TunedSampling):
         if self.source is not None:
             self.source.enable_freeu(*args, **kwargs)
 
+    @like(StableDiffusionPipeline.disable_freeu)
     def disable_freeu(self) -> None:
         """As in the stock class, for the source UNet as well."""
         parent: Any = super()

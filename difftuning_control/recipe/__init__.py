@@ -1,6 +1,6 @@
 """What can be asked for, as dataclasses that check their ranges; nothing here imports torch."""
 
-from difftuning_control.recipe.adapter import ADAPTER_OPTIONS, DEFAULT_RANK, AdapterConfig
+from difftuning_control.recipe.adapter import DEFAULT_RANK, AdapterConfig
 from difftuning_control.recipe.inputs import (
     MAX_SEED,
     BankConfig,
@@ -21,7 +21,6 @@ from difftuning_control.recipe.training import (
 )
 
 __all__ = [
-    "ADAPTER_OPTIONS",
     "DEFAULT_RANK",
     "DEFAULT_TAU",
     "DRAWN",

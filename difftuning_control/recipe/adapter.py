@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from difftuning_control.errors import UserError, need
+from difftuning_control.recipe.adapter_kinds import KINDS, Kind
 
 DEFAULT_RANK = 16
-ADAPTER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "lora": ("rank", "alpha", "targets", "dropout", "rslora", "init", "text_encoder", "text_encoder_learning_rate"),
-    "dora": ("rank", "alpha", "targets", "dropout", "rslora", "text_encoder", "text_encoder_learning_rate"),
-    "tlora": ("rank", "min_rank", "alpha", "targets", "init"),
-    "loha": ("rank", "alpha", "targets"),
-    "lokr": ("rank", "alpha", "targets", "factor"),
-    "oft": ("block_size", "targets"),
-    "boft": ("block_size", "targets"),
-    "ia3": ("targets",),
-    "difffit": (),
-}
 
 
 @dataclass
@@ -46,7 +36,7 @@ class AdapterConfig:
         text_encoder_learning_rate: its own; the denoiser's when empty.
     """
 
-    kind: Literal["lora", "dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"] = "lora"
+    kind: Kind = "lora"
     on: Literal["denoiser", "controlnet"] = "denoiser"
     rank: int | None = None
     min_rank: int | None = None
@@ -92,7 +82,7 @@ class AdapterConfig:
         for entry in dataclasses.fields(self):
             if entry.name in ("kind", "on") or getattr(self, entry.name) == entry.default:
                 continue
-            takes = ADAPTER_OPTIONS[self.kind]
+            takes = KINDS[self.kind].options
             if entry.name not in takes:
                 said = f"takes only {', '.join(takes)}" if takes else "has no settings"
                 raise UserError(f"adapter.{entry.name} is given, but kind {self.kind} {said}; leave it out.")

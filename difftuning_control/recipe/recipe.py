@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.home import expand_paths
@@ -105,11 +106,12 @@ class Recipe:
             raise UserError(
                 f"model.quantization {kind} is for weights that do not train, and method full trains them all."
             )
-        if self.method == "lora" and (self.adapter.kind not in ("lora", "tlora") or self.adapter.init == "pissa"):
+        fits = [name for name, facts in KINDS.items() if facts.on_quantised]
+        if self.method == "lora" and (self.adapter.kind not in fits or self.adapter.init == "pissa"):
             init = " with init pissa" if self.adapter.init == "pissa" else ""
             raise UserError(
                 f"model.quantization is {kind} and adapter.kind {self.adapter.kind}{init}, which do not go together; "
-                "use lora or tlora, or leave model.quantization out."
+                f"use {' or '.join(fits)}, or leave model.quantization out."
             )
 
     def _check_control(self) -> None:

@@ -24,7 +24,7 @@ class Evaluation(SeededDrawSettings):
         runs: folders of finished runs of one base, or of steps that they kept (RUN/step-000010).
         data: real pictures of the new domain that no run was tuned on; those that the first run held out when empty.
         source: real pictures of the old domain; the decoded knowledge bank when empty.
-        domain_guidance_scale: the runs draw at this scale (above 1) with Domain Guidance instead, the base as before.
+        domain_guidance_scale: the runs draw at this scale (1 or more) with Domain Guidance instead, the base as before.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
         output: folder of the results.
@@ -93,7 +93,7 @@ class PilotConfig(SeededDrawSettings):
         pictures: generated pictures a run and length.
         guidance_scale: classifier-free guidance of all sides.
         guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
-            scales above 1, and the best of each judged beside the figures at guidance_scale; not done when empty.
+            scales of at least 1, and the best of each judged beside the figures at guidance_scale; not done when empty.
         batch_size: pictures drawn at once.
     """
 
@@ -123,15 +123,17 @@ class PilotConfig(SeededDrawSettings):
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
         scales = self.guidance_scales
-        if len(set(scales)) < len(scales) or not all(1 < scale < math.inf for scale in scales):
-            raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers above 1.")
+        if len(set(scales)) < len(scales) or not all(1 <= scale < math.inf for scale in scales):
+            raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers of at least 1.")
 
 
 def check_domain_scale(scale: float | None) -> None:
-    """Refuse a scale of Domain Guidance at which the pretrained branch has no part.
+    """Refuse a scale below 1, at which pipelines have no second branch; 1 is the tuned model alone.
 
     Raises:
-        UserError: if it is not above 1.
+        UserError: if it is not a finite number of at least 1.
     """
-    if scale is not None and not 1 < scale < math.inf:
-        raise UserError(f"domain_guidance_scale is {scale}; expected a finite number above 1, or nothing for none.")
+    if scale is not None and not 1 <= scale < math.inf:
+        raise UserError(
+            f"domain_guidance_scale is {scale}; expected a finite number of at least 1, or nothing for none."
+        )

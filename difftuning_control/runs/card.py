@@ -8,21 +8,9 @@ from typing import Any
 
 import yaml
 
-from difftuning_control.adapters.kinds import LORA_KINDS
+from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.text import plain_markdown, python_text
-
-KIND_NAMES = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "tlora": "T-LoRA",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "oft": "OFT",
-    "boft": "BOFT",
-    "ia3": "IA3",
-    "difffit": "DiffFit",
-}
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WHOLE_RUN = "`run.json` has the whole configuration; `recipe.yaml` repeats the run."
@@ -51,7 +39,7 @@ def model_card(
         figures: lines with figures that were measured after the run.
         closing: the last line.
     """
-    titles = {"lora": f"{KIND_NAMES[recipe.adapter.kind]} for", "full": "Tuned from", "controlnet": "ControlNet for"}
+    titles = {"lora": f"{KINDS[recipe.adapter.kind].title} for", "full": "Tuned from", "controlnet": "ControlNet for"}
     kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
     tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
     told = "class-conditional" if run.get("classes") else "text-to-image"
@@ -151,7 +139,7 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
     stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
-    if recipe.adapter.kind in ("lora", "dora") and stock:
+    if KINDS[recipe.adapter.kind].loads_in_diffusers and stock:
         load.append(f"pipe.load_lora_weights({output})")
     else:
         start.append("from difftuning_control import load_adapter")

@@ -22,12 +22,13 @@ from difftuning_control.adapters.files import (
     PEFT_PREFIX,
     metadata_and_shapes,
 )
-from difftuning_control.adapters.kinds import ADAPTER, LORA_KINDS, own_parts
+from difftuning_control.adapters.kinds import ADAPTER, own_parts
 from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.lora_start import Down, factors
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.recipe.adapter_kinds import LORA_KINDS
 from difftuning_control.runs.start import Start
 from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text

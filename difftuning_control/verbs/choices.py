@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from difftuning_control.recipe.adapter import ADAPTER_OPTIONS
+from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import SCHEDULE_OPTIONS
 
@@ -54,8 +54,8 @@ def _of_schedule(values: Values) -> set[str]:
 
 def _of_adapter(values: Values) -> set[str]:
     kind = values["adapter.kind"]
-    options = {name for names in ADAPTER_OPTIONS.values() for name in names}
-    strange = options.difference(ADAPTER_OPTIONS.get(kind, tuple(options)))
+    options = {name for facts in KINDS.values() for name in facts.options}
+    strange = options.difference(KINDS[kind].options if kind in KINDS else options)
     if kind == "tlora" and values.get("adapter.init") == "pissa":
         strange.add("init")
     if kind == "lokr" and values.get("adapter.rank") is None:

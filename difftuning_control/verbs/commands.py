@@ -70,7 +70,7 @@ class SampleCommand:
         output: folder of the pictures.
         steps: sampling steps.
         guidance_scale: classifier-free guidance.
-        domain_guidance_scale: the run draws at this scale (above 1) with Domain Guidance instead, the base as before.
+        domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
         resolution: side in pixels; the model's own when empty.
         seed: of the noise.
         overwrite: replace pictures in the output folder.

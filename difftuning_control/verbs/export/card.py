@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control import pipelines
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.runs.card import asked_for, model_card
 from difftuning_control.runs.gates import check_passed
 from difftuning_control.system.text import plain_markdown, python_text
 
 if TYPE_CHECKING:
+    from difftuning_control.pipelines.registry import DropIn
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.recipe.requests import ExportRequest
 
@@ -45,7 +48,7 @@ class Parts:
 
     Args:
         stock: diffusers' class of the pipeline.
-        ours: the name of the one-line file, without its ending, and the class in it; None in a stock export.
+        ours: the drop-in; None in a stock export.
         controlnet: diffusers' class of the ControlNet, if there is one.
         file: the LoRA file for another program, if that is what was exported.
         component: the denoiser's name in the pipeline.
@@ -53,7 +56,7 @@ class Parts:
     """
 
     stock: str
-    ours: tuple[str, str] | None
+    ours: DropIn | None
     controlnet: str | None
     file: str | None
     component: str = "unet"
@@ -66,8 +69,6 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     Args:
         figures: of `evaluation_lines`.
     """
-    from difftuning_control import pipelines  # and with it diffusers
-
     if request.format == "comfyui":
         use = [PLACES["comfyui"].format(file=plain_markdown(parts.file or ""))]
     else:
@@ -75,9 +76,9 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     if request.format == "kohya":
         use = [PLACES["kohya"].format(file=plain_markdown(parts.file or "")), "", *use]
     if parts.ours is not None:
-        use += ["", TRUST.format(name=parts.ours[0], klass=parts.ours[1])]
+        use += ["", TRUST.format(name=parts.ours.file, klass=parts.ours.name)]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        guidance = GUIDANCE.replace("guidance_scale", getattr(pipelines, parts.ours[1]).guidance_argument)
+        guidance = GUIDANCE.replace("guidance_scale", getattr(pipelines, parts.ours.name).guidance_argument)
         use += ["", guidance] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):
@@ -117,13 +118,13 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
         klass = parts.stock if parts.ours is None else klass
     options += [f"{name}=None" for name in parts.absent]
     if parts.ours is not None:
-        options += [] if is_whole else [f'custom_pipeline=f"{{folder}}/{parts.ours[0]}.py"']
+        options += [] if is_whole else [f'custom_pipeline=f"{{folder}}/{parts.ours.file}.py"']
         options.append("trust_remote_code=True")
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
         stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
-        if recipe.adapter.kind in ("lora", "dora") and stock:
+        if KINDS[recipe.adapter.kind].loads_in_diffusers and stock:
             name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:

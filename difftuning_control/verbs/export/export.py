@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.pipelines.strength import psi_of_run
+from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.runs.card import base_name
@@ -93,8 +94,7 @@ def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
     if request.format != "diffusers" and (kind != "lora" or recipe.adapter.text_encoder):
         what += " with a part on the text encoder" if kind == "lora" else ""
         raise UserError(f"{what}, which {request.format}'s LoRA files do not hold here; export it for diffusers.")
-    if request.adapter == "fused" and kind in ("tlora", "difffit"):
-        why = "acts by the noise level" if kind == "tlora" else "scales outputs, not weights"
+    if request.adapter == "fused" and (why := KINDS[kind].unfusable) is not None:
         raise UserError(f"{what}, which {why} and cannot be fused; leave out --adapter fused.")
 
 

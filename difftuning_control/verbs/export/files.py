@@ -20,7 +20,7 @@ from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.pipelines.registry import PIPELINES
+from difftuning_control.pipelines.registry import BY_STOCK
 from difftuning_control.runs.finished import check_base, weights_of
 from difftuning_control.runs.kept import place_of_run, step_folder
 from difftuning_control.runs.places import need_places
@@ -52,18 +52,22 @@ def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     write = {"lora": _write_lora, "full": _write_full, "controlnet": _write_controlnet}[recipe.method]
     pipe = write(request, record, recipe, folder)
     stock = type(pipe).__name__
-    if request.pipeline == "difftuning" and stock not in PIPELINES:
+    if request.pipeline == "difftuning" and stock not in BY_STOCK:
         raise UserError(f"there is no drop-in for the {stock} of the run {request.run}; give --pipeline stock.")
-    ours = PIPELINES[stock] if request.pipeline == "difftuning" else None
+    ours = BY_STOCK[stock] if request.pipeline == "difftuning" else None
     if ours is not None:
-        write_text(folder / f"{ours[0]}.py", f"from difftuning_control.pipelines import {ours[1]}{NOTE}\n")
+        write_text(folder / f"{ours.file}.py", f"from difftuning_control.pipelines import {ours.name}{NOTE}\n")
     for config in folder.rglob("config.json"):
         _amend(config)
     component, denoiser = denoiser_of(pipe)
     if request.base == "copied":
         whole = request.source_unet == "whole"
         source = {f"source_{component}": ["diffusers", type(denoiser).__name__]} if whole else {}
-        _amend(folder / "model_index.json", **({"_class_name": list(ours)} if ours is not None else {}), **source)
+        _amend(
+            folder / "model_index.json",
+            **({"_class_name": [ours.file, ours.name]} if ours is not None else {}),
+            **source,
+        )
     controlnet = type(pipe.controlnet).__name__ if recipe.method == "controlnet" else None
     absent = tuple(n for n in ("text_encoder_3", "tokenizer_3") if getattr(pipe, n, pipe) is None)
     return Parts(stock, ours, controlnet, None, component, absent)
