@@ -162,7 +162,7 @@ def test_fault_15_24_a_gap_without_a_shape_is_seldom_said_to_have_one():
     assert said.count("rising") / len(said) < 0.15
 
 
-@pytest.mark.parametrize(("last", "code"), [(0.316, "worse"), (0.30, "worse"), (0.36, "slight"), (0.70, "sudden")])
+@pytest.mark.parametrize(("last", "code"), [(0.316, "worse"), (0.30, "worse"), (0.37, "slight"), (0.70, "sudden")])
 def test_fault_15_24_a_controlnet_ends_better_only_beyond_noise(last, code):
     steps = list(range(0, 525, 25))
     noise = [0.01 * (-1) ** i for i in range(len(steps))]

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,7 +101,7 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     mean, spread = mean_spread(gains)
     settled = rise is None or rise["end"] <= steps[-min(3, len(steps))]  # one measurement after a rise is no plateau
     already = rise is None and min(gains) > 0 and (mean or 0) > 3 * (spread or 0)
-    better = already or (rise is not None and gains[-1] > _noise(points, rise))
+    better = already or (rise is not None and gains[-1] > _noise(values))
     if len(values) < LEAST:
         code = "short"
     elif rise is None and not already:
@@ -136,17 +137,16 @@ def _points(curve: Mapping[str, Any] | None) -> list[tuple[int, float]]:
     return [(s, v) for s, v in zip(curve["steps"], curve["figures"].get(curve["main"], [])) if is_number(v)]
 
 
-def _noise(points: Sequence[tuple[int, float]], rise: Mapping[str, Any]) -> float:
+def _noise(values: Sequence[float]) -> float:
     """What one measurement must gain on the one without control, which is as noisy, to be better beyond chance.
 
-    The noise is that of the measurements around the fitted ramp, by their median distance: one that fell out of the
-    curve, such as the last one, must not widen it.
+    The noise is that of the change from one measurement to the next, by its median: neither a sudden rise nor a last
+    measurement that fell out of the curve widens it.
     """
-    width = (rise["end"] - rise["start"]) or 1.0
-    level, change = rise["before"], rise["after"] - rise["before"]
-    apart = [abs(v - level - change * min(max((s - rise["start"]) / width, 0.0), 1.0)) for s, v in points]
-    deviation = 1.4826 * median(apart)  # of a normal distribution with that median distance
-    return threshold(len(points) - 3, 1) * math.sqrt(2) * deviation if len(points) > 4 else math.inf
+    if len(values) <= 4:
+        return math.inf
+    deviation = 1.4826 * median(abs(later - earlier) for earlier, later in pairwise(values))  # of a normal one
+    return threshold(len(values) - 3, 1) * deviation
 
 
 def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path, has_grid: bool) -> list[dict[str, Any]]:
