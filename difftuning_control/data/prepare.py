@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.labels import bank_classes, begin_label_space, check_classes
+from difftuning_control.data.labels import check_classes
 from difftuning_control.data.latents import Part, cached_moments
 from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING, is_hidden
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
-from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share
 from difftuning_control.system.terminal import progress
-from difftuning_control.system.untrusted import read_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -184,33 +183,6 @@ def check_caption(family: Family, example: Example) -> None:
         )
 
 
-def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
-    """The prompts that a bank is drawn for.
-
-    Raises:
-        UserError: if the prompt file is missing, empty or not UTF-8.
-    """
-    if config.prompts == "captions":
-        return list(dict.fromkeys(captions))
-    if config.prompts == "empty":
-        return [""]
-    if config.prompts in ("classes", "both"):
-        return bank_classes(family, config.prompts)
-    path = Path(config.prompts).expanduser()
-    try:
-        lines = [line.strip() for line in read_text(path).split("\n")]
-    except OSError:
-        expected = "captions, empty, classes, both" if family.class_conditional else "captions, empty"
-        raise UserError(
-            f"bank.prompts is {config.prompts}; expected {expected}, or a text file with one prompt a line."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"the prompt file {path} is not UTF-8 text; save it as UTF-8.") from None
-    if not any(lines):
-        raise UserError(f"the prompt file {path} has no prompt; write one a line.")
-    return [line for line in lines if line]
-
-
 def prepare_bank(
     family: Family,
     config: BankConfig,
@@ -319,39 +291,3 @@ def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBa
     kept = max(1, min(size, len(bank) // 5))
     cut = len(bank) - kept
     return bank.part(0, cut), bank.part(cut, kept)
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What an analysis measures on, and the embeddings of all prompts."""
-
-    data: ImageData
-    held_out: ImageData
-    bank: KnowledgeBank
-    target: Part
-    fresh: Part  # held-out target pictures
-    embeddings: PromptEmbeddings
-    resolution: int
-
-
-def materials(family: Family, recipe: Recipe, tell: Callable[[str], object] = silent) -> Materials:
-    """Read, encode and cache the data of a recipe; load its bank, or draw it.
-
-    Args:
-        tell: is given lines on what was left out of the data.
-
-    Raises:
-        UserError: for whatever is wrong with the data or the bank.
-    """
-    data, held_out = read_data(recipe, tell)
-    check_captions(family, recipe, data, held_out)
-    resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
-    captions = [e.caption for e in data.examples]
-    drawn = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, tell=tell)
-    bank = begin_label_space(family, recipe, data, drawn)
-    assert bank is not None
-    held_captions = [e.caption for e in held_out.examples]
-    with progress(len(data) + len(held_out), "encoding pictures") as advance:
-        target, fresh = (encoded(family, part, resolution, cache, advance) for part in (data, held_out))
-    embeddings = cached_embeddings(family, captions + held_captions + bank.prompts, cache, lambda count: None)
-    return Materials(data, held_out, bank, target, fresh, embeddings, resolution)

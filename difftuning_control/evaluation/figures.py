@@ -24,7 +24,7 @@ from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.evaluation.features import Features
 
 if TYPE_CHECKING:
-    from difftuning_control.data.prepare import Materials
+    from difftuning_control.data.study_inputs import Materials
     from difftuning_control.families.family import Family
 
 LEAST_PICTURES = 5

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from difftuning_control.adapters.attached import denoiser_of, unload_adapter
@@ -106,8 +108,6 @@ class Beginning:
 
     def _read_others(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
         """A file of another tool's, as diffusers reads it; scales are made part of B."""
-        from peft.tuners.lora import LoraLayer
-
         pipe = self.family.pipe
         load_adapter(pipe, path, OTHERS)
         found = {}
@@ -153,9 +153,6 @@ class Beginning:
 
     def _fill_lora(self, module: Any, tensors: dict[str, Tensor], scale: float) -> None:
         """Put a LoRA's tensors into an attached one; a start that is taken away again is the file's second half."""
-        from peft import get_peft_model_state_dict
-        from peft.tuners.lora import LoraLayer
-
         tensors = {k.removeprefix("text_model."): v for k, v in tensors.items()}
         layers = {n.removeprefix("text_model."): m for n, m in module.named_modules() if isinstance(m, LoraLayer)}
         starts = any(isinstance(layer.lora_A[ADAPTER], Down) for layer in layers.values())
@@ -204,8 +201,6 @@ class Beginning:
     # --- other kinds ------------------------------------------------------------------------------------------------
 
     def _fill_peft(self, denoiser: Any, folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-
         if not (folder / PEFT_CONFIG).is_file():
             raise UserError(f"{folder} is no peft directory; give an adapter of the kind that trains.")
         config, ours = from_json(read_text(folder / PEFT_CONFIG)), denoiser.peft_config[ADAPTER].to_dict()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.data.latents import part_of
-from difftuning_control.data.prepare import Materials, hold_out, materials, silent
+from difftuning_control.data.prepare import hold_out, silent
+from difftuning_control.data.study_inputs import Materials, materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.figures import Sampling, check_held_out, figures, reference_of

@@ -142,7 +142,7 @@ def _arrange(arguments: list[str], known: dict[str, Any], tell: list[str]) -> li
 
 def _read_flag(key: str, text: str) -> dict[str, Any]:
     """The value of a flag by dotted key, as YAML reads it; of a section those of its keys."""
-    import yaml
+    import yaml  # saves it where the recipe is of flags alone
 
     try:
         value = yaml.safe_load(text)

@@ -63,7 +63,7 @@ def recipes_of_resumption(command: Recipe, run: str) -> tuple[Recipe, Recipe]:
     Raises:
         UserError: if an input is no longer where it was.
     """
-    from difftuning_control.runs.places import KEYS, RUN, absolute, need_places, placed
+    from difftuning_control.runs.places import KEYS, RUN, absolute, need_places, placed  # saves it for other verbs
     from difftuning_control.runs.record import read_run
 
     record = read_run(Path(run))

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from difftuning_control.data.prepare import materials
+from difftuning_control.data.study_inputs import materials
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of

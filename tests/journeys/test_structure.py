@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "difftuning_control"
-ROOMS = ("system", "objective", "recipe", "families", "data", "adapters", "evaluation", "runs", "training")
+ROOMS = ("system", "objective", "recipe", "families", "data", "adapters", "evaluation", "runs", "training", "verbs")
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "controlnet_aux", "matplotlib", "torchmetrics")
 room = pytest.mark.parametrize("room", ROOMS)
 
@@ -59,6 +59,11 @@ def private_imports(source: str) -> list[str]:
 @room
 def test_no_module_is_longer_than_400_lines(room):
     assert {p.name: n for p in files(room) if (n := len(p.read_text().splitlines())) > 400} == {}
+
+
+def test_at_most_twelve_modules_are_longer_than_300_lines():
+    long = [p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 300]
+    assert len(long) <= 12, long
 
 
 @room

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from difftuning_control.cli import main
-from difftuning_control.data.prepare import materials
+from difftuning_control.data.study_inputs import materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.objective.budget import spread_budget

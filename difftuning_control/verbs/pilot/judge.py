@@ -18,7 +18,7 @@ from PIL import Image
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
-from difftuning_control.data.prepare import Materials
+from difftuning_control.data.study_inputs import Materials
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of, summarise

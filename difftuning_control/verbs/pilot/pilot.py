@@ -21,7 +21,8 @@ import torch
 from difftuning_control.data.buckets import describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.prepare import Materials, copies_held_out, materials, read_data, resolution_of
+from difftuning_control.data.prepare import copies_held_out, read_data, resolution_of
+from difftuning_control.data.study_inputs import Materials, materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data.prepare import Materials
+from difftuning_control.data.study_inputs import Materials
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig

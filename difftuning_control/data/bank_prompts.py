@@ -1,0 +1,41 @@
+"""The prompts that a knowledge bank is drawn for: captions, classes, none, or the lines of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from difftuning_control.data.labels import bank_classes
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.inputs import BankConfig
+from difftuning_control.system.untrusted import read_text
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+
+def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
+    """The prompts that a bank is drawn for.
+
+    Raises:
+        UserError: if the prompt file is missing, empty or not UTF-8.
+    """
+    if config.prompts == "captions":
+        return list(dict.fromkeys(captions))
+    if config.prompts == "empty":
+        return [""]
+    if config.prompts in ("classes", "both"):
+        return bank_classes(family, config.prompts)
+    path = Path(config.prompts).expanduser()
+    try:
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except OSError:
+        expected = "captions, empty, classes, both" if family.class_conditional else "captions, empty"
+        raise UserError(
+            f"bank.prompts is {config.prompts}; expected {expected}, or a text file with one prompt a line."
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt file {path} is not UTF-8 text; save it as UTF-8.") from None
+    if not any(lines):
+        raise UserError(f"the prompt file {path} has no prompt; write one a line.")
+    return [line for line in lines if line]
