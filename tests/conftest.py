@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+pytest.register_assert_rewrite("support")  # so that a failed assert in a helper shows its values
+
 from support.pictures import write_pictures
 from support.tiny_sd import tiny_pipeline
 
