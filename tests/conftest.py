@@ -12,8 +12,8 @@ import pytest
 
 pytest.register_assert_rewrite("support")  # so that a failed assert in a helper shows its values
 
-from support.pictures import write_pictures
-from support.tiny_sd import tiny_pipeline
+from support.pictures import write_pictures  # noqa: E402
+from support.tiny_sd import tiny_pipeline  # noqa: E402
 
 
 @pytest.fixture
