@@ -18,7 +18,7 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.cli import main
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
-from difftuning_control.data.datasets import dataset_rows, images_from_dataset
+from difftuning_control.data.datasets import dataset_rows
 from difftuning_control.data.examples import Columns
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.sources import load_images
@@ -163,7 +163,6 @@ def test_a_data_set_on_disk_names_no_picture_outside_of_it(tmp_path):
         datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "set" / "a.parquet"), batch_size=1)
 
     inside = datasets.Dataset.from_dict({"image": [str(tmp_path / "private.png")], "text": ["red"]}, features)
-    assert len(images_from_dataset(inside)) == 1  # what the user's own program has made is the user's
     for path in (str(tmp_path / "private.png"), "../private.png"):
         found = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}], "text": ["red"]}, features)
         (row,) = dataset_rows(found, Columns(), True, [tmp_path / "set"])
