@@ -57,6 +57,7 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.sample("size0", "size2")
 @pytest.mark.parametrize(
     "size", [(9460, 9460), (13_000, 13_000), (40_000, 40_000), (2_000_000_000, 2), (1, MAX_PIXELS + 1)]
 )
@@ -120,6 +121,7 @@ NOT_READ = {
 }
 
 
+@pytest.mark.sample("a device", "a pipe behind a link", "a name with a NUL")
 @pytest.mark.parametrize("case", NOT_READ)
 def test_what_is_no_file_of_the_folder_is_named_and_not_read(train, folder, tmp_path, capsys, case):
     spoil, name, fault = NOT_READ[case]
