@@ -148,6 +148,7 @@ def test_resuming_is_exact(recipe, monkeypatch):
     assert again["losses"] == whole["losses"]
 
 
+@pytest.mark.wide
 def test_an_analysis_measures_with_the_tuned_encoder(recipe):
     run = tuned(recipe, "run")
     record = train(run)

@@ -86,6 +86,7 @@ def test_mean_and_spread_are_of_the_seeds(tmp_path):
     assert "0.2000 ± 0.1000" in page.text
 
 
+@pytest.mark.wide
 def test_pictures_are_inside_and_large_ones_made_small(tmp_path):
     result = samples.pilot({"plain": [0.1] * 3, "prior": [0.1] * 3})
     samples.draw_pictures(tmp_path, result, [f"name {i}" for i in range(9)], size=700)

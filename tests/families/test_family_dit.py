@@ -983,6 +983,7 @@ def test_a_run_is_analysed_and_handed_over(finished, name):
     assert all(math.isfinite(v) for v in result["forgetting"]["mean"] + result["gap"]["mean"])
 
 
+@pytest.mark.wide
 def test_runs_are_evaluated_against_their_base(finished, tmp_path):
     runs = [
         finished(SETTINGS[n] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})

@@ -586,6 +586,7 @@ def test_a_recipe_may_not_be_left_out_after_its_flag(tmp_path, monkeypatch, caps
         assert_refused(["train", *words], capsys, tmp_path, "the recipe (no name given) cannot be read")
 
 
+@pytest.mark.wide
 def test_the_command_itself_prints_one_line_and_leaves_with_two(train, folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"limit": 4}}))

@@ -345,6 +345,7 @@ def test_words_that_are_no_secrets_stay(text):
     assert without_secrets(text) == text
 
 
+@pytest.mark.wide
 def test_secrets_are_in_no_file_and_no_line_of_a_run_its_export_and_its_report(
     train, folder, tmp_path, capfd, monkeypatch
 ):

@@ -194,6 +194,7 @@ def test_all_extras_at_once_leave_nothing_behind(kind):
     assert not any(hasattr(m, "_diffusers_hook") for m in modules)
 
 
+@pytest.mark.wide
 def test_a_controlnet_that_is_compiled_is_skipped_as_well():
     torch._dynamo.reset()
     pipe = drop_in("sd-control", control_schedule=LATE)

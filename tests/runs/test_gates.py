@@ -129,6 +129,7 @@ def test_a_run_that_keeps_its_limits_passes_and_loads_no_picture_for_the_loss(wo
     main(["export", str(root / "passes"), "--to", str(root / "export-passes"), "--base", "referenced"])
 
 
+@pytest.mark.wide
 def test_gates_do_not_touch_what_is_trained(words, root):
     main(words("without", drawn=False))
     name = "pytorch_lora_weights.safetensors"

@@ -160,7 +160,7 @@ def read_whole(found: TrainingInputs) -> TrainingInputs:
     )
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("method", ["lora", "controlnet"])
 def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_path, monkeypatch, method):
     monkeypatch.setattr("difftuning_control.data.latents.SHARD", 3)

@@ -520,7 +520,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_and_resumed_has_the_same_
     assert_same_run(recipe, finished({}))
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finished, tmp_path, monkeypatch, name):
     recipe = replace(make(**VARIANTS[name]), output=str(tmp_path))
@@ -655,6 +655,7 @@ def stopped(make: Maker) -> Recipe:
     return recipe
 
 
+@pytest.mark.wide
 def test_a_run_stops_so_many_steps_after_its_curve_has_settled(make, stopped, tmp_path):
     settled = has_settled(range(len(RISE)), RISE)
     assert settled == 6
@@ -673,7 +674,7 @@ def test_a_run_stops_so_many_steps_after_its_curve_has_settled(make, stopped, tm
     assert not checkpoints(Path(stopped.output))
 
 
-@pytest.mark.sample("3")
+@pytest.mark.wide
 @pytest.mark.parametrize("steps", [3, 8])
 def test_a_run_that_stops_is_bit_equal_when_it_was_interrupted(make, stopped, tmp_path, monkeypatch, steps):
     recipe = replace(make(**STOPPING), output=str(tmp_path))

@@ -252,7 +252,7 @@ def test_gradient_checkpointing_changes_no_weight(make, finished, name, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.sample("sdxl")
+@pytest.mark.wide
 def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path):
     recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
     train(recipe)
@@ -299,7 +299,7 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, ph
     assert f"{run['control']['argument']}=condition" in words
 
 
-@pytest.mark.sample("sd3")
+@pytest.mark.wide
 def test_every_weight_of_a_controlnet_moves_once_its_zeros_have(make, name, tmp_path):
     recipe = replace(make("", name, "controlnet", training={"max_steps": 5}), output=str(tmp_path))
     train(recipe)
@@ -494,7 +494,7 @@ def test_four_pictures_are_learnt_by_heart(make, family, short_prompts, tmp_path
     assert (drawn - true).square().mean() < 0.5 * variance
 
 
-@pytest.mark.sample("sd3")
+@pytest.mark.wide
 def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_path):
     """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
     features = str(save_tiny_dinov2(root / "features" / name))
