@@ -258,6 +258,7 @@ GAPS = {
 }
 
 
+@pytest.mark.sample("en-*")
 @pytest.mark.parametrize("code", GAPS)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_advice_has_words(tmp_path, code, language):

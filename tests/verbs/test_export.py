@@ -255,6 +255,7 @@ def test_the_one_line_file_is_that_of_the_repository(run, to, method):
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == [module, klass]
 
 
+@pytest.mark.sample("lora-*kohya*", "full-*")
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("lora", {}), ("lora", {"format": "kohya"}), ("full", {"source_unet": "difference"}), ("controlnet", {})],
