@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
+.PHONY: demo test test-all test-wide test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -12,6 +12,14 @@ demo: $(STAMP)
 # A process a core, each with one thread and whole files, whose tests share what they trained.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# With the breadth that `make test` samples: every family, adapter and verb, every kind of bad input in each.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not benchmark'
+
+# What `make test-all` has and `make test` has not.
+test-wide: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'wide and not slow and not benchmark'
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

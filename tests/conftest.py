@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny tensors down
@@ -10,8 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from support.pictures import write_pictures
-from support.tiny_sd import tiny_pipeline
+pytest.register_assert_rewrite("support")  # so that a failed assert in a helper shows its values
+
+from support.pictures import write_pictures  # noqa: E402
+from support.tiny_sd import tiny_pipeline  # noqa: E402
 
 
 @pytest.fixture
@@ -60,3 +63,20 @@ def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
         ),
         output=str(tmp_path / "run"),
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as `wide` what the `sample` marker of a parametrised test does not name; each name must name something."""
+    unused: dict[str, set[str]] = {}
+    for item in items:
+        names = [name for mark in item.iter_markers("sample") for name in mark.args]
+        if names and isinstance(item, pytest.Function):
+            found = {name for name in names if fnmatchcase(item.callspec.id, name)}
+            if not found:
+                item.add_marker("wide")
+            function = item.nodeid.partition("[")[0]
+            unused[function] = unused.get(function, set(names)) - found
+    whole = not any("::" in argument for argument in config.args)
+    if stale := [f"{function}: {', '.join(sorted(names))}" for function, names in unused.items() if whole and names]:
+        raise pytest.UsageError("the sample marker names no instance: " + "; ".join(stale))

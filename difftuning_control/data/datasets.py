@@ -1,4 +1,4 @@
-"""Rows of `datasets` data sets: by Hub name, as `save_to_disk` or Parquet files left them, or in memory."""
+"""Rows of `datasets` data sets: by Hub name, or as `save_to_disk` or Parquet files left them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data.examples import Checker, Columns, ImageData, Read, Row
+from difftuning_control.data.examples import Columns, Read, Row
 from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.data.splits import (
     ALL,
@@ -143,19 +143,14 @@ def named_dataset_rows(name: str, columns: Columns, need_captions: bool, choice:
     return dataset_rows(data, columns, need_captions, cached)
 
 
-def dataset_rows(
-    data: Any, columns: Columns, need_captions: bool = True, within: Sequence[Path] | None = None
-) -> list[Row]:
+def dataset_rows(data: Any, columns: Columns, need_captions: bool, within: Sequence[Path]) -> list[Row]:
     """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions.
 
     Args:
-        within: folders in which files that are named instead of held must lie, the first for relative names; files
-            from anywhere when None.
+        within: folders in which files that are named instead of held must lie, the first for relative names.
     """
     import datasets  # saves a second where pictures lie in a folder
 
-    if not isinstance(data, datasets.Dataset):
-        raise UserError(f"the data set is a {type(data).__name__}; expected a datasets.Dataset, such as one split.")
     wanted = {columns.image: True, columns.caption: need_captions}
     if columns.condition is not None:
         wanted[columns.condition] = True
@@ -179,7 +174,7 @@ def dataset_rows(
     ]
 
 
-def _reader(data: Any, column: str, within: Sequence[Path] | None) -> Callable[[int], Read]:
+def _reader(data: Any, column: str, within: Sequence[Path]) -> Callable[[int], Read]:
     """Gives for a row's number what reads the bytes of its picture."""
     import datasets  # saves a second where pictures lie in a folder
 
@@ -198,21 +193,13 @@ def _reader(data: Any, column: str, within: Sequence[Path] | None) -> Callable[[
                 return cell["bytes"]
             if cell.get("path") is None:
                 raise UserError("has no picture")
-            path = Path(cell["path"]) if within is None else within[0] / cell["path"]
-            if within is not None and path.is_relative_to(within[0]) and is_hidden(path, within[0]):
+            path = within[0] / cell["path"]
+            if path.is_relative_to(within[0]) and is_hidden(path, within[0]):
                 raise UserError(f"names a hidden picture, {path.name}; give it a name without a dot in front")
-            if within is not None and all(leads_outside(path, folder) is not None for folder in within):
+            if all(leads_outside(path, folder) is not None for folder in within):
                 raise UserError(f"names a picture outside the data set, {path}")
             return read_file(path, most)
 
         return read
 
     return content
-
-
-def images_from_dataset(
-    data: Any, *, image_column: str = "image", caption_column: str = "text", skip_bad: bool = False
-) -> ImageData:
-    """Examples of a `datasets.Dataset` object that is already in memory."""
-    checker = Checker(skip_bad, None)
-    return checker.data("the data set", dataset_rows(data, Columns(image_column, caption_column)))

@@ -47,16 +47,8 @@ def cache_folder(data: DataConfig) -> Path:
 
 def resolution_of(family: Family, data: DataConfig) -> int:
     """The side of the pictures in pixels; a UserError if the model cannot take it."""
-    return check_resolution(family, data.resolution or family.native_resolution, "data.resolution")
-
-
-def check_resolution(family: Family, side: int, name: str) -> int:
-    """The side itself.
-
-    Raises:
-        UserError: if the model cannot take it.
-    """
-    family.check_resolution(side, name)
+    side = data.resolution or family.native_resolution
+    family.check_resolution(side, "data.resolution")
     return side
 
 

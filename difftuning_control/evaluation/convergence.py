@@ -179,27 +179,3 @@ def _settled(steps: np.ndarray, values: np.ndarray, patience: int) -> bool:
     rising, degrees = fits.error[fits.last == latest].min(), len(steps) - 4
     looks = len(steps)  # a slow rise is asked at every measurement whether it has ended
     return _chance(rising, fits.error[fits.best], degrees, degrees) * looks < CHANCE
-
-
-def first_reach(
-    steps: Sequence[int], values: Sequence[float], level: float, higher_is_better: bool = True
-) -> float | None:
-    """The first step at which the curve reaches `level` and stays there; None if it never does.
-
-    A measurement counts if it is at or beyond the level and so is the mean of it and the next one: a single spike does
-    not count unless it lies farther beyond the level than its successor falls short. The step is interpolated between
-    that measurement and the one before.
-
-    Raises:
-        ValueError: as `find_convergence`.
-    """
-    s, v = _curve(steps, values, higher_is_better)
-    wanted = level if higher_is_better else -level
-    held = np.flatnonzero((v[:-1] >= wanted) & (v[:-1] + v[1:] >= 2 * wanted))
-    if not len(held):
-        return None
-    k = int(held[0])
-    if k == 0:
-        return float(s[0])
-    share = (wanted - v[k - 1]) / (v[k] - v[k - 1])  # the one before is below, or it would have counted itself
-    return float(s[k - 1] + share * (s[k] - s[k - 1]))

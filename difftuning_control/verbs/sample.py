@@ -13,7 +13,6 @@ from PIL import Image
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.labels import begin_as
-from difftuning_control.data.prepare import check_resolution
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
@@ -82,7 +81,8 @@ def sample_to_folder(
     }  # earlier ones had none
     family = load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
     side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
-    settings["resolution"] = check_resolution(family, side, "resolution")
+    family.check_resolution(side, "resolution")
+    settings["resolution"] = side
     condition = None
     if photo is not None:
         conditioner = Conditioner(ControlSpec.load(weights_of(run or "", "controlnet")), family.device)

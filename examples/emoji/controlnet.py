@@ -32,7 +32,7 @@ from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlS
 from difftuning_control.data.prepare import read_data
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
-from difftuning_control.evaluation.convergence import find_convergence, first_reach
+from difftuning_control.evaluation.convergence import find_convergence
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import FidelityProbe
@@ -242,6 +242,24 @@ def collect(work: Path) -> dict[str, Any]:
 def spread(values: list[float], form: str = "{:.2f}") -> str:
     shown = form.format(mean(values))
     return shown if len(values) < 2 else f"{shown} ± {form.format(stdev(values))}"
+
+
+def first_reach(steps: list[int], values: list[float], level: float) -> float | None:
+    """The first step at which the curve reaches `level` and stays there; None if it never does.
+
+    A measurement counts if it is at or beyond the level and so is the mean of it and the next one: a single spike does
+    not count unless it lies farther beyond the level than its successor falls short. The step is interpolated between
+    that measurement and the one before.
+    """
+    s, v = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    held = np.flatnonzero((v[:-1] >= level) & (v[:-1] + v[1:] >= 2 * level))
+    if not len(held):
+        return None
+    k = int(held[0])
+    if k == 0:
+        return float(s[0])
+    share = (level - v[k - 1]) / (v[k] - v[k - 1])  # the one before is below, or it would have counted itself
+    return float(s[k - 1] + share * (s[k] - s[k - 1]))
 
 
 def half_way(steps: list[int], values: list[float], level: float) -> float | None:

@@ -100,6 +100,7 @@ def test_a_kind_starts_at_the_base(name, base_picture):
     torch.testing.assert_close(plain_weights(family.pipe), before, atol=0, rtol=0)
 
 
+@pytest.mark.sample("orthogonal", "loha", "oft")
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "difffit"])
 def test_a_kind_moves_all_that_trains_and_no_weight_of_the_base(name):
     family = family_of(tiny_pipeline())
@@ -114,6 +115,7 @@ def test_a_kind_moves_all_that_trains_and_no_weight_of_the_base(name):
     assert [n for n, p in frozen.items() if not torch.equal(p, parameters[n])] == []
 
 
+@pytest.mark.sample("pissa", "ia3", "difffit")
 @pytest.mark.parametrize("name", KINDS)
 def test_switched_off_the_model_is_the_base_bit_for_bit(name, base_picture):
     family, _ = tuned_family(config_of(name))
@@ -126,6 +128,7 @@ def test_switched_off_the_model_is_the_base_bit_for_bit(name, base_picture):
     np.testing.assert_array_equal(picture(family.pipe), tuned)
 
 
+@pytest.mark.sample("rslora", "loha", "difffit")
 @pytest.mark.parametrize("name", KINDS)
 def test_a_hand_over_draws_with_the_base_where_it_should(name, base_picture):
     family, _ = tuned_family(config_of(name))
@@ -140,6 +143,7 @@ def test_a_hand_over_draws_with_the_base_where_it_should(name, base_picture):
     np.testing.assert_array_equal(picture(family.pipe), tuned)
 
 
+@pytest.mark.sample("pissa", "difffit")
 @pytest.mark.parametrize("saved", ["pissa", "tlora", "ia3", "difffit"], indirect=True)
 def test_the_drop_in_pipeline_takes_the_pretrained_weights_from_under_it(saved, base_picture):
     _, folder, trained = saved
@@ -186,6 +190,7 @@ def expected_numbers(family: StableDiffusion) -> dict[str, int]:
     }
 
 
+@pytest.mark.sample("dora", "loha", "lokr*", "oft", "boft", "ia3", "tlora")
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "difffit"])
 def test_as_many_weights_train_as_the_formula_says(name):
     family = family_of(tiny_pipeline())
@@ -193,6 +198,7 @@ def test_as_many_weights_train_as_the_formula_says(name):
     assert sum(p.numel() for p in AdapterTuning(family, config_of(name)).parameters().values()) == expected
 
 
+@pytest.mark.sample("tlora", "ia3")
 @pytest.mark.parametrize("name", ["pissa", "tlora", "loha", "oft", "boft", "ia3", "dora", "lokr"])
 def test_a_kind_trains_in_float32_on_a_base_in_lower_precision(name):
     family = family_of(tiny_pipeline().to(torch.bfloat16))
@@ -205,6 +211,7 @@ def test_a_kind_trains_in_float32_on_a_base_in_lower_precision(name):
     torch.testing.assert_close(plain_weights(family.pipe), base, atol=0, rtol=0)
 
 
+@pytest.mark.sample("lora", "lokr")
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "boft", "ia3"])
 def test_kinds_that_fit_convolutions_start_at_the_base_there_too(name, tmp_path):
     family = family_of(tiny_pipeline())
@@ -253,6 +260,7 @@ def test_a_controlnet_takes_the_merged_update_of_every_start():
 # --- what is saved --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("dora", "rspissa", "tlora-gaussian", "lokr-low", "boft")
 def test_a_saved_adapter_gives_the_trained_picture_in_a_fresh_pipeline(saved):
     _, folder, trained = saved
     stock = tiny_pipeline()
@@ -261,6 +269,7 @@ def test_a_saved_adapter_gives_the_trained_picture_in_a_fresh_pipeline(saved):
     assert not [p for p in folder.rglob("*") if p.suffix not in (".safetensors", ".json")]
 
 
+@pytest.mark.sample("rspissa", "loha", "difffit")
 def test_what_diffusers_and_peft_load_themselves_gives_the_trained_picture(saved):
     name, folder, trained = saved
     stock = tiny_pipeline()
@@ -279,6 +288,7 @@ def test_what_diffusers_and_peft_load_themselves_gives_the_trained_picture(saved
         np.testing.assert_allclose(picture(stock), trained, atol=1e-5)
 
 
+@pytest.mark.sample("ia3", "tlora", "difffit")
 def test_an_adapter_comes_off_again_and_leaves_the_pipeline_as_it_was(saved, base_picture):
     _, folder, _ = saved
     stock = tiny_pipeline()
@@ -293,6 +303,7 @@ def test_an_adapter_comes_off_again_and_leaves_the_pipeline_as_it_was(saved, bas
         unload_adapter(stock, "style")
 
 
+@pytest.mark.sample("lora", "oft", "difffit")
 def test_strength_leads_from_the_base_to_the_trained_model(saved, base_picture):
     name, folder, trained = saved
     if name in UNSCALED:
@@ -310,6 +321,7 @@ def test_strength_leads_from_the_base_to_the_trained_model(saved, base_picture):
     assert np.abs(found[0.5] - base_picture).max() > 1e-4
 
 
+@pytest.mark.sample("lokr", "tlora", "difffit")
 def test_two_saves_of_one_adapter_are_the_same_bytes(saved, tmp_path):
     name, folder, _ = saved
     _, tuning = tuned_family(config_of(name))
@@ -349,6 +361,7 @@ def of_another_shape(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {key: torch.zeros(*tensors[key].shape[:-1], 2 * tensors[key].shape[-1])}
 
 
+@pytest.mark.sample("without_one-tlora", "with_another-lokr", "of_another_shape-ia3", "without_one-difffit")
 @pytest.mark.parametrize("saved", FORMATS, indirect=True)
 @pytest.mark.parametrize("change", [without_one, with_another, of_another_shape])
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(saved, tmp_path, change, base_picture):
@@ -503,6 +516,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.sample("difffit")
 def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(recipe, kind, tmp_path, monkeypatch):
     whole = short(recipe, kind, tmp_path / "whole", ema_decay=0.9, save_at=[2])
     record = train(whole)
@@ -546,6 +560,7 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
     assert not np.array_equal(pictures[None], before)
 
 
+@pytest.mark.sample("lokr")
 def test_the_losses_of_a_run_are_those_of_its_saved_adapter(recipe, kind, tmp_path):
     trained = short(recipe, kind, tmp_path / "run")
     record = train(trained)
@@ -568,6 +583,7 @@ def test_scale_factors_and_vectors_do_not_decay_towards_zero(recipe):
         assert not any("magnitude" in n for n in names)
 
 
+@pytest.mark.wide
 def test_the_output_of_an_earlier_run_of_another_kind_goes(recipe, tmp_path):
     for name in ("ia3", "difffit", "lora"):
         train(short(recipe, name, tmp_path / "run"), overwrite=True)

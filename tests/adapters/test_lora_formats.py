@@ -161,6 +161,7 @@ def changed(found: dict[str, Tensor], base: nn.Module) -> set[str]:
 # --- the formats ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("all-shallow-*", "attention-embedded-*")
 @pytest.mark.parametrize(("name", "rank", "alpha"), ALPHAS)
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha):
@@ -174,6 +175,7 @@ def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha
     assert_close(found, merged(unet).state_dict())
 
 
+@pytest.mark.sample("blocks-shallow-*", "attention-embedded-*")
 @pytest.mark.parametrize(("name", "rank", "alpha"), ALPHAS)
 @pytest.mark.parametrize("targets", ["attention", "blocks"])
 def test_kohya_reads_every_layer_by_its_path_in_the_unet_that_it_trains(name, targets, rank, alpha):
@@ -186,6 +188,7 @@ def test_kohya_reads_every_layer_by_its_path_in_the_unet_that_it_trains(name, ta
     assert_close(found, merged(unet).state_dict())
 
 
+@pytest.mark.sample("shallow-blocks")
 @pytest.mark.parametrize("targets", ["attention", "blocks"])
 @pytest.mark.parametrize("name", ["shallow", "deep", "sdxl"])
 def test_stock_diffusers_reads_kohyas_file_too(name, targets, tmp_path):

@@ -97,6 +97,7 @@ def test_the_source_predicts_what_the_source_did_and_the_tuned_model_stays_as_it
     assert not any(p.is_meta for p in found.parameters())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tuned_weights_may_be_loaded_in_a_lower_precision(source, tuned, tmp_path, dtype):
     save_difference(tuned, source, tmp_path / "d.safetensors")

@@ -87,6 +87,7 @@ def test_its_learning_rate_is_its_own(family, recipe):
     ] * 2
 
 
+@pytest.mark.sample("changes0")
 @pytest.mark.parametrize("changes", [{}, {"kind": "dora"}, {"init": "pissa"}, {"rslora": True}])
 def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     run = tuned(recipe, "run", **changes)
@@ -115,6 +116,7 @@ def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     assert record["losses"]["bank"]["tuned"] != record["losses"]["bank"]["base"]
 
 
+@pytest.mark.wide
 def test_it_trains_on_an_encoder_in_lower_precision(recipe):
     run = tuned(recipe, "run")
     run = replace(run, training=replace(run.training, mixed_precision="bf16"))
@@ -127,6 +129,7 @@ def test_it_trains_on_an_encoder_in_lower_precision(recipe):
     assert np.abs(picture(stock) - before).max() > 1e-4
 
 
+@pytest.mark.wide
 def test_resuming_is_exact(recipe, monkeypatch):
     whole = train(tuned(recipe, "whole"))
     broken, step = tuned(recipe, "broken"), TrainingLoop.step
@@ -145,6 +148,7 @@ def test_resuming_is_exact(recipe, monkeypatch):
     assert again["losses"] == whole["losses"]
 
 
+@pytest.mark.wide
 def test_an_analysis_measures_with_the_tuned_encoder(recipe):
     run = tuned(recipe, "run")
     record = train(run)

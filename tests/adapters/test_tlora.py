@@ -137,6 +137,7 @@ def test_in_flow_matching_the_rank_follows_sigma(shift):
 # --- forward and gradients ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("orthogonal-False", "gaussian-True")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("init", INITS)
 def test_rows_of_different_timesteps_are_those_of_layers_written_out(init, checkpointing):
@@ -155,6 +156,7 @@ def test_rows_of_different_timesteps_are_those_of_layers_written_out(init, check
         torch.testing.assert_close(alone[0], prediction[row], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample("999-orthogonal", "500-gaussian", "0-gaussian")
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("timestep", [999, 500, 1, 0])
 def test_components_past_the_rank_have_no_gradient_at_all(init, timestep):
@@ -258,6 +260,7 @@ def test_a_gaussian_start_is_a_loras():
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("gaussian")
 @pytest.mark.parametrize("init", INITS)
 def test_samples_are_those_of_a_lora_that_is_cut_by_hand_at_every_step(init, tmp_path):
     family, tuning = moved(init)
@@ -300,6 +303,7 @@ def test_the_file_is_a_lora_of_both_terms_with_its_ranks_in_the_header(tmp_path)
     assert f'"rank": {RANK}' in header
 
 
+@pytest.mark.sample("{-*", "*12 rows")
 @pytest.mark.parametrize(
     ("header", "said"),
     [
@@ -331,6 +335,7 @@ def test_its_mask_goes_when_diffusers_unloads_it(tmp_path):
     np.testing.assert_array_equal(picture(stock), masked)
 
 
+@pytest.mark.sample("EulerDiscreteScheduler")
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_other_samplers_are_masked_too(scheduler, tmp_path):
     import diffusers

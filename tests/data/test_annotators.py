@@ -389,6 +389,7 @@ def test_loading_and_annotating_are_silent():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.wide
 def test_a_mediapipe_without_solutions_spoils_only_its_own_annotator(tmp_path: Path):
     (tmp_path / "mediapipe.py").write_text("")  # as from 0.10.30 on
     code = (

@@ -287,6 +287,7 @@ def test_a_folder_of_real_pictures_can_be_the_bank(family, tmp_path, captions):
     assert bank[draw_items(bank, 3)].shape == (3, 4, 8, 8)
 
 
+@pytest.mark.wide
 def test_two_jobs_that_want_the_same_bank_at_once_both_get_it(tmp_path, model_dir):
     code = (
         "import sys; from difftuning_control import BankRequest, KnowledgeBank, load_family; "

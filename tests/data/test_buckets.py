@@ -322,6 +322,7 @@ def test_bank_rows_of_another_shape_count_as_much_as_in_one_forward(make):
     assert loop.step(step)["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.sample("sdxl")
 @pytest.mark.parametrize("family", MODELS)
 def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, family):
     recipe = make("trained", family)
@@ -336,6 +337,7 @@ def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, famil
     assert 0 < run["data"]["buckets"]["cropped"] < 0.2
 
 
+@pytest.mark.wide
 def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
     whole, broken = make("whole"), make("broken")
     train(whole)
@@ -356,6 +358,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.sample("sd")
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_a_controlnet_trains_on_three_shapes(make, family):
     lines: list[str] = []
@@ -401,6 +404,7 @@ def test_squares_are_in_one_bucket_and_encoded_as_without_buckets(make, pictures
     assert torch.equal(one.targets.moments.mean[:], other.targets.moments.mean[:])
 
 
+@pytest.mark.wide
 def test_layers_masked_by_noise_level_are_recomputed_as_they_were(make):
     """T-LoRA's mask is the last forward's, and a checkpointed forward is done again in its backward."""
     rows = {"tuning": {"retention_ratio": 0.4}, "training": {"max_steps": 3, "weight_decay": 0.0}}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftuning_control.data.datasets import dataset_rows, images_from_dataset
-from difftuning_control.data.examples import Columns, ImageData
+from difftuning_control.data.datasets import dataset_rows
+from difftuning_control.data.examples import Checker, Columns, ImageData
 from difftuning_control.data.images import decode_image, fit_square
 from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set, load_images
 from difftuning_control.errors import UserError
@@ -28,6 +28,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def examples_of(
+    data: datasets.Dataset, columns: Columns | None = None, skip_bad: bool = False, within: str | Path = "/"
+) -> ImageData:
+    """Examples of a data set in memory; files that it names must lie in `within`."""
+    return Checker(skip_bad, None).data("the data set", dataset_rows(data, columns or Columns(), True, [Path(within)]))
 
 
 def array(image: Image.Image) -> np.ndarray:
@@ -147,7 +154,7 @@ def test_a_data_set_on_disk_gives_the_same_pictures_and_captions(dataset, tmp_pa
         dataset.to_parquet(folder / "part-0.parquet")
     else:
         (datasets.DatasetDict(train=dataset) if form == "splits" else dataset).save_to_disk(folder)
-    found, expected = load_images(str(folder)), images_from_dataset(dataset)
+    found, expected = load_images(str(folder)), examples_of(dataset)
     assert [(e.caption, e.load().tobytes()) for e in found.examples] == [
         (e.caption, e.load().tobytes()) for e in expected.examples
     ]
@@ -160,17 +167,17 @@ def test_a_data_set_on_disk_without_a_train_split_is_refused(dataset, tmp_path):
 
 
 def test_a_data_set_in_memory_gives_the_same_pictures_and_captions(dataset, images):
-    data = images_from_dataset(dataset)
+    data = examples_of(dataset)
     assert [e.caption for e in data.examples] == CAPTIONS
     assert all(np.array_equal(array(e.load()), array(i)) for e, i in zip(data.examples, images))
     renamed = dataset.rename_columns({"image": "picture", "text": "title"})
-    again = images_from_dataset(renamed, image_column="picture", caption_column="title")
+    again = examples_of(renamed, Columns("picture", "title"))
     assert again.fingerprint == data.fingerprint
 
 
 def test_a_data_set_can_name_files(dataset, pictures):
     paths = [str(pictures / f"{i}.png") for i in range(3)]
-    data = images_from_dataset(dataset.select(range(3)).remove_columns("image").add_column("image", paths))
+    data = examples_of(dataset.select(range(3)).remove_columns("image").add_column("image", paths), within=pictures)
     assert [e.digest for e in data.examples] == [e.digest for e in load_images(str(pictures)).examples[:3]]
 
 
@@ -184,24 +191,23 @@ def test_a_data_set_can_name_files(dataset, pictures):
         (lambda d: d.remove_columns("text").add_column("text", ["a", None, "", "b"]), "row 1 .* has no caption"),
         (lambda d: d.remove_columns("image").add_column("image", ["/no/x.png"] * 4), "row 0 .* cannot be read"),
         (lambda d: d.select([]), "has no usable picture"),
-        (lambda d: {"train": d}, "is a dict; expected a datasets.Dataset"),
     ],
 )
 def test_a_data_set_that_cannot_serve_is_refused(dataset, change, message):
     with pytest.raises(UserError, match=message):
-        images_from_dataset(change(dataset))
+        examples_of(change(dataset))
 
 
 def test_a_data_set_needs_no_captions_where_they_are_given_for_all(dataset):
-    rows = dataset_rows(dataset.remove_columns("text"), Columns(), need_captions=False)
+    rows = dataset_rows(dataset.remove_columns("text"), Columns(), False, [])
     assert [row.caption for row in rows] == [None] * 4
 
 
 def test_rows_without_a_picture_are_skipped_only_when_wanted(dataset, images):
     holed = datasets.Dataset.from_dict({"image": [None, *images[1:]], "text": CAPTIONS}, features=dataset.features)
     with pytest.raises(UserError, match="row 0 in the data set has no picture"):
-        images_from_dataset(holed)
-    data = images_from_dataset(holed, skip_bad=True)
+        examples_of(holed)
+    data = examples_of(holed, skip_bad=True)
     assert (len(data), data.skipped) == (3, {"row 0": "has no picture"})
 
 

@@ -39,6 +39,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
+@pytest.mark.sample("ja")
 @pytest.mark.parametrize("language", T)
 def test_bare_well_formed_svg(language):
     for name, svg in every_chart(T[language]).items():
@@ -65,6 +66,7 @@ def test_no_ids_in_common_and_none_missing():
         assert set(re.findall(r'(?:href="|url\()#([\w.-]+)', svg)) <= found[name]
 
 
+@pytest.mark.sample("en")
 @pytest.mark.parametrize("language", T)
 def test_equal_input_equal_bytes(language):
     assert every_chart(T[language]) == every_chart(T[language])
@@ -112,6 +114,7 @@ def test_a_distant_base_is_named_and_does_not_squeeze_the_dots():
     assert not [t for t in texts(far) if re.fullmatch(r"[1-5]\.?0?", t)]
 
 
+@pytest.mark.sample("en")
 @pytest.mark.parametrize("language", T)
 def test_outside_text_stays_text(language):
     result = samples.pilot({"plain": [0.1] * 3, EVIL: [0.2] * 3})
@@ -130,6 +133,7 @@ def test_outside_text_stays_text(language):
         assert "<b>" not in svg
 
 
+@pytest.mark.wide
 def test_legends_fit():
     for t in T.values():
         for svg in every_chart(t).values():
@@ -158,6 +162,7 @@ def test_odd_values_do_not_stop_a_chart():
     assert charts.multipliers_chart({"step": [1], "values": [[0.1, 0.2]]}, t).count("u = ") == 2
 
 
+@pytest.mark.wide
 def test_matplotlib_is_not_imported_with_the_package():
     code = "import sys, difftuning_control; sys.exit('matplotlib' in sys.modules or 'jinja2.ext' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -41,6 +41,7 @@ def commands(page: Page) -> list[str]:
     return [html.unescape(re.sub("<.*?>", "", c)) for c in re.findall(r"<code>(.*?)</code>", page.source)]
 
 
+@pytest.mark.sample("sudden", "worse")
 @pytest.mark.parametrize("code", CURVES)
 def test_the_headline_answers_whether_it_follows(tmp_path, code):
     found = control_verdict(CURVES[code])
@@ -84,6 +85,7 @@ def test_a_plateau_has_more_than_one_measurement(end, code):
     assert control_verdict(curve_of(ramp(end - 50, end, noise=0.001)))["code"] == code
 
 
+@pytest.mark.sample("ja-normals", "en-depth", "en-masks")
 @pytest.mark.parametrize("kind", MAIN)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_kind_has_words(tmp_path, kind, language):
@@ -150,6 +152,7 @@ def test_the_last_grid_is_inside_and_made_small(tmp_path):
     assert Page(write_control_report(control_run(), tmp_path)).values("src") == [uri]
 
 
+@pytest.mark.sample("short-True-True", "sudden-False-False")
 @pytest.mark.parametrize(
     ("code", "longer", "measured"),
     [
@@ -197,6 +200,7 @@ def test_a_bare_run_is_reported(tmp_path, language):
     assert load_texts(language)["verdict.control.unmeasured"] in page.text
 
 
+@pytest.mark.wide
 def test_a_run_without_a_bank_does_not_speak_of_one(tmp_path):
     said = load_texts("en")
     assert said["explain.bank"] in text_of(control_run(), tmp_path)
@@ -228,6 +232,7 @@ def test_outside_text_is_shown_and_not_obeyed(tmp_path, language):
     assert "http" not in page.source.replace("http://www.w3.org/2000/svg", "")
 
 
+@pytest.mark.sample("ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_same_input_same_bytes(tmp_path, language):
     draw_grid(tmp_path, 500)

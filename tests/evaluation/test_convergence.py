@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from difftuning_control.evaluation.convergence import find_convergence, first_reach, has_settled
+from difftuning_control.evaluation.convergence import find_convergence, has_settled
 
 INTERVAL = 250
 
@@ -158,34 +158,7 @@ def test_it_does_not_settle_during_a_slow_rise(noise):
     assert np.mean(early) <= 0.1
 
 
-def test_first_reach_interpolates():
-    assert first_reach([0, 10, 20, 30], [0.0, 0.2, 0.6, 0.7], 0.5) == pytest.approx(17.5)
-    assert first_reach([0, 100, 400, 500], [0.9, 0.5, 0.2, 0.1], 0.3, higher_is_better=False) == pytest.approx(300)
-    assert first_reach([5, 10, 20], [0.6, 0.7, 0.7], 0.5) == 5
-    assert first_reach([5, 10, 20], [0.4, 0.5, 0.5], 0.5) == 10
-
-
-def test_first_reach_is_not_misled_by_a_spike():
-    values = [0.1, 0.1, 0.6, 0.1, 0.1, 0.4, 0.8, 0.8]
-    assert first_reach(range(8), values, 0.5) == pytest.approx(5.25)
-    assert first_reach(range(8), [-v for v in values], -0.5, higher_is_better=False) == pytest.approx(5.25)
-    assert first_reach(range(8), [0.1, 0.1, 0.6] + [0.1] * 5, 0.5) is None
-
-
-def test_first_reach_of_a_level_that_is_not_reached():
-    assert first_reach([1, 2, 3], [0.1, 0.2, 0.3], 0.5) is None
-    assert first_reach([1, 2, 3], [0.1, 0.2, 0.9], 0.5) is None  # nothing confirms it yet
-    assert first_reach([], [], 0.5) is None
-
-
-def test_first_reach_does_not_change_as_the_curve_grows():
-    steps, values = curve(0.4, noise=0.08, seed=2)
-    answers = {first_reach(steps[:k], values[:k], 0.45) for k in range(1, len(steps) + 1)}
-    assert len(answers) == 2
-    assert None in answers
-
-
-@pytest.mark.parametrize("function", [find_convergence, has_settled, lambda s, v: first_reach(s, v, 0.5)])
+@pytest.mark.parametrize("function", [find_convergence, has_settled])
 def test_errors(function):
     with pytest.raises(ValueError, match="as many"):
         function([1, 2, 3], [0.1, 0.2])

@@ -207,6 +207,7 @@ def test_lite0_without_its_package_is_refused(monkeypatch):
 # --- imports --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "module", ["difftuning_control", "difftuning_control.cli", "difftuning_control.evaluation.metrics"]
 )

@@ -31,6 +31,7 @@ def pilot_page(tmp_path_factory) -> Page:
     return Page(write_pilot_report(result, folder))
 
 
+@pytest.mark.sample("pilot-en", "analysis of a run-ja", "analysis-en")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("kind", ["pilot", "analysis", "analysis of a run"])
 def test_one_self_contained_file(tmp_path, language, kind):
@@ -85,6 +86,7 @@ def test_mean_and_spread_are_of_the_seeds(tmp_path):
     assert "0.2000 ± 0.1000" in page.text
 
 
+@pytest.mark.wide
 def test_pictures_are_inside_and_large_ones_made_small(tmp_path):
     result = samples.pilot({"plain": [0.1] * 3, "prior": [0.1] * 3})
     samples.draw_pictures(tmp_path, result, [f"name {i}" for i in range(9)], size=700)
@@ -116,6 +118,7 @@ def test_outside_text_is_shown_and_not_obeyed(tmp_path):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", found.source)
 
 
+@pytest.mark.sample("ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_same_input_same_bytes(tmp_path, language):
     pages = []
@@ -178,6 +181,7 @@ def test_half_finished_pilots_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample("bad.png-*")
 @pytest.mark.parametrize(
     ("file", "match"), [("absent.png", "missing or damaged"), ("bad.png", "damaged"), ("../x.png", "outside")]
 )
@@ -254,6 +258,7 @@ GAPS = {
 }
 
 
+@pytest.mark.sample("en-*")
 @pytest.mark.parametrize("code", GAPS)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_advice_has_words(tmp_path, code, language):
@@ -266,6 +271,7 @@ def test_every_advice_has_words(tmp_path, code, language):
     assert ("--tuning.schedule.kind measured" in page.text) == (code in ("rising", "not_monotone"))
 
 
+@pytest.mark.sample("en")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_pilots_frames_are_told_beside_its_resolution(tmp_path, language):
     result = samples.pilot()
@@ -288,6 +294,7 @@ BETTER = [0.030, 0.041, 0.034]
 NOISE = [0.039, 0.052, 0.044]
 
 
+@pytest.mark.sample("kid0-*", "kid2-*")
 @pytest.mark.parametrize(
     ("kid", "hit", "code", "side", "reason"),
     [
@@ -371,6 +378,7 @@ def test_each_side_counts_at_its_own_best_length():
     assert verdict(result)["code"] == "winner"
 
 
+@pytest.mark.wide
 def test_the_report_says_what_the_verdict_says(tmp_path):
     def said(kid, hit=None, **values) -> str:
         return Page(write_pilot_report(samples.pilot(kid, hit) | values, tmp_path)).text.replace("‑", "-")
@@ -462,6 +470,7 @@ def test_it_renders_without_sideways_scrolling(tmp_path, language, width):
         assert 0.005 < dark / (width * 1500) < 0.3
 
 
+@pytest.mark.sample("3-*")
 @pytest.mark.parametrize(("seeds", "sides"), [(3, 3), (5, 4), (2, 2)])
 def test_a_pilot_without_any_effect_names_a_winner_in_few_cases_only(seeds, sides):
     import random

@@ -716,6 +716,7 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_the_pipeline_alone(finis
         load_adapter(tiny_dit(), damaged)
 
 
+@pytest.mark.sample("tlora", "loha")
 @pytest.mark.parametrize("kind", ["dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"])
 def test_every_kind_of_adapter_takes_its_classes_along(make, kind, tmp_path):
     recipe = make("", tuning={"label_space": "new"}, bank={"prompts": "empty"}, training={"max_steps": 2})
@@ -884,6 +885,7 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     assert farthest(stock_pictures(pipe, ["owl"]), before) > 0
 
 
+@pytest.mark.sample("lora, new-difftuning", "full, new-stock", "fused-stock")
 @pytest.mark.parametrize("pipeline", ["stock", "difftuning"])
 @pytest.mark.parametrize("name", ["full, new", "lora, new", "lora", "fused"])
 def test_a_run_is_exported_and_draws_the_same(finished, capsys, tmp_path, name, pipeline):
@@ -968,6 +970,7 @@ def test_other_tools_have_no_names_for_a_dit(finished, capsys, tmp_path):
     assert "are known for UNets only" in err
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["lora, new", "full, new", "lora"])
 def test_a_run_is_analysed_and_handed_over(finished, name):
     recipe = finished(SETTINGS[name] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})
@@ -980,6 +983,7 @@ def test_a_run_is_analysed_and_handed_over(finished, name):
     assert all(math.isfinite(v) for v in result["forgetting"]["mean"] + result["gap"]["mean"])
 
 
+@pytest.mark.wide
 def test_runs_are_evaluated_against_their_base(finished, tmp_path):
     runs = [
         finished(SETTINGS[n] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})

@@ -193,6 +193,7 @@ def test_a_sample_is_the_stock_pipelines_picture(family, pipe, side, offload):
     family.sample(PROMPTS, generators(0, 1), steps=1, guidance_scale=1.0, resolution=side)
 
 
+@pytest.mark.sample("pixart sigma", "sana", "lumina2")
 def test_a_sample_depends_on_its_own_prompt_and_generator_alone(family, side):
     settings = {"steps": 2, "guidance_scale": 3.0, "resolution": side}
     together = family.sample([PROMPTS[0], "", PROMPTS[1]], generators(1, 2, 3), **settings)
@@ -225,6 +226,7 @@ def test_latents_are_the_autoencoders_own(family, pipe, side):
     torch.testing.assert_close(family.decode(family.scale_latents(mean)), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.sample("pixart sigma", "sana", "lumina2")
 def test_a_loaded_model_is_the_saved_one(family, pipe, side, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = load_family(str(tmp_path))
@@ -235,6 +237,7 @@ def test_a_loaded_model_is_the_saved_one(family, pipe, side, tmp_path):
     torch.testing.assert_close(loaded.sample(PROMPTS, generators(0, 1), **settings), expected, atol=0, rtol=0)
 
 
+@pytest.mark.sample("pixart sigma", "sana", "lumina2")
 def test_embeddings_are_cached_with_their_masks_and_made_again_when_the_encoder_changes(family, tmp_path):
     first = cached_embeddings(family_of(family.pipe), PROMPTS, tmp_path, lambda _: None)
     torch.testing.assert_close(in_memory(first), family.encode_prompts(["", *PROMPTS]), **TOLERANCE)
@@ -257,6 +260,7 @@ def test_prompts_are_counted_with_what_the_pipeline_puts_before_them():
 # --- adapters that read timesteps -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("pixart sigma", "sana", "lumina2")
 def test_the_pretrained_model_takes_over_below_u0(family, side):
     def sample():
         return family.sample(PROMPTS, generators(0, 1), steps=4, guidance_scale=3.0, resolution=side)

@@ -63,6 +63,7 @@ class Encoders:
         self.forwards += 1
 
 
+@pytest.mark.sample("sd", "flux")
 def test_offloaded_encoders_encode_each_prompt_once_and_the_pictures_stay(pipe, monkeypatch):
     family = family_of(pipe)
     expected = draw(family)
@@ -78,6 +79,7 @@ def test_offloaded_encoders_encode_each_prompt_once_and_the_pictures_stay(pipe, 
     assert encoders.swaps == 2
 
 
+@pytest.mark.wide
 def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_training(recipe, monkeypatch, tmp_path):
     plain = replace(
         recipe, training=replace(recipe.training, sample_every=3, sample_steps=2), output=str(tmp_path / "a")
@@ -110,6 +112,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
 # --- weights in 8 bits ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("True-tiny_lumina2", "False-tiny_pixart")
 @pytest.mark.parametrize("make", [tiny_sd3, tiny_flux, tiny_pixart, tiny_sana, tiny_lumina2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_through_8_bits_are_those_through_the_rounded_weights(make, checkpointing):
@@ -139,6 +142,7 @@ def test_gradients_through_8_bits_are_those_through_the_rounded_weights(make, ch
     assert all(gradient.any() for n, gradient in found[0][1].items() if "1.attn.add_q_proj" not in n)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("make", "method"), [(tiny_sd3, "lora"), (tiny_flux, "lora"), (tiny_flux, "controlnet")])
 def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tmp_path, monkeypatch):
     make().save_pretrained(tmp_path / "model")

@@ -216,6 +216,7 @@ def finished(make):
 LORA = {"adapter": {"on": "controlnet", "rank": 2, "alpha": 4.0}}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("settings", [{}, LORA], ids=["whole", "lora"])
 def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, root, settings):
     recipe = finished(settings)
@@ -251,6 +252,7 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, ro
     assert "control_image=condition" in words
 
 
+@pytest.mark.wide
 def test_what_trains_moves_and_the_rest_stays(make, finished, tmp_path):
     """Of a whole one every weight once its zeros have moved; with a LoRA its targets, its input and its zeros."""
     family = load_family(make("").model.id)
@@ -265,6 +267,7 @@ def test_what_trains_moves_and_the_rest_stays(make, finished, tmp_path):
     assert differing(load_file(f"{recipe.output}/{CONTROLNET}"), start) == expected
 
 
+@pytest.mark.wide
 def test_checkpointing_offload_and_an_interruption_change_no_weight(make, finished, tmp_path):
     expected = finished({})
     recipe = replace(make(""), output=str(tmp_path / "broken"))
@@ -279,6 +282,7 @@ def test_checkpointing_offload_and_an_interruption_change_no_weight(make, finish
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.wide
 def test_a_run_in_bf16_and_in_8_bits_ends(make, tmp_path):
     recipe = make("", training={"mixed_precision": "bf16"}, model={"quantization": "float8"})
     run = train(replace(recipe, output=str(tmp_path)))

@@ -28,6 +28,7 @@ SIDES = {"sana": 32, "lumina2": 64}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+@pytest.mark.sample("pixart-nf4", "lumina2-int8")
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", MODELS)
@@ -58,6 +59,7 @@ def test_gradients_are_those_through_the_rounded_weights(name, kind):
         assert (ours - expected).norm() < off * expected.norm()
 
 
+@pytest.mark.sample("lumina2-nf4-lora")
 @needs_bitsandbytes
 @pytest.mark.parametrize(
     ("name", "kind", "method"),
@@ -94,6 +96,7 @@ def test_a_run_on_a_quantised_base_is_drawn_on_the_same(name, kind, method, reci
     assert [a.tobytes() for a in before] != [a.tobytes() for a in after]
 
 
+@pytest.mark.wide
 @needs_bitsandbytes
 def test_a_run_with_the_8_bit_optimizer_resumes_bit_by_bit(recipe, tmp_path):
     training = replace(recipe.training, optimizer="adamw8bit", max_steps=4, checkpoint_every=2, validate_every=0)

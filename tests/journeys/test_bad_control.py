@@ -87,6 +87,7 @@ def test_the_undisturbed_commands_succeed(train, supplied, tmp_path):
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("*fidelity*", "*dropout*", "*annotator*")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -159,6 +160,7 @@ def test_parameters_that_are_no_section_are_refused(tmp_path, monkeypatch, capsy
 # --- annotators and conditions --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("*open_pose*", "*weights*")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -207,6 +209,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.sample("without_condition")
 @pytest.mark.parametrize("spoil", FAULTS)
 def test_a_supplied_condition_that_cannot_be_used_is_refused_or_left_out_and_recorded(
     supplied, folder, tmp_path, capsys, spoil
@@ -261,6 +264,7 @@ def pickled_weights(place: Path) -> None:
     load_family("embedded").new_controlnet(0).save_pretrained(place, safe_serialization=False)
 
 
+@pytest.mark.sample("pickled_weights", "no_directory")
 @pytest.mark.parametrize("write", [no_directory, empty_directory, file, damaged_weights, pickled_weights])
 def test_a_start_that_is_no_controlnet_is_refused(train, tmp_path, capsys, write):
     write(tmp_path / "start")
@@ -399,6 +403,7 @@ def test_a_pilot_of_controlnets_that_stop_by_themselves_is_refused(train, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sample("lora first*")
 @pytest.mark.parametrize("order", [("lora", "control"), ("control", "lora")], ids=" first, ".join)
 def test_a_lora_and_a_controlnet_are_not_evaluated_together(runs, tmp_path, capsys, order):
     named = json.dumps([str(runs[name]) for name in order])

@@ -140,6 +140,7 @@ BAD_PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.sample("gone", "truncated jpeg", "a link to outside", "caption file not UTF-8")
 @pytest.mark.parametrize("case", BAD_PICTURES)
 def test_a_picture_that_cannot_be_used_is_named_with_its_fault(train, folder, tmp_path, capsys, case):
     spoil, fault = BAD_PICTURES[case]
@@ -234,6 +235,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.sample("metadata broken", "empty", "metadata linked to outside", "a file")
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_a_folder_that_cannot_serve_is_refused(train, folder, tmp_path, capsys, case):
     spoil, words = BAD_FOLDERS[case]
@@ -304,6 +306,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.sample("pickled weights", "a part missing", "a broken index", "another class")
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_a_directory_that_is_no_supported_model_is_refused(train, model_dir, tmp_path, capsys, case):
     spoil, words = BAD_MODELS[case]
@@ -312,6 +315,7 @@ def test_a_directory_that_is_no_supported_model_is_refused(train, model_dir, tmp
     assert_refused(train(**{"model.id": model}), capsys, tmp_path, str(model), *words)
 
 
+@pytest.mark.sample("*-no-such-model")
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 @pytest.mark.parametrize("verb", ["train", "bank", "sample"])
 def test_a_model_that_cannot_be_downloaded_is_refused(train, tmp_path, capsys, name, verb):
@@ -458,6 +462,7 @@ BAD_BANKS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.sample("another base", "a missing shard")
 @pytest.mark.parametrize("case", BAD_BANKS)
 def test_a_bank_that_does_not_fit_is_refused_and_kept(train, bank, tmp_path, capsys, case):
     spoil, words = BAD_BANKS[case]
@@ -465,6 +470,7 @@ def test_a_bank_that_does_not_fit_is_refused_and_kept(train, bank, tmp_path, cap
     assert_refused(train(**{"bank.path": bank}), capsys, tmp_path, str(bank), *words)
 
 
+@pytest.mark.sample("bank.steps-3")
 @pytest.mark.parametrize(("key", "value"), [("bank.size", 7), ("bank.steps", 3), ("bank.seed", 4)])
 def test_a_bank_drawn_with_other_settings_is_refused_and_kept(train, bank, tmp_path, capsys, key, value):
     words = train(**{"bank.path": bank, key: value})
@@ -488,6 +494,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
 # --- the command line and recipes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("train --data*", "sample*", "bank*", "train --training*")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -579,6 +586,7 @@ def test_a_recipe_may_not_be_left_out_after_its_flag(tmp_path, monkeypatch, caps
         assert_refused(["train", *words], capsys, tmp_path, "the recipe (no name given) cannot be read")
 
 
+@pytest.mark.wide
 def test_the_command_itself_prints_one_line_and_leaves_with_two(train, folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": {"limit": 4}}))

@@ -50,6 +50,7 @@ def test_names_that_the_base_never_saw_are_marked_and_never_tuned_on():
             assert len(unknown) == (32 if part else 0)
 
 
+@pytest.mark.wide
 def test_the_hook_example_runs_and_adds_at_most_ten_lines(tmp_path):
     script = ROOT / "examples" / "hook_into_your_loop.py"
     assert 1 <= sum("# +" in line and '"""' not in line for line in script.read_text().splitlines()[8:]) <= 10

@@ -74,6 +74,7 @@ def draw(pipe, side: int = 16, **more) -> np.ndarray:
     return pipe("red 1", height=side, width=side, **settings).images
 
 
+@pytest.mark.sample("pixart")
 @pytest.mark.parametrize("name", [*MODELS, pytest.param("flux_nf4", marks=needs_bitsandbytes)])
 def test_the_recipe_of_a_lora_ends_in_one_that_stock_diffusers_loads(name, root, tmp_path):
     family = name.removesuffix("_nf4")
@@ -102,6 +103,7 @@ def record_component(pipe) -> str:
     return "unet" if hasattr(pipe, "unet") else "transformer"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("family", CONTROLLED)
 def test_the_recipe_of_a_controlnet_ends_in_one_that_stock_diffusers_loads(family, root, tmp_path):
     fidelity = {"control.fidelity.every": 2, "control.fidelity.size": 2, "control.fidelity.steps": 2}

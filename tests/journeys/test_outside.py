@@ -18,7 +18,7 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.cli import main
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
-from difftuning_control.data.datasets import dataset_rows, images_from_dataset
+from difftuning_control.data.datasets import dataset_rows
 from difftuning_control.data.examples import Columns
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.sources import load_images
@@ -57,6 +57,7 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+@pytest.mark.sample("size0", "size2")
 @pytest.mark.parametrize(
     "size", [(9460, 9460), (13_000, 13_000), (40_000, 40_000), (2_000_000_000, 2), (1, MAX_PIXELS + 1)]
 )
@@ -120,6 +121,7 @@ NOT_READ = {
 }
 
 
+@pytest.mark.sample("a device", "a pipe behind a link", "a name with a NUL")
 @pytest.mark.parametrize("case", NOT_READ)
 def test_what_is_no_file_of_the_folder_is_named_and_not_read(train, folder, tmp_path, capsys, case):
     spoil, name, fault = NOT_READ[case]
@@ -163,7 +165,6 @@ def test_a_data_set_on_disk_names_no_picture_outside_of_it(tmp_path):
         datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "set" / "a.parquet"), batch_size=1)
 
     inside = datasets.Dataset.from_dict({"image": [str(tmp_path / "private.png")], "text": ["red"]}, features)
-    assert len(images_from_dataset(inside)) == 1  # what the user's own program has made is the user's
     for path in (str(tmp_path / "private.png"), "../private.png"):
         found = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}], "text": ["red"]}, features)
         (row,) = dataset_rows(found, Columns(), True, [tmp_path / "set"])
@@ -344,6 +345,7 @@ def test_words_that_are_no_secrets_stay(text):
     assert without_secrets(text) == text
 
 
+@pytest.mark.wide
 def test_secrets_are_in_no_file_and_no_line_of_a_run_its_export_and_its_report(
     train, folder, tmp_path, capfd, monkeypatch
 ):

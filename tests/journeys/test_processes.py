@@ -167,6 +167,7 @@ def first(make, tmp_path_factory):
     return recipes, done
 
 
+@pytest.mark.wide
 def test_two_processes_train_a_lora_as_one_does_and_write_the_same_bank_and_caches(make, first):
     (recipe, *_), _ = first
     expected = alone(make("lora-1", 1))

@@ -33,6 +33,7 @@ def locked(tmp_path):
         yield tmp_path / "locked"
 
 
+@pytest.mark.sample("bank-bank.path", "train-output")
 @pytest.mark.parametrize(
     ("verb", "key"),
     [
@@ -64,6 +65,7 @@ def test_a_pilot_is_refused(locked, tmp_path, model_dir, capsys):
     assert_refused(["pilot", *flags(values)], capsys, tmp_path, str(locked), OF_THE_OUTPUT)
 
 
+@pytest.mark.sample("sample", "export")
 @pytest.mark.parametrize(
     "words",
     [
@@ -88,6 +90,7 @@ def test_a_folder_that_can_be_written_is_looked_at_and_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.wide
 def test_a_run_that_was_stopped_and_cannot_be_written_any_more_stays_as_it_is_and_goes_on_later(
     tmp_path, model_dir, pictures, capsys, monkeypatch, finished
 ):

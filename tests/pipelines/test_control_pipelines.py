@@ -150,6 +150,7 @@ def test_never_running_is_drawing_without_control(kind):
     assert pipe.control_use[0].seconds_saved is None  # nothing ran that could be measured
 
 
+@pytest.mark.sample("sd-control-*")
 @pytest.mark.parametrize(
     "given",
     [
@@ -168,6 +169,7 @@ def test_it_composes_with_what_the_stock_call_takes(kind, given):
     assert np.abs(draw(pipe, kind, **given) - draw(stock(kind), kind, control_guidance_end=0.5, **given)).max() < 1e-5
 
 
+@pytest.mark.sample("1-order0-sd-control", "2-order1-flux-control", "1-order2-sd3-control")
 @every
 @pytest.mark.parametrize("order", [[LATE, None], [None, LATE], [LATE, LATE]])
 @pytest.mark.parametrize("count", [1, 2])
@@ -192,6 +194,7 @@ def test_all_extras_at_once_leave_nothing_behind(kind):
     assert not any(hasattr(m, "_diffusers_hook") for m in modules)
 
 
+@pytest.mark.wide
 def test_a_controlnet_that_is_compiled_is_skipped_as_well():
     torch._dynamo.reset()
     pipe = drop_in("sd-control", control_schedule=LATE)
@@ -201,6 +204,7 @@ def test_a_controlnet_that_is_compiled_is_skipped_as_well():
     assert pipe.control_use[0].skipped == 2
 
 
+@pytest.mark.wide
 def test_several_controlnets_are_compiled_one_by_one():
     torch._dynamo.reset()
     pipe = drop_in("sd-control", stock("sd-control", nets=2), control_schedule=LATE)
@@ -255,6 +259,7 @@ def test_a_schedule_for_another_number_of_controlnets_is_told(kind):
 # --- conditions as in training --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd-control", "flux-control")
 @every
 def test_a_photo_becomes_the_condition_of_training(tmp_path, kind):
     place = saved_net(kind, tmp_path / "net")
@@ -273,6 +278,7 @@ def test_without_a_size_the_pictures_have_that_of_training(tmp_path, kind):
     assert found.shape == (1, 24, 24, 3)
 
 
+@pytest.mark.sample("sd-control", "flux-control")
 @every
 def test_a_batch_of_photos(tmp_path, kind):
     pipe = drop_in(kind, controlnet=loaded_net(kind, saved_net(kind, tmp_path / "net")))
@@ -282,6 +288,7 @@ def test_a_batch_of_photos(tmp_path, kind):
     assert np.array_equal(found, draw(pipe, kind, count=2, **image_of(kind, by_hand)))
 
 
+@pytest.mark.sample("sd-control", "flux-control")
 @every
 def test_several_controlnets_prepare_each_in_its_own_way(tmp_path, kind):
     specs = [SPEC, SPEC | {"annotator": "shuffle", "params": {}}]
@@ -306,6 +313,7 @@ def test_several_controlnets_and_a_batch_take_rows_as_in_the_stock_class(tmp_pat
     assert np.array_equal(found, draw(pipe, kind, nets=2, count=2, image=by_hand))
 
 
+@pytest.mark.sample("xl-control")
 def test_the_spec_is_saved_and_found_again(tmp_path, kind):
     nets = [ControlNetModel.from_pretrained(saved_net(kind, tmp_path / str(i), 5 + i)) for i in range(2)]
     pipe = drop_in(kind, controlnet=nets)
@@ -385,6 +393,7 @@ def test_the_spec_of_a_pipeline_from_the_hub_is_fetched(tmp_path, kind, monkeypa
     assert asked == [("some-body/something", {"revision": "abc123", "cache_dir": tmp_path})]
 
 
+@pytest.mark.sample("controlnet-sd-control", "controlnet_1-flux-control")
 @every
 @pytest.mark.parametrize("name", ["controlnet", "controlnet_1"])
 def test_the_spec_is_found_beside_weights_from_a_subfolder(tmp_path, kind, name):
@@ -434,6 +443,7 @@ def test_a_spec_of_other_weights_is_refused(tmp_path, kind):
         draw(pipe, kind, image=photo(), preprocess=True)
 
 
+@pytest.mark.sample("sd-control-*")
 @pytest.mark.parametrize("image", [torch.zeros(1, 3, SIDE, SIDE), np.zeros((SIDE, SIDE, 3), np.uint8), "photo.png", []])
 def test_what_is_no_photo_is_told(tmp_path, kind, image):
     pipe = drop_in(kind, controlnet=ControlNetModel.from_pretrained(saved_net(kind, tmp_path / "net")))
@@ -461,6 +471,7 @@ def test_a_spec_of_another_range_is_told(kind):
 # --- adding a control -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("stock-sd3-control", "ours-sd-control")
 @every
 @pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
 def test_a_control_is_added_to_a_running_pipeline(tmp_path, kind, ours):
@@ -490,6 +501,7 @@ def test_settings_are_given_in_the_same_call(kind):
     assert found.control_spec() == ControlSpec(**SPEC)
 
 
+@pytest.mark.sample("sd-control")
 def test_a_further_control_comes_after_those_there_are(tmp_path, kind):
     first = add_control(stock(plain(kind)), saved_net(kind, tmp_path / "first"))
     both = add_control(first, controlnet(stock(plain(kind)), 6), spec=ControlSpec(**SPEC))
@@ -508,6 +520,7 @@ def test_a_further_control_leaves_the_schedule_of_those_there_are(kind, schedule
     assert both.config.control_schedule == [None, LATE]
 
 
+@pytest.mark.sample("sd-control")
 def test_a_control_is_added_to_a_pipeline_whose_modules_are_offloaded(kind):
     """As `enable_sequential_cpu_offload` does: the UNet's weights lie on no device while they are not needed."""
     running = stock(plain(kind))
@@ -518,6 +531,7 @@ def test_a_control_is_added_to_a_pipeline_whose_modules_are_offloaded(kind):
     assert np.array_equal(draw(found, kind), draw(stock(kind), kind))
 
 
+@pytest.mark.sample("sd-control")
 def test_several_at_once(kind):
     nets = [controlnet(stock(plain(kind)), 5 + i) for i in range(2)]
     found = add_control(stock(plain(kind)), nets)

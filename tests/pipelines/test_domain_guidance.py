@@ -102,6 +102,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 # --- Domain Guidance ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd-control", "sd3", "dit")
 @batches
 def test_the_unconditional_half_comes_without_the_tuned_adapter_and_with_the_others(kind):
     found = Recorded(with_both(kind, domain_guidance=True), kind, count=2)
@@ -137,6 +138,7 @@ def test_pictures_are_those_of_two_forwards_and_the_formula():
     assert (found - latents).abs().max() < TOLERANCE * latents.abs().max()
 
 
+@pytest.mark.sample("sd-control", "sd3", "dit")
 @batches
 def test_full_weights_take_the_unconditional_half_from_the_source(kind):
     pipe = drop_in(kind, **source_of(kind), domain_guidance=True)
@@ -201,6 +203,7 @@ def test_flux_encodes_the_negative_prompt_without_the_tuned_adapter():
         draw(pipe, "flux")
 
 
+@pytest.mark.sample("*-sd", "*-flux-control")
 @every
 @pytest.mark.parametrize("setting", [{"hand_over": 0.5}, {"adapter_schedule": {"kind": "power", "tau": 1.0}}], ids=str)
 def test_switching_the_denoiser_alone_is_refused_where_a_text_encoder_is_tuned_too(kind, setting):
@@ -215,6 +218,7 @@ def test_switching_the_denoiser_alone_is_refused_where_a_text_encoder_is_tuned_t
     assert np.isfinite(draw(pipe, kind)).all()
 
 
+@pytest.mark.sample("sd", "xl-control")
 def test_guidance_rescale_and_a_scale_of_the_adapter_compose(kind):
     more: dict[str, Any] = {"cross_attention_kwargs": {"scale": 0.5}}
     if not kind.endswith("control"):
@@ -274,6 +278,7 @@ def test_adapters_of_other_kinds_are_switched_off_as_well(config):
         assert np.isfinite(draw(pipe, "sd")).all()
 
 
+@pytest.mark.sample("sd-control", "sd3", "dit")
 @every
 def test_it_is_what_it_is_where_the_adapter_does_nothing(kind):
     """With an untrained adapter both branches are the pretrained model's, and so is the picture."""
@@ -293,6 +298,7 @@ def nearest_level(kind: str, u: float) -> float:
 # --- schedules and hand-over ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("True-flux", "False-sd-control")
 @every
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_adapter_acts_with_the_strength_of_each_step(kind, guided):
@@ -312,6 +318,7 @@ def test_the_adapter_acts_with_the_strength_of_each_step(kind, guided):
         assert_close(answer, expected)
 
 
+@pytest.mark.sample("adapter-sd", "full weights-xl-control", "adapter-sd3", "full weights-flux-control", "adapter-dit")
 @every
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
 def test_below_u0_the_pretrained_model_finishes(kind, full):
@@ -326,6 +333,7 @@ def test_below_u0_the_pretrained_model_finishes(kind, full):
         assert_close(answer, ours if is_above else theirs)
 
 
+@pytest.mark.sample("sd")
 def test_all_of_them_at_once(kind):
     pipe = with_both(kind, hand_over=0.4, adapter_schedule=lambda u: u / 2, domain_guidance=True)
     found = Recorded(pipe, kind, count=2)
@@ -336,6 +344,7 @@ def test_all_of_them_at_once(kind):
         assert_close(answer, guided if u > 0.4 else pretrained[i])
 
 
+@pytest.mark.sample("sd")
 def test_without_guidance_the_schedules_act_on_the_whole_batch(kind):
     pipe = with_both(kind, hand_over=0.5, adapter_schedule={"kind": "power", "tau": 1.0})
     found = Recorded(pipe, kind, guidance_scale=1.0)
@@ -386,6 +395,7 @@ def load_ip_adapter(unet: Any, width: int) -> None:
     unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
 
 
+@pytest.mark.sample("sd")
 def test_an_ip_adapter_goes_on_seeing_its_picture(kind):
     pipe = with_both(kind, domain_guidance=True)
     others = {
@@ -409,6 +419,7 @@ def test_an_ip_adapter_that_the_source_has_not_is_told(kind):
         draw(pipe, kind, ip_adapter_image_embeds=[torch.zeros(2, 1, 6)])
 
 
+@pytest.mark.sample("sd-hand_over", "xl-control-domain_guidance")
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
 def test_model_offload_gives_the_same_pictures(kind, settings):
     pipe = with_both(kind, **settings)
@@ -420,6 +431,7 @@ def test_model_offload_gives_the_same_pictures(kind, settings):
     assert np.array_equal(draw(pipe, kind), expected)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
 def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
@@ -432,6 +444,7 @@ def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
     assert not hasattr(pipe.unet._orig_mod, "_diffusers_hook")
 
 
+@pytest.mark.sample("hand_over")
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
 def test_blocks_that_are_compiled_and_have_drawn_without_extras_take_them(settings):
     torch._dynamo.reset()

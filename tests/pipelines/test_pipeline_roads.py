@@ -85,6 +85,7 @@ def expected_settings(kind: str) -> dict:
 # --- from disk --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_a_file_of_the_repository(saved, kind):
     file = str(ROOT / "pipelines" / f"{FILES[kind]}.py")
@@ -115,6 +116,7 @@ def test_a_file_is_not_loaded_without_trust(saved, kind):
     assert type(OURS[kind].from_pretrained(saved[kind])) is OURS[kind]
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_what_was_saved_is_loaded_with_every_setting(tmp_path, kind):
     pipe = drop_in(kind, **source_of(kind), **settings_for(kind))
@@ -129,6 +131,7 @@ def test_what_was_saved_is_loaded_with_every_setting(tmp_path, kind):
     assert not same_picture(draw(pipe, kind), draw(stock(kind), kind))
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_without_a_source_none_is_written(tmp_path, kind):
     drop_in(kind).save_pretrained(tmp_path)
@@ -136,6 +139,7 @@ def test_without_a_source_none_is_written(tmp_path, kind):
     assert OURS[kind].from_pretrained(str(tmp_path)).source is None
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_the_class_that_is_named_may_lie_in_the_directory(tmp_path, kind):
     """What `difftune export` writes: the one-line file, and the list form of `_class_name`."""
@@ -149,6 +153,7 @@ def test_the_class_that_is_named_may_lie_in_the_directory(tmp_path, kind):
         DiffusionPipeline.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_stock_classes_open_what_ours_saved(tmp_path, kind):
     pipe = drop_in(kind)
@@ -157,6 +162,7 @@ def test_stock_classes_open_what_ours_saved(tmp_path, kind):
     assert same_picture(draw(again, kind), draw(pipe, kind))
 
 
+@pytest.mark.sample("sd")
 def test_a_lora_file_makes_the_two_sides(tmp_path, kind):
     """`load_lora_weights` as everywhere, and then the adapter is what is switched off."""
     made = stock(kind)
@@ -176,6 +182,7 @@ def test_a_lora_file_makes_the_two_sides(tmp_path, kind):
 # --- from a running pipeline ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_from_pipe_shares_modules_and_keeps_adapters(kind):
     pipe = stock(kind)
@@ -190,6 +197,7 @@ def test_from_pipe_shares_modules_and_keeps_adapters(kind):
     assert np.array_equal(draw(ours, kind), expected)
 
 
+@pytest.mark.sample("sd-dtypes0", "xl-control-dtypes*")
 @pytest.mark.parametrize("dtypes", [("float16", "float16"), ("bfloat16", "float32"), ("float64", "float64")])
 def test_from_pipe_keeps_every_dtype(kind, dtypes):
     """Also mixed ones: an autoencoder in float32 beside a denoiser in half precision is usual."""
@@ -276,11 +284,13 @@ def test_auto_pipelines_lead_from_ours_to_other_tasks(kind):
     assert not hasattr(found, "extras")
 
 
+@pytest.mark.sample("xl-control")
 def test_stock_models_go_on_finding_the_stock_classes(saved, kind):
     assert type(AutoPipelineForText2Image.from_pretrained(saved[kind])) is type(stock(kind))
     assert type(DiffusionPipeline.from_pretrained(saved[kind])) is type(stock(kind))
 
 
+@pytest.mark.sample("diffusers")
 @pytest.mark.parametrize("first", ["difftuning_control", "diffusers"])
 def test_importing_the_package_is_enough_in_either_order(tmp_path, first):
     drop_in("sd").save_pretrained(tmp_path)
@@ -342,6 +352,7 @@ def run_code(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.wide
 def test_diffusers_itself_is_as_without_the_package():
     """Its loader reads its files, and the module can be pickled, found and imported again."""
     code = """
@@ -358,6 +369,7 @@ print(sys.modules["diffusers"].DiffTuningPipeline.__name__, type(diffusers).__mo
     assert run_code(code) == "DiffTuningPipeline diffusers.utils.import_utils"
 
 
+@pytest.mark.wide
 def test_the_tables_may_be_imported_first():
     code = """
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as table
@@ -367,6 +379,7 @@ print(table["difftuning-sd"].__name__)
     assert run_code(code) == "DiffTuningPipeline"
 
 
+@pytest.mark.wide
 def test_diffusers_may_be_imported_all_at_once():
     code = """
 import difftuning_control

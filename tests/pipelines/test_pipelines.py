@@ -64,6 +64,7 @@ def takes(kind: str, given: dict) -> bool:
     return set(given) - {"count"} <= set(inspect.signature(OURS[kind].__call__).parameters)
 
 
+@pytest.mark.sample("plain-*", "*-sd")
 @every
 @pytest.mark.parametrize(
     "given",
@@ -98,6 +99,7 @@ def test_nothing_is_hooked(kind, monkeypatch):
     assert draw(pipe, kind).shape == (1, SIDE, SIDE, 3)
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_an_adapter_acts_as_in_the_stock_class(kind):
     pipe, ours = stock(kind), drop_in(kind)
@@ -117,6 +119,7 @@ def test_the_call_has_the_stock_signature(kind):
     assert drop_in(kind).__call__.__doc__ == stock(kind).__call__.__doc__
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_components_go_into_stock_classes(kind):
     pipe = drop_in(kind)
@@ -128,10 +131,12 @@ def test_components_go_into_stock_classes(kind):
 # --- properties of the stock classes, with extras off and on --------------------------------------------------------
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_the_same_seed_gives_the_same_picture(pipe, kind):
     assert np.array_equal(draw(pipe, kind), draw(pipe, kind))
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_a_row_of_a_batch_is_the_picture_alone(pipe, kind):
     batch = draw(pipe, kind, count=3)
     for i in range(3):
@@ -140,6 +145,7 @@ def test_a_row_of_a_batch_is_the_picture_alone(pipe, kind):
         assert np.abs(batch[i] - alone[0]).max() < 1e-4
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_several_pictures_a_prompt(pipe, kind):
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     found = draw(pipe, kind, count=2, num_images_per_prompt=2, generator=generators)
@@ -148,10 +154,12 @@ def test_several_pictures_a_prompt(pipe, kind):
     assert not np.allclose(found[0], found[1])
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_a_tuple_holds_what_the_output_class_holds(pipe, kind):
     assert np.array_equal(pipe(**arguments(kind, return_dict=False))[0], draw(pipe, kind))
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_embeddings_may_be_given_instead_of_prompts(pipe, kind):
     found = pipe.encode_prompt(["red 1"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
@@ -159,6 +167,7 @@ def test_embeddings_may_be_given_instead_of_prompts(pipe, kind):
     assert np.abs(draw(pipe, kind, **given) - draw(pipe, kind)).max() < 1e-5
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_callbacks_see_and_change_every_step(pipe, kind):
     seen = []
 
@@ -172,6 +181,7 @@ def test_callbacks_see_and_change_every_step(pipe, kind):
     assert not found.any()
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_guidance_can_be_changed_while_sampling(pipe, kind):
     """diffusers' recipe of dynamic guidance: it is switched off in a callback, and the batch is halved."""
 
@@ -195,6 +205,7 @@ def test_guidance_can_be_changed_while_sampling(pipe, kind):
     assert not torch.equal(found, draw(pipe, kind, output_type="latent"))
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_interrupting_ends_the_call_quietly(pipe, kind):
     calls = []
 
@@ -207,6 +218,7 @@ def test_interrupting_ends_the_call_quietly(pipe, kind):
     assert calls == [0]
 
 
+@pytest.mark.sample("on-sd-dtype1", "off-xl-control-dtype0")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_moves(pipe, kind, dtype):
     latents = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
@@ -220,6 +232,7 @@ def test_dtype_moves(pipe, kind, dtype):
         assert np.abs(found - expected).max() < 1e-2
 
 
+@pytest.mark.sample("on-*")
 @every
 def test_after_a_call_nothing_is_left(pipe, kind):
     modules = [denoiser_of(pipe), *([pipe.controlnet] if kind.endswith("control") else [])]
@@ -230,6 +243,7 @@ def test_after_a_call_nothing_is_left(pipe, kind):
         assert not any(hasattr(m, "_diffusers_hook") for m in modules)
 
 
+@pytest.mark.sample("on-0-KeyboardInterrupt-sd", "off-3-ValueError-flux", "on-3-ValueError-xl-control")
 @pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "dit"], indirect=True)
 @pytest.mark.parametrize(("step", "error"), [(0, KeyboardInterrupt), (STEPS - 1, ValueError)])
 def test_an_exception_in_a_callback_leaves_nothing(pipe, kind, step, error):
@@ -247,6 +261,7 @@ def test_an_exception_in_a_callback_leaves_nothing(pipe, kind, step, error):
     assert np.array_equal(draw(pipe, kind), picture)
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_a_copy_is_a_pipeline_of_its_own(pipe, kind):
     other = copy.deepcopy(pipe)
     expected = draw(pipe, kind)
@@ -255,6 +270,7 @@ def test_a_copy_is_a_pipeline_of_its_own(pipe, kind):
     assert np.array_equal(draw(other, kind), expected)
 
 
+@pytest.mark.sample("sd")
 def test_a_pickled_pipeline_is_the_same(kind):
     """As a stock one can be handed to another process, before it has drawn."""
     pipe = drop_in(kind, **source_of(kind), adapter_schedule=ALL["adapter_schedule"], hand_over=0.3)
@@ -265,6 +281,7 @@ def test_a_pickled_pipeline_is_the_same(kind):
     assert np.array_equal(draw(again, kind), draw(pipe, kind))
 
 
+@pytest.mark.sample("on-sd", "off-xl-control")
 def test_a_callback_may_draw_with_another_pipeline_of_the_same_modules(pipe, kind):
     """The stock class and ours, with another setting; each of these pictures is as if drawn alone."""
     more = {"controlnet": pipe.controlnet} if kind.endswith("control") else {}
@@ -290,6 +307,7 @@ def test_a_callback_may_draw_with_another_pipeline_of_the_same_modules(pipe, kin
     assert all(np.array_equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_two_calls_at_once_with_the_same_unet_are_told(kind):
     pipe = drop_in(kind, **source_of(kind), hand_over=0.5)
@@ -311,6 +329,7 @@ def test_a_cutoff_of_diffusers_own_ends_domain_guidance(kind):
     assert not np.allclose(found, draw(pipe, kind))
 
 
+@pytest.mark.sample("sd")
 def test_freeu_acts_in_the_source_as_well(kind):
     """Else the two halves of guidance would differ by it."""
     pipe = drop_in(kind, source_unet=stock(kind).unet, domain_guidance=True)
@@ -332,6 +351,7 @@ def test_no_undecorated_call_passes_the_extras_over(kind):
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd-*")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -360,6 +380,7 @@ def test_an_unknown_setting_is_refused(kind):
         drop_in(kind).set_extras(handover=0.2)
 
 
+@pytest.mark.sample("*-sd", "*-flux", "*-dit")
 @every
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}])
 def test_nothing_to_switch_off_is_told(kind, settings):
@@ -367,6 +388,7 @@ def test_nothing_to_switch_off_is_told(kind, settings):
         draw(drop_in(kind, **settings), kind)
 
 
+@pytest.mark.sample("*-sd", "1.0-sd3", "0.7-dit")
 @pytest.mark.parametrize("kind", [*UNETS, "sd3", "flux", "dit"], indirect=True)
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 def test_guidance_at_which_domain_guidance_does_nothing_is_told(kind, scale):
@@ -376,6 +398,7 @@ def test_guidance_at_which_domain_guidance_does_nothing_is_told(kind, scale):
         draw(pipe, kind, **{name: scale})
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_a_source_of_another_model_is_told(kind):
     (name,) = source_of(kind)
@@ -384,6 +407,7 @@ def test_a_source_of_another_model_is_told(kind):
         drop_in(kind, **{name: source_unet(others[plain(kind)])})
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_an_adapter_that_does_not_act_is_told(kind):
     pipe = drop_in(kind, tuned_adapters="other", domain_guidance=True)
@@ -397,6 +421,7 @@ def test_an_adapter_that_does_not_act_is_told(kind):
         draw(pipe, kind)
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_a_fused_adapter_does_not_count(kind):
     pipe = drop_in(kind, domain_guidance=True)
@@ -406,6 +431,7 @@ def test_a_fused_adapter_does_not_count(kind):
         draw(pipe, kind)
 
 
+@pytest.mark.sample("sd", "xl-control", "flux", "dit")
 @every
 def test_several_adapters_must_be_told_apart(kind):
     pipe = drop_in(kind, domain_guidance=True)

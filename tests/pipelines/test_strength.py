@@ -89,6 +89,7 @@ def test_what_is_no_strength_is_told(given, message):
         as_strength(given)
 
 
+@pytest.mark.wide
 def test_a_run_gives_the_psi_that_it_was_trained_with(recipe):
     from dataclasses import replace
 

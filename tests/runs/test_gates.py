@@ -129,6 +129,7 @@ def test_a_run_that_keeps_its_limits_passes_and_loads_no_picture_for_the_loss(wo
     main(["export", str(root / "passes"), "--to", str(root / "export-passes"), "--base", "referenced"])
 
 
+@pytest.mark.wide
 def test_gates_do_not_touch_what_is_trained(words, root):
     main(words("without", drawn=False))
     name = "pytorch_lora_weights.safetensors"
@@ -137,6 +138,7 @@ def test_gates_do_not_touch_what_is_trained(words, root):
     assert "gates" not in record_of(root / "without")
 
 
+@pytest.mark.wide
 def test_gates_given_later_are_judged_when_the_run_is_resumed(words, root, capsys):
     main(words("later", drawn=False))
     weights = (root / "later" / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
@@ -187,6 +189,7 @@ def test_a_run_that_was_not_judged_by_its_gates_is_not_exported(failed, tmp_path
 # --- a ControlNet ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_a_controlnet_is_judged_by_how_it_follows_and_its_report_says_so(recipe, root, words, tmp_path):
     made = Recipe(
         "controlnet",
@@ -225,6 +228,7 @@ def test_a_figure_that_was_not_measured_fails(recipe):
 # --- refused before training ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("*resnet*", "*holdout=0.2*", "*fidelity*", "*memorisation*")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -189,6 +189,7 @@ def test_one_run_after_another_on_one_base_do_not_mix(lora, make, base):
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.sample("full")
 def test_weights_kept_after_some_steps_are_those_of_a_run_that_stopped_there(trained, make, base):
     short = make(f"{trained.method}, two steps", trained.method, max_steps=2)
     train(short)
@@ -327,6 +328,7 @@ def test_the_grid_has_a_row_for_every_side(evaluated):
     assert sorted(p.name for p in evaluated.iterdir()) == ["evaluation.json", "grid.png"]
 
 
+@pytest.mark.wide
 def test_runs_of_one_name_in_two_places_keep_their_rows(lora, words, root, tmp_path):
     again = Path(shutil.copytree(lora.output, tmp_path / "lora"))
     main(words(tmp_path / "two", lora.output, str(again), seeds=[0]))
@@ -359,6 +361,7 @@ def test_the_table_has_a_line_for_every_side(result, capsys):
     assert rows[1].endswith(f"{sum(mean) / len(mean):+.1%}  {side['outside']:.3f}")
 
 
+@pytest.mark.wide
 def test_one_seed_has_no_spread_and_real_pictures_can_stand_for_the_old_domain(make, words, root, tmp_path, capsys):
     plain = make("plain", tuning=PLAIN, max_steps=1)
     train(plain)
@@ -387,6 +390,7 @@ def test_captions_that_several_pictures_bear_have_no_counterpart(lora, words, tm
     assert 0 < run["diversity"] < 2
 
 
+@pytest.mark.wide
 def test_a_run_in_lower_precision_is_evaluated_in_it(make, words, tmp_path):
     low = make("bf16", mixed_precision="bf16", max_steps=1)
     train(low)

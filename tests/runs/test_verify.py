@@ -468,6 +468,7 @@ def test_a_record_without_its_line_is_vouched_for_when_the_run_is_resumed(recipe
     assert path.read_bytes() == before
 
 
+@pytest.mark.wide
 def test_a_changed_record_is_not_vouched_for_by_resuming(recipe):
     train(recipe)
     path = Path(recipe.output) / "run.json"
@@ -476,6 +477,7 @@ def test_a_changed_record_is_not_vouched_for_by_resuming(recipe):
     assert verify(VerifyRequest(recipe.output))["status"] == "changed"
 
 
+@pytest.mark.wide
 def test_an_audit_outlives_the_run_that_is_overwritten(recipe):
     short = replace(recipe, training=replace(recipe.training, max_steps=1))
     train(short)

@@ -160,6 +160,7 @@ def read_whole(found: TrainingInputs) -> TrainingInputs:
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("method", ["lora", "controlnet"])
 def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_path, monkeypatch, method):
     monkeypatch.setattr("difftuning_control.data.latents.SHARD", 3)
@@ -185,6 +186,7 @@ def test_rows_from_disk_train_to_the_same_weights_as_rows_in_memory(recipe, tmp_
     assert len(files(tmp_path / "run")) > 1
 
 
+@pytest.mark.wide
 def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_goes_on_to_the_same_end(
     recipe, tmp_path, monkeypatch, capsys
 ):

@@ -93,6 +93,7 @@ def assert_same_training(recipe: Recipe, backend: str, atol: float = 5e-6) -> No
         assert compiled["losses"][role]["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -108,15 +109,18 @@ def test_adapters_train_compiled_as_without(make, adapter):
     assert_same_training(make(adapter["kind"], adapter=AdapterConfig(**adapter)), "aot_eager")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("method", [pytest.param("full", marks=SLOW), "controlnet"])
 def test_whole_weights_train_compiled_as_without(make, method):
     assert_same_training(make(method, method), "aot_eager")
 
 
+@pytest.mark.wide
 def test_checkpointed_gradients_train_compiled_as_without(make):
     assert_same_training(make("checkpointed", training={"gradient_checkpointing": True}), "aot_eager")
 
 
+@pytest.mark.wide
 def test_a_transformer_trains_compiled_as_without(make, root):
     assert_same_training(make("flux-run", model=str(root / "flux")), "aot_eager")
 
@@ -127,6 +131,7 @@ def test_the_real_compiler_trains_as_without(make, method):
     assert_same_training(make(f"inductor-{method}", method), "inductor", atol=0.1 * RATE)
 
 
+@pytest.mark.wide
 def test_a_compiled_run_goes_on_where_it_stopped(make):
     recipe = make("whole", training={"compile": "aot_eager", "max_steps": 4, "checkpoint_every": 2})
     train(recipe)

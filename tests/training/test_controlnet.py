@@ -262,6 +262,7 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     assert set(run["losses"]["target"]["tuned"]) == {"u", "loss"}
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tmp_path, monkeypatch, name):
     loaded: list[StableDiffusion] = []
@@ -348,6 +349,7 @@ def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_pa
 # --- the result in stock diffusers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("whole", "lora")
 @pytest.mark.parametrize("name", ["whole", "lora", "averaged"])
 def test_the_stock_pipeline_draws_bit_by_bit_what_is_drawn_here(finished, photos, name):
     recipe = finished(VARIANTS[name])
@@ -395,6 +397,7 @@ def sampled(folder: Path) -> list[Image.Image]:
     return [Image.open(p).convert("RGB") for p in sorted(folder.glob("00*.png"))]
 
 
+@pytest.mark.sample("16")
 @pytest.mark.parametrize("resolution", [16, 32])
 def test_sample_draws_under_a_photo_what_the_stock_pipeline_draws(command, model_dir, photos, tmp_path, resolution):
     run, photo = command[0], photos / "0.png"
@@ -466,6 +469,7 @@ def code_of(card: str) -> str:
     return card.split("```python\n")[1].split("```")[0]
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_the_model_card_prepares_a_condition_and_draws(finished, photos, tmp_path, monkeypatch, name):
     recipe = finished(VARIANTS[name])
@@ -492,6 +496,7 @@ def test_the_model_cards_code_is_valid_whatever_the_caption(finished):
 # --- the same run on every way --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("averaged-3")
 @pytest.mark.parametrize(
     ("name", "steps"),
     [("whole", 4), ("whole", 6), ("lora", 4), ("averaged", 3), ("everything drawn", 4)],
@@ -515,6 +520,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_and_resumed_has_the_same_
     assert_same_run(recipe, finished({}))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finished, tmp_path, monkeypatch, name):
     recipe = replace(make(**VARIANTS[name]), output=str(tmp_path))
@@ -530,6 +536,7 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
     assert_same_run(recipe, finished(VARIANTS[name]))
 
 
+@pytest.mark.sample("no fidelity")
 @pytest.mark.parametrize(
     "watching",
     [
@@ -591,6 +598,7 @@ def curve_of(recipe: Recipe) -> dict[str, Any]:
     return json.loads((Path(recipe.output) / "fidelity.json").read_text())
 
 
+@pytest.mark.sample("2-*")
 @pytest.mark.parametrize(("every", "steps"), [(2, [0, 2, 4, 6]), (4, [0, 4, 6])])
 def test_the_record_the_curve_and_the_metrics_say_the_same(finished, every, steps):
     recipe = finished({} if every == 2 else {"control": {"fidelity": {"every": 4, "size": 2, "steps": 2}}})
@@ -647,6 +655,7 @@ def stopped(make: Maker) -> Recipe:
     return recipe
 
 
+@pytest.mark.wide
 def test_a_run_stops_so_many_steps_after_its_curve_has_settled(make, stopped, tmp_path):
     settled = has_settled(range(len(RISE)), RISE)
     assert settled == 6
@@ -665,6 +674,7 @@ def test_a_run_stops_so_many_steps_after_its_curve_has_settled(make, stopped, tm
     assert not checkpoints(Path(stopped.output))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("steps", [3, 8])
 def test_a_run_that_stops_is_bit_equal_when_it_was_interrupted(make, stopped, tmp_path, monkeypatch, steps):
     recipe = replace(make(**STOPPING), output=str(tmp_path))
@@ -678,6 +688,7 @@ def test_a_run_that_stops_is_bit_equal_when_it_was_interrupted(make, stopped, tm
     assert_same_run(recipe, stopped)
 
 
+@pytest.mark.wide
 def test_a_run_that_stops_and_breaks_off_while_saving_is_resumed_with_the_same_metrics(
     make, stopped, tmp_path, monkeypatch
 ):
@@ -703,6 +714,7 @@ def test_a_run_that_stops_validates_its_last_step_once(stopped):
     assert validated == [4, 8]
 
 
+@pytest.mark.wide
 def test_a_run_whose_curve_never_settles_goes_on_to_the_end(make, tmp_path, monkeypatch):
     plant(monkeypatch, [0.1] * 9)
     recipe = make(**{**STOPPING, "training": {**STOPPING["training"], "max_steps": 8, "stop_after": 0}})
@@ -832,6 +844,7 @@ def test_processes_together_hold_the_conditions_of_one(loop):
 # --- other starts, other data, other precisions ---------------------------------------------------------------------
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_a_run_can_start_from_an_earlier_controlnet_and_starts_with_exactly_its_weights(make, finished, tmp_path, name):
     earlier = finished({})
@@ -940,6 +953,7 @@ def test_plain_training_needs_no_bank(make, tmp_path):
     assert not any("bank_loss" in r for r in rows(replace(recipe, output=str(tmp_path / "run"))))
 
 
+@pytest.mark.wide
 def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, photos, tmp_path):
     data = {"limit": 4, "validation_path": str(photos)}
     training = {"max_steps": 40, "batch_size": 16, "checkpoint_every": 100}

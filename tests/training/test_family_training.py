@@ -150,6 +150,7 @@ def used(family: str, names: Any) -> set[str]:
 # --- LoRA and full weights ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sdxl")
 def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     recipe = finished({"family": name})
     base = DiffusionPipeline.from_pretrained(recipe.model.id)
@@ -160,6 +161,7 @@ def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
 
 
+@pytest.mark.sample("{}-flux")
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 @pytest.mark.parametrize("settings", [{}, {"pipeline": "stock"}, {"pipeline": "stock", "adapter": "fused"}], ids=str)
 def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, settings, tmp_path):
@@ -179,6 +181,7 @@ def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name
         assert all((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
 
+@pytest.mark.sample("difference-flux")
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 @pytest.mark.parametrize("source", ["whole", "difference"])
 def test_exported_weights_have_the_base_beside_them(finished, name, source, tmp_path):
@@ -195,6 +198,7 @@ def test_exported_weights_have_the_base_beside_them(finished, name, source, tmp_
     assert_same_pictures(stock_pictures(pipe), tuned_pictures(recipe))
 
 
+@pytest.mark.sample("sdxl")
 def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
     loaded, attached = [], {}
 
@@ -221,6 +225,7 @@ def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, mon
         assert all(torch.equal(now[k], v) for k, v in state.items()), part
 
 
+@pytest.mark.sample("sd3")
 def test_full_weights_reload_in_stock_diffusers_and_draw_the_same(finished, name):
     recipe = finished({"family": name, "method": "full", **WEIGHT})
     pipe = DiffusionPipeline.from_pretrained(f"{recipe.output}/pipeline")
@@ -239,6 +244,7 @@ def test_full_weights_reload_in_stock_diffusers_and_draw_the_same(finished, name
     assert not any(changed.values())
 
 
+@pytest.mark.sample("sd3")
 def test_gradient_checkpointing_changes_no_weight(make, finished, name, tmp_path):
     recipe = replace(make("", name, training={"gradient_checkpointing": True}), output=str(tmp_path))
     train(recipe)
@@ -246,6 +252,7 @@ def test_gradient_checkpointing_changes_no_weight(make, finished, name, tmp_path
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.wide
 def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path):
     recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
     train(recipe)
@@ -253,6 +260,7 @@ def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path)
     assert abs(found / expected - 1) < 0.1
 
 
+@pytest.mark.sample("sd3-lora")
 @pytest.mark.parametrize(
     ("family", "method"), [("sd3", "lora"), ("flux", "full"), ("sdxl", "lora"), ("sd3", "controlnet")]
 )
@@ -273,6 +281,7 @@ def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished
 # --- ControlNets ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd3")
 def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, photos, name):
     recipe = finished({"family": name, "method": "controlnet"})
     run = record(recipe)
@@ -290,6 +299,7 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, ph
     assert f"{run['control']['argument']}=condition" in words
 
 
+@pytest.mark.wide
 def test_every_weight_of_a_controlnet_moves_once_its_zeros_have(make, name, tmp_path):
     recipe = replace(make("", name, "controlnet", training={"max_steps": 5}), output=str(tmp_path))
     train(recipe)
@@ -304,6 +314,7 @@ def test_every_weight_of_a_controlnet_moves_once_its_zeros_have(make, name, tmp_
     assert still == expected
 
 
+@pytest.mark.wide
 def test_a_lora_of_a_controlnet_trains_its_targets_its_input_and_its_zeros(make, name, tmp_path):
     adapter = {"on": "controlnet", "rank": 2, "alpha": 4.0}
     recipe = replace(make("", name, "controlnet", adapter=adapter, training={"max_steps": 5}), output=str(tmp_path))
@@ -439,6 +450,7 @@ def stock_loss(pipe: Any, name: str, latents: Tensor, captions: list[str]) -> fl
     return float(torch.stack(total).mean())
 
 
+@pytest.mark.wide
 def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, short_prompts, tmp_path):
     training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
     plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
@@ -454,6 +466,7 @@ def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, 
     assert after < 0.95 * before
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_four_pictures_are_learnt_by_heart(make, family, short_prompts, tmp_path):
     """Loss, and the error of what the stock pipeline draws for each caption against the four pictures' variance."""
@@ -481,6 +494,7 @@ def test_four_pictures_are_learnt_by_heart(make, family, short_prompts, tmp_path
     assert (drawn - true).square().mean() < 0.5 * variance
 
 
+@pytest.mark.wide
 def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_path):
     """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
     features = str(save_tiny_dinov2(root / "features" / name))

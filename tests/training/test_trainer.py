@@ -119,12 +119,14 @@ def assert_same_run(found: Recipe, expected: Recipe) -> None:
 # --- the same run on every way --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("adapter averaged, with a budget")
 def test_two_runs_of_a_recipe_are_bit_equal(make, finished, variant, tmp_path):
     again = replace(make("", **variant), output=str(tmp_path))
     train(again)
     assert_same_run(again, finished(variant))
 
 
+@pytest.mark.sample("full, averaged-4", "lora-1")
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
@@ -161,6 +163,7 @@ def test_metrics_that_were_lost_are_told_and_the_weights_are_the_same(make, fini
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.sample("full, averaged")
 @pytest.mark.parametrize("name", ["lora", "full, averaged"])
 def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finished, tmp_path, monkeypatch, name):
     recipe = replace(make("", **VARIANTS[name]), output=str(tmp_path))
@@ -195,6 +198,7 @@ cli.main(["train", "--config", sys.argv[1]])
 """
 
 
+@pytest.mark.wide
 def test_a_run_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_equal(make, finished, tmp_path):
     recipe = replace(make(""), output=str(tmp_path / "run"))
     write_recipe(tmp_path, recipe)
@@ -207,6 +211,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_equal(make
     assert not list(Path(recipe.output).glob("*checkpoint*"))
 
 
+@pytest.mark.sample("*sample_every*")
 @pytest.mark.parametrize(
     "watching",
     [
@@ -473,6 +478,7 @@ def test_plain_fine_tuning_only_validates_on_a_bank_that_is_named(make, finished
     torch.testing.assert_close(weights(recipe), weights(finished(PLAIN)), atol=0, rtol=0)
 
 
+@pytest.mark.wide
 def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pictures, tmp_path):
     data = {"limit": 4, "validation_path": str(pictures)}
     training = {"max_steps": 60, "batch_size": 16, "checkpoint_every": 100, "validate_every": 0}
@@ -483,6 +489,7 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pic
     assert sum(logged[-10:]) < 0.9 * sum(logged[:10])
 
 
+@pytest.mark.sample("full")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_trains_float32_weights(make, finished, tmp_path, method):
     recipe = replace(make("", method, training={"mixed_precision": "bf16"}), output=str(tmp_path))

@@ -46,6 +46,7 @@ def test_every_optimizer_step_but_the_first_is_timed(script, tmp_path):
     assert timed.peak > 50 * 2**20  # torch alone takes more
 
 
+@pytest.mark.wide
 def test_memory_is_that_of_the_side_and_not_of_who_started_it(script, tmp_path):
     alone = run([script, "1", "0"], tmp_path / "alone", 1).peak
     held = b"x" * (600 * 2**20)
@@ -53,6 +54,7 @@ def test_memory_is_that_of_the_side_and_not_of_who_started_it(script, tmp_path):
     assert abs(beside - alone) < len(held) / 4
 
 
+@pytest.mark.wide
 def test_a_side_that_fails_ends_the_benchmark_with_what_it_said(script, tmp_path):
     with pytest.raises(UserError, match=r"ended with code 5 \(the last line\); all it said is in"):
         run([script, "1", "5"], tmp_path / "side", 1)

@@ -58,6 +58,7 @@ def test_a_later_recipe_overrides_an_earlier_one_key_by_key(tmp_path):
     assert (command.training.max_steps, command.training.seed) == (8, 1)
 
 
+@pytest.mark.sample("pilot", "dit", "flux_nf4_lora", "controlnet_canny", "company")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_every_example_is_a_valid_recipe(path):
     verb = "pilot" if "pilot" in yaml.safe_load(path.read_text()) else "train"
@@ -65,6 +66,7 @@ def test_every_example_is_a_valid_recipe(path):
     assert command.output.startswith(("runs/", "build/"))
 
 
+@pytest.mark.sample("--overwrite*", "--data.*")
 @pytest.mark.parametrize(
     ("words", "key", "expected"),
     [
@@ -107,6 +109,7 @@ def test_values_in_a_recipe_mean_what_they_say(tmp_path, text, key, expected):
     assert getattr(command.training, key) == expected
 
 
+@pytest.mark.sample("bank", "sample", "export")
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_leaf_in_a_wrong_section_leads_to_the_right_one(verb):
     known = keys_of(COMMANDS[verb])
@@ -120,6 +123,7 @@ def test_every_leaf_in_a_wrong_section_leads_to_the_right_one(verb):
                     parse([verb, f"--{wrong}", "1"])
 
 
+@pytest.mark.sample("data.*", "control.*")
 @pytest.mark.parametrize("key", [k for k in keys_of(COMMANDS["train"]) if "." in k])
 def test_a_key_with_a_letter_missing_is_recognised(key):
     for place in range(key.rindex(".") + 2, len(key)):

@@ -67,6 +67,7 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
     return folder, pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
 
 
+@pytest.mark.wide
 def test_a_pilot_of_controlnets_judges_by_fidelity_and_shows_quality_beside_it(done):
     folder, result = done
     assert result["primary"] == "f1"
@@ -84,6 +85,7 @@ def test_its_learning_rate_and_length_are_those_of_the_highest_fidelity(done):
         assert means[str(side["best_length"])] == max(means.values())
 
 
+@pytest.mark.wide
 def test_a_pilot_goes_on_without_training_again(done, study, config, monkeypatch):
     folder, result = done
     monkeypatch.setattr("difftuning_control.verbs.pilot.side_runs.train", lambda *a, **k: pytest.fail("trained again"))

@@ -255,6 +255,7 @@ def test_the_one_line_file_is_that_of_the_repository(run, to, method):
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == [module, klass]
 
 
+@pytest.mark.sample("lora-*kohya*", "full-*")
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("lora", {}), ("lora", {"format": "kohya"}), ("full", {"source_unet": "difference"}), ("controlnet", {})],
@@ -344,6 +345,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sample("tlora")
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_of_every_kind_are_exported_as_they_were_trained(make, tmp_path, kind):
     recipe = tuned(make(f"kind-{kind}", adapter=ADAPTERS[kind]))
@@ -421,6 +423,7 @@ def test_a_stock_directory_can_be_tuned_further(lora, full, to):
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("controlnet-float16-*", "lora-bfloat16-*", "full-bfloat16-*")
 @pytest.mark.parametrize(
     ("method", "dtype", "settings"),
     [
@@ -453,6 +456,7 @@ def test_a_lora_in_half_precision_keeps_its_scale(lora, to):
     assert np.abs(of_the_base(lora) - of_the_run(lora)).max() > 0.05
 
 
+@pytest.mark.wide
 def test_a_base_in_half_precision_stays_so_unless_asked(make, root, to):
     place = root / "half"
     tiny_pipeline().to(torch.float16).save_pretrained(place)
@@ -464,6 +468,7 @@ def test_a_base_in_half_precision_stays_so_unless_asked(make, root, to):
     assert dtypes(next((to(recipe, adapter="fused") / "unet").glob("*.safetensors"))) == {"F16"}
 
 
+@pytest.mark.wide
 def test_a_base_that_a_run_had_in_lower_precision_is_copied_as_it_lies(make, to, model_dir):
     recipe = tuned(make("bf16", training={"mixed_precision": "bf16"}))
     folder = to(recipe)
@@ -481,6 +486,7 @@ def test_the_whole_source_is_the_base(full, to, model_dir):
     assert index["source_unet"] == ["diffusers", "UNet2DConditionModel"]
 
 
+@pytest.mark.sample("float16")
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_the_difference_gives_the_base_back(full, to, model_dir, dtype):
     folder = to(full, source_unet="difference", dtype=dtype)
@@ -893,6 +899,7 @@ def test_our_class_is_not_run_untrusted(lora, to, opened_by):
         opened_by.from_pretrained(to(lora))
 
 
+@pytest.mark.sample("difference")
 @pytest.mark.parametrize("how", ["whole", "difference"])
 def test_a_source_guides(full, to, how):
     """Domain Guidance with what was exported, and with the base itself, give one picture."""
@@ -929,6 +936,7 @@ CARDS = [
 ]
 
 
+@pytest.mark.sample("lora-{}", "lora-*kohya*", "full-*difference*", "controlnet-*stock*")
 @pytest.mark.parametrize(("method", "settings"), CARDS, ids=str)
 def test_the_cards_lines_draw(run, to, root, tmp_path, monkeypatch, method, settings):
     folder = to(run(method), **settings)

@@ -65,6 +65,7 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
     return folder, pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
 
 
+@pytest.mark.wide
 def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
     for side in done[1]["sides"]:
         searched = side["guidance"]["search"]
@@ -77,6 +78,7 @@ def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
             assert [row["seed"] for row in found["runs"]] == [0, 1]
 
 
+@pytest.mark.wide
 def test_ordinary_guidance_at_the_pilots_own_scale_gives_the_pilots_own_figures(study, config, done, tmp_path):
     alone = replace(config, guidance_scales=[config.guidance_scale])
     result = pilot(replace(study, output=str(tmp_path / "out")), alone, "en", False, tell=lambda text: None)
@@ -96,6 +98,7 @@ def test_whole_models_of_later_seeds_go_when_they_are_judged(done):
         assert (second / "guidance.json").is_file()
 
 
+@pytest.mark.wide
 def test_the_same_command_draws_nothing_again(done, study, config):
     folder, result = done
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("guidance.json")}
@@ -105,6 +108,7 @@ def test_the_same_command_draws_nothing_again(done, study, config):
     assert again["sides"] == json.loads(json.dumps(result["sides"]))
 
 
+@pytest.mark.wide
 def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study, config):
     """Of a later seed, whose weights are gone: they are trained again."""
     folder, result = done
@@ -114,6 +118,7 @@ def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study
     assert again["sides"][0]["runs"] == json.loads(json.dumps(result["sides"][0]["runs"]))
 
 
+@pytest.mark.wide
 def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, config, tmp_path, monkeypatch):
     """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
     trained: list[str] = []

@@ -159,6 +159,7 @@ def test_the_same_command_goes_on_without_doing_anything_twice(done, study, conf
     assert again["sides"] == json.loads(json.dumps(result["sides"]))
 
 
+@pytest.mark.wide
 def test_a_lost_figure_is_measured_again_with_the_same_result(done, study, config, tmp_path):
     folder, result = tmp_path / "copy", done[1]
     shutil.copytree(done[0], folder)
@@ -416,6 +417,7 @@ def test_a_pilot_does_not_go_on_with_other_pictures(study, config, done, tmp_pat
         pilot(moved, config, "en", False, tell=lambda text: None)
 
 
+@pytest.mark.wide
 def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(study, config, tmp_path, monkeypatch):
     told = []
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path, told.append)
@@ -430,6 +432,7 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
         runs.side("plain")
 
 
+@pytest.mark.wide
 def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, config, done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(done[0], folder)
@@ -449,6 +452,7 @@ def test_the_cost_counts_every_session_and_no_step_twice(done):
     assert cost["training_seconds"] >= sum(last)
 
 
+@pytest.mark.wide
 def test_an_untouched_model_is_within_every_budget(study, tmp_path):
     """The base's curve must be fine enough that the base itself rises nowhere, whatever u the rows have."""
     from difftuning_control.data.latents import part_of
