@@ -544,7 +544,7 @@ def trained_and_began(recipe: Recipe, monkeypatch) -> tuple[Any, dict, Any]:
             began.update({n: p.detach().clone() for n, p in self.parameters.items()})
             states.update({k: v.clone() for k, v in loaded[-1].denoiser.state_dict().items()})
 
-    monkeypatch.setattr(trainer, "load_family", load)
+    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     monkeypatch.setattr(trainer, "TrainingLoop", Watched)
     train(recipe)
     return loaded[0], began, states
