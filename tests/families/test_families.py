@@ -526,7 +526,7 @@ def test_a_family_is_one_file_and_one_line():
 
     root = Path(difftuning_control.__file__).parent
     words = ("StableDiffusion", "Flux", "prompt_embeds[", '"prompt_embeds"', "pooled_p", "families.sd", "families.flux")
-    # those of the drop-in pipelines, a hint for users, the name of an argument, and the benchmark, which is on one model
+    # those of the drop-in pipelines, a hint for users, an argument, and the benchmark on one model
     named = ("difftuning.py", "export_files.py", "discovery.py", "control_strength.py", "untrusted.py")
     folders = ("families", "pipelines", "bench")
     others = [p for p in root.rglob("*.py") if p.parent.name not in folders and p.name not in named]
