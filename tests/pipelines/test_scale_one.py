@@ -37,9 +37,12 @@ def test_fault_15_15_at_one_it_is_the_tuned_pipeline_without_guidance(kind, full
     assert np.abs(draw(pipe, kind, **scale(kind, 3.0)) - expected).max() > 10 * TOLERANCE
 
 
-@every
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "sd3-control"])
 def test_fault_15_15_a_sweep_from_one_is_continuous_at_one(kind):
-    """ε = ε_pretrained(∅) + w (ε_tuned(c) − ε_pretrained(∅)) just above 1 is what 1 gives, up to the distance."""
+    """ε = ε_pretrained(∅) + w (ε_tuned(c) − ε_pretrained(∅)) just above 1 is what 1 gives, up to the distance.
+
+    The stock SD3 ControlNet pipeline draws its condition's latents anew for a guided batch, and other ones.
+    """
     pipe = drop_in(kind, domain_guidance=True)
     add_adapter(pipe.denoiser, "tuned", 1)
     pictures = [draw(pipe, kind, **scale(kind, w)) for w in (1.0, 1 + 1e-6, 1.5, 2.0)]
@@ -85,7 +88,7 @@ def test_fault_15_15_the_verbs_take_one():
     check_domain_scale(1.0)
     assert Evaluation(["r"], domain_guidance_scale=1.0).domain_guidance_scale == 1
     assert PilotConfig(guidance_scales=[1.0, 1.5]).guidance_scales == [1.0, 1.5]
-    command = ["sample", "--run", "r", "--domain_guidance_scale", "1"]
+    command = ["sample", "--run", "r", "--prompts", '["a"]', "--domain_guidance_scale", "1"]
     assert parse(command)[1].domain_guidance_scale == 1
     with pytest.raises(UserError, match=r"domain_guidance_scale is 0\.99; expected a finite number of at least 1"):
         check_domain_scale(0.99)
