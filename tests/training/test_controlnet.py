@@ -46,7 +46,6 @@ from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.setup import build_objective, check_frozen, make_accelerator
-from difftuning_control.verbs import train as trainer
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.command_line import flags, settings
@@ -271,7 +270,7 @@ def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tm
         loaded.append(load_family(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(trainer, "load_family", load)
+    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     recipe = replace(make(**VARIANTS[name]), output=str(tmp_path))
     run = train(recipe)
     (family,) = loaded

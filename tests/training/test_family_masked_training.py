@@ -161,7 +161,7 @@ def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, mon
             super().__init__(*args)
             attached.update({n: p.detach().clone() for n, p in self.parameters.items()})
 
-    monkeypatch.setattr(trainer, "load_family", load)
+    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     monkeypatch.setattr(trainer, "TrainingLoop", Watched)
     train(replace(make("", name, tuning={"estimator": "weight"}), output=str(tmp_path)))
     (family,) = loaded
