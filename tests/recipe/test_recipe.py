@@ -108,7 +108,8 @@ def test_every_key_is_explained_where_it_is_defined(section):
 def test_a_recipe_is_plain_values_all_the_way_down():
     values = Recipe().to_dict()
     assert json.loads(json.dumps(values)) == values
-    assert values["tuning"]["schedule"] == {"kind": "power", "tau": None, "psi": None, "xi": None, "path": None}
+    empty = dict.fromkeys(("tau", "retention_tau", "psi", "xi", "path"))
+    assert values["tuning"]["schedule"] == {"kind": "power", **empty}
 
 
 # --- what fits together ---------------------------------------------------------------------------------------------
