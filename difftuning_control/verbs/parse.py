@@ -155,6 +155,8 @@ def _recipe_of_run(verb: str, flags: list[str], given: dict[str, Any], has_recip
     """The recipe that a run has in its folder, for `resume RUN`, and for `train --from RUN` without one of its own."""
     if verb == "resume":
         run = _word_of(flags, "run")
+        if {"-h", "--help"} & set(flags):
+            return []
         if not run:
             raise UserError("resume is told of no run; name the folder of one: difftune resume RUN.")
         if "output" in given:

@@ -8,6 +8,7 @@ from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.home import at_home
 
 FILE = "recipe.yaml"
 NEEDED = ("model", "data", "validation", "bank", "control", "control_validation", "controlnet", "schedule", "begin")
@@ -21,6 +22,7 @@ def recipe_to_resume(run: str) -> str:
     """
     from difftuning_control.runs.record import read_run  # and with it torch
 
+    run = at_home(run)
     folder = Path(run)
     if not folder.exists():
         raise UserError(f"there is no folder {run} to resume; if the run was moved, name its new place.")
@@ -66,6 +68,7 @@ def recipes_of_resumption(command: Recipe, run: str) -> tuple[Recipe, Recipe]:
     from difftuning_control.runs.places import KEYS, RUN, absolute, need_places, placed  # saves it for other verbs
     from difftuning_control.runs.record import read_run
 
+    run = at_home(run)
     record = read_run(Path(run))
     if record is None:
         raise UserError(f"{run} holds no run (no readable run.json), so there is nothing to resume.")

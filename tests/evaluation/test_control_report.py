@@ -261,7 +261,7 @@ def test_the_chart_marks_the_rise_on_the_main_figure_alone():
 
 
 def test_what_is_no_finished_controlnet_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"not finished \(its status is 'running␛'\).*same command again"):
+    with pytest.raises(UserError, match=r"not finished \(its status is 'running␛'\).*go on with difftune resume"):
         write_control_report({"status": "running\x1b"}, tmp_path)
     lora = control_run()
     lora["recipe"]["method"] = "lora"

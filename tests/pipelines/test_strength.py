@@ -81,7 +81,7 @@ def test_a_function_out_of_its_range_is_told_where(value):
         ({"kind": "power", "tau": -1}, "tau is -1"),
         ({"kind": "power", "sigma": 1}, "cannot be used"),
         (3.5, "the schedule is 3.5; expected a power"),
-        ("no/such/run", "no/such/run holds no run"),
+        ("no/such/run", "there is no folder no/such/run"),
     ],
 )
 def test_what_is_no_strength_is_told(given, message):

@@ -103,7 +103,12 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def test_fault_15_08_no_verb_is_forgotten():
-    assert set(PATHS) == set(COMMANDS)
+    assert {*PATHS, "resume"} == set(COMMANDS)
+
+
+def test_fault_15_08_a_tilde_is_the_home_folder_of_a_run_that_goes_on(home):
+    with pytest.raises(UserError, match=f"there is no folder {home}/run to resume"):
+        parse(["resume", "~/run"])
 
 
 @pytest.mark.parametrize(("verb", "key"), [(verb, key) for verb, keys in PATHS.items() for key in keys])

@@ -100,8 +100,10 @@ def test_a_value_at_the_edge_of_its_range_is_taken(key, value):
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
 def test_every_key_is_explained_where_it_is_defined(section):
-    lines = inspect.cleandoc(section.__doc__).partition("Args:\n")[2].splitlines()
-    documented = [line.split(":")[0].strip() for line in lines if not line.startswith(" " * 8)]
+    documented = []
+    for kind in reversed([c for c in section.__mro__ if dataclasses.is_dataclass(c)]):
+        lines = inspect.cleandoc(kind.__doc__).partition("Args:\n")[2].splitlines()
+        documented += [line.split(":")[0].strip() for line in lines if not line.startswith(" " * 8)]
     assert documented == [f.name for f in dataclasses.fields(section)]
 
 

@@ -122,9 +122,12 @@ def test_every_part_of_a_recipe_survives_its_record(make):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=f"{folder} holds no run"):
-            finished_run(folder)
+    with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
+        finished_run(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"there is no folder {tmp_path}/nowhere \(looked for at .*if the run was moved"
+    ):
+        finished_run(tmp_path / "nowhere")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"no readable run\.json"):
         finished_run(tmp_path)
@@ -486,7 +489,7 @@ def test_too_few_source_pictures_are_refused(lora, words, tmp_path, capsys):
     [
         ({"runs": "[]"}, "runs is []; give the folders of finished runs, each once."),
         ({"runs": '["a", "a"]'}, "runs is ['a', 'a']; give the folders of finished runs, each once."),
-        ({"runs": '["nowhere"]'}, "nowhere holds no run (no readable run.json)"),
+        ({"runs": '["nowhere"]'}, "there is no folder nowhere (looked for at"),
         ({"pictures": 4}, "pictures is 4; expected at least 5."),
         ({"seeds": "[]"}, "seeds is []; expected at least 1 different whole numbers of at least 0."),
         ({"seeds": "[1, 1]"}, "seeds is [1, 1]; expected"),

@@ -152,7 +152,7 @@ def test_an_added_picture_is_found_and_a_removed_row(root):
 def test_another_order_of_the_same_pictures_is_found(root):
     path = root / "data" / "metadata.jsonl"
     path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    assert found() == {"data": [("changed", "data", "the same pictures, in another order")]}
+    assert found() == {"data": [("changed", str(root / "data"), "the same pictures, in another order")]}
 
 
 def test_exchanged_shards_are_found(root):
@@ -230,7 +230,10 @@ def test_a_power_cut_in_the_audit_is_said_and_is_no_change(root, capsys):
 def test_what_is_left_out_is_said_and_counts_where_it_is_strict(root, capsys):
     shutil.rmtree(root / "data")
     shutil.rmtree(root / "bank")
-    assert list(found()) == ["data", "bank"]
+    record = json.loads((root / "run" / "run.json").read_text())
+    record["places"] |= {role: str(root / role) for role in ("data", "bank")}  # else those of the original are found
+    write_json(root / "run" / "run.json", record)
+    assert {"data", "bank"} <= set(found())
     capsys.readouterr()
     main(["verify", "run", "--skip", '["data", "bank"]'])
     shown = capsys.readouterr().out
@@ -255,6 +258,8 @@ def test_a_base_of_the_hub_is_found_in_its_cache_or_said_not_to_be_there(root, t
     assert place.resolve() == snapshot.resolve()
     record = json.loads((root / "run" / "run.json").read_text())
     record["sources"]["base"] |= {"id": "me/tiny", "revision": commit}
+    record["recipe"]["model"]["id"] = "me/tiny"
+    del record["places"]["model"]
     write_json(root / "run" / "run.json", record)
     assert "base" not in found()
     flip(snapshot / "vae" / "diffusion_pytorch_model.safetensors")
@@ -389,7 +394,7 @@ def test_names_with_escapes_are_shown_harmlessly_and_many_are_counted(root):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["nowhere"], "nowhere holds no run"),
+        (["nowhere"], "there is no folder nowhere"),
         (["run", "--head", "abc"], "head is 'abc'; expected the 64 hexadecimal digits"),
         (["run", "--skip", '["outputs"]'], "skip names 'outputs'; expected any of base, controlnet, schedule"),
         ([], "run"),

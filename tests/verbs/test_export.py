@@ -749,7 +749,7 @@ def test_a_run_and_a_place_are_needed(given, tmp_path, monkeypatch, capsys):
 
 def test_no_run_and_an_unfinished_one_are_refused(lora, tmp_path, capsys):
     nothing = replace(lora, output=str(tmp_path / "nothing"))
-    assert_refused(words(nothing, tmp_path / "out"), capsys, tmp_path, "holds no run (no readable run.json)")
+    assert_refused(words(nothing, tmp_path / "out"), capsys, tmp_path, "there is no folder", "nothing")
     record = json.loads((Path(lora.output) / "run.json").read_text())
     write_json(tmp_path / "cut" / "run.json", {**record, "status": "running"})
     cut = replace(lora, output=str(tmp_path / "cut"))
@@ -761,7 +761,7 @@ def test_another_base_is_refused(lora, tmp_path, capsys, more):
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     moved = Path(shutil.copytree(lora.output, tmp_path / "run"))
     record = json.loads((moved / "run.json").read_text())
-    record["recipe"]["model"]["id"] = str(tmp_path / "other")
+    record["recipe"]["model"]["id"] = record["places"]["model"] = str(tmp_path / "other")
     write_json(moved / "run.json", record)
     expected = "was tuned from another base (its denoiser, vae, text_encoder differ"
     assert_refused(words(replace(lora, output=str(moved)), tmp_path / "out", *more), capsys, tmp_path, expected)
@@ -770,7 +770,7 @@ def test_another_base_is_refused(lora, tmp_path, capsys, more):
 def test_a_base_that_is_gone_is_told(controlnet, tmp_path, capsys):
     moved = Path(shutil.copytree(controlnet.output, tmp_path / "run"))
     record = json.loads((moved / "run.json").read_text())
-    record["recipe"]["model"]["id"] = str(tmp_path / "gone")
+    record["recipe"]["model"]["id"] = record["places"]["model"] = str(tmp_path / "gone")
     write_json(moved / "run.json", record)
     recipe = replace(controlnet, output=str(moved))
     assert_refused(words(recipe, tmp_path / "out"), capsys, tmp_path, "the model directory", "gone does not exist")
@@ -821,7 +821,7 @@ def test_what_somebody_put_into_an_export_is_not_lost(lora, tmp_path, capsys, na
 def test_an_export_may_not_cost_the_run_or_its_base(lora, model_dir, tmp_path, capsys, place):
     run, base = (Path(shutil.copytree(a, tmp_path / b)) for a, b in ((lora.output, "run"), (model_dir, "base")))
     record = json.loads((run / "run.json").read_text())
-    record["recipe"]["model"]["id"] = record["base_path"] = str(base)
+    record["recipe"]["model"]["id"] = record["places"]["model"] = record["base_path"] = str(base)
     for folder in (tmp_path, run, base):
         write_json(folder / "export.json", {"files": []})
     write_json(run / "run.json", record)

@@ -369,8 +369,9 @@ def test_an_evaluation_of_nothing_is_refused(changes, message):
 
 @pytest.mark.parametrize("verb", ["pilot", "analyze", "demo"])
 def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
+    data = [] if verb == "demo" else ["--data.path", "embedded/icons"]
     with pytest.raises(SystemExit) as stopped:
-        main([verb, "--language", "xx", "--output", str(tmp_path / "out")])
+        main([verb, *data, "--language", "xx", "--output", str(tmp_path / "out")])
     assert stopped.value.code == 2
     assert "the language 'xx' is unknown; choose one of en, ja" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -378,7 +379,8 @@ def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
 
 def test_every_study_is_documented_key_by_key():
     for study in (AnalysisConfig, Evaluation, PilotConfig):
-        assert all(f"        {name}: " in (study.__doc__ or "") for name in get_type_hints(study))
+        documented = "\n".join(kind.__doc__ or "" for kind in study.__mro__)
+        assert all(f"        {name}: " in documented for name in get_type_hints(study))
 
 
 # --- what a review found ---------------------------------------------------------------------------------------------
