@@ -773,7 +773,13 @@ def test_a_base_that_is_gone_is_told(controlnet, tmp_path, capsys):
     record["recipe"]["model"]["id"] = record["places"]["model"] = str(tmp_path / "gone")
     write_json(moved / "run.json", record)
     recipe = replace(controlnet, output=str(moved))
-    assert_refused(words(recipe, tmp_path / "out"), capsys, tmp_path, "the model directory", "gone does not exist")
+    assert_refused(
+        words(recipe, tmp_path / "out"),
+        capsys,
+        tmp_path,
+        "the base of the run",
+        "gone; if it was moved, give its new place: --moved.model",
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "controlnet"])
