@@ -773,7 +773,8 @@ def test_a_base_that_is_gone_is_told(controlnet, tmp_path, capsys):
     record["recipe"]["model"]["id"] = record["places"]["model"] = str(tmp_path / "gone")
     write_json(moved / "run.json", record)
     recipe = replace(controlnet, output=str(moved))
-    assert_refused(
+    told = "gone; if it was moved, give its new place: --moved.model"
+    assert_refused(words(recipe, tmp_path / "out"), capsys, tmp_path, "the base of the run", told)
         words(recipe, tmp_path / "out"),
         capsys,
         tmp_path,
