@@ -775,12 +775,6 @@ def test_a_base_that_is_gone_is_told(controlnet, tmp_path, capsys):
     recipe = replace(controlnet, output=str(moved))
     told = "gone; if it was moved, give its new place: --moved.model"
     assert_refused(words(recipe, tmp_path / "out"), capsys, tmp_path, "the base of the run", told)
-        words(recipe, tmp_path / "out"),
-        capsys,
-        tmp_path,
-        "the base of the run",
-        "gone; if it was moved, give its new place: --moved.model",
-    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "controlnet"])
