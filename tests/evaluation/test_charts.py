@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from difftuning_control.evaluation.report import charts
+from difftuning_control.evaluation.report.chart import WIDTH, text_width
 from difftuning_control.evaluation.report.language import load_texts
 from support import report_samples as samples
 
@@ -139,10 +140,10 @@ def test_legends_fit():
         for svg in every_chart(t).values():
             root = ElementTree.fromstring(svg)
             width = float(root.get("viewBox").split()[2])
-            assert width == charts.WIDTH
+            assert width == WIDTH
             for e in root.iter(f"{SVG}text"):
                 x, text = float(e.get("x")), "".join(e.itertext())
-                size = charts._width(text)
+                size = text_width(text)
                 anchor = re.search(r"text-anchor: (\w+)", e.get("style", ""))
                 shift = {"middle": size / 2, "end": size}.get(anchor[1] if anchor else "", 0)
                 assert x - shift > -6, text

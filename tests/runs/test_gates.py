@@ -130,11 +130,11 @@ def test_a_run_that_keeps_its_limits_passes_and_loads_no_picture_for_the_loss(wo
 
 
 @pytest.mark.wide
-def test_gates_do_not_touch_what_is_trained(words, root):
+def test_gates_do_not_touch_what_is_trained(words, root, failed):
     main(words("without", drawn=False))
     name = "pytorch_lora_weights.safetensors"
-    assert (root / "without" / name).read_bytes() == (root / "failed" / name).read_bytes()
-    assert record_of(root / "without")["identity"] == record_of(root / "failed")["identity"]
+    assert (root / "without" / name).read_bytes() == (failed / name).read_bytes()
+    assert record_of(root / "without")["identity"] == record_of(failed)["identity"]
     assert "gates" not in record_of(root / "without")
 
 
