@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 from difftuning_control import BankRequest, KnowledgeBank, family_of
@@ -161,13 +163,28 @@ def write_data(folder: Path) -> None:
     (folder / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+def lengthen(encoder: Any, length: int = 77) -> None:
+    """Give a CLIP text encoder positions for as many tokens as the scripts always take."""
+    embeddings = next(m for m in encoder.modules() if hasattr(m, "position_embedding"))
+    embeddings.position_embedding = torch.nn.Embedding(length, embeddings.position_embedding.embedding_dim)
+    embeddings.register_buffer("position_ids", torch.arange(length)[None], persistent=False)
+    encoder.config.max_position_embeddings = length
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHECKOUT is None, reason="DIFFUSERS_CHECKOUT names no checkout of diffusers")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_fault_15_20_a_hook_runs_in_its_script(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipe = PIPELINES[name][0]()
+    for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if encoder is not None and "CLIP" in type(encoder).__name__:
+            lengthen(encoder)
     pipe.save_pretrained("model")
+    flags = list(FLAGS[name])
+    if name == "train_controlnet":  # the script's own is for an autoencoder of factor 8
+        ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8)).save_pretrained("controlnet")
+        flags.append("--controlnet_model_name_or_path=controlnet")
     build_bank(pipe)
     write_data(tmp_path)
     place = (HOOKS / f"{name}.txt").read_text().split()[1]
@@ -177,7 +194,7 @@ def test_fault_15_20_a_hook_runs_in_its_script(name, tmp_path, monkeypatch):
         "accelerator.backward(loss)", "print('rows', is_retention.tolist()); accelerator.backward(loss)"
     )
     Path("script.py").write_text(script)
-    command = [sys.executable, "script.py", "--pretrained_model_name_or_path=model", *SHARED, *FLAGS[name]]
+    command = [sys.executable, "script.py", "--pretrained_model_name_or_path=model", *SHARED, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
