@@ -94,9 +94,9 @@ class Pilot:
         self.features = load_features(config.features, best_device())
         data, held_out = read_data(recipe, tell)
         check_held_out(held_out)
-        if copies_held_out(data, held_out):
+        if copies := copies_held_out(data, held_out):
             raise UserError(
-                f"{copies_held_out(data, held_out)[0]}, or name other pictures with --data.validation_path: a pilot is "
+                f"{copies[0]}, or name other pictures with --data.validation_path: a pilot is "
                 "judged on pictures that were not tuned on."
             )
         self.family = load_base(recipe).to(best_device())
