@@ -17,6 +17,7 @@ from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
 from difftuning_control.runs.gates import gate_lines, stop_if_failed
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import say
 from difftuning_control.verbs.bench.settings import Bench
@@ -39,29 +40,29 @@ from difftuning_control.verbs.resume import recipes_of_resumption
 def run_train(command: TrainCommand) -> None:
     from difftuning_control.verbs.train import train  # saves it for the other verbs
 
-    _print_run(train(only(Recipe, command), command.overwrite, say), command.output)
+    _print_run(train(only(Recipe, command), command.overwrite, say).record, command.output)
 
 
 def run_resume(command: ResumeCommand) -> None:
     from difftuning_control.verbs.train import train  # saves it for the other verbs
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
-    _print_run(train(written, False, say, here), command.run)
+    _print_run(train(written, False, say, here).record, command.run)
 
 
-def _print_run(run: dict[str, Any], output: str) -> None:
+def _print_run(run: RunRecord, output: str) -> None:
     """What came of a training, and whether it passes its gates."""
     from accelerate import PartialState  # saves it for the other verbs
 
     if not PartialState().is_main_process:
         return
-    say(f"done: {output} ({run['status']})")
-    for role, losses in run["losses"].items():
+    say(f"done: {output} ({run.status})")
+    for role, losses in run.losses.items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
     _print_control(run)
-    _print_gates(run.get("gates"))
-    stop_if_failed(run.get("gates"), output)
+    _print_gates(run.gates)
+    stop_if_failed(run.gates, output)
 
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
@@ -70,15 +71,15 @@ def _print_gates(judged: dict[str, Any] | None) -> None:
             say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
 
 
-def _print_control(run: dict[str, Any]) -> None:
+def _print_control(run: RunRecord) -> None:
     """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
-    if run.get("control") is None:
+    if run.control is None:
         return
-    blank = run["control"]["blank"]
+    blank = run.control.blank
     if blank:
         names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
-        say(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
-    curve = run.get("fidelity")
+        say(f"note: the annotator found nothing on {len(blank)} of {run.data.pictures} pictures: {names}")
+    curve = run.fidelity
     if curve is None:
         return
     name, found = curve["main"], curve["convergence"]
@@ -90,7 +91,7 @@ def _print_control(run: dict[str, Any]) -> None:
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
     )
-    say(f"  report: {run['recipe']['output']}/report.html")
+    say(f"  report: {run.recipe_values['output']}/report.html")
 
 
 def run_bank(command: BankCommand) -> None:
