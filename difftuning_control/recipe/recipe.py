@@ -19,8 +19,8 @@ class Recipe:
     """A training run.
 
     Args:
-        method: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (the denoiser stays as
-            it is).
+        method: what trains: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (a
+            ControlNet; the denoiser stays as it is).
         model: the pretrained model.
         data: the pictures to tune on.
         tuning: the objective.
