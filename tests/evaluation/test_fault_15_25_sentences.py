@@ -10,10 +10,10 @@ import pytest
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.analysis import write_analysis_report
 from difftuning_control.evaluation.report.language import load_texts
-from difftuning_control.evaluation.report.pilot import write_pilot_report
 from support import report_samples as samples
 from support.control_runs import CURVES, control_page, control_run, curve_of, ramp
 from support.pages import LANGUAGES, Page
+from support.report_samples import pilot_report
 
 NAN = float("nan")
 SHAPES = {  # means of the gap, half the width of the interval, and the codes that are borne out
@@ -62,7 +62,7 @@ def test_fault_15_25_the_gap_is_described_as_its_table_has_it(tmp_path, language
     said = load_texts(language)
     pages = [Page(write_analysis_report(planted, tmp_path, language))]
     if language == "en":
-        pages.append(Page(write_pilot_report(samples.pilot() | {"analysis": planted}, tmp_path)))
+        pages.append(Page(pilot_report(samples.pilot() | {"analysis": planted}, tmp_path)))
     for page in pages:
         check_whole(page)
         for code in findings.ADVICE:
@@ -94,7 +94,7 @@ def test_fault_15_25_a_gap_that_was_not_measured_is_said_to_be_so(tmp_path, lang
     said = load_texts(language)
     assert said["gap.unmeasured"] in page.text
     assert said["section.gap"] not in page.text
-    check_whole(Page(write_pilot_report(samples.pilot() | {"analysis": planted}, tmp_path, language)))
+    check_whole(Page(pilot_report(samples.pilot() | {"analysis": planted}, tmp_path, language)))
 
 
 def test_fault_15_25_what_is_to_learn_is_a_gap_above_nothing():
@@ -166,14 +166,14 @@ def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, la
     result["settings"]["learning_rates"] = rates
     for side in result["sides"]:
         side["search"] = side["search"][: len(rates)] if len(rates) > 1 else []
-    page = Page(write_pilot_report(result, tmp_path, language))
+    page = Page(pilot_report(result, tmp_path, language))
     check_whole(page)
     said = load_texts(language)
     for key in ("section.search", "search.note", "tried.rates"):
         assert (said[key] in page.text) == (len(rates) > 1), key
     assert said["next.look"] not in page.text
     samples.draw_pictures(tmp_path, result, ["red apple"])
-    assert said["next.look"] in Page(write_pilot_report(result, tmp_path, language)).text
+    assert said["next.look"] in Page(pilot_report(result, tmp_path, language)).text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -187,7 +187,7 @@ def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, la
     ],
 )
 def test_fault_15_25_what_was_not_compared_is_not_called_a_result(tmp_path, language, kid, reason):
-    page = Page(write_pilot_report(samples.pilot(kid), tmp_path, language))
+    page = Page(pilot_report(samples.pilot(kid), tmp_path, language))
     check_whole(page)
     said, text = load_texts(language), page.text.replace("‑", "-")
     assert said["headline.pilot.uncompared"] in text
@@ -202,14 +202,14 @@ def test_fault_15_25_a_time_that_is_not_known_is_left_out(tmp_path, language):
     for side in result["sides"]:
         for run in side["runs"]:
             run["seconds"] = None
-    page = Page(write_pilot_report(result, tmp_path, language))
+    page = Page(pilot_report(result, tmp_path, language))
     assert load_texts(language)["next.time"].partition("{")[0] not in page.text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_plain_wins_by_what_is_named(tmp_path, language):
     kid = {"plain": [0.03, 0.041, 0.034], "prior": [0.04, 0.05, 0.045], "difftuning_tau1": [0.03, 0.042, 0.033]}
-    page = Page(write_pilot_report(samples.pilot(kid, {"difftuning_tau1": 0.4}), tmp_path, language))
+    page = Page(pilot_report(samples.pilot(kid, {"difftuning_tau1": 0.4}), tmp_path, language))
     said = load_texts(language)
     assert said["headline.pilot.plain"] in page.text.replace("‑", "-")
     named = said["verdict.plain_worse"].format(metric="KID", sides=said["side.prior"])

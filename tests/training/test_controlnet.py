@@ -39,6 +39,7 @@ from difftuning_control.runs import manifest
 from difftuning_control.runs.card import model_card
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.runs.identity import write_recipe
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors
@@ -283,8 +284,8 @@ def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tm
 
 
 def test_a_denoiser_that_did_change_is_not_passed_over(family):
-    fingerprints = {"base": dict(family.fingerprints)}
-    assert check_frozen(family, fingerprints)["denoiser_after"] == fingerprints["base"]["denoiser"]
+    fingerprints = Fingerprints(base=dict(family.fingerprints))
+    assert check_frozen(family, fingerprints).denoiser_after == fingerprints.base["denoiser"]
     next(family.denoiser.parameters()).data[0] += 1e-6
     with pytest.raises(RuntimeError, match="the frozen denoiser changed"):
         check_frozen(family, fingerprints)

@@ -33,6 +33,7 @@ from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import tuned_model
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import attach_controlnet, build_objective, make_accelerator
@@ -333,7 +334,7 @@ def test_a_lora_of_a_controlnet_trains_its_targets_its_input_and_its_zeros(make,
 def test_conditions_are_encoded_once_before_training(make, family, monkeypatch, tmp_path):
     recipe = make("", family, "controlnet", control={"dropout": 0.5, "bank_condition": "blank"}, data={"flip": True})
     model = load_family(recipe.model.id)
-    conditioner = attach_controlnet(recipe, model, {})
+    conditioner = attach_controlnet(recipe, model, Fingerprints())
     objective = build_objective(recipe, model.process)
     inputs = prepare_inputs(recipe, model, objective, make_accelerator(recipe), conditioner)
     assert inputs.control is not None

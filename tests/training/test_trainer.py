@@ -268,7 +268,9 @@ def test_a_finished_run_that_is_resumed_is_returned_without_a_step(finished):
     recipe = finished({})
     before = contents(Path(recipe.output))
     with interrupted_after(1) as taken:
-        assert train(resumed(recipe)).record == run_record(recipe)
+        result = train(resumed(recipe))
+    assert result.record == run_record(recipe)
+    assert (result.history, result.output) == (rows(recipe), Path(recipe.output))
     assert not taken
     assert contents(Path(recipe.output)) == before
 
