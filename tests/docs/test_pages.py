@@ -1,4 +1,4 @@
-"""README, docs/ and the examples' pages: links lead somewhere, commands parse, Python compiles and its imports are there."""
+"""README, docs/ and pages of the examples: links lead somewhere, commands parse, Python compiles, its imports exist."""
 
 from __future__ import annotations
 
