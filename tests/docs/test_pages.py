@@ -123,6 +123,15 @@ def is_defined(parts: list[str]) -> bool:
     return len(parts) > depth
 
 
+@pytest.mark.parametrize("name", ["docs/design.md", "CONTRIBUTING.md"])
+def test_the_files_that_it_names_are_there(name):
+    package = ROOT / "difftuning_control"
+    named = re.findall(r"`([\w/]+\.(?:py|json|yaml|toml))`", NAMES[name].read_text(encoding="utf-8"))
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or (package / path).exists() or list(package.rglob(path)), path
+
+
 def test_every_page_is_on_the_site():
     def pages(entry):
         for part in entry if isinstance(entry, list) else entry.values():
