@@ -73,25 +73,34 @@ def desk(tmp_path, monkeypatch):
 
 
 def provide(words: list[str]) -> None:
-    """Give the runs that a page takes for granted, from the first that was trained."""
-    taken = words[words.index("--runs" if "--runs" in words else "--run") :][1:2] if words[0] != "train" else []
-    for place in re.findall(r"runs/\w+", " ".join(taken)):
+    """Give the runs that a page takes for granted: copies of a LoRA run."""
+    flag = next((flag for flag in ("--runs", "--run") if flag in words), None)
+    named = words[words.index(flag) + 1] if flag is not None else words[1] if words[0] == "export" else ""
+    for place in re.findall(r"runs/\w+", named):
         if not Path(place).exists():
-            shutil.copytree("runs/tau05", place)
+            if not Path("given").exists():
+                recipe = ["--config", "examples/emoji_lora.yaml", "--output", "given"]
+                main(shortened(["train", *recipe]))
+            shutil.copytree("given", place)
+
+
+def follow(page: str, scope: dict) -> list[str]:
+    """Run a page's commands and its Python in their order; returns the verbs."""
+    done = []
+    for _, language, body in FENCE.findall(page):
+        if language == "python":
+            exec(compile(body.replace(f'"{HUB}"', repr(str(embedded_model()))), "the page", "exec"), scope)
+        for words in difftune_commands(f"```bash\n{body}```") if language == "bash" else ():
+            provide(words)
+            main(shortened(words))
+            done.append(words[0])
+    return done
 
 
 @pytest.mark.wide
 def test_the_readme_from_top_to_bottom(desk):
     scope: dict = {"photo": Image.open("photo.png").convert("RGB")}
-    done = []
-    for _, language, body in FENCE.findall(README):
-        if language == "python":
-            exec(compile(body.replace(f'"{HUB}"', repr(str(embedded_model()))), "README.md", "exec"), scope)
-        for words in difftune_commands(f"```{language}\n{body}```") if language == "bash" else ():
-            if {"--run", "--runs"} & set(words):
-                provide(words)
-            main(shortened(words))
-            done.append(words[0])
+    done = follow(README, scope)
     assert {"train", "resume", "sample", "export", "pilot", "analyze", "evaluate"} <= set(done)
     for run in ("mine", "tau05", "my_controlnet", "pilot"):
         assert any(Path("runs", run).iterdir()), run
@@ -100,3 +109,19 @@ def test_the_readme_from_top_to_bottom(desk):
     assert scope["pipe"].get_active_adapters()
     assert scope["image"].size == (64, 64)
     assert os.listdir("exports/tau05")
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("page", "verbs"),
+    [
+        ("getting-started.md", ["train", "sample"]),
+        ("control.md", ["train", "train", "sample"]),
+        ("export.md", ["export"] * 3),
+    ],
+)
+def test_a_page_from_top_to_bottom(page, verbs, desk):
+    scope: dict = {"photo": Image.open("photo.png").convert("RGB")}
+    assert follow((ROOT / "docs" / page).read_text(encoding="utf-8"), scope) == verbs
+    if page == "control.md":
+        assert scope["image"].size == (64, 64)
