@@ -1,4 +1,4 @@
-"""README, docs/ and the examples' pages: links lead somewhere, commands parse, Python compiles and its imports are there."""
+"""README, docs/ and pages of the examples: links lead somewhere, commands parse, Python compiles, its imports exist."""
 
 from __future__ import annotations
 
@@ -121,6 +121,15 @@ def is_defined(parts: list[str]) -> bool:
             return False
         body = found[0].body
     return len(parts) > depth
+
+
+@pytest.mark.parametrize("name", ["docs/design.md", "CONTRIBUTING.md"])
+def test_the_files_that_it_names_are_there(name):
+    package = ROOT / "difftuning_control"
+    named = re.findall(r"`([\w/]+\.(?:py|json|yaml|toml))`", NAMES[name].read_text(encoding="utf-8"))
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or (package / path).exists() or list(package.rglob(path)), path
 
 
 def test_every_page_is_on_the_site():
