@@ -12,7 +12,7 @@ from importlib import import_module
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
-from difftuning_control.system.terminal import Record, crashed, shown
+from difftuning_control.system.terminal import Record, crashed, phase, phases, shown
 from difftuning_control.verbs.commands import check_named
 from difftuning_control.verbs.parse import PROGRAM, parse
 from difftuning_control.verbs.runners import RUNNERS
@@ -65,7 +65,8 @@ def _import_trainer() -> None:
     cycles pass by the hundreds of thousands of objects that stay from then on: it takes a seventh of that time."""
     gc.disable()
     try:
-        import_module(TRAINER)
+        with phases(sys.stdout.isatty()), phase("starting"):
+            import_module(TRAINER)
         gc.freeze()
     finally:
         gc.enable()

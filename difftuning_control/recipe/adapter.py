@@ -21,7 +21,7 @@ class AdapterConfig:
         kind: lora, dora, tlora (a LoRA whose rank falls as the noise rises), loha, lokr, oft, boft, ia3, or difffit
             (biases, norms and scale factors).
         on: denoiser, or controlnet (kind lora).
-        rank: r of the update, of lora, dora, tlora and loha 16 when empty; of lokr, whose second factor trains whole
+        rank: of the update, 16 of lora, dora, tlora and loha when empty; of lokr, whose second factor trains whole
             when empty.
         min_rank: of tlora at pure noise; half of rank when empty.
         alpha: the update is scaled by alpha / rank; equal to rank when empty.

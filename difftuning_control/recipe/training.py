@@ -37,7 +37,7 @@ class ScheduleConfig:
     Args:
         kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path), auto
             (measured on the model and the data when the run begins).
-        tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper.
+        tau: τ, the steepness; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper.
         retention_tau: τ of ξ alone, of power and paper; that of ψ when empty.
         psi: ψ of constant, 1 when empty.
         xi: ξ of constant, 0 when empty.
@@ -181,7 +181,7 @@ class TrainingConfig:
         max_steps: optimizer steps.
         batch_size: rows of one forward on one process, bank rows included.
         gradient_accumulation_steps: forwards to an optimizer step.
-        learning_rate: after the warm-up.
+        learning_rate: of the adapter or the weights that train, after the warm-up.
         optimizer: adamw, or adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
         lr_scheduler: diffusers' names.
         lr_warmup_steps: optimizer steps.
@@ -202,8 +202,8 @@ class TrainingConfig:
         save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
         resume: go on from the last checkpoint in the output, or from the start if there is none (`difftune resume RUN`
             needs no recipe, and a run that it goes on with).
-        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base
-            (on the command line also --from); what trains starts as it always does when empty.
+        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base; what
+            trains starts as it always does when empty.
         validate_every: optimizer steps between validations; 0 for only before and after.
         validation_size: rows of target and of bank in a validation.
         sample_every: optimizer steps between sample grids; 0 for none.

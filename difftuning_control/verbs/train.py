@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from difftuning_control.adapters.tuning import result_of
 from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder, silent
-from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.families.fitting import fitted
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
@@ -23,6 +24,7 @@ from difftuning_control.runs.record import read_run, write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
+from difftuning_control.system.terminal import phase_seconds, phases
 from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
@@ -50,6 +52,9 @@ def train(
         UserError: for a mistake in recipe, data or output folder; nothing is written then.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
+    if not recipe.data.path:
+        raise UserError("the recipe names no pictures; give data.path (embedded/icons to try it).")
+    recipe = fitted(recipe, tell)
     written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
     recipe = placed or recipe
     for option, place in written_places(recipe).items():
@@ -57,7 +62,7 @@ def train(
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
-        with ending_together(accelerator), Session(output) as session:
+        with ending_together(accelerator), phases(show=False), Session(output) as session:
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
@@ -65,7 +70,7 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            run = _train(written, recipe, accelerator, output, folder, session, tell)
+            run, written, recipe = _train(written, recipe, accelerator, output, folder, session, tell)
             if folder is not None:
                 judge_and_vouch(run, written, recipe, output, session)
             accelerator.wait_for_everyone()
@@ -84,16 +89,17 @@ def _train(
     folder: OutputFolder | None,
     session: Session,
     tell: Callable[[str], object],
-) -> dict[str, Any]:
-    """The record of the run once it is complete; `folder` is the main process's."""
+) -> tuple[dict[str, Any], Recipe, Recipe]:
+    """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
+    process's."""
     started = time.time()
     said = tell if folder is not None else silent  # once, by the main process
     prepared = prepare_run(written, recipe, accelerator, said)
-    going = prepared.going
+    recipe, going = prepared.recipe, prepared.going
     if going.finished is not None:
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
-        return going.finished
+        return going.finished, prepared.written, prepared.recipe
     for line in going.said if folder is not None else ():
         tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:
@@ -123,6 +129,7 @@ def _train(
     except NonFiniteLossError as error:
         if folder is not None:
             write_json(output / "run.json", run | {"status": "failed", "error": str(error)})
+        loop.report.write(loop.done, loop.end, error=str(error))
         raise
     if measured.budget is not None:
         run["budget"] = describe_budget(measured.budget, run["losses"])
@@ -135,13 +142,14 @@ def _train(
         run["fidelity"] = loop.curve.describe()
     if recipe.method == "controlnet":
         run["frozen"] = check_frozen(prepared.family, prepared.fingerprints)
-    run["timings"] = {"preparation": begun - started, "training": time.time() - begun}
+    seconds = {"preparation": begun - started, "training": time.time() - begun}
+    run["timings"] = seconds | {"phases": phase_seconds()}
     run["status"] = "complete"
     if folder is not None:
         run["outputs"] = _hash_outputs(output, output / result_of(recipe))
-        write_record(run, written, output)
+        write_record(run, prepared.written, output)
         _forget_checkpoints(output)  # only now is the result on disk and recorded
-    return run
+    return run, prepared.written, prepared.recipe
 
 
 def _begin(run: dict[str, Any], prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:

@@ -77,7 +77,7 @@ def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, cap
         (["resume", "runs/gone"], "there is no folder runs/gone to resume"),
         (["resume", "empty"], "empty holds no run that began"),
         (["resume", "empty", "--output", "x"], "leave out --output"),
-        (["train"], "train is told of no data; give --data.path FOLDER (embedded/icons to try it)"),
+        (["train"], "train is told of no data; give the folder: difftune train PICTURES (embedded/icons to try it)"),
         (["train", "--training.max_steps", "1"], "train is told of no data"),
         (["train", "--training.resume", "--output", "runs/gone"], "difftune resume runs/gone"),
         (["train", "--config", "recipe.yaml"], "train is told of no data"),
