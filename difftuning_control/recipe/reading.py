@@ -202,7 +202,9 @@ def expected(hint: Any) -> str:
         return f"a list: [{expected(parts[0])}, …]"
     if parts:
         return " or ".join("null" if part is type(None) else expected(part) for part in parts)
-    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}[
+        hint
+    ]
 
 
 def build(section: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

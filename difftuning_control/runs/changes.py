@@ -154,7 +154,7 @@ def _differing(record: dict[str, Any], today: dict[str, Any], recipe: Recipe) ->
 
 def _settings(recipe: Recipe, record: dict[str, Any] | None) -> dict[str, Any]:
     """What decides the weights, by dotted key; of the file of a schedule its digest."""
-    path, digest = recipe.tuning.schedule.path, None
+    path, digest = recipe.tuning.schedule.file, None
     if path is not None and record is not None:
         kept = record.get("sources", {}).get("schedule", {}).get("files") or {}
         digest = next(iter(kept.values()), None)

@@ -22,7 +22,7 @@ class _Phases:
     show: bool
 
 
-_PHASES: ContextVar[_Phases] = ContextVar("phases", default=_Phases({}, False))
+_PHASES: ContextVar[_Phases] = ContextVar("phases")
 
 
 def say(text: str) -> None:
@@ -63,7 +63,11 @@ def phases(show: bool = True) -> Iterator[dict[str, float]]:
 
 
 def phases_are_shown() -> bool:
-    return _PHASES.get().show
+    return _current().show
+
+
+def _current() -> _Phases:
+    return _PHASES.get(None) or _Phases({}, False)
 
 
 @contextmanager
@@ -90,14 +94,14 @@ def phase(text: str, show: bool = True, detail: str = "") -> Iterator[None]:
 
 def add_phase(text: str, seconds: float) -> float:
     """Count seconds to a phase; returns them."""
-    found = _PHASES.get().seconds
+    found = _current().seconds
     found[text] = found.get(text, 0.0) + seconds
     return seconds
 
 
 def phase_seconds() -> dict[str, float]:
     """The seconds of the phases so far."""
-    return dict(_PHASES.get().seconds)
+    return dict(_current().seconds)
 
 
 def duration(seconds: float) -> str:

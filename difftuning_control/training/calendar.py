@@ -23,7 +23,7 @@ class Calendar:
 
     @property
     def early(self) -> int | None:
-        """The step of the first sample grid, within the first tenth of the run; None where the regular one is as early."""
+        """The step of a sample grid within the first tenth of the run; None where the first regular one is as early."""
         training = self.recipe.training
         step = training.max_steps // 10
         return step if training.sample_every > step and training.max_steps >= SHORTEST else None

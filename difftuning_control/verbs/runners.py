@@ -126,7 +126,7 @@ def run_bank(asked: BankCommand) -> None:
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
-    command = fitted(only(Recipe, asked), say)
+    command = fitted(only(Recipe, asked))  # of which a bank takes the precision alone
     for option, place in written_places(command).items():
         if option != "--output":  # which a bank does not use
             refuse_among_data(place, data_places(command), option)

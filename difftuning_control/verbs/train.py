@@ -100,6 +100,8 @@ def _train(
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
         return going.finished, prepared.written, prepared.recipe
+    if recipe.tuning.schedule.kind == "function":
+        said(f"note: the schedule {recipe.tuning.schedule.path} is code, and was run")
     for line in going.said if folder is not None else ():
         tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:

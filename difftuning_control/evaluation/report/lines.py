@@ -12,12 +12,12 @@ from html import escape
 
 from difftuning_control.system.text import harmless
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640, 58, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one line; `kind` is its class in the page's style: base, target or bank. Others lie over a `faint` one."""
+    """Points of one line; `kind` is its class in the page's style: base, target or bank. `faint` ones lie below."""
 
     name: str
     x: Sequence[float]
@@ -40,13 +40,19 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_label: str, y_range: tuple[float, float] | None = None, height: int = 260
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    width: int = 640,
+    height: int = 260,
 ) -> str:
     """The chart as one <svg>; points that are not finite are left out.
 
     Args:
         title: for who cannot see it.
         y_range: what is shown of the y axis; all of it when None. Lines are cut there.
+        width: in the pixels of its text, which is as large as the page's where the chart is as wide as this.
     """
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y) if math.isfinite(x) and math.isfinite(y)]
     if not points:
@@ -58,19 +64,19 @@ def line_chart(
     y_low, y_high = y_low - room, y_high + room
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        across = LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
         up = TOP + (y_high - min(max(y, y_low), y_high)) / (y_high - y_low) * (height - TOP - BOTTOM)
         return round(across, 1), round(up, 1)
 
     parts = []
     for tick in ticks(y_low, y_high):
         _, y = place(x_low, tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{tick:.6g}</text>')
     for tick in ticks(x_low, x_high, 7):
         x, _ = place(tick, y_low)
         parts.append(f'<text class="tick" x="{x}" y="{height - BOTTOM + 18}" text-anchor="middle">{tick:.6g}</text>')
-    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    middle = LEFT + (width - LEFT - RIGHT) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{height - 5}" text-anchor="middle">{_safe(x_label)}</text>')
     for line in lines:
         found = [place(x, y) for x, y in zip(line.x, line.y) if math.isfinite(x) and math.isfinite(y)]
@@ -81,7 +87,7 @@ def line_chart(
         if line.marked or len(found) == 1:
             parts += [f'<circle class="dot {line.kind}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in found]
     inside = "".join(parts)
-    return f'<svg class="lines" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{_safe(title)}">{inside}</svg>'
+    return f'<svg class="lines" viewBox="0 0 {width} {height}" role="img" aria-label="{_safe(title)}">{inside}</svg>'
 
 
 def _safe(text: str) -> str:

@@ -82,7 +82,7 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
         remaining=duration(facts.remaining) if facts.remaining is not None else None,
         total=duration(sum(facts.phases.values())),
         pictures=_picture_rows(folder, facts),
-        losses=_loss_chart(rows),
+        losses=_loss_charts(rows),
         latest=_latest(rows),
         bands=[_band_chart(role, facts.base[role], found) for role, found in bands.items()],
         table=_band_table(facts.base, bands),
@@ -108,8 +108,8 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
-def _loss_chart(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The training loss by role: a smoothed line over the means of neighbouring steps."""
+def _loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The training loss by role, a smoothed line over the means of neighbouring steps: for wide and narrow windows."""
     lines, shown = [], []
     for role in ROLES:
         steps = [(r["step"], r[f"{role}_loss"]) for r in rows if f"{role}_loss" in r]
@@ -120,7 +120,9 @@ def _loss_chart(rows: Sequence[Mapping[str, Any]]) -> str:
         lines += [Line(role, x, y, role, faint=True), Line(role, x, smooth, role)]
         shown += [*smooth, *_middle(y)]
     shown = [v for v in shown if math.isfinite(v)]
-    return line_chart("training loss by role", lines, "step", (min(shown), max(shown)) if shown else None)
+    span = (min(shown), max(shown)) if shown else None
+    widths = {"wide": 1300, "narrow": 480}
+    return [(n, line_chart("training loss by role", lines, "step", span, w, 300)) for n, w in widths.items()]
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
