@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     RUN.set(None)
     audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what is cut of a prompt is refused or said by ourselves
     logging.setLogRecordFactory(Record)
     sys.excepthook = crashed
     with watched():

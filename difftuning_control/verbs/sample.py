@@ -28,7 +28,7 @@ from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.system.secrets import without_secrets
-from difftuning_control.system.terminal import progress
+from difftuning_control.system.terminal import progress, say
 from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 
@@ -135,6 +135,10 @@ def _draw(
     if record is not None:
         begin_as(family, record)
     family.check_prompts(prompts)  # before anything is drawn
+    for prompt in prompts:
+        length, most = family.prompt_tokens(prompt)
+        if length > most:
+            say(f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out")
     asked = _rows(condition, len(prompts)) if condition is not None else None
     scale = request.domain_guidance_scale
     drawn_at = settings if scale is None else settings | {"guidance_scale": scale}
