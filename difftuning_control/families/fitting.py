@@ -13,6 +13,7 @@ from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import family_class
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.terminal import phase
 
 
 def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) -> Recipe:
@@ -26,7 +27,7 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
     """
     if not recipe.left_open:
         return recipe
-    found = _values(recipe, EMBEDDED if recipe.model.id == "embedded" else family_class(recipe.model.id).fit)
+    found = _values(recipe, _fit_of(recipe.model.id))
     sections: dict[str, dict[str, Any]] = {"training": {}, "tuning": {}}
     for key, value in found.items():
         section, name = key.split(".")
@@ -40,6 +41,13 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
         said = ", ".join(f"{key.partition('.')[2]} {_shown(value)}" for key, value in found.items())
         tell(f"not given, and so as it fits {recipe.model.id} with method {recipe.method}: {said}")
     return done
+
+
+def _fit_of(model: str) -> Fit:
+    if model == "embedded":
+        return EMBEDDED
+    with phase("looking up", os.environ.get("RANK", "0") == "0", model):  # without a network it takes half a minute
+        return family_class(model).fit
 
 
 def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _TUNING = ("tuning.schedule.kind", "tuning.schedule.tau", "tuning.retention_rati
 _LOOP = ("training.max_steps", "training.batch_size", "training.learning_rate", "training.mixed_precision")
 PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
-        "Pictures and model": ("data.path", *_MODEL[:2], "data.resolution", "data.skip_bad"),
+        "Pictures and model": ("data.path", *_MODEL[:2], "data.resolution"),
         "What trains": ("method", "adapter.kind", "adapter.rank", "control.annotator"),
         "Training": (*_LOOP, "training.gradient_checkpointing", "training.seed", "training.begin_from"),
         "Against forgetting": (*_TUNING, *_BANK[:2]),
