@@ -70,10 +70,10 @@ def _again(interrupted: Interrupted) -> str:
     folder = RUN.get()
     if folder is None:
         return "run the same command again"
-    from difftuning_control.runs.record import read_run  # and with it torch, which the training has by now
+    from difftuning_control.runs.record import RUNNING, read_run  # and with it torch, which the training has by now
 
     record = read_run(Path(folder))
-    if interrupted.saved is not None or (record is not None and record["status"] == "running"):
+    if interrupted.saved is not None or (record is not None and record.status == RUNNING):
         return f"go on with difftune resume {shlex.quote(folder)}"
     return "nothing was written yet; run the same command again"
 

@@ -90,16 +90,15 @@ def psi_of_run(run: str | Path) -> Schedule:
     Raises:
         UserError: if there is no run, or it is not finished.
     """
-    from difftuning_control.recipe.recipe import recipe_of
     from difftuning_control.recipe.training import ScheduleConfig
     from difftuning_control.runs.finished import finished_run
 
     if Path(run).is_file():
         return ScheduleConfig("measured", path=str(run)).build(1000)
     record = finished_run(run)
-    if (measured := record.get("schedule")) is not None:
+    if (measured := record.schedule) is not None:
         return TabulatedSchedule(measured["u"], measured["psi"], measured["xi"])
-    return recipe_of(record).tuning.schedule.build(1000)
+    return record.recipe.tuning.schedule.build(1000)
 
 
 def _of_schedule(schedule: Schedule) -> Strength:

@@ -30,8 +30,8 @@ class Recipe:
     """A training run.
 
     Args:
-        method: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (the denoiser stays as
-            it is).
+        method: what trains: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (a
+            ControlNet; the denoiser stays as it is).
         model: the pretrained model.
         data: the pictures to tune on.
         tuning: the objective.
@@ -216,31 +216,39 @@ class Recipe:
         recipe.left_open = tuple(key for key in FITTED if not _names(values, key))
         return recipe
 
+    @classmethod
+    def from_record(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe of what `to_dict` gave, in an earlier version too, which knew fewer sections.
+
+        Raises:
+            UserError: if a value is out of its range, or it is of a newer version or was edited.
+        """
+        try:
+            tuning = dict(values["tuning"])
+            tuning["schedule"] = ScheduleConfig(**tuning["schedule"])
+            control = dict(values.get("control", {}))
+            if control:
+                control["fidelity"] = FidelityConfig(**control["fidelity"])
+            return cls(
+                method=values["method"],
+                model=ModelConfig(**values["model"]),
+                data=DataConfig(**values["data"]),
+                tuning=TuningConfig(**tuning),
+                bank=BankConfig(**values["bank"]),
+                adapter=AdapterConfig(**values["adapter"]),
+                control=ControlConfig(**control),
+                training=TrainingConfig(**values["training"]),
+                gates=GatesConfig(**values.get("gates", {})),
+                output=values["output"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"a recorded recipe cannot be read ({error}); it is of a newer version of this package, or was edited."
+            ) from None
+
 
 def _names(values: Mapping[str, Any], key: str) -> bool:
     """Whether nested values, of dictionaries or of dataclasses, say something of a dotted key."""
     section, name = key.split(".")
     found = values.get(section, {})
     return not isinstance(found, Mapping) or name in found
-
-
-def recipe_of(record: dict[str, Any]) -> Recipe:
-    """The recipe that a run was made with."""
-    values = record["recipe"]
-    tuning = dict(values["tuning"])
-    tuning["schedule"] = ScheduleConfig(**tuning["schedule"])
-    control = dict(values.get("control", {}))  # records of earlier versions have none
-    if control:
-        control["fidelity"] = FidelityConfig(**control["fidelity"])
-    return Recipe(
-        method=values["method"],
-        model=ModelConfig(**values["model"]),
-        data=DataConfig(**values["data"]),
-        tuning=TuningConfig(**tuning),
-        bank=BankConfig(**values["bank"]),
-        adapter=AdapterConfig(**values["adapter"]),
-        control=ControlConfig(**control),
-        training=TrainingConfig(**values["training"]),
-        gates=GatesConfig(**values.get("gates", {})),
-        output=values["output"],
-    )

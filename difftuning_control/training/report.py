@@ -11,7 +11,7 @@ from difftuning_control.evaluation.losses import BandLosses
 from difftuning_control.evaluation.report.page import flatten
 from difftuning_control.evaluation.report.training import RunFacts, write_training_report
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.record import describe_device
+from difftuning_control.runs.identity import describe_device
 from difftuning_control.system.terminal import phase_seconds
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.monitor import Monitor

@@ -35,8 +35,8 @@ _LOOP = ("training.max_steps", "training.batch_size", "training.learning_rate", 
 PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
         "Pictures and model": ("data.path", *_MODEL[:2], "data.resolution"),
-        "What trains": ("method", "adapter.kind", "adapter.rank", "control.annotator"),
-        "Training": (*_LOOP, "training.gradient_checkpointing", "training.seed", "training.begin_from"),
+        "What trains": ("method", "adapter.kind", "adapter.rank"),
+        "Training": (*_LOOP, "training.gradient_checkpointing", "training.begin_from"),
         "Against forgetting": (*_TUNING, *_BANK[:2]),
         "While it trains": (
             "training.sample_every",
@@ -101,7 +101,7 @@ def help_page(verb: str, command: type) -> str | None:
 
 def _option(verb: str, key: str, command: type, hint: Any, short: str | None) -> list[str]:
     section, entry = _entry(command, key)
-    text = _clause(_texts(section).get(entry.name, ""))
+    text = _with_unit(_texts(section).get(entry.name, ""))
     shown = "as fits the model" if key in FITTED[:4] else _shown(_default(entry))
     default = f" ({shown})" if shown and not (key == "data.path" or verb == "resume") else ""
     long = f" [{key}]" if short and "." in key else ""
@@ -157,9 +157,17 @@ def _texts(section: type) -> dict[str, str]:
     return found
 
 
+def _with_unit(text: str) -> str:
+    """The first clause of an entry, and the unit that it has in brackets behind it, `[pixels, ≥ 8]`."""
+    clause, brackets = _clause(text), re.search(r"\[([^\]]*)\]$", text)
+    unit = brackets[1].partition(",")[0] if brackets is not None else ""
+    is_unit = unit and not re.search(r"[≥>≤<\d]", unit) and unit.split()[-1] not in clause and unit != "share"
+    return f"{clause}, in {unit}" if is_unit else clause
+
+
 def _clause(text: str) -> str:
-    """The first sentence of a text, without what follows a semicolon outside of brackets."""
-    depth = 0
+    """The first sentence of a text, without what follows a semicolon outside of brackets, and without its range."""
+    depth, text = 0, re.sub(r"\s*\[[^\]]*\]$", "", text)
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
         if not depth and (c == ";" or (c == "." and text[i + 1 : i + 2] in ("", " "))):

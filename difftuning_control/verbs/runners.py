@@ -18,6 +18,7 @@ from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
 from difftuning_control.runs.gates import gate_lines, stop_if_failed
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import phases, say
 from difftuning_control.verbs.bench.settings import Bench
@@ -42,8 +43,8 @@ def run_train(command: TrainCommand) -> None:
     from difftuning_control.verbs.train import train  # saves it for the other verbs
 
     with phases():
-        run = train(only(Recipe, command), command.overwrite, say)
-    _print_run(run, command.output)
+        result = train(only(Recipe, command), command.overwrite, say)
+    _print_run(result.record, command.output)
 
 
 def run_resume(command: ResumeCommand) -> None:
@@ -51,24 +52,24 @@ def run_resume(command: ResumeCommand) -> None:
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
     with phases():
-        run = train(written, False, say, here)
-    _print_run(run, command.run)
+        result = train(written, False, say, here)
+    _print_run(result.record, command.run)
 
 
-def _print_run(run: dict[str, Any], output: str) -> None:
+def _print_run(run: RunRecord, output: str) -> None:
     """What came of a training, and whether it passes its gates."""
     from accelerate import PartialState  # saves it for the other verbs
 
     if not PartialState().is_main_process:
         return
-    say(f"done: {output} ({run['status']})")
-    for role, losses in run["losses"].items():
+    say(f"done: {output} ({run.status})")
+    for role, losses in run.losses.items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
     _print_control(run)
     _print_places(run, output)
-    _print_gates(run.get("gates"))
-    stop_if_failed(run.get("gates"), output)
+    _print_gates(run.gates)
+    stop_if_failed(run.gates, output)
 
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
@@ -77,15 +78,15 @@ def _print_gates(judged: dict[str, Any] | None) -> None:
             say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
 
 
-def _print_control(run: dict[str, Any]) -> None:
+def _print_control(run: RunRecord) -> None:
     """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
-    if run.get("control") is None:
+    if run.control is None:
         return
-    blank = run["control"]["blank"]
+    blank = run.control.blank
     if blank:
         names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
-        say(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
-    curve = run.get("fidelity")
+        say(f"note: the annotator found nothing on {len(blank)} of {run.data.pictures} pictures: {names}")
+    curve = run.fidelity
     if curve is None:
         return
     name, found = curve["main"], curve["convergence"]
@@ -99,15 +100,15 @@ def _print_control(run: dict[str, Any]) -> None:
     )
 
 
-def _print_places(run: dict[str, Any], output: str) -> None:
+def _print_places(run: RunRecord, output: str) -> None:
     """Where to look, and what to do next."""
     samples = Path(output) / "samples"
     if samples.is_dir():
         say(f"  pictures: {samples}")
     say(f"  report: {Path(output) / 'report.html'}")
-    words, control = [shlex.quote(output)], run.get("control") is not None
-    prompt = shlex.quote(run["prompts"][0]) if run.get("prompts") else '"a prompt"'
-    say(f"next: difftune sample {' '.join(words)} {prompt}{' --control photo.png' if control else ''} --compare")
+    prompt = shlex.quote(run.prompts[0]) if run.prompts else '"a prompt"'
+    control = " --control photo.png" if run.control is not None else ""
+    say(f"next: difftune sample {shlex.quote(output)} {prompt}{control} --compare")
 
 
 def run_bank(asked: BankCommand) -> None:

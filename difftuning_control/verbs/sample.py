@@ -26,6 +26,7 @@ from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_m
 from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
 from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import progress, say
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class _Model:
     """What draws: the record of a run, where there is one, its kept steps to compare, and the model by its settings."""
 
-    record: dict[str, Any] | None
+    record: RunRecord | None
     chosen: dict[str, Any]
     steps_kept: list[int]
 
@@ -100,24 +101,21 @@ def _model_of(request: SampleRequest) -> _Model:
     steps_kept = _steps_to_compare(run, record) if request.kept else []
     need_places(record, run, ("model",))
     if request.domain_guidance_scale is not None:
-        check_domain_method(run, record["recipe"]["method"])
-    return _Model(record, record["recipe"]["model"], steps_kept)
+        check_domain_method(run, record.method)
+    return _Model(record, vars(record.recipe.model), steps_kept)
 
 
 def _load(model: _Model) -> Family:
     """The model, in the precision of the tuning."""
     chosen = model.chosen
-    dtype = getattr(torch, (model.record or {}).get("dtype", "torch.float32").removeprefix("torch."))
-    memory = {
-        "quantization": chosen.get("quantization"),
-        "offload": chosen.get("offload", False),
-    }  # once there were none
+    dtype = getattr(torch, model.record.dtype_name) if model.record is not None else torch.float32
+    memory = {"quantization": chosen["quantization"], "offload": chosen["offload"]}
     return load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
 
 
-def _settings(request: SampleRequest, family: Family, record: dict[str, Any] | None) -> dict[str, Any]:
+def _settings(request: SampleRequest, family: Family, record: RunRecord | None) -> dict[str, Any]:
     """What the base and the tuned model draw with."""
-    side = request.resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
+    side = request.resolution or (record.data.resolution if record is not None else family.native_resolution)
     family.check_resolution(side, "resolution")
     return {
         "seed": request.seed,
@@ -133,7 +131,7 @@ def _draw(
     """The pictures by what drew them; those that are asked for are the last."""
     prompts, record, run = request.prompts, model.record, request.run
     if record is not None:
-        begin_as(family, record)
+        begin_as(family, record.classes, record.seed)
     family.check_prompts(prompts)  # before anything is drawn
     for prompt in prompts:
         length, most = family.prompt_tokens(prompt)
@@ -169,24 +167,24 @@ def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) 
     return {"run": request.run, "model": model.chosen, "prompts": request.prompts, **given, **settings}
 
 
-def _steps_to_compare(run: str, record: dict[str, Any]) -> list[int]:
+def _steps_to_compare(run: str, record: RunRecord) -> list[int]:
     """The steps whose weights a run kept, but for those that are its result."""
     folder, step = place_of_run(run)
-    found = [] if step is not None else [s for s in kept_steps(folder) if s != record["steps"]]
+    found = [] if step is not None else [s for s in kept_steps(folder) if s != record.steps]
     if not found:
         said = "is one step of a run" if step is not None else "kept no weights on its way (training.save_at)"
         raise UserError(f"--kept sets the steps of a run side by side, and {run} {said}; leave it out.")
     return found
 
 
-def _check_control(run: str | None, record: dict[str, Any] | None, control: str | None) -> None:
+def _check_control(run: str | None, record: RunRecord | None, control: str | None) -> None:
     if record is None:
         return
-    is_control = record["recipe"]["method"] == "controlnet"
+    is_control = record.method == "controlnet"
     if is_control and control is None:
         raise UserError(f"the run {run} is a ControlNet, which draws under a condition; give --control photo.png.")
     if control is not None and not is_control:
-        raise UserError(f"the run {run} is no ControlNet (its method is {record['recipe']['method']}); omit --control.")
+        raise UserError(f"the run {run} is no ControlNet (its method is {record.method}); omit --control.")
 
 
 def _read_picture(path: str) -> Image.Image:

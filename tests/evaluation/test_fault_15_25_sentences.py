@@ -9,11 +9,10 @@ import pytest
 
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.analysis import write_analysis_report
-from difftuning_control.evaluation.report.control import write_control_report
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.pilot import write_pilot_report
 from support import report_samples as samples
-from support.control_runs import CURVES, control_run, curve_of, ramp
+from support.control_runs import CURVES, control_page, control_run, curve_of, ramp
 from support.pages import LANGUAGES, Page
 
 NAN = float("nan")
@@ -240,9 +239,9 @@ def test_fault_15_25_a_budgets_price_is_one_beyond_noise(target, code):
 @pytest.mark.parametrize("code", CURVES)
 def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, language, code):
     run = control_run(code)
-    check_whole(Page(write_control_report(run, tmp_path, language)))
+    check_whole(Page(control_page(run, tmp_path, language)))
     run["losses"] = {}
-    check_whole(Page(write_control_report(run, tmp_path, language)))
+    check_whole(Page(control_page(run, tmp_path, language)))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -250,10 +249,10 @@ def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, languag
 def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, language, value):
     run, said = control_run("sudden"), load_texts(language)
     run["fidelity"]["figures"]["f1"][-1] = value
-    page = Page(write_control_report(run, tmp_path, language))
+    page = Page(control_page(run, tmp_path, language))
     check_whole(page)
     run["fidelity"]["figures"]["f1"] = [value] * len(run["fidelity"]["steps"])
-    page = Page(write_control_report(run, tmp_path, language))
+    page = Page(control_page(run, tmp_path, language))
     check_whole(page)
     assert said["headline.control.unmeasured"] in page.text
 
@@ -263,14 +262,14 @@ def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, langua
 def test_fault_15_25_why_fidelity_was_not_measured(tmp_path, language, every, key):
     run = control_run("unmeasured")
     run["recipe"]["control"]["fidelity"]["every"] = every
-    text = Page(write_control_report(run, tmp_path, language)).text
+    text = Page(control_page(run, tmp_path, language)).text
     assert load_texts(language)[f"verdict.control.{key}"] in text
 
 
 def test_fault_15_25_a_share_is_said_of_a_gain_beyond_noise(tmp_path):
     curve = curve_of(ramp(600, 700, low=0.312), without=0.31)  # no rise, the last value a hair better
     curve["figures"]["f1"][-1] = 0.32
-    text = Page(write_control_report(control_run() | {"fidelity": curve}, tmp_path)).text
+    text = Page(control_page(control_run() | {"fidelity": curve}, tmp_path)).text
     assert "of the distance to a perfect match" not in text
 
 
@@ -280,6 +279,6 @@ def test_fault_15_25_supplied_conditions_were_not_found(tmp_path, language, blan
     run, said = control_run(), load_texts(language)
     run["control"]["spec"] |= {"annotator": "supplied", "params": {}}
     run["control"]["blank"] = blank
-    text = Page(write_control_report(run, tmp_path, language)).text
+    text = Page(control_page(run, tmp_path, language)).text
     key = "control.blank_supplied" if blank else "control.no_blank_supplied"
     assert said[key].format(count=len(blank), pictures=584) in text

@@ -540,8 +540,9 @@ def test_the_card_has_the_runs_figures_and_no_place_of_the_base(lora, to):
 
 def test_a_hub_base_is_named_in_the_cards_head(lora, make):
     from difftuning_control.runs.card import model_card
+    from difftuning_control.runs.finished import finished_run
 
-    record = json.loads((Path(lora.output) / "run.json").read_text())
+    record = finished_run(lora.output)
     for base, expected in (("some-body/sd15", True), ("embedded", False), (lora.model.id, False)):
         card = model_card(replace(lora, model=ModelConfig(base)), record)
         assert (f"base_model: {base}\n" in card) == expected

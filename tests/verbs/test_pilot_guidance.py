@@ -13,6 +13,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.training.result import TrainingResult
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
@@ -123,7 +124,7 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
     """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
     trained: list[str] = []
 
-    def counting(recipe: Recipe, **kwargs: bool) -> dict:
+    def counting(recipe: Recipe, **kwargs: bool) -> TrainingResult:
         trained.append(recipe.output)
         return train(recipe, **kwargs)
 

@@ -146,8 +146,8 @@ def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tm
 def test_a_pilot_says_how_its_runs_frame_their_pictures(study, config, tmp_path):
     framed = replace(study, data=replace(study.data, buckets=True), output=str(tmp_path))
     job = Pilot(framed, config, tmp_path)
-    run = train(replace(framed, training=replace(study.training, max_steps=1), output=str(tmp_path / "run")))
-    assert job._buckets(materials(job.family, job.recipe)) == run["data"]["buckets"]
+    run = train(replace(framed, training=replace(study.training, max_steps=1), output=str(tmp_path / "run"))).record
+    assert job._buckets(materials(job.family, job.recipe)) == run.data.buckets
     assert Pilot(study, config, tmp_path)._buckets(materials(job.family, study)) is None
 
 
@@ -237,11 +237,11 @@ def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_pat
         training=training,
         output=str(tmp_path / "auto"),
     )
-    run = train(recipe)
+    run = train(recipe).record
     kept = json.loads((tmp_path / "auto" / "schedule.json").read_text())
     schedule = schedule_from_dict({k: kept[k] for k in ("kind", "u", "psi", "xi")})
     assert schedule.psi_values[-1] == 1.0
-    assert run["schedule"]["psi"] == kept["psi"]
+    assert run.schedule["psi"] == kept["psi"]
     named = replace(
         recipe,
         output=str(tmp_path / "named"),
@@ -249,7 +249,7 @@ def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_pat
             recipe.tuning, schedule=ScheduleConfig("measured", path=str(tmp_path / "auto" / "schedule.json"))
         ),
     )
-    assert train(named)["losses"] == run["losses"]
+    assert train(named).record.losses == run.losses
 
 
 def test_auto_without_a_bank_or_time_is_refused(study, tmp_path):
@@ -506,14 +506,15 @@ def test_a_study_is_one_process(monkeypatch, capsys):
 
 
 def test_a_measured_schedule_is_what_its_file_says_wherever_it_lies(study, tmp_path):
-    from difftuning_control.runs.record import recipe_identity
+    from difftuning_control.runs.identity import recipe_identity
+    from difftuning_control.runs.record_sections import Fingerprints
 
     table = {"u": [0.0, 1.0], "psi": [0.5, 1.0], "xi": [1.0, 0.0]}
 
     def identity(name: str, values: dict) -> str:
         (tmp_path / name).write_text(json.dumps(values))
         schedule = ScheduleConfig("measured", path=str(tmp_path / name))
-        return recipe_identity(replace(study, tuning=replace(study.tuning, schedule=schedule)), {}, 1)
+        return recipe_identity(replace(study, tuning=replace(study.tuning, schedule=schedule)), Fingerprints(), 1)
 
     assert identity("a.json", table) == identity("b.json", table)
     assert identity("a.json", table) != identity("a.json", table | {"psi": [0.0, 1.0]})

@@ -35,8 +35,8 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
+from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of
-from difftuning_control.runs.record import describe_device, versions
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec

@@ -11,8 +11,8 @@ from difftuning_control.data.study_inputs import Materials
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.runs.identity import deciding_settings
 from difftuning_control.runs.pilot_files import SETTINGS
-from difftuning_control.runs.record import deciding_settings
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 
