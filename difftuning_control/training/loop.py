@@ -205,6 +205,7 @@ class TrainingLoop:
         if not number:
             return
         self._checkpoint(done)
+        self.report.write(done, self.end, stopped=True)
         self.accelerator.wait_for_everyone()
         raise Interrupted(number, done)
 

@@ -57,6 +57,7 @@ class RunReport:
         remaining: float | None = None,
         tuned: dict[str, BandLosses] | None = None,
         error: str | None = None,
+        stopped: bool = False,
     ) -> None:
         """Write the page as it is after `step` steps.
 
@@ -64,11 +65,13 @@ class RunReport:
             end: the step at which the run will end.
             remaining: seconds until then, where they can be told.
             tuned: the losses of the finished weights; the run is complete then.
-            error: what ended it.
+            error: what made it fail.
+            stopped: whether it was interrupted, and goes on when it is resumed.
         """
         if not self.accelerator.is_main_process:
             return
-        status = "failed" if error is not None else "complete" if tuned is not None else "running"
+        status = "complete" if tuned is not None else "stopped" if stopped else "running"
+        status = "failed" if error is not None else status
         facts = replace(
             self._facts,
             status=status,

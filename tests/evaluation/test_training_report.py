@@ -88,6 +88,7 @@ def test_of_many_grids_some_are_shown_first_and_last_among_them(tmp_path):
     [
         ("running", ['http-equiv="refresh"', "1 min 15 s to go", "difftune resume"], ["difftune sample"]),
         ("complete", ["difftune sample", "a red apple"], ["refresh", "to go", "difftune resume"]),
+        ("stopped", ["difftune resume", "step 40 of 100"], ["refresh", "to go<", "difftune sample"]),
         ("failed", ["the loss is not finite", "step 40 of 100"], ["refresh", "to go"]),
     ],
 )

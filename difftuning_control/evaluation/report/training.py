@@ -23,6 +23,7 @@ from difftuning_control.system.terminal import duration
 ROLES = {"target": "your pictures", "bank": "knowledge bank"}
 MOST_STEPS, MOST_POINTS = 8, 240  # rows of pictures, points of a line
 QUALITY = 88  # of the pictures' JPEG
+NARROW = 380  # of a chart for a telephone, in pixels
 BAND = re.compile(r"validation/(target|bank)_(\d\.\d)")
 HEADING = ("model.id", "data.path", "output", "method")  # settings that the page names elsewhere
 
@@ -32,7 +33,7 @@ class RunFacts:
     """What the page says of a run beside what lies in its folder.
 
     Args:
-        status: running, complete or failed.
+        status: running, stopped (it was interrupted), complete or failed.
         step, end: the steps that are done, and all.
         remaining: seconds until the end, where they can be told.
         error: what ended a failed run.
@@ -121,8 +122,10 @@ def _loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         shown += [*smooth, *_middle(y)]
     shown = [v for v in shown if math.isfinite(v)]
     span = (min(shown), max(shown)) if shown else None
-    widths = {"wide": 1300, "narrow": 480}
-    return [(n, line_chart("training loss by role", lines, "step", span, w, 300)) for n, w in widths.items()]
+    return [
+        ("wide", line_chart("training loss by role", lines, "step", span, 1300, 300)),
+        ("narrow", line_chart("training loss by role", lines, "step", span, NARROW)),
+    ]
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -170,18 +173,18 @@ def _validations(rows: Sequence[Mapping[str, Any]], role: str) -> dict[int, list
     return found
 
 
-def _band_chart(role: str, base: Mapping[str, Sequence[float]], found: Mapping[int, Sequence[float]]) -> dict[str, str]:
+def _band_chart(role: str, base: Mapping[str, Sequence[float]], found: Mapping[int, Sequence[float]]) -> dict[str, Any]:
     """The losses by noise level: the base dashed, earlier steps faint, the last one full."""
     u, steps = base["u"], list(found)
     lines = [Line("pretrained", u, base["loss"], "base", dashed=True, marked=True)]
     lines += [Line(f"step {step}", u, found[step], role, faint=True) for step in steps[:-1]]
     lines += [Line(f"step {step}", u, found[step], role, marked=True) for step in steps[-1:]]
-    last = f"step {steps[-1]}" if steps else ""
-    return {
-        "role": role,
-        "svg": line_chart(f"loss by noise level on {ROLES[role]}", lines, "noise level u"),
-        "last": last,
-    }
+    title, u_axis = f"loss by noise level on {ROLES[role]}", "noise level u"
+    charts = [
+        ("wide", line_chart(title, lines, u_axis)),
+        ("narrow", line_chart(title, lines, u_axis, None, NARROW, 220)),
+    ]
+    return {"role": role, "charts": charts, "last": f"step {steps[-1]}" if steps else ""}
 
 
 def _band_table(
