@@ -53,9 +53,9 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/difftuning"
     gates: GatesConfig = field(default_factory=GatesConfig)
-    left_open = ()  # those of `FITTED` that its text does not name; no field, since it is no setting
 
     def __post_init__(self) -> None:
+        self.left_open: tuple[str, ...] = ()  # those of `FITTED` that its text does not name; it is no setting
         expand_paths(self, "output")
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")

@@ -57,7 +57,7 @@ OTHERS = {  # what trainers of others call it
     "prompt": "prompts",
     "cfg": "guidance_scale",
 }
-SWITCH = re.compile(r"(?i)true|false|yes|no|on|off|null|[-+.\d].*")  # what can be meant as a switch's value
+SWITCH = re.compile(r"(?i)true|false|yes|no|on|off|null|[-+.\d]+")  # what can be meant as a switch's value
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from difftuning_control.families.fitting import fitted
 from difftuning_control.families.loading import FAMILIES, family_class
 from difftuning_control.recipe.recipe import FITTED, Recipe
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.commands import COMMANDS, only
+from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
 
 
@@ -80,7 +80,6 @@ def test_what_a_command_names_and_leaves_open(verb):
     command = parse([verb, "--data.path", "pics", "--lr", "1e-4", "--training", "{max_steps: 3}"])[1]
     assert command.left_open == FITTED[2:]
     assert only(Recipe, command).left_open == FITTED[2:]
-    assert COMMANDS[verb].left_open == ()
 
 
 def test_a_model_that_is_not_there_is_a_mistake():

@@ -62,6 +62,7 @@ def test_sample_takes_a_run_and_prompts_as_words():
     assert (command.compare, command.seed) == (True, 3)
     alone = parse(["sample", "--model", "embedded", "a red apple"])[1]
     assert (alone.run, alone.prompts, alone.model.id) == (None, ["a red apple"], "embedded")
+    assert parse(["sample", "r", "--compare", "3 apples"])[1].prompts == ["3 apples"]
     keyed = parse(["sample", "--run", "r", "one", "two"])[1]
     assert (keyed.run, keyed.prompts) == ("r", ["one", "two"])
 

@@ -23,7 +23,7 @@ from difftuning_control.system.terminal import duration
 ROLES = {"target": "your pictures", "bank": "knowledge bank"}
 MOST_STEPS, MOST_POINTS = 8, 240  # rows of pictures, points of a line
 QUALITY = 88  # of the pictures' JPEG
-NARROW = 380  # of a chart for a telephone, in pixels
+WIDE, NARROW = 1300, 380  # of a chart, in pixels: across a page, and on a telephone
 BAND = re.compile(r"validation/(target|bank)_(\d\.\d)")
 HEADING = ("model.id", "data.path", "output", "method")  # settings that the page names elsewhere
 
@@ -67,7 +67,7 @@ class RunFacts:
 
 def write_training_report(folder: Path, facts: RunFacts) -> Path:
     """`report.html` of a run in its folder, whole or not at all, from `metrics.jsonl` and the sample grids there."""
-    rows = _read_metrics(folder / "metrics.jsonl")
+    rows = _read_metrics(folder)
     bands = {role: _validations(rows, role) for role in facts.base}
     longest = max(facts.phases.values(), default=0.0) or 1.0
     settings = dict(facts.settings)
@@ -83,7 +83,7 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
         remaining=duration(facts.remaining) if facts.remaining is not None else None,
         total=duration(sum(facts.phases.values())),
         pictures=_picture_rows(folder, facts),
-        losses=_loss_charts(rows),
+        losses=[("wide", loss_chart(folder, WIDE)), ("narrow", loss_chart(folder, NARROW))],
         latest=_latest(rows),
         bands=[_band_chart(role, facts.base[role], found) for role, found in bands.items()],
         table=_band_table(facts.base, bands),
@@ -94,9 +94,9 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
     )
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines that can be read; the last may be half written."""
-    rows = []
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that can be read; the last may be half written."""
+    path, rows = folder / "metrics.jsonl", []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -109,23 +109,20 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
-def _loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The training loss by role, a smoothed line over the means of neighbouring steps: for wide and narrow windows."""
+def loss_chart(folder: Path, width: int) -> str:
+    """The training loss of a run by role, a smoothed line over the means of neighbouring steps, as SVG for a page that
+    is so many pixels wide; empty where no step is told of."""
     lines, shown = [], []
     for role in ROLES:
-        steps = [(r["step"], r[f"{role}_loss"]) for r in rows if f"{role}_loss" in r]
+        steps = [(r["step"], r[f"{role}_loss"]) for r in _read_metrics(folder) if f"{role}_loss" in r]
         if not steps:
             continue
         x, y = _thinned(steps)
         smooth = _smoothed(y)
         lines += [Line(role, x, y, role, faint=True), Line(role, x, smooth, role)]
-        shown += [*smooth, *_middle(y)]
-    shown = [v for v in shown if math.isfinite(v)]
+        shown += [v for v in (*smooth, *_middle(y)) if math.isfinite(v)]
     span = (min(shown), max(shown)) if shown else None
-    return [
-        ("wide", line_chart("training loss by role", lines, "step", span, 1300, 300)),
-        ("narrow", line_chart("training loss by role", lines, "step", span, NARROW)),
-    ]
+    return line_chart("training loss by role", lines, "step", span, width, 300 if width > NARROW else 260)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
