@@ -34,7 +34,7 @@ from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.processes import Share
-from difftuning_control.system.terminal import progress
+from difftuning_control.system.terminal import phase, progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
 
@@ -90,7 +90,11 @@ def prepare_inputs(
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
-    pictures = read_pictures(recipe, family, tell)
+    said: list[str] = []
+    with phase("reading pictures", accelerator.is_main_process):
+        pictures = read_pictures(recipe, family, said.append)
+    for line in said:  # not into the middle of a line
+        tell(line)
     check_pictures(recipe, family, pictures, conditioner)
     bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
     encoding = _encode(recipe, family, pictures, framing, accelerator)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from difftuning_control.data.batches import TrainingRows
 from difftuning_control.errors import NonFiniteLossError
@@ -22,10 +21,14 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
+from difftuning_control.system.terminal import add_phase, duration, phases_are_shown, say
+from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
+from difftuning_control.training.progress import StepProgress
+from difftuning_control.training.report import RunReport
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
 
@@ -57,6 +60,7 @@ class TrainingLoop:
         self.output, self.config = Path(recipe.output), recipe.training
         self.end, self.earlier = self.config.max_steps, earlier  # identities of the run before it was changed
         self.saved: int | None = None  # the step of the last checkpoint
+        self.done = 0
         control = inputs.control
         gauge = Gauge(recipe, family, inputs, accelerator)
         baseline = Baseline.measure(gauge)  # before anything is attached to the pretrained weights
@@ -70,6 +74,8 @@ class TrainingLoop:
         self.log = MetricsLog(recipe, accelerator, self.state)
         gauge = replace(gauge, together=self.weights.sharded)
         self.monitor = Monitor(gauge, baseline, self.weights, self.log, self.curve)
+        self.calendar = Calendar(recipe, self.curve is not None)
+        self.report = RunReport(recipe, family, inputs, self.monitor, accelerator)
         self.source = training_source(recipe, family, objective, inputs, accelerator)
 
     def run(self) -> tuple[dict[str, Any], float | None]:
@@ -80,33 +86,31 @@ class TrainingLoop:
             self.monitor.measure_fidelity(0)
         self.denoiser.train()
         self.end = self.monitor.planned_end(first)
-        seconds, step = 0.0, first
-        with (
-            deferred(),
-            tqdm(
-                total=self.config.max_steps,
-                initial=first,
-                desc="training",
-                mininterval=1.0,
-                disable=not self.accelerator.is_main_process,
-            ) as bar,
-        ):
+        seconds, step, began = 0.0, first, time.monotonic()
+        main = self.accelerator.is_main_process
+        self.report.write(first, self.end)
+        with deferred(), StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown:
             while step < self.end:
                 begun = time.time()
                 losses = self.step(step)
-                seconds += time.time() - begun
-                step += 1
-                bar.update(1)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
+                taken = time.time() - begun
+                seconds += taken
+                self.done = step = step + 1
+                shown.advance(taken, losses, self.end)
                 watched = {"learning_rate": float(self.weights.lr_scheduler.get_last_lr()[0])}
                 if self.budget is not None:
                     watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
                 self.log.write(step, losses | watched)
-                self._watch(step)
+                if self._watch(step):
+                    self.report.write(step, self.end, shown.remaining(self.end))
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
             self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
+        add_phase("training", time.monotonic() - began - self.monitor.spent())
         done = step - first
+        if main and done and phases_are_shown():
+            say(f"training … {done} steps in {duration(time.monotonic() - began)}")
+        self.report.write(step, self.end, tuned=tuned)
         return self.monitor.baseline.beside(tuned), done / seconds if done else None
 
     def step(self, step: int) -> dict[str, float]:
@@ -201,26 +205,32 @@ class TrainingLoop:
         if not number:
             return
         self._checkpoint(done)
+        self.report.write(done, self.end, stopped=True)
         self.accelerator.wait_for_everyone()
         raise Interrupted(number, done)
 
     # --- what is due ------------------------------------------------------------------------------------------------
 
-    def _watch(self, done: int) -> None:
-        """What is due after `done` steps: validation, pictures, weights to keep, a checkpoint."""
-        every, config = self.recipe.control.fidelity.every, self.config
-        if self.curve is not None and (done % every == 0 or done == self.end):
+    def _watch(self, done: int) -> bool:
+        """Do what is due after `done` steps: fidelity, validation, pictures, weights to keep, a checkpoint.
+
+        Returns:
+            whether anything was.
+        """
+        due, measured = self.calendar, False
+        if due.measures_fidelity(done, self.end):
             self.monitor.measure_fidelity(done)
-            self.end = self.monitor.planned_end(done)
-        last = done == self.end
-        if config.validate_every and done % config.validate_every == 0 and not last:
-            self.monitor.validate(done)
-        if config.sample_every and (done % config.sample_every == 0 or last):
-            self.monitor.save_grid(done)
-        if done in config.save_at:
+            self.end, measured = self.monitor.planned_end(done), True
+        if done in self.config.save_at:
             self.weights.keep(done, self.monitor.baseline.beside(self.monitor.validate(done)))
-        if done % config.checkpoint_every == 0 and not last:
+        elif due.validates(done, self.end) and done != self.end:  # after the last step comes a last one
+            self.monitor.validate(done)
+        if due.samples(done, self.end):
+            self.monitor.save_grid(done)
+        if due.saves(done, self.end):
             self._checkpoint(done)
+        found = (due.validates(done, self.end), due.samples(done, self.end), due.saves(done, self.end))
+        return measured or any(found)
 
     def _checkpoint(self, done: int) -> None:
         """Save what `done` steps made, by all processes together where the weights are spread over them."""

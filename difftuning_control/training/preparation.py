@@ -17,8 +17,10 @@ from difftuning_control.objective.schedules import schedule_from_dict, with_flat
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.changes import Resumption, resumption
 from difftuning_control.runs.identity import recipe_identity
+from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
+from difftuning_control.system.terminal import phase
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.setup import attach_controlnet, auto_schedule, build_objective, measured_budget
@@ -72,7 +74,10 @@ def prepare_run(
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
-    family = load_base(recipe).to(accelerator.device)
+    with phase("loading", accelerator.is_main_process, recipe.model.id):
+        family = load_base(recipe).to(accelerator.device)
+    side = _resolution(recipe, family)
+    written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
     fingerprints = Fingerprints(base=dict(family.fingerprints))
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
@@ -87,6 +92,14 @@ def prepare_run(
     if going.reopened is not None:
         start = Start(Path(recipe.output), going.reopened)
     return PreparedRun(written, recipe, family, objective, inputs, fingerprints, start, going)
+
+
+def _resolution(recipe: Recipe, family: Family) -> int | None:
+    """The recipe's or the model's own; of a run that goes on what its record has, which in earlier ones may be None."""
+    if recipe.data.resolution is not None:
+        return recipe.data.resolution
+    before = read_run(Path(recipe.output)) if recipe.training.resume else None
+    return family.native_resolution if before is None else before.recipe.data.resolution
 
 
 def _start(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Start | None:

@@ -538,7 +538,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
         (["train", "--bank.size", "0"], "bank.size is 0; expected at least 1."),
         (["train", "--adapter.rank", "0"], "adapter.rank is 0; expected at least 1."),
         (["bank", "--bank.stpes", "3"], "no option --bank.stpes; did you mean --bank.steps?"),
-        (["sample"], "there is no prompt; give --prompts"),
+        (["sample"], "there is no prompt; give one: difftune sample RUN"),
         (["sample", "--prompts", "red"], "prompts is red; expected a list: [text, …]."),
         ([*SAMPLE, "--run", "x", "--model.id", "y"], "give --run or --model.id, not both"),
         ([*SAMPLE, "--compare"], "--compare needs --run"),

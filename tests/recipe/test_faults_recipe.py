@@ -85,6 +85,7 @@ PATHS = {
     "verify": ["run"],
     "runs": ["folder"],
     "bench": ["output"],
+    "completion": [],
 }
 NEEDED = {
     "sample": ["--prompts=[red]"],

@@ -61,9 +61,9 @@ def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, cap
     main(["train", *flags(settings(model_dir, pictures, tmp_path))])
     run = tmp_path / "run"
     assert_refused(["resume", str(run), "--adapter.rank", "4"], capsys, tmp_path, "adapter.rank was None and is 4")
-    main(["resume", str(run), "--training.max_steps", "4", "--training.learning_rate=1e-4"])
+    main(["resume", str(run), "--training.max_steps", "4", "--training.learning_rate=5e-5"])
     found = record(run)
-    assert (found["steps"], found["recipe"]["training"]["learning_rate"]) == (4, 1e-4)
+    assert (found["steps"], found["recipe"]["training"]["learning_rate"]) == (4, 5e-5)
     assert set(found["changes"][0]["keys"]) == {"training.max_steps", "training.learning_rate"}
     assert found["recipe"]["training"]["resume"] is False
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == found["recipe"]
@@ -79,7 +79,7 @@ def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, cap
         (["resume", "runs/gone"], "there is no folder runs/gone to resume"),
         (["resume", "empty"], "empty holds no run that began"),
         (["resume", "empty", "--output", "x"], "leave out --output"),
-        (["train"], "train is told of no data; give --data.path FOLDER (embedded/icons to try it)"),
+        (["train"], "train is told of no data; give the folder: difftune train PICTURES (embedded/icons to try it)"),
         (["train", "--training.max_steps", "1"], "train is told of no data"),
         (["train", "--training.resume", "--output", "runs/gone"], "difftune resume runs/gone"),
         (["train", "--config", "recipe.yaml"], "train is told of no data"),
