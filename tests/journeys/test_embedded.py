@@ -76,5 +76,5 @@ def test_the_demo_ends_with_its_report(tmp_path, capsys):
     assert "KID" in printed
     lora = next(line for line in printed.splitlines() if "load_lora_weights" in line).split('"')[1]
     pipe = DiffusionPipeline.from_pretrained(embedded_model())
-    pipe.load_lora_weights(lora)
+    pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
     assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)
