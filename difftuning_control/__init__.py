@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.pipelines.controlled import add_control
+    from difftuning_control.pipelines.files import pipeline_path
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.verbs.train import train
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_family",
     "load_source",
     "per_sample_loss",
+    "pipeline_path",
     "save_difference",
     "train",
     "unload_adapter",
@@ -73,6 +75,7 @@ _HOME = {
     "per_sample_loss": "objective",
     **dict.fromkeys(CLASSES, "pipelines"),
     "add_control": "pipelines",
+    "pipeline_path": "pipelines.files",
     "Recipe": "recipe",
     "ConstantSchedule": "objective.schedules",
     "PaperSchedule": "objective.schedules",

@@ -179,7 +179,7 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
         checker.notes.append(f"left out of {path}: {said}")
     paired = []
     for row in rows:
-        files = by_stem.get(str(Path(row.name).with_suffix("")), [])
+        files = by_stem.get(Path(row.name).with_suffix("").as_posix(), [])
         if len(files) == 1:
             paired.append(replace(row, condition=partial(read_file, files[0])))
         else:

@@ -219,6 +219,17 @@ class BenchCommand(Bench):
     overwrite: bool = False
 
 
+@dataclass
+class RecipesCommand:
+    """List the recipes that come with the package, or print one: difftune recipes sd15_lora > mine.yaml.
+
+    Args:
+        name: of the one that is printed; all are listed when empty.
+    """
+
+    name: str | None = None
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "resume": ResumeCommand,
@@ -231,6 +242,7 @@ COMMANDS: dict[str, type] = {
     "demo": DemoCommand,
     "verify": VerifyRequest,
     "runs": RunsRequest,
+    "recipes": RecipesCommand,
     "bench": BenchCommand,
 }
 POSITIONAL = {
@@ -238,6 +250,7 @@ POSITIONAL = {
     "export": "run",
     "verify": "run",
     "runs": "folder",
+    "recipes": "name",
 }  # what a word without a key is, at such a verb
 
 ALIASES = {"train": {"from": "training.begin_from"}}
