@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux import image_ids, pack, unpack
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.transformer import FlowTransformer
@@ -23,6 +24,7 @@ class Chroma(MaskedTransformer):
     it."""
 
     name = "chroma"
+    fit = Fit(batch_size=3)
     base_density = "logit_normal"
     text_length = 512
     lora_targets = FlowTransformer.lora_targets

@@ -14,6 +14,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux import TRAINING_GUIDANCE
 from difftuning_control.families.transformer import FlowTransformer, LatentTransformer
 from difftuning_control.objective.noise import NoiseProcess
@@ -25,6 +26,7 @@ class Flux2Klein(LatentTransformer):
     """A `Flux2KleinPipeline`. Conditioning: `prompt_embeds` (B, L, 3 D)."""
 
     name = "flux2_klein"
+    fit = Fit(batch_size=3)
     base_density = "logit_normal"
     patch = 2
     text_length: ClassVar[int] = 512

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux import image_ids, pack
 from difftuning_control.families.qwen_image import QwenImage
 
@@ -24,6 +25,7 @@ class Krea2(QwenImage):
     padding is in the middle: after it comes the template's end."""
 
     name = "krea2"
+    fit = Fit(batch_size=3)
     controlnet_class = None  # diffusers has none
     control_pipeline_class = None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux import pack, unpack
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.transformer import FlowTransformer
@@ -33,6 +34,7 @@ class QwenImage(MaskedTransformer):
     """
 
     name = "qwen_image"
+    fit = Fit(batch_size=2)
     base_density = "logit_normal"
     text_length = 512
     is_video = True

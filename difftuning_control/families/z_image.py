@@ -21,6 +21,7 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.quantised import plain_state
 from difftuning_control.objective.noise import NoiseProcess
@@ -55,6 +56,7 @@ class ZImage(MaskedTransformer):
     """
 
     name = "z_image"
+    fit = Fit(batch_size=3)
     base_density = "logit_normal"
     text_length = 512
     call_settings: ClassVar[dict[str, Any]] = {}
