@@ -130,8 +130,8 @@ class Flux2(Flux2Klein):
         said = {"system": self.pipe.system_message, "user": prompt}
         chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
         found = self.pipe.tokenizer.apply_chat_template([chat], add_generation_prompt=False, tokenize=True)
-        ids = found["input_ids"] if isinstance(found, dict) or hasattr(found, "input_ids") else found
-        return len(ids[0]), self.text_length
+        rows = found["input_ids"] if hasattr(found, "keys") else found  # a dictionary since transformers 5
+        return len(rows[0]), self.text_length
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Without the empty prompt: guidance is embedded."""
