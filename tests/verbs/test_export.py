@@ -322,6 +322,17 @@ def test_stock_diffusers_alone_opens_and_draws(lora, full, to, tmp_path):
         assert np.abs(found - of_the_base(recipe)).max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["lora", "full", "controlnet"])
+def test_half_precision_is_loaded_in_one_precision_by_who_names_none(run, to, name):
+    folder = to(run(name), dtype="float16", **STOCK)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert weights(folder, "text_encoder").popitem()[1].dtype == torch.float16
+    assert (
+        StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).text_encoder.dtype == torch.float16
+    )
+
+
 def test_a_copied_base_is_the_base_bit_by_bit(lora, controlnet, to, model_dir):
     for recipe in (lora, controlnet):
         folder = to(recipe)

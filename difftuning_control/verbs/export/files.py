@@ -20,6 +20,7 @@ from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.families.older_form import write_older_form
 from difftuning_control.pipelines.registry import BY_STOCK
 from difftuning_control.runs.finished import check_base, weights_of
 from difftuning_control.runs.kept import place_of_run, step_folder
@@ -132,6 +133,7 @@ def _write_controlnet(request: ExportRequest, record: RunRecord, recipe: Recipe,
     if request.base == "copied":
         base.pipe.to(request.torch_dtype or _stored_dtype(base.denoiser, recipe.model.variant))
         pipe.save_pretrained(folder, safe_serialization=True)
+        write_older_form(folder)
     else:
         base.save_controlnet(place, base.controlnet)
     spec.save(place)
