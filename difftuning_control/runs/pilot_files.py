@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.runs.audit import Session, read_audit
 from difftuning_control.runs.manifest import files_of_run
+from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT
 
-SETTINGS, RESULT, REPORT = "pilot-settings.json", "pilot.json", "report.html"
+REPORT = "report.html"
 VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing
 DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
@@ -49,18 +49,19 @@ def records_of(output: Path) -> dict[str, str]:
 
 def files_of_pilot(output: Path) -> dict[str, Path]:
     """The pilot's own files by name; runs and the bank have records of theirs."""
-    found = {}
+    files = {}
     for folder, names in _walk(output):
         for name in names:
             if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED, *DEMO)):
-                found[(folder / name).relative_to(output).as_posix()] = folder / name
-    return found
+                files[(folder / name).relative_to(output).as_posix()] = folder / name
+    return files
 
 
-def manifest_of(output: Path) -> dict[str, Any]:
-    """What `pilot.json` says of them."""
-    files = {name: digest_of_file(path) for name, path in files_of_pilot(output).items()}
-    return {"files": files, "records": records_of(output)}
+def write_pilot(record: PilotRecord, output: Path) -> None:
+    """Write a pilot's record, with the hashes of its own files and of its runs' records."""
+    record.files = {name: digest_of_file(path) for name, path in files_of_pilot(output).items()}
+    record.records = records_of(output)
+    record.write(output)
 
 
 def _runs(output: Path) -> Iterator[Path]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.places import KEYS, RUN, absolute, located, need_places, placed, value_of
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.home import at_home
 
@@ -38,9 +40,6 @@ def recipe_to_begin(place: str) -> tuple[str, dict[str, Any]] | None:
 
     Paths that do not lead to the run's inputs from here are given as absolute ones.
     """
-    from difftuning_control.runs.kept import place_of_run  # and with these torch
-    from difftuning_control.runs.places import KEYS, absolute, located, value_of
-
     folder = place_of_run(Path(place).expanduser())[0]
     record = read_run(folder)
     if record is None or not (folder / FILE).is_file():
@@ -63,8 +62,6 @@ def recipes_of_resumption(command: Recipe, run: str) -> tuple[Recipe, Recipe]:
     Raises:
         UserError: if an input is no longer where it was.
     """
-    from difftuning_control.runs.places import KEYS, RUN, absolute, need_places, placed  # saves it for other verbs
-
     run = at_home(run)
     record = read_run(Path(run))
     if record is None:

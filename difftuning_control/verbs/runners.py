@@ -18,6 +18,7 @@ from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
 from difftuning_control.runs.gates import gate_lines, stop_if_failed
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import phases, say
@@ -40,7 +41,7 @@ from difftuning_control.verbs.resume import recipes_of_resumption
 
 
 def run_train(command: TrainCommand) -> None:
-    from difftuning_control.verbs.train import train  # saves it for the other verbs
+    from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
     with phases():
         result = train(only(Recipe, command), command.overwrite, say)
@@ -48,7 +49,7 @@ def run_train(command: TrainCommand) -> None:
 
 
 def run_resume(command: ResumeCommand) -> None:
-    from difftuning_control.verbs.train import train  # saves it for the other verbs
+    from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
     with phases():
@@ -58,7 +59,7 @@ def run_resume(command: ResumeCommand) -> None:
 
 def _print_run(run: RunRecord, output: str) -> None:
     """What came of a training, and whether it passes its gates."""
-    from accelerate import PartialState  # saves it for the other verbs
+    from accelerate import PartialState  # saves torch for the verbs that train nothing
 
     if not PartialState().is_main_process:
         return
@@ -112,7 +113,7 @@ def _print_places(run: RunRecord, output: str) -> None:
 
 
 def run_bank(asked: BankCommand) -> None:
-    from difftuning_control.data.prepare import (  # saves it for the other verbs
+    from difftuning_control.data.prepare import (  # saves torch for --help and for `runs`
         cache_folder,
         check_captions,
         prepare_bank,
@@ -121,7 +122,7 @@ def run_bank(asked: BankCommand) -> None:
         resolution_of,
         silent,
     )
-    from difftuning_control.families.fitting import fitted  # these save it for the other verbs
+    from difftuning_control.families.fitting import fitted  # saves torch for --help and for `runs`
     from difftuning_control.families.loading import load_base
     from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
     from difftuning_control.system.processes import check_shared, ending_together
@@ -153,7 +154,7 @@ def run_bank(asked: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.verbs.sample import sample_to_folder  # saves it for the other verbs
+    from difftuning_control.verbs.sample import sample_to_folder  # saves torch for --help and for `runs`
 
     with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
         folder = sample_to_folder(command, command.overwrite)
@@ -162,7 +163,7 @@ def run_sample(command: SampleCommand) -> None:
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
-    from difftuning_control.evaluation.report.tables import table  # saves it for the other verbs
+    from difftuning_control.evaluation.report.tables import table  # saves torch for --help and for `runs`
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, refuse_among_data
     from difftuning_control.verbs.evaluate import evaluate
@@ -183,7 +184,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
 
 def run_export(command: ExportCommand) -> None:
-    from difftuning_control.verbs.export.export import MARKER, export  # saves it for the other verbs
+    from difftuning_control.verbs.export.export import MARKER, export  # saves torch for --help and for `runs`
 
     with audit.noted(place_of_run(command.run)[0]) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
@@ -194,7 +195,7 @@ def run_export(command: ExportCommand) -> None:
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # these save it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.families.fitting import fitted
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, data_places, refuse_among_data
@@ -232,7 +233,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 
 def run_pilot(command: PilotCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.families.fitting import fitted
     from difftuning_control.verbs.pilot.pilot import pilot
 
@@ -241,7 +242,7 @@ def run_pilot(command: PilotCommand) -> None:
 
 
 def run_demo(command: DemoCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.verbs.demo import demo
 
     load_texts(command.language)
@@ -253,7 +254,7 @@ def run_demo(command: DemoCommand) -> None:
 
 
 def run_verify(command: VerifyRequest) -> None:
-    from difftuning_control.runs.verify import table, verify  # saves it for the other verbs
+    from difftuning_control.runs.verify import table, verify  # saves torch for --help and for `runs`
 
     result = verify(command)
     say(json.dumps(result, indent=2) if command.json else table(result))
@@ -264,9 +265,6 @@ def run_verify(command: VerifyRequest) -> None:
 
 
 def run_runs(command: RunsRequest) -> None:
-    # saves it for the other verbs
-    from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
-
     rows = list_runs(command.folder)
     if command.json or command.csv:
         sys.stdout.write(as_json(rows) + "\n" if command.json else as_csv(rows))  # made harmless in their own ways
@@ -275,7 +273,7 @@ def run_runs(command: RunsRequest) -> None:
 
 
 def run_bench(command: BenchCommand) -> None:
-    from difftuning_control.verbs.bench.run import bench  # saves it for the other verbs
+    from difftuning_control.verbs.bench.run import bench  # saves torch for --help and for `runs`
 
     bench(only(Bench, command), command.overwrite)
     say(f"done: {command.output}/bench.json")

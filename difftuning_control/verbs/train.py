@@ -46,6 +46,8 @@ def train(
     its length was changed.
 
     Args:
+        recipe: what to train, and where to.
+        overwrite: replace an earlier run in the recipe's output folder.
         tell: is given, on the main process, lines of what the run begins with.
         placed: the recipe with paths as they are found from here, where it was written elsewhere; what is recorded is
             `recipe`.

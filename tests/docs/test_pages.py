@@ -1,4 +1,4 @@
-"""README, docs/ and the examples' pages: links lead somewhere, commands parse, Python compiles and its imports are there."""
+"""README, docs/ and pages of the examples: links lead somewhere, commands parse, Python compiles, its imports exist."""
 
 from __future__ import annotations
 
@@ -123,6 +123,15 @@ def is_defined(parts: list[str]) -> bool:
     return len(parts) > depth
 
 
+@pytest.mark.parametrize("name", ["docs/design.md", "CONTRIBUTING.md"])
+def test_the_files_that_it_names_are_there(name):
+    package = ROOT / "difftuning_control"
+    named = re.findall(r"`([\w/]+\.(?:py|json|yaml|toml))`", NAMES[name].read_text(encoding="utf-8"))
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or (package / path).exists() or list(package.rglob(path)), path
+
+
 def test_every_page_is_on_the_site():
     def pages(entry):
         for part in entry if isinstance(entry, list) else entry.values():
@@ -133,4 +142,5 @@ def test_every_page_is_on_the_site():
     assert len(listed) == len(set(listed))
     assert {name.removeprefix("docs/") for name in NAMES} == set(listed)
     assert site["theme"]["font"] is False  # nothing comes from elsewhere
-    assert not {"extra_css", "extra_javascript"} & site.keys()
+    for added in [*site.get("extra_css", []), *site.get("extra_javascript", [])]:
+        assert (ROOT / "docs" / added).is_file()

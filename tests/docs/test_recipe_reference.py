@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from difftuning_control.errors import UserError
+from support.documents import NAMES
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "generate_recipe_reference.py"
 spec = importlib.util.spec_from_file_location("generate_recipe_reference", SCRIPT)
@@ -95,3 +96,11 @@ def test_a_stale_page_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["generate"])
     generate.main()
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page()
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_keys_that_pages_name_are_there(page):
+    sections = "|".join(name for name in SECTIONS if name and "." not in name)
+    text = NAMES[page].read_text(encoding="utf-8")
+    named = set(re.findall(rf"(?:`|--)((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)(?=[`:= ])", text))
+    assert named - KEYS.keys() - SECTIONS.keys() == set()

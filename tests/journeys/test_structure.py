@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "difftuning_control"
-ROOMS = ("system", "objective", "recipe", "families", "data", "adapters", "evaluation", "runs", "training", "verbs")
+ROOMS = (
+    "system",
+    "objective",
+    "recipe",
+    "families",
+    "data",
+    "adapters",
+    "evaluation",
+    "runs",
+    "pipelines",
+    "training",
+    "verbs",
+)
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "controlnet_aux", "matplotlib", "torchmetrics")
 room = pytest.mark.parametrize("room", ROOMS)
 
@@ -66,11 +78,13 @@ def test_at_most_twelve_modules_are_longer_than_300_lines():
     assert len(long) <= 12, long
 
 
+@pytest.mark.sample("system")
 @room
 def test_an_import_inside_a_function_says_why(room):
     assert {str(p): found for p in files(room) if (found := unexplained(p.read_text()))} == {}
 
 
+@pytest.mark.sample("system")
 @room
 def test_private_names_stay_in_their_files(room):
     assert {str(p): found for p in files(room) if (found := private_imports(p.read_text()))} == {}

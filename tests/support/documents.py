@@ -42,7 +42,7 @@ def shell_commands(text: str) -> Iterator[list[str]]:
 
 
 def difftune_commands(text: str) -> Iterator[list[str]]:
-    """The arguments of each `difftune` in bash blocks, by itself or under a launcher, and of each whole one in prose."""
+    """The arguments of each `difftune` in bash blocks, alone or under a launcher, and of each whole one in prose."""
     for words in shell_commands(text):
         if words[0] == "difftune":
             yield words[1:]

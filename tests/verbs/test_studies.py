@@ -86,8 +86,8 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
 
 def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
     _, result = done
-    assert [s["name"] for s in result["sides"]] == config.sides
-    for side in result["sides"]:
+    assert [s["name"] for s in result.sides] == config.sides
+    for side in result.sides:
         assert [(r["seed"], r["steps"]) for r in side["runs"]] == [(0, 2), (0, 4), (1, 2), (1, 4)]
         assert side["learning_rate"] in config.learning_rates
         assert {row["learning_rate"] for row in side["search"]} == set(config.learning_rates)
@@ -98,26 +98,26 @@ def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
 
 def test_the_figures_and_pictures_named_are_on_disk(done):
     folder, result = done
-    assert json.loads((folder / "pilot.json").read_text())["sides"] == json.loads(json.dumps(result["sides"]))
-    files = [f for row in result["pictures"]["rows"] for f in row["files"]]
-    assert len(files) == len(result["pictures"]["prompts"]) * (2 + len(result["sides"]))
+    assert json.loads((folder / "pilot.json").read_text())["sides"] == json.loads(json.dumps(result.sides))
+    files = [f for row in result.pictures["rows"] for f in row["files"]]
+    assert len(files) == len(result.pictures["prompts"]) * (2 + len(result.sides))
     assert {Image.open(folder / f).size for f in files} == {(16, 16)}
 
 
 def test_a_sides_best_length_is_that_of_the_lowest_mean_kid(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         means = {n: side["summary"][n]["kid"]["mean"] for n in side["summary"]}
         assert means[str(side["best_length"])] == min(means.values())
 
 
 def test_the_learning_rate_is_the_one_whose_search_found_the_lowest_kid(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         best = min(side["search"], key=lambda row: row["kid"])
         assert best["learning_rate"] == side["learning_rate"]
 
 
 def test_sides_differ_in_their_objective_alone(done):
-    tunings = [s["tuning"] for s in done[1]["sides"]]
+    tunings = [s["tuning"] for s in done[1].sides]
     kinds = [t["schedule"]["kind"] for t in tunings]
     assert kinds == ["constant", "measured", "constant"]
     assert [t["retention_ratio"] for t in tunings] == [0.0, 0.4, 0.4]
@@ -125,7 +125,7 @@ def test_sides_differ_in_their_objective_alone(done):
 
 
 def test_the_budgets_side_is_summed_up(done):
-    budget, side = done[1]["budget"], done[1]["sides"][-1]
+    budget, side = done[1].budget, done[1].sides[-1]
     losses = [r["losses"]["bank"] for r in side["runs"] if r["steps"] == side["best_length"]]
     rises = [sum(x["tuned"]["loss"][0] / x["base"]["loss"][0] - 1 for x in losses) / len(losses)]
     assert budget["rise"][:1] == pytest.approx(rises)
@@ -140,7 +140,7 @@ def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tm
     before = judge.figures(job.family, 0, True)[0]
     job.side_runs(judge).train("plain", 1e-2, 0)
     assert judge.figures(job.family, 0, True)[0] == before
-    assert before["kid"] == done[1]["base"]["runs"][0]["kid"]
+    assert before["kid"] == done[1].base["runs"][0]["kid"]
 
 
 def test_a_pilot_says_how_its_runs_frame_their_pictures(study, config, tmp_path):
@@ -156,7 +156,7 @@ def test_the_same_command_goes_on_without_doing_anything_twice(done, study, conf
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")}
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")} == stamps
-    assert again["sides"] == json.loads(json.dumps(result["sides"]))
+    assert again.sides == json.loads(json.dumps(result.sides))
 
 
 @pytest.mark.wide
@@ -165,7 +165,7 @@ def test_a_lost_figure_is_measured_again_with_the_same_result(done, study, confi
     shutil.copytree(done[0], folder)
     shutil.rmtree(folder / "plain" / "lr-0.001")
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
-    for side, kept in zip(again["sides"], result["sides"]):
+    for side, kept in zip(again.sides, result.sides):
         assert [r["kid"] for r in side["runs"]] == [r["kid"] for r in kept["runs"]]
 
 
@@ -306,6 +306,7 @@ def test_an_analysis_of_a_run_has_every_part(budgeted, features, tmp_path, capsy
     ScheduleConfig("measured", path=str(tmp_path / "a" / "schedule.json")).build(1000)
 
 
+@pytest.mark.wide
 def test_an_analysis_needs_no_run_and_is_not_overwritten(study, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     import yaml
@@ -320,6 +321,7 @@ def test_an_analysis_needs_no_run_and_is_not_overwritten(study, tmp_path, capsys
     assert "give --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_an_analysis_of_a_run_without_a_bank_draws_one(study, tmp_path):
     plain = TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
     bank = replace(study.bank, path=None)
@@ -367,6 +369,7 @@ def test_an_evaluation_of_nothing_is_refused(changes, message):
         Evaluation(**changes)
 
 
+@pytest.mark.sample("demo")
 @pytest.mark.parametrize("verb", ["pilot", "analyze", "demo"])
 def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
     data = [] if verb == "demo" else ["--data.path", "embedded/icons"]
@@ -438,7 +441,7 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
 def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, config, done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(done[0], folder)
-    rate = done[1]["sides"][0]["learning_rate"]
+    rate = done[1].sides[0]["learning_rate"]
     lost = folder / "plain" / f"lr-{rate:g}" / "seed-1"
     before = json.loads((lost / "figures.json").read_text())["rows"]
     (lost / "figures.json").unlink()  # its step-… folders went when the figures were done
@@ -448,10 +451,10 @@ def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, conf
 
 
 def test_the_cost_counts_every_session_and_no_step_twice(done):
-    cost, sides = done[1]["cost"], done[1]["sides"]
-    assert cost["seconds"] >= cost["training_seconds"] > 0
+    cost, sides = done[1].cost, done[1].sides
+    assert cost.seconds >= cost.training_seconds > 0
     last = [r["seconds"] for s in sides for r in s["runs"] if r["steps"] == 4]
-    assert cost["training_seconds"] >= sum(last)
+    assert cost.training_seconds >= sum(last)
 
 
 @pytest.mark.wide

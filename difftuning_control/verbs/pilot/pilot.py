@@ -36,13 +36,15 @@ from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
 from difftuning_control.runs.identity import describe_device, versions
-from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of
+from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
+from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
+from difftuning_control.runs.record import COMPLETE
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
-from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity, read_settings
+from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
 from difftuning_control.verbs.pilot.side_tuning import BUDGET
 
@@ -107,8 +109,8 @@ class Pilot:
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
             self.conditioner, self.primary = Conditioner(spec, self.family.device), main_figure(spec)
 
-    def run(self) -> dict[str, Any]:
-        """All of it; returns what `pilot.json` holds."""
+    def run(self) -> PilotRecord:
+        """All of it; returns its record, which is written."""
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
         inputs = materials(self.family, self.recipe)
         check_inputs(self.output, inputs, self.family.fingerprint)
@@ -122,32 +124,25 @@ class Pilot:
             sides.append(trained.side(side))
         losses = sides[0]["runs"][0]["losses"]
         base |= {f"{role}_loss": mean_of(bands["base"]["loss"]) for role, bands in losses.items()}
-        result = {
-            "status": "complete",
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "created": time.strftime("%Y-%m-%d %H:%M"),
-            "model": self.recipe.model.id,
-            "data": analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
-            "settings": self._settings(),
-            "primary": self.primary,
-            "cost": {
-                "seconds": self.clock.spent(),
-                "training_seconds": sum(
-                    r["seconds"] for s in sides for r in s["all_runs"] if r["steps"] == self.lengths[-1]
-                ),
-                "runs": sum(len({r["folder"] for r in s["all_runs"]}) for s in sides),
-                "device": describe_device(self.family.device),
-            },
-            "versions": versions(),
-            "recipe": self.recipe.to_dict(),
-            "base": base,
-            "sides": [{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
-            "analysis": analysis,
-            "pictures": {"prompts": judge.final.prompts[:SHOWN], "rows": pictures + _shown(sides, judge)},
-            "budget": self._budget(sides),
-        }
-        write_json(self.output / RESULT, result | manifest_of(self.output))
-        return result
+        record = PilotRecord(
+            status=COMPLETE,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            model=self.recipe.model.id,
+            data=analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
+            settings=self._settings(),
+            primary=self.primary,
+            cost=self._cost(sides),
+            versions=versions(),
+            recipe_values=self.recipe.to_dict(),
+            base=base,
+            sides=[{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
+            analysis=analysis,
+            pictures={"prompts": judge.final.prompts[:SHOWN], "rows": pictures + _shown(sides, judge)},
+            budget=self._budget(sides),
+        )
+        write_pilot(record, self.output)
+        return record
 
     def side_runs(self, judge: Judge) -> SideRuns:
         """What trains and judges the sides."""
@@ -171,6 +166,15 @@ class Pilot:
         if not config.buckets:
             return None
         return describe(into_buckets(self.family, config, inputs.data, Framing.of(config, inputs.resolution)))
+
+    def _cost(self, sides: list[dict[str, Any]]) -> PilotCost:
+        rows = [row for side in sides for row in side["all_runs"]]
+        return PilotCost(
+            seconds=self.clock.spent(),
+            training_seconds=sum(row["seconds"] for row in rows if row["steps"] == self.lengths[-1]),
+            runs=len({row["folder"] for row in rows}),
+            device=describe_device(self.family.device),
+        )
 
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training
@@ -242,8 +246,8 @@ def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
     """The rows of each side's pictures, of its first run at its best length."""
     rows = []
     for side in sides:
-        run = next(r for r in side["runs"] if r["steps"] == side["best_length"])
-        place = f"{run['folder']}/pictures-{run['steps']}"
+        first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
+        place = f"{first['folder']}/pictures-{first['steps']}"
         count = min(SHOWN, len(judge.final.prompts))
         rows.append({"name": side["name"], "files": [f"{place}/{i}.png" for i in range(count)]})
     return rows
@@ -251,7 +255,7 @@ def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
 
 def pilot(
     recipe: Recipe, config: PilotConfig, language: str, overwrite: bool, tell: Callable[[str], object] = print
-) -> dict[str, Any]:
+) -> PilotRecord:
     """Run the pilot in the recipe's output and write `pilot.json` and `report.html`.
 
     Raises:
@@ -267,7 +271,7 @@ def pilot(
     if output.exists() and not is_empty(output):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
-        if read_settings(output)["identity"] != identity and not overwrite:
+        if read_settings(output).identity != identity and not overwrite:
             raise UserError(
                 f"the output {output} holds a pilot with other settings; give --overwrite to replace it, or another "
                 "--output."
@@ -277,7 +281,7 @@ def pilot(
     if overwrite:
         clear_but_audit(output)
     with Session(output) as session:
-        write_json(marker, read_settings(output) | {"identity": identity})
+        replace(read_settings(output), identity=identity).write(output)
         session.begin()
         result = job.run()
         tell(f"report: {write_pilot_report(result, output, language)}")

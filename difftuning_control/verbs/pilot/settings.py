@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.data.study_inputs import Materials
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.identity import deciding_settings
-from difftuning_control.runs.pilot_files import SETTINGS
+from difftuning_control.runs.pilot_record import read_settings
 from difftuning_control.system.digests import digest_of
-from difftuning_control.system.durable import write_json
 
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
     return digest_of([deciding_settings(recipe), vars(config)])
-
-
-def read_settings(output: Path) -> dict[str, Any]:
-    """What the file holds; nothing where there is none."""
-    path = output / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:
@@ -34,14 +25,20 @@ def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None
     Raises:
         UserError: if one of them has changed.
     """
-    parts = [inputs.data.fingerprint, inputs.held_out.fingerprint, inputs.bank.fingerprint, base_fingerprint]
+    parts = [
+        inputs.data.fingerprint,
+        inputs.held_out.fingerprint,
+        inputs.bank.fingerprint,
+        base_fingerprint,
+    ]
     settings = read_settings(output)
-    if settings.setdefault("inputs", parts) != parts:
+    if settings.inputs not in (None, parts):
         raise UserError(
             f"the data, the bank or the base have changed since the pilot in {output} began; start afresh "
             "with --overwrite, or choose another --output."
         )
-    write_json(output / SETTINGS, settings)
+    settings.inputs = parts
+    settings.write(output)
 
 
 class Clock:
@@ -57,7 +54,7 @@ class Clock:
     def spent(self) -> float:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
         settings, now = read_settings(self.output), time.time()
-        settings["seconds"] = settings.get("seconds", 0.0) + now - self.since
+        settings.seconds += now - self.since
         self.since = now
-        write_json(self.output / SETTINGS, settings)
-        return settings["seconds"]
+        settings.write(self.output)
+        return settings.seconds
