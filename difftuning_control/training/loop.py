@@ -86,7 +86,7 @@ class TrainingLoop:
             self.monitor.measure_fidelity(0)
         self.denoiser.train()
         self.end = self.monitor.planned_end(first)
-        seconds, step, began = 0.0, first, time.monotonic()
+        seconds, step, began, spent = 0.0, first, time.monotonic(), self.monitor.spent()
         main = self.accelerator.is_main_process
         self.report.write(first, self.end)
         with deferred(), StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown:
@@ -106,7 +106,7 @@ class TrainingLoop:
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
             self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
-        add_phase("training", time.monotonic() - began - self.monitor.spent())
+        add_phase("training", time.monotonic() - began - (self.monitor.spent() - spent))
         done = step - first
         if main and done and phases_are_shown():
             say(f"training … {done} steps in {duration(time.monotonic() - began)}")
