@@ -11,9 +11,11 @@ from diffusers.modular_pipelines import SequentialPipelineBlocks, StableDiffusio
 
 from difftuning_control import DomainGuidance
 from difftuning_control.errors import UserError
+from support.marks import needs
 from support.pipeline_samples import SIDE, STEPS, add_adapter, draw, drop_in, same_traces, stock, traces
 
 TOLERANCE = 1e-5
+pytestmark = needs("diffusers", "0.40")  # the guiders before it were called otherwise
 
 
 class Steps:

@@ -10,7 +10,8 @@ import torch
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.pipelines.domain_guidance import check_domain_family, domain_guided
-from difftuning_control.recipe.studies import Evaluation, check_domain_scale
+from difftuning_control.recipe.drawing import check_domain_scale
+from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.verbs.parse import parse
 from support.pipeline_samples import add_adapter, stock
 from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
