@@ -133,7 +133,7 @@ class Sampling:
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, self._changes_scales())
         encoders = self._tuned_text_encoders(weights.adapters)
-        self._check_encoders(encoders, weights.adapters, is_guided, call)
+        self._check_encoders(list(encoders), weights.adapters, is_guided, call)
         with ExitStack() as stack:
             if is_guided and encoders and extras.unconditional_strength < 1:
                 its = list(encoders.values())
@@ -154,7 +154,7 @@ class Sampling:
         """Refuse what a tuned text encoder would not follow."""
         if not tuned:
             return
-        extras, first, named = self.extras, next(iter(tuned)), ", ".join(adapters)
+        extras, first, named = self.extras, tuned[0], ", ".join(adapters)
         if extras.hand_over is not None or extras.adapter_schedule is not None:
             setting = "adapter_schedule" if extras.hand_over is None else "hand_over"
             raise UserError(
