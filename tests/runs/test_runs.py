@@ -274,6 +274,7 @@ def test_an_evaluation_holds_base_and_sides_with_their_settings(result, lora, fu
         "steps": 2,
         "guidance_scale": 4.0,
         "domain_guidance_scale": None,
+        "unconditional_strength": None,
         "outside": ["a red car", "a dog"],
     }
 

@@ -14,6 +14,7 @@ from difftuning_control.adapters.attached import denoiser_of, merge_adapter
 from difftuning_control.adapters.files import LORA_FILE
 from difftuning_control.adapters.kinds import ADAPTER
 from difftuning_control.adapters.loading import load_adapter
+from difftuning_control.adapters.snapshot import tuned_modules
 from difftuning_control.adapters.source import save_difference
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.data.control_spec import ControlSpec
@@ -28,7 +29,12 @@ from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 from difftuning_control.verbs.export.card import Parts
-from difftuning_control.verbs.export.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from difftuning_control.verbs.export.lora_formats import (
+    comfyui_tensors,
+    encoder_tensors,
+    kohya_tensors,
+    lora_layers,
+)
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -90,12 +96,15 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     base = _checked_base(record, recipe, request.run)
     load_adapter(base.pipe, Path(request.run) / LORA_FILE)
     layers = lora_layers(base.denoiser, ADAPTER)
-    tensors = (kohya_tensors if request.format == "kohya" else comfyui_tensors)(layers, base.denoiser.config)
+    encoders = {n: lora_layers(m, ADAPTER) for n, m in tuned_modules(base.pipe).items() if n != base.component}
+    kohya = request.format == "kohya"
+    tensors = (kohya_tensors if kohya else comfyui_tensors)(layers, base.denoiser)
+    tensors |= encoder_tensors(encoders, base.pipe, kohya)
     place, step = place_of_run(Path(request.run).resolve())
     name = f"{place.name}{'' if step is None else f'-{step_folder(step)}'}.safetensors"
     dtype = request.torch_dtype or torch.float32
     write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
-    return Parts(type(base.pipe).__name__, None, None, name)
+    return Parts(type(base.pipe).__name__, None, None, name, base.component)
 
 
 def _write_lora(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:
