@@ -150,7 +150,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
         used["difftuning_control"] += ["Conditioner", "ControlSpec"]
         spec = 'ControlSpec.load(f"{folder}/controlnet")'
         body.append(f'condition = Conditioner({spec}).prepare(Image.open("photo.png"))')
-        body.append(f"image = pipe({prompt}, {image}=condition).images[0]")
+        body.append(f"image = pipe({prompt}, {image}=condition, controlnet_conditioning_scale=1.0).images[0]")
     return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
 
 
