@@ -12,7 +12,7 @@ from difftuning_control.system.digests import digest_of
 
 STEP = re.compile(r"step-(\d{6,})")
 LOSSES = "losses.json"
-OF_THE_END = ("gates", "budget", "timings", "steps_per_second", "discarded")  # of the final weights alone
+OF_THE_END = ("gates", "budget", "timings", "phases", "steps_per_second", "discarded")  # of the final weights alone
 
 
 def step_folder(step: int) -> str:

@@ -36,6 +36,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
 
 if TYPE_CHECKING:
@@ -79,36 +80,42 @@ def prepare_inputs(
     accelerator: Accelerator,
     conditioner: Conditioner | None = None,
     tell: Callable[[str], object] = silent,
+    phases: Phases | None = None,
 ) -> TrainingInputs:
     """Read, check, encode and cache everything; build the bank if it is wanted and not there.
 
     Args:
         conditioner: of the ControlNet that is to be trained.
         tell: is given lines on what was left out of the data.
+        phases: count what encoding and the bank take.
 
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
+    phases = phases or Phases()
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
-    pictures = read_pictures(recipe, family, tell)
-    check_pictures(recipe, family, pictures, conditioner)
-    bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
-    encoding = _encode(recipe, family, pictures, framing, accelerator)
-    control = None
-    if conditioner is not None:
-        control = prepare_control(
-            recipe,
-            family,
-            conditioner,
-            encoding.buckets,
-            pictures.held_out,
-            pictures.all_held_out,
-            bank,
-            encoding.cache,
-            accelerator,
-        )
-    samples = _sample_prompts(recipe, pictures, control)
-    embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
+    with phases("encode"):
+        pictures = read_pictures(recipe, family, tell)
+        check_pictures(recipe, family, pictures, conditioner)
+    with phases("bank"):
+        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
+    with phases("encode"):
+        encoding = _encode(recipe, family, pictures, framing, accelerator)
+        control = None
+        if conditioner is not None:
+            control = prepare_control(
+                recipe,
+                family,
+                conditioner,
+                encoding.buckets,
+                pictures.held_out,
+                pictures.all_held_out,
+                bank,
+                encoding.cache,
+                accelerator,
+            )
+        samples = _sample_prompts(recipe, pictures, control)
+        embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
     trained, validation = _validators(recipe, family, objective, encoding, embeddings, bank, control)
     sets = _target_sets(family, framing, pictures, encoding, control)
     bucketed = recipe.data.buckets and pictures.stream is None

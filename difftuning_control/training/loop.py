@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difftuning_control.data.batches import TrainingRows
+from difftuning_control.data.prepare import silent
 from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.families.loss import compute_loss
@@ -26,6 +28,7 @@ from difftuning_control.training.checkpoint import checkpoints, load_checkpoint,
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
+from difftuning_control.training.phases import Phases, planned_line
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
 
@@ -51,14 +54,16 @@ class TrainingLoop:
         budget: ForgettingBudget | None = None,
         start: Start | None = None,
         earlier: tuple[str, ...] = (),
+        phases: Phases | None = None,
     ):
         self.recipe, self.family, self.objective = recipe, family, objective
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
         self.end, self.earlier = self.config.max_steps, earlier  # identities of the run before it was changed
         self.saved: int | None = None  # the step of the last checkpoint
+        self.phases = phases or Phases()
         control = inputs.control
-        gauge = Gauge(recipe, family, inputs, accelerator)
+        gauge = Gauge(recipe, family, inputs, accelerator, self.phases)
         baseline = Baseline.measure(gauge)  # before anything is attached to the pretrained weights
         spec = control.conditioner.spec if control is not None else None
         self.weights = TrainedWeights(recipe, family, spec, accelerator, start)
@@ -66,23 +71,32 @@ class TrainingLoop:
         self.optimizer = self.weights.optimizer
         probe = control.probe if control is not None else None
         self.curve = FidelityCurve(probe.kind) if probe is not None else None
-        self.state = self.weights.state(budget, self.curve)
+        self.state = self.weights.state(budget, self.curve, self.phases)
         self.log = MetricsLog(recipe, accelerator, self.state)
         gauge = replace(gauge, together=self.weights.sharded)
         self.monitor = Monitor(gauge, baseline, self.weights, self.log, self.curve)
         self.source = training_source(recipe, family, objective, inputs, accelerator)
 
-    def run(self) -> tuple[dict[str, Any], float | None]:
-        """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
+    def run(self, tell: Callable[[str], object] = silent) -> tuple[dict[str, Any], float | None]:
+        """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
+
+        Args:
+            tell: is given a line on what is still to come.
+        """
+        measured = self.phases.to_dict()
         first = self._resume()
         self.log.begin()
         if self.curve is not None and first == 0:
             self.monitor.measure_fidelity(0)
         self.denoiser.train()
         self.end = self.monitor.planned_end(first)
+        self._plan(first, measured)
+        if (line := planned_line(self.phases)) is not None:
+            tell(line)
         seconds, step = 0.0, first
         with (
             deferred(),
+            self.phases("training"),
             tqdm(
                 total=self.config.max_steps,
                 initial=first,
@@ -105,7 +119,8 @@ class TrainingLoop:
                 self._watch(step)
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
-            self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
+            with self.phases("saving"):
+                self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
         done = step - first
         return self.monitor.baseline.beside(tuned), done / seconds if done else None
 
@@ -218,7 +233,9 @@ class TrainingLoop:
         if config.sample_every and (done % config.sample_every == 0 or last):
             self.monitor.save_grid(done)
         if done in config.save_at:
-            self.weights.keep(done, self.monitor.baseline.beside(self.monitor.validate(done)))
+            losses = self.monitor.baseline.beside(self.monitor.validate(done))
+            with self.phases("saving"):
+                self.weights.keep(done, losses)
         if done % config.checkpoint_every == 0 and not last:
             self._checkpoint(done)
 
@@ -228,9 +245,33 @@ class TrainingLoop:
             return
         if self.accelerator.is_main_process:
             self.log.sync()
-        if self.weights.sharded or self.accelerator.is_main_process:
-            save_checkpoint(self.output, done, self.state, self.identity)
+        with self.phases("saving"):
+            if self.weights.sharded or self.accelerator.is_main_process:
+                save_checkpoint(self.output, done, self.state, self.identity)
         self.saved = done
+
+    def _plan(self, first: int, measured: dict[str, dict[str, float]]) -> None:
+        """Say how many forwards each phase will take, from those of what was measured once.
+
+        Args:
+            measured: what the phases had taken before anything was restored: each measurement once.
+        """
+        config, end = self.config, self.end
+
+        def plan(name: str, again: int) -> None:
+            self.phases.plan(name, self.phases.forwards(name) + again)
+
+        def once(name: str) -> int:
+            return int(measured.get(name, {}).get("forwards", 0))
+
+        def due(every: int) -> int:  # how often, after the first step of this session and before the last
+            return (end - 1) // every - first // every if every else 0
+
+        kept = sum(first < step <= end for step in config.save_at)
+        plan("validation", once("validation") * (due(config.validate_every) + kept + 1))
+        if self.curve is None:
+            plan("sampling", once("sampling") * (due(config.sample_every) + (config.sample_every > 0)))
+        plan("training", (end - first) * config.batch_size * config.gradient_accumulation_steps)
 
     def _resume(self) -> int:
         """The step to go on from."""

@@ -21,6 +21,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class Gauge:
     family: Family
     inputs: TrainingInputs
     accelerator: Accelerator
+    phases: Phases
     together: bool = False
 
     def losses(self, denoiser: torch.nn.Module) -> dict[str, BandLosses]:
         """The losses on held-out rows by role and noise band."""
-        with self.accelerator.autocast():
+        with self.phases("validation"), self.accelerator.autocast():
             return {role: validator.measure(denoiser) for role, validator in self.inputs.validation.items()}
 
     def pictures(self, controlled: bool = True) -> list[Any]:
@@ -52,7 +54,7 @@ class Gauge:
             return []
         shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
         training = self.recipe.training
-        with self.accelerator.autocast():
+        with self.phases("sampling"), self.accelerator.autocast():
             return sample_pictures(
                 self.family,
                 self.inputs.sample_prompts,
@@ -122,7 +124,7 @@ class Monitor:
         assert control.probe is not None
         measured: list[Any] = [None, None]  # with the ControlNet, and once without
         if self.accelerator.is_main_process:
-            with self.weights.averaged(), self.accelerator.autocast():
+            with self.gauge.phases("sampling"), self.weights.averaged(), self.accelerator.autocast():
                 measured[0] = control.probe.measure(family)
                 measured[1] = control.probe.measure(family, controlled=False) if not self.curve.without else None
         with_control, without = broadcast_object_list(measured)

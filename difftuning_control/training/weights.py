@@ -23,6 +23,7 @@ from difftuning_control.training.averaging import running_average
 from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
 from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
+from difftuning_control.training.phases import Phases
 
 if TYPE_CHECKING:
     from difftuning_control.data.control_spec import ControlSpec
@@ -105,7 +106,9 @@ class TrainedWeights:
         if self.config.ema_decay is not None:
             self.ema = running_average(self.parameters.values(), self.config.ema_decay, self.config.ema_warmup)
 
-    def state(self, budget: ForgettingBudget | None, curve: FidelityCurve | None) -> TrainingState:
+    def state(
+        self, budget: ForgettingBudget | None, curve: FidelityCurve | None, phases: Phases | None = None
+    ) -> TrainingState:
         """What a checkpoint saves and restores, with what changes beside the weights."""
         return TrainingState(
             self.tuning.state(),
@@ -116,6 +119,7 @@ class TrainedWeights:
             budget,
             curve,
             self.sharded,
+            phases=phases,
         )
 
     # --- a step -----------------------------------------------------------------------------------------------------

@@ -53,12 +53,16 @@ def _print_run(run: dict[str, Any], output: str) -> None:
     """What came of a training, and whether it passes its gates."""
     from accelerate import PartialState  # saves it for the other verbs
 
+    from difftuning_control.training.phases import spent_line
+
     if not PartialState().is_main_process:
         return
     say(f"done: {output} ({run['status']})")
     for role, losses in run["losses"].items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+    if "phases" in run:  # a run of an earlier version has none
+        say(f"  {spent_line(run['phases'])}")
     _print_control(run)
     _print_gates(run.get("gates"))
     stop_if_failed(run.get("gates"), output)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -14,6 +14,7 @@ from difftuning_control.adapters.tuning import result_of
 from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder, silent
 from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
@@ -27,9 +28,13 @@ from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.preparation import PreparedRun, measure_objective, prepare_run
 from difftuning_control.training.setup import check_bank_rows, check_frozen, describe_budget, make_accelerator
 from difftuning_control.verbs.gating import judge_and_vouch
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
 
 
 def train(
@@ -65,7 +70,11 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            run = _train(written, recipe, accelerator, output, folder, session, tell)
+            phases = Phases()
+            with phases("load"):
+                family = load_base(recipe).to(accelerator.device)
+            with phases.counting(family.denoiser):
+                run = _train(written, recipe, family, accelerator, phases, output, folder, session, tell)
             if folder is not None:
                 judge_and_vouch(run, written, recipe, output, session)
             accelerator.wait_for_everyone()
@@ -79,16 +88,18 @@ def train(
 def _train(
     written: Recipe,
     recipe: Recipe,
+    family: Family,
     accelerator: Accelerator,
+    phases: Phases,
     output: Path,
     folder: OutputFolder | None,
     session: Session,
     tell: Callable[[str], object],
 ) -> dict[str, Any]:
     """The record of the run once it is complete; `folder` is the main process's."""
-    started = time.time()
+    started = time.time() - phases.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
-    prepared = prepare_run(written, recipe, accelerator, said)
+    prepared = prepare_run(written, recipe, family, accelerator, phases, said)
     going = prepared.going
     if going.finished is not None:
         if folder is not None:
@@ -98,7 +109,8 @@ def _train(
         tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:
         tell(bucket_line(prepared.inputs.bucketing))
-    measured = measure_objective(prepared, output, accelerator.num_processes)
+    with phases("analysis"):
+        measured = measure_objective(prepared, output, accelerator.num_processes)
     loop = TrainingLoop(
         recipe,
         prepared.family,
@@ -109,6 +121,7 @@ def _train(
         measured.budget,
         prepared.start,
         going.earlier,
+        phases,
     )
     if going.reopened is not None:
         reopen(output, going.reopened, loop.state, folder is not None)
@@ -119,7 +132,7 @@ def _train(
         _begin(run, prepared, output, folder, session)
     begun = time.time()
     try:
-        run["losses"], run["steps_per_second"] = loop.run()
+        run["losses"], run["steps_per_second"] = loop.run(said)
     except NonFiniteLossError as error:
         if folder is not None:
             write_json(output / "run.json", run | {"status": "failed", "error": str(error)})
@@ -136,6 +149,7 @@ def _train(
     if recipe.method == "controlnet":
         run["frozen"] = check_frozen(prepared.family, prepared.fingerprints)
     run["timings"] = {"preparation": begun - started, "training": time.time() - begun}
+    run["phases"] = phases.to_dict()
     run["status"] = "complete"
     if folder is not None:
         run["outputs"] = _hash_outputs(output, output / result_of(recipe))

@@ -36,10 +36,11 @@ from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
 from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of
-from difftuning_control.runs.record import describe_device, versions
+from difftuning_control.runs.record import describe_device, read_run, versions
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
+from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity, read_settings
@@ -110,16 +111,25 @@ class Pilot:
     def run(self) -> dict[str, Any]:
         """All of it; returns what `pilot.json` holds."""
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
-        inputs = materials(self.family, self.recipe)
+        phases = self.clock.phases
+        with phases("bank"), phases.counting(self.family.denoiser):
+            inputs = materials(self.family, self.recipe)
         check_inputs(self.output, inputs, self.family.fingerprint)
         judge = judge_of(self.config, self.family, self.features, self.conditioner, inputs)
         trained = self.side_runs(judge)
-        analysis = self._analyze(inputs)
-        base, pictures = self._base(inputs, judge)
+        with phases("analysis"), phases.counting(self.family.denoiser):
+            analysis = self._analyze(inputs)
+        with phases("sampling"), phases.counting(self.family.denoiser):
+            base, pictures = self._base(inputs, judge)
         sides = []
         for number, side in enumerate(self.config.sides, start=2):
             self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
             sides.append(trained.side(side))
+        seconds = self.clock.spent()
+        folders = sorted({r["folder"] for s in sides for r in s["all_runs"]})
+        records = [read_run(self.output / folder) or {} for folder in folders]
+        spent = added(phases.to_dict(), *(r.get("phases", {}) for r in records))
+        self.tell(spent_line(spent))
         losses = sides[0]["runs"][0]["losses"]
         base |= {f"{role}_loss": mean_of(bands["base"]["loss"]) for role, bands in losses.items()}
         result = {
@@ -131,11 +141,12 @@ class Pilot:
             "settings": self._settings(),
             "primary": self.primary,
             "cost": {
-                "seconds": self.clock.spent(),
+                "seconds": seconds,
+                "phases": spent,
                 "training_seconds": sum(
                     r["seconds"] for s in sides for r in s["all_runs"] if r["steps"] == self.lengths[-1]
                 ),
-                "runs": sum(len({r["folder"] for r in s["all_runs"]}) for s in sides),
+                "runs": len(folders),
                 "device": describe_device(self.family.device),
             },
             "versions": versions(),

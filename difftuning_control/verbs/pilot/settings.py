@@ -15,6 +15,7 @@ from difftuning_control.runs.pilot_files import SETTINGS
 from difftuning_control.runs.record import deciding_settings
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
+from difftuning_control.training.phases import Phases
 
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
@@ -45,19 +46,21 @@ def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None
 
 
 class Clock:
-    """The time that a pilot has taken, over all its sessions.
+    """The time that a pilot has taken, over all its sessions, and by phase what it does beside its runs.
 
     Args:
-        output: the pilot's folder, whose settings keep the seconds.
+        output: the pilot's folder, whose settings keep both.
     """
 
     def __init__(self, output: Path):
-        self.output, self.since = output, time.time()
+        self.output, self.since, self.phases = output, time.time(), Phases()
+        self.phases.add(read_settings(output).get("phases", {}))
 
     def spent(self) -> float:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
         settings, now = read_settings(self.output), time.time()
         settings["seconds"] = settings.get("seconds", 0.0) + now - self.since
+        settings["phases"] = self.phases.to_dict()
         self.since = now
         write_json(self.output / SETTINGS, settings)
         return settings["seconds"]
