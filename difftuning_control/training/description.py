@@ -62,6 +62,7 @@ def _describe_bank(prepared: PreparedRun) -> dict[str, Any] | None:
         return None
     return {
         "items": len(bank),
+        "size": bank.manifest.get("identity", {}).get("size"),  # with those that only validation sees
         "folder": str(bank.folder or bank.manifest["source"]),
         "pictures": bank.folder is None,
     }

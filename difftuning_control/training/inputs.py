@@ -33,6 +33,7 @@ from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import read_run, rows_of_step
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
@@ -95,10 +96,11 @@ def prepare_inputs(
     phases = phases or Phases()
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
     with phases("encode"):
-        pictures = read_pictures(recipe, family, tell)
+        size = _bank_size(recipe, accelerator.num_processes)
+        pictures = read_pictures(recipe, family, tell, size)
         check_pictures(recipe, family, pictures, conditioner)
     with phases("bank"):
-        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
+        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell, size)
     with phases("encode"):
         encoding = _encode(recipe, family, pictures, framing, accelerator)
         control = None
@@ -146,12 +148,26 @@ def _retained_bank(
     framing: Framing,
     accelerator: Accelerator,
     tell: Callable[[str], object],
+    size: int,
 ) -> KnowledgeBank | None:
     """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
+    if recipe.tuning.retention_ratio > 0 and not recipe.uses_bank and recipe.bank.path is None:
+        tell(
+            "no bank is drawn: retention asks the pretrained model on the pictures; what is forgotten is then not "
+            "measured while training"
+        )
     if recipe.uses_bank or recipe.bank.path is not None:
-        bank = prepare_bank(family, recipe.bank, recipe.data, pictures.captions, framing.resolution, accelerator, tell)
+        captions, side = pictures.captions, framing.resolution
+        bank = prepare_bank(family, recipe.bank, recipe.data, captions, side, accelerator, tell, size)
     return begin_label_space(family, recipe, pictures.data, bank)
+
+
+def _bank_size(recipe: Recipe, processes: int) -> int:
+    """How many samples a bank of size auto has; a run that is resumed, with another length perhaps, keeps its own."""
+    record = read_run(Path(recipe.output)) if recipe.training.resume else None
+    before = (record or {}).get("bank") or {}
+    return before.get("size") or recipe.bank_size(rows_of_step(recipe, processes))
 
 
 @dataclass(frozen=True)

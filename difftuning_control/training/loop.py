@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +17,31 @@ from tqdm import tqdm
 
 from difftuning_control.data.batches import TrainingRows
 from difftuning_control.data.prepare import silent
-from difftuning_control.errors import NonFiniteLossError
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.families.loss import compute_loss
+from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.budget import ForgettingBudget
-from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.difftuning import DiffTuningObjective, NoisedBatch
+from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training.ledger import Ledger
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
 from difftuning_control.training.phases import Phases, planned_line
+from difftuning_control.training.reader import RowReader
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.runs.start import Start
+
+
+READ_EVERY = 8  # steps whose figures a GPU is asked for together
 
 
 class TrainingLoop:
@@ -76,6 +83,11 @@ class TrainingLoop:
         gauge = replace(gauge, together=self.weights.sharded)
         self.monitor = Monitor(gauge, baseline, self.weights, self.log, self.curve)
         self.source = training_source(recipe, family, objective, inputs, accelerator)
+        ahead, pinned = inputs.stream is None, accelerator.device.type == "cuda"  # a stream reads ahead by itself
+        self.reader = RowReader(self.source, self.config.gradient_accumulation_steps, ahead, pinned)
+        retention = "bank_loss" if self.weights.teacher is None else "teacher_loss"
+        masks = self.weights.masks
+        self.ledger = Ledger(retention, masks, READ_EVERY if masks and budget is None else 1)
 
     def run(self, tell: Callable[[str], object] = silent) -> tuple[dict[str, Any], float | None]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
@@ -107,15 +119,15 @@ class TrainingLoop:
         ):
             while step < self.end:
                 begun = time.time()
-                losses = self.step(step)
-                seconds += time.time() - begun
+                self.advance(step, more=step + 1 < self.end)
                 step += 1
+                if self.ledger.is_due or self._anything_due(step) or self._is_asked():
+                    for done, figures in self.ledger.read():
+                        self.log.write(done + 1, figures)
+                        shown = {k: f"{v:.4f}" for k, v in figures.items() if k.endswith("loss")}
+                        bar.set_postfix(shown, refresh=False)
+                seconds += time.time() - begun
                 bar.update(1)
-                bar.set_postfix({k: f"{v:.4f}" for k, v in losses.items() if k.endswith("loss")}, refresh=False)
-                watched = {"learning_rate": float(self.weights.lr_scheduler.get_last_lr()[0])}
-                if self.budget is not None:
-                    watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
-                self.log.write(step, losses | watched)
                 self._watch(step)
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
@@ -125,58 +137,84 @@ class TrainingLoop:
         return self.monitor.baseline.beside(tuned), done / seconds if done else None
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step over `gradient_accumulation_steps` forwards."""
-        sums: dict[str, float] = {}
+        """One optimizer step, and its figures."""
+        self.advance(step, more=False)
+        return dict(self.ledger.read())[step]
+
+    def advance(self, step: int, more: bool = True) -> None:
+        """One optimizer step over `gradient_accumulation_steps` forwards; the ledger keeps its figures.
+
+        Args:
+            more: whether another step follows, whose rows are read meanwhile.
+        """
         seen: list[Tensor] = []
         forwards = self.config.gradient_accumulation_steps
         for forward in range(forwards):
             number = step * forwards + forward
             torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
-                rows = self.source.rows(step, forward)
-                loss, seen_here = self._backward(rows, step)
+                rows = self.reader.rows(step, forward, more or forward + 1 < forwards)
+                seen.append(self._backward(rows, step))
                 if self.accelerator.sync_gradients:
                     norm = self.weights.clip_gradients()
                     if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
-                        self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
+                        self.ledger.note_gradient(norm)
+                self.ledger.check()
+                self.weights.hold(self.ledger.stop)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            seen.append(seen_here)
-            for name, value in self._by_role(loss, seen_here, rows.counts).items():
-                sums[name] = sums.get(name, 0.0) + value
         if self.budget is not None:
             self._follow_budget(torch.cat(seen))
         self.weights.end_step()
-        return sums
+        watched = {"learning_rate": float(self.weights.lr_scheduler.get_last_lr()[0])}
+        if self.budget is not None:
+            watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
+        self.ledger.watch(step, watched)
 
-    def _backward(self, rows: TrainingRows, step: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, rows: TrainingRows, step: int) -> Tensor:
         """The gradients of one forward, or of two where bank rows have another shape; processes average them once.
 
         Each part's backward comes before the next part's forward, which may mask layers in another way (T-LoRA).
 
         Returns:
-            the objective, and ℓ, u and whether it is of the bank of each row, (B, 3).
+            ℓ, u and whether it is for retention of each row, (B, 3).
         """
-        total, seen, parts = torch.zeros(()), [], rows.parts
+        parts, device = rows.parts, self.accelerator.device
+        total, seen = torch.zeros((), device=device), []
         for part in parts:
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.denoiser):
-                batch = part.batch.to(self.accelerator.device, self.family.dtype)
-                levels, noise = part.levels.to(batch.latents.device), part.noise.to(batch.latents)
+                batch, levels, roles = part.batch.to(device, self.family.dtype), part.levels, part.batch.is_retention
+                noise = part.noise.to(device, batch.latents.dtype, non_blocking=self.reader.pinned)
+                retarget = self._retarget(part, batch)
                 with self.accelerator.autocast():
-                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
-                u = self.objective.process.u.to(levels.device)[levels]
+                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels, retarget)
+                u = self.objective.process.u[levels]
                 multipliers = self.budget.weights(u) if self.budget is not None else None
-                loss = self.objective.combine(losses, levels, batch.is_retention, part.counts, multipliers)
+                loss = self.objective.combine(losses, levels, roles, part.counts, multipliers)
                 # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
                 # the number of forwards
                 count = self.accelerator.num_processes * self.config.gradient_accumulation_steps
                 self.accelerator.backward(loss * count)
-            total = total.to(loss.device) + loss.detach()
-            seen.append(torch.stack([losses.detach().float(), u.float(), batch.is_retention.float()], 1))
+            total = total + loss.detach()
+            told = moved(torch.stack([u.float(), roles.float()], 1), losses)
+            seen.append(torch.cat([losses.detach().float()[:, None], told], 1))
         each = torch.cat(seen)
-        # all processes ask once, however many parts each has
-        self._stop_if_not_finite(each[:, 0], step, [name for part in parts for name in part.batch.ids])
-        return total, each
+        finite = torch.isfinite(each[:, 0])
+        figures = torch.stack([total, *sums_by_role(each[:, 0], each[:, 2] > 0), (~finite).sum().float()])
+        figures = self.accelerator.reduce(figures, "sum")  # once, however many parts a process has
+        self.ledger.note(step, figures, rows.counts, [name for part in parts for name in part.batch.ids], finite)
+        return each
+
+    def _retarget(self, part: TrainingRows, batch: LatentBatch) -> Callable[[NoisedBatch], NoisedBatch] | None:
+        """What gives retention rows the teacher's prediction as their target, where there is a teacher.
+
+        Args:
+            batch: the part's, on the device.
+        """
+        if self.weights.teacher is None or not part.batch.is_retention.any():
+            return None
+        rows = part.batch.is_retention.nonzero().flatten()
+        return partial(self.weights.teacher.retarget, batch=batch, rows=moved(rows, batch.latents))
 
     def _follow_budget(self, rows: Tensor) -> None:
         """One step of dual ascent on the bank rows of all processes, with the same result on each.
@@ -185,31 +223,19 @@ class TrainingLoop:
             rows: ℓ, u and whether it is a bank row of each of this process's rows, (B, 3).
         """
         assert self.budget is not None
-        losses, levels, banks = self.accelerator.gather(rows).unbind(1)
-        self.budget.update(losses[banks > 0], levels[banks > 0])
+        found = self.ledger.bring(self.accelerator.gather(rows))
+        assert found is not None
+        losses, levels, banks = found.unbind(1)
+        self.budget.update(losses[banks > 0], levels[banks > 0], self.weights.teacher is not None)
 
-    def _by_role(self, loss: Tensor, seen: Tensor, counts: tuple[int, int]) -> dict[str, float]:
-        """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
-        losses, is_retention = seen[:, 0], seen[:, 2] > 0
-        parts = torch.stack([loss, losses[~is_retention].sum(), losses[is_retention].sum()])
-        total, target, bank = self.accelerator.reduce(parts, "sum").tolist()
-        means = {"loss": total, "target_loss": target / counts[0]}
-        return means | {"bank_loss": bank / counts[1]} if counts[1] else means
-
-    def _stop_if_not_finite(self, losses: Tensor, step: int, names: list[str]) -> None:
-        finite = torch.isfinite(losses)
-        bad = self.accelerator.reduce((~finite).sum(), "sum")
-        if int(bad) == 0:
-            return
-        rows = [name for name, ok in zip(names, finite.tolist()) if not ok]
-        which = ", ".join(rows[:8]) or "of another process"
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step + 1} (rows: {which}); the weights were not touched. "
-            "Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
-        )
+    def _is_asked(self) -> bool:
+        """Whether this process alone was asked to end; several answer together where they read anyway."""
+        return self.accelerator.num_processes == 1 and bool(asked())
 
     def _stop_if_asked(self, done: int) -> None:
         """Save a checkpoint and end the run if any process was sent SIGTERM or Ctrl-C."""
+        if self.ledger.is_behind:  # the figures of some steps are not read yet, nor is it known that they are finite
+            return
         number = asked()
         if self.accelerator.num_processes > 1:
             number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -220,6 +246,13 @@ class TrainingLoop:
         raise Interrupted(number, done)
 
     # --- what is due ------------------------------------------------------------------------------------------------
+
+    def _anything_due(self, done: int) -> bool:
+        """Whether `_watch` has anything to do after `done` steps, or the run ends."""
+        config = self.config
+        every = [config.validate_every, config.sample_every, config.checkpoint_every]
+        every += [self.recipe.control.fidelity.every] if self.curve is not None else []
+        return done == self.end or done in config.save_at or any(e and done % e == 0 for e in every)
 
     def _watch(self, done: int) -> None:
         """What is due after `done` steps: validation, pictures, weights to keep, a checkpoint."""

@@ -24,6 +24,7 @@ from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
 from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
 from difftuning_control.training.phases import Phases
+from difftuning_control.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from difftuning_control.data.control_spec import ControlSpec
@@ -62,7 +63,8 @@ class TrainedWeights:
     """The weights that train, from the moment that they are attached.
 
     `model` is what predicts; `denoiser` is the same as processes train it together. `parameters` are what the optimizer
-    moves, by name. Where the weights are `sharded`, each process has a part of every one.
+    moves, by name, and where it heeds `hold` it `masks` its steps. `teacher` predicts as the model did before, where
+    retention asks for that. Where the weights are `sharded`, each process has a part of every one.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TrainedWeights:
     ):
         self.family, self.accelerator, self.config = family, accelerator, recipe.training
         self.output, self.model, self.sharded = Path(recipe.output), family.model, False
+        self.teacher = Teacher.of(recipe, family) if recipe.tuning.retention == "teacher" else None
         begin = Beginning(start, family) if start is not None else None
         self.tuning = attach_tuning(recipe, family, spec)
         if begin is not None:
@@ -93,7 +96,9 @@ class TrainedWeights:
             shard(self.model, accelerator)
             self.sharded = True
         self.parameters = self.tuning.parameters()
-        self._plain_optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
+        self.masks = self.config.optimizer == "adamw" and accelerator.device.type == "cuda" and not self.sharded
+        fused = {"fused": True} if self.masks else {}
+        self._plain_optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config), **fused)
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler,
             self._plain_optimizer,
@@ -132,6 +137,12 @@ class TrainedWeights:
         from difftuning_control.training.sharding import clip_grad_norm  # saves torch's FSDP for one process
 
         return clip_grad_norm(parameters, most)
+
+    def hold(self, stop: Tensor | None) -> None:
+        """Keep the optimizer from moving anything where `stop` is 1, which it reads on the device; fp16's scaler has a
+        mark of its own."""
+        if self.masks and self.accelerator.scaler is None:
+            self._plain_optimizer.found_inf = stop  # type: ignore[attr-defined]
 
     def end_step(self) -> None:
         """Move the learning rate and the average on by an optimizer step."""

@@ -109,6 +109,7 @@ def run_bank(command: BankCommand) -> None:
     )
     from difftuning_control.families.loading import load_base  # saves it for the other verbs
     from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
+    from difftuning_control.runs.record import rows_of_step
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
@@ -120,14 +121,15 @@ def run_bank(command: BankCommand) -> None:
     with ending_together(accelerator):
         check_shared(accelerator, cache_folder(command.data), "data.cache")
         family = load_base(command).to(accelerator.device)
+        size = command.bank_size(rows_of_step(command, accelerator.num_processes))
         if command.data.stream:
-            captions = read_stream(command, family, tell)[0].captions(command.bank.size)
+            captions = read_stream(command, family, tell)[0].captions(size)
         else:
             data, held_out = read_data(command, tell)
             check_captions(family, command, data, held_out)
             captions = [e.caption for e in data.examples]
         resolution = resolution_of(family, command.data)
-        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator, tell)
+        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator, tell, size)
     if accelerator.is_main_process:
         if bank.folder is not None:
             with audit.noted(bank.folder) as artefacts:

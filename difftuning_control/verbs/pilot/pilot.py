@@ -45,7 +45,7 @@ from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity, read_settings
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
-from difftuning_control.verbs.pilot.side_tuning import BUDGET
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, TAUGHT, side_tuning
 
 PRIMARY = "kid"
 
@@ -61,7 +61,7 @@ class Pilot:
 
     def __init__(self, recipe: Recipe, config: PilotConfig, output: Path, tell: Callable[[str], object] = print):
         training = recipe.training
-        if not recipe.uses_bank:
+        if recipe.tuning.retention_ratio == 0:
             raise UserError(
                 "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
                 "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
@@ -73,6 +73,9 @@ class Pilot:
                 "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
                 "them out."
             )
+        for side in config.sides:
+            if side in TAUGHT:  # what does not go together is said before anything is drawn
+                replace(recipe, tuning=side_tuning(side, recipe.tuning, output / "schedule.json"))
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.config, self.output, self.tell = config, output, tell
