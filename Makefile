@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all test-wide test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
+.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -36,6 +37,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The pages of docs/ as a site in build/site; a dead link or anchor fails. Reads the package's source and imports none of it.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean -f docs/mkdocs.yml
+
+# docs/recipe.md, from the docstrings of the recipe's dataclasses.
+recipe-reference: $(STAMP)
+	$(BIN)/python docs/generate_recipe_reference.py
 
 # The figures of the README: two processes of one thread each are faster on two cores than one of two.
 benchmark: $(STAMP)
@@ -81,6 +90,10 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
 clean:

@@ -229,7 +229,8 @@ class Conditioner:
         """From a photo of any size to the condition as the stock pipelines take it, an RGB picture.
 
         Args:
-            height, width: of the picture to be drawn; the resolution of training when None.
+            height: of the picture to be drawn, in pixels; the resolution of training when None.
+            width: likewise.
             ready: `image` is a condition already and is only framed; so is every one of a supplied condition.
         """
         height, width = height or self.spec.resolution, width or self.spec.resolution

@@ -60,17 +60,17 @@ def local_dataset(folder: Path, choice: Choice) -> tuple[Any, list[str]]:
     import datasets  # saves a second where pictures lie in a folder
 
     try:
-        found = datasets.load_from_disk(literal(folder))
+        saved = datasets.load_from_disk(literal(folder))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
-    if not isinstance(found, datasets.DatasetDict):
+    if not isinstance(saved, datasets.DatasetDict):
         chosen([TRAIN], choice.split, choice.prefer, folder, choice.option)
-        return found, []
-    split = chosen(found, choice.split, choice.prefer, folder, choice.option)
-    data = datasets.concatenate_datasets(list(found.values())) if split == ALL else found[split]
-    return data, taken(folder, split, found, 0, choice.option)
+        return saved, []
+    split = chosen(saved, choice.split, choice.prefer, folder, choice.option)
+    data = datasets.concatenate_datasets(list(saved.values())) if split == ALL else saved[split]
+    return data, taken(folder, split, saved, 0, choice.option)
 
 
 def _of_parquet(folder: Path, files: list[Path], choice: Choice) -> tuple[Any, list[str]]:
@@ -156,9 +156,9 @@ def dataset_rows(data: Any, columns: Columns, need_captions: bool, within: Seque
         wanted[columns.condition] = True
     missing = [c for c, needed in wanted.items() if needed and c not in data.column_names]
     if missing:
-        found = ", ".join(data.column_names)
+        there = ", ".join(data.column_names)
         raise UserError(
-            f"the data set has no column {missing[0]!r}, only {found}; name it with --data.image_column, "
+            f"the data set has no column {missing[0]!r}, only {there}; name it with --data.image_column, "
             "--data.caption_column or --control.column."
         )
     read = _reader(data, columns.image, within)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.data.label_space import FIRST, LabelSpace
 from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,35 +82,37 @@ def begin_label_space(family: Any, recipe: Recipe, data: ImageData, bank: Knowle
     return replace(bank, prompts=[""] * len(bank)) if bank is not None else None
 
 
-def begin_as(family: Any, record: dict[str, Any]) -> None:
-    """Give the model the label space that a run began with, by its record."""
-    classes = record.get("classes")
-    if classes is not None and classes["label_space"] == "new":
-        family.set_classes(list(classes["classes"]), None if classes.get("label_start") == "first" else record["seed"])
+def begin_as(family: Any, space: LabelSpace | None, seed: int) -> None:
+    """Give the model the label space that a run began with, if it has one.
+
+    Args:
+        seed: of the run.
+    """
+    if space is not None and space.is_new:
+        family.set_classes(list(space.classes), None if space.label_start == FIRST else seed)
 
 
-def as_pretrained(family: Any, record: dict[str, Any]) -> AbstractContextManager[None]:
+def as_pretrained(family: Any, space: LabelSpace | None) -> AbstractContextManager[None]:
     """While open, the base of a run takes classes of the run's own label space for the empty one: of these it knows
     nothing, and in its own label space their numbers mean others."""
-    classes = record.get("classes")
-    if classes is None or classes["label_space"] != "new":
+    if space is None or not space.is_new:
         return nullcontext()
-    return family.unknown_classes(len(classes["classes"]))
+    return family.unknown_classes(len(space.classes))
 
 
-def describe_classes(family: Any, recipe: Recipe, data: ImageData) -> dict[str, Any] | None:
-    """Which class each name is, for `run.json`; None for models without classes."""
+def label_space_of(family: Any, recipe: Recipe, data: ImageData) -> LabelSpace | None:
+    """Which class each name is; None for models without classes."""
     if not family.class_conditional:
         return None
     numbers = {name: family.class_of(name) for name in class_names(data)}
     named = all(name in family.labels for name in numbers)
-    found = {
-        "label_space": recipe.tuning.label_space,
-        "classes": numbers,
-        "named": named,
-        "null_class": family.null_class,
-    }
-    return found | ({"label_start": "first"} if recipe.tuning.label_start == "first" else {})
+    return LabelSpace(
+        label_space=recipe.tuning.label_space,
+        classes=numbers,
+        named=named,
+        null_class=family.null_class,
+        label_start=recipe.tuning.label_start,
+    )
 
 
 def bank_classes(family: Any, kind: str) -> list[str]:

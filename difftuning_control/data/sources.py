@@ -103,9 +103,9 @@ def _rows(
     if classes == "folders" and (is_set or not folder.is_dir()):
         raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
     if is_set:
-        found, lines = local_dataset(folder, choice)
+        dataset, lines = local_dataset(folder, choice)
         checker.notes += lines
-        rows, ignored = dataset_rows(found, columns, need_captions, [folder]), 0
+        rows, ignored = dataset_rows(dataset, columns, need_captions, [folder]), 0
     elif folder.is_dir():
         files, others, split = _files_of_split(path, folder, choice, checker, classes == "folders")
         if classes == "folders":
@@ -164,13 +164,13 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
     folder = place_of_data(path)
     if not folder.is_dir():
         raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
-    found: dict[str, list[Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
     files = [p for p in visible_files(folder) if p.suffix.lower() in EXTENSIONS]
     for file in splits_of_pictures(folder, files).get(split, files):
         if file.is_file() and leads_outside(file, folder) is None:
-            found.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
+            by_stem.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
     wanted = {str(Path(name).with_suffix("")) for name in (*(row.name for row in rows), *checker.bad)}
-    extra = [file for key, files in found.items() if key not in wanted for file in files]
+    extra = [file for key, files in by_stem.items() if key not in wanted for file in files]
     said = f"{len(extra)} conditions without a picture: {listed(file.name for file in extra)}"
     if extra and not checker.skip_bad:
         raise UserError(f"{path} has {said}; take them out, or leave such files out: --data.skip_bad true.")
@@ -178,7 +178,7 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
         checker.notes.append(f"left out of {path}: {said}")
     paired = []
     for row in rows:
-        files = found.get(str(Path(row.name).with_suffix("")), [])
+        files = by_stem.get(str(Path(row.name).with_suffix("")), [])
         if len(files) == 1:
             paired.append(replace(row, condition=partial(read_file, files[0])))
         else:
@@ -235,13 +235,13 @@ def _metadata_of(folder: Path, files: set[Path]) -> list[Path]:
     Raises:
         UserError: if one of them has two kinds.
     """
-    found = [p for n in METADATA if (p := folder / n).exists()]
-    if not found:
+    tables = [p for n in METADATA if (p := folder / n).exists()]
+    if not tables:
         beside = sorted(p for p in files if p.name in METADATA)
-        found = beside if splits_of_pictures(folder, visible_files(folder)) else []
-    if len({p.parent for p in found}) < len(found):
-        raise UserError(f"{found[0].parent} has both metadata.jsonl and metadata.csv; keep one.")
-    return found
+        tables = beside if splits_of_pictures(folder, visible_files(folder)) else []
+    if len({p.parent for p in tables}) < len(tables):
+        raise UserError(f"{tables[0].parent} has both metadata.jsonl and metadata.csv; keep one.")
+    return tables
 
 
 def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: Checker) -> tuple[list[Row], int]:
@@ -263,10 +263,10 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
             checker.bad[name] = f"{where}; expected {folder.name}/class/picture"
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
-    found = {row.caption for row in rows}
+    named = {row.caption for row in rows}
     roots = [folder] if split == ALL else {folder / p.relative_to(folder).parts[0] for p in pictures}
     subfolders = sorted(p.name for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith("."))
-    empty = [name for name in subfolders if name not in found]
+    empty = [name for name in subfolders if name not in named]
     if empty and checker.skip_bad:
         checker.notes.append(f"left out of {path}: {len(empty)} class folders without a picture: {listed(empty)}")
     elif empty and not checker.bad:

@@ -90,14 +90,14 @@ class Collection:
 
     def _find(self, choice: Choice) -> tuple[str, list[Path]]:
         """The kind of the folder's files, and those of the chosen split."""
-        found = {kind: visible_files(self.folder, pattern) for kind, pattern in KINDS.items()}
-        kinds = [kind for kind, paths in found.items() if paths]
+        by_kind = {kind: visible_files(self.folder, pattern) for kind, pattern in KINDS.items()}
+        kinds = [kind for kind, paths in by_kind.items() if paths]
         if len(kinds) != 1:
             what = "files of several kinds" if kinds else "nothing that can be streamed"
             raise UserError(
                 f"{self.folder} holds {what}; expected WebDataset .tar shards, Parquet files, or a metadata.jsonl."
             )
-        paths = found[kinds[0]]
+        paths = by_kind[kinds[0]]
         refuse_outside(paths, self.folder)
         pictures = (
             [p for p in visible_files(self.folder) if p.suffix.lower() in EXTENSIONS] if kinds == ["json"] else []
@@ -177,12 +177,12 @@ class Lane:
 
     def _endless(self) -> Iterator[Row]:
         for epoch in count():
-            found = False
+            is_any = False
             for i in np.random.default_rng(step_seed(self.seed, self.number, epoch)).permutation(len(self.files)):
                 for row in self.read(self.files[i]):
-                    found = True
+                    is_any = True
                     yield row
-            if not found:
+            if not is_any:
                 raise UserError("a part of the streamed data set has no rows to tune on; give larger files, or more.")
 
     def candidates(self, position: int) -> list[Row]:
@@ -215,11 +215,11 @@ class Stream:
 
     def head(self) -> ImageData:
         """The pictures that are held out."""
-        found: dict[str, Example] = {}
+        held_out: dict[str, Example] = {}
         skipped: dict[str, str] = {}
         rows = self.collection.rows(0)
-        while len(found) < self.holdout:
-            part = list(islice(rows, self.holdout - len(found)))
+        while len(held_out) < self.holdout:
+            part = list(islice(rows, self.holdout - len(held_out)))
             if not part:
                 raise UserError(
                     f"the first file of {self.config.path} has fewer than {self.holdout} usable rows to hold out; name "
@@ -229,18 +229,18 @@ class Stream:
             checker = Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
             examples = [e for row in part if (e := checker.example(row)) is not None]
             checker.stop_if_bad(self.config.path)
-            found |= {e.name: e for e in examples}
+            held_out |= {e.name: e for e in examples}
             skipped |= checker.bad
-        return ImageData(self.config.path, list(found.values()), skipped)
+        return ImageData(self.config.path, list(held_out.values()), skipped)
 
     def captions(self, most: int) -> list[str]:
         """The captions of the first `most` rows to tune on."""
         files = range(self.collection.files)
         rows = (row for file in files for row in self._read(file))
-        found = [self._caption_of(row) for row in islice(rows, most)]
-        if not any(c is not None for c in found):
+        captions = [self._caption_of(row) for row in islice(rows, most)]
+        if not any(c is not None for c in captions):
             raise UserError(f"{self.config.path} has no captions to tune on; see --data.caption_column.")
-        return [c for c in found if c is not None]
+        return [c for c in captions if c is not None]
 
     def pictures(self, step: int, rows: range, total: int, decoded: Callable[..., Any]) -> list[Example]:
         """The pictures of some rows of a step that has `total` target rows in all, decoded by `decoded` (a map)."""
@@ -250,12 +250,12 @@ class Stream:
             lane = row % lanes
             position = step * len(range(lane, total, lanes)) + row // lanes
             wanted.append(self._lane(lane, lanes).candidates(position))
-        found = list(decoded(self._usable, wanted))
-        for example, bad in found:
+        decoded_rows = list(decoded(self._usable, wanted))
+        for example, bad in decoded_rows:
             self._bad |= bad
             if example.digest in self.held:
                 self._copies[example.name] = None
-        return [example for example, _ in found]
+        return [example for example, _ in decoded_rows]
 
     def notes(self) -> list[str]:
         """What there is to say, once rows were read, of those that this process met."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from difftuning_control.evaluation.metric_table import lower_is_better
 
@@ -94,7 +94,15 @@ def compare_sides(
     }
 
 
-def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
+class Compared(Protocol):
+    """What a verdict is on: of a pilot's record its primary figure, its sides and the base."""
+
+    primary: str
+    sides: list[dict[str, Any]]
+    base: dict[str, Any]
+
+
+def verdict(pilot: Compared) -> dict[str, Any]:
     """Which side of a pilot won on its primary metric, against plain fine-tuning and the noise of the seeds.
 
     Returns:
@@ -112,15 +120,15 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
             of them is clearly better than it), or None.
         base_better: whether `base` says anything.
     """
-    metric = result["primary"]
-    sides = {s["name"]: s for s in result["sides"]}
+    metric = pilot.primary
+    sides = {s["name"]: s for s in pilot.sides}
     plain = sides.get(PLAIN)
     bars = {n: domain_bar(s, plain, len(sides) - 1) for n, s in sides.items() if plain is not None and n != PLAIN}
     barred, doubted = ([n for n, bar in bars.items() if bar == kind] for kind in ("barred", "doubted"))
     means = {n: fmean(v.values()) for n, s in sides.items() if n not in barred and (v := seed_values(s, metric))}
     sign = 1 if lower_is_better(metric) else -1
     order = sorted(means, key=lambda n: sign * means[n])
-    against_base = _against_base([sides[n] for n in order], result["base"], metric)
+    against_base = _against_base([sides[n] for n in order], pilot.base, metric)
     judged: dict[str, Any] = {
         "code": "none",
         "reason": None,

@@ -55,7 +55,7 @@ class Features:
         """
         if not pictures:
             raise UserError(f"there is no picture to take {self.name} features of.")
-        found = []
+        parts = []
         for start in range(0, len(pictures), self.batch_size):
             part = [_to_tensor(p) for p in pictures[start : start + self.batch_size]]
             same = len({p.shape for p in part}) == 1
@@ -67,8 +67,8 @@ class Features:
                         f"the features {self.name} gave {tuple(features.shape)} for {len(batch)} pictures; "
                         f"expected ({len(batch)}, D)."
                     )
-                found.append(features.float().cpu())
-        return torch.cat(found)
+                parts.append(features.float().cpu())
+        return torch.cat(parts)
 
 
 def load_features(source: str | Callable[[Tensor], Tensor] | Features, device: torch.device | str = "cpu") -> Features:
@@ -166,11 +166,11 @@ def _transformers_model(source: str, device: torch.device | str) -> tuple[Callab
     def extract(pictures: Tensor) -> Tensor:
         pixels = processor(images=list(pictures), do_rescale=False, return_tensors="pt")["pixel_values"].to(device)
         if is_clip:
-            found = model.get_image_features(pixel_values=pixels)
-            return found if isinstance(found, Tensor) else found.pooler_output
-        found = model(pixel_values=pixels)
-        pooled = getattr(found, "pooler_output", None)
-        return pooled.flatten(1) if pooled is not None else found.last_hidden_state[:, 0]
+            output = model.get_image_features(pixel_values=pixels)
+            return output if isinstance(output, Tensor) else output.pooler_output
+        output = model(pixel_values=pixels)
+        pooled = getattr(output, "pooler_output", None)
+        return pooled.flatten(1) if pooled is not None else output.last_hidden_state[:, 0]
 
     return extract, is_clip
 

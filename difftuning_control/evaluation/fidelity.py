@@ -79,7 +79,7 @@ class FidelityCurve:
         return None if self.settled is None else self.settled + after
 
     def describe(self) -> dict[str, Any]:
-        """The curve and its change point, as `run.json` and `fidelity.json` hold them."""
+        """The curve and its change point, as a run's record and `fidelity.json` hold them."""
         found = find_convergence(self.steps, self.values, MAIN[self.kind][1])
         return {
             "kind": self.kind,
@@ -90,6 +90,12 @@ class FidelityCurve:
             "figures": {name: [row[name] for row in self.rows] for name in self.without},
             "convergence": None if found is None else vars(found),
         }
+
+    def load_description(self, described: dict[str, Any]) -> None:
+        """Go on from a curve as `describe` gave it."""
+        figures, count = described["figures"], len(described["steps"])
+        rows = [{name: values[i] for name, values in figures.items()} for i in range(count)]
+        self.load_state_dict({"without": described["without"], "steps": described["steps"], "rows": rows})
 
     def state_dict(self) -> dict[str, Any]:
         return {"without": self.without, "steps": self.steps, "rows": self.rows}

@@ -190,12 +190,12 @@ def diversity(generated: Tensor, prompts: Sequence[str]) -> float | None:
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
-    found = []
+    distances = []
     for rows in (g for g in groups.values() if len(g) > 1):
         similarity = _cosine(generated[rows].double(), generated[rows].double())
         pairs = len(rows) * (len(rows) - 1)
-        found.append(1 - float(similarity.sum() - similarity.trace()) / pairs)
-    return sum(found) / len(found) if found else None
+        distances.append(1 - float(similarity.sum() - similarity.trace()) / pairs)
+    return sum(distances) / len(distances) if distances else None
 
 
 def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "openai/clip-vit-large-patch14") -> float:

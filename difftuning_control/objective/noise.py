@@ -32,7 +32,8 @@ class NoiseProcess:
     """A forward process on T noise levels.
 
     Args:
-        alphas, sigmas: signal and noise amplitude of each level, (T,).
+        alphas: signal amplitude of each level, (T,).
+        sigmas: noise amplitude of each level, (T,).
         timesteps: what the model is told at each level, (T,).
         u: noise coordinate of each level in [0, 1], rising, (T,).
         base_density: how often the family trains at each level, (T,), sums to 1.

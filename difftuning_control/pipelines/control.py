@@ -18,6 +18,7 @@ from torch import Tensor
 
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.errors import UserError
+from difftuning_control.families.control import compare_configs
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import check_compiled
 from difftuning_control.pipelines.control_strength import ControlUse, control_strength
@@ -69,8 +70,6 @@ class ControlledSampling(TunedSampling):
         Raises:
             UserError: with the two values that differ.
         """
-        from difftuning_control.families.control import compare_configs
-
         compare_configs(getattr(pipe, cls.component), controlnet, name, cls.control_keys)
 
     # --- settings ---------------------------------------------------------------------------------------------------

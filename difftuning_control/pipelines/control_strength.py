@@ -83,6 +83,7 @@ def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
     does, so that they broadcast."""
     if hasattr(controlnet, "controlnet_down_blocks"):
         return _no_unet_residuals(controlnet, sample, return_dict)
+    # saves the transformers of FLUX and SD 3 for models of other families
     from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
     from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetOutput
 
@@ -107,7 +108,7 @@ def _no_unet_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> An
     mid = sample.new_zeros(len(sample), controlnet.config.block_out_channels[-1], height, width)
     if not return_dict:
         return down, mid
-    from diffusers.models.controlnets.controlnet import ControlNetOutput
+    from diffusers.models.controlnets.controlnet import ControlNetOutput  # saves the UNets for transformers
 
     return ControlNetOutput(down, mid)  # type: ignore[arg-type]
 

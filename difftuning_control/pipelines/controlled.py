@@ -14,6 +14,8 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.tuning import ControlNetTuning
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import quiet_loading
+from difftuning_control.families.loading import load_controlnet_model
 from difftuning_control.pipelines.registry import BY_STOCK
 
 ADAPTER_RESULTS = (LORA_FILE, DIFFFIT_FILE, PEFT_FOLDER)
@@ -100,9 +102,6 @@ def load_controlnets(pipe: Any, given: Any, target: Any) -> list[Any]:
     Raises:
         UserError: if one cannot be loaded, or was made for another model.
     """
-    from difftuning_control.families.hub import quiet_loading
-    from difftuning_control.families.loading import load_controlnet_model
-
     klass, dtype = target.controlnet_class, getattr(pipe, target.component).dtype
     found, each = [], given if isinstance(given, (list, tuple)) else [given]
     if not each:

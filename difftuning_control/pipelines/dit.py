@@ -20,10 +20,11 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
     Classes that an adapter brought are the null class to the pretrained model: after a hand-over it goes on with that,
     and an adapter schedule moves their embeddings from the null class's to their own.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings of `set_extras`.
+
     Args:
         id2label: names of the classes, by number.
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them.
     """
 
     _optional_components = [*DiTPipeline._optional_components, "source_transformer"]  # noqa: RUF012

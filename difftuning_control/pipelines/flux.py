@@ -97,10 +97,11 @@ class FluxSampling(TunedSampling):
 class DiffTuningFluxPipeline(FluxSampling, FluxPipeline):
     """`FluxPipeline` that knows the pretrained model behind a tuned one.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings of `set_extras`; the
+    scale of Domain Guidance is the call's `true_cfg_scale`.
+
     Args:
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them; the scale of Domain
-            Guidance is the call's `true_cfg_scale`.
     """
 
     _optional_components = [*FluxPipeline._optional_components, "source_transformer"]  # noqa: RUF012
@@ -156,10 +157,11 @@ class DiffTuningFluxPipeline(FluxSampling, FluxPipeline):
 class DiffTuningFluxControlNetPipeline(FluxSampling, ControlledSampling, FluxControlNetPipeline):
     """`FluxControlNetPipeline` that knows the pretrained model and how its conditions are made.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule`, `hand_over` and `control_schedule` are the
+    settings of `set_extras`; the scale of Domain Guidance is the call's `true_cfg_scale`.
+
     Args:
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over, control_schedule: as `set_extras` takes them; the
-            scale of Domain Guidance is the call's `true_cfg_scale`.
     """
 
     _optional_components = [*FluxControlNetPipeline._optional_components, "source_transformer"]  # noqa: RUF012

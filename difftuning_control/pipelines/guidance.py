@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import is_compiled_module
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from difftuning_control.adapters.difffit import TrainedWhole
@@ -52,8 +54,6 @@ AtForward = Callable[[dict[str, Any]], Branch]  # a forward's keyword arguments 
 
 def tuner_layers(module: nn.Module) -> list[Any]:
     """The peft layers of a module, whose adapters can be switched, and what trains whole beside them or alone."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     return layers + [part for part in own_parts(module).values() if isinstance(part, TrainedWhole)]
 
@@ -240,8 +240,6 @@ class _Rows:
 
 def can_mask(weights: TunedWeights) -> bool:
     """Whether the tuned weights are plain LoRAs, which act on each row by itself and not at all where A gives 0."""
-    from peft.tuners.lora import LoraLayer
-
     if weights.source is not None or any(isinstance(layer, TrainedWhole) for layer in weights.layers):
         return False
     mine = [(e, n) for e in weights.layers for n in weights.adapters if n in e._get_available_adapters()]

@@ -42,9 +42,10 @@ class SD3Sampling(NegativePrompts, TunedSampling):
 class DiffTuningSD3Pipeline(SD3Sampling, StableDiffusion3Pipeline):
     """`StableDiffusion3Pipeline` that knows the pretrained model behind a tuned one.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings of `set_extras`.
+
     Args:
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them.
     """
 
     _optional_components = [*StableDiffusion3Pipeline._optional_components, "source_transformer"]  # noqa: RUF012
@@ -104,9 +105,11 @@ class DiffTuningSD3Pipeline(SD3Sampling, StableDiffusion3Pipeline):
 class DiffTuningSD3ControlNetPipeline(ControlledSampling, SD3Sampling, StableDiffusion3ControlNetPipeline):
     """`StableDiffusion3ControlNetPipeline` that knows the pretrained model and how its conditions are made.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule`, `hand_over` and `control_schedule` are the
+    settings of `set_extras`.
+
     Args:
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over, control_schedule: as `set_extras` takes them.
     """
 
     _optional_components = [*StableDiffusion3ControlNetPipeline._optional_components, "source_transformer"]  # noqa: RUF012

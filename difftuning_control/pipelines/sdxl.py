@@ -30,9 +30,10 @@ from difftuning_control.pipelines.unet import ControlledUNet, UNetSampling
 class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` that knows the pretrained model behind a tuned one.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings of `set_extras`.
+
     Args:
         source_unet: the pretrained UNet, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes them.
     """
 
     _optional_components = [*StableDiffusionXLPipeline._optional_components, "source_unet"]  # noqa: RUF012
@@ -92,9 +93,11 @@ class DiffTuningXLPipeline(UNetSampling, StableDiffusionXLPipeline):
 class DiffTuningXLControlNetPipeline(ControlledUNet, StableDiffusionXLControlNetPipeline):
     """`StableDiffusionXLControlNetPipeline` that knows the pretrained model and how its conditions are made.
 
+    `domain_guidance`, `tuned_adapters`, `adapter_schedule`, `hand_over` and `control_schedule` are the
+    settings of `set_extras`.
+
     Args:
         source_unet: the pretrained UNet, where its weights were tuned; not needed for an adapter.
-        domain_guidance, tuned_adapters, adapter_schedule, hand_over, control_schedule: as `set_extras` takes them.
     """
 
     _optional_components = [*StableDiffusionXLControlNetPipeline._optional_components, "source_unet"]  # noqa: RUF012

@@ -78,7 +78,7 @@ def snapshot_of(folder: Path) -> Snapshot | None:
 
 def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | None:
     """The snapshot folder of a Hub repository that has a spec."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # only where something is downloaded
 
     try:
         return Path(hf_hub_download(repository, file, **where)).parent
@@ -95,7 +95,7 @@ def _from_snapshot(folder: Path) -> Path | None:
 
 def _from_subfolder(origin: str, controlnet: Any) -> Path | None:
     """The folder within a folder or Hub repository that has a spec beside this ControlNet's weights."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # only where something is downloaded
 
     try:
         is_local = Path(origin).is_dir()

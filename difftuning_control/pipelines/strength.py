@@ -16,6 +16,7 @@ import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.objective.schedules import KINDS, Schedule, TabulatedSchedule, schedule_from_dict
+from difftuning_control.recipe.training import ScheduleConfig
 
 EXPECTED = (
     "a power {'kind': 'power', 'tau': 1.0}, a table {'kind': 'table', 'u': [0, 1], 'strength': [0, 1]}, the folder of "
@@ -90,16 +91,14 @@ def psi_of_run(run: str | Path) -> Schedule:
     Raises:
         UserError: if there is no run, or it is not finished.
     """
-    from difftuning_control.recipe.recipe import recipe_of
-    from difftuning_control.recipe.training import ScheduleConfig
-    from difftuning_control.runs.finished import finished_run
+    from difftuning_control.runs.finished import finished_run  # saves data and runs for what is drawn without a run
 
     if Path(run).is_file():
         return ScheduleConfig("measured", path=str(run)).build(1000)
     record = finished_run(run)
-    if (measured := record.get("schedule")) is not None:
+    if (measured := record.schedule) is not None:
         return TabulatedSchedule(measured["u"], measured["psi"], measured["xi"])
-    return recipe_of(record).tuning.schedule.build(1000)
+    return record.recipe.tuning.schedule.build(1000)
 
 
 def _of_schedule(schedule: Schedule) -> Strength:

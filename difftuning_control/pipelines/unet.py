@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from diffusers import ControlNetModel, StableDiffusionPipeline
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.sd import check_controlnet
 from difftuning_control.pipelines.control import ControlledSampling
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.pipelines.prompts import NegativePrompts
@@ -59,6 +60,4 @@ class ControlledUNet(ControlledSampling, UNetSampling):
 
     @classmethod
     def check_controlnet(cls, pipe: Any, controlnet: Any, name: str) -> None:
-        from difftuning_control.families.sd import check_controlnet
-
         check_controlnet(pipe.unet, pipe.vae_scale_factor, controlnet, name)

@@ -18,22 +18,22 @@ class AdapterConfig:
     """What is trained with method lora, or with method controlnet where `on` is controlnet.
 
     Args:
-        kind: lora, dora, tlora (a LoRA whose rank falls as the noise rises), loha, lokr, oft, boft, ia3, or difffit
-            (biases, norms and scale factors).
-        on: denoiser, or controlnet (kind lora).
-        rank: r of the update, of lora, dora, tlora and loha 16 when empty; of lokr, whose second factor trains whole
-            when empty.
-        min_rank: of tlora at pure noise; half of rank when empty.
-        alpha: the update is scaled by alpha / rank; equal to rank when empty.
-        targets: auto (the attention projections), or names of modules separated by commas.
-        dropout: on the adapter's input, of lora and dora.
+        kind: what trains: lora, dora, tlora (a LoRA whose rank falls as the noise rises), loha, lokr, oft, boft, ia3,
+            or difffit (biases, norms and scale factors).
+        on: what it trains on: denoiser, or controlnet (kind lora).
+        rank: rank r of the update; when empty 16 for lora, dora, tlora and loha, while the second factor of lokr trains
+            whole. [≥ 1]
+        min_rank: rank of tlora at pure noise, at most rank; half of rank when empty. [≥ 1]
+        alpha: the update is scaled by alpha / rank; equal to rank when empty. [> 0]
+        targets: modules that are tuned: auto (the attention projections), or their names separated by commas.
+        dropout: probability of dropout on the adapter's input, of lora and dora. [share, ≥ 0 and < 1]
         rslora: scale by alpha / √rank instead, of lora and dora.
-        init: how lora and tlora start: gaussian, pissa (lora only: the weight's largest singular vectors) or
-            orthogonal; when empty gaussian of lora, orthogonal of tlora.
-        factor: of lokr, side of the first Kronecker factor at most; as square as can be when empty.
-        block_size: side of the rotations, of oft 32 and of boft 4 when empty.
-        text_encoder: also train a LoRA on the text encoder, of lora and dora.
-        text_encoder_learning_rate: its own; the denoiser's when empty.
+        init: how lora and tlora start: gaussian, pissa (lora only: the weight's largest singular vectors) or orthogonal
+            (an even rank); when empty gaussian of lora, orthogonal of tlora.
+        factor: side of the first Kronecker factor of lokr at most; as square as can be when empty. [≥ 2]
+        block_size: side of the rotations; when empty 32 of oft and 4 of boft. [≥ 2]
+        text_encoder: also train a LoRA on the text encoder, of lora and dora (Stable Diffusion 1.x and 2.x).
+        text_encoder_learning_rate: learning rate of the text encoder; that of the denoiser when empty. [> 0]
     """
 
     kind: Kind = "lora"

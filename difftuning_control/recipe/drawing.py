@@ -13,10 +13,10 @@ class DrawSettings:
     """How pictures are drawn and seen.
 
     Args:
-        features: lite0, dinov2, clip, inception, or a local model directory.
-        pictures: how many prompts, taken from the captions of held-out pictures.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
+        features: network whose features are compared: lite0, dinov2, clip, inception, or a local model directory.
+        pictures: number of prompts, taken from the captions of held-out pictures. [pictures, ≥ 5]
+        steps: sampling steps of a picture. [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance. [≥ 0]
     """
 
     features: str = "lite0"
@@ -38,7 +38,7 @@ class SeededDrawSettings(DrawSettings):
     """How pictures are drawn and seen, where a spread over seeds is wanted.
 
     Args:
-        seeds: of the noise; every prompt is drawn once a seed, and the spread is over seeds.
+        seeds: seeds of the noise; every prompt is drawn once a seed, and the spread is over seeds. [≥ 0]
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

@@ -21,12 +21,13 @@ class ModelConfig:
     """The pretrained model.
 
     Args:
-        id: `embedded`, a diffusers directory, or a Hub id.
-        variant: weights variant to load, such as fp16.
-        quantization: keep the weights of a frozen transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
-            compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8 or nf4 (4 bits; both need
-            bitsandbytes).
-        offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place.
+        id: `embedded` (the small model that the package carries), a diffusers directory, or a Hub id.
+        variant: variant of the weights' files to load, such as fp16.
+        quantization: keep the frozen weights of a transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
+            compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8, or nf4 (4 bits); int8 and
+            nf4 need bitsandbytes.
+        offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place on the
+            GPU.
     """
 
     id: str = "embedded"
@@ -44,31 +45,32 @@ class DataConfig:
 
     Args:
         path: a folder, `embedded/icons`, `embedded/flat`, or a `datasets` data set by name or path.
-        resolution: side in pixels; the model's own when empty.
+        resolution: side of the square that pictures are cropped to; the model's own when empty. [pixels, ≥ 8]
         flip: also train on mirror images.
-        crops: positions of the square kept of pictures that are not square; 1 is the centre.
-        holdout: share of the pictures kept for validation; only without validation_path.
+        crops: positions of the square along the longer side of pictures that are not square; 1 is the centre alone. [1
+            to 64]
+        holdout: share of the pictures that is kept for validation; only without validation_path. [share, ≥ 0 and < 1]
         validation_path: pictures to validate on, instead of a share of path.
-        split: of path, where it has several (of the files of a data set, or folders of pictures such as train and
-            test), or all; train when empty.
-        validation_split: of validation_path; validation, else test, else train when empty.
-        limit: use only the first so many pictures.
+        split: the split of path that is read, where it has several (of the files of a data set, or folders of pictures
+            such as train and test), or all of them with `all`; train when empty.
+        validation_split: the split of validation_path that is read; validation, else test, else train when empty.
+        limit: use only the first so many pictures; all when empty. [pictures, ≥ 1]
         caption_column: column of the captions.
         image_column: column of the pictures, in a `datasets` data set.
-        classes: folders (a picture's caption is the name of the sub-folder it lies in), or label (captions are the
+        classes: take classes for captions: folders (the name of the sub-folder that a picture lies in), or label (the
             names or numbers in the column called label); captions as they are when empty.
-        default_caption: caption of pictures that have none.
+        default_caption: caption of pictures that have none; such pictures are a mistake when empty.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
         buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
             shape a step; held-out pictures, samples and a bank of samples stay square.
-        bucket_step: sides of the buckets are multiples of this many pixels; a sixteenth of the resolution when empty.
-        bucket_aspect: no side of a bucket is longer than so many times the other.
+        bucket_step: sides of the buckets are multiples of this; a sixteenth of the resolution when empty. [pixels, ≥ 8]
+        bucket_aspect: no side of a bucket is longer than so many times the other. [> 1 and ≤ 8]
         stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
             .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
             training.validation_size pictures are held out; a bank takes the captions of as many rows as it has items.
-        max_pixels: pictures with more are refused before they are decoded.
-        cache: folder of the latent and prompt caches; the user's cache folder when empty.
+        max_pixels: pictures with more are refused before they are decoded. [pixels, 1 to 178956970]
+        cache: folder of the cached latents, embeddings and conditions; the user's cache folder when empty.
     """
 
     path: str = "embedded/icons"
@@ -123,14 +125,15 @@ class BankConfig:
     Args:
         size: number of samples, or auto: what the run will draw of them and a quarter more, which only validation sees,
             at least 8, and at most 32 with an adapter and 256 with other methods; of a bank that is there, what it
-            holds. Prompts are spread over them.
-        prompts: captions (those of the data), empty, or a text file with one prompt a line; of a model that is told
-            classes also classes (all that it has), or both (its classes and the empty one by turns).
-        guidance_scale: classifier-free guidance while sampling.
-        steps: sampling steps of the model's own scheduler.
-        batch_size: samples drawn at once.
-        seed: of the bank.
-        path: where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
+            holds. Prompts are spread over them. [samples, ≥ 1]
+        prompts: what the samples are drawn for: captions (those of the data), empty, or a text file with one prompt a
+            line; of a model that is told classes also classes (all that it has), or both (its classes and the empty one
+            by turns).
+        guidance_scale: scale of classifier-free guidance while the samples are drawn. [≥ 0]
+        steps: sampling steps of a sample, by the model's own scheduler. [steps, ≥ 1]
+        batch_size: samples drawn at once. [samples, ≥ 1]
+        seed: seed of the noise that the samples are drawn from. [0 to 2147483647]
+        path: folder where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
     """
 
     size: int | Literal["auto"] = "auto"
@@ -162,10 +165,10 @@ class FidelityConfig:
     """How well pictures follow their conditions while a ControlNet trains, on held-out pictures.
 
     Args:
-        every: optimizer steps between measurements; 0 for none.
-        size: held-out conditions.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
+        every: optimizer steps between measurements; 0 for none. [steps, ≥ 0]
+        size: number of held-out conditions that are drawn. [conditions, ≥ 1]
+        steps: sampling steps of a picture. [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance. [≥ 0]
     """
 
     every: int = 50
@@ -186,16 +189,17 @@ class ControlConfig:
     Args:
         annotator: what makes conditions from pictures: a name of controlnet_aux, package.module:function, or supplied
             (pictures of yours, in path or column).
-        params: of the annotator.
-        weights: the annotator's, a directory or Hub id; its default place when empty.
+        params: parameters of the annotator, by name.
+        weights: weights of the annotator, a directory or Hub id; its default place when empty.
         path: folder of supplied conditions, named like the pictures.
-        validation_path: folder of those of data.validation_path.
+        validation_path: folder of the supplied conditions of data.validation_path.
         column: column of supplied conditions, instead of path.
-        resize: lanczos, box or nearest, for supplied conditions of another size.
+        resize: filter for supplied conditions of another size.
         init: the ControlNet to start from, a directory or Hub id; a copy of the denoiser's encoder when empty.
-        dropout: share of target rows that train with a blank (black) condition.
-        bank_condition: own (made from the decoded bank samples) or blank.
-        workers: threads that annotate; when empty one a CPU core, at most 8, or a single one for a network.
+        dropout: share of target rows that train with a blank (black) condition. [share, 0 to 1]
+        bank_condition: condition of bank rows: own (made from the decoded bank samples) or blank.
+        workers: threads that annotate; when empty one a CPU core, at most 8, or a single one for a network. [threads, 1
+            to 256]
         fidelity: what is measured on the way.
     """
 

@@ -27,8 +27,8 @@ class Recipe:
     """A training run.
 
     Args:
-        method: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (the denoiser stays as
-            it is).
+        method: what trains: lora (an adapter of any kind), full (all weights of the denoiser), or controlnet (a
+            ControlNet; the denoiser stays as it is).
         model: the pretrained model.
         data: the pictures to tune on.
         tuning: the objective.
@@ -213,24 +213,32 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe of what `to_dict` gave, in an earlier version too, which knew fewer sections.
 
-def recipe_of(record: dict[str, Any]) -> Recipe:
-    """The recipe that a run was made with."""
-    values = record["recipe"]
-    tuning = dict(values["tuning"])
-    tuning["schedule"] = ScheduleConfig(**tuning["schedule"])
-    control = dict(values.get("control", {}))  # records of earlier versions have none
-    if control:
-        control["fidelity"] = FidelityConfig(**control["fidelity"])
-    return Recipe(
-        method=values["method"],
-        model=ModelConfig(**values["model"]),
-        data=DataConfig(**values["data"]),
-        tuning=TuningConfig(**tuning),
-        bank=BankConfig(**values["bank"]),
-        adapter=AdapterConfig(**values["adapter"]),
-        control=ControlConfig(**control),
-        training=TrainingConfig(**values["training"]),
-        gates=GatesConfig(**values.get("gates", {})),
-        output=values["output"],
-    )
+        Raises:
+            UserError: if a value is out of its range, or it is of a newer version or was edited.
+        """
+        try:
+            tuning = dict(values["tuning"])
+            tuning["schedule"] = ScheduleConfig(**tuning["schedule"])
+            control = dict(values.get("control", {}))
+            if control:
+                control["fidelity"] = FidelityConfig(**control["fidelity"])
+            return cls(
+                method=values["method"],
+                model=ModelConfig(**values["model"]),
+                data=DataConfig(**values["data"]),
+                tuning=TuningConfig(**tuning),
+                bank=BankConfig(**values["bank"]),
+                adapter=AdapterConfig(**values["adapter"]),
+                control=ControlConfig(**control),
+                training=TrainingConfig(**values["training"]),
+                gates=GatesConfig(**values.get("gates", {})),
+                output=values["output"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"a recorded recipe cannot be read ({error}); it is of a newer version of this package, or was edited."
+            ) from None

@@ -55,13 +55,13 @@ class AnalysisConfig(DrawSettings):
     """What an analysis measures.
 
     Args:
-        rows: at most so many target pictures and as many bank samples.
-        draws: noise levels a row and band.
+        rows: at most so many target pictures, and as many bank samples, are measured. [rows, ≥ 4]
+        draws: noise levels a row and band. [levels, ≥ 1]
         staged: also hand over between the tuned and the pretrained model at every u0 (needs a run).
-        u0: where to hand over.
-        pictures: pictures at every u0.
-        seed: of the noise.
-        batch_size: pictures drawn at once.
+        u0: noise coordinates at which to hand over. [u, 0 to 1]
+        pictures: pictures that are drawn at every u0. [pictures, ≥ 5]
+        seed: seed of the noise. [≥ 0]
+        batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
 
     rows: int = 64
@@ -86,17 +86,18 @@ class PilotConfig(SeededDrawSettings):
     """What a pilot compares.
 
     Args:
-        sides: plain (the yardstick), prior, difftuning_tau<number>, difftuning_measured, difftuning_budget, which takes
-            the recipe's forgetting_budget, or 0.1; or with the recipe's own schedule, retention by a teacher: on the
-            bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty) or theirs (teacher_own).
-        seeds: of training and of the pictures; the spread is over these.
-        learning_rates: candidates of the search; half, once and twice the recipe's when empty.
-        lengths: steps at which every run is judged, read off one run each; its last step when empty.
-        pictures: generated pictures a run and length.
-        guidance_scale: classifier-free guidance of all sides.
+        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured,
+            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, or with the recipe's own schedule
+            retention by a teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty)
+            or their own (teacher_own).
+        seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
+        learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
+        lengths: steps at which every run is judged, read off one run each; its last step when empty. [steps, ≥ 1]
+        pictures: generated pictures a run and length. [pictures, ≥ 5]
+        guidance_scale: scale of classifier-free guidance of all sides. [≥ 0]
         guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
-            scales of at least 1, and the best of each judged beside the figures at guidance_scale; not done when empty.
-        batch_size: pictures drawn at once.
+            scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
+        batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
 
     sides: list[str] = field(default_factory=lambda: list(DEFAULT_SIDES))
@@ -122,6 +123,8 @@ class PilotConfig(SeededDrawSettings):
         check_least("pilot.", self, {"batch_size": 1})
         if len(set(self.lengths)) < len(self.lengths) or any(length < 1 for length in self.lengths):
             raise UserError(f"pilot.lengths is {self.lengths}; expected different numbers of steps of at least 1.")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
         scales = self.guidance_scales

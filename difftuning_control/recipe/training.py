@@ -35,13 +35,13 @@ class ScheduleConfig:
     """ψ and ξ over the noise coordinate u.
 
     Args:
-        kind: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured (from path), auto
-            (measured on the model and the data when the run begins).
-        tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper.
-        retention_tau: τ of ξ alone, of power and paper; that of ψ when empty.
-        psi: ψ of constant, 1 when empty.
-        xi: ξ of constant, 0 when empty.
-        path: a JSON file with u, psi and xi, for measured.
+        kind: shape of ψ and ξ: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured
+            (from path), or auto (measured on the model and the data when the run begins).
+        tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper. [> 0]
+        retention_tau: τ of ξ alone, of power and paper; that of ψ when empty. [> 0]
+        psi: ψ of constant; 1 when empty. [> 0]
+        xi: ξ of constant; 0 when empty. [≥ 0]
+        path: JSON file with u, psi and xi, of measured; `difftune analyze` writes one.
     """
 
     kind: Literal["power", "paper", "constant", "measured", "auto"] = "power"
@@ -101,24 +101,29 @@ class TuningConfig:
 
     Args:
         schedule: ψ and ξ.
-        estimator: sample (draw noise levels by role) or weight (draw as the model does, weigh the loss).
-        retention_ratio: share of the batch that is for retention; 0 for plain fine-tuning.
-        retention_weight: λ; with a forgetting budget, where its multipliers start.
+        estimator: how the schedule acts: sample (noise levels are drawn in proportion to ψ for target rows and to ξ for
+            bank rows), or weight (they are drawn as the model's own training draws them, and losses are multiplied by ψ
+            and ξ).
+        retention_ratio: share of the batch that is for retention; 0, with retention_weight 0, for plain fine-tuning.
+            [share, ≥ 0 and < 1]
+        retention_weight: λ; with a forgetting budget, where its multipliers start. [≥ 0]
         forgetting_budget: how much the loss on the bank may rise in each noise band (0.02 is 2 %), one number for all
-            bands or five from low noise to high; the bank rows' weight then follows by dual ascent. None when empty.
+            bands or five from low noise to high; the bank rows' weight then follows by dual ascent, and λ stays fixed
+            when empty. [≥ 0]
         retention: what a retention row's prediction is compared with: samples (what the noised sample of the bank was
             made of, as in the paper), or teacher (what the pretrained model predicts, at a forward more of these rows).
         retention_rows: what the teacher is asked on: bank (its latents), or pictures (those that are tuned on, so that
             no bank is needed).
-        retention_prompts: empty, or own (the prompts the bank was drawn with, or the pictures' captions).
-        prompt_dropout: share of target rows that train with the empty prompt, or without a class.
-        label_space: own (the data's classes are the model's), or new (the data's classes take the place of the model's,
-            each with a new embedding that trains whole); of models that are told classes.
-        label_start: where the embeddings of a new label space begin: random (one vector a class, drawn from the
-            seed), or first (the model's own first classes, in order, as in the authors' code).
-        variance: fixed (the loss on the prediction alone), or hybrid (and the variational bound on the variance, of
-            models that predict it).
-        min_snr_gamma: γ of min-SNR weighting, none when empty.
+        retention_prompts: prompts that retention rows train with: empty, or own (those that the samples were drawn for,
+            or the pictures' captions).
+        prompt_dropout: share of target rows that train with the empty prompt, or without a class. [share, 0 to 1]
+        label_space: of models that are told classes: own (the data's classes are the model's), or new (the data's
+            classes take the place of the model's, each with a new embedding that trains whole).
+        label_start: where the embeddings of a new label space begin: random (one vector a class, drawn from the seed),
+            or first (the model's own first classes, in order, as in the authors' code).
+        variance: what the loss is on: fixed (the prediction alone), or hybrid (also the variational bound on the
+            variance, of models that predict it).
+        min_snr_gamma: γ of min-SNR weighting; no such weighting when empty. [> 0]
         stratified: spread the noise levels of a batch evenly.
     """
 
@@ -217,41 +222,45 @@ class TrainingConfig:
     """The loop.
 
     Args:
-        max_steps: optimizer steps.
-        batch_size: rows of one forward on one process, bank rows included.
-        gradient_accumulation_steps: forwards to an optimizer step.
-        learning_rate: after the warm-up.
-        optimizer: adamw, or adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
-        lr_scheduler: diffusers' names.
-        lr_warmup_steps: optimizer steps.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are scaled down to this norm; none when empty.
-        mixed_precision: no, fp16 or bf16.
-        gradient_checkpointing: less memory for more time.
-        compile: inductor, torch.compile of the blocks that the model repeats: for GPUs; the first step takes minutes,
-            results are equal up to rounding. Or aot_eager, which only shows whether a model can be compiled.
+        max_steps: length of the run. [optimizer steps, ≥ 1]
+        batch_size: rows of one forward on one process, bank rows included. [rows, ≥ 1]
+        gradient_accumulation_steps: forwards to an optimizer step. [forwards, ≥ 1]
+        learning_rate: learning rate after the warm-up. [> 0]
+        optimizer: adamw, or its 8-bit form adamw8bit (bitsandbytes), whose state takes 2 bytes a weight instead of 8.
+        lr_scheduler: shape of the learning rate over the run, by diffusers' names.
+        lr_warmup_steps: length of the warm-up. [optimizer steps, ≥ 0]
+        weight_decay: weight decay of AdamW. [≥ 0]
+        max_grad_norm: gradients are scaled down to this norm; not at all when empty. [> 0]
+        mixed_precision: precision of the forward and backward passes; what trains is kept in float32.
+        gradient_checkpointing: compute activations again in the backward pass: less memory for more time.
+        compile: compile the blocks that the model repeats: inductor (torch.compile, for GPUs: the first step takes
+            minutes, and results are equal up to rounding), or aot_eager, which only shows whether a model can be
+            compiled.
         shard: spread weights, gradients and optimizer over the processes (FSDP2), with method full; the model must
             still fit once on every device, 4 bytes a weight, before training.
-        ema_decay: of the running average of the trained weights, which is what is saved; none when empty.
+        ema_decay: decay of the running average of the trained weights, which is what is saved; no average when empty.
+            [> 0 and < 1]
         ema_warmup: the decay rises to ema_decay, 1 − (1 + s)^(−2/3) after s steps (0.978 at 300, 0.9988 at 24,000), so
             that short runs do not save their start; when false it is ema_decay from the first step on, as in the
             authors' code.
-        seed: of everything random.
-        checkpoint_every: optimizer steps between checkpoints.
-        save_at: steps after which the weights are also kept, loadable, in `step-<number>` of the output.
-        resume: go on from the last checkpoint in the output, or from the start if there is none (`difftune resume RUN`
-            needs no recipe, and a run that it goes on with).
-        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base
-            (on the command line also --from); what trains starts as it always does when empty.
-        validate_every: optimizer steps between validations; 0 for only before and after.
-        validation_size: rows of target and of bank in a validation.
-        sample_every: optimizer steps between sample grids; 0 for none.
-        sample_prompts: prompts of these grids; captions of the data when empty.
-        sample_steps: sampling steps.
-        sample_guidance_scale: guidance of these grids.
-        trackers: any of tensorboard, wandb.
-        stop_when: converged (end once a ControlNet's fidelity has risen and settled); at max_steps only when empty.
-        stop_after: optimizer steps to go on after that.
+        seed: seed of everything random but the bank. [0 to 2147483647]
+        checkpoint_every: optimizer steps between checkpoints. [optimizer steps, ≥ 1]
+        save_at: steps up to max_steps after which the weights are also kept, loadable, in `step-<number>` of the
+            output. [optimizer steps, ≥ 1]
+        resume: go on from the last checkpoint in the output, or from the start if there is none; `difftune resume RUN`
+            needs no recipe, and a run that it goes on with.
+        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base (on the
+            command line also --from); a new start when empty.
+        validate_every: optimizer steps between validations; 0 for only before and after. [optimizer steps, ≥ 0]
+        validation_size: rows of target and of bank in a validation. [rows, ≥ 1]
+        sample_every: optimizer steps between sample grids; 0 for none. [optimizer steps, ≥ 0]
+        sample_prompts: prompts of the sample grids; captions of the data when empty.
+        sample_steps: sampling steps of the sample grids. [steps, ≥ 1]
+        sample_guidance_scale: scale of classifier-free guidance of the sample grids. [≥ 0]
+        trackers: where figures and grids are also sent: any of tensorboard, wandb.
+        stop_when: end before max_steps: converged (once a ControlNet's fidelity has risen and settled); never when
+            empty.
+        stop_after: optimizer steps to go on after stop_when. [optimizer steps, ≥ 0]
     """
 
     max_steps: int = 300
@@ -319,10 +328,11 @@ class GatesConfig(SeededDrawSettings):
     """Limits that a finished run is judged by; one that fails them is marked, and not exported unasked.
 
     Args:
-        kid: at most, on held-out pictures (the KID itself, of which tables show × 1000).
-        retention_loss: at most, the rise of the loss on held-out bank samples over the base's (0.1 is 10 %).
-        fidelity: of a ControlNet, the main figure on held-out conditions; at least, or at most for depth (rmse).
-        memorisation: at most, the mean cosine to the nearest training picture.
+        kid: highest KID on held-out pictures (the KID itself, of which tables show × 1000). [≥ 0]
+        retention_loss: highest rise of the loss on held-out bank samples over the base's (0.1 is 10 %). [≥ -1]
+        fidelity: lowest main figure of a ControlNet on held-out conditions; for depth, whose figure is the RMSE, the
+            highest. [0 to 1]
+        memorisation: highest mean cosine to the nearest training picture. [-1 to 1]
     """
 
     kid: float | None = None

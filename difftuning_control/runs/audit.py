@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from difftuning_control.errors import UserError
+from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import AUDIT, sync_folder
 from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
 
@@ -66,7 +67,7 @@ class Chain:
     def is_ended(self) -> bool:
         """Whether the last session that began came to its end and vouched for the run's record."""
         begun = [e["session"] for e in self.entries if e["outcome"] == "begun"]
-        ended = {e["session"] for e in self.entries if e["outcome"] == "done" and "run.json" in e["artefacts"]}
+        ended = {e["session"] for e in self.entries if e["outcome"] == "done" and RECORD in e["artefacts"]}
         return not begun or begun[-1] in ended
 
     def last_hash_of(self, artefact: str) -> str | None:

@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from difftuning_control.data.label_space import LabelSpace
 from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RunRecord
+from difftuning_control.runs.record_sections import Change
 from difftuning_control.system.text import plain_markdown, python_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +30,7 @@ def is_hub_id(model: str) -> bool:
 
 def model_card(
     recipe: Recipe,
-    run: dict[str, Any],
+    run: RunRecord,
     use: list[str] | None = None,
     figures: list[str] | None = None,
     closing: str = WHOLE_RUN,
@@ -42,7 +45,7 @@ def model_card(
     titles = {"lora": f"{KINDS[recipe.adapter.kind].title} for", "full": "Tuned from", "controlnet": "ControlNet for"}
     kind: str = "lora" if recipe.adapter.kind in LORA_KINDS else recipe.adapter.kind
     tag: list[str] = {"lora": [kind], "full": [], "controlnet": ["controlnet"]}[recipe.method]
-    told = "class-conditional" if run.get("classes") else "text-to-image"
+    told = "class-conditional" if run.classes else "text-to-image"
     card = {
         "library_name": "diffusers",
         **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
@@ -63,18 +66,18 @@ def model_card(
         "",
         f"# {titles[recipe.method]} {plain_markdown(base_name(recipe.model.id))}",
         "",
-        f"Tuned with difftuning-control on {run['data']['pictures']} pictures for {run['steps']} steps: {words}.",
+        f"Tuned with difftuning-control on {run.data.pictures} pictures for {run.steps} steps: {words}.",
         "",
         *(["```python", *_usage(recipe, run), "```"] if use is None else use),
         "",
-        *_change_lines(run.get("changes", [])),
-        *_class_lines(run.get("classes")),
+        *_change_lines(run.changes),
+        *_class_lines(run.classes),
         *(figures or []),
-        *_fidelity_lines(run.get("fidelity")),
-        *_gate_lines(run.get("gates")),
+        *_fidelity_lines(run.fidelity),
+        *_gate_lines(run.gates),
         "## Loss by noise band",
         "",
-        *_loss_table(run["losses"]),
+        *_loss_table(run.losses),
         "",
         closing,
         "",
@@ -82,49 +85,48 @@ def model_card(
     return "\n".join(lines)
 
 
-def _change_lines(changes: list[dict[str, Any]]) -> list[str]:
+def _change_lines(changes: list[Change]) -> list[str]:
     """What was changed on the way."""
     if not changes:
         return []
     said = [
-        f"from step {c['step']} on " + ", ".join(f"`{k}` {v[1]} (was {v[0]})" for k, v in c["keys"].items())
-        for c in changes
+        f"from step {c.step} on " + ", ".join(f"`{k}` {v[1]} (was {v[0]})" for k, v in c.keys.items()) for c in changes
     ]
     return [f"Changed on the way, so not bit-equal to an undisturbed run: {'; '.join(said)}.", ""]
 
 
-def _class_lines(found: dict[str, Any] | None) -> list[str]:
+def _class_lines(space: LabelSpace | None) -> list[str]:
     """Which number each class has, at most the first hundred."""
-    if found is None:
+    if space is None:
         return []
-    named = [f"{number} {plain_markdown(name)}" for name, number in found["classes"].items()]
+    named = [f"{number} {plain_markdown(name)}" for name, number in space.classes.items()]
     more = f", … ({len(named)} in all)" if len(named) > 100 else ""
-    what = "Classes of a new label space" if found["label_space"] == "new" else "Classes of the pictures"
+    what = "Classes of a new label space" if space.is_new else "Classes of the pictures"
     return [f"{what}: {', '.join(named[:100])}{more}.", ""]
 
 
-def prompt_of(run: dict[str, Any]) -> str:
+def prompt_of(run: RunRecord) -> str:
     """One of a run's prompts as a string of Python."""
-    return python_text(" ".join((run["prompts"] or [""])[0].split()))
+    return python_text(" ".join((run.prompts or [""])[0].split()))
 
 
-def asked_for(run: dict[str, Any]) -> str:
+def asked_for(run: RunRecord) -> str:
     """What a pipeline's call is given, in Python: one of the run's prompts, or its class."""
     prompt = prompt_of(run)
-    if (classes := run.get("classes")) is None:
+    if run.classes is None:
         return prompt
-    return f"pipe.get_label_ids([{prompt}])" if classes["named"] else f"[{run['prompts'][0]}]"
+    return f"pipe.get_label_ids([{prompt}])" if run.classes.named else f"[{(run.prompts or [''])[0]}]"
 
 
-def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
+def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
-    places = run.get("places", {})  # absolute, so that the lines run from any folder
-    base = python_text(run["base_path"] if recipe.model.id == "embedded" else places.get("model", recipe.model.id))
+    places = run.places  # absolute, so that the lines run from any folder
+    base = python_text(run.base_path if recipe.model.id == "embedded" else places.get("model", recipe.model.id))
     folder = places.get("run", recipe.output)
     output = python_text(folder)
     prompt = prompt_of(run)
-    if recipe.method == "controlnet":
-        place, (controlnet, pipeline) = python_text(f"{folder}/controlnet"), run["control"]["classes"]
+    if run.control is not None:
+        place, (controlnet, pipeline) = python_text(f"{folder}/controlnet"), run.control.classes
         return [
             f"from diffusers import {controlnet}, {pipeline}",
             "from PIL import Image",
@@ -133,19 +135,18 @@ def _usage(recipe: Recipe, run: dict[str, Any]) -> list[str]:
             f"controlnet = {controlnet}.from_pretrained({place})",
             f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, {run['control']['argument']}=condition).images[0]",
+            f"image = pipe({prompt}, {run.control.argument}=condition).images[0]",
         ]
     call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":
         load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{folder}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]
     start, load = ["from diffusers import DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({base})"]
-    stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
-    if KINDS[recipe.adapter.kind].loads_in_diffusers and stock:
+    if KINDS[recipe.adapter.kind].loads_in_diffusers and run.stock_loads_lora:
         load.append(f"pipe.load_lora_weights({output})")
     else:
         start.append("from difftuning_control import load_adapter")
-        if recipe.adapter.kind == "tlora" and stock:
+        if recipe.adapter.kind == "tlora" and run.stock_loads_lora:
             load.append("# pipe.load_lora_weights takes it too, but runs it at its full rank at every noise level")
         load.append(f"load_adapter(pipe, {output})")
     return [*start, "", *load, call]

@@ -7,14 +7,16 @@ equal to an undisturbed one, so its identity becomes another: a digest of the re
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.identity import identity_settings, rows_of_step
 from difftuning_control.runs.places import located
-from difftuning_control.runs.record import identity_settings, read_run, rows_of_step
+from difftuning_control.runs.record import RunRecord, read_run
+from difftuning_control.runs.record_sections import ANEW, KEPT, Change, Fingerprints
 from difftuning_control.system.digests import digest_of, digest_of_file
 
 CHANGEABLE = (
@@ -43,17 +45,16 @@ class Resumption:
 
     Args:
         identity: of the run from now on.
-        changes: all changes, the newest last: `step`, `identity` before it, `keys` with both values, and whether the
-            optimizer's state was `kept` or begins `anew`.
+        changes: all changes, the newest last.
         finished: the record of a run that is finished and stays as it is.
         reopened: the record of a finished run that goes on from its result.
         is_new: whether the last of the changes was made just now.
     """
 
     identity: str
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
-    reopened: dict[str, Any] | None = None
+    changes: list[Change] = field(default_factory=list)
+    finished: RunRecord | None = None
+    reopened: RunRecord | None = None
     is_new: bool = False
 
     @property
@@ -64,13 +65,13 @@ class Resumption:
     @property
     def earlier(self) -> tuple[str, ...]:
         """Identities that checkpoints of this run may bear from before a change."""
-        return tuple(change["identity"] for change in self.changes)
+        return tuple(change.identity for change in self.changes)
 
 
 def resumption(
     output: Path,
     recipe: Recipe,
-    fingerprints: dict[str, Any],
+    fingerprints: Fingerprints,
     identity: str,
     processes: int,
     checkpoint: int | None,
@@ -89,17 +90,17 @@ def resumption(
     record = read_run(output)
     if record is None:
         return Resumption(identity)
-    before, now = record.get("rows_per_step"), rows_of_step(recipe, processes)
+    before, now = record.rows_per_step, rows_of_step(recipe, processes)
     if before not in (None, now):
         raise UserError(
             f"the run in {output} had {before} rows to a step, and here they are {now} on {processes} processes; "
             "choose training.batch_size and training.gradient_accumulation_steps so that they are the same."
         )
-    changes, complete = record.get("changes", []), record["status"] == "complete"
-    if record["identity"] == continued(identity, changes):
-        return Resumption(record["identity"], changes, record if complete else None)
+    changes, complete = record.changes, record.is_complete
+    if record.identity == continued(identity, changes):
+        return Resumption(record.identity, changes, record if complete else None)
     keys = _allowed(output, record, recipe, fingerprints)
-    done = record["steps"] if complete else checkpoint
+    done = record.steps if complete else checkpoint
     if done is None:  # nothing was trained that could be kept
         return Resumption(identity)
     if recipe.training.max_steps < done or (complete and recipe.training.max_steps == done):
@@ -112,26 +113,25 @@ def resumption(
             f"the run in {output} is finished, and its LoRA is merged into its ControlNet, where training cannot go on "
             f"as it was; begin a new run from its weights with --from {output}."
         )
-    change = {"step": done, "identity": record["identity"], "keys": keys, "optimizer": "anew" if complete else "kept"}
+    change = Change(step=done, identity=record.identity, keys=keys, optimizer=ANEW if complete else KEPT)
     changes = [*changes, change]
     return Resumption(continued(identity, changes), changes, None, record if complete else None, True)
 
 
-def continued(identity: str, changes: list[dict[str, Any]]) -> str:
+def continued(identity: str, changes: list[Change]) -> str:
     """The identity of a run that was changed on its way."""
-    return digest_of([identity, changes]) if changes else identity
+    return digest_of([identity, [change.to_dict() for change in changes]]) if changes else identity
 
 
-def _allowed(
-    output: Path, record: dict[str, Any], recipe: Recipe, fingerprints: dict[str, Any]
-) -> dict[str, list[Any]]:
+def _allowed(output: Path, record: RunRecord, recipe: Recipe, fingerprints: Fingerprints) -> dict[str, list[Any]]:
     """What has changed and may, by key with both values."""
-    today = located(record, output)
-    today["recipe"]["bank"]["prompts"] = record["recipe"]["bank"]["prompts"]  # the bank's own digest tells of these
+    today = located(record, output).recipe
+    today = replace(today, bank=replace(today.bank, prompts=record.recipe.bank.prompts))  # its digest tells
     differing = dict(_differing(record, today, recipe))
     refused = [f"{key} was {a!r} and is {b!r}" for key, (a, b) in differing.items() if key not in CHANGEABLE]
-    for name, found in fingerprints.items():
-        if record["fingerprints"].get(name) != found:
+    before = record.fingerprints.to_dict()
+    for name, digest in fingerprints.to_dict().items():
+        if before.get(name) != digest:
             refused.append(f"{PARTS[name]} {'have' if PARTS[name].endswith(('s', 'on')) else 'has'} changed")
     if not differing and not refused:
         refused.append("the run is of another version")
@@ -144,20 +144,21 @@ def _allowed(
     return differing
 
 
-def _differing(record: dict[str, Any], today: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
+def _differing(record: RunRecord, today: Recipe, recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
     """Keys that decide the weights and have other values than before, in the recipe's order."""
-    old, new = _settings(recipe_of(today), record), _settings(recipe, None)
+    old, new = _settings(today, record), _settings(recipe, None)
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             yield key, [old.get(key), new.get(key)]
 
 
-def _settings(recipe: Recipe, record: dict[str, Any] | None) -> dict[str, Any]:
+def _settings(recipe: Recipe, record: RunRecord | None) -> dict[str, Any]:
     """What decides the weights, by dotted key; of the file of a schedule its digest."""
     path, digest = recipe.tuning.schedule.path, None
     if path is not None and record is not None:
-        kept = record.get("sources", {}).get("schedule", {}).get("files") or {}
-        digest = next(iter(kept.values()), None)
+        source = (record.sources or {}).get("schedule")
+        files = (source.files if source is not None else None) or {}
+        digest = next(iter(files.values()), None)
     elif path is not None:
         digest = digest_of_file(Path(path).expanduser())
     return dict(_flat(identity_settings(recipe, {"path": digest})))
@@ -171,10 +172,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def change_lines(change: dict[str, Any]) -> list[str]:
+def change_lines(change: Change) -> list[str]:
     """What is said of a change, in sentences."""
-    keys = ", ".join(f"{key} {a} → {b}" for key, (a, b) in change["keys"].items())
-    lines = [f"from step {change['step']} on: {keys}; the run is no longer bit-equal to an undisturbed one."]
-    if change["optimizer"] == "anew":
+    keys = ", ".join(f"{key} {a} → {b}" for key, (a, b) in change.keys.items())
+    lines = [f"from step {change.step} on: {keys}; the run is no longer bit-equal to an undisturbed one."]
+    if change.optimizer == ANEW:
         lines.append("a finished run keeps no optimizer state: it goes on from its result with a fresh one.")
     return lines

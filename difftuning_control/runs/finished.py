@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from difftuning_control.adapters.attached import unload_adapter
 from difftuning_control.adapters.files import LORA_FILE
@@ -13,11 +13,10 @@ from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
-from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.runs.folder import data_places
 from difftuning_control.runs.kept import place_of_run, record_at, step_folder
 from difftuning_control.runs.places import absolute, located
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.system.digests import digest_of_file
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.requests import Moved
 
 
-def finished_run(run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
+def finished_run(run: str | Path, moved: Moved | None = None) -> RunRecord:
     """The record of a finished run, or of a run as it was at a step that it kept, with paths as they are today.
 
     Args:
@@ -43,11 +42,11 @@ def finished_run(run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
             "--run, or to evaluate as --runs."
         )
     if record is None:
-        raise UserError(f"{run} holds no run (no readable run.json); give the output folder of difftune train.")
+        raise UserError(f"{run} holds no run (no readable {RECORD}); give the output folder of difftune train.")
     if step is not None:
         return record_at(located(record, folder, moved), folder, step)
-    if record["status"] != "complete":
-        raise UserError(f"the run {run} is {record['status']}, not complete; go on with difftune resume {run}.")
+    if not record.is_complete:
+        raise UserError(f"the run {run} is {record.status}, not complete; go on with difftune resume {run}.")
     return located(record, folder, moved)
 
 
@@ -62,48 +61,48 @@ def data_of_runs(*runs: str, moved: Moved | None = None) -> list[str]:
     Raises:
         UserError: if one of them is no finished run.
     """
-    return [place for run in runs for place in data_places(recipe_of(finished_run(run, moved)))]
+    return [place for run in runs for place in data_places(finished_run(run, moved).recipe)]
 
 
-def check_base(family: Family, record: dict[str, Any], run: str | Path) -> None:
+def check_base(family: Family, record: RunRecord, run: str | Path) -> None:
     """Refuse a run that was tuned from another base.
 
     Raises:
         UserError: naming what differs.
     """
-    if record.get("dtype") not in (None, str(family.dtype)):
+    if not record.may_have_dtype(family.dtype):
         raise UserError(
-            f"the run {run} was tuned with its base in {record['dtype']}, which is loaded in {family.dtype} here; "
+            f"the run {run} was tuned with its base in {record.dtype}, which is loaded in {family.dtype} here; "
             "judge runs of different precisions apart."
         )
-    base = record["fingerprints"]["base"]
+    base = record.fingerprints.base
     differing = [name for name, digest in family.fingerprints.items() if base.get(name) != digest]
     if differing:
         raise UserError(
             f"the run {run} was tuned from another base (its {', '.join(differing)} differ from "
-            f"{record['recipe']['model']['id']} as it is here); give the base that it was tuned from."
+            f"{record.recipe.model.id} as it is here); give the base that it was tuned from."
         )
 
 
-def check_outputs(record: dict[str, Any], run: str | Path) -> None:
+def check_outputs(record: RunRecord, run: str | Path) -> None:
     """Refuse a run whose result is not what it left.
 
     Raises:
         UserError: naming the first file that is missing or differs.
     """
-    for name, digest in record["outputs"].items():
+    for name, digest in record.outputs.items():
         path = Path(run) / name
-        if name in record.get("discarded", ()):
+        if name in (record.discarded or ()):
             raise UserError(
                 f"{path} was judged by a pilot, which keeps whole models of its first seed only; give such a run."
             )
         if not path.is_file() or digest_of_file(path) != digest:
-            found = "has changed" if path.is_file() else "is missing"
-            raise UserError(f"{path} {found} since the run; train it anew, or give another run.")
+            what = "has changed" if path.is_file() else "is missing"
+            raise UserError(f"{path} {what} since the run; train it anew, or give another run.")
 
 
 @contextmanager
-def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: int | None = None) -> Iterator[Family]:
+def tuned_model(family: Family, run: str | Path, record: RunRecord, step: int | None = None) -> Iterator[Family]:
     """The tuned model: the given base with the run's adapter on for the while, or the run's own pipeline.
 
     Args:
@@ -119,7 +118,7 @@ def tuned_model(family: Family, run: str | Path, record: dict[str, Any], step: i
     folder = run if step is None else run / step_folder(step)
     if not folder.is_dir():
         raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
-    method = record["recipe"]["method"]
+    method = record.method
     if method == "controlnet":
         place = str(folder / "controlnet" if step is None else folder)
         family.controlnet = load_controlnet(family, place, family.dtype)

@@ -13,14 +13,14 @@ from filelock import FileLock, Timeout
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
 WRITTEN = (
     "pytorch_lora_weights.safetensors",
     "pipeline",
     "recipe.yaml",
-    "run.json",
+    RECORD,
     "metrics.jsonl",
     "README.md",
     "samples",
@@ -48,7 +48,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"the output {output} is not empty and holds no run; choose another folder.")
     if not overwrite:
         raise UserError(
-            f"the output {output} already holds a run ({run.get('status')}); go on with difftune resume {output}, "
+            f"the output {output} already holds a run ({run.status}); go on with difftune resume {output}, "
             "replace it with --overwrite, or choose another folder."
         )
 
@@ -167,7 +167,7 @@ class OutputFolder:
         """Remove what an earlier run wrote; other files are left alone."""
         self.sweep()
         # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
-        for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == "run.json", p.name)):
+        for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == RECORD, p.name)):
             if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", "step-")):
                 discard(entry) if entry.is_dir() else entry.unlink()
 

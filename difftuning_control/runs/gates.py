@@ -17,6 +17,7 @@ from difftuning_control.errors import GatesFailedError, UserError
 from difftuning_control.evaluation.comparison import threshold
 from difftuning_control.evaluation.metric_table import is_upper_limit
 from difftuning_control.recipe.training import GatesConfig
+from difftuning_control.runs.record import RunRecord
 
 FIDELITY = ("f1", "cosine", "rmse", "miou", "ssim")  # the main figure of each kind, before those that it has besides
 
@@ -29,7 +30,7 @@ def judge(gates: GatesConfig, side: dict[str, Any]) -> dict[str, Any]:
     loss; None where it was measured once, so that the noise is not known.
 
     Args:
-        side: with a `summary` and perhaps `forgetting` as in evaluation.json, or `losses` as in run.json.
+        side: with a `summary` and perhaps `forgetting` as in evaluation.json, or `losses` as in a run's record.
     """
     figures = {}
     for name, limit in gates.limits.items():
@@ -104,19 +105,19 @@ def stop_if_failed(judged: dict[str, Any] | None, run: str | Path) -> None:
         raise GatesFailedError(f"{run} fails its gates ({failed(judged)}); it is marked, and not exported unasked.")
 
 
-def check_passed(record: dict[str, Any], run: str | Path) -> None:
+def check_passed(record: RunRecord, run: str | Path) -> None:
     """Refuse a run that failed its gates, or was not judged by those that its recipe has.
 
     Raises:
         UserError: naming what fails.
     """
-    judged, asked = record.get("gates"), record["recipe"].get("gates")
+    judged = record.gates
     if judged is not None and not judged["passed"]:
         raise UserError(
             f"the run {run} fails its gates ({failed(judged)}); tune it better, or say --despite-gates, which is "
             "written down."
         )
-    if judged is None and asked is not None and GatesConfig(**asked).limits:
+    if judged is None and record.recipe.gates.limits:
         raise UserError(
             f"the run {run} has not been judged by its gates; have it judged with difftune resume, or say "
             "--despite-gates, which is written down."

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.runs.record import RECORD, RunRecord
 from difftuning_control.system.digests import digest_of
 
 STEP = re.compile(r"step-(\d{6,})")
 LOSSES = "losses.json"
-OF_THE_END = ("gates", "budget", "timings", "phases", "steps_per_second", "discarded")  # of the final weights alone
 
 
 def step_folder(step: int) -> str:
@@ -24,7 +24,7 @@ def place_of_run(place: str | Path) -> tuple[Path, int | None]:
     """The folder of a run, and the step that is meant where a folder of kept weights was named."""
     path = Path(place)
     found = STEP.fullmatch(path.name)
-    if found is not None and not (path / "run.json").exists() and (path.parent / "run.json").is_file():
+    if found is not None and not (path / RECORD).exists() and (path.parent / RECORD).is_file():
         return path.parent, int(found[1])
     return path, None
 
@@ -35,7 +35,7 @@ def kept_steps(run: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None)
 
 
-def record_at(record: dict[str, Any], run: Path, step: int) -> dict[str, Any]:
+def record_at(record: RunRecord, run: Path, step: int) -> RunRecord:
     """The record of a run as if it had ended after a step that it kept; the run itself need not be finished.
 
     Names of outputs are those in the folder of the step.
@@ -51,17 +51,10 @@ def record_at(record: dict[str, Any], run: Path, step: int) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{folder / LOSSES} cannot be read; name another step of the run.") from None
     prefix = f"{step_folder(step)}/"
-    files = {n.removeprefix(prefix): h for n, h in record.get("files", {}).items() if n.startswith(prefix)}
-    curve = record.get("fidelity")
-    found = {k: v for k, v in record.items() if k not in OF_THE_END}
-    return found | {
-        "status": "complete",
-        "steps": step,
-        "losses": losses,
-        "outputs": {n: h for n, h in files.items() if n != LOSSES},
-        "identity": digest_of([record["identity"], step]),
-        "fidelity": None if curve is None else _until(curve, step),
-    }
+    files = {n.removeprefix(prefix): h for n, h in (record.files or {}).items() if n.startswith(prefix)}
+    outputs = {n: h for n, h in files.items() if n != LOSSES}
+    curve = None if record.fidelity is None else _until(record.fidelity, step)
+    return record.after(step, digest_of([record.identity, step]), losses, outputs, curve)
 
 
 def _until(curve: dict[str, Any], step: int) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.runs.gates import retention_loss
+from difftuning_control.runs.history import read_history
+from difftuning_control.runs.record import COMPLETE, FAILED, RECORD, RUNNING, RunRecord, record_from
 from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-STATES = {"complete": "done", "failed": "failed", "running": "interrupted"}
+STATES = {COMPLETE: "done", FAILED: "failed", RUNNING: "interrupted"}
 COLUMNS = (
     "run",
     "state",
@@ -62,7 +64,7 @@ def list_runs(folder: str | Path) -> list[dict[str, Any]]:
 def _places(root: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if "run.json" in names:
+        if RECORD in names:
             yield Path(place)
 
 
@@ -70,29 +72,28 @@ def _row(place: Path, root: Path) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row["run"] = place.name if place == root else place.relative_to(root).as_posix()
     try:
-        run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        return row | _described(run, place)
+        record = record_from(json.loads((place / RECORD).read_text(encoding="utf-8")))
+        return row | _described(record, place)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return row | {"state": "unreadable"}
 
 
-def _described(run: dict[str, Any], place: Path) -> dict[str, Any]:
-    recipe, judged, curve = run["recipe"], run.get("gates"), run.get("fidelity")
-    state = STATES[run["status"]]
+def _described(record: RunRecord, place: Path) -> dict[str, Any]:
+    judged, curve = record.gates, record.fidelity
+    state = STATES[record.status]
     if state == "interrupted" and _is_locked(place):
         state = "running"
     figures = {name: found["value"] for name, found in (judged or {"figures": {}})["figures"].items()}
-    target = run.get("losses", {}).get("target")
-    adapter = recipe["adapter"]["kind"] if recipe["method"] == "lora" else None
-    done = run["steps"] if "steps" in run else _last_step(place)
+    target = record.losses.get("target")
+    adapter = record.adapter_kind if record.method == "lora" else None
     fidelity = curve["figures"][curve["main"]][-1] if curve and curve["steps"] else None
     return {
         "state": state,
-        "model": recipe["model"]["id"],
-        "method": adapter or recipe["method"],
-        "steps": done,
+        "model": record.model_id,
+        "method": adapter or record.method,
+        "steps": record.steps or _last_step(place),
         "target_loss": _mean(target["tuned"]["loss"]) if target is not None else None,
-        "retention_loss": figures.get("retention_loss", retention_loss(run)),
+        "retention_loss": figures.get("retention_loss", retention_loss({"losses": record.losses})),
         "fidelity": figures.get("fidelity", fidelity),
         "kid": figures.get("kid"),
         "memorisation": figures.get("memorisation"),
@@ -107,8 +108,7 @@ def _mean(values: list[float]) -> float | None:
 def _last_step(place: Path) -> int:
     """The last step that a run logged whole; 0 if there is none."""
     try:
-        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+        return max((row["step"] for row in read_history(place)), default=0)
     except (OSError, ValueError, KeyError):
         return 0
 

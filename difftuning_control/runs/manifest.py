@@ -1,9 +1,9 @@
 """What a run writes down so that it can be verified: the SHA-256 of each file that went in and of each that came out.
 
-sources         in run.json: the base's files, those of a ControlNet to start from, the file of a measured schedule,
+sources         in the record: the base's files, those of a ControlNet to start from, the file of a measured schedule,
                 the weights that training began from
 inputs.jsonl    one line a picture: its bytes, its caption, its condition
-outputs, files  in run.json: the result, and all else that the run left in its folder
+outputs, files  in the record: the result, and all else that the run left in its folder
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from difftuning_control.runs.card import is_hub_id, model_card
+from difftuning_control.runs.record import RECORD, RunRecord
+from difftuning_control.runs.record_sections import Source
 from difftuning_control.runs.start import start_of
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.system.durable import write_json, write_text
+from difftuning_control.system.durable import AUDIT, write_text
 
 if TYPE_CHECKING:
     from difftuning_control.data.examples import ImageData
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 INPUTS = "inputs.jsonl"
 TRAIN, HELD_OUT = "train", "held_out"
 KINDS = {".safetensors", ".json", ".txt", ".model"}  # of what is read of a model; nothing pickled ever is
-APART = ("run.json", "audit.jsonl")  # these tell of all others
+APART = (RECORD, AUDIT)  # these tell of all others
 UNTOLD = ("logs", "checkpoint-")  # trackers go on writing, and checkpoints are checked when they are loaded
 
 
@@ -38,23 +40,23 @@ def digest_of_text(text: str) -> str:
 # --- what goes in ---------------------------------------------------------------------------------------------------
 
 
-def sources_of(recipe: Recipe) -> dict[str, Any]:
+def sources_of(recipe: Recipe) -> dict[str, Source]:
     """Name, revision and hashed files of what a run reads beside its data and its bank."""
     places = {"base": recipe.model.id}
     if recipe.method == "controlnet" and recipe.control.init is not None:
         places["controlnet"] = recipe.control.init
     if recipe.tuning.schedule.path is not None:
         places["schedule"] = recipe.tuning.schedule.path
-    found = {}
+    sources = {}
     for name, place in places.items():
         folder = place_of(place)
         hashed = None if folder is None else {n: digest_of_file(p) for n, p in source_files(folder)}
         revision = folder.name if folder is not None and is_hub_id(place) else None
-        found[name] = {"id": place, "revision": revision, "files": hashed}
+        sources[name] = Source(id=place, revision=revision, files=hashed)
     if recipe.training.begin_from is not None:
         files = {n: digest_of_file(p) for n, p in start_of(recipe.training.begin_from).files()}
-        found["begin"] = {"id": recipe.training.begin_from, "revision": None, "files": files}
-    return found
+        sources["begin"] = Source(id=recipe.training.begin_from, files=files)
+    return sources
 
 
 def place_of(name: str, revision: str | None = None) -> Path | None:
@@ -128,17 +130,17 @@ def write_inputs(output: Path, data: ImageData, held_out: ImageData) -> str:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-def write_record(run: dict[str, Any], recipe: Recipe, output: Path) -> None:
-    """The card and a ControlNet's report, then `run.json` with the hashes of all files in the folder."""
-    write_text(output / "README.md", model_card(recipe, run))
+def write_record(record: RunRecord, recipe: Recipe, output: Path) -> None:
+    """The card and a ControlNet's report, then the record with the hashes of all files in the folder."""
+    write_text(output / "README.md", model_card(recipe, record))
     if recipe.method == "controlnet":
         from difftuning_control.evaluation.report.control import (
             write_control_report,  # saves the charts of other methods
         )
 
-        write_control_report(run, output)
-    run["files"] = {name: digest_of_file(path) for name, path in files_of_run(output) if name not in run["outputs"]}
-    write_json(output / "run.json", run)
+        write_control_report(record, output)
+    record.files = {name: digest_of_file(path) for name, path in files_of_run(output) if name not in record.outputs}
+    record.write(output)
 
 
 def files_of_run(output: Path) -> Iterator[tuple[str, Path]]:

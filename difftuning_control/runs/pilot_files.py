@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.runs.audit import Session, read_audit
 from difftuning_control.runs.manifest import files_of_run
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord
+from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.system.durable import AUDIT, write_json
+from difftuning_control.system.durable import AUDIT
 
-SETTINGS, RESULT, REPORT = "pilot-settings.json", "pilot.json", "report.html"
+REPORT = "report.html"
 VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing
 DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
@@ -26,46 +27,47 @@ def settle(run: Path) -> None:
     All else keeps the hash that the run gave it. A run that diverged has no such record.
     """
     record = read_run(run)
-    if record is None or record["status"] != "complete":
+    if record is None or not record.is_complete:
         return
     there = dict(files_of_run(run))
-    files = {n: h for n, h in record["files"].items() if n in there or not n.startswith("step-")}
+    files = {n: h for n, h in (record.files or {}).items() if n in there or not n.startswith("step-")}
     files |= {n: digest_of_file(p) for n, p in there.items() if ADDED.fullmatch(n)}
-    now = record | {"files": files, "discarded": sorted(n for n in record["outputs"] if n not in there)}
+    now = replace(record, files=files, discarded=sorted(n for n in record.outputs if n not in there))
     chain = read_audit(run)
-    if now == record and chain.is_ended and chain.last_hash_of("run.json") == digest_of_file(run / "run.json"):
+    if now == record and chain.is_ended and chain.last_hash_of(RECORD) == digest_of_file(run / RECORD):
         return
     with Session(run) as session:
         session.begin(digest_of_file(run / "recipe.yaml"))
-        write_json(run / "run.json", now)
-        session.artefacts = {"run.json": digest_of_file(run / "run.json")}
+        now.write(run)
+        session.artefacts = {RECORD: digest_of_file(run / RECORD)}
 
 
 def records_of(output: Path) -> dict[str, str]:
     """The hash of every run's record, by the run's folder below the pilot's."""
-    return {place.relative_to(output).as_posix(): digest_of_file(place / "run.json") for place in _runs(output)}
+    return {place.relative_to(output).as_posix(): digest_of_file(place / RECORD) for place in _runs(output)}
 
 
 def files_of_pilot(output: Path) -> dict[str, Path]:
     """The pilot's own files by name; runs and the bank have records of theirs."""
-    found = {}
+    files = {}
     for folder, names in _walk(output):
         for name in names:
             if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED, *DEMO)):
-                found[(folder / name).relative_to(output).as_posix()] = folder / name
-    return found
+                files[(folder / name).relative_to(output).as_posix()] = folder / name
+    return files
 
 
-def manifest_of(output: Path) -> dict[str, Any]:
-    """What `pilot.json` says of them."""
-    files = {name: digest_of_file(path) for name, path in files_of_pilot(output).items()}
-    return {"files": files, "records": records_of(output)}
+def write_pilot(record: PilotRecord, output: Path) -> None:
+    """Write a pilot's record, with the hashes of its own files and of its runs' records."""
+    record.files = {name: digest_of_file(path) for name, path in files_of_pilot(output).items()}
+    record.records = records_of(output)
+    record.write(output)
 
 
 def _runs(output: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(output):
         folders.sort()
-        if "run.json" in names:
+        if RECORD in names:
             folders.clear()
             yield Path(place)
 
@@ -73,7 +75,7 @@ def _runs(output: Path) -> Iterator[Path]:
 def _walk(output: Path) -> Iterator[tuple[Path, list[str]]]:
     for place, folders, names in os.walk(output):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if place != str(output) and ("run.json" in names or "manifest.json" in names):
+        if place != str(output) and (RECORD in names or "manifest.json" in names):
             folders.clear()
         else:
             yield Path(place), sorted(names)

@@ -1,6 +1,6 @@
 """Where the inputs of a run lie: absolute places, recorded beside what the user wrote, and found again from anywhere.
 
-`run.json` keeps under `recipe` what was written, so that `recipe.yaml` can be taken elsewhere, and under `places` the
+The record keeps under `recipe` what was written, so that `recipe.yaml` can be taken elsewhere, and under `places` the
 absolute place of everything local. A run that was moved together with its inputs finds them where they now lie from it.
 """
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.requests import Moved
@@ -98,18 +99,17 @@ def _is_local(value: str) -> bool:
         return False
 
 
-def places_now(record: dict[str, Any], run: str | Path, moved: Moved | None = None) -> dict[str, str]:
+def places_now(record: RunRecord, run: str | Path, moved: Moved | None = None) -> dict[str, str]:
     """Where what a run recorded lies today, by `KEYS`; whether it is there is not asked.
 
     Args:
         moved: new places that the user names.
     """
-    recorded = record.get("places", {})
     here, found = absolute(place_of_run(run)[0]), {}
-    for role, place in recorded.items():
-        if role != RUN:
-            written = value_of(record["recipe"], KEYS[role])
-            found[role] = _place_now(place, recorded[RUN], here, written if isinstance(written, str) else None)
+    for role, place in record.places.items():
+        if role in KEYS:  # others are the run itself, and roles of newer versions
+            written = value_of(record.recipe_values, KEYS[role])
+            found[role] = _place_now(place, record.places[RUN], here, written if isinstance(written, str) else None)
     named = {} if moved is None else {name: place for name, place in vars(moved).items() if place is not None}
     return found | {name: absolute(place) for name, place in named.items()}
 
@@ -128,45 +128,43 @@ def _place_now(place: str, before: str, here: str, written: str | None) -> str:
     return place
 
 
-def located(record: dict[str, Any], run: str | Path, moved: Moved | None = None) -> dict[str, Any]:
+def located(record: RunRecord, run: str | Path, moved: Moved | None = None) -> RunRecord:
     """A record whose paths are those of today; one of an earlier version, which recorded none, as it was written."""
     now = places_now(record, run, moved)
     if not now:
         return record
-    found = copy.deepcopy(record)
+    today = copy.deepcopy(record)
     for role, place in now.items():
-        if value_of(record["recipe"], KEYS[role]) is not None:
-            set_value(found["recipe"], KEYS[role], place)
-    written = record["recipe"]["data"]
-    today = {written["path"]: now.get("data"), written["validation_path"]: now.get("validation")}
-    found["data"]["local"] = [today.get(p) or p for p in record["data"].get("local", [])]
-    if record["bank"] is not None and "bank" in now:
-        found["bank"]["folder"] = now["bank"]
-    if "model" in now:
-        found["base_path"] = now["model"]
-    for name, source in found.get("sources", {}).items():
-        source["id"] = now.get(SOURCES[name], source["id"])
+        if value_of(record.recipe_values, KEYS[role]) is not None:
+            set_value(today.recipe_values, KEYS[role], place)
+    places = {value_of(record.recipe_values, KEYS[role]): now.get(role) for role in ("data", "validation")}
+    today.data.local = [places.get(p) or p for p in record.data.local]
+    if today.bank is not None and "bank" in now:
+        today.bank.folder = now["bank"]
+    today.base_path = now.get("model", record.base_path)
+    for name, source in (today.sources or {}).items():
+        source.id = now.get(SOURCES.get(name, name), source.id)
     cache = now.get("cache")
     if cache is not None and not os.path.exists(cache) and not os.path.exists(os.path.dirname(cache)):
-        found["recipe"]["data"]["cache"] = None  # of another machine; the user's own serves as well
-    return found
+        set_value(today.recipe_values, KEYS["cache"], None)  # of another machine; the user's own serves as well
+    return today
 
 
-def placed(recipe: Recipe, record: dict[str, Any], run: str | Path) -> Recipe:
+def placed(recipe: Recipe, record: RunRecord, run: str | Path) -> Recipe:
     """A recipe with the paths that a run's record has in common with it as they are today, and the run's output.
 
     What differs from the record was named since, and is meant from the current folder.
     """
-    before, now, values = record["recipe"], located(record, run)["recipe"], recipe.to_dict()
+    before, now, values = record.recipe_values, located(record, run).recipe_values, recipe.to_dict()
     for key in KEYS.values():
         if value_of(values, key) is not None and value_of(values, key) == value_of(before, key):
             set_value(values, key, value_of(now, key))
     values["output"] = str(run)
-    return recipe_of({"recipe": values})
+    return Recipe.from_dict(values)
 
 
 def need_places(
-    record: dict[str, Any], run: str | Path, roles: tuple[str, ...], option: dict[str, str] | None = None
+    record: RunRecord, run: str | Path, roles: tuple[str, ...], option: dict[str, str] | None = None
 ) -> None:
     """Refuse a run of which an input is no longer where it was.
 
@@ -179,8 +177,8 @@ def need_places(
         UserError: naming the first that is gone, and the option for its new place.
     """
     for role in roles:
-        place = value_of(record["recipe"], KEYS[role])
-        if role in record.get("places", {}) and place is not None and not os.path.exists(place):
+        place = value_of(record.recipe_values, KEYS[role])
+        if role in record.places and place is not None and not os.path.exists(place):
             named = f"--moved.{role}" if option is None else option[role]
             raise UserError(
                 f"{NAMES[role]} of the run {run} is no longer at {place}; if it was moved, give its new place: "

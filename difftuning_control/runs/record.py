@@ -1,113 +1,240 @@
-"""The record of a run, `run.json`: its identity, the versions and settings that decide its result."""
+"""The record of a run, `run.json`, as a dataclass with sections: the one place that knows its keys.
+
+Records of earlier versions lack some of them. What such a record is taken to say is the default of the field, or said
+by a property here. Keys of newer versions are kept where a record is written again.
+"""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-import yaml
-
+from difftuning_control.data.label_space import LabelSpace
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.system.digests import digest_of
-from difftuning_control.system.durable import write_text
+from difftuning_control.runs.record_sections import (
+    BankRecord,
+    BudgetRecord,
+    Change,
+    ControlRecord,
+    DataRecord,
+    Fingerprints,
+    Frozen,
+    Source,
+    Timings,
+)
+from difftuning_control.system.durable import write_json
+from difftuning_control.system.sections import Section, dict_of, list_of
 from difftuning_control.system.untrusted import from_json, read_text
 
-PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+RECORD = "run.json"
+COMPLETE, RUNNING, FAILED = "complete", "running", "failed"
+RESULT = ("losses", "steps_per_second", "steps", "timings")  # of every complete run
+OF_THE_END = ("gates", "budget", "timings", "phases", "steps_per_second", "discarded")  # of the final weights alone
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's values without what only watches or says where things are written.
-
-    Args:
-        schedule_file: what stands for the path of a schedule; what its file says when None.
-    """
-    values = recipe.to_dict()
-    values.pop("output")
-    values.pop("gates")
-    values["data"].pop("cache")
-    schedule = values["tuning"]["schedule"]
-    if schedule_file is not None:
-        schedule |= schedule_file
-    elif schedule["path"] is not None:  # what the file says, not where it lies
-        schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
-    if recipe.training.begin_from is None:
-        values["training"].pop("begin_from")
-    if recipe.tuning.retention == "samples":  # which records of earlier versions do not name
-        values["tuning"].pop("retention")
-        values["tuning"].pop("retention_rows")
-    values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
-    for name in (
-        "resume",
-        "checkpoint_every",
-        "save_at",
-        "validate_every",
-        "sample_every",
-        "sample_prompts",
-        "sample_steps",
-        "sample_guidance_scale",
-        "trackers",
-        "shard",
-    ):
-        values["training"].pop(name)
-    values["control"].pop("workers")
-    if recipe.training.stop_when is None:
-        values["control"].pop("fidelity")
-    return values
-
-
-def rows_of_step(recipe: Recipe, processes: int) -> int:
-    """How many rows all processes have in an optimizer step."""
-    return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
-
-
-def recipe_identity(recipe: Recipe, fingerprints: dict[str, Any], processes: int) -> str:
-    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
+@dataclass(kw_only=True)
+class RunRecord(Section):
+    """What a run was made of and what came of it.
 
     Args:
-        processes: how many share the work. How a step's rows are dealt out decides nothing but rounding.
+        status: running (or broken off), failed, or complete.
+        identity: a digest of what decides the weights.
+        changes: of length or learning rate on its way, the newest last.
+        recipe_values: the recipe as the user wrote it; `recipe` reads it.
+        places: the absolute place of everything local, by `places.KEYS`, and of the run itself; earlier records: none.
+        family: the model family.
+        base_path: where the base was loaded from.
+        fingerprints: digests of the inputs.
+        dtype: of the base while it was tuned, `torch.float32`; None in earlier records.
+        loads_lora: see `stock_loads_lora`.
+        data: the pictures.
+        bank: the knowledge bank; None without one.
+        classes: which number each class has; None of a model that takes prompts.
+        control: what a ControlNet was taught; None of another run.
+        prompts: of its sample grids.
+        versions: of this package and of those that decide the result.
+        device: that it was trained on, in words.
+        processes: that shared the work.
+        rows_per_step: of an optimizer step, over all processes; None in earlier records.
+        seed: of the training.
+        schedule: ψ and ξ by u as `schedule.json` holds them, where they were measured.
+        sources: the files that were read beside data and bank; None in earlier records.
+        inputs: the SHA-256 of `inputs.jsonl`; None in earlier records.
+        error: why it failed.
+        losses: by role, before and after, by noise band; as in a kept step's `losses.json`.
+        steps_per_second: None where no step was left to do.
+        budget: how a forgetting budget was kept.
+        steps: that were done; 0 of a run that is not complete.
+        fidelity: the curve as `fidelity.json` holds it.
+        frozen: the denoiser beside a ControlNet.
+        timings: how long it took.
+        phases: seconds of each phase, and the rows that went through the denoiser in it; None in earlier records.
+        outputs: the SHA-256 of each file of the result.
+        files: the SHA-256 of all else in the folder; None in earlier records.
+        gates: as `gates.judge` gives it; None where the run was not judged.
+        discarded: outputs that a pilot took away once they were judged.
     """
-    return digest_of([identity_settings(recipe), fingerprints, rows_of_step(recipe, processes)])
+
+    SOMETIMES: ClassVar = (
+        "changes",
+        "sources",
+        "inputs",
+        "error",
+        "losses",
+        "steps_per_second",
+        "budget",
+        "steps",
+        "fidelity",
+        "frozen",
+        "timings",
+        "phases",
+        "outputs",
+        "files",
+        "gates",
+        "discarded",
+    )
+    READERS: ClassVar = {
+        "changes": list_of(Change),
+        "fingerprints": Fingerprints.from_dict,
+        "data": DataRecord.from_dict,
+        "bank": BankRecord.from_dict,
+        "classes": LabelSpace.from_dict,
+        "control": ControlRecord.from_dict,
+        "sources": dict_of(Source),
+        "budget": BudgetRecord.from_dict,
+        "frozen": Frozen.from_dict,
+        "timings": Timings.from_dict,
+    }
+    KEYS: ClassVar = {"recipe_values": "recipe"}
+
+    status: str = ""
+    identity: str = ""
+    changes: list[Change] = field(default_factory=list)
+    recipe_values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    family: str = ""
+    base_path: str = ""
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    dtype: str | None = None
+    loads_lora: bool | None = None
+    data: DataRecord = field(default_factory=DataRecord)
+    bank: BankRecord | None = None
+    classes: LabelSpace | None = None
+    control: ControlRecord | None = None
+    prompts: list[str] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+    processes: int = 1
+    rows_per_step: int | None = None
+    seed: int = 0
+    schedule: dict[str, Any] | None = None
+    sources: dict[str, Source] | None = None
+    inputs: str | None = None
+    error: str | None = None
+    losses: dict[str, Any] = field(default_factory=dict)
+    steps_per_second: float | None = None
+    budget: BudgetRecord | None = None
+    steps: int = 0
+    fidelity: dict[str, Any] | None = None
+    frozen: Frozen | None = None
+    timings: Timings | None = None
+    phases: dict[str, dict[str, float]] | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] | None = None
+    gates: dict[str, Any] | None = None
+    discarded: list[str] | None = None
+
+    def is_always_written(self, name: str) -> bool:
+        return super().is_always_written(name) or (self.is_complete and name in RESULT)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.status == COMPLETE
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run was made with; what earlier records lack of it has its default."""
+        return Recipe.from_dict(self.recipe_values)
+
+    @property
+    def method(self) -> str:
+        return str(self.recipe_values["method"])
+
+    @property
+    def model_id(self) -> str:
+        return str(self.recipe_values["model"]["id"])
+
+    @property
+    def adapter_kind(self) -> str:
+        return str(self.recipe_values["adapter"]["kind"])
+
+    @property
+    def dtype_name(self) -> str:
+        """The name in torch of the precision that the base was tuned in; earlier versions tuned in float32."""
+        return (self.dtype or "torch.float32").removeprefix("torch.")
+
+    def may_have_dtype(self, dtype: Any) -> bool:
+        """Whether the base may have been tuned in a precision, which earlier records do not say."""
+        return self.dtype in (None, str(dtype))
+
+    @property
+    def stock_loads_lora(self) -> bool:
+        """Whether diffusers' pipeline has `load_lora_weights`; by earlier records those do that take prompts."""
+        return self.classes is None if self.loads_lora is None else self.loads_lora
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether it holds the hashes of all files, as it does not in earlier records."""
+        return self.files is not None
+
+    def after(
+        self,
+        step: int,
+        identity: str,
+        losses: dict[str, Any],
+        outputs: dict[str, str],
+        fidelity: dict[str, Any] | None,
+    ) -> RunRecord:
+        """The record as if the run had ended after a step that it kept, without what is of the final weights alone."""
+        return replace(
+            self,
+            original={k: v for k, v in (self.original or {}).items() if k not in OF_THE_END},
+            status=COMPLETE,
+            steps=step,
+            identity=identity,
+            losses=losses,
+            outputs=outputs,
+            fidelity=fidelity,
+            gates=None,
+            budget=None,
+            timings=None,
+            phases=None,
+            steps_per_second=None,
+            discarded=None,
+        )
+
+    def write(self, output: Path) -> None:
+        """Write `run.json` in the run's folder, whole or not at all."""
+        write_json(output / RECORD, self.to_dict())
 
 
-def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's values as far as they decide the weights; see `deciding_settings`."""
-    values = deciding_settings(recipe, schedule_file)
-    for name in ("batch_size", "gradient_accumulation_steps"):
-        values["training"].pop(name)
-    values["training"].pop("begin_from", None)
-    # where things lie does not matter: what they are is in the fingerprints
-    for section, names in (
-        ("model", ("id",)),
-        ("data", ("path", "validation_path", "split", "validation_split")),
-        ("bank", ("path",)),
-        ("control", ("path", "validation_path", "weights", "init")),
-    ):
-        for name in names:
-            values[section].pop(name)
-    return values
-
-
-def read_run(output: Path) -> dict[str, Any] | None:
-    """The `run.json` of an output folder, or None."""
+def read_run(output: Path) -> RunRecord | None:
+    """The record in an output folder; None where there is none that can be read."""
     try:
-        found = from_json(read_text(output / "run.json"))
-        return found if isinstance(found, dict) and "status" in found else None
-    except (OSError, ValueError):
+        return record_from(from_json(read_text(output / RECORD)))
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def write_recipe(output: Path, recipe: Recipe) -> None:
-    write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+def record_from(values: Any) -> RunRecord:
+    """What a `run.json` says.
 
-
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    Raises:
+        TypeError: if a value is of another kind than it should be.
+        ValueError: if it has no status.
+    """
+    record = RunRecord.from_dict(values)
+    if not record.status:
+        raise ValueError("it has no status")
+    return record

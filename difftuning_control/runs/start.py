@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.adapters.files import find_adapter
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import check_base, finished_run, weights_of
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.record import RECORD, RunRecord
 from difftuning_control.system.digests import digest_of, digest_of_file
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Start:
     """
 
     place: Path
-    record: dict[str, Any] | None
+    record: RunRecord | None
 
     @property
     def weights(self) -> Path:
         """The file or folder that holds them."""
         if self.record is None:
             return find_adapter(self.place)
-        recipe = recipe_of(self.record)
+        recipe = self.record.recipe
         if recipe.method == "lora":
             return self.place / adapter_result(recipe.adapter)
         return weights_of(self.place, FullTuning.result if recipe.method == "full" else ControlNetTuning.result)
@@ -74,11 +75,11 @@ def start_of(place: str | Path) -> Start:
             f"there is nothing at {place} to begin from; give a run, RUN/step-000010 or a LoRA file, or where it was "
             "moved to, with --from."
         )
-    record = finished_run(path) if (place_of_run(path)[0] / "run.json").is_file() else None
-    found = Start(path, record)
-    if not found.weights.exists():
-        raise UserError(f"{place} no longer has its weights ({found.weights.name}); begin from another run.")
-    return found
+    record = finished_run(path) if (place_of_run(path)[0] / RECORD).is_file() else None
+    start = Start(path, record)
+    if not start.weights.exists():
+        raise UserError(f"{place} no longer has its weights ({start.weights.name}); begin from another run.")
+    return start
 
 
 def check_start(start: Start, recipe: Recipe, family: Family) -> None:
@@ -95,7 +96,7 @@ def check_start(start: Start, recipe: Recipe, family: Family) -> None:
                 f"by --{option}."
             )
         return
-    theirs, ours = recipe_of(start.record), recipe
+    theirs, ours = start.record.recipe, recipe
     pairs: dict[str, tuple[Any, Any]] = {"method": (theirs.method, ours.method)}
     if ours.method == theirs.method == "lora":
         for name, value in vars(ours.adapter).items():
@@ -113,5 +114,5 @@ def check_start(start: Start, recipe: Recipe, family: Family) -> None:
         raise UserError(
             f"training cannot begin from {start.place}: {'; '.join(differing)}; give the same, or leave out --from."
         )
-    if start.record.get("dtype") in (None, str(family.dtype)):  # the weights of another precision have other digests
+    if start.record.may_have_dtype(family.dtype):  # the weights of another precision have other digests
         check_base(family, start.record, start.place)

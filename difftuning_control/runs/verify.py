@@ -6,17 +6,19 @@ decoded, so the cost is that of reading all bytes once. `run.json` itself is vou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.requests import Moved, VerifyRequest
 from difftuning_control.runs.audit import FILE, Chain, read_audit
-from difftuning_control.runs.pilot_files import DEMO, RESULT, SETTINGS, VOUCHED, files_of_pilot, records_of
-from difftuning_control.runs.verify_run import EARLIER, Part, audit_part, compare, verify_run
+from difftuning_control.runs.pilot_files import DEMO, VOUCHED, files_of_pilot, records_of
+from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord, read_pilot
+from difftuning_control.runs.record import RECORD, RunRecord, read_run
+from difftuning_control.runs.verify_run import EARLIER, Part, audit_part, compare_files, verify_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.text import harmless
 
@@ -95,45 +97,39 @@ def verify_pilot(
                 record.find(name, "changed", f"its hash is not the one in {FILE}")
     if vouched[RESULT] is None and not (output / RESULT).is_file():
         raise UserError(f"the pilot {output} is not finished; give the same command again, it goes on.")
-    try:
-        result = json.loads((output / RESULT).read_text(encoding="utf-8"))
-        files, records, old = result.get("files"), result.get("records"), result["recipe"]["output"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    pilot = read_pilot(output)
+    if pilot is None:
         if not record.findings:
             record.find(RESULT, "changed", "it cannot be read")
-        return [record, audit_part({"files": None}, chain, head)], chain
+        return [record, audit_part(chain, head)], chain
     outputs = Part("outputs")
-    if files is None:
+    if pilot.files is None:
         record.unchecked = outputs.unchecked = EARLIER.replace("the run", "the pilot")
     else:
-        compare(outputs, files, files_of_pilot(output))
+        compare_files(outputs, pilot.files, files_of_pilot(output))
         for name in DEMO:
             if vouched[name] is None and (output / name).exists():
                 outputs.find(name, "added")
-    found = [record, audit_part({"files": files}, chain, head), outputs]
-    return found + _runs(output, old, records, skip, outputs, moved), chain
+    runs = _runs(output, pilot, skip, outputs, moved)
+    return [record, audit_part(chain, head), outputs, *runs], chain
 
 
-def _runs(
-    output: Path,
-    old: str,
-    records: dict[str, str] | None,
-    skip: Iterable[str],
-    outputs: Part,
-    moved: Moved | None,
-) -> list[Part]:
+def _runs(output: Path, pilot: PilotRecord, skip: Iterable[str], outputs: Part, moved: Moved | None) -> list[Part]:
     inputs: dict[str, Part] = {}
     runs, seen, there = [], set[str](), records_of(output)
-    for name, digest in (records if records is not None else there).items():
+    records = pilot.records if pilot.records is not None else there
+    for name, digest in records.items():
         part = Part(name, 1)
         runs.append(part)
         if there.get(name) != digest:
             said = "the pilot left another" if name in there else ""
-            part.find("run.json", "changed" if name in there else "missing", said)
+            part.find(RECORD, "changed" if name in there else "missing", said)
             continue
-        if json.loads((output / name / "run.json").read_text(encoding="utf-8"))["status"] != "complete":
+        run = read_run(output / name)
+        if run is not None and not run.is_complete:
             continue  # it diverged, and left nothing
-        for of_run in verify_run(output / name, skip, None, seen, lambda r: _relocated(r, old, output), moved)[0]:
+        relocated = partial(_relocated, old=pilot.output, output=output)
+        for of_run in verify_run(output / name, skip, None, seen, relocated, moved)[0]:
             if of_run.name in OWN:
                 part.checked += of_run.checked
                 part.findings += of_run.findings
@@ -143,22 +139,21 @@ def _runs(
                 inputs[of_run.name].findings += of_run.findings
             else:
                 inputs[of_run.name] = of_run
-    for name in there.keys() - (records if records is not None else there).keys():
+    for name in there.keys() - records.keys():
         outputs.find(name, "added", "a run")
     return [*inputs.values(), *runs]
 
 
-def _relocated(record: dict[str, Any], old: str, output: Path) -> dict[str, Any]:
+def _relocated(record: RunRecord, old: str, output: Path) -> RunRecord:
     """The record of a run whose bank and schedule lie in the pilot's folder, wherever that was moved."""
 
     def now(place: str) -> str:
         inside = Path(place).is_relative_to(old) and not Path(place).exists()
         return str(output / Path(place).relative_to(old)) if inside else place
 
-    changes: dict[str, Any] = {}
-    if record["bank"] is not None:
-        changes["bank"] = record["bank"] | {"folder": now(record["bank"]["folder"])}
-    if "schedule" in record.get("sources", {}):
-        schedule = record["sources"]["schedule"]
-        changes["sources"] = record["sources"] | {"schedule": schedule | {"id": now(schedule["id"])}}
-    return record | changes
+    bank, sources = record.bank, record.sources or {}
+    if bank is not None:
+        bank = replace(bank, folder=now(bank.folder))
+    if "schedule" in sources:
+        sources = sources | {"schedule": replace(sources["schedule"], id=now(sources["schedule"].id))}
+    return replace(record, bank=bank, sources=sources if record.sources is not None else None)

@@ -15,12 +15,13 @@ from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.prepare import validation_choice
 from difftuning_control.data.sources import list_rows, load_images
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.runs.audit import FILE, Chain, read_audit
 from difftuning_control.runs.card import is_hub_id
 from difftuning_control.runs.finished import finished_run
 from difftuning_control.runs.manifest import HELD_OUT, INPUTS, digest_of_text, files_of_run, place_of, source_files
 from difftuning_control.runs.places import SOURCES
+from difftuning_control.runs.record import RECORD, RunRecord
+from difftuning_control.runs.record_sections import BankRecord, Source
 from difftuning_control.runs.start import start_of
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.terminal import progress
@@ -63,7 +64,7 @@ def verify_run(
     skip: Iterable[str] = (),
     head: str | None = None,
     seen: set[str] | None = None,
-    relocated: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
+    relocated: Callable[[RunRecord], RunRecord] = lambda record: record,
     moved: Moved | None = None,
 ) -> tuple[list[Part], Chain]:
     """The parts of a run, and its audit.
@@ -81,68 +82,71 @@ def verify_run(
     chain = read_audit(run)
     try:
         record = relocated(finished_run(run, moved))
-        recipe = recipe_of(record)
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        if not chain.is_ended or chain.last_hash_of("run.json") in (None, _digest_of(run / "run.json")):
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{run}/run.json is of no run; give the output folder of difftune train.") from None
+        recipe = record.recipe
+    except UserError:
+        if not chain.is_ended or chain.last_hash_of(RECORD) in (None, _digest_of(run / RECORD)):
+            raise
         lost = Part("record", 1)  # it was finished once
-        lost.find("run.json", "changed" if (run / "run.json").is_file() else "missing", f"{FILE} tells of another")
-        return [lost, audit_part({"files": None}, chain, head)], chain
-    found = [_record(run, record, chain), audit_part(record, chain, head), _outputs(run, record)]
+        lost.find(RECORD, "changed" if (run / RECORD).is_file() else "missing", f"{FILE} tells of another")
+        return [lost, audit_part(chain, head)], chain
+    parts = [_record(run, record, chain), audit_part(chain, head, not record.has_hashes), _outputs(run, record)]
     for name, identity, check in _inputs(run, record, recipe):
         key = digest_of([name, identity])
         if seen is None or key not in seen:
-            found.append(Part(name, unchecked="left out as asked") if name in skip else check())
+            parts.append(Part(name, unchecked="left out as asked") if name in skip else check())
         if seen is not None:
             seen.add(key)
-    return found, chain
+    return parts, chain
 
 
 def _digest_of(path: Path) -> str | None:
     return digest_of_file(path) if path.is_file() else None
 
 
-def _inputs(run: Path, record: dict[str, Any], recipe: Recipe) -> Iterator[tuple[str, Any, Callable[[], Part]]]:
+def _inputs(run: Path, record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, Any, Callable[[], Part]]]:
     """What went in: each part's name, what its result depends on, and what makes it."""
-    sources = record.get("sources")
-    if sources is None:
+    if record.sources is None:
         yield "base", None, lambda: Part("base", unchecked=EARLIER)
-    for name, kept in (sources or {}).items():
-        yield name, kept, partial(_source, name, kept)
+    for name, source in (record.sources or {}).items():
+        yield name, source.to_dict(), partial(_source, name, source)
     data, control = recipe.data, recipe.control
     places = [("data", data.path, control.path)]
     if data.validation_path is not None:
         places.append(("validation", data.validation_path, control.validation_path))
-    identity = [record.get("inputs"), record["data"], vars(data), vars(control), recipe.method]
+    identity = [record.inputs, record.data.to_dict(), vars(data), vars(control), recipe.method]
     for name, path, conditions in places:
         yield name, identity, partial(_data, run, record, recipe, name, path, conditions)
-    if record["bank"] is not None:
-        identity = [record["bank"], record["fingerprints"]["bank"], vars(data)]
-        yield "bank", identity, lambda: _bank(record, recipe)
+    if record.bank is not None:
+        identity = [record.bank.to_dict(), record.fingerprints.bank, vars(data)]
+        yield "bank", identity, partial(_bank, record.bank, record.fingerprints.bank, recipe)
 
 
 # --- the record and the chain that vouches for it -------------------------------------------------------------------
 
 
-def _record(run: Path, record: dict[str, Any], chain: Chain) -> Part:
+def _record(run: Path, record: RunRecord, chain: Chain) -> Part:
     part = Part("record")
-    if "files" not in record:
+    if not record.has_hashes:
         part.unchecked = EARLIER
         return part
     part.checked = 1
-    vouched = chain.last_hash_of("run.json")
+    vouched = chain.last_hash_of(RECORD)
     if vouched is None:
-        part.find("run.json", "changed", f"{FILE} has no hash of it")
-    elif vouched != digest_of_file(run / "run.json"):
-        part.find("run.json", "changed", f"its hash is not the one in {FILE}")
+        part.find(RECORD, "changed", f"{FILE} has no hash of it")
+    elif vouched != digest_of_file(run / RECORD):
+        part.find(RECORD, "changed", f"its hash is not the one in {FILE}")
     return part
 
 
-def audit_part(record: dict[str, Any], chain: Chain, head: str | None) -> Part:
+def audit_part(chain: Chain, head: str | None, is_earlier: bool = False) -> Part:
+    """Whether the audit's chain is whole.
+
+    Args:
+        head: a hash that it must have.
+        is_earlier: whether the record is of a version that may have kept no audit.
+    """
     part = Part("audit", len(chain.entries))
-    if "files" not in record and not chain.entries:
+    if is_earlier and not chain.entries:
         part.unchecked = EARLIER
         return part
     for fault in chain.faults:
@@ -152,19 +156,19 @@ def audit_part(record: dict[str, Any], chain: Chain, head: str | None) -> Part:
     return part
 
 
-def _outputs(run: Path, record: dict[str, Any]) -> Part:
-    part, kept = Part("outputs"), {**record["outputs"], **record.get("files", {})}
-    for name in record.get("discarded", ()):  # by a pilot, which keeps the weights of its first seed
+def _outputs(run: Path, record: RunRecord) -> Part:
+    part, kept = Part("outputs"), {**record.outputs, **(record.files or {})}
+    for name in record.discarded or ():  # by a pilot, which keeps the weights of its first seed
         kept.pop(name, None)
     there = dict(files_of_run(run))
-    compare(part, kept, there)
-    if "files" not in record:
+    compare_files(part, kept, there)
+    if not record.has_hashes:
         part.unchecked = f"but for the result: {EARLIER}"
         part.findings = [f for f in part.findings if f["what"] != "added"]
     return part
 
 
-def compare(part: Part, kept: dict[str, str], there: dict[str, Path]) -> None:
+def compare_files(part: Part, kept: dict[str, str], there: dict[str, Path]) -> None:
     """Files by name against the hashes that were kept of them."""
     with progress(len(kept), f"verifying {part.name}") as advance:
         for name, digest in kept.items():
@@ -181,22 +185,22 @@ def compare(part: Part, kept: dict[str, str], there: dict[str, Path]) -> None:
 # --- what went in ---------------------------------------------------------------------------------------------------
 
 
-def _source(name: str, kept: dict[str, Any]) -> Part:
+def _source(name: str, source: Source) -> Part:
     """The base's files, those of the first ControlNet, or the file of a schedule."""
-    part, place = Part(name), place_of(kept["id"], kept["revision"])
-    if kept["files"] is None:
-        part.unchecked = f"its files could not be found when {kept['id']} was tuned"
-    elif place is None and is_hub_id(kept["id"]):
-        part.unchecked = f"{kept['id']} at {kept['revision']} is not in this machine's cache of the Hub"
+    part, place = Part(name), place_of(source.id, source.revision)
+    if source.files is None:
+        part.unchecked = f"its files could not be found when {source.id} was tuned"
+    elif place is None and is_hub_id(source.id):
+        part.unchecked = f"{source.id} at {source.revision} is not in this machine's cache of the Hub"
     elif place is None:
-        part.find(kept["id"], "missing", _if_moved(SOURCES[name]))
+        part.find(source.id, "missing", _if_moved(SOURCES.get(name, name)))
     else:
         try:
             there = dict(start_of(place).files() if name == "begin" else source_files(place))
         except UserError as error:
-            part.find(kept["id"], "missing", str(error))
+            part.find(source.id, "missing", str(error))
             return part
-        compare(part, kept["files"], there)
+        compare_files(part, source.files, there)
     return part
 
 
@@ -204,10 +208,10 @@ def _if_moved(role: str) -> str:
     return f"if it was moved, give its new place: --moved.{role}"
 
 
-def _data(run: Path, record: dict[str, Any], recipe: Recipe, name: str, path: str, conditions: str | None) -> Part:
+def _data(run: Path, record: RunRecord, recipe: Recipe, name: str, path: str, conditions: str | None) -> Part:
     """The pictures to tune on, or held-out ones, which are of the same place or of one of their own."""
     part, apart = Part(name), recipe.data.validation_path is not None
-    if "inputs" not in record:
+    if record.inputs is None:
         part.unchecked = EARLIER
     elif _inputs_are_whole(run, record, part):
         lines = (r for r in _lines(run) if not apart or (r["part"] == HELD_OUT) == (name == "validation"))
@@ -215,10 +219,10 @@ def _data(run: Path, record: dict[str, Any], recipe: Recipe, name: str, path: st
     return part
 
 
-def _inputs_are_whole(run: Path, record: dict[str, Any], part: Part) -> bool:
+def _inputs_are_whole(run: Path, record: RunRecord, part: Part) -> bool:
     """Whether the list of pictures can be relied on; that it cannot is a finding among the outputs already."""
     path = run / INPUTS
-    if path.is_file() and digest_of_file(path) == record["inputs"]:
+    if path.is_file() and digest_of_file(path) == record.inputs:
         return True
     part.unchecked = f"{INPUTS}, which lists the pictures, has changed or is missing"
     return False
@@ -232,7 +236,7 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
 
 def _pictures(
     part: Part,
-    record: dict[str, Any],
+    record: RunRecord,
     recipe: Recipe,
     path: str,
     conditions: str | None,
@@ -247,7 +251,7 @@ def _pictures(
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
         rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes, choice)
     except UserError as error:
-        if path in record["data"]["local"]:
+        if path in record.data.local:
             part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
         else:
             part.unchecked = str(error)
@@ -269,7 +273,7 @@ def _pictures(
             advance(1)
     limited = data.limit is not None and part.name == "data"  # then what comes after the last of them is not used
     limit = max((max(numbers) for numbers in order.values()), default=0) if limited else len(rows)
-    skipped = record["data"]["skipped"]
+    skipped = record.data.skipped
     for name, rest in by_name.items():
         if name not in skipped and any(number < limit for number, _ in rest):
             part.find(name, "added")
@@ -302,11 +306,11 @@ def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> No
             part.find(name, "changed", what)
 
 
-def _bank(record: dict[str, Any], recipe: Recipe) -> Part:
-    """The bank's manifest against the run's fingerprint, and each shard against the manifest."""
-    part, folder = Part("bank"), Path(record["bank"]["folder"])
-    if record["bank"].get("pictures"):
-        return _bank_of_pictures(record, recipe, part, folder)
+def _bank(bank: BankRecord, fingerprint: str | None, recipe: Recipe) -> Part:
+    """The bank's manifest against the run's fingerprint of it, and each shard against the manifest."""
+    part, folder = Part("bank"), Path(bank.folder)
+    if bank.pictures:
+        return _bank_of_pictures(fingerprint, recipe, part, folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         shards, prompts = dict(manifest["shards"]), manifest["prompts"]
@@ -317,27 +321,27 @@ def _bank(record: dict[str, Any], recipe: Recipe) -> Part:
         part.find(str(folder / "manifest.json"), "changed", "it cannot be read")
         return part
     part.checked = 1
-    if digest_of(manifest) != record["fingerprints"]["bank"]:
+    if digest_of(manifest) != fingerprint:
         part.find("manifest.json", "changed", "it is of another bank, or was edited")
     there = {p.name: p for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
     for name in ("manifest.json", FILE):
         there.pop(name, None)
-    compare(part, {**shards, "prompts.jsonl": prompts}, there)
+    compare_files(part, {**shards, "prompts.jsonl": prompts}, there)
     return part
 
 
-def _bank_of_pictures(record: dict[str, Any], recipe: Recipe, part: Part, folder: Path) -> Part:
+def _bank_of_pictures(fingerprint: str | None, recipe: Recipe, part: Part, folder: Path) -> Part:
     """Real source pictures, which are one thing: that one of them changed is told, not which."""
     data = recipe.data
     try:
-        found = load_images(
+        pictures = load_images(
             str(folder), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False
         )
     except UserError as error:
         part.find(str(folder), "changed" if folder.is_dir() else "missing", f"{error} ({_if_moved('bank')})")
         return part
-    part.checked = len(found)
-    earlier = {"source": str(folder), "pictures": found.fingerprint}  # an earlier version counted its place
-    if record["fingerprints"]["bank"] not in (digest_of({"pictures": found.fingerprint}), digest_of(earlier)):
+    part.checked = len(pictures)
+    earlier = {"source": str(folder), "pictures": pictures.fingerprint}  # an earlier version counted its place
+    if fingerprint not in (digest_of({"pictures": pictures.fingerprint}), digest_of(earlier)):
         part.find(str(folder), "changed", "a picture or a caption in it, or their order")
     return part

@@ -85,7 +85,7 @@ class StoredFile:
     """
 
     def __init__(self, path: Path, lead: int = 1):
-        self.path, found = path, hashlib.blake2b(digest_size=8)
+        self.path, digest = path, hashlib.blake2b(digest_size=8)
         with safe_open(path, "pt") as checked:  # whether the header is true
             self.metadata: dict[str, str] = checked.metadata() or {}
         self.entries: dict[str, Entry] = {}
@@ -103,14 +103,14 @@ class StoredFile:
                     prod(shape[lead:]) * dtype.itemsize,
                     np.zeros(prod(shape[:lead]), np.uint32),
                 )
-                found.update(title_of_tensor(name, entry.shape, entry.dtype))
+                digest.update(title_of_tensor(name, entry.shape, entry.dtype))
                 file.seek(entry.begin)
                 for place in range(len(entry.sums)):
                     part = file.read(entry.size)
-                    found.update(part)
+                    digest.update(part)
                     entry.sums[place] = zlib.crc32(part)
                 self.entries[name] = entry
-        self.digest = found.hexdigest()
+        self.digest = digest.hexdigest()
 
     def read(self, file: IO[bytes], name: str, index: tuple[int, ...]) -> Tensor:
         """What is at one place of a tensor's first dimension, or of more of those that can be asked for.
@@ -120,29 +120,31 @@ class StoredFile:
         """
         entry = self.entries[name]
         first, count = entry.find(index)
-        found = bytearray(count * entry.size)
+        content = bytearray(count * entry.size)
         file.seek(entry.begin + first * entry.size)
-        read = file.readinto(found)  # type: ignore[attr-defined]
-        view, size = memoryview(found), entry.size
+        read = file.readinto(content)  # type: ignore[attr-defined]
+        view, size = memoryview(content), entry.size
         sums = [zlib.crc32(view[i * size : (i + 1) * size]) for i in range(count)]
-        if read != len(found) or sums != entry.sums[first : first + count].tolist():
+        if read != len(content) or sums != entry.sums[first : first + count].tolist():
             raise UserError(
                 f"{self.path} changed while it was in use; run the command again (a training goes on from its last "
                 "checkpoint with difftune resume)."
             )
         shape = entry.shape[len(index) :]
         return (
-            torch.frombuffer(found, dtype=entry.dtype).view(shape) if found else torch.empty(shape, dtype=entry.dtype)
+            torch.frombuffer(content, dtype=entry.dtype).view(shape)
+            if content
+            else torch.empty(shape, dtype=entry.dtype)
         )
 
 
 def open_checked(path: Path, lead: int = 1) -> StoredFile | None:
     """A file that `write_checked` wrote; None if it is absent, or a single bit of it has changed."""
     try:
-        found = StoredFile(path, lead)
+        stored = StoredFile(path, lead)
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
-    return found if found.metadata.get(DIGEST) == found.digest else None
+    return stored if stored.metadata.get(DIGEST) == stored.digest else None
 
 
 class Files:
@@ -246,8 +248,8 @@ class Rows:
         if isinstance(rows, int):
             return self._read(rows, *more)
         wanted = list(zip(rows, *more))
-        found = {place: self._read(*place) for place in dict.fromkeys(wanted)}  # the prompts of a batch repeat
-        return torch.stack([found[place] for place in wanted])
+        by_place = {place: self._read(*place) for place in dict.fromkeys(wanted)}  # the prompts of a batch repeat
+        return torch.stack([by_place[place] for place in wanted])
 
     def _numbers(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -262,8 +264,8 @@ class Rows:
 
     def _read(self, row: int, *more: int) -> Tensor:
         file, number = self._place(row)
-        found = self.files.read(file, self.name, (number, *self.at, *more))
-        return found if self.function is None else self.function(found[None])[0]
+        row = self.files.read(file, self.name, (number, *self.at, *more))
+        return row if self.function is None else self.function(row[None])[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))

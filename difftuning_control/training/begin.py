@@ -31,6 +31,7 @@ from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, 
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.recipe.adapter_kinds import LORA_KINDS
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.start import Start
 from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text
@@ -58,7 +59,7 @@ class Beginning:
     def __init__(self, start: Start, family: Family):
         self.start, self.family = start, family
         self.lora: dict[str, tuple[dict[str, Tensor], float]] = {}  # by component: tensors, and their scale
-        if start.record is not None and start.record["recipe"]["method"] == "controlnet":
+        if start.record is not None and start.record.method == "controlnet":
             found = load_controlnet(family, str(start.weights))
             family.controlnet.load_state_dict(found.state_dict())
         elif start.weights.suffix == ".safetensors" and start.weights.name != DIFFFIT_FILE:
@@ -221,24 +222,22 @@ class Beginning:
             target.copy_(found[name])
 
 
-def reopen(output: Path, record: dict[str, Any], state: TrainingState, main: bool) -> None:
+def reopen(output: Path, record: RunRecord, state: TrainingState, main: bool) -> None:
     """Make of a finished run one that broke off at its end: a checkpoint of its result, with a fresh optimizer.
 
     Args:
         state: filled from the result.
         main: whether this process writes.
     """
-    if (output / f"checkpoint-{record['steps']}" / "state.json").exists():  # it was reopened before, and killed
+    if (output / f"checkpoint-{record.steps}" / "state.json").exists():  # it was reopened before, and killed
         return
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     state.logged = len(lines)
-    enter_schedule(state.lr_scheduler, record["steps"])
-    if state.budget is not None:
-        multipliers = record["budget"]["multipliers"]
+    enter_schedule(state.lr_scheduler, record.steps)
+    if state.budget is not None and record.budget is not None:
+        multipliers = record.budget.multipliers
         state.budget.load_state_dict(state.budget.state_dict() | {"multipliers": multipliers})
-    if state.fidelity is not None and record.get("fidelity") is not None:
-        curve = record["fidelity"]
-        rows = [{n: v[i] for n, v in curve["figures"].items()} for i in range(len(curve["steps"]))]
-        state.fidelity.load_state_dict({"without": curve["without"], "steps": curve["steps"], "rows": rows})
+    if state.fidelity is not None and record.fidelity is not None:
+        state.fidelity.load_description(record.fidelity)
     if main or state.sharded:
-        save_checkpoint(output, record["steps"], state, record["identity"])
+        save_checkpoint(output, record.steps, state, record.identity)

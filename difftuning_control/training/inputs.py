@@ -33,7 +33,8 @@ from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.record import read_run, rows_of_step
+from difftuning_control.runs.identity import rows_of_step
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
@@ -166,8 +167,8 @@ def _retained_bank(
 def _bank_size(recipe: Recipe, processes: int) -> int:
     """How many samples a bank of size auto has; a run that is resumed, with another length perhaps, keeps its own."""
     record = read_run(Path(recipe.output)) if recipe.training.resume else None
-    before = (record or {}).get("bank") or {}
-    return before.get("size") or recipe.bank_size(rows_of_step(recipe, processes))
+    before = record.bank.size if record is not None and record.bank is not None else None
+    return before or recipe.bank_size(rows_of_step(recipe, processes))
 
 
 @dataclass(frozen=True)

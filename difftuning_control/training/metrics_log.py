@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.history import METRICS
 from difftuning_control.system.durable import sync, write_text
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import say
@@ -19,7 +20,7 @@ class MetricsLog:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, state: TrainingState):
         self.recipe, self.accelerator, self.state = recipe, accelerator, state
-        self.path = Path(recipe.output) / "metrics.jsonl"
+        self.path = Path(recipe.output) / METRICS
 
     def begin(self) -> None:
         """Start the trackers, and cut off what was logged after the checkpoint that the run goes on from."""

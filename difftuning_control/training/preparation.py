@@ -15,7 +15,8 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.changes import Resumption, resumption
-from difftuning_control.runs.record import recipe_identity
+from difftuning_control.runs.identity import recipe_identity
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
@@ -45,7 +46,7 @@ class PreparedRun:
     family: Family
     objective: DiffTuningObjective
     inputs: TrainingInputs
-    fingerprints: dict[str, Any]
+    fingerprints: Fingerprints
     start: Start | None
     going: Resumption
 
@@ -77,15 +78,15 @@ def prepare_run(
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
-    fingerprints: dict[str, Any] = {"base": dict(family.fingerprints)}
+    fingerprints = Fingerprints(base=dict(family.fingerprints))
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases)
-    fingerprints |= {"data": inputs.data.fingerprint, "held_out": inputs.held_out.fingerprint}
+    fingerprints.data, fingerprints.held_out = inputs.data.fingerprint, inputs.held_out.fingerprint
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
-        fingerprints["probe"] = inputs.control.probe.fingerprint
-    fingerprints["bank"] = inputs.bank.fingerprint if inputs.bank is not None else None
+        fingerprints.probe = inputs.control.probe.fingerprint
+    fingerprints.bank = inputs.bank.fingerprint if inputs.bank is not None else None
     start = _start(recipe, family, fingerprints)
     going = _resumption(written, recipe, accelerator.num_processes, fingerprints)
     if going.reopened is not None:
@@ -93,17 +94,17 @@ def prepare_run(
     return PreparedRun(written, recipe, family, objective, inputs, fingerprints, start, going)
 
 
-def _start(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Start | None:
+def _start(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Start | None:
     """The weights to begin from, which are among what decides the run."""
     if recipe.training.begin_from is None:
         return None
     start = start_of(recipe.training.begin_from)
     check_start(start, recipe, family)
-    fingerprints["begin"] = start.fingerprint
+    fingerprints.begin = start.fingerprint
     return start
 
 
-def _resumption(written: Recipe, recipe: Recipe, processes: int, fingerprints: dict[str, Any]) -> Resumption:
+def _resumption(written: Recipe, recipe: Recipe, processes: int, fingerprints: Fingerprints) -> Resumption:
     """How the run goes on, or that it begins."""
     decisive = replace(recipe, bank=replace(recipe.bank, prompts=written.bank.prompts))  # the bank says what they are
     identity = recipe_identity(decisive, fingerprints, processes)

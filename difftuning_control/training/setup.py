@@ -25,7 +25,8 @@ from difftuning_control.objective.budget import ForgettingBudget, spread_budget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.record import rows_of_step
+from difftuning_control.runs.identity import rows_of_step
+from difftuning_control.runs.record_sections import BudgetRecord, Fingerprints, Frozen
 from difftuning_control.system.tensors import digest_of_module
 from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.inputs import TrainingInputs
@@ -47,7 +48,7 @@ def check_bank_rows(recipe: Recipe, processes: int) -> None:
         )
 
 
-def attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, Any]) -> Conditioner:
+def attach_controlnet(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Conditioner:
     """Give the family the ControlNet that the recipe starts from; returns what makes its conditions."""
     if recipe.control.init is None:
         family.controlnet = family.new_controlnet(recipe.training.seed)
@@ -55,17 +56,17 @@ def attach_controlnet(recipe: Recipe, family: Family, fingerprints: dict[str, An
         family.controlnet = load_controlnet(family, recipe.control.init)
     spec = build_spec(recipe, family, resolution_of(family, recipe.data))
     conditioner = Conditioner(spec, family.device)
-    fingerprints["control"] = conditioner.fingerprint
-    fingerprints["controlnet"] = digest_of_module(family.controlnet)
+    fingerprints.control = conditioner.fingerprint
+    fingerprints.controlnet = digest_of_module(family.controlnet)
     return conditioner
 
 
-def check_frozen(family: Family, fingerprints: dict[str, Any]) -> dict[str, str]:
+def check_frozen(family: Family, fingerprints: Fingerprints) -> Frozen:
     """The denoiser's fingerprint before and after, which must be one: only the ControlNet may have changed."""
-    before, after = fingerprints["base"]["denoiser"], digest_of_module(family.denoiser)
+    before, after = fingerprints.base["denoiser"], digest_of_module(family.denoiser)
     if before != after:
         raise RuntimeError(f"the frozen denoiser changed while its ControlNet was trained ({before} to {after}).")
-    return {"denoiser_before": before, "denoiser_after": after}
+    return Frozen(denoiser_before=before, denoiser_after=after)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -168,7 +169,7 @@ def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> F
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 
 
-def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[str, Any]:
+def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> BudgetRecord:
     """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept.
 
     Without a bank the rise is that on the rows of the last steps.
@@ -179,10 +180,10 @@ def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> dict[st
     else:
         rise, count = np.nan_to_num(budget.rise).tolist(), len(budget.allowed)
         u = [(band + 0.5) / count for band in range(count)]
-    return {
-        "u": u,
-        "allowed": budget.allowed.tolist(),
-        "rise": rise,
-        "kept": [r <= a for r, a in zip(rise, budget.allowed.tolist())],
-        "multipliers": budget.multipliers.tolist(),
-    }
+    return BudgetRecord(
+        u=u,
+        allowed=budget.allowed.tolist(),
+        rise=rise,
+        kept=[r <= a for r, a in zip(rise, budget.allowed.tolist())],
+        multipliers=budget.multipliers.tolist(),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,10 +28,12 @@ from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.guidance import hand_over
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
+from difftuning_control.runs.history import read_history
 from difftuning_control.runs.places import need_places
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 
@@ -61,7 +62,7 @@ def analyze(
     """
     started = time.time()
     record = finished_run(run, moved) if run is not None else None
-    recipe = recipe_of(record) if record is not None else recipe
+    recipe = record.recipe if record is not None else recipe
     if record is not None and recipe.method == "controlnet":
         raise UserError(
             f"the run {run} is a ControlNet, beside which the model stays as it was: there is nothing that it forgot; "
@@ -82,11 +83,11 @@ def analyze(
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
     size = MEASURED
-    if record is not None and (bank := record["bank"]) is not None and bank.get("size"):  # the run's own
-        recipe = replace(recipe, bank=replace(recipe.bank, path=bank["folder"]))
-        size = bank["size"]
+    if record is not None and record.bank is not None and record.bank.size is not None:  # the run's own
+        recipe = replace(recipe, bank=replace(recipe.bank, path=record.bank.folder))
+        size = record.bank.size
     found = materials(family, recipe, tell, size)
-    if record is not None and record["fingerprints"]["data"] != found.data.fingerprint:
+    if record is not None and record.fingerprints.data != found.data.fingerprint:
         raise UserError(
             f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."
         )
@@ -134,7 +135,7 @@ def _of_run(
     found: Materials,
     config: AnalysisConfig,
     run: str,
-    record: dict[str, Any],
+    record: RunRecord,
 ) -> dict[str, Any]:
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
     kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
@@ -163,20 +164,18 @@ def _of_run(
         "low": [-v for v in rise.high],
         "high": [-v for v in rise.low],
     }
-    budget = record.get("budget")
-    allowed = budget["allowed"] if budget else None
+    budget = record.budget
     return {
-        "forgetting": forgot.to_dict() | {"u": u, "budget": allowed},
+        "forgetting": forgot.to_dict() | {"u": u, "budget": budget.allowed if budget is not None else None},
         "learnt": learnt | {"u": u, "held_out": fresh is found.fresh},
-        "budget": budget,
-        "multipliers": read_multipliers(Path(run)) if budget else None,
+        "budget": budget.to_dict() if budget is not None else None,
+        "multipliers": read_multipliers(Path(run)) if budget is not None else None,
     }
 
 
 def read_multipliers(run: Path) -> dict[str, Any] | None:
     """The multipliers of a budgeted run over its steps, from `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [line for line in lines if "multiplier/0" in line]
+    rows = [row for row in read_history(run) if "multiplier/0" in row]
     if not rows:
         return None
     values = [[row[f"multiplier/{b}"] for b in range(BANDS)] for row in rows]
@@ -206,7 +205,7 @@ def staged_sampling(
     found: Materials,
     config: AnalysisConfig,
     run: str,
-    record: dict[str, Any],
+    record: RunRecord,
 ) -> dict[str, Any]:
     """{u0, tuned_above: {metric: [...]}, tuned_below: {...}}, every point with the same prompts and seeds.
 
@@ -222,7 +221,7 @@ def staged_sampling(
     result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
     with (
         progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,
-        as_pretrained(family, record),
+        as_pretrained(family, record.classes),
         tuned_model(family, run, record) as tuned,
     ):
         base = family.denoiser if tuned is not family else None

@@ -16,6 +16,7 @@ from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs.audit import noted
 from difftuning_control.runs.pilot_files import DEMO
+from difftuning_control.runs.pilot_record import PilotRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.pilot.pilot import pilot
@@ -49,7 +50,7 @@ def demo_study(output: Path, steps: int, seed: int) -> tuple[Recipe, PilotConfig
     )
 
 
-def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) -> dict[str, Any]:
+def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) -> PilotRecord:
     """The pilot, a grid of names that were never trained on, a table on the screen.
 
     Raises:
@@ -57,21 +58,22 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
     """
     recipe, config = demo_study(output, steps, seed)
     print(f"Diff-Tuning and plain fine-tuning, {steps} steps on 8 line icons, three seeds each", flush=True)
-    result = pilot(recipe, config, language, overwrite)
-    rows = {LABELS[r["name"]]: [Image.open(output / f) for f in r["files"]] for r in result["pictures"]["rows"]}
-    table = loss_table(result)
+    record = pilot(recipe, config, language, overwrite)
+    pictures = record.pictures or {"rows": [], "prompts": []}
+    rows = {LABELS[r["name"]]: [Image.open(output / f) for f in r["files"]] for r in pictures["rows"]}
+    table = loss_table(record)
     with noted(output) as artefacts:
-        save_grid(output / "grid.png", rows, result["pictures"]["prompts"])
-        write_json(output / "summary.json", {"verdict": verdict(result), "table": table, "steps": steps, "seed": seed})
+        save_grid(output / "grid.png", rows, pictures["prompts"])
+        write_json(output / "summary.json", {"verdict": verdict(record), "table": table, "steps": steps, "seed": seed})
         artefacts |= {name: digest_of_file(output / name) for name in DEMO}
-    _print_summary(output, result, table)
-    return result
+    _print_summary(output, record, table)
+    return record
 
 
-def loss_table(result: dict[str, Any]) -> list[dict[str, Any]]:
+def loss_table(record: PilotRecord) -> list[dict[str, Any]]:
     """One row for each role and noise band: the base's loss, and each side's mean over the seeds."""
     rows = []
-    runs = {side["name"]: [r["losses"] for r in side["runs"]] for side in result["sides"]}
+    runs = {side["name"]: [r["losses"] for r in side["runs"]] for side in record.sides}
     for role in ("target", "bank"):
         base = runs["plain"][0][role]["base"]
         for i, u in enumerate(base["u"]):
@@ -83,13 +85,13 @@ def loss_table(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _print_summary(output: Path, result: dict[str, Any], table: list[dict[str, Any]]) -> None:
+def _print_summary(output: Path, record: PilotRecord, table: list[dict[str, Any]]) -> None:
     print("\nPictures of names that were never trained on, mean ± standard deviation of three seeds")
     print(f"  {'':<14}{'KID ×1000':>16}{'in the new style':>20}{'like the true icon':>22}")
     figures = (("kid", 1000, 1), ("domain_hit", 100, 0), ("pair_similarity", 1, 3))
-    base = [f"{factor * result['base'][metric]:.{digits}f}" for metric, factor, digits in figures]
+    base = [f"{factor * record.base[metric]:.{digits}f}" for metric, factor, digits in figures]
     print(f"  {'base':<14}{base[0]:>16}{base[1]:>20}{base[2]:>22}")
-    for side in result["sides"]:
+    for side in record.sides:
         cells = []
         for metric, factor, digits in figures:
             value = side["summary"][str(side["best_length"])][metric]
@@ -104,8 +106,8 @@ def _print_summary(output: Path, result: dict[str, Any], table: list[dict[str, A
                 f"{row[name]:>{width}.4f}" for name, width in (("base", 10), ("plain", 10), ("difftuning_measured", 13))
             )
         )
-    best = next(s for s in result["sides"] if s["name"] != "plain")["runs"][0]["folder"]
-    print(f"\nReport: {output / 'report.html'}   pictures: {output / 'grid.png'}   {result['cost']['seconds']:.0f} s")
+    best = next(s for s in record.sides if s["name"] != "plain")["runs"][0]["folder"]
+    print(f"\nReport: {output / 'report.html'}   pictures: {output / 'grid.png'}   {record.cost.seconds or 0:.0f} s")
     print("\nUse it in stock diffusers:")
     print("  from diffusers import DiffusionPipeline")
     print(f'  pipe = DiffusionPipeline.from_pretrained("{embedded_model()}")')

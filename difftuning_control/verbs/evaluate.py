@@ -47,11 +47,11 @@ from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
-from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model, weights_of
 from difftuning_control.runs.gates import judge
 from difftuning_control.runs.places import need_places
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
 
@@ -85,11 +85,11 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
             domain.
     """
     records = {run: finished_run(run, request.moved) for run in request.runs}
-    recipes = {run: recipe_of(record) for run, record in records.items()}
+    recipes = {run: record.recipe for run, record in records.items()}
     domain = request.domain_guidance_scale
     for run, its in recipes.items() if domain is not None else ():
         check_domain_method(run, its.method)
-    recipe, resolution = recipes[request.runs[0]], records[request.runs[0]]["data"]["resolution"]
+    recipe, resolution = recipes[request.runs[0]], records[request.runs[0]].data.resolution
     roles = ("model", "data", "validation", "control", "control_validation")
     need_places(records[request.runs[0]], request.runs[0], roles)
     # as the first run's fingerprints were taken
@@ -98,7 +98,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
     for run, record in records.items():
         check_base(family, record, run)
-        if record["data"]["resolution"] != resolution:
+        if record.data.resolution != resolution:
             raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
     features = load_features(request.features, family.device)
     training, held_out = read_data(recipe)
@@ -130,7 +130,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
             side["forgetting"] = {"u": curve.u, **curve.to_dict()}
     for run, side in zip(records, sides):
         if recipes[run].gates.limits:
-            side["gates"] = judge(recipes[run].gates, {"losses": records[run]["losses"], **side})
+            side["gates"] = judge(recipes[run].gates, {"losses": records[run].losses, **side})
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
     result: dict[str, Any] = {
         "status": "complete",
@@ -212,7 +212,7 @@ def _drawing(
 
 
 def _judge_all(
-    request: Evaluation, family: Family, records: dict[str, dict[str, Any]], drawing: _Drawing
+    request: Evaluation, family: Family, records: dict[str, RunRecord], drawing: _Drawing
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The base, and every run."""
     domain, sides = request.domain_guidance_scale, []
@@ -225,7 +225,7 @@ def _judge_all(
                 domain_guided(family, tuned) if domain is not None else nullcontext(),
             ):
                 side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
-            sides.append(side | {"identity": record["identity"], "outside": drawing.apart(run)})
+            sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})
     return base, sides
 
 
@@ -275,13 +275,13 @@ def _outside(family: Family, recipe: Recipe, training: ImageData) -> list[str]:
     return others[:: -(-len(others) // 8)] if others else [""]
 
 
-def _check_data(run: str, record: dict[str, Any], first: str, training: ImageData, real: ImageData) -> None:
+def _check_data(run: str, record: RunRecord, first: str, training: ImageData, real: ImageData) -> None:
     """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
 
     Raises:
         UserError: in these cases.
     """
-    if record["fingerprints"]["data"] != training.fingerprint:
+    if record.fingerprints.data != training.fingerprint:
         what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
         raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
     shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}
@@ -292,13 +292,13 @@ def _check_data(run: str, record: dict[str, Any], first: str, training: ImageDat
         )
 
 
-def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.device) -> FidelityProbe | None:
+def _probe(records: dict[str, RunRecord], chosen: ImageData, device: torch.device) -> FidelityProbe | None:
     """What shows ControlNets the conditions of the chosen pictures and judges how they are followed.
 
     Raises:
         UserError: if only some runs are ControlNets, or their conditions are made in different ways.
     """
-    places = {run: weights_of(run, "controlnet") for run, r in records.items() if r["recipe"]["method"] == "controlnet"}
+    places = {run: weights_of(run, "controlnet") for run, r in records.items() if r.method == "controlnet"}
     if not places:
         return None
     specs = {run: ControlSpec.load(place) for run, place in places.items()}
@@ -318,16 +318,16 @@ def _probe(records: dict[str, dict[str, Any]], chosen: ImageData, device: torch.
     return FidelityProbe.build(conditioner, chosen, rows, {})
 
 
-def _bank(family: Family, records: dict[str, dict[str, Any]]) -> KnowledgeBank | None:
+def _bank(family: Family, records: dict[str, RunRecord]) -> KnowledgeBank | None:
     """The first run's bank that is still there."""
     for record in records.values():
-        folder = Path(record["bank"]["folder"]) if record["bank"] is not None else None
+        folder = Path(record.bank.folder) if record.bank is not None else None
         if folder is not None and (folder / "manifest.json").exists():
             return KnowledgeBank.load(folder, base=family)
     return None
 
 
-def _forgetting(family: Family, records: dict[str, dict[str, Any]], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
+def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
     """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
     prompts = kept.retained_prompts(recipe.tuning.retention_prompts)

@@ -13,27 +13,28 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.audit import Session, read_audit
 from difftuning_control.runs.gates import failed, judge
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.runs.manifest import write_record
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.record import RECORD, RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.verbs.evaluate import evaluate
 
 FOLDER = "gates"  # in the run's own: the evaluation that its gates were judged by
 
 
-def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, Any]:
-    """What `run.json` holds under `gates`, of a finished run in its folder; pictures are drawn where they must be.
+def judge_run(run: RunRecord, recipe: Recipe, output: Path) -> dict[str, Any]:
+    """The `gates` of the record of a finished run in its folder; pictures are drawn where they must be.
 
     Raises:
         UserError: if its pictures, its bank or its base are no longer there.
     """
-    side: dict[str, Any] = {"losses": run["losses"]}
+    side: dict[str, Any] = {"losses": run.losses}
     gates = recipe.gates
     if gates.draws:
         gc.collect()  # the evaluation loads models of its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        source = run["bank"]["folder"] if run["bank"].get("pictures") else None
+        source = run.bank.folder if run.bank is not None and run.bank.pictures else None
         request = Evaluation(
             [str(output)],
             source=source,
@@ -48,25 +49,25 @@ def judge_run(run: dict[str, Any], recipe: Recipe, output: Path) -> dict[str, An
     return judge(gates, side)
 
 
-def judge_and_vouch(run: dict[str, Any], written: Recipe, recipe: Recipe, output: Path, session: Session) -> None:
+def judge_and_vouch(run: RunRecord, written: Recipe, recipe: Recipe, output: Path, session: Session) -> None:
     """Judge a finished run by the recipe's gates, if that was not done, and have the audit vouch for its record.
 
     Args:
         written: the recipe as it is recorded.
         recipe: the same with paths as they are found from here.
     """
-    judged = run.get("gates")
+    judged = run.gates
     if recipe.gates.limits and (judged is None or judged["asked"] != dataclasses.asdict(recipe.gates)):
         if not session.number:
             session.begin()
-        run["gates"] = judge_run(run, recipe, output)
-        run["recipe"]["gates"] = dataclasses.asdict(written.gates)
+        run.gates = judge_run(run, recipe, output)
+        run.recipe_values["gates"] = dataclasses.asdict(written.gates)
         write_recipe(output, written)
         write_record(run, written, output)
-    if "gates" in run:
-        session.said = failed(run["gates"]) or None
+    if run.gates is not None:
+        session.said = failed(run.gates) or None
     if not session.number and read_audit(output).is_ended:
         return
     if not session.number:  # the power went between the record and the line that vouches for it
         session.begin()
-    session.artefacts = {"run.json": digest_of_file(output / "run.json"), **run["outputs"]}
+    session.artefacts = {RECORD: digest_of_file(output / RECORD), **run.outputs}

@@ -8,6 +8,9 @@ from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.places import KEYS, RUN, absolute, located, need_places, placed, value_of
+from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.home import at_home
 
 FILE = "recipe.yaml"
@@ -20,15 +23,13 @@ def recipe_to_resume(run: str) -> str:
     Raises:
         UserError: if there is no run.
     """
-    from difftuning_control.runs.record import read_run  # and with it torch
-
     run = at_home(run)
     folder = Path(run)
     if not folder.exists():
         raise UserError(f"there is no folder {run} to resume; if the run was moved, name its new place.")
     if read_run(folder) is None or not (folder / FILE).is_file():
         raise UserError(
-            f"{run} holds no run that began (no readable run.json and {FILE}), so there is nothing to resume; name the "
+            f"{run} holds no run that began (no readable {RECORD} and {FILE}), so there is nothing to resume; name the "
             "output folder of difftune train."
         )
     return str(folder / FILE)
@@ -39,18 +40,14 @@ def recipe_to_begin(place: str) -> tuple[str, dict[str, Any]] | None:
 
     Paths that do not lead to the run's inputs from here are given as absolute ones.
     """
-    from difftuning_control.runs.kept import place_of_run  # and with these torch
-    from difftuning_control.runs.places import KEYS, absolute, located, value_of
-    from difftuning_control.runs.record import read_run
-
     folder = place_of_run(Path(place).expanduser())[0]
     record = read_run(folder)
     if record is None or not (folder / FILE).is_file():
         return None
-    today = located(record, folder)["recipe"]
+    today = located(record, folder).recipe_values
     changes: dict[str, Any] = {"output": Recipe().output, "training.resume": False}
     for key in KEYS.values():
-        written, now = value_of(record["recipe"], key), value_of(today, key)
+        written, now = value_of(record.recipe_values, key), value_of(today, key)
         if written is not None and written != now and (now is None or absolute(written) != now):
             changes[key] = now
     return str(folder / FILE), changes
@@ -65,19 +62,17 @@ def recipes_of_resumption(command: Recipe, run: str) -> tuple[Recipe, Recipe]:
     Raises:
         UserError: if an input is no longer where it was.
     """
-    from difftuning_control.runs.places import KEYS, RUN, absolute, need_places, placed  # saves it for other verbs
-    from difftuning_control.runs.record import read_run
-
     run = at_home(run)
     record = read_run(Path(run))
     if record is None:
-        raise UserError(f"{run} holds no run (no readable run.json), so there is nothing to resume.")
-    before = record.get("places", {}).get(RUN, absolute(command.output))
+        raise UserError(f"{run} holds no run (no readable {RECORD}), so there is nothing to resume.")
+    before = record.places.get(RUN, absolute(command.output))
     written = replace(
         command,
         output=command.output if before == absolute(run) else run,
         training=replace(command.training, resume=True),
     )
     here = placed(written, record, run)
-    need_places(record | {"recipe": here.to_dict()}, run, NEEDED, {role: f"--{KEYS[role]}" for role in NEEDED})
+    options = {role: f"--{KEYS[role]}" for role in NEEDED}
+    need_places(replace(record, recipe_values=here.to_dict()), run, NEEDED, options)
     return written, here

@@ -17,6 +17,8 @@ from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
 from difftuning_control.runs.gates import gate_lines, stop_if_failed
 from difftuning_control.runs.kept import place_of_run
+from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import say
 from difftuning_control.verbs.bench.settings import Bench
@@ -37,35 +39,35 @@ from difftuning_control.verbs.resume import recipes_of_resumption
 
 
 def run_train(command: TrainCommand) -> None:
-    from difftuning_control.verbs.train import train  # saves it for the other verbs
+    from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
-    _print_run(train(only(Recipe, command), command.overwrite, say), command.output)
+    _print_run(train(only(Recipe, command), command.overwrite, say).record, command.output)
 
 
 def run_resume(command: ResumeCommand) -> None:
-    from difftuning_control.verbs.train import train  # saves it for the other verbs
+    from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
-    _print_run(train(written, False, say, here), command.run)
+    _print_run(train(written, False, say, here).record, command.run)
 
 
-def _print_run(run: dict[str, Any], output: str) -> None:
+def _print_run(run: RunRecord, output: str) -> None:
     """What came of a training, and whether it passes its gates."""
-    from accelerate import PartialState  # saves it for the other verbs
+    from accelerate import PartialState  # saves torch for the verbs that train nothing
 
     from difftuning_control.training.phases import spent_line
 
     if not PartialState().is_main_process:
         return
-    say(f"done: {output} ({run['status']})")
-    for role, losses in run["losses"].items():
+    say(f"done: {output} ({run.status})")
+    for role, losses in run.losses.items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
-    if "phases" in run:  # a run of an earlier version has none
-        say(f"  {spent_line(run['phases'])}")
+    if run.phases is not None:
+        say(f"  {spent_line(run.phases)}")
     _print_control(run)
-    _print_gates(run.get("gates"))
-    stop_if_failed(run.get("gates"), output)
+    _print_gates(run.gates)
+    stop_if_failed(run.gates, output)
 
 
 def _print_gates(judged: dict[str, Any] | None) -> None:
@@ -74,15 +76,15 @@ def _print_gates(judged: dict[str, Any] | None) -> None:
             say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
 
 
-def _print_control(run: dict[str, Any]) -> None:
+def _print_control(run: RunRecord) -> None:
     """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
-    if run.get("control") is None:
+    if run.control is None:
         return
-    blank = run["control"]["blank"]
+    blank = run.control.blank
     if blank:
         names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
-        say(f"note: the annotator found nothing on {len(blank)} of {run['data']['pictures']} pictures: {names}")
-    curve = run.get("fidelity")
+        say(f"note: the annotator found nothing on {len(blank)} of {run.data.pictures} pictures: {names}")
+    curve = run.fidelity
     if curve is None:
         return
     name, found = curve["main"], curve["convergence"]
@@ -94,11 +96,11 @@ def _print_control(run: dict[str, Any]) -> None:
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
     )
-    say(f"  report: {run['recipe']['output']}/report.html")
+    say(f"  report: {run.recipe_values['output']}/report.html")
 
 
 def run_bank(command: BankCommand) -> None:
-    from difftuning_control.data.prepare import (  # saves it for the other verbs
+    from difftuning_control.data.prepare import (  # saves torch for --help and for `runs`
         cache_folder,
         check_captions,
         prepare_bank,
@@ -107,9 +109,9 @@ def run_bank(command: BankCommand) -> None:
         resolution_of,
         silent,
     )
-    from difftuning_control.families.loading import load_base  # saves it for the other verbs
+    from difftuning_control.families.loading import load_base
     from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
-    from difftuning_control.runs.record import rows_of_step
+    from difftuning_control.runs.identity import rows_of_step
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
@@ -139,7 +141,7 @@ def run_bank(command: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.verbs.sample import sample_to_folder  # saves it for the other verbs
+    from difftuning_control.verbs.sample import sample_to_folder  # saves torch for --help and for `runs`
 
     with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
         done = sample_to_folder(**dataclasses.asdict(command) | {"moved": command.moved})
@@ -148,7 +150,7 @@ def run_sample(command: SampleCommand) -> None:
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
-    from difftuning_control.evaluation.report.tables import table  # saves it for the other verbs
+    from difftuning_control.evaluation.report.tables import table  # saves torch for --help and for `runs`
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, refuse_among_data
     from difftuning_control.verbs.evaluate import evaluate
@@ -169,7 +171,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
 
 
 def run_export(command: ExportCommand) -> None:
-    from difftuning_control.verbs.export.export import MARKER, export  # saves it for the other verbs
+    from difftuning_control.verbs.export.export import MARKER, export  # saves torch for --help and for `runs`
 
     with audit.noted(place_of_run(command.run)[0]) as artefacts:
         folder = export(only(ExportRequest, command), command.overwrite)
@@ -180,7 +182,7 @@ def run_export(command: ExportCommand) -> None:
 
 
 def run_analyze(command: AnalyzeCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, data_places, refuse_among_data
     from difftuning_control.verbs.analyze import analyze, write_analysis
@@ -216,7 +218,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 
 def run_pilot(command: PilotCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.verbs.pilot.pilot import pilot
 
     load_texts(command.language)  # a language that is not there is said before the work, not after it
@@ -224,7 +226,7 @@ def run_pilot(command: PilotCommand) -> None:
 
 
 def run_demo(command: DemoCommand) -> None:
-    from difftuning_control.evaluation.report.language import load_texts  # saves it for the other verbs
+    from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
     from difftuning_control.verbs.demo import demo
 
     load_texts(command.language)
@@ -236,7 +238,7 @@ def run_demo(command: DemoCommand) -> None:
 
 
 def run_verify(command: VerifyRequest) -> None:
-    from difftuning_control.runs.verify import table, verify  # saves it for the other verbs
+    from difftuning_control.runs.verify import table, verify  # saves torch for --help and for `runs`
 
     result = verify(command)
     say(json.dumps(result, indent=2) if command.json else table(result))
@@ -247,9 +249,6 @@ def run_verify(command: VerifyRequest) -> None:
 
 
 def run_runs(command: RunsRequest) -> None:
-    # saves it for the other verbs
-    from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
-
     rows = list_runs(command.folder)
     if command.json or command.csv:
         sys.stdout.write(as_json(rows) + "\n" if command.json else as_csv(rows))  # made harmless in their own ways
@@ -258,7 +257,7 @@ def run_runs(command: RunsRequest) -> None:
 
 
 def run_bench(command: BenchCommand) -> None:
-    from difftuning_control.verbs.bench.run import bench  # saves it for the other verbs
+    from difftuning_control.verbs.bench.run import bench  # saves torch for --help and for `runs`
 
     bench(only(Bench, command), command.overwrite)
     say(f"done: {command.output}/bench.json")

@@ -22,6 +22,7 @@ from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_m
 from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
 from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import progress
@@ -66,21 +67,21 @@ def sample_to_folder(
         raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
     settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     record = finished_run(run, moved) if run is not None else None
-    chosen = record["recipe"]["model"] if record is not None else model or {"id": "embedded", "variant": None}
+    chosen = vars(record.recipe.model) if record is not None else model or {"id": "embedded", "variant": None}
     _check_control(run, record, control)
     steps_kept = _steps_to_compare(run, record) if kept and run is not None and record is not None else []
     if record is not None and run is not None:
         need_places(record, run, ("model",))
     if domain_guidance_scale is not None:
-        check_domain_method(str(run), record["recipe"]["method"] if record is not None else "")
+        check_domain_method(str(run), record.method if record is not None else "")
     photo = _read_picture(control) if control is not None else None
-    dtype = getattr(torch, (record or {}).get("dtype", "torch.float32").removeprefix("torch."))  # that of the tuning
+    dtype = getattr(torch, record.dtype_name) if record is not None else torch.float32  # that of the tuning
     memory = {
         "quantization": chosen.get("quantization"),
         "offload": chosen.get("offload", False),
     }  # earlier ones had none
     family = load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
-    side = resolution or (record["data"]["resolution"] if record is not None else family.native_resolution)
+    side = resolution or (record.data.resolution if record is not None else family.native_resolution)
     family.check_resolution(side, "resolution")
     settings["resolution"] = side
     condition = None
@@ -88,7 +89,7 @@ def sample_to_folder(
         conditioner = Conditioner(ControlSpec.load(weights_of(run or "", "controlnet")), family.device)
         condition = conditioner.prepare(photo, side, side, control_ready)
     if record is not None:
-        begin_as(family, record)
+        begin_as(family, record.classes, record.seed)
     family.check_prompts(prompts)  # before anything is drawn
     total = len(prompts) * (1 + compare + len(steps_kept))
     asked = _rows(condition, len(prompts)) if condition is not None else None
@@ -125,24 +126,24 @@ def sample_to_folder(
     return f"{len(pictures)} pictures in {folder}"
 
 
-def _steps_to_compare(run: str, record: dict[str, Any]) -> list[int]:
+def _steps_to_compare(run: str, record: RunRecord) -> list[int]:
     """The steps whose weights a run kept, but for those that are its result."""
     folder, step = place_of_run(run)
-    found = [] if step is not None else [s for s in kept_steps(folder) if s != record["steps"]]
+    found = [] if step is not None else [s for s in kept_steps(folder) if s != record.steps]
     if not found:
         said = "is one step of a run" if step is not None else "kept no weights on its way (training.save_at)"
         raise UserError(f"--kept sets the steps of a run side by side, and {run} {said}; leave it out.")
     return found
 
 
-def _check_control(run: str | None, record: dict[str, Any] | None, control: str | None) -> None:
+def _check_control(run: str | None, record: RunRecord | None, control: str | None) -> None:
     if record is None:
         return
-    is_control = record["recipe"]["method"] == "controlnet"
+    is_control = record.method == "controlnet"
     if is_control and control is None:
         raise UserError(f"the run {run} is a ControlNet, which draws under a condition; give --control photo.png.")
     if control is not None and not is_control:
-        raise UserError(f"the run {run} is no ControlNet (its method is {record['recipe']['method']}); omit --control.")
+        raise UserError(f"the run {run} is no ControlNet (its method is {record.method}); omit --control.")
 
 
 def _read_picture(path: str) -> Image.Image:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
@@ -19,8 +19,10 @@ from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
 from difftuning_control.runs.folder import OutputFolder, data_places, refuse_among_data, written_places
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
-from difftuning_control.runs.record import read_run, write_recipe
+from difftuning_control.runs.record import COMPLETE, FAILED, RunRecord, read_run
+from difftuning_control.runs.record_sections import Timings
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
@@ -30,6 +32,7 @@ from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.preparation import PreparedRun, measure_objective, prepare_run
+from difftuning_control.training.result import TrainingResult
 from difftuning_control.training.setup import check_bank_rows, check_frozen, describe_budget, make_accelerator
 from difftuning_control.verbs.gating import judge_and_vouch
 
@@ -42,11 +45,13 @@ def train(
     overwrite: bool = False,
     tell: Callable[[str], object] = lambda line: None,
     placed: Recipe | None = None,
-) -> dict[str, Any]:
-    """Run a recipe and return what `run.json` holds. A finished run that is resumed is returned as it is, unless its
-    length was changed.
+) -> TrainingResult:
+    """Run a recipe; returns its record, history and folder. A finished run that is resumed is returned as it is, unless
+    its length was changed.
 
     Args:
+        recipe: what to train, and where to.
+        overwrite: replace an earlier run in the recipe's output folder.
         tell: is given, on the main process, lines of what the run begins with.
         placed: the recipe with paths as they are found from here, where it was written elsewhere; what is recorded is
             `recipe`.
@@ -74,11 +79,11 @@ def train(
             with phases("load"):
                 family = load_base(recipe).to(accelerator.device)
             with phases.counting(family.denoiser):
-                run = _train(written, recipe, family, accelerator, phases, output, folder, session, tell)
+                record = _train(written, recipe, family, accelerator, phases, output, folder, session, tell)
             if folder is not None:
-                judge_and_vouch(run, written, recipe, output, session)
+                judge_and_vouch(record, written, recipe, output, session)
             accelerator.wait_for_everyone()
-            return run
+            return TrainingResult(record, output)
     finally:
         accelerator.end_training()
         if folder is not None:
@@ -95,7 +100,7 @@ def _train(
     folder: OutputFolder | None,
     session: Session,
     tell: Callable[[str], object],
-) -> dict[str, Any]:
+) -> RunRecord:
     """The record of the run once it is complete; `folder` is the main process's."""
     started = time.time() - phases.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
@@ -127,49 +132,49 @@ def _train(
         reopen(output, going.reopened, loop.state, folder is not None)
         accelerator.wait_for_everyone()
     run = describe_run(prepared, accelerator)
-    run["schedule"] = measured.schedule
+    run.schedule = measured.schedule
     if folder is not None:
         _begin(run, prepared, output, folder, session)
     begun = time.time()
     try:
-        run["losses"], run["steps_per_second"] = loop.run(said)
+        run.losses, run.steps_per_second = loop.run(said)
     except NonFiniteLossError as error:
         if folder is not None:
-            write_json(output / "run.json", run | {"status": "failed", "error": str(error)})
+            replace(run, status=FAILED, error=str(error)).write(output)
         raise
     if measured.budget is not None:
-        run["budget"] = describe_budget(measured.budget, run["losses"])
-    run["steps"] = loop.end
+        run.budget = describe_budget(measured.budget, run.losses)
+    run.steps = loop.end
     if prepared.inputs.stream is not None:
-        run["data"]["notes"] = prepared.inputs.stream.notes()
-        for line in run["data"]["notes"]:
+        run.data.notes = prepared.inputs.stream.notes()
+        for line in run.data.notes:
             said(line)
     if loop.curve is not None:
-        run["fidelity"] = loop.curve.describe()
+        run.fidelity = loop.curve.describe()
     if recipe.method == "controlnet":
-        run["frozen"] = check_frozen(prepared.family, prepared.fingerprints)
-    run["timings"] = {"preparation": begun - started, "training": time.time() - begun}
-    run["phases"] = phases.to_dict()
-    run["status"] = "complete"
+        run.frozen = check_frozen(prepared.family, prepared.fingerprints)
+    run.timings = Timings(preparation=begun - started, training=time.time() - begun)
+    run.phases = phases.to_dict()
+    run.status = COMPLETE
     if folder is not None:
-        run["outputs"] = _hash_outputs(output, output / result_of(recipe))
+        run.outputs = _hash_outputs(output, output / result_of(recipe))
         write_record(run, written, output)
         _forget_checkpoints(output)  # only now is the result on disk and recorded
     return run
 
 
-def _begin(run: dict[str, Any], prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:
+def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:
     """Make the folder the run's own, with its record, its inputs and its recipe."""
     recipe, inputs = prepared.recipe, prepared.inputs
     folder.sweep() if recipe.training.resume else folder.clear()
-    run["sources"] = sources_of(recipe)
-    write_json(output / "run.json", run)  # first of all: by it the folder is known as a run's
-    run["inputs"] = write_inputs(output, inputs.data, inputs.all_held_out)
-    write_json(output / "run.json", run)
+    run.sources = sources_of(recipe)
+    run.write(output)  # first of all: by it the folder is known as a run's
+    run.inputs = write_inputs(output, inputs.data, inputs.all_held_out)
+    run.write(output)
     write_recipe(output, prepared.written)
     session.begin(digest_of_file(output / "recipe.yaml"), " ".join(prepared.going.said) or None)
-    if run["schedule"] is not None:
-        write_json(output / "schedule.json", run["schedule"])
+    if run.schedule is not None:
+        write_json(output / "schedule.json", run.schedule)
 
 
 def _forget_checkpoints(output: Path) -> None:

@@ -34,7 +34,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.runs.record import versions
+from difftuning_control.runs.identity import versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
@@ -170,7 +170,7 @@ class Yardstick:
             after = {name: rows.measure(tuned.model).losses for name, rows in self.rows.items()}
         rises = {name: [b / a - 1 for a, b in zip(self.base[name], after[name])] for name in after}
         kept = {name: found[name] for name in FIGURES}
-        return kept | {"rise": rises, "seconds": record["timings"], "phases": record.get("phases")}
+        return kept | {"rise": rises, "phases": record.phases}
 
 
 def jobs(seeds: list[int], targets: list[str]) -> Iterator[tuple[int, str, Cell]]:

@@ -40,7 +40,8 @@ from difftuning_control.evaluation.figures import Sampling, through_autoencoder
 from difftuning_control.families.loading import load_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import tuned_model
-from difftuning_control.runs.record import read_run, versions
+from difftuning_control.runs.identity import versions
+from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
@@ -101,9 +102,9 @@ def recipe_of(condition: str, side: str, rate: float, seed: int, work: Path) -> 
     return only(Recipe, command)
 
 
-def finished(condition: str, side: str, rate: float, seed: int, work: Path) -> dict[str, Any] | None:
+def finished(condition: str, side: str, rate: float, seed: int, work: Path) -> RunRecord | None:
     run = read_run(Path(recipe_of(condition, side, rate, seed, work).output))
-    return run if run is not None and run["status"] == "complete" else None
+    return run if run is not None and run.is_complete else None
 
 
 def chosen_rate(condition: str, side: str, work: Path) -> float | None:
@@ -113,7 +114,7 @@ def chosen_rate(condition: str, side: str, work: Path) -> float | None:
     runs = {rate: finished("canny", side, rate, SEEDS[0], work) for rate in RATES}
     if any(run is None for run in runs.values()):
         return None
-    curve = {r: run["fidelity"]["figures"][run["fidelity"]["main"]] for r, run in runs.items() if run is not None}
+    curve = {r: run.fidelity["figures"][run.fidelity["main"]] for r, run in runs.items() if run is not None}
     return max(RATES, key=lambda rate: mean(curve[rate]))
 
 
@@ -166,7 +167,7 @@ class Judge:
             self.drawn = sample_pictures(self.family, prompts, seed=1000, **self.settings)
             self.own = self.features(self.drawn + sample_pictures(self.family, prompts, seed=1001, **self.settings))
 
-    def figures(self, run: Path, record: dict[str, Any] | None, seed: int) -> dict[str, float]:
+    def figures(self, run: Path, record: RunRecord | None, seed: int) -> dict[str, float]:
         """KID to the data's real pictures and to the base's own; `record` None for the base without control."""
         if record is None:
             return self._draw(self.family, None, seed)
@@ -203,15 +204,15 @@ def rows_of(condition: str, work: Path) -> tuple[list[dict[str, Any]], list[dict
             record = finished(condition, side, candidate, seed, work)
             if record is None:
                 continue
-            run = Path(record["recipe"]["output"])
+            run = Path(record.recipe_values["output"])
             row = {
                 "condition": condition,
                 "side": side,
                 "learning_rate": candidate,
                 "seed": seed,
                 "chosen": candidate == rate,
-                "steps_per_second": round(record["steps_per_second"], 3),
-                "fidelity": record["fidelity"],
+                "steps_per_second": round(record.steps_per_second or 0.0, 3),
+                "fidelity": record.fidelity,
             }
             if row["chosen"]:
                 done = run / "figures.json"

@@ -29,7 +29,8 @@ from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.runs.record import read_run, versions
+from difftuning_control.runs.identity import versions
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
@@ -256,7 +257,7 @@ def main() -> None:
         for seed in SEEDS:
             recipe = recipe_for(cell, seed, args.work)
             record = read_run(Path(recipe.output))
-            if record is None or record["status"] != "complete":
+            if record is None or not record.is_complete:
                 train(recipe)
     bench = Bench(args.work)
     for cell in CELLS:

@@ -24,7 +24,7 @@ from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.pipelines import DiffTuningPipeline
 from difftuning_control.pipelines.guidance import active_adapters, adapters_at, hand_over, tuner_layers
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.training.checkpoint import checkpoints
@@ -519,9 +519,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.mark.sample("difffit")
 def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(recipe, kind, tmp_path, monkeypatch):
     whole = short(recipe, kind, tmp_path / "whole", ema_decay=0.9, save_at=[2])
-    record = train(whole)
+    record = train(whole).record
     result = adapter_result(whole.adapter)
-    assert set(record["outputs"]) == (
+    assert set(record.outputs) == (
         {f"adapter/{PEFT_CONFIG}", f"adapter/{PEFT_FILE}"} if result == "adapter" else {result}
     )
     card = (tmp_path / "whole" / "README.md").read_text()
@@ -543,13 +543,13 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
     (checkpoint,) = checkpoints(tmp_path / "broken")
     starts = [name for name in load_file(checkpoint / "weights.safetensors") if name.endswith(".start")]
     assert (len(starts) > 0) == (kind in ("pissa", "tlora"))
-    resumed = train(replace(broken, training=replace(broken.training, resume=True)))
-    assert resumed["outputs"] == record["outputs"]
-    assert resumed["losses"] == record["losses"]
+    resumed = train(replace(broken, training=replace(broken.training, resume=True))).record
+    assert resumed.outputs == record.outputs
+    assert resumed.losses == record.losses
 
     family = load_family(recipe.model.id)
     run = finished_run(tmp_path / "whole")
-    assert recipe_of(run) == whole
+    assert run.recipe == whole
     before = picture(family.pipe)
     pictures = {}
     for number in (None, 2):
@@ -563,9 +563,9 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
 @pytest.mark.sample("lokr")
 def test_the_losses_of_a_run_are_those_of_its_saved_adapter(recipe, kind, tmp_path):
     trained = short(recipe, kind, tmp_path / "run")
-    record = train(trained)
+    record = train(trained).record
     found = analyze(trained, AnalysisConfig(rows=4, draws=1), str(tmp_path / "run"))
-    base, tuned = record["losses"]["bank"]["base"]["loss"], record["losses"]["bank"]["tuned"]["loss"]
+    base, tuned = record.losses["bank"]["base"]["loss"], record.losses["bank"]["tuned"]["loss"]
     expected = [after / before - 1 for before, after in zip(base, tuned)]
     np.testing.assert_allclose(found["forgetting"]["mean"], expected, atol=1e-4)
 

@@ -91,7 +91,7 @@ def test_its_learning_rate_is_its_own(family, recipe):
 @pytest.mark.parametrize("changes", [{}, {"kind": "dora"}, {"init": "pissa"}, {"rslora": True}])
 def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     run = tuned(recipe, "run", **changes)
-    record = train(run)
+    record = train(run).record
     family = load_family(recipe.model.id)
     before = picture(family.pipe)
     with tuned_model(family, run.output, finished_run(run.output)) as found:
@@ -113,15 +113,15 @@ def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     load_adapter(stock, run.output)
     stock.unet.disable_adapters()
     assert np.abs(picture(stock) - before).max() > 1e-5
-    assert record["losses"]["bank"]["tuned"] != record["losses"]["bank"]["base"]
+    assert record.losses["bank"]["tuned"] != record.losses["bank"]["base"]
 
 
 @pytest.mark.wide
 def test_it_trains_on_an_encoder_in_lower_precision(recipe):
     run = tuned(recipe, "run")
     run = replace(run, training=replace(run.training, mixed_precision="bf16"))
-    record = train(run)
-    assert np.isfinite(record["losses"]["bank"]["tuned"]["loss"]).all()
+    record = train(run).record
+    assert np.isfinite(record.losses["bank"]["tuned"]["loss"]).all()
     stock = load_family(recipe.model.id).pipe
     before = picture(stock)
     load_adapter(stock, run.output)
@@ -131,7 +131,7 @@ def test_it_trains_on_an_encoder_in_lower_precision(recipe):
 
 @pytest.mark.wide
 def test_resuming_is_exact(recipe, monkeypatch):
-    whole = train(tuned(recipe, "whole"))
+    whole = train(tuned(recipe, "whole")).record
     broken, step = tuned(recipe, "broken"), TrainingLoop.step
 
     def stop(self, number):
@@ -143,17 +143,17 @@ def test_resuming_is_exact(recipe, monkeypatch):
         patch.setattr(TrainingLoop, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
-    again = train(replace(broken, training=replace(broken.training, resume=True)))
-    assert again["outputs"] == whole["outputs"]
-    assert again["losses"] == whole["losses"]
+    again = train(replace(broken, training=replace(broken.training, resume=True))).record
+    assert again.outputs == whole.outputs
+    assert again.losses == whole.losses
 
 
 @pytest.mark.wide
 def test_an_analysis_measures_with_the_tuned_encoder(recipe):
     run = tuned(recipe, "run")
-    record = train(run)
+    record = train(run).record
     found = analyze(run, AnalysisConfig(rows=4, draws=1), run.output)
-    base, after = (record["losses"]["bank"][k]["loss"] for k in ("base", "tuned"))
+    base, after = (record.losses["bank"][k]["loss"] for k in ("base", "tuned"))
     np.testing.assert_allclose(found["forgetting"]["mean"], [a / b - 1 for b, a in zip(base, after)], atol=1e-4)
     with pytest.raises(UserError, match=r"tuned the text encoder too; leave out analysis\.staged"):
         analyze(run, AnalysisConfig(staged=True), run.output)

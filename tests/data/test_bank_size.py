@@ -61,20 +61,20 @@ def test_prompts_are_spread_over_a_bank_that_is_smaller_than_their_number():
 
 def test_a_run_draws_what_it_needs_and_keeps_it_when_its_length_is_changed(recipe: Recipe):
     recipe = replace(recipe, bank=BankConfig(steps=2))
-    run = train(recipe)
-    assert run["recipe"]["bank"]["size"] == "auto"
-    assert (run["bank"]["size"], run["bank"]["items"]) == (8, 7)
-    assert run["phases"]["bank"]["forwards"] == 8 * 2 * 2
-    longer = train(resumed(recipe, max_steps=20))
-    assert longer["bank"] == run["bank"]
-    assert longer["fingerprints"]["bank"] == run["fingerprints"]["bank"]
-    assert longer["phases"]["bank"]["forwards"] == 0
+    run = train(recipe).record
+    assert run.recipe.bank.size == "auto"
+    assert (run.bank.size, run.bank.items) == (8, 7)
+    assert run.phases["bank"]["forwards"] == 8 * 2 * 2
+    longer = train(resumed(recipe, max_steps=20)).record
+    assert longer.bank == run.bank
+    assert longer.fingerprints.bank == run.fingerprints.bank
+    assert longer.phases["bank"]["forwards"] == 0
 
 
 def test_what_a_run_forgot_is_measured_on_its_own_bank(recipe: Recipe):
     recipe = replace(recipe, bank=BankConfig(size=12, steps=2))
-    run = train(replace(recipe, bank=BankConfig(steps=2), training=replace(recipe.training, max_steps=10)))
-    folder = Path(run["bank"]["folder"])
+    run = train(replace(recipe, bank=BankConfig(steps=2), training=replace(recipe.training, max_steps=10))).record
+    folder = Path(run.bank.folder)
     banks = sorted(folder.parent.iterdir())
     found = analyze(Recipe(), AnalysisConfig(rows=4), recipe.output)
     assert "forgetting" in found

@@ -29,7 +29,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.setup import auto_schedule, build_objective, make_accelerator
@@ -326,15 +326,15 @@ def test_bank_rows_of_another_shape_count_as_much_as_in_one_forward(make):
 @pytest.mark.parametrize("family", MODELS)
 def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, family):
     recipe = make("trained", family)
-    run = train(recipe)
+    run = train(recipe).record
     trained = load_file(Path(recipe.output) / "pytorch_lora_weights.safetensors")
     family_of_run = load_family(recipe.model.id)
     unused = family_of_run.unused_parameters(family_of_run.denoiser)
     ups = {name.split(".", 1)[1]: t for name, t in trained.items() if ".lora_B." in name}
     assert ups
     assert [name for name, t in ups.items() if not t.any() and not name.startswith(unused)] == []
-    assert sorted(run["data"]["buckets"]["pictures"].values()) == sorted(COUNTS.values())
-    assert 0 < run["data"]["buckets"]["cropped"] < 0.2
+    assert sorted(run.data.buckets["pictures"].values()) == sorted(COUNTS.values())
+    assert 0 < run.data.buckets["cropped"] < 0.2
 
 
 @pytest.mark.wide
@@ -363,9 +363,9 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
 def test_a_controlnet_trains_on_three_shapes(make, family):
     lines: list[str] = []
     recipe = make("control", family, "controlnet")
-    run = train(recipe, tell=lines.append)
-    assert run["frozen"]["denoiser_before"] == run["frozen"]["denoiser_after"]
-    found = run["data"]["buckets"]
+    run = train(recipe, tell=lines.append).record
+    assert run.frozen.denoiser_before == run.frozen.denoiser_after
+    found = run.data.buckets
     assert sorted(found["pictures"].values()) == sorted(COUNTS.values())
     (line,) = lines
     assert line.startswith(f"pictures in {len(COUNTS)} frames")

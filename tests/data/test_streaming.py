@@ -175,10 +175,10 @@ def test_a_streamed_run_goes_on_bit_for_bit(recipe, folders, tmp_path):
         data=DataConfig(str(folders["tar"]), stream=True, flip=True, cache=recipe.data.cache),
         training=replace(recipe.training, validate_every=0),
     )
-    found = train(replace(recipe, output=str(tmp_path / "whole")))
-    assert found["data"]["pictures"] == "streamed"
-    assert found["data"]["held_out"] == recipe.training.validation_size
-    assert set(found["losses"]) == {"target", "bank"}
+    found = train(replace(recipe, output=str(tmp_path / "whole"))).record
+    assert found.data.pictures == "streamed"
+    assert found.data.held_out == recipe.training.validation_size
+    assert set(found.losses) == {"target", "bank"}
     run({"recipe": recipe.to_dict(), "stop": 4})
     train(replace(recipe, training=replace(recipe.training, resume=True)))
     name = "pytorch_lora_weights.safetensors"

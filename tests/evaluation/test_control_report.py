@@ -19,12 +19,12 @@ from PIL import Image
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.condition_figures import MAIN
 from difftuning_control.evaluation.report import chart, charts
-from difftuning_control.evaluation.report.control import control_verdict, write_control_report
+from difftuning_control.evaluation.report.control import control_verdict
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.verbs.parse import parse
-from support.control_runs import CURVES, control_run, curve_of, ramp
+from support.control_runs import CURVES, control_page, control_run, curve_of, ramp
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
 
 
@@ -34,7 +34,7 @@ def draw_grid(folder: Path, step: int, width: int = 700, colour: str = "navy") -
 
 
 def text_of(run: dict[str, Any], folder: Path, language: str = "en") -> str:
-    return Page(write_control_report(run, folder, language)).text.replace("‑", "-")
+    return Page(control_page(run, folder, language)).text.replace("‑", "-")
 
 
 def commands(page: Page) -> list[str]:
@@ -49,7 +49,7 @@ def test_the_headline_answers_whether_it_follows(tmp_path, code):
     curve = CURVES[code]
     rise = (curve or {}).get("convergence") or dict.fromkeys(("start", "end", "step"), 0)
     for language in LANGUAGES:
-        said, page = load_texts(language), Page(write_control_report(control_run(code), tmp_path, language))
+        said, page = load_texts(language), Page(control_page(control_run(code), tmp_path, language))
         check_self_contained(page)
         heading = re.search(r"<h1>(.*?)</h1>", page.source)
         wanted = said[f"headline.control.{code}"].format(**{k: f"{rise[k]:.0f}" for k in ("start", "end", "step")})
@@ -100,7 +100,7 @@ def test_figures_cards_and_tables(tmp_path):
     for name in ("run.json", "fidelity.json", "recipe.yaml", "metrics.jsonl"):
         (tmp_path / name).write_text("{}")
     run = control_run()
-    page = Page(write_control_report(run, tmp_path))
+    page = Page(control_page(run, tmp_path))
     for svg in re.findall(r"<svg.*?</svg>", page.source, re.DOTALL):
         ElementTree.fromstring(svg)
     assert page.source.count("<svg") == 2
@@ -121,7 +121,7 @@ def test_figures_cards_and_tables(tmp_path):
 
 
 def write(run: dict[str, Any], folder: Path) -> str:
-    return write_control_report(run, folder).read_text(encoding="utf-8")
+    return control_page(run, folder).read_text(encoding="utf-8")
 
 
 def test_blank_conditions_are_named_up_to_twenty(tmp_path):
@@ -142,14 +142,14 @@ def test_the_last_grid_is_inside_and_made_small(tmp_path):
     assert "<img" not in write(control_run(), tmp_path)
     draw_grid(tmp_path, 9, colour="red")
     draw_grid(tmp_path, 500, 2400)
-    page = Page(write_control_report(control_run(), tmp_path))
+    page = Page(control_page(control_run(), tmp_path))
     (uri,) = page.values("src")
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
         assert picture.size == (1000, 500)
         assert picture.convert("RGB").getpixel((5, 5)) == (0, 0, 128)
     (tmp_path / "samples/step-000600.png").write_bytes(b"no picture")
     (tmp_path / "samples/step-000700.png").symlink_to("/etc/hostname")
-    assert Page(write_control_report(control_run(), tmp_path)).values("src") == [uri]
+    assert Page(control_page(control_run(), tmp_path)).values("src") == [uri]
 
 
 @pytest.mark.sample("short-True-True", "sudden-False-False")
@@ -167,7 +167,7 @@ def test_the_commands_run(tmp_path, code, longer, measured):
     folder = tmp_path / "my run; rm -rf x"
     folder.mkdir()
     write_recipe(folder, Recipe(method="controlnet", output=str(folder)))
-    found = commands(Page(write_control_report(control_run(code), folder)))
+    found = commands(Page(control_page(control_run(code), folder)))
     for command in found:
         verb, values = parse(shlex.split(command)[1:])
         if verb == "sample":
@@ -183,7 +183,7 @@ def test_the_commands_run(tmp_path, code, longer, measured):
 def test_supplied_conditions_are_drawn_from_conditions(tmp_path):
     run = control_run()
     run["control"]["spec"] |= {"annotator": "supplied", "params": {}}
-    page = Page(write_control_report(run, tmp_path))
+    page = Page(control_page(run, tmp_path))
     assert "edges of the drawn picture are compared with those of the true one" in page.text
     assert any("--control condition.png" in c for c in commands(page))
 
@@ -194,7 +194,7 @@ def test_a_bare_run_is_reported(tmp_path, language):
     for key in ("fidelity", "losses", "frozen", "timings", "steps_per_second", "versions", "device"):
         del run[key]
     run["data"]["skipped"], run["control"]["blank"] = {}, []
-    page = Page(write_control_report(run, tmp_path, language))
+    page = Page(control_page(run, tmp_path, language))
     check_self_contained(page)
     assert "<svg" not in page.source
     assert load_texts(language)["verdict.control.unmeasured"] in page.text
@@ -224,7 +224,7 @@ def test_outside_text_is_shown_and_not_obeyed(tmp_path, language):
     run["frozen"]["denoiser_before"] = EVIL
     run["fidelity"]["kind"] = EVIL
     folder = tmp_path / "a \x1b[31m\u202e<b>"
-    page = Page(write_control_report(run, folder, language))
+    page = Page(control_page(run, folder, language))
     check_self_contained(page)
     assert page.text.count('<img src=x onerror="alert(1)">␛[31m⟨U+202E⟩exe.gnp =cmd|x {{ 7*7 }} $x$') > 10
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page.source)
@@ -238,10 +238,10 @@ def test_same_input_same_bytes(tmp_path, language):
     draw_grid(tmp_path, 500)
     run = control_run()
     before = copy.deepcopy(run)
-    first = write_control_report(run, tmp_path, language).read_bytes()
+    first = control_page(run, tmp_path, language).read_bytes()
     assert run == before
     stored = json.loads(json.dumps(run))
-    assert write_control_report(stored, tmp_path, language).read_bytes() == first
+    assert control_page(stored, tmp_path, language).read_bytes() == first
 
 
 def test_the_chart_marks_the_rise_on_the_main_figure_alone():
@@ -262,12 +262,12 @@ def test_the_chart_marks_the_rise_on_the_main_figure_alone():
 
 def test_what_is_no_finished_controlnet_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"not finished \(its status is 'running␛'\).*go on with difftune resume"):
-        write_control_report({"status": "running\x1b"}, tmp_path)
+        control_page({"status": "running\x1b"}, tmp_path)
     lora = control_run()
     lora["recipe"]["method"] = "lora"
     with pytest.raises(UserError, match="the run's method is 'lora'; only"):
-        write_control_report(lora, tmp_path)
+        control_page(lora, tmp_path)
     for language in ("xx", "../en", ""):
         with pytest.raises(UserError, match="choose one of en, ja"):
-            write_control_report(control_run(), tmp_path, language)
+            control_page(control_run(), tmp_path, language)
     assert not list(tmp_path.iterdir())

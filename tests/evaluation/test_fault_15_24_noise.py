@@ -7,17 +7,17 @@ import random
 import pytest
 import torch
 
-from difftuning_control.evaluation.comparison import clear_sign, domain_bar, improves_to_the_end, verdict
+from difftuning_control.evaluation.comparison import clear_sign, domain_bar, improves_to_the_end
 from difftuning_control.evaluation.condition_figures import MAIN, fidelity
 from difftuning_control.evaluation.curve import Curve, advice, against_limits
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.control import control_verdict
 from difftuning_control.evaluation.report.language import load_texts
-from difftuning_control.evaluation.report.pilot import write_pilot_report
 from difftuning_control.recipe.training import GatesConfig
 from difftuning_control.runs.gates import gate_lines, judge
 from support import report_samples as samples
 from support.pages import LANGUAGES, Page
+from support.report_samples import pilot_report, verdict_of
 
 CLOSE = {"plain": [0.1897, 0.1738, 0.2056], "difftuning_measured": [0.1881, 0.1757, 0.2005]}  # the report's own case
 
@@ -39,17 +39,17 @@ def pilot_of(hits: dict[str, list[float]], kid: dict[str, list[float]], pictures
 def test_fault_15_24_one_picture_in_sixteen_bars_nothing(tmp_path, missed):
     hits = {"plain": [1.0] * 3, "difftuning_measured": [1 - m / 16 for m in missed]}
     result = pilot_of(hits, CLOSE)
-    found = verdict(result)
+    found = verdict_of(result)
     assert (found["code"], found["reason"], found["barred"]) == ("none", "within_noise", [])
     assert found["doubted"] == ["difftuning_measured"]
-    text = Page(write_pilot_report(result, tmp_path)).text
+    text = Page(pilot_report(result, tmp_path)).text
     assert "Clear result" not in text
     assert "within the noise of pictures or seeds, which bars nothing" in text
 
 
 def test_fault_15_24_a_side_that_clearly_misses_the_domain_is_barred():
     hits = {"plain": [1.0, 0.94, 1.0], "difftuning_measured": [0.25, 0.31, 0.19]}
-    found = verdict(pilot_of(hits, {"plain": [0.04, 0.05, 0.045], "difftuning_measured": [0.03, 0.041, 0.034]}))
+    found = verdict_of(pilot_of(hits, {"plain": [0.04, 0.05, 0.045], "difftuning_measured": [0.03, 0.041, 0.034]}))
     assert (found["code"], found["reason"], found["barred"]) == ("none", "barred", ["difftuning_measured"])
 
 
@@ -94,7 +94,7 @@ def test_fault_15_24_retention_is_the_best_of_several_and_tested_as_such():
             for run in found["runs"]:
                 better = found["name"] == "prior"
                 run["bank_loss"] = 0.1 - (0.01 + 0.004 * (run["seed"] - 1)) * better
-        return verdict(result)["retention"]
+        return verdict_of(result)["retention"]
 
     assert retention(1)["clear"]
     assert retention(5)["side"] == "prior"
@@ -107,7 +107,7 @@ def test_fault_15_24_retention_is_the_best_of_several_and_tested_as_such():
 def test_fault_15_24_the_pretrained_model_is_compared_seed_by_seed(base, said):
     result = samples.pilot({"plain": [0.04, 0.05, 0.045], "prior": [0.039, 0.052, 0.044]})
     result["base"] |= {"kid": sum(base) / 3, "runs": [{"seed": i, "kid": v} for i, v in enumerate(base)]}
-    assert verdict(result)["base"] == said
+    assert verdict_of(result)["base"] == said
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -119,7 +119,7 @@ def test_fault_15_24_a_longer_run_is_advised_where_the_longest_is_clearly_better
         for run in found["runs"]:
             run["kid"] = last[run["seed"]] + (gain[run["seed"]] if run["steps"] == 75 else 0)
     assert improves_to_the_end(result["sides"][0], "kid") == clear
-    text = Page(write_pilot_report(result, tmp_path, language)).text
+    text = Page(pilot_report(result, tmp_path, language)).text
     assert (middle_of(language, "next.longer") in text) == clear
 
 

@@ -9,12 +9,11 @@ import pytest
 
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.analysis import write_analysis_report
-from difftuning_control.evaluation.report.control import write_control_report
 from difftuning_control.evaluation.report.language import load_texts
-from difftuning_control.evaluation.report.pilot import write_pilot_report
 from support import report_samples as samples
-from support.control_runs import CURVES, control_run, curve_of, ramp
+from support.control_runs import CURVES, control_page, control_run, curve_of, ramp
 from support.pages import LANGUAGES, Page
+from support.report_samples import pilot_report
 
 NAN = float("nan")
 SHAPES = {  # means of the gap, half the width of the interval, and the codes that are borne out
@@ -63,7 +62,7 @@ def test_fault_15_25_the_gap_is_described_as_its_table_has_it(tmp_path, language
     said = load_texts(language)
     pages = [Page(write_analysis_report(planted, tmp_path, language))]
     if language == "en":
-        pages.append(Page(write_pilot_report(samples.pilot() | {"analysis": planted}, tmp_path)))
+        pages.append(Page(pilot_report(samples.pilot() | {"analysis": planted}, tmp_path)))
     for page in pages:
         check_whole(page)
         for code in findings.ADVICE:
@@ -95,7 +94,7 @@ def test_fault_15_25_a_gap_that_was_not_measured_is_said_to_be_so(tmp_path, lang
     said = load_texts(language)
     assert said["gap.unmeasured"] in page.text
     assert said["section.gap"] not in page.text
-    check_whole(Page(write_pilot_report(samples.pilot() | {"analysis": planted}, tmp_path, language)))
+    check_whole(Page(pilot_report(samples.pilot() | {"analysis": planted}, tmp_path, language)))
 
 
 def test_fault_15_25_what_is_to_learn_is_a_gap_above_nothing():
@@ -167,14 +166,14 @@ def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, la
     result["settings"]["learning_rates"] = rates
     for side in result["sides"]:
         side["search"] = side["search"][: len(rates)] if len(rates) > 1 else []
-    page = Page(write_pilot_report(result, tmp_path, language))
+    page = Page(pilot_report(result, tmp_path, language))
     check_whole(page)
     said = load_texts(language)
     for key in ("section.search", "search.note", "tried.rates"):
         assert (said[key] in page.text) == (len(rates) > 1), key
     assert said["next.look"] not in page.text
     samples.draw_pictures(tmp_path, result, ["red apple"])
-    assert said["next.look"] in Page(write_pilot_report(result, tmp_path, language)).text
+    assert said["next.look"] in Page(pilot_report(result, tmp_path, language)).text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -188,7 +187,7 @@ def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, la
     ],
 )
 def test_fault_15_25_what_was_not_compared_is_not_called_a_result(tmp_path, language, kid, reason):
-    page = Page(write_pilot_report(samples.pilot(kid), tmp_path, language))
+    page = Page(pilot_report(samples.pilot(kid), tmp_path, language))
     check_whole(page)
     said, text = load_texts(language), page.text.replace("‑", "-")
     assert said["headline.pilot.uncompared"] in text
@@ -203,14 +202,14 @@ def test_fault_15_25_a_time_that_is_not_known_is_left_out(tmp_path, language):
     for side in result["sides"]:
         for run in side["runs"]:
             run["seconds"] = None
-    page = Page(write_pilot_report(result, tmp_path, language))
+    page = Page(pilot_report(result, tmp_path, language))
     assert load_texts(language)["next.time"].partition("{")[0] not in page.text
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_plain_wins_by_what_is_named(tmp_path, language):
     kid = {"plain": [0.03, 0.041, 0.034], "prior": [0.04, 0.05, 0.045], "difftuning_tau1": [0.03, 0.042, 0.033]}
-    page = Page(write_pilot_report(samples.pilot(kid, {"difftuning_tau1": 0.4}), tmp_path, language))
+    page = Page(pilot_report(samples.pilot(kid, {"difftuning_tau1": 0.4}), tmp_path, language))
     said = load_texts(language)
     assert said["headline.pilot.plain"] in page.text.replace("‑", "-")
     named = said["verdict.plain_worse"].format(metric="KID", sides=said["side.prior"])
@@ -240,9 +239,9 @@ def test_fault_15_25_a_budgets_price_is_one_beyond_noise(target, code):
 @pytest.mark.parametrize("code", CURVES)
 def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, language, code):
     run = control_run(code)
-    check_whole(Page(write_control_report(run, tmp_path, language)))
+    check_whole(Page(control_page(run, tmp_path, language)))
     run["losses"] = {}
-    check_whole(Page(write_control_report(run, tmp_path, language)))
+    check_whole(Page(control_page(run, tmp_path, language)))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -250,10 +249,10 @@ def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, languag
 def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, language, value):
     run, said = control_run("sudden"), load_texts(language)
     run["fidelity"]["figures"]["f1"][-1] = value
-    page = Page(write_control_report(run, tmp_path, language))
+    page = Page(control_page(run, tmp_path, language))
     check_whole(page)
     run["fidelity"]["figures"]["f1"] = [value] * len(run["fidelity"]["steps"])
-    page = Page(write_control_report(run, tmp_path, language))
+    page = Page(control_page(run, tmp_path, language))
     check_whole(page)
     assert said["headline.control.unmeasured"] in page.text
 
@@ -263,14 +262,14 @@ def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, langua
 def test_fault_15_25_why_fidelity_was_not_measured(tmp_path, language, every, key):
     run = control_run("unmeasured")
     run["recipe"]["control"]["fidelity"]["every"] = every
-    text = Page(write_control_report(run, tmp_path, language)).text
+    text = Page(control_page(run, tmp_path, language)).text
     assert load_texts(language)[f"verdict.control.{key}"] in text
 
 
 def test_fault_15_25_a_share_is_said_of_a_gain_beyond_noise(tmp_path):
     curve = curve_of(ramp(600, 700, low=0.312), without=0.31)  # no rise, the last value a hair better
     curve["figures"]["f1"][-1] = 0.32
-    text = Page(write_control_report(control_run() | {"fidelity": curve}, tmp_path)).text
+    text = Page(control_page(control_run() | {"fidelity": curve}, tmp_path)).text
     assert "of the distance to a perfect match" not in text
 
 
@@ -280,6 +279,6 @@ def test_fault_15_25_supplied_conditions_were_not_found(tmp_path, language, blan
     run, said = control_run(), load_texts(language)
     run["control"]["spec"] |= {"annotator": "supplied", "params": {}}
     run["control"]["blank"] = blank
-    text = Page(write_control_report(run, tmp_path, language)).text
+    text = Page(control_page(run, tmp_path, language)).text
     key = "control.blank_supplied" if blank else "control.no_blank_supplied"
     assert said[key].format(count=len(blank), pictures=584) in text

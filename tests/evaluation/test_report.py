@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from difftuning_control.errors import UserError
-from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.evaluation.metric_table import METRICS
 from difftuning_control.evaluation.report.analysis import write_analysis_report
 from difftuning_control.evaluation.report.language import FOLDER, languages, load_texts, placeholders
-from difftuning_control.evaluation.report.pilot import write_pilot_report
 from difftuning_control.system.text import harmless
 from support import report_samples as samples
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
+from support.report_samples import pilot_report, verdict_of
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def pilot_page(tmp_path_factory) -> Page:
     folder = tmp_path_factory.mktemp("pilot")
     result = samples.pilot()
     samples.draw_pictures(folder, result, ["red apple", "dog face"])
-    return Page(write_pilot_report(result, folder))
+    return Page(pilot_report(result, folder))
 
 
 @pytest.mark.sample("pilot-en", "analysis of a run-ja", "analysis-en")
@@ -38,7 +37,7 @@ def test_one_self_contained_file(tmp_path, language, kind):
     result = samples.pilot()
     samples.draw_pictures(tmp_path, result, ["red apple", "dog face"])
     if kind == "pilot":
-        page = Page(write_pilot_report(result, tmp_path, language))
+        page = Page(pilot_report(result, tmp_path, language))
     else:
         page = Page(write_analysis_report(samples.analysis(kind != "analysis"), tmp_path, language))
     check_self_contained(page)
@@ -82,7 +81,7 @@ def test_ways_of_guidance_are_compared_side_by_side(pilot_page):
 
 def test_mean_and_spread_are_of_the_seeds(tmp_path):
     result = samples.pilot({"plain": [0.1, 0.2, 0.3], "prior": [0.1, 0.2, 0.3]})
-    page = Page(write_pilot_report(result, tmp_path))
+    page = Page(pilot_report(result, tmp_path))
     assert "0.2000 ± 0.1000" in page.text
 
 
@@ -90,7 +89,7 @@ def test_mean_and_spread_are_of_the_seeds(tmp_path):
 def test_pictures_are_inside_and_large_ones_made_small(tmp_path):
     result = samples.pilot({"plain": [0.1] * 3, "prior": [0.1] * 3})
     samples.draw_pictures(tmp_path, result, [f"name {i}" for i in range(9)], size=700)
-    page = Page(write_pilot_report(result, tmp_path))
+    page = Page(pilot_report(result, tmp_path))
     assert len(page.values("src")) == 9 * 4
     assert "name 8" in page.text
     assert len(page.source) < 2_000_000
@@ -107,7 +106,7 @@ def test_outside_text_is_shown_and_not_obeyed(tmp_path):
         side["name"] += EVIL
         for run in side["runs"]:
             run["folder"] = f"javascript:alert(1)//{EVIL}"
-    page = Page(write_pilot_report(result, tmp_path))
+    page = Page(pilot_report(result, tmp_path))
     check_self_contained(page)
     analysis = {**samples.analysis(True), "model": EVIL, "run": EVIL, "data": {"path": EVIL}}
     other = Page(write_analysis_report(analysis, tmp_path))
@@ -125,7 +124,7 @@ def test_same_input_same_bytes(tmp_path, language):
     for _ in range(2):
         result = samples.pilot()
         samples.draw_pictures(tmp_path, result, ["red apple"])
-        pages.append(write_pilot_report(result, tmp_path, language).read_bytes())
+        pages.append(pilot_report(result, tmp_path, language).read_bytes())
         pages.append(write_analysis_report(samples.analysis(True), tmp_path, language).read_bytes())
     assert pages[:2] == pages[2:]
 
@@ -133,7 +132,7 @@ def test_same_input_same_bytes(tmp_path, language):
 def test_the_result_is_left_as_it_was(tmp_path):
     result, analysis = samples.pilot(), samples.analysis(True)
     before = copy.deepcopy([result, analysis])
-    write_pilot_report(result, tmp_path)
+    pilot_report(result, tmp_path)
     write_analysis_report(analysis, tmp_path)
     assert [result, analysis] == before
 
@@ -148,7 +147,7 @@ def test_a_bare_pilot_is_reported(tmp_path):
             run["losses"] = {}
             run["pair_similarity"] = run["fid"] = float("nan")
     result["base"] |= {"kid": None, "fid": None, "bank_loss": None}
-    page = Page(write_pilot_report(result, tmp_path))
+    page = Page(pilot_report(result, tmp_path))
     check_self_contained(page)
     assert "mine" in page.text
     assert "nan" not in page.text
@@ -163,19 +162,19 @@ def test_half_finished_pilots_are_refused(tmp_path):
         UserError,
         match=r"not finished \(its status is 'running'\); run the same command again, .* where it stopped\.$",
     ):
-        write_pilot_report(running, tmp_path)
+        pilot_report(running, tmp_path)
     empty = samples.pilot()
     empty["sides"][2]["runs"] = []
     with pytest.raises(UserError, match=r"the side 'difftuning_tau1' has no finished run.*run the same command again"):
-        write_pilot_report(empty, tmp_path)
+        pilot_report(empty, tmp_path)
     short = samples.pilot()
     short["sides"][1]["runs"] = [r for r in short["sides"][1]["runs"] if r["seed"] != 2]
     with pytest.raises(
         UserError, match=r"the side 'prior' lacks seed 2 at 75 steps and 1 more.*run the same command again"
     ):
-        write_pilot_report(short, tmp_path)
+        pilot_report(short, tmp_path)
     with pytest.raises(UserError, match="no side"):
-        write_pilot_report(samples.pilot() | {"sides": []}, tmp_path)
+        pilot_report(samples.pilot() | {"sides": []}, tmp_path)
     with pytest.raises(UserError, match="analysis is not finished"):
         write_analysis_report(samples.analysis() | {"status": "running"}, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -193,7 +192,7 @@ def test_pictures_that_cannot_be_shown_are_named(tmp_path, file, match):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     result["pictures"]["rows"][1]["files"] = [file]
     with pytest.raises(UserError, match=match):
-        write_pilot_report(result, folder)
+        pilot_report(result, folder)
 
 
 # ---- languages
@@ -243,7 +242,7 @@ def test_a_new_language_is_one_new_file(tmp_path):
 def test_an_unknown_language_is_refused_before_anything_is_written(tmp_path):
     for language in ("xx", "../en", ""):
         with pytest.raises(UserError, match="choose one of en, ja"):
-            write_pilot_report(samples.pilot(), tmp_path, language)
+            pilot_report(samples.pilot(), tmp_path, language)
     assert not list(tmp_path.iterdir())
 
 
@@ -275,9 +274,9 @@ def test_every_advice_has_words(tmp_path, code, language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_pilots_frames_are_told_beside_its_resolution(tmp_path, language):
     result = samples.pilot()
-    assert load_texts(language)["meta.frames"] not in Page(write_pilot_report(result, tmp_path, language)).text
+    assert load_texts(language)["meta.frames"] not in Page(pilot_report(result, tmp_path, language)).text
     result["data"]["buckets"] = {"pictures": {"64×64": 40, "48×80": 24}, "cropped": 0.0625}
-    said = Page(write_pilot_report(result, tmp_path, language)).text
+    said = Page(pilot_report(result, tmp_path, language)).text
     for expected in (load_texts(language)["meta.frames"], "64×64", "40", "48×80", "24", "6%"):
         assert expected in said
 
@@ -313,14 +312,14 @@ NOISE = [0.039, 0.052, 0.044]
 )
 def test_verdict(tmp_path, kid, hit, code, side, reason):
     result = samples.pilot(kid, hit)
-    found = verdict(result)
+    found = verdict_of(result)
     assert (found["code"], found["side"], found["reason"]) == (code, side, reason)
     for language in LANGUAGES:
-        check_self_contained(Page(write_pilot_report(result, tmp_path, language)))
+        check_self_contained(Page(pilot_report(result, tmp_path, language)))
 
 
 def test_verdict_numbers():
-    found = verdict(samples.pilot({"plain": PLAIN, "difftuning_tau1": BETTER, "difftuning_measured": [0.02] * 3}))
+    found = verdict_of(samples.pilot({"plain": PLAIN, "difftuning_tau1": BETTER, "difftuning_measured": [0.02] * 3}))
     assert (found["side"], found["also"]) == ("difftuning_measured", ["difftuning_tau1"])
     first = found["comparisons"][0]
     assert first["difference"] == pytest.approx(0.01)
@@ -333,14 +332,14 @@ def test_verdict_numbers():
 def test_all_seeds_must_agree():
     # the mean is more than two standard errors from 0, one of twelve seeds disagrees
     plain, side = [0.05] * 12, [0.04] * 11 + [0.0501]
-    found = verdict(samples.pilot({"plain": plain, "prior": side}, seeds=tuple(range(12))))
+    found = verdict_of(samples.pilot({"plain": plain, "prior": side}, seeds=tuple(range(12))))
     first = found["comparisons"][0]
     assert first["difference"] > 2 * first["standard_error"]
     assert (first["agree"], found["reason"]) == (False, "within_noise")
 
 
 def test_one_seed_proves_nothing():
-    found = verdict(samples.pilot({"plain": [0.09], "prior": [0.01]}, seeds=(0,)))
+    found = verdict_of(samples.pilot({"plain": [0.09], "prior": [0.01]}, seeds=(0,)))
     assert (found["code"], found["reason"], found["side"]) == ("none", "one_seed", "prior")
 
 
@@ -348,13 +347,13 @@ def test_other_seeds_are_compared_without_pairs():
     result = samples.pilot({"plain": PLAIN, "prior": BETTER})
     for run in result["sides"][1]["runs"]:
         run["seed"] += 10
-    first = verdict(result)["comparisons"][0]
+    first = verdict_of(result)["comparisons"][0]
     assert not first["paired"]
     assert first["difference"] == pytest.approx(0.01)
     assert not first["clear"]  # two spreads of 0.005 cover it; pairs took the common part away
     for run in result["sides"][1]["runs"]:
         run["kid"] -= 0.02
-    assert verdict(result)["code"] == "winner"
+    assert verdict_of(result)["code"] == "winner"
 
 
 def test_higher_is_better_for_similarity():
@@ -363,9 +362,9 @@ def test_higher_is_better_for_similarity():
     for side, value in zip(result["sides"], (0.6, 0.7)):
         for run in side["runs"]:
             run["pair_similarity"] = value + 0.01 * run["seed"]
-    assert (verdict(result)["code"], verdict(result)["side"]) == ("winner", "prior")
+    assert (verdict_of(result)["code"], verdict_of(result)["side"]) == ("winner", "prior")
     result["primary"] = "target_loss"
-    assert verdict(result)["lower"]
+    assert verdict_of(result)["lower"]
 
 
 def test_each_side_counts_at_its_own_best_length():
@@ -373,15 +372,15 @@ def test_each_side_counts_at_its_own_best_length():
     for run in result["sides"][1]["runs"]:
         if run["steps"] == 75:
             run["kid"] = 0.02
-    assert verdict(result)["code"] == "none"
+    assert verdict_of(result)["code"] == "none"
     result["sides"][1]["best_length"] = 75
-    assert verdict(result)["code"] == "winner"
+    assert verdict_of(result)["code"] == "winner"
 
 
 @pytest.mark.wide
 def test_the_report_says_what_the_verdict_says(tmp_path):
     def said(kid, hit=None, **values) -> str:
-        return Page(write_pilot_report(samples.pilot(kid, hit) | values, tmp_path)).text.replace("‑", "-")
+        return Page(pilot_report(samples.pilot(kid, hit) | values, tmp_path)).text.replace("‑", "-")
 
     text = said({"plain": PLAIN, "difftuning_tau1": BETTER})
     assert "Recommended: Diff-Tuning, τ = 1" in text.replace("\xa0", " ")
@@ -411,7 +410,7 @@ def test_the_next_command_is_the_winners_recipe(tmp_path):
 
     result = samples.pilot({"plain": PLAIN, "prior": BETTER})
     result["data"]["path"] = "my pictures; rm -rf x"
-    page = Page(write_pilot_report(result, tmp_path))
+    page = Page(pilot_report(result, tmp_path))
     line = next(c for c in re.findall(r"<code>(.*?)</code>", page.source) if "difftune train" in c)
     line = re.sub("<.*?>", "", line).replace("&#39;", "'")
     import shlex
@@ -433,7 +432,7 @@ def test_the_next_command_is_the_winners_recipe(tmp_path):
 def test_it_renders_without_sideways_scrolling(tmp_path, language, width):
     result = samples.pilot()
     samples.draw_pictures(tmp_path, result, ["red apple", "x" * 300, *(f"name {i}" for i in range(7))])
-    pages = {"pilot": write_pilot_report(result, tmp_path, language).rename(tmp_path / "pilot.html")}
+    pages = {"pilot": pilot_report(result, tmp_path, language).rename(tmp_path / "pilot.html")}
     pages["analysis"] = write_analysis_report(samples.analysis(True), tmp_path, language)
     for name, page in pages.items():
         # a headless window is at least 500 wide, so a frame stands for the phone; a stripe marks its right edge
@@ -486,5 +485,5 @@ def test_a_pilot_without_any_effect_names_a_winner_in_few_cases_only(seeds, side
             }
             for n in names
         ]
-        named += verdict({"primary": "kid", "base": {}, "sides": found})["code"] == "winner"
+        named += verdict_of({"primary": "kid", "base": {}, "sides": found})["code"] == "winner"
     assert named / 600 < 0.08

@@ -50,7 +50,7 @@ from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.train import train
 from support.tiny_models import DIT_CLASSES, tiny_dit
-from support.trainings import interrupted_after, record, resumed, trained_once
+from support.trainings import interrupted_after, record, resumed, run_record, trained_once
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SAMPLING = {"steps": 3, "guidance_scale": 3.0, "resolution": 16}
@@ -479,7 +479,7 @@ def classes_of(recipe: Recipe) -> list[str]:
 
 
 def tuned_pictures(recipe: Recipe) -> list[Image.Image]:
-    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+    with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
         latents = tuned.sample(classes_of(recipe), generators(*range(len(classes_of(recipe)))), **SAMPLING)
         return to_images(tuned.decode(latents))
 
@@ -731,7 +731,7 @@ def test_every_kind_of_adapter_takes_its_classes_along(make, kind, tmp_path):
     family = load_family(recipe.model.id)
     base = family.sample([""], generators(0), **SAMPLING)
     family.set_classes(classes_of(recipe), 0)
-    with tuned_model(family, recipe.output, record(recipe)) as tuned, hand_over(tuned, 1.0):
+    with tuned_model(family, recipe.output, run_record(recipe)) as tuned, hand_over(tuned, 1.0):
         torch.testing.assert_close(tuned.sample(["owl"], generators(0), **SAMPLING), base, **TOLERANCE)
     unload_adapter(pipe)
     torch.testing.assert_close(dict(pipe.transformer.state_dict()), state, atol=0, rtol=0)
@@ -750,10 +750,13 @@ def test_below_u0_the_pretrained_model_is_told_the_empty_class_for_a_new_one(fin
     recipe = finished(SETTINGS[name])
     family, pretrained = load_family(recipe.model.id), load_family(recipe.model.id)
     base = family.sample([""], generators(0), **SAMPLING)
-    begin_as(family, record(recipe))
+    begin_as(family, run_record(recipe).classes, recipe.training.seed)
     began = family.sample(["owl"], generators(0), **SAMPLING)
     seen = []
-    with as_pretrained(family, record(recipe)), tuned_model(family, recipe.output, record(recipe)) as tuned:
+    with (
+        as_pretrained(family, run_record(recipe).classes),
+        tuned_model(family, recipe.output, run_record(recipe)) as tuned,
+    ):
         other = family.denoiser if tuned is not family else None
         whole = tuned.sample(["owl"], generators(0), **SAMPLING)
         for u0, expected in ((1.0, base), (0.0, whole)):
@@ -835,7 +838,7 @@ def test_sample_takes_classes_for_prompts(finished, capsys, tmp_path):
     assert (code, "2 pictures" in out) == (0, True)
     written = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert written == ["000-yak.png", "001-empty.png", "grid.png", "samples.json"]
-    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+    with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
         expected = sample_pictures(tuned, ["yak", ""], seed=0, steps=2, guidance_scale=4.0, resolution=16)
     assert farthest([Image.open(tmp_path / "a" / "000-yak.png")], expected[:1]) == 0
     code, _, err = difftune(capsys, "sample", *flags, str(tmp_path / "b"), "--prompts", '["zebu"]')
@@ -1055,7 +1058,7 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
     pixels = torch.from_numpy(np.stack([fit_square(e.load(), 64) for e in data.examples]))
     eels, owls = family.scale_latents(family.encode_moments(pixels)[0]).split(2)
     settings = {"steps": 20, "guidance_scale": 1.0, "resolution": 64}
-    with tuned_model(family, recipe.output, record(recipe)) as tuned:
+    with tuned_model(family, recipe.output, run_record(recipe)) as tuned:
         drawn = {n: tuned.sample([n] * 4, generators(*range(4)), **settings) for n in ("eel", "owl")}
 
     def distance(pictures: torch.Tensor, to: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
     plain = replace(
         recipe, training=replace(recipe.training, sample_every=3, sample_steps=2), output=str(tmp_path / "a")
     )
-    run = train(plain)
+    run = train(plain).record
     found = []
 
     def load(*args, **options):
@@ -101,11 +101,11 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
         output=str(tmp_path / "b"),
         data=replace(plain.data, cache=cache),
     )
-    other = train(offloaded)
+    other = train(offloaded).record
     _, encoders = found
     assert encoders.swaps == 2  # the bank's prompts, then all of them
-    for role, bands in run["losses"].items():
-        torch.testing.assert_close(other["losses"][role]["tuned"]["loss"], bands["tuned"]["loss"], atol=1e-4, rtol=1e-3)
+    for role, bands in run.losses.items():
+        torch.testing.assert_close(other.losses[role]["tuned"]["loss"], bands["tuned"]["loss"], atol=1e-4, rtol=1e-3)
     assert (tmp_path / "b" / "samples" / "step-000003.png").exists()
 
 
@@ -156,8 +156,8 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
         **more,
     )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
-    record = train(run)
-    assert record["losses"]["target"]["tuned"]["loss"] != record["losses"]["target"]["base"]["loss"]
+    record = train(run).record
+    assert record.losses["target"]["tuned"]["loss"] != record.losses["target"]["base"]["loss"]
     family = load_base(run)
     kept = {p.dtype for p in family.denoiser.parameters()}
     assert kept == {FLOAT8, torch.bfloat16}

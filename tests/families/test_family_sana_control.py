@@ -285,9 +285,9 @@ def test_checkpointing_offload_and_an_interruption_change_no_weight(make, finish
 @pytest.mark.wide
 def test_a_run_in_bf16_and_in_8_bits_ends(make, tmp_path):
     recipe = make("", training={"mixed_precision": "bf16"}, model={"quantization": "float8"})
-    run = train(replace(recipe, output=str(tmp_path)))
-    assert run["frozen"]["denoiser_before"] == run["frozen"]["denoiser_after"]
-    assert np.isfinite(run["losses"]["target"]["tuned"]["loss"]).all()
+    run = train(replace(recipe, output=str(tmp_path))).record
+    assert run.frozen.denoiser_before == run.frozen.denoiser_after
+    assert np.isfinite(run.losses["target"]["tuned"]["loss"]).all()
 
 
 def test_a_controlnet_is_exported_for_the_stock_pipeline(finished, tmp_path):

@@ -77,10 +77,10 @@ def test_a_run_on_a_quantised_base_is_drawn_on_the_same(name, kind, method, reci
         training=replace(recipe.training, mixed_precision="bf16"),
     )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
-    record = train(run)
-    assert record["losses"]["target"]["tuned"]["loss"] != record["losses"]["target"]["base"]["loss"]
+    record = train(run).record
+    assert record.losses["target"]["tuned"]["loss"] != record.losses["target"]["base"]["loss"]
     family = load_base(run)
-    assert family.fingerprints == record["fingerprints"]["base"]
+    assert family.fingerprints == record.fingerprints.base
     settings = {"seed": 0, "steps": 2, "guidance_scale": 3.0, "resolution": side}
     before = sample_pictures(family, PROMPTS, **settings)
     control = torch.full((2, 3, 16, 16), 255, dtype=torch.uint8) if method == "controlnet" else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from difftuning_control.cli import main
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.folder import OutputFolder
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system import signals
 from difftuning_control.system.durable import is_empty, write_text
 from difftuning_control.system.processes import kept

@@ -24,7 +24,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.verbs.train import train
 from support import process_worker

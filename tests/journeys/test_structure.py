@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "difftuning_control"
-ROOMS = ("system", "objective", "recipe", "families", "data", "adapters", "evaluation", "runs", "training", "verbs")
+ROOMS = (
+    "system",
+    "objective",
+    "recipe",
+    "families",
+    "data",
+    "adapters",
+    "evaluation",
+    "runs",
+    "pipelines",
+    "training",
+    "verbs",
+)
 HEAVY = ("torch", "diffusers", "transformers", "peft", "datasets", "controlnet_aux", "matplotlib", "torchmetrics")
 room = pytest.mark.parametrize("room", ROOMS)
 

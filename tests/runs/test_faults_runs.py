@@ -203,7 +203,7 @@ def test_fault_15_09_a_bank_of_pictures_is_the_same_bank_in_another_place(recipe
         train(recipe)
     os.rename(tmp_path / "old", tmp_path / "new")
     moved = replace(recipe, bank=BankConfig(path=str(tmp_path / "new" / "domain")))
-    assert train(longer(moved, 6))["status"] == "complete"
+    assert train(longer(moved, 6)).record.status == "complete"
     found = verify(VerifyRequest(recipe.output))
     assert (found["status"], found["unchecked"]) == ("same", [])
 
@@ -217,18 +217,18 @@ def test_fault_15_10_an_interrupted_run_goes_on_at_another_rate_and_says_so(reci
     with interrupted_after(3), pytest.raises(KeyboardInterrupt):
         train(recipe)
     before = record(output)["identity"]
-    run = train(longer(recipe, 6, learning_rate=5e-3), tell=said.append)
+    run = train(longer(recipe, 6, learning_rate=5e-3), tell=said.append).record
     assert lines(output, "learning_rate") == pytest.approx(
         dict.fromkeys((1, 2), 1e-2) | dict.fromkeys(range(3, 7), 5e-3)
     )
-    (change,) = run["changes"]
-    assert change == {
+    (change,) = run.changes
+    assert change.to_dict() == {
         "step": 2,
         "identity": before,
         "keys": {"training.learning_rate": [1e-2, 5e-3]},
         "optimizer": "kept",
     }
-    assert run["identity"] != before
+    assert run.identity != before
     assert "no longer bit-equal" in said[-1]
     begun = [e["said"] for e in read_audit(output).entries if e["outcome"] == "begun"]
     assert begun[0] is None
@@ -285,20 +285,20 @@ METHODS = {
 def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name):
     values, training = METHODS[name]
     recipe = replace(recipe, **values, training=replace(recipe.training, learning_rate=1e-3, **training))
-    run, said = train(recipe), []
-    again = train(longer(recipe, 9), tell=said.append)
-    assert again["steps"] == 9
-    assert again["changes"][0]["optimizer"] == "anew"
+    run, said = train(recipe).record, []
+    again = train(longer(recipe, 9), tell=said.append).record
+    assert again.steps == 9
+    assert again.changes[0].optimizer == "anew"
     assert "fresh" in said[1]
     assert list(lines(Path(recipe.output), "loss")) == list(range(1, 10))
     # what the first part came to is where the second began
-    base = torch.tensor(run["losses"]["target"]["base"]["loss"])
-    assert torch.tensor(again["losses"]["target"]["base"]["loss"]).equal(base)
+    base = torch.tensor(run.losses["target"]["base"]["loss"])
+    assert torch.tensor(again.losses["target"]["base"]["loss"]).equal(base)
     validated = lines(Path(recipe.output), "validation/target_0.5")
     assert sorted(validated) == [3, 6, 9]
     assert verify(VerifyRequest(recipe.output))["status"] == "same"
     if name == "controlnet":
-        assert again["fidelity"]["steps"] == [0, 3, 6, 9]
+        assert again.fidelity["steps"] == [0, 3, 6, 9]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -306,20 +306,18 @@ def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name
     """At a learning rate that moves nothing the new run's weights are the old one's."""
     values, training = METHODS[name]
     recipe = replace(recipe, **values, training=replace(recipe.training, **training))
-    first = train(recipe)
+    first = train(recipe).record
     still = replace(
         recipe.training, begin_from=recipe.output, learning_rate=1e-12, max_steps=1, lr_scheduler="constant"
     )
     second = replace(recipe, training=still, output=str(tmp_path / "second"))
-    run = train(second)
-    for role, losses in first["losses"].items():
-        found = run["losses"][role]
+    run = train(second).record
+    for role, losses in first.losses.items():
+        found = run.losses[role]
         assert found["base"]["loss"] == pytest.approx(losses["base"]["loss"], rel=1e-5)
         assert found["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
-    assert first["losses"]["target"]["tuned"]["loss"] != pytest.approx(
-        first["losses"]["target"]["base"]["loss"], rel=1e-4
-    )
-    assert run["identity"] != first["identity"]
+    assert first.losses["target"]["tuned"]["loss"] != pytest.approx(first.losses["target"]["base"]["loss"], rel=1e-4)
+    assert run.identity != first.identity
     found = verify(VerifyRequest(second.output))
     assert (found["status"], found["unchecked"]) == ("same", [])
     assert "begin" in {p["part"] for p in found["parts"]}
@@ -333,7 +331,7 @@ def test_fault_15_10_a_controlnets_lora_cannot_be_reopened_and_says_what_to_do(r
     with pytest.raises(UserError, match=r"merged into its ControlNet.*--from"):
         train(longer(recipe, 9))
     begun = replace(recipe.training, begin_from=recipe.output)
-    assert train(replace(recipe, training=begun, output=str(tmp_path / "second")))["status"] == "complete"
+    assert train(replace(recipe, training=begun, output=str(tmp_path / "second"))).record.status == "complete"
 
 
 def test_fault_15_10_a_reopened_run_that_is_killed_goes_on_from_where_it_was(recipe, tmp_path):
@@ -381,10 +379,10 @@ def test_fault_15_10_a_finished_run_is_not_made_shorter(recipe, steps):
 def test_fault_15_10_cadence_changes_leave_the_run_bit_equal(recipe, tmp_path):
     with interrupted_after(3), pytest.raises(KeyboardInterrupt):
         train(recipe)
-    run = train(longer(recipe, 6, checkpoint_every=1, validate_every=1, save_at=[5]))
+    run = train(longer(recipe, 6, checkpoint_every=1, validate_every=1, save_at=[5])).record
     assert "changes" not in run
     whole = replace(recipe, output=str(tmp_path / "whole"))
-    assert train(whole)["identity"] == run["identity"]
+    assert train(whole).record.identity == run.identity
     assert same(Path(recipe.output) / WEIGHTS, tmp_path / "whole" / WEIGHTS)
 
 
@@ -447,5 +445,5 @@ def test_fault_15_10_a_data_folder_of_another_place_does_not_count_as_a_change(r
     recipe = replace(recipe, data=DataConfig(str(folder), holdout=0.25, cache=recipe.data.cache))
     train(recipe)
     os.rename(folder, tmp_path / "moved")
-    run = train(longer(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "moved"))), 7))
-    assert list(run["changes"][0]["keys"]) == ["training.max_steps"]
+    run = train(longer(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "moved"))), 7)).record
+    assert list(run.changes[0].keys) == ["training.max_steps"]

@@ -201,7 +201,7 @@ def test_a_controlnet_is_judged_by_how_it_follows_and_its_report_says_so(recipe,
         gates=GatesConfig(fidelity=1, features=str(root / "features"), pictures=5, seeds=[0], steps=1),
         output=recipe.output,
     )
-    judged = train(made)["gates"]
+    judged = train(made).record.gates
     found = judged["figures"]["fidelity"]
     assert (found["at"], found["passed"]) == ("least", False)
     assert 0 <= found["value"] < 1

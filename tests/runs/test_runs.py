@@ -21,7 +21,7 @@ from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
@@ -107,7 +107,7 @@ def draw(family: StableDiffusion) -> Tensor:
 
 
 def test_the_recipe_of_a_record_is_the_recipe(trained):
-    assert recipe_of(finished_run(trained.output)) == trained
+    assert finished_run(trained.output).recipe == trained
 
 
 def test_every_part_of_a_recipe_survives_its_record(make):
@@ -116,9 +116,9 @@ def test_every_part_of_a_recipe_survives_its_record(make):
     )
     recipe.training = replace(recipe.training, sample_prompts=["żółw"], trackers=["wandb"], ema_decay=0.9)
     recipe.model.variant, recipe.data.limit = "fp16", 5
-    record = json.loads(json.dumps({"recipe": recipe.to_dict()}))
-    assert recipe_of(record) == recipe
-    assert isinstance(recipe_of(record).tuning.schedule, ScheduleConfig)
+    read = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert read == recipe
+    assert isinstance(read.tuning.schedule, ScheduleConfig)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -433,7 +433,7 @@ def test_without_a_bank_something_must_stand_for_the_old_domain(make, words, tmp
 
 
 def test_an_unfinished_run_is_not_evaluated(lora, words, tmp_path, capsys):
-    write_json(tmp_path / "cut" / "run.json", {**finished_run(lora.output), "status": "running"})
+    write_json(tmp_path / "cut" / "run.json", finished_run(lora.output).to_dict() | {"status": "running"})
     shown = refusal(words(tmp_path / "out", lora.output, str(tmp_path / "cut")), capsys, tmp_path)
     assert (
         shown == f"the run {tmp_path / 'cut'} is running, not complete; go on with difftune resume {tmp_path / 'cut'}."
@@ -452,7 +452,8 @@ def test_runs_of_different_bases_are_not_compared(lora, make, words, tmp_path, c
 
 def test_runs_of_different_resolutions_are_not_compared(lora, words, tmp_path, capsys):
     record = finished_run(lora.output)
-    write_json(tmp_path / "larger" / "run.json", {**record, "data": {**record["data"], "resolution": 32}})
+    record.data.resolution = 32
+    write_json(tmp_path / "larger" / "run.json", record.to_dict())
     expected = f"{tmp_path / 'larger'} was tuned at another resolution than {lora.output}; evaluate them apart."
     assert_refused(words(tmp_path / "out", lora.output, str(tmp_path / "larger")), capsys, tmp_path, expected)
 

@@ -189,7 +189,7 @@ def test_settling_vouches_for_nothing_but_what_the_pilot_adds(root):
 def test_weights_that_a_pilot_did_not_keep_are_not_missed_but_not_exported_either(root):
     run = root / "pilot" / RUNS[1]
     record = finished_run(run)
-    assert set(record["discarded"]) == set(record["outputs"])
+    assert set(record.discarded) == set(record.outputs)
     assert not (run / "pipeline").exists()
     with pytest.raises(UserError, match="keeps whole models of its first seed only"):
         check_outputs(record, run)

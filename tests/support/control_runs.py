@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 from difftuning_control.evaluation.condition_figures import MAIN
 from difftuning_control.evaluation.convergence import find_convergence
+from difftuning_control.evaluation.report.control import write_control_report
 from difftuning_control.recipe.inputs import ControlConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RunRecord
 
 U = [0.1, 0.3, 0.5, 0.7, 0.9]
 
@@ -89,3 +92,8 @@ def control_run(code: str = "sudden", output: str = "runs/edges") -> dict[str, A
         "timings": {"preparation": 7.45, "training": 611.2},
         "versions": {"python": "3.12.3", "difftuning-control": "0.2.0", "torch": "2.13.0"},
     }
+
+
+def control_page(run: dict[str, Any], folder: Path, language: str = "en") -> Path:
+    """The report of a run by what its `run.json` holds."""
+    return write_control_report(RunRecord.from_dict(run), folder, language)

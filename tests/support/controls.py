@@ -16,6 +16,7 @@ from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.setup import attach_controlnet, build_objective, make_accelerator
 
@@ -60,7 +61,7 @@ def write_photos(folder: Path, amount: int = 8, seed: int = 0) -> Path:
 def prepared(recipe: Recipe) -> tuple[StableDiffusion, Conditioner, TrainingInputs]:
     """What a run of the recipe trains on."""
     family = load_family(recipe.model.id)
-    conditioner = attach_controlnet(recipe, family, {})
+    conditioner = attach_controlnet(recipe, family, Fingerprints())
     objective = build_objective(recipe, family.process)
     return family, conditioner, prepare_inputs(recipe, family, objective, make_accelerator(recipe), conditioner)
 

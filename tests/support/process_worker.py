@@ -29,7 +29,7 @@ def small_files():
 
 def run(job: dict) -> None:
     """Train `job["recipe"]`, perhaps from a copy of another run's output, and perhaps only up to a step."""
-    from difftuning_control.recipe.recipe import recipe_of
+    from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.training.loop import TrainingLoop
     from difftuning_control.verbs.train import train
 
@@ -43,7 +43,7 @@ def run(job: dict) -> None:
 
     TrainingLoop._watch = stopping
     try:
-        train(recipe_of(job))
+        train(Recipe.from_dict(job["recipe"]))
     except Stop:
         pass
     finally:

@@ -8,6 +8,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from difftuning_control.evaluation.comparison import verdict
+from difftuning_control.evaluation.report.pilot import write_pilot_report
+from difftuning_control.runs.pilot_record import PilotRecord
+
 U = [0.1, 0.3, 0.5, 0.7, 0.9]
 BANK_LOSS = [0.2396, 0.1040, 0.0631, 0.0347, 0.0105]
 TARGET_LOSS = [0.5481, 0.3965, 0.2536, 0.1141, 0.0245]
@@ -236,3 +240,12 @@ def draw_pictures(folder: Path, result: dict[str, Any], prompts: list[str], size
             files.append(f"pictures/{name}-{i}.png")
         rows.append({"name": name, "files": files})
     result["pictures"] = {"prompts": prompts, "rows": rows}
+
+
+def pilot_report(result: dict[str, Any], folder: Path, language: str = "en") -> Path:
+    """The report of a pilot by what its `pilot.json` holds."""
+    return write_pilot_report(PilotRecord.from_dict(result), folder, language)
+
+
+def verdict_of(result: dict[str, Any]) -> dict[str, Any]:
+    return verdict(PilotRecord.from_dict(result))

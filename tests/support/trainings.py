@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.train import train
 
 PLAIN = {"tuning": {"retention_ratio": 0.0, "retention_weight": 0.0}}
@@ -39,6 +40,11 @@ def rows(recipe: Recipe) -> list[dict[str, float]]:
 
 def record(recipe: Recipe) -> dict[str, Any]:
     return json.loads((Path(recipe.output) / "run.json").read_text())
+
+
+def run_record(recipe: Recipe) -> RunRecord:
+    """The same, as the package reads it."""
+    return RunRecord.from_dict(record(recipe))
 
 
 def resumed(recipe: Recipe, **settings: Any) -> Recipe:

@@ -16,7 +16,7 @@ from difftuning_control.data.latents import LatentMoments
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
 from difftuning_control.recipe.training import TuningConfig
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system import rows as stored
 from difftuning_control.system.rows import Files, Rows, open_checked
 from difftuning_control.system.tensors import digest_of_tensors, write_checked

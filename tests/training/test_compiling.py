@@ -78,19 +78,19 @@ def assert_same_training(recipe: Recipe, backend: str, atol: float = 5e-6) -> No
     AdamW divides by the size of a gradient, so where that is nearly zero its rounding moves a weight by a part of the
     learning rate.
     """
-    eager = train(replace(recipe, output=recipe.output + "-eager"))
+    eager = train(replace(recipe, output=recipe.output + "-eager")).record
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     changed = replace(recipe, training=replace(recipe.training, compile=backend), output=recipe.output + "-compiled")
-    compiled = train(changed)
+    compiled = train(changed).record
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     before, after = weights(recipe.output + "-eager"), weights(recipe.output + "-compiled")
     assert list(before) == list(after)
     assert before
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    for role, losses in eager["losses"].items():
-        assert compiled["losses"][role]["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
+    for role, losses in eager.losses.items():
+        assert compiled.losses[role]["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
 
 
 @pytest.mark.wide

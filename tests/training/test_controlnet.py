@@ -33,12 +33,13 @@ from difftuning_control.families.loading import family_of, load_controlnet, load
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.runs import manifest
 from difftuning_control.runs.card import model_card
 from difftuning_control.runs.finished import tuned_model
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.tensors import digest_of_module, digest_of_tensors
@@ -52,7 +53,7 @@ from support.command_line import flags, settings
 from support.controls import OUTLINE, prepared, rows_of, write_photos
 from support.tensors import differing
 from support.tiny_sd import tiny_pipeline
-from support.trainings import PLAIN, interrupted_after, record, resumed, rows, trained_once
+from support.trainings import PLAIN, interrupted_after, record, resumed, rows, run_record, trained_once
 
 STEPS = 6
 FILE = "diffusion_pytorch_model.safetensors"
@@ -250,7 +251,7 @@ ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.")
 def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     training = {"weight_decay": 0.0, "save_at": [1, 4], "max_steps": 4, "lr_scheduler": "constant"}
     recipe = replace(make(training=training, control={"fidelity": {"every": 0}}), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     start = untrained(recipe)
     first, last = (load_file(tmp_path / f"step-{step:06d}" / FILE) for step in (1, 4))
     zero = {name for name in start if name.startswith(ZERO)}
@@ -258,7 +259,7 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     assert differing(last, start) == set(start)
     assert_equal(weights(recipe), last)
     assert ControlSpec.load(tmp_path / "step-000001") == ControlSpec.load(tmp_path / "controlnet")
-    assert set(run["losses"]["target"]["tuned"]) == {"u", "loss"}
+    assert set(run.losses["target"]["tuned"]) == {"u", "loss"}
 
 
 @pytest.mark.sample("lora")
@@ -272,19 +273,19 @@ def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tm
 
     monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
     recipe = replace(make(**VARIANTS[name]), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     (family,) = loaded
     base = load_family(recipe.model.id)
     for part in ("unet", "vae", "text_encoder"):
         assert_equal(getattr(family.pipe, part).state_dict(), getattr(base.pipe, part).state_dict())
     digest = digest_of_module(base.denoiser)
-    assert run["frozen"] == {"denoiser_before": digest, "denoiser_after": digest}
-    assert run["fingerprints"]["base"]["denoiser"] == digest
+    assert (run.frozen.denoiser_before, run.frozen.denoiser_after) == (digest, digest)
+    assert run.fingerprints.base["denoiser"] == digest
 
 
 def test_a_denoiser_that_did_change_is_not_passed_over(family):
-    fingerprints = {"base": dict(family.fingerprints)}
-    assert check_frozen(family, fingerprints)["denoiser_after"] == fingerprints["base"]["denoiser"]
+    fingerprints = Fingerprints(base=dict(family.fingerprints))
+    assert check_frozen(family, fingerprints).denoiser_after == fingerprints.base["denoiser"]
     next(family.denoiser.parameters()).data[0] += 1e-6
     with pytest.raises(RuntimeError, match="the frozen denoiser changed"):
         check_frozen(family, fingerprints)
@@ -356,7 +357,7 @@ def test_the_stock_pipeline_draws_bit_by_bit_what_is_drawn_here(finished, photos
     conditions = [conditioner.prepare(Image.open(photos / f"{i}.png")) for i in range(3)]
     family, drawing = load_family(recipe.model.id), {"seed": 7, "steps": 3, "guidance_scale": 2.5, "resolution": 16}
     base = sample_pictures(family, PROMPTS, **drawing)
-    with tuned_model(family, recipe.output, record(recipe)) as tuned:
+    with tuned_model(family, recipe.output, run_record(recipe)) as tuned:
         ours = sample_pictures(tuned, PROMPTS, **drawing, control=rows_of(conditions))
     theirs = stock(recipe)(
         PROMPTS, image=conditions, num_inference_steps=3, guidance_scale=2.5, generator=generators(7)
@@ -489,7 +490,7 @@ def test_the_model_card_prepares_a_condition_and_draws(finished, photos, tmp_pat
 def test_the_model_cards_code_is_valid_whatever_the_caption(finished):
     recipe = finished({})
     for prompt in ('a "red"\nsquare', "back\\slash", "{brace}", "żółw\ttab"):
-        compile(code_of(model_card(recipe, record(recipe) | {"prompts": [prompt]})), "README.md", "exec")
+        compile(code_of(model_card(recipe, replace(run_record(recipe), prompts=[prompt]))), "README.md", "exec")
 
 
 # --- the same run on every way --------------------------------------------------------------------------------------
@@ -547,9 +548,9 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
 )
 def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, finished, tmp_path, watching):
     recipe = replace(make(**watching), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     assert_equal(weights(recipe), weights(finished({})))
-    assert run["identity"] == record(finished({}))["identity"]
+    assert run.identity == record(finished({}))["identity"]
     assert (tmp_path / "fidelity.json").exists() == (watching.get("control", {}).get("fidelity") != {"every": 0})
     grids = sorted(p.name for p in tmp_path.glob("samples/*"))
     assert grids == (["step-000003.png", "step-000006.png"] if "training" in watching else [])
@@ -559,7 +560,7 @@ def test_the_recipe_that_a_run_writes_repeats_it(make, finished, tmp_path):
     recipe = finished(VARIANTS["everything drawn"])
     _, command = parse(["train", "--config", f"{recipe.output}/recipe.yaml"])
     assert {k: v for k, v in command.to_dict().items() if k != "overwrite"} == recipe.to_dict()
-    assert recipe_of(record(recipe)) == recipe
+    assert run_record(recipe).recipe == recipe
     stopping = make(control={"params": {"least": 20, "name": "żółw"}}, training=STOPPING["training"])
     write_recipe(tmp_path, stopping)
     _, command = parse(["train", "--config", str(tmp_path / "recipe.yaml")])
@@ -570,7 +571,7 @@ def test_a_run_that_was_made_before_there_were_controlnets_is_still_read(make):
     recipe = make(method="lora")
     values = recipe.to_dict()
     del values["control"], values["adapter"]["on"], values["training"]["stop_when"], values["training"]["stop_after"]
-    assert recipe_of({"recipe": values}) == recipe
+    assert Recipe.from_dict(values) == recipe
 
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
@@ -587,7 +588,7 @@ def test_a_resume_with_another_control_is_refused(finished, change):
     recipe = finished({})
     with pytest.raises(UserError, match="another recipe, base or data"):
         train(change(resumed(recipe)))
-    assert train(resumed(recipe)) == record(recipe)
+    assert train(resumed(recipe)).record == run_record(recipe)
 
 
 # --- fidelity and when to stop --------------------------------------------------------------------------------------
@@ -621,7 +622,7 @@ def test_the_fidelity_that_is_told_is_that_of_the_weights_that_are_saved(finishe
     recipe = finished(VARIANTS[name])
     family, _, inputs = prepared(recipe)
     family.controlnet = None
-    with tuned_model(family, recipe.output, record(recipe)) as tuned:
+    with tuned_model(family, recipe.output, run_record(recipe)) as tuned:
         assert inputs.control.probe.measure(tuned) == pytest.approx(
             {"ssim": curve_of(recipe)["figures"]["ssim"][-1]}, abs=1e-5
         )
@@ -664,8 +665,8 @@ def test_a_run_stops_so_many_steps_after_its_curve_has_settled(make, stopped, tm
     assert [r["step"] for r in rows(stopped) if "loss" in r] == list(range(1, 9))
     on = replace(make(**STOPPING), output=str(tmp_path))
     on = replace(on, training=replace(on.training, stop_when=None, stop_after=0, save_at=[7, 8]))
-    run = train(on)
-    assert run["steps"] == 12
+    run = train(on).record
+    assert run.steps == 12
     assert_equal(weights(stopped), load_file(tmp_path / "step-000008" / FILE))
     assert differing(weights(stopped), load_file(tmp_path / "step-000007" / FILE))
     assert differing(weights(stopped), weights(on))
@@ -717,8 +718,8 @@ def test_a_run_that_stops_validates_its_last_step_once(stopped):
 def test_a_run_whose_curve_never_settles_goes_on_to_the_end(make, tmp_path, monkeypatch):
     plant(monkeypatch, [0.1] * 9)
     recipe = make(**{**STOPPING, "training": {**STOPPING["training"], "max_steps": 8, "stop_after": 0}})
-    run = train(replace(recipe, output=str(tmp_path)))
-    assert (run["steps"], run["fidelity"]["convergence"], run["fidelity"]["steps"]) == (8, None, list(range(9)))
+    run = train(replace(recipe, output=str(tmp_path))).record
+    assert (run.steps, run.fidelity["convergence"], run.fidelity["steps"]) == (8, None, list(range(9)))
 
 
 def test_how_fidelity_is_measured_decides_a_run_that_stops_by_it(make, stopped):
@@ -850,12 +851,12 @@ def test_a_run_can_start_from_an_earlier_controlnet_and_starts_with_exactly_its_
     place = Path(earlier.output) / "controlnet"
     variant = {**VARIANTS[name], "control": {"init": str(place)}, "training": {"max_steps": 2}}
     recipe = replace(make(**variant), output=str(tmp_path))
-    run = train(recipe)
-    assert run["fingerprints"]["controlnet"] == digest_of_tensors(weights(earlier))
-    assert run["losses"]["target"]["base"]["loss"] == pytest.approx(
+    run = train(recipe).record
+    assert run.fingerprints.controlnet == digest_of_tensors(weights(earlier))
+    assert run.losses["target"]["base"]["loss"] == pytest.approx(
         record(earlier)["losses"]["target"]["tuned"]["loss"], rel=1e-5
     )
-    assert run["fidelity"]["figures"]["ssim"][0] == pytest.approx(curve_of(earlier)["figures"]["ssim"][-1], abs=1e-5)
+    assert run.fidelity["figures"]["ssim"][0] == pytest.approx(curve_of(earlier)["figures"]["ssim"][-1], abs=1e-5)
     changed = differing(weights(recipe), weights(earlier))
     assert changed == {n for n in weights(earlier) if name == "whole" or trained_by_lora(n)}
 
@@ -897,12 +898,12 @@ def test_a_controlnet_of_bgr_pictures_says_so_in_its_spec(family, make, tmp_path
 
 def test_bfloat16_trains_float32_weights_beside_a_bfloat16_model(make, finished, tmp_path):
     recipe = replace(make(training={"mixed_precision": "bf16"}), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     assert {w.dtype for w in weights(recipe).values()} == {torch.float32}
-    assert run["dtype"] == "torch.bfloat16"
-    assert run["frozen"]["denoiser_before"] == run["frozen"]["denoiser_after"]
+    assert run.dtype == "torch.bfloat16"
+    assert run.frozen.denoiser_before == run.frozen.denoiser_after
     exact = record(finished({}))
-    for role, losses in run["losses"].items():
+    for role, losses in run.losses.items():
         for when in ("base", "tuned"):
             assert losses[when]["loss"] == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
     assert differing(weights(recipe), weights(finished({})))
@@ -919,8 +920,8 @@ def test_supplied_conditions_train_beside_a_bank_with_blank_ones(make, photos, t
     batch = loop.source.rows(0).batch
     assert batch.conditioning["control"][~batch.is_retention].flatten(1).any(1).all()
     assert not batch.conditioning["control"][batch.is_retention].any()
-    run = train(recipe)
-    assert (run["status"], run["fidelity"]["kind"], run["fidelity"]["main"]) == ("complete", "edges", "f1")
+    run = train(recipe).record
+    assert (run.status, run.fidelity["kind"], run.fidelity["main"]) == ("complete", "edges", "f1")
     assert ControlSpec.load(tmp_path / "run" / "controlnet") == ControlSpec("supplied", resolution=16, resize="box")
     probe = loop.inputs.control.probe
     truth = [e.load() for e in loop.inputs.held_out.examples]
@@ -946,8 +947,8 @@ def test_supplied_conditions_of_a_validation_folder_belong_to_its_pictures(make,
 
 def test_plain_training_needs_no_bank(make, tmp_path):
     recipe = make(**PLAIN, data={"cache": str(tmp_path / "cache")}, control={"fidelity": {"every": 0}})
-    run = train(replace(recipe, output=str(tmp_path / "run")))
-    assert (run["status"], run["bank"], set(run["losses"])) == ("complete", None, {"target"})
+    run = train(replace(recipe, output=str(tmp_path / "run"))).record
+    assert (run.status, run.bank, set(run.losses)) == ("complete", None, {"target"})
     assert not (tmp_path / "cache" / "banks").exists()
     assert not any("bank_loss" in r for r in rows(replace(recipe, output=str(tmp_path / "run"))))
 
@@ -957,5 +958,5 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pho
     data = {"limit": 4, "validation_path": str(photos)}
     training = {"max_steps": 40, "batch_size": 16, "checkpoint_every": 100}
     recipe = make(**PLAIN, data=data, training=training, control={"fidelity": {"every": 0}})
-    losses = train(replace(recipe, output=str(tmp_path)))["losses"]["target"]
+    losses = train(replace(recipe, output=str(tmp_path))).record.losses["target"]
     assert all(tuned < base for tuned, base in zip(losses["tuned"]["loss"], losses["base"]["loss"]))

@@ -36,7 +36,7 @@ from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
 from support.tensors import differing
 from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
-from support.trainings import interrupted_after, record, resumed, rows, trained_once
+from support.trainings import interrupted_after, resumed, rows, run_record, trained_once
 from support.tuned_pictures import LORA_FILE, PROMPTS, assert_same_pictures, generators, opened
 
 MODELS = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
@@ -111,7 +111,7 @@ def stock_pictures(pipe, family: str):
 
 
 def tuned_pictures(recipe):
-    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+    with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
         return sample_pictures(tuned, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
 
 
@@ -225,7 +225,7 @@ def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path, mon
     measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
     data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
     measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
-    assert len(train(measured)["schedule"]["xi"]) == 10
+    assert len(train(measured).record.schedule["xi"]) == 10
     settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
     found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
     staged = found["staged"]
@@ -260,9 +260,9 @@ def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
         bucket_step=side // 2,
         bucket_aspect=4.0,
     )
-    run = train(replace(recipe, data=data, output=str(tmp_path / "run")))
-    assert run["data"]["buckets"]["pictures"][f"{side}×{side}"] == 2
-    assert len(run["data"]["buckets"]["pictures"]) == 3
+    run = train(replace(recipe, data=data, output=str(tmp_path / "run"))).record
+    assert run.data.buckets["pictures"][f"{side}×{side}"] == 2
+    assert len(run.data.buckets["pictures"]) == 3
 
 
 # --- what it is for -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import tuned_model
+from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import attach_controlnet, build_objective, make_accelerator
@@ -46,7 +47,7 @@ from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
 from support.tensors import differing
 from support.tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
-from support.trainings import interrupted_after, record, resumed, rows, trained_once
+from support.trainings import interrupted_after, record, resumed, rows, run_record, trained_once
 from support.tuned_pictures import LORA_FILE, PROMPTS, SAMPLING, assert_same_pictures, generators, opened
 
 MODELS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
@@ -139,7 +140,7 @@ def stock_pictures(pipe: Any, **more: Any) -> list[Image.Image]:
 
 def tuned_pictures(recipe: Recipe, control: Tensor | None = None) -> list[Image.Image]:
     """What this package draws with a finished run."""
-    with tuned_model(load_family(recipe.model.id), recipe.output, record(recipe)) as tuned:
+    with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
         return sample_pictures(tuned, PROMPTS, **SAMPLING, control=control)
 
 
@@ -333,7 +334,7 @@ def test_a_lora_of_a_controlnet_trains_its_targets_its_input_and_its_zeros(make,
 def test_conditions_are_encoded_once_before_training(make, family, monkeypatch, tmp_path):
     recipe = make("", family, "controlnet", control={"dropout": 0.5, "bank_condition": "blank"}, data={"flip": True})
     model = load_family(recipe.model.id)
-    conditioner = attach_controlnet(recipe, model, {})
+    conditioner = attach_controlnet(recipe, model, Fingerprints())
     objective = build_objective(recipe, model.process)
     inputs = prepare_inputs(recipe, model, objective, make_accelerator(recipe), conditioner)
     assert inputs.control is not None
@@ -500,7 +501,7 @@ def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_
     features = str(save_tiny_dinov2(root / "features" / name))
     if name == "sdxl":
         auto = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
-        assert len(train(replace(auto, output=str(tmp_path / "auto")))["schedule"]["xi"]) == 10
+        assert len(train(replace(auto, output=str(tmp_path / "auto"))).record.schedule["xi"]) == 10
     held_out = write_photos(root / "held", 12, seed=9)
     plain = make("", name, data={"holdout": 0.0, "validation_path": str(held_out)})
     plain = replace(plain, output=str(tmp_path / "plain"))

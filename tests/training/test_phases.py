@@ -100,16 +100,19 @@ def test_phases_of_several_runs_add_up_and_are_said_longest_first():
 def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recipe: Recipe, tmp_path: Path):
     """Bank: 10 items × 2 steps × 2 branches. Validation: 4 held-out rows × 5 bands, before, after 3 steps, after."""
     told: list[str] = []
-    run = train(recipe, tell=told.append)
-    found = {name: values["forwards"] for name, values in run["phases"].items()}
-    held = run["data"]["held_out"] + 2
+    run = train(recipe, tell=told.append).record
+    assert run.phases is not None
+    assert run.timings is not None
+    found = {name: values["forwards"] for name, values in run.phases.items()}
+    held = run.data.held_out + 2
     assert found["bank"] == 10 * 2 * 2
     assert found["validation"] == 3 * held * 5
     assert found["training"] == 6 * 5
     assert found["load"] == found["encode"] == 0
     assert "sampling" not in found  # sample_every is 0
-    assert sum(v["seconds"] for v in run["phases"].values()) <= sum(run["timings"].values()) + 0.01
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["phases"] == run["phases"]
+    seconds = sum(values["seconds"] for values in run.phases.values())
+    assert seconds <= run.timings.preparation + run.timings.training + 0.01
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["phases"] == run.phases
     coming = [line for line in told if line.startswith("still to come")]
     assert len(coming) == 1
     assert re.fullmatch(r"still to come, about [^:]*: validation [^,]*, training [^,]*", coming[0])
@@ -117,8 +120,8 @@ def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recip
     other = replace(recipe, output=str(tmp_path / "broken"))
     with interrupted_after(5), pytest.raises(KeyboardInterrupt):
         train(other)
-    again = train(resumed(other))
-    counted = {name: values["forwards"] for name, values in again["phases"].items()}
+    again = train(resumed(other)).record
+    counted = {name: values["forwards"] for name, values in again.phases.items()}
     assert counted["bank"] == 0  # it was there
     assert counted["training"] == 6 * 5  # 4 steps from the checkpoint, and the last 2
     assert counted["validation"] == 4 * held * 5  # the pretrained model is measured again

@@ -23,10 +23,10 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import PowerSchedule
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ControlConfig, DataConfig
-from difftuning_control.recipe.recipe import Recipe, recipe_of
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
-from difftuning_control.runs.record import identity_settings
+from difftuning_control.runs.identity import identity_settings
 from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import build_objective, make_accelerator
 from difftuning_control.training.source import training_source
@@ -239,25 +239,25 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(make, name):
         "teacher",
         RUNS[name]["tuning"].get("retention_rows", "bank"),
     )
-    assert recipe_of(record(whole)).tuning == whole.tuning
+    assert Recipe.from_dict(record(whole)["recipe"]).tuning == whole.tuning
 
 
 def test_without_a_bank_none_is_drawn_and_that_is_said(make, tmp_path):
     told: list[str] = []
     recipe = make(**RUNS["on pictures"])
-    run = train(recipe, tell=told.append)
-    assert run["bank"] is None
-    assert "bank" not in run["losses"]
-    assert run["phases"]["bank"]["forwards"] == 0
+    run = train(recipe, tell=told.append).record
+    assert run.bank is None
+    assert "bank" not in run.losses
+    assert run.phases["bank"]["forwards"] == 0
     assert not (tmp_path / "cache" / "banks").exists()
     assert any(line.startswith("no bank is drawn") for line in told)
 
 
 def test_with_a_bank_at_hand_it_is_what_forgetting_is_measured_on_and_not_trained_on(make, tmp_path):
     recipe = make(**RUNS["on pictures"])
-    run = train(replace(recipe, bank=replace(recipe.bank, path=str(tmp_path / "bank"))))
-    assert run["bank"]["items"] == 8  # and 2 are held out
-    assert "bank" in run["losses"]
+    run = train(replace(recipe, bank=replace(recipe.bank, path=str(tmp_path / "bank")))).record
+    assert run.bank.items == 8  # and 2 are held out
+    assert "bank" in run.losses
     alone = make("alone", **RUNS["on pictures"])
     train(alone)
     torch.testing.assert_close(weights(recipe), weights(alone), atol=0, rtol=0)
@@ -299,9 +299,9 @@ def test_rows_of_pictures_are_those_that_are_tuned_on_under_the_prompt_that_is_a
 
 def test_pictures_in_buckets_are_retained_in_the_bucket_of_their_step(make, tmp_path):
     recipe = make(tuning=PICTURES, data={"buckets": True, "bucket_step": 8})
-    run = train(recipe)
-    assert run["status"] == "complete"
-    assert run["phases"]["training"]["forwards"] == 6 * (5 + 1)  # five rows trained, one of them asked of the teacher
+    run = train(recipe).record
+    assert run.is_complete
+    assert run.phases["training"]["forwards"] == 6 * (5 + 1)  # five rows trained, one of them asked of the teacher
 
 
 # --- what does not go together --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.runs.folder import OutputFolder
-from difftuning_control.runs.record import write_recipe
+from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.training.checkpoint import checkpoints
@@ -35,7 +35,7 @@ from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import build_objective, make_accelerator
 from difftuning_control.verbs.train import train
 from support.pictures import write_pictures
-from support.trainings import PLAIN, interrupted_after, record, resumed, rows, trained_once
+from support.trainings import PLAIN, interrupted_after, record, resumed, rows, run_record, trained_once
 
 STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -225,9 +225,9 @@ def test_a_run_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_equal(make
 )
 def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, finished, tmp_path, watching):
     recipe = replace(make("", training=watching), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     torch.testing.assert_close(weights(recipe), weights(finished({})), atol=0, rtol=0)
-    assert run["identity"] == record(finished({}))["identity"]
+    assert run.identity == record(finished({}))["identity"]
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(make, finished, tmp_path):
@@ -268,7 +268,9 @@ def test_a_finished_run_that_is_resumed_is_returned_without_a_step(finished):
     recipe = finished({})
     before = contents(Path(recipe.output))
     with interrupted_after(1) as taken:
-        assert train(resumed(recipe)) == record(recipe)
+        result = train(resumed(recipe))
+    assert result.record == run_record(recipe)
+    assert (result.history, result.output) == (rows(recipe), Path(recipe.output))
     assert not taken
     assert contents(Path(recipe.output)) == before
 
@@ -350,7 +352,7 @@ def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(make, t
         train(recipe, overwrite=True)
     assert contents(tmp_path) == before
     other.release()
-    assert train(recipe, overwrite=True)["status"] == "complete"
+    assert train(recipe, overwrite=True).record.status == "complete"
 
 
 # --- a loss that is not finite --------------------------------------------------------------------------------------
@@ -463,17 +465,17 @@ def test_what_is_saved_is_what_was_validated(finished, name):
 
 def test_plain_fine_tuning_draws_no_bank(make, tmp_path):
     recipe = make("", **PLAIN, data={"cache": str(tmp_path / "cache")})
-    run = train(replace(recipe, output=str(tmp_path / "run")))
-    assert run["bank"] is None
-    assert set(run["losses"]) == {"target"}
+    run = train(replace(recipe, output=str(tmp_path / "run"))).record
+    assert run.bank is None
+    assert set(run.losses) == {"target"}
     assert not (tmp_path / "cache" / "banks").exists()
 
 
 def test_plain_fine_tuning_only_validates_on_a_bank_that_is_named(make, finished, tmp_path):
     bank = {"path": record(finished({}))["bank"]["folder"]}
     recipe = replace(make("", **PLAIN, bank=bank), output=str(tmp_path))
-    run = train(recipe)
-    assert set(run["losses"]) == {"target", "bank"}
+    run = train(recipe).record
+    assert set(run.losses) == {"target", "bank"}
     assert not any("bank_loss" in r for r in rows(recipe))
     torch.testing.assert_close(weights(recipe), weights(finished(PLAIN)), atol=0, rtol=0)
 
@@ -483,7 +485,7 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pic
     data = {"limit": 4, "validation_path": str(pictures)}
     training = {"max_steps": 60, "batch_size": 16, "checkpoint_every": 100, "validate_every": 0}
     recipe = replace(make("", "full", **PLAIN, data=data, training=training), output=str(tmp_path))
-    losses = train(recipe)["losses"]["target"]
+    losses = train(recipe).record.losses["target"]
     assert all(tuned < base for tuned, base in zip(losses["tuned"]["loss"], losses["base"]["loss"]))
     logged = [r["target_loss"] for r in rows(recipe) if "loss" in r]
     assert sum(logged[-10:]) < 0.9 * sum(logged[:10])
@@ -493,10 +495,10 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pic
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_trains_float32_weights(make, finished, tmp_path, method):
     recipe = replace(make("", method, training={"mixed_precision": "bf16"}), output=str(tmp_path))
-    run = train(recipe)
+    run = train(recipe).record
     assert {w.dtype for w in weights(recipe).values()} == {torch.float32}
     exact = record(finished({"method": method}))
-    for role, losses in run["losses"].items():
+    for role, losses in run.losses.items():
         for when in ("base", "tuned"):
             assert losses[when]["loss"] == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
     assert not all(torch.equal(w, weights(finished({"method": method}))[n]) for n, w in weights(recipe).items())

@@ -70,16 +70,16 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.wide
 def test_a_pilot_of_controlnets_judges_by_fidelity_and_shows_quality_beside_it(done):
     folder, result = done
-    assert result["primary"] == "f1"
-    for side in result["sides"]:
+    assert result.primary == "f1"
+    for side in result.sides:
         assert [(r["seed"], r["steps"]) for r in side["runs"]] == [(0, 2), (0, 4), (1, 2), (1, 4)]
         assert all(isinstance(run[k], float) for run in side["runs"] for k in ("f1", "ssim", "kid", "bank_loss"))
-    assert {"f1", "kid"} <= result["base"].keys()
+    assert {"f1", "kid"} <= result.base.keys()
     assert "F1" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_its_learning_rate_and_length_are_those_of_the_highest_fidelity(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         assert max(side["search"], key=lambda row: row["f1"])["learning_rate"] == side["learning_rate"]
         means = {n: s["f1"]["mean"] for n, s in side["summary"].items()}
         assert means[str(side["best_length"])] == max(means.values())
@@ -90,7 +90,7 @@ def test_a_pilot_goes_on_without_training_again(done, study, config, monkeypatch
     folder, result = done
     monkeypatch.setattr("difftuning_control.verbs.pilot.side_runs.train", lambda *a, **k: pytest.fail("trained again"))
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
-    assert again["sides"] == result["sides"]
+    assert again.sides == result.sides
 
 
 def test_a_pilot_of_runs_that_stop_by_themselves_is_refused(study, features, tmp_path):

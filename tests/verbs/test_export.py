@@ -42,6 +42,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs.finished import finished_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.export import export as export_module
@@ -270,7 +271,7 @@ def test_the_same_export_twice_is_the_same_byte_by_byte(run, tmp_path, method, s
 
 def test_the_card_tells_diffusers_what_a_model_was_saved_without(lora):
     """As SD 3 without T5, which it would ask for."""
-    record = json.loads((Path(lora.output) / "run.json").read_text())
+    record = finished_run(lora.output)
     absent = ("text_encoder_3", "tokenizer_3")
     parts = Parts("StableDiffusion3Pipeline", None, None, None, "transformer", absent)
     card = export_card(ExportRequest(lora.output, "there", pipeline="stock"), lora, record, parts, [])
@@ -541,7 +542,7 @@ def test_the_card_has_the_runs_figures_and_no_place_of_the_base(lora, to):
 def test_a_hub_base_is_named_in_the_cards_head(lora, make):
     from difftuning_control.runs.card import model_card
 
-    record = json.loads((Path(lora.output) / "run.json").read_text())
+    record = finished_run(lora.output)
     for base, expected in (("some-body/sd15", True), ("embedded", False), (lora.model.id, False)):
         card = model_card(replace(lora, model=ModelConfig(base)), record)
         assert (f"base_model: {base}\n" in card) == expected

@@ -13,6 +13,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.training.result import TrainingResult
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
@@ -67,7 +68,7 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.wide
 def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         searched = side["guidance"]["search"]
         assert [(row["way"], row["scale"]) for row in searched] == [
             (way, scale) for way in ("ordinary", "domain") for scale in SCALES
@@ -82,7 +83,7 @@ def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
 def test_ordinary_guidance_at_the_pilots_own_scale_gives_the_pilots_own_figures(study, config, done, tmp_path):
     alone = replace(config, guidance_scales=[config.guidance_scale])
     result = pilot(replace(study, output=str(tmp_path / "out")), alone, "en", False, tell=lambda text: None)
-    for side, kept in zip(result["sides"], done[1]["sides"]):
+    for side, kept in zip(result.sides, done[1].sides):
         ways = side["guidance"]["ways"]
         assert [r["kid"] for r in ways["ordinary"]["runs"]] == [r["kid"] for r in side["runs"]]
         assert [r["kid"] for r in ways["domain"]["runs"]] != [r["kid"] for r in side["runs"]]
@@ -91,7 +92,7 @@ def test_ordinary_guidance_at_the_pilots_own_scale_gives_the_pilots_own_figures(
 
 def test_whole_models_of_later_seeds_go_when_they_are_judged(done):
     folder, result = done
-    for side in result["sides"]:
+    for side in result.sides:
         first, second = (folder / run["folder"] for run in side["runs"])
         assert (first / "pipeline").is_dir()
         assert not (second / "pipeline").exists()
@@ -105,17 +106,17 @@ def test_the_same_command_draws_nothing_again(done, study, config):
     again = pilot(replace(study, output=str(folder)), config, "ja", False, tell=lambda text: None)
     assert len(stamps) == 4
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("guidance.json")} == stamps
-    assert again["sides"] == json.loads(json.dumps(result["sides"]))
+    assert again.sides == json.loads(json.dumps(result.sides))
 
 
 @pytest.mark.wide
 def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study, config):
     """Of a later seed, whose weights are gone: they are trained again."""
     folder, result = done
-    (folder / result["sides"][0]["runs"][1]["folder"] / "guidance.json").unlink()
+    (folder / result.sides[0]["runs"][1]["folder"] / "guidance.json").unlink()
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
-    assert again["sides"][0]["guidance"] == json.loads(json.dumps(result["sides"][0]["guidance"]))
-    assert again["sides"][0]["runs"] == json.loads(json.dumps(result["sides"][0]["runs"]))
+    assert again.sides[0]["guidance"] == json.loads(json.dumps(result.sides[0]["guidance"]))
+    assert again.sides[0]["runs"] == json.loads(json.dumps(result.sides[0]["runs"]))
 
 
 @pytest.mark.wide
@@ -123,7 +124,7 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
     """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
     trained: list[str] = []
 
-    def counting(recipe: Recipe, **kwargs: bool) -> dict:
+    def counting(recipe: Recipe, **kwargs: bool) -> TrainingResult:
         trained.append(recipe.output)
         return train(recipe, **kwargs)
 
@@ -131,13 +132,13 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
     several = replace(config, sides=["plain", "prior"], lengths=[2, 3], guidance_scales=[2.0])
     result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
     assert len(trained) == len(set(trained)) == 4
-    assert [len(side["guidance"]["ways"]["domain"]["runs"]) for side in result["sides"]] == [2, 2]
+    assert [len(side["guidance"]["ways"]["domain"]["runs"]) for side in result.sides] == [2, 2]
 
 
 def test_the_report_shows_it(done):
     page = (done[0] / "report.html").read_text()
     assert "Guidance in sampling" in page or "サンプリング時のガイダンス" in page
-    assert page.count("Domain Guidance</td>") == len(done[1]["sides"])
+    assert page.count("Domain Guidance</td>") == len(done[1].sides)
 
 
 @pytest.mark.parametrize("scales", [[0.5], [2.0, 2.0], [float("inf")]])

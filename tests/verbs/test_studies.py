@@ -86,8 +86,8 @@ def done(study: Recipe, config: PilotConfig, tmp_path_factory: pytest.TempPathFa
 
 def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
     _, result = done
-    assert [s["name"] for s in result["sides"]] == config.sides
-    for side in result["sides"]:
+    assert [s["name"] for s in result.sides] == config.sides
+    for side in result.sides:
         assert [(r["seed"], r["steps"]) for r in side["runs"]] == [(0, 2), (0, 4), (1, 2), (1, 4)]
         assert side["learning_rate"] in config.learning_rates
         assert {row["learning_rate"] for row in side["search"]} == set(config.learning_rates)
@@ -98,26 +98,26 @@ def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
 
 def test_the_figures_and_pictures_named_are_on_disk(done):
     folder, result = done
-    assert json.loads((folder / "pilot.json").read_text())["sides"] == json.loads(json.dumps(result["sides"]))
-    files = [f for row in result["pictures"]["rows"] for f in row["files"]]
-    assert len(files) == len(result["pictures"]["prompts"]) * (2 + len(result["sides"]))
+    assert json.loads((folder / "pilot.json").read_text())["sides"] == json.loads(json.dumps(result.sides))
+    files = [f for row in result.pictures["rows"] for f in row["files"]]
+    assert len(files) == len(result.pictures["prompts"]) * (2 + len(result.sides))
     assert {Image.open(folder / f).size for f in files} == {(16, 16)}
 
 
 def test_a_sides_best_length_is_that_of_the_lowest_mean_kid(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         means = {n: side["summary"][n]["kid"]["mean"] for n in side["summary"]}
         assert means[str(side["best_length"])] == min(means.values())
 
 
 def test_the_learning_rate_is_the_one_whose_search_found_the_lowest_kid(done):
-    for side in done[1]["sides"]:
+    for side in done[1].sides:
         best = min(side["search"], key=lambda row: row["kid"])
         assert best["learning_rate"] == side["learning_rate"]
 
 
 def test_sides_differ_in_their_objective_alone(done):
-    tunings = [s["tuning"] for s in done[1]["sides"]]
+    tunings = [s["tuning"] for s in done[1].sides]
     kinds = [t["schedule"]["kind"] for t in tunings]
     assert kinds == ["constant", "measured", "constant"]
     assert [t["retention_ratio"] for t in tunings] == [0.0, 0.4, 0.4]
@@ -125,7 +125,7 @@ def test_sides_differ_in_their_objective_alone(done):
 
 
 def test_the_budgets_side_is_summed_up(done):
-    budget, side = done[1]["budget"], done[1]["sides"][-1]
+    budget, side = done[1].budget, done[1].sides[-1]
     losses = [r["losses"]["bank"] for r in side["runs"] if r["steps"] == side["best_length"]]
     rises = [sum(x["tuned"]["loss"][0] / x["base"]["loss"][0] - 1 for x in losses) / len(losses)]
     assert budget["rise"][:1] == pytest.approx(rises)
@@ -140,14 +140,14 @@ def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tm
     before = judge.figures(job.family, 0, True)[0]
     job.side_runs(judge).train("plain", 1e-2, 0)
     assert judge.figures(job.family, 0, True)[0] == before
-    assert before["kid"] == done[1]["base"]["runs"][0]["kid"]
+    assert before["kid"] == done[1].base["runs"][0]["kid"]
 
 
 def test_a_pilot_says_how_its_runs_frame_their_pictures(study, config, tmp_path):
     framed = replace(study, data=replace(study.data, buckets=True), output=str(tmp_path))
     job = Pilot(framed, config, tmp_path)
-    run = train(replace(framed, training=replace(study.training, max_steps=1), output=str(tmp_path / "run")))
-    assert job._buckets(materials(job.family, job.recipe)) == run["data"]["buckets"]
+    run = train(replace(framed, training=replace(study.training, max_steps=1), output=str(tmp_path / "run"))).record
+    assert job._buckets(materials(job.family, job.recipe)) == run.data.buckets
     assert Pilot(study, config, tmp_path)._buckets(materials(job.family, study)) is None
 
 
@@ -156,7 +156,7 @@ def test_the_same_command_goes_on_without_doing_anything_twice(done, study, conf
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")}
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")} == stamps
-    assert again["sides"] == json.loads(json.dumps(result["sides"]))
+    assert again.sides == json.loads(json.dumps(result.sides))
 
 
 @pytest.mark.wide
@@ -165,7 +165,7 @@ def test_a_lost_figure_is_measured_again_with_the_same_result(done, study, confi
     shutil.copytree(done[0], folder)
     shutil.rmtree(folder / "plain" / "lr-0.001")
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
-    for side, kept in zip(again["sides"], result["sides"]):
+    for side, kept in zip(again.sides, result.sides):
         assert [r["kid"] for r in side["runs"]] == [r["kid"] for r in kept["runs"]]
 
 
@@ -237,11 +237,11 @@ def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_pat
         training=training,
         output=str(tmp_path / "auto"),
     )
-    run = train(recipe)
+    run = train(recipe).record
     kept = json.loads((tmp_path / "auto" / "schedule.json").read_text())
     schedule = schedule_from_dict({k: kept[k] for k in ("kind", "u", "psi", "xi")})
     assert schedule.psi_values[-1] == 1.0
-    assert run["schedule"]["psi"] == kept["psi"]
+    assert run.schedule["psi"] == kept["psi"]
     named = replace(
         recipe,
         output=str(tmp_path / "named"),
@@ -249,7 +249,7 @@ def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_pat
             recipe.tuning, schedule=ScheduleConfig("measured", path=str(tmp_path / "auto" / "schedule.json"))
         ),
     )
-    assert train(named)["losses"] == run["losses"]
+    assert train(named).record.losses == run.losses
 
 
 def test_auto_without_a_bank_or_time_is_refused(study, tmp_path):
@@ -438,7 +438,7 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
 def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, config, done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(done[0], folder)
-    rate = done[1]["sides"][0]["learning_rate"]
+    rate = done[1].sides[0]["learning_rate"]
     lost = folder / "plain" / f"lr-{rate:g}" / "seed-1"
     before = json.loads((lost / "figures.json").read_text())["rows"]
     (lost / "figures.json").unlink()  # its step-… folders went when the figures were done
@@ -448,10 +448,10 @@ def test_lost_weights_are_trained_again_where_the_figures_are_wanted(study, conf
 
 
 def test_the_cost_counts_every_session_and_no_step_twice(done):
-    cost, sides = done[1]["cost"], done[1]["sides"]
-    assert cost["seconds"] >= cost["training_seconds"] > 0
+    cost, sides = done[1].cost, done[1].sides
+    assert cost.seconds >= cost.training_seconds > 0
     last = [r["seconds"] for s in sides for r in s["runs"] if r["steps"] == 4]
-    assert cost["training_seconds"] >= sum(last)
+    assert cost.training_seconds >= sum(last)
 
 
 @pytest.mark.wide
@@ -506,14 +506,15 @@ def test_a_study_is_one_process(monkeypatch, capsys):
 
 
 def test_a_measured_schedule_is_what_its_file_says_wherever_it_lies(study, tmp_path):
-    from difftuning_control.runs.record import recipe_identity
+    from difftuning_control.runs.identity import recipe_identity
+    from difftuning_control.runs.record_sections import Fingerprints
 
     table = {"u": [0.0, 1.0], "psi": [0.5, 1.0], "xi": [1.0, 0.0]}
 
     def identity(name: str, values: dict) -> str:
         (tmp_path / name).write_text(json.dumps(values))
         schedule = ScheduleConfig("measured", path=str(tmp_path / name))
-        return recipe_identity(replace(study, tuning=replace(study.tuning, schedule=schedule)), {}, 1)
+        return recipe_identity(replace(study, tuning=replace(study.tuning, schedule=schedule)), Fingerprints(), 1)
 
     assert identity("a.json", table) == identity("b.json", table)
     assert identity("a.json", table) != identity("a.json", table | {"psi": [0.0, 1.0]})

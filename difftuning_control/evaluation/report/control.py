@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from difftuning_control.data.control_spec import SUPPLIED
 from difftuning_control.errors import UserError
@@ -27,59 +27,78 @@ GRID = 1000  # side of the sample grid in the report, in pixels
 FILES = ("run.json", "fidelity.json", "recipe.yaml", "metrics.jsonl")
 
 
-def write_control_report(run: Mapping[str, Any], folder: Path, language: str = "en") -> Path:
-    """`report.html` of a ControlNet's finished run in its folder; `run` is what `run.json` holds.
+class ControlRun(Protocol):
+    """What the report tells of a run: its record, which a lower room keeps."""
+
+    status: str
+    recipe_values: dict[str, Any]
+    data: Any
+    control: Any
+    versions: dict[str, str]
+    device: str
+    losses: dict[str, Any]
+    steps_per_second: float | None
+    steps: int
+    fidelity: dict[str, Any] | None
+    frozen: Any
+    timings: Any
+    gates: dict[str, Any] | None
+
+
+def write_control_report(run: ControlRun, folder: Path, language: str = "en") -> Path:
+    """`report.html` of a ControlNet's finished run in its folder.
 
     Raises:
         UserError: if the run is not finished or trained no ControlNet, or the language is unknown.
     """
     texts = load_texts(language)
-    if run.get("status") != "complete":
+    if run.status != "complete":
         raise UserError(
-            f"the run is not finished (its status is {quoted(run.get('status'))}), so there is nothing to report; go "
+            f"the run is not finished (its status is {quoted(run.status)}), so there is nothing to report; go "
             "on with difftune resume."
         )
-    method = run["recipe"].get("method")
-    if method != "controlnet" or not run.get("control"):
+    recipe, method = run.recipe_values, run.recipe_values.get("method")
+    if method != "controlnet" or run.control is None:
         raise UserError(f"the run's method is {quoted(method)}; only a run of controlnet has this report.")
     from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
-    curve, found = run.get("fidelity"), control_verdict(run.get("fidelity"))
+    curve, told = run.fidelity, control_verdict(run.fidelity)
     drawn, rows, grid = [], [], _last_grid(folder)
-    if curve and found["code"] != "unmeasured":
+    if curve and told["code"] != "unmeasured":
         figures = sorted((m for m in curve["figures"] if m in METRICS), key=lambda m: m != curve["main"])
         drawn = [(charts.fidelity_chart(curve, m, texts), m) for m in figures]
         rows = [
             {"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
             for i in _spread_out(len(curve["steps"]), ROWS)
         ]
-    tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.get("losses")}]}
-    timings = [v for v in (run.get("timings") or {}).values() if is_number(v)]
+    tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.losses}]}
+    timings = [run.timings.preparation, run.timings.training] if run.timings is not None else []
+    timings = [seconds for seconds in timings if is_number(seconds)]
     return write_page(
         folder,
         "control.html.j2",
         language,
         texts,
         run=run,
-        verdict=found,
+        verdict=told,
         curve=curve,
         charts=drawn,
         rows=rows,
         grid=grid,
         bands=loss_tables([tuned]),
-        steps=_next_steps(run, found, folder, grid is not None),
-        every=run["recipe"]["control"]["fidelity"]["every"],
+        steps=_next_steps(run, told, folder, grid is not None),
+        every=recipe["control"]["fidelity"]["every"],
         seconds=sum(timings) if timings else None,
         names=NAMES,
         least=LEAST,
-        supplied=run["control"]["spec"].get("annotator") == SUPPLIED,
-        settings=flatten(run["recipe"]),
+        supplied=run.control.annotator == SUPPLIED,
+        settings=flatten(recipe),
         files=[name for name in FILES if (folder / name).is_file()],
     )
 
 
 def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Whether pictures follow their conditions, by a fidelity curve as `run.json` holds it.
+    """Whether pictures follow their conditions, by a fidelity curve as `fidelity.json` holds it.
 
     The code is unmeasured; short (too few measurements); none (no rise beyond noise); worse (at the end not better than
     without control by more than the noise between measurements); rising (at most one measurement after the rise);
@@ -149,26 +168,26 @@ def _noise(values: Sequence[float]) -> float:
     return threshold(len(values) - 3, 1) * deviation
 
 
-def _next_steps(run: Mapping[str, Any], found: Mapping[str, Any], folder: Path, has_grid: bool) -> list[dict[str, Any]]:
+def _next_steps(run: ControlRun, told: Mapping[str, Any], folder: Path, has_grid: bool) -> list[dict[str, Any]]:
     """What to do after a run: a key of the language files, and a command or None."""
-    recipe, done = run["recipe"], run["steps"]
-    place, code = str(folder), found["code"]
-    photo = "condition.png" if run["control"]["spec"].get("annotator") == SUPPLIED else "photo.png"
+    recipe, done = run.recipe_values, run.steps
+    place, code = str(folder), told["code"]
+    photo = "condition.png" if run.control.annotator == SUPPLIED else "photo.png"
     draw = f"difftune sample --run {shlex.quote(place)} --control {photo} --prompts '[\"…\"]'"
     again = f"difftune train --config {shlex.quote(str(folder / 'recipe.yaml'))} --output runs/longer"
     longer = f"{again} --training.max_steps {2 * max(done, recipe['training']['max_steps'])}"
     steps: list[tuple[str, str | None]] = []
     if code == "unmeasured":
         every = f" --control.fidelity.every {max(1, done // 20)}"
-        held_out = "" if run["data"].get("held_out") else " --data.holdout 0.1"
+        held_out = "" if run.data.held_out else " --data.holdout 0.1"
         steps.append(("do.control.measure", again + every + held_out))
     elif code == "short":
         steps.append(("do.control.more", f"{longer} --control.fidelity.every {max(1, done // 10)}"))
-    elif code == "none" or not found["settled"]:
+    elif code == "none" or not told["settled"]:
         steps.append(("do.control.longer", longer))
     if code in ("none", "worse", "slight"):
         steps += [("do.control.rate", None), *([("do.control.conditions", None)] if has_grid else [])]
-    if run["control"].get("blank"):
+    if run.control.blank:
         steps.append(("do.control.blank", None))
     steps += [("do.control.sample_supplied" if photo == "condition.png" else "do.control.sample", draw)]
     return [{"code": c, "command": command} for c, command in [*steps, ("do.control.keep", None)]]

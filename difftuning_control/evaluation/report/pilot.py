@@ -15,25 +15,26 @@ from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.loss_tables import loss_tables
 from difftuning_control.evaluation.report.page import flatten, quoted, write_page
 from difftuning_control.evaluation.report.pictures import picture_blocks
+from difftuning_control.evaluation.report.pilot_run import PilotRun
 from difftuning_control.evaluation.report.pilot_steps import next_steps
 
 
-def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = "en") -> Path:
-    """`report.html` of a pilot in its folder, which holds the pictures that the result names.
+def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> Path:
+    """`report.html` of a pilot in its folder, which holds the pictures that its record names.
 
     Raises:
         UserError: if the pilot is not finished, a picture is missing, or the language is unknown.
     """
     texts = load_texts(language)
-    _need_complete(result)
+    _need_complete(pilot)
     from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
 
-    sides, best = list(result["sides"]), verdict(result)
+    sides, best = list(pilot.sides), verdict(pilot)
     by_name = {s["name"]: s for s in sides}
     rises = [r for s in sides if (r := findings.loss_change(s, "bank")) is not None]
     lengths = sorted({r["steps"] for s in sides for r in s["runs"]})
-    analysis, budget = result.get("analysis"), result.get("budget")
-    primary, base = result["primary"], result["base"]
+    analysis, budget = pilot.analysis, pilot.budget
+    primary, base = pilot.primary, pilot.base
     shown = [primary, *(m for m in ("domain_hit", "pair_similarity", "bank_loss") if m != primary)]
     shown = [m for m in shown if any(seed_values(s, m) for s in sides)]
     drawn: dict[str, Any] = {
@@ -59,13 +60,13 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
     chosen = by_name.get(best["side"])
     gap = findings.gap_bands(analysis) if analysis else []
     told = [r for r in rises if r["label"] in (PLAIN, best["side"])]
-    pictures = picture_blocks(result.get("pictures"), folder)
+    pictures = picture_blocks(pilot.pictures, folder)
     return write_page(
         folder,
         "pilot.html.j2",
         language,
         texts,
-        result=result,
+        pilot=pilot,
         verdict=best,
         chosen=chosen,
         by_name=by_name,
@@ -82,23 +83,23 @@ def write_pilot_report(result: Mapping[str, Any], folder: Path, language: str = 
         budget=budget,
         limits=limits,
         bands=loss_tables(sides),
-        settings=[*flatten(result["settings"], "pilot."), *flatten(result.get("recipe") or {})],
-        steps=next_steps(result, best, by_name, bool(pictures)),
+        settings=[*flatten(pilot.settings, "pilot."), *flatten(pilot.recipe_values or {})],
+        steps=next_steps(pilot, best, by_name, bool(pictures)),
         searched=_measured([row for s in sides for row in s["search"]]),
         judge=base.get("domain_judge"),
-        guidance=_guidance(sides, result["settings"].get("lengths", [])),
+        guidance=_guidance(sides, pilot.settings.get("lengths", [])),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
     )
 
 
-def _need_complete(result: Mapping[str, Any]) -> None:
+def _need_complete(pilot: PilotRun) -> None:
     again = "run the same command again, which goes on where it stopped."
-    if result.get("status") != "complete":
-        raise UserError(f"the pilot is not finished (its status is {quoted(result.get('status'))}); {again}")
-    if not result["sides"]:
+    if pilot.status != "complete":
+        raise UserError(f"the pilot is not finished (its status is {quoted(pilot.status)}); {again}")
+    if not pilot.sides:
         raise UserError(f"the pilot has no side that was tuned, so there is nothing to report; {again}")
-    seeds, lengths = result["settings"].get("seeds", []), result["settings"].get("lengths", [])
-    for side in result["sides"]:
+    seeds, lengths = pilot.settings.get("seeds", []), pilot.settings.get("lengths", [])
+    for side in pilot.sides:
         done = {(r["seed"], r["steps"]) for r in side["runs"]}
         absent = [(s, n) for s in seeds for n in lengths if (s, n) not in done]
         if not side["runs"] or not any(n == side["best_length"] for _, n in done):

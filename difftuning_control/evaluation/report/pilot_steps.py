@@ -8,10 +8,11 @@ from typing import Any
 
 from difftuning_control.evaluation.comparison import PLAIN, improves_to_the_end, is_number
 from difftuning_control.evaluation.report.commands import train_command
+from difftuning_control.evaluation.report.pilot_run import PilotRun
 
 
 def next_steps(
-    result: Mapping[str, Any], best: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]], has_pictures: bool
+    pilot: PilotRun, best: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]], has_pictures: bool
 ) -> list[dict[str, Any]]:
     """What to do after a pilot: a key of the language files, what fills it, and a command or None."""
     steps: list[dict[str, Any]] = []
@@ -23,15 +24,15 @@ def next_steps(
         add("next.look")
     code, name = _what_to_train(best, by_name)
     if name in by_name:
-        side, lengths = by_name[name], result["settings"].get("lengths", [])
-        add(code, _final_command(result, side), side=name, time=_run_seconds(side))
+        side, lengths = by_name[name], pilot.settings.get("lengths", [])
+        add(code, _final_command(pilot, side), side=name, time=_run_seconds(side))
         if improves_to_the_end(side, best["metric"]):
             add("next.longer", side=name, steps=max(lengths, default=side["best_length"]))
     if best["reason"] in ("within_noise", "one_seed", "barred"):
-        add("next.seeds", seeds=", ".join(map(str, result["settings"].get("seeds", []))))
+        add("next.seeds", seeds=", ".join(map(str, pilot.settings.get("seeds", []))))
     if best["reason"] in ("no_plain", "alone"):
         add("next.sides")
-    add("next.keep", result.get("command"))
+    add("next.keep", pilot.command)
     return steps
 
 
@@ -51,15 +52,15 @@ def _run_seconds(side: Mapping[str, Any]) -> float:
     return sum(seconds) / len(seconds) if seconds else math.nan
 
 
-def _final_command(result: Mapping[str, Any], side: Mapping[str, Any]) -> str:
+def _final_command(pilot: PilotRun, side: Mapping[str, Any]) -> str:
     """`difftune train` with the recipe of a side at its best length."""
-    recipe = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (result.get("recipe") or {}).items()}
-    recipe["model"] = {**recipe.get("model", {}), "id": result["model"]}
-    recipe["data"] = {**recipe.get("data", {}), "path": result["data"]["path"]}
-    recipe["method"] = result["settings"].get("method", "lora")
+    recipe = {k: dict(v) if isinstance(v, Mapping) else v for k, v in (pilot.recipe_values or {}).items()}
+    recipe["model"] = {**recipe.get("model", {}), "id": pilot.model}
+    recipe["data"] = {**recipe.get("data", {}), "path": pilot.data["path"]}
+    recipe["method"] = pilot.settings.get("method", "lora")
     recipe["tuning"] = {**recipe.get("tuning", {}), **side["tuning"]}
     training = {"learning_rate": side["learning_rate"], "max_steps": side["best_length"]}
-    if "batch_size" in result["settings"]:
-        training["batch_size"] = result["settings"]["batch_size"]
+    if "batch_size" in pilot.settings:
+        training["batch_size"] = pilot.settings["batch_size"]
     recipe["training"] = {**recipe.get("training", {}), **training}
     return train_command(recipe)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from difftuning_control.runs.folder import check_folder
-from difftuning_control.runs.record import describe_device, versions
+from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.bench.parts import PARTS, Setting
 from difftuning_control.verbs.bench.settings import Bench

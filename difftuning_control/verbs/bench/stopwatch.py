@@ -1,7 +1,7 @@
 """Run a module or a script, and record when each optimizer step ended and how much memory the process took at most.
 
-    python -m difftuning_control.bench.stopwatch RECORD -m difftuning_control.cli train --config recipe.yaml
-    python -m difftuning_control.bench.stopwatch RECORD train_text_to_image_lora.py --max_train_steps 5
+    python -m difftuning_control.verbs.bench.stopwatch RECORD -m difftuning_control.cli train --config recipe.yaml
+    python -m difftuning_control.verbs.bench.stopwatch RECORD train_text_to_image_lora.py --max_train_steps 5
 
 Both sides of a comparison run under it, unchanged, so that they are measured by one watch. RECORD is JSON: `started`
 (the process) and `ended` in seconds since the epoch, `steps` a list of [wall, CPU seconds of the process] at the end of

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from difftuning_control.pipelines.registry import DropIn
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.recipe.requests import ExportRequest
+    from difftuning_control.runs.record import RunRecord
 
 CLOSING = "`export.json` says what was exported and which base it belongs to."
 PLACES = {
@@ -63,7 +64,7 @@ class Parts:
     absent: tuple[str, ...] = ()
 
 
-def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts, figures: list[str]) -> str:
+def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts, figures: list[str]) -> str:
     """The card's text.
 
     Args:
@@ -86,7 +87,7 @@ def export_card(request: ExportRequest, recipe: Recipe, run: dict[str, Any], par
     return model_card(recipe, run, use, figures, CLOSING)
 
 
-def despite_gates(request: ExportRequest, run: dict[str, Any]) -> bool:
+def despite_gates(request: ExportRequest, run: RunRecord) -> bool:
     """Whether an export was asked for that the run's gates would have refused."""
     if not request.despite_gates:
         return False
@@ -97,7 +98,7 @@ def despite_gates(request: ExportRequest, run: dict[str, Any]) -> bool:
     return False
 
 
-def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Parts) -> list[str]:
+def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) -> list[str]:
     """Lines of Python: where things lie, the pipeline, what belongs to it, and a picture."""
     used: dict[str, list[str]] = {"diffusers": [], "difftuning_control": [], "huggingface_hub": [], "PIL": []}
     is_whole = request.format == "diffusers" and request.base == "copied"
@@ -123,8 +124,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
-        stock = run.get("loads_lora", run.get("classes") is None)  # records of earlier versions do not say
-        if KINDS[recipe.adapter.kind].loads_in_diffusers and stock:
+        if KINDS[recipe.adapter.kind].loads_in_diffusers and run.stock_loads_lora:
             name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:
@@ -136,7 +136,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
         body.append(f"pipe.register_modules(source_{parts.component}=source)")
     if request.source_unet != "none":
         body.append("pipe.set_extras(domain_guidance=True)")
-    prompt, image = asked_for(run), (run.get("control") or {}).get("argument", "image")
+    prompt, image = asked_for(run), run.control.argument if run.control is not None else "image"
     if parts.controlnet is None:
         body.append(f"image = pipe({prompt}).images[0]")
     elif parts.ours is not None:
@@ -151,7 +151,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: dict[str, Any], parts: Pa
     return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
 
 
-def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
+def evaluation_lines(path: str, run: str, record: RunRecord) -> list[str]:
     """The figures that `difftune evaluate` gave a run and its base, as a table.
 
     Raises:
@@ -184,8 +184,8 @@ def evaluation_lines(path: str, run: str, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _is_of(side: dict[str, Any], run: str, record: dict[str, Any]) -> bool:
+def _is_of(side: dict[str, Any], run: str, record: RunRecord) -> bool:
     """Whether figures are this run's: by its identity, or by its place in files of earlier versions."""
     if "identity" in side:
-        return side["identity"] == record["identity"]
+        return side["identity"] == record.identity
     return Path(side["name"]).resolve() == Path(run).resolve()

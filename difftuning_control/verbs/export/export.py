@@ -22,14 +22,13 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.pipelines.strength import psi_of_run
 from difftuning_control.recipe.adapter_kinds import KINDS
-from difftuning_control.recipe.recipe import recipe_of
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.runs.card import base_name
 from difftuning_control.runs.finished import check_outputs, data_of_runs, finished_run
 from difftuning_control.runs.folder import check_folder, refuse_among_data
 from difftuning_control.runs.gates import check_passed
+from difftuning_control.runs.identity import versions
 from difftuning_control.runs.kept import place_of_run
-from difftuning_control.runs.record import versions
 from difftuning_control.system.durable import PARTIAL, alone, place, write_json, write_text
 from difftuning_control.system.tensors import named_errors
 from difftuning_control.verbs.export.card import Parts, despite_gates, evaluation_lines, export_card
@@ -37,6 +36,7 @@ from difftuning_control.verbs.export.files import write_parts
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.runs.record import RunRecord
 
 MARKER = "export.json"
 
@@ -49,7 +49,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
             fit it, or the folder holds something; nothing is written then. Also if the upload fails.
     """
     record = finished_run(request.run, request.moved)
-    recipe = recipe_of(record)
+    recipe = record.recipe
     _check_method(request, recipe.method)
     _check_adapter(request, recipe)
     check_outputs(record, request.run)
@@ -98,10 +98,10 @@ def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
         raise UserError(f"{what}, which {why} and cannot be fused; leave out --adapter fused.")
 
 
-def _check_place(request: ExportRequest, record: dict[str, Any], overwrite: bool) -> None:
+def _check_place(request: ExportRequest, record: RunRecord, overwrite: bool) -> None:
     """Refuse a folder whose replacement would cost something: the run, its base, or what is not of an export."""
     target = Path(request.to).resolve()
-    for what, path in (("the run", place_of_run(request.run)[0]), ("the base", record["base_path"])):
+    for what, path in (("the run", place_of_run(request.run)[0]), ("the base", record.base_path)):
         other = Path(path).resolve()
         if other.is_dir() and (target == other or target in other.parents or other in target.parents):
             raise UserError(f"the export {request.to} and {what} {path} lie in one another; choose another folder.")
@@ -163,7 +163,7 @@ def _restore(old: Path, final: Path) -> None:
         os.replace(old, final)
 
 
-def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe, parts: Parts, folder: Path) -> None:
+def _write_marker(request: ExportRequest, record: RunRecord, recipe: Recipe, parts: Parts, folder: Path) -> None:
     """`export.json`: what this is, which base it belongs to, the ψ it was tuned by, and which files it consists of."""
     is_named = request.format == "diffusers" and request.base == "referenced"
     settings = ("format", "base", "adapter", "pipeline", "source_unet", "dtype")
@@ -171,14 +171,14 @@ def _write_marker(request: ExportRequest, record: dict[str, Any], recipe: Recipe
         folder / MARKER,
         {
             "method": recipe.method,
-            "run": {"identity": record["identity"], "steps": record["steps"]},
+            "run": {"identity": record.identity, "steps": record.steps},
             "base": {
                 "id": recipe.model.id if is_named else base_name(recipe.model.id),
                 "variant": recipe.model.variant,
-                "fingerprints": record["fingerprints"]["base"],
+                "fingerprints": record.fingerprints.base,
             },
             "settings": {name: getattr(request, name) for name in settings},
-            "gates": {k: v for k, v in record["gates"].items() if k != "asked"} if record.get("gates") else None,
+            "gates": {k: v for k, v in record.gates.items() if k != "asked"} if record.gates else None,
             "despite_gates": despite_gates(request, record),
             "pipeline": parts.stock,
             "schedule": _schedule(request.run),

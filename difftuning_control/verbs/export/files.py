@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.recipe.requests import ExportRequest
+    from difftuning_control.runs.record import RunRecord
 
 SOURCE_FILE = "source_difference.safetensors"
 
@@ -40,7 +41,7 @@ NOTE = "  # noqa: F401 for custom_pipeline="
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:
+def write_parts(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Parts:
     """Write all of an export but its card and its `export.json` into an empty folder.
 
     Raises:
@@ -73,9 +74,9 @@ def write_parts(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     return Parts(stock, ours, controlnet, None, component, absent)
 
 
-def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
+def _checked_base(record: RunRecord, recipe: Recipe, run: str) -> Family:
     """The base in float32, which is compared in the precision that the run's fingerprints were taken in."""
-    dtype = getattr(torch, (record.get("dtype") or "torch.float32").removeprefix("torch."))
+    dtype = getattr(torch, record.dtype_name)
     model = recipe.model
     need_places(record, run, ("model",))
     family = load_family(model.id, dtype, model.variant, quantization=model.quantization)
@@ -84,7 +85,7 @@ def _checked_base(record: dict[str, Any], recipe: Recipe, run: str) -> Family:
     return family if exact else load_family(model.id, torch.float32, model.variant)
 
 
-def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Parts:
+def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Parts:
     base = _checked_base(record, recipe, request.run)
     load_adapter(base.pipe, Path(request.run) / LORA_FILE)
     layers = lora_layers(base.denoiser, ADAPTER)
@@ -96,7 +97,7 @@ def _write_lora_file(request: ExportRequest, record: dict[str, Any], recipe: Rec
     return Parts(type(base.pipe).__name__, None, None, name)
 
 
-def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+def _write_lora(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:
     base, run = _checked_base(record, recipe, request.run), Path(request.run)
     pipe = base.pipe
     if request.base == "copied":
@@ -121,7 +122,7 @@ def _write_lora(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     return pipe
 
 
-def _write_controlnet(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+def _write_controlnet(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:
     base = _checked_base(record, recipe, request.run)
     source, place = weights_of(request.run, ControlNetTuning.result), folder / ControlNetTuning.result
     spec = ControlSpec.load(source)
@@ -137,7 +138,7 @@ def _write_controlnet(request: ExportRequest, record: dict[str, Any], recipe: Re
     return pipe
 
 
-def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, folder: Path) -> Any:
+def _write_full(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:
     tuned = load_family(str(weights_of(request.run, FullTuning.result)))
     dtype = request.torch_dtype or _stored_dtype(tuned.denoiser)
     tuned.pipe.to(dtype)
@@ -145,7 +146,7 @@ def _write_full(request: ExportRequest, record: dict[str, Any], recipe: Recipe, 
     if request.source_unet != "none":
         base = _checked_base(record, recipe, request.run)
         source = base.denoiser.to(dtype)
-        with as_pretrained(base, record):
+        with as_pretrained(base, record.classes):
             if request.source_unet == "whole":
                 place = folder / f"source_{denoiser_of(tuned.pipe)[0]}"
                 source.save_pretrained(place, safe_serialization=True)

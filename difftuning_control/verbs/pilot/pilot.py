@@ -35,15 +35,17 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
-from difftuning_control.runs.pilot_files import RESULT, SETTINGS, VOUCHED, manifest_of
-from difftuning_control.runs.record import describe_device, read_run, versions
+from difftuning_control.runs.identity import describe_device, versions
+from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
+from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
+from difftuning_control.runs.record import COMPLETE, read_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
-from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity, read_settings
+from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
 from difftuning_control.verbs.pilot.side_tuning import BUDGET, TAUGHT, side_tuning
 
@@ -111,8 +113,8 @@ class Pilot:
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
             self.conditioner, self.primary = Conditioner(spec, self.family.device), main_figure(spec)
 
-    def run(self) -> dict[str, Any]:
-        """All of it; returns what `pilot.json` holds."""
+    def run(self) -> PilotRecord:
+        """All of it; returns its record, which is written."""
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
         phases = self.clock.phases
         with phases("bank"), phases.counting(self.family.denoiser):
@@ -128,40 +130,29 @@ class Pilot:
         for number, side in enumerate(self.config.sides, start=2):
             self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
             sides.append(trained.side(side))
-        seconds = self.clock.spent()
-        folders = sorted({r["folder"] for s in sides for r in s["all_runs"]})
-        records = [read_run(self.output / folder) or {} for folder in folders]
-        spent = added(phases.to_dict(), *(r.get("phases", {}) for r in records))
-        self.tell(spent_line(spent))
+        cost = self._cost(sides)
+        self.tell(spent_line(cost.phases or {}))
         losses = sides[0]["runs"][0]["losses"]
         base |= {f"{role}_loss": mean_of(bands["base"]["loss"]) for role, bands in losses.items()}
-        result = {
-            "status": "complete",
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "created": time.strftime("%Y-%m-%d %H:%M"),
-            "model": self.recipe.model.id,
-            "data": analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
-            "settings": self._settings(),
-            "primary": self.primary,
-            "cost": {
-                "seconds": seconds,
-                "phases": spent,
-                "training_seconds": sum(
-                    r["seconds"] for s in sides for r in s["all_runs"] if r["steps"] == self.lengths[-1]
-                ),
-                "runs": len(folders),
-                "device": describe_device(self.family.device),
-            },
-            "versions": versions(),
-            "recipe": self.recipe.to_dict(),
-            "base": base,
-            "sides": [{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
-            "analysis": analysis,
-            "pictures": {"prompts": judge.final.prompts[:SHOWN], "rows": pictures + _shown(sides, judge)},
-            "budget": self._budget(sides),
-        }
-        write_json(self.output / RESULT, result | manifest_of(self.output))
-        return result
+        record = PilotRecord(
+            status=COMPLETE,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            model=self.recipe.model.id,
+            data=analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
+            settings=self._settings(),
+            primary=self.primary,
+            cost=cost,
+            versions=versions(),
+            recipe_values=self.recipe.to_dict(),
+            base=base,
+            sides=[{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
+            analysis=analysis,
+            pictures={"prompts": judge.final.prompts[:SHOWN], "rows": pictures + _shown(sides, judge)},
+            budget=self._budget(sides),
+        )
+        write_pilot(record, self.output)
+        return record
 
     def side_runs(self, judge: Judge) -> SideRuns:
         """What trains and judges the sides."""
@@ -185,6 +176,19 @@ class Pilot:
         if not config.buckets:
             return None
         return describe(into_buckets(self.family, config, inputs.data, Framing.of(config, inputs.resolution)))
+
+    def _cost(self, sides: list[dict[str, Any]]) -> PilotCost:
+        rows = [row for side in sides for row in side["all_runs"]]
+        folders = sorted({row["folder"] for row in rows})
+        seconds, records = self.clock.spent(), [read_run(self.output / folder) for folder in folders]
+        spent = [record.phases or {} for record in records if record is not None]
+        return PilotCost(
+            seconds=seconds,
+            phases=added(self.clock.phases.to_dict(), *spent),
+            training_seconds=sum(row["seconds"] for row in rows if row["steps"] == self.lengths[-1]),
+            runs=len(folders),
+            device=describe_device(self.family.device),
+        )
 
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training
@@ -265,7 +269,7 @@ def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
 
 def pilot(
     recipe: Recipe, config: PilotConfig, language: str, overwrite: bool, tell: Callable[[str], object] = print
-) -> dict[str, Any]:
+) -> PilotRecord:
     """Run the pilot in the recipe's output and write `pilot.json` and `report.html`.
 
     Raises:
@@ -281,7 +285,7 @@ def pilot(
     if output.exists() and not is_empty(output):
         if not marker.exists():
             raise UserError(f"the output {output} is not empty and holds no pilot; choose another folder.")
-        if read_settings(output)["identity"] != identity and not overwrite:
+        if read_settings(output).identity != identity and not overwrite:
             raise UserError(
                 f"the output {output} holds a pilot with other settings; give --overwrite to replace it, or another "
                 "--output."
@@ -291,7 +295,7 @@ def pilot(
     if overwrite:
         clear_but_audit(output)
     with Session(output) as session:
-        write_json(marker, read_settings(output) | {"identity": identity})
+        replace(read_settings(output), identity=identity).write(output)
         session.begin()
         result = job.run()
         tell(f"report: {write_pilot_report(result, output, language)}")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.data.study_inputs import Materials
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.runs.pilot_files import SETTINGS
-from difftuning_control.runs.record import deciding_settings
+from difftuning_control.runs.identity import deciding_settings
+from difftuning_control.runs.pilot_record import read_settings
 from difftuning_control.system.digests import digest_of
-from difftuning_control.system.durable import write_json
 from difftuning_control.training.phases import Phases
 
 
@@ -23,26 +20,26 @@ def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     return digest_of([deciding_settings(recipe), vars(config)])
 
 
-def read_settings(output: Path) -> dict[str, Any]:
-    """What the file holds; nothing where there is none."""
-    path = output / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:
     """Refuse to go on with other data, another bank or another base than those that the pilot began with.
 
     Raises:
         UserError: if one of them has changed.
     """
-    parts = [inputs.data.fingerprint, inputs.held_out.fingerprint, inputs.bank.fingerprint, base_fingerprint]
+    parts = [
+        inputs.data.fingerprint,
+        inputs.held_out.fingerprint,
+        inputs.bank.fingerprint,
+        base_fingerprint,
+    ]
     settings = read_settings(output)
-    if settings.setdefault("inputs", parts) != parts:
+    if settings.inputs not in (None, parts):
         raise UserError(
             f"the data, the bank or the base have changed since the pilot in {output} began; start afresh "
             "with --overwrite, or choose another --output."
         )
-    write_json(output / SETTINGS, settings)
+    settings.inputs = parts
+    settings.write(output)
 
 
 class Clock:
@@ -54,13 +51,13 @@ class Clock:
 
     def __init__(self, output: Path):
         self.output, self.since, self.phases = output, time.time(), Phases()
-        self.phases.add(read_settings(output).get("phases", {}))
+        self.phases.add(read_settings(output).phases or {})
 
     def spent(self) -> float:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
         settings, now = read_settings(self.output), time.time()
-        settings["seconds"] = settings.get("seconds", 0.0) + now - self.since
-        settings["phases"] = self.phases.to_dict()
+        settings.seconds += now - self.since
+        settings.phases = self.phases.to_dict()
         self.since = now
-        write_json(self.output / SETTINGS, settings)
-        return settings["seconds"]
+        settings.write(self.output)
+        return settings.seconds

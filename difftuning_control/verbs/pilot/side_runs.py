@@ -20,7 +20,7 @@ from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import GatesConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.pilot_files import settle
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.pilot.judge import Judge, best_scales, guidance_of, judge_scales, search_scales
 from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
@@ -158,10 +158,10 @@ class SideRuns:
                 final, pictures = self.judge.figures(tuned, seed, True)
             save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
             kept = folder / f"step-{length:06d}" / "losses.json"
-            losses = record["losses"] if last else json.loads(kept.read_text(encoding="utf-8"))
+            losses = record.losses if last else json.loads(kept.read_text(encoding="utf-8"))
             rows.append(
                 {"seed": seed, "steps": length, "folder": str(folder.relative_to(self.output))}
-                | {"seconds": record["timings"]["training"] * length / self.lengths[-1], "search": search, **final}
+                | {"seconds": _seconds(record) * length / self.lengths[-1], "search": search, **final}
                 | {f"{role}_loss": mean_of(bands["tuned"]["loss"]) for role, bands in losses.items()}
                 | {"losses": losses}
             )
@@ -204,21 +204,26 @@ class SideRuns:
         self.clock.spent()
         return guidance
 
-    def _train(self, recipe: Recipe) -> dict[str, Any]:
+    def _train(self, recipe: Recipe) -> RunRecord:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
         folder = Path(recipe.output)
         weights = [folder / result_of(recipe)]
         weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
         run = read_run(folder)
-        gone = run is not None and run["status"] == "complete" and not all(p.exists() for p in weights)
+        gone = run is not None and run.is_complete and not all(p.exists() for p in weights)
         if gone:
             recipe = replace(recipe, training=replace(recipe.training, resume=False))
         device = self.family.device
         self.family.to("cpu")  # the run loads a model of its own
         try:
-            return train(recipe, overwrite=gone)
+            return train(recipe, overwrite=gone).record
         finally:
             self.family.to(device)
+
+
+def _seconds(record: RunRecord) -> float:
+    """Of the training itself."""
+    return (record.timings.training if record.timings is not None else None) or 0.0
 
 
 def mean_of(values: list[float]) -> float:

@@ -1,0 +1,104 @@
+"""The identity of a run: a digest of what decides its weights; with the versions and the device that made them."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record_sections import Fingerprints
+from difftuning_control.system.digests import digest_of
+from difftuning_control.system.durable import write_text
+
+PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's values without what only watches or says where things are written.
+
+    Args:
+        schedule_file: what stands for the path of a schedule; what its file says when None.
+    """
+    values = recipe.to_dict()
+    values.pop("output")
+    values.pop("gates")
+    values["data"].pop("cache")
+    schedule = values["tuning"]["schedule"]
+    if schedule_file is not None:
+        schedule |= schedule_file
+    elif schedule["path"] is not None:  # what the file says, not where it lies
+        schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
+    if recipe.training.begin_from is None:
+        values["training"].pop("begin_from")
+    if recipe.tuning.retention == "samples":  # which earlier versions did not name
+        values["tuning"].pop("retention")
+        values["tuning"].pop("retention_rows")
+    values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
+    for name in (
+        "resume",
+        "checkpoint_every",
+        "save_at",
+        "validate_every",
+        "sample_every",
+        "sample_prompts",
+        "sample_steps",
+        "sample_guidance_scale",
+        "trackers",
+        "shard",
+    ):
+        values["training"].pop(name)
+    values["control"].pop("workers")
+    if recipe.training.stop_when is None:
+        values["control"].pop("fidelity")
+    return values
+
+
+def rows_of_step(recipe: Recipe, processes: int) -> int:
+    """How many rows all processes have in an optimizer step."""
+    return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
+
+
+def recipe_identity(recipe: Recipe, fingerprints: Fingerprints, processes: int) -> str:
+    """A digest of what decides the weights: the recipe without what only watches, and the inputs' fingerprints.
+
+    Args:
+        processes: how many share the work. How a step's rows are dealt out decides nothing but rounding.
+    """
+    return digest_of([identity_settings(recipe), fingerprints.to_dict(), rows_of_step(recipe, processes)])
+
+
+def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's values as far as they decide the weights; see `deciding_settings`."""
+    values = deciding_settings(recipe, schedule_file)
+    for name in ("batch_size", "gradient_accumulation_steps"):
+        values["training"].pop(name)
+    values["training"].pop("begin_from", None)
+    # where things lie does not matter: what they are is in the fingerprints
+    for section, names in (
+        ("model", ("id",)),
+        ("data", ("path", "validation_path", "split", "validation_split")),
+        ("bank", ("path",)),
+        ("control", ("path", "validation_path", "weights", "init")),
+    ):
+        for name in names:
+            values[section].pop(name)
+    return values
+
+
+def write_recipe(output: Path, recipe: Recipe) -> None:
+    write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
