@@ -40,7 +40,7 @@ class Ledger:
 
     def __init__(self, retention: str, masks: bool, every: int = 1):
         self.retention, self.masks, self.every = retention, masks, every
-        self.stop: Tensor | None = None  # 1 from the first step on whose loss or gradient is not finite, (1,) float
+        self.stop: Tensor | None = None  # 1 from the first step on whose loss or gradient is not finite, () float
         self._kept: list[_Forward] = []
         self._watched: dict[int, dict[str, float]] = {}
 
@@ -54,13 +54,13 @@ class Ledger:
             names, finite: of the rows of this process, and whether the loss of each is finite, (B,) bool.
         """
         self._kept.append(_Forward(step, figures, counts, names, finite))
-        self._stop_if(figures[3:])
+        self._stop_if(figures[3])
 
     def note_gradient(self, norm: Tensor) -> None:
         """Keep whether the gradient of the last forward's step is finite, by its norm."""
         figures, bad = self._kept[-1].figures, (~torch.isfinite(norm)).float().reshape(1)
         self._kept[-1] = replace(self._kept[-1], figures=torch.cat([figures[:3], figures[3:] + bad]))
-        self._stop_if(bad)
+        self._stop_if(bad[0])
 
     def _stop_if(self, bad: Tensor) -> None:
         found = (bad > 0).float()
