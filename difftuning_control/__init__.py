@@ -23,23 +23,40 @@ if TYPE_CHECKING:
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.pipelines.controlled import add_control
+    from difftuning_control.recipe.adapter import AdapterConfig
+    from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
     from difftuning_control.recipe.recipe import Recipe
+    from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
+    from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
     from difftuning_control.verbs.train import train
 
 __all__ = [
+    "AdapterConfig",
+    "AnalysisConfig",
+    "BankConfig",
     "BankRequest",
     "Conditioner",
     "ConstantSchedule",
+    "ControlConfig",
     "ControlSpec",
+    "DataConfig",
     "DiffTuningObjective",
+    "Evaluation",
+    "FidelityConfig",
+    "GatesConfig",
     "KnowledgeBank",
     "LatentBatch",
+    "ModelConfig",
     "NoiseProcess",
     "NonFiniteLossError",
     "PaperSchedule",
+    "PilotConfig",
     "PowerSchedule",
     "Recipe",
+    "ScheduleConfig",
     "TabulatedSchedule",
+    "TrainingConfig",
+    "TuningConfig",
     "UserError",
     "add_control",
     "embedded_model",
@@ -73,6 +90,19 @@ _HOME = {
     "per_sample_loss": "objective",
     **dict.fromkeys(CLASSES, "pipelines"),
     "add_control": "pipelines",
+    "AdapterConfig": "recipe",
+    "BankConfig": "recipe",
+    "ControlConfig": "recipe",
+    "DataConfig": "recipe",
+    "FidelityConfig": "recipe",
+    "GatesConfig": "recipe",
+    "ModelConfig": "recipe",
+    "ScheduleConfig": "recipe",
+    "TrainingConfig": "recipe",
+    "TuningConfig": "recipe",
+    "AnalysisConfig": "recipe.studies",
+    "Evaluation": "recipe.studies",
+    "PilotConfig": "recipe.studies",
     "Recipe": "recipe",
     "ConstantSchedule": "objective.schedules",
     "PaperSchedule": "objective.schedules",

@@ -5,27 +5,33 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
+from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
-from difftuning_control.system.terminal import Record, crashed, shown
+from difftuning_control.system.terminal import Record, crashed, phase, phases, shown
 from difftuning_control.verbs.commands import check_named
 from difftuning_control.verbs.parse import PROGRAM, parse
 from difftuning_control.verbs.runners import RUNNERS
 
 TRAINER = "difftuning_control.verbs.train"
+RUN: ContextVar[str | None] = ContextVar("run")  # the folder of the training that runs
 TRAINERS = ("train", "resume", "bank", "evaluate", "analyze", "pilot")  # verbs that need it before anything else
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `difftune` command."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    RUN.set(None)
     audit.COMMAND.set([PROGRAM, *arguments])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import remarks on packages that are not needed here
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what is cut of a prompt is refused or said by ourselves
     logging.setLogRecordFactory(Record)
     sys.excepthook = crashed
     with watched():
@@ -45,9 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(_fail(error, said, 2))
         except KeyboardInterrupt as error:
             found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-            trains = arguments[:1] in (["train"], ["resume"])
-            again = "go on with difftune resume and its output folder" if trains else "run the same command again"
-            sys.exit(_fail(error, f"{found.describe()}; {again}.", found.code))
+            sys.exit(_fail(error, f"{found.describe()}; {_again(found)}.", found.code))
 
 
 def _run(arguments: list[str]) -> None:
@@ -57,7 +61,21 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"{verb} runs in one process; start it without torchrun or accelerate launch.")
     if verb in TRAINERS and TRAINER not in sys.modules:
         _import_trainer()
+    RUN.set(getattr(command, {"train": "output", "resume": "run"}.get(verb, ""), None))
     RUNNERS[verb](command)
+
+
+def _again(interrupted: Interrupted) -> str:
+    """How to go on: a training that has begun to write can be resumed, all else is given again."""
+    folder = RUN.get()
+    if folder is None:
+        return "run the same command again"
+    from difftuning_control.runs.record import RUNNING, read_run  # and with it torch, which the training has by now
+
+    record = read_run(Path(folder))
+    if interrupted.saved is not None or (record is not None and record.status == RUNNING):
+        return f"go on with difftune resume {shlex.quote(folder)}"
+    return "nothing was written yet; run the same command again"
 
 
 def _import_trainer() -> None:
@@ -65,7 +83,8 @@ def _import_trainer() -> None:
     cycles pass by the hundreds of thousands of objects that stay from then on: it takes a seventh of that time."""
     gc.disable()
     try:
-        import_module(TRAINER)
+        with phases(sys.stdout.isatty()), phase("starting"):
+            import_module(TRAINER)
         gc.freeze()
     finally:
         gc.enable()

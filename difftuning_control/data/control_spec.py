@@ -15,7 +15,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -32,6 +31,7 @@ from difftuning_control.data.images import frame, to_rgb
 from difftuning_control.errors import UserError
 from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import write_json
+from difftuning_control.system.functions import named_function
 from difftuning_control.system.untrusted import from_json, read_text
 
 SUPPLIED = "supplied"
@@ -262,7 +262,7 @@ def _opencv() -> str:
 
 def _call(spec: ControlSpec) -> Annotate:
     """A user's function with the spec's parameters; what it raises becomes a sentence."""
-    function = _function(spec.annotator)
+    function = named_function(spec.annotator, "annotator")
     try:
         inspect.signature(function).bind(None, **spec.params)
     except TypeError as error:
@@ -282,27 +282,12 @@ def _call(spec: ControlSpec) -> Annotate:
 
 def _source(name: str) -> str:
     """The text of the module that a function lies in: what it calls there decides conditions too."""
-    _function(name)
+    named_function(name, "annotator")
     module = importlib.import_module(name.partition(":")[0])
     try:
         return inspect.getsource(module)
     except (OSError, TypeError):
         return f"compiled {getattr(module, '__version__', '')}"
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    if module.partition(".")[0] in sys.stdlib_module_names:  # a spec from elsewhere could name os:system
-        raise UserError(f"the annotator {name} is of Python's own library, which has none; name a function of yours.")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module may raise anything when it is imported
-        raise UserError(
-            f"the annotator {name} cannot be imported ({error}); expected package.module:function, on Python's path."
-        ) from None
-    if not callable(found):
-        raise UserError(f"the annotator {name} is a {type(found).__name__}; expected a function.")
-    return found
 
 
 def _as_picture(found: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:

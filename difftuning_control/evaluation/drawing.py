@@ -59,12 +59,12 @@ def save_grid(
         cell: side of a cell in pixels; the pictures' own size, but at least 96, when None.
     """
     first = next(iter(rows.values()))[0]
-    side = cell or max(96, min(first.width, 256))
+    side = cell or cell_side(first.width)
     size = max(11, side // 9)
     columns = [harmless(caption[:MOST]) for caption in columns]
     font = font_for("".join([*rows, *columns]), size)
     columns = [text if can_draw(font, text) else f"#{j}" for j, text in enumerate(columns, 1)]
-    left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * size + 10, 4
+    left, top, gap = 8 + max(int(font.getlength(label)) for label in rows), 2 * size + 10, GAP
     width, height = left + (side + gap) * len(columns), top + (side + gap) * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -81,6 +81,31 @@ def save_grid(
     temporary = path.with_name(f".{path.name}.partial.png")
     sheet.save(temporary)
     temporary.replace(path)
+
+
+GAP = 4  # pixels behind and below each cell
+
+
+def cell_side(width: int) -> int:
+    """The side of a grid's cell for pictures of a width."""
+    return max(96, min(width, 256))
+
+
+def grid_cells(sheet: Image.Image, rows: int, columns: int, width: int) -> list[list[Image.Image]]:
+    """The pictures of a grid that `save_grid` made, row by row.
+
+    Args:
+        width: that the pictures had.
+
+    Raises:
+        ValueError: if the grid is too small to have so many.
+    """
+    side = cell_side(width)
+    left, top = sheet.width - (side + GAP) * columns, sheet.height - (side + GAP) * rows
+    if left < 0 or top < 0:
+        raise ValueError(f"a grid of {sheet.size} pixels has no {rows} × {columns} pictures of {side} pixels")
+    corners = [[(left + (side + GAP) * j, top + (side + GAP) * i) for j in range(columns)] for i in range(rows)]
+    return [[sheet.crop((x, y, x + side, y + side)) for x, y in row] for row in corners]
 
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.family import Family
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.tunable import NAMES, load_classes, make_tunable, save_classes, tables_of, unknown
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
@@ -47,6 +48,7 @@ class DiT(Family):
     """
 
     name = "dit"
+    fit = Fit({"lora": 1e-4, "full": 1e-4}, {"lora": 2000, "full": 24000}, 32)
     component = "transformer"
     class_conditional = True
 

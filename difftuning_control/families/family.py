@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.autoencoder import LatentSpace
 from difftuning_control.families.control import Controlled, ControlledDenoiser, to_tensor
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.prompts import PromptEmbeddings, Prompting
 from difftuning_control.families.tunable import save_transformer_lora
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
@@ -35,6 +36,7 @@ class Family(Controlled, Prompting, LatentSpace):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora_targets: ClassVar[tuple[str, ...]] = ()  # empty where no text encoder is trained
     base_density: ClassVar[BaseDensity] = "uniform"  # how often the family trains at each noise level
+    fit: ClassVar[Fit] = Fit()
     class_conditional: ClassVar[bool] = False  # told a class, and has its names for prompts; see `dit`
     takes_sizes: ClassVar[bool] = False  # whether `conditioning` may hold `sizes`, see `Framing.sizes`
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.transformer import FlowTransformer
 
 TRAINING_GUIDANCE = 1.0  # where what was distilled is nearest to the conditional prediction that the loss asks for
@@ -41,6 +42,7 @@ class Flux(FlowTransformer):
     """A `FluxPipeline`. Conditioning may also hold `guidance` (B,), the scale that a `dev` model is told."""
 
     name = "flux"
+    fit = Fit(batch_size=3)
     t5_length = 512
     t5 = "2"
     controlnet_class = FluxControlNetModel

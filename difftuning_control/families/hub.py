@@ -43,20 +43,25 @@ def best_device() -> torch.device:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No warnings about the safety checker and renamed arguments, no bars for each component but for downloads."""
+    """No warnings about the safety checker, renamed arguments and each attempt to reach the Hub, no bars for each
+    component but for downloads."""
     import diffusers.utils.logging as diffusers_logging  # these save diffusers where no model is loaded
+    import huggingface_hub.utils.logging as hub_logging
     import transformers.utils.logging as transformers_logging
 
-    level = diffusers_logging.get_verbosity()
+    level, hub_level = diffusers_logging.get_verbosity(), hub_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
     for module in shown:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", category=UserWarning)
             yield
     finally:
         diffusers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         for module in shown:
             module.enable_progress_bar()

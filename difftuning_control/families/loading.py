@@ -46,13 +46,52 @@ def family_of(pipe: Any) -> Family:
     name = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in FAMILIES), None)
     if name is None:
         raise UserError(f"a {type(pipe).__name__} cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
-    module, family = FAMILIES[name]
     try:
-        return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)(pipe)
+        return _class_of(name)(pipe)
     except UserError:
         raise
     except ValueError as error:  # of the scheduler
         raise UserError(f"the model cannot be tuned: {error}") from None
+
+
+def _class_of(name: str) -> type[Family]:
+    """The family of a pipeline class that is known."""
+    module, family = FAMILIES[name]
+    return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)
+
+
+def family_class(model: str) -> type[Family]:
+    """The family of a directory or of a Hub model, of which only the index is read.
+
+    Raises:
+        UserError: as `load_family`.
+    """
+    return _class_of(_known_class(model, _read_index(model, model)))
+
+
+def _read_index(model: str, path: str) -> dict[str, Any]:
+    """The index of a pipeline in a directory or on the Hub.
+
+    Raises:
+        UserError: if there is none.
+    """
+    _check_directory(path)
+    from diffusers import DiffusionPipeline  # saves diffusers where only a path is asked for
+
+    try:
+        with quiet_loading():
+            return DiffusionPipeline.load_config(path)
+    except Exception as error:
+        raise _failed(model, path, error) from None
+
+
+def _known_class(model: str, index: dict[str, Any]) -> str:
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name
+    if name not in FAMILIES:
+        what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
+        raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
+    return name
 
 
 def load_family(
@@ -74,25 +113,17 @@ def load_family(
             or its family cannot be quantised.
     """
     path = str(embedded_model()) if model == "embedded" else model
-    _check_directory(path)
-    from diffusers import DiffusionPipeline  # saves diffusers where only a path is asked for
+    index = _read_index(model, path)
+    _known_class(model, index)
+    from diffusers import DiffusionPipeline  # as in _read_index
 
     try:
         with quiet_loading():
-            index = DiffusionPipeline.load_config(path)
-            name = _class_name(index)
-            if name not in FAMILIES:
-                what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
-                raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
             pipe = DiffusionPipeline.from_pretrained(
                 path, dtype=dtype, variant=variant, use_safetensors=True, trust_remote_code=False, **_left_out(index)
             )
-    except UserError:
-        raise
     except Exception as error:
-        refuse_pickle(f"the model {model}", path, "model")
-        expected = "`embedded`, a diffusers directory with safetensors weights"
-        raise _not_loaded(f"the model {model}", path, error, expected) from None
+        raise _failed(model, path, error) from None
     family = family_of(pipe)
     family.offload = offload
     if quantization is not None:
@@ -140,6 +171,11 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
     return controlnet
 
 
+def _failed(model: str, path: str, error: Exception) -> UserError:
+    refuse_pickle(f"the model {model}", path, "model")
+    return _not_loaded(f"the model {model}", path, error, "`embedded`, a diffusers directory with safetensors weights")
+
+
 def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
     if any(type(e).__name__ == "GatedRepoError" for e in (error, error.__cause__, error.__context__)):
         return UserError(
@@ -167,11 +203,6 @@ def _check_directory(path: str) -> None:
         raise UserError(
             f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`."
         )
-
-
-def _class_name(index: dict[str, Any]) -> str | None:
-    name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) else name
 
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

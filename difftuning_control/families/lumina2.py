@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.objective.noise import NoiseProcess
 
@@ -22,6 +23,7 @@ class Lumina2(MaskedTransformer):
     """A `Lumina2Pipeline`; prompts follow its system prompt."""
 
     name = "lumina2"
+    fit = Fit(batch_size=3)
     base_density = "logit_normal"
     text_length = 256
     call_settings: ClassVar[dict[str, Any]] = {}

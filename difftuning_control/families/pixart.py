@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.tunable import make_tunable
 
@@ -22,6 +23,7 @@ class PixArtSigma(MaskedTransformer):
     """A `PixArtSigmaPipeline`. Prompts are not cleaned of addresses and the like, see `clean_caption` there."""
 
     name = "pixart_sigma"
+    fit = Fit({"lora": 1e-4, "full": 2e-5})
     call_settings = MaskedTransformer.call_settings | {"clean_caption": False}
     told_size = False  # whether the model is told resolution and aspect ratio
 

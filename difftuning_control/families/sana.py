@@ -18,6 +18,7 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
 
 SIDES = 32  # of whose multiples the pipeline takes sides only, whatever the autoencoder
@@ -28,6 +29,7 @@ class Sana(MaskedTransformer):
     """A `SanaPipeline`; prompts follow the long instruction that it has by default."""
 
     name = "sana"
+    fit = Fit({"lora": 1e-4, "full": 1e-5, "controlnet": 1e-4, "controlnet_lora": 1e-4})
     base_density = "logit_normal"
     controlnet_class = SanaControlNetModel
     control_pipeline_class = SanaControlNetPipeline

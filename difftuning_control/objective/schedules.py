@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -197,6 +197,23 @@ def _own_tau(retention_tau: float | None) -> dict[str, float]:
 def with_flat_retention(schedule: Schedule, u: Tensor) -> TabulatedSchedule:
     """The schedule's ψ with ξ = 1, as a table at the levels u (T,): what a forgetting budget trains with."""
     return TabulatedSchedule(u.tolist(), schedule.psi(u).tolist(), [1.0] * len(u))
+
+
+def tabulate(function: Callable[[Tensor], Any], points: int = 1001) -> TabulatedSchedule:
+    """The schedule of a function, as a table at evenly spaced u from 0 to 1.
+
+    Args:
+        function: given u (N,) float64, it gives ψ(u) and ξ(u), each (N,) or one number.
+
+    Raises:
+        ValueError: if it fails, or gives something else than a schedule may be.
+    """
+    u = torch.linspace(0, 1, points, dtype=torch.float64)
+    try:
+        psi, xi = (torch.as_tensor(v, dtype=torch.float64).expand(points).tolist() for v in function(u.clone()))
+    except Exception as error:  # of somebody's function
+        raise ValueError(f"the function gave no ψ(u) and ξ(u) for {points} values of u ({error}).") from None
+    return TabulatedSchedule(u.tolist(), psi, xi)
 
 
 Schedule = PowerSchedule | PaperSchedule | ConstantSchedule | TabulatedSchedule

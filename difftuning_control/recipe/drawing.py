@@ -9,20 +9,29 @@ from difftuning_control.errors import UserError
 
 
 @dataclass(kw_only=True)
-class DrawSettings:
+class SamplerSettings:
+    """How a picture is drawn.
+
+    Args:
+        steps: sampling steps of a picture. [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance. [≥ 0]
+    """
+
+    steps: int = 20
+    guidance_scale: float = 4.0
+
+
+@dataclass(kw_only=True)
+class DrawSettings(SamplerSettings):
     """How pictures are drawn and seen.
 
     Args:
         features: network whose features are compared: lite0, dinov2, clip, inception, or a local model directory.
         pictures: number of prompts, taken from the captions of held-out pictures. [pictures, ≥ 5]
-        steps: sampling steps of a picture. [steps, ≥ 1]
-        guidance_scale: scale of classifier-free guidance. [≥ 0]
     """
 
     features: str = "lite0"
     pictures: int = 64
-    steps: int = 20
-    guidance_scale: float = 4.0
 
     def check_drawing(self, section: str) -> None:
         """Refuse settings out of range, named with their section.
@@ -62,3 +71,15 @@ def check_least(section: str, values: object, least: dict[str, int]) -> None:
         value = getattr(values, name)
         if not lowest <= value < math.inf:
             raise UserError(f"{section}{name} is {value}; expected at least {lowest}.")
+
+
+def check_domain_scale(scale: float | None) -> None:
+    """Refuse a scale below 1, at which pipelines have no second branch; 1 is the tuned model alone.
+
+    Raises:
+        UserError: if it is not a finite number of at least 1.
+    """
+    if scale is not None and not 1 <= scale < math.inf:
+        raise UserError(
+            f"domain_guidance_scale is {scale}; expected a finite number of at least 1, or nothing for none."
+        )

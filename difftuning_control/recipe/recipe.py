@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,8 +20,17 @@ from difftuning_control.recipe.inputs import (
     FidelityConfig,
     ModelConfig,
 )
+from difftuning_control.recipe.reading import build, keys_of, read_recipe
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.home import expand_paths
+
+FITTED = (  # what fits the model where a recipe names none
+    "training.learning_rate",
+    "training.max_steps",
+    "training.batch_size",
+    "training.mixed_precision",
+    "tuning.retention_ratio",
+)
 
 
 @dataclass
@@ -52,6 +63,7 @@ class Recipe:
     gates: GatesConfig = field(default_factory=GatesConfig)
 
     def __post_init__(self) -> None:
+        self.left_open: tuple[str, ...] = ()  # those of `FITTED` that its text does not name; it is no setting
         expand_paths(self, "output")
         if self.method == "full" and self.adapter != AdapterConfig():
             raise UserError("adapter settings are given, but method full trains no adapter; leave them out.")
@@ -214,7 +226,32 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """The recipe of a YAML file, as `difftune train --config` reads it.
+
+        Raises:
+            UserError: if it cannot be read, or a key or a value is wrong.
+        """
+        return cls.from_dict(read_recipe(os.fspath(path), keys_of(Recipe)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from its sections as dictionaries: `{"model": {"id": "embedded"}, "training": {"max_steps": 30}}`.
+
+        Learning rate, steps, batch size and precision that are left out fit the model once it is known; the data must
+        be named.
+
+        Raises:
+            UserError: if a key is unknown, or a value is of another type or out of its range.
+        """
+        recipe = build(Recipe, values)
+        if not _names(values, "data.path"):
+            recipe.data.path = ""  # which whoever reads data refuses
+        recipe.left_open = tuple(key for key in FITTED if not _names(values, key))
+        return recipe
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any]) -> Recipe:
         """The recipe of what `to_dict` gave, in an earlier version too, which knew fewer sections.
 
         Raises:
@@ -242,3 +279,10 @@ class Recipe:
             raise UserError(
                 f"a recorded recipe cannot be read ({error}); it is of a newer version of this package, or was edited."
             ) from None
+
+
+def _names(values: Mapping[str, Any], key: str) -> bool:
+    """Whether nested values, of dictionaries or of dataclasses, say something of a dotted key."""
+    section, name = key.split(".")
+    found = values.get(section, {})
+    return not isinstance(found, Mapping) or name in found

@@ -1,12 +1,15 @@
-"""What `difftune export` and `difftune verify` are asked for, apart from how they do it: reading a command is cheap."""
+"""What `sample`, `export`, `verify` and `runs` are asked for, apart from how they do it: reading a command is cheap."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.drawing import SamplerSettings, check_domain_scale
+from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.text import harmless
 
@@ -42,6 +45,70 @@ class Moved:
     controlnet: str | None = None
     schedule: str | None = None
     begin: str | None = None
+
+
+@dataclass
+class SampleRequest(SamplerSettings):
+    """What is drawn, by which model, and where to.
+
+    Args:
+        run: folder of a finished run, or RUN/step-000010 that its training.save_at kept.
+        model: the pretrained model (--model.id, --model.variant, --model.quantization, --model.offload); that of
+            the run when --run is given.
+        prompts: what to draw; with a key as a list: '["red apple", "dog face"]'.
+        control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
+        control_ready: the picture given as --control is a condition already.
+        compare: also draw the base's pictures and put both into one grid.
+        kept: with --compare, also draw with the weights of every step that training.save_at kept.
+        output: folder of the pictures.
+        steps: sampling steps.
+        domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
+        resolution: side in pixels; the model's own when empty.
+        seed: of the noise.
+        moved: where the run's inputs lie now, if they were moved.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    run: str | None = None
+    model: ModelConfig | None = None
+    control: str | None = None
+    control_ready: bool = False
+    compare: bool = False
+    kept: bool = False
+    output: str = "runs/samples"
+    steps: int = field(default=25, kw_only=True)
+    domain_guidance_scale: float | None = None
+    resolution: int | None = None
+    seed: int = 0
+    moved: Moved = field(default_factory=Moved)
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "run", "control", "output")
+        if not self.prompts:
+            raise UserError('there is no prompt; give one: difftune sample RUN "red apple".')
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}; expected at least 1.")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
+        check_domain_scale(self.domain_guidance_scale)
+        if self.domain_guidance_scale is not None and self.run is None:
+            raise UserError(
+                "a pretrained model alone has nothing to guide; give --run or omit --domain_guidance_scale."
+            )
+        if self.resolution is not None and self.resolution < 8:
+            raise UserError(f"resolution is {self.resolution}; expected at least 8 pixels.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed is {self.seed}; expected 0 to {MAX_SEED}.")
+        if self.run is not None and self.model is not None:
+            raise UserError("give --run or --model.id, not both; a run knows its model.")
+        if self.compare and self.run is None:
+            raise UserError("--compare needs --run: it sets a trained model beside its base.")
+        if self.kept and not self.compare:
+            raise UserError("--kept needs --compare: it sets the steps that a run kept beside its base.")
+        if self.control is not None and self.run is None:
+            raise UserError("--control needs --run: the folder of a trained ControlNet.")
+        if self.control_ready and self.control is None:
+            raise UserError("--control_ready is given without --control; name the picture of the condition.")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_least
+from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_domain_scale, check_least
 from difftuning_control.recipe.requests import Moved
 from difftuning_control.system.home import expand_paths
 
@@ -130,15 +130,3 @@ class PilotConfig(SeededDrawSettings):
         scales = self.guidance_scales
         if len(set(scales)) < len(scales) or not all(1 <= scale < math.inf for scale in scales):
             raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers of at least 1.")
-
-
-def check_domain_scale(scale: float | None) -> None:
-    """Refuse a scale below 1, at which pipelines have no second branch; 1 is the tuned model alone.
-
-    Raises:
-        UserError: if it is not a finite number of at least 1.
-    """
-    if scale is not None and not 1 <= scale < math.inf:
-        raise UserError(
-            f"domain_guidance_scale is {scale}; expected a finite number of at least 1, or nothing for none."
-        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.drawing import SeededDrawSettings
 from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.system.functions import named_function
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import from_json, read_text
 
@@ -26,6 +27,7 @@ SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "paper": ("tau", "retention_tau"),
     "constant": ("psi", "xi"),
     "measured": ("path",),
+    "function": ("path",),
     "auto": (),
 }
 
@@ -36,15 +38,16 @@ class ScheduleConfig:
 
     Args:
         kind: shape of ψ and ξ: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured
-            (from path), or auto (measured on the model and the data when the run begins).
+            (from path), auto (measured as the run begins), or function (yours, by path).
         tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper. [> 0]
         retention_tau: τ of ξ alone, of power and paper; that of ψ when empty. [> 0]
         psi: ψ of constant; 1 when empty. [> 0]
         xi: ξ of constant; 0 when empty. [≥ 0]
-        path: JSON file with u, psi and xi, of measured; `difftune analyze` writes one.
+        path: JSON file with u, psi and xi, of measured; `difftune analyze` writes one. Of function
+            package.module:function, which is code that runs: given u, (N,) from 0 to 1, it gives ψ and ξ there.
     """
 
-    kind: Literal["power", "paper", "constant", "measured", "auto"] = "power"
+    kind: Literal["power", "paper", "constant", "measured", "auto", "function"] = "power"
     tau: float | None = None
     retention_tau: float | None = None
     psi: float | None = None
@@ -60,8 +63,18 @@ class ScheduleConfig:
                 raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
         if self.kind == "measured" and self.path is None:
             raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
-        if self.kind not in ("measured", "auto"):
+        if self.kind == "function" and (self.path is None or ":" not in self.path):
+            raise UserError(
+                f"tuning.schedule.kind is function and tuning.schedule.path is {self.path or 'empty'}; expected "
+                "package.module:function."
+            )
+        if self.kind not in ("measured", "auto", "function"):  # a recipe that is only read runs no code
             self.build(1000)
+
+    @property
+    def file(self) -> str | None:
+        """The file that a measured schedule is read from."""
+        return self.path if self.kind == "measured" else None
 
     def build(self, num_train_timesteps: int) -> Schedule:
         """The schedule itself; of `auto`, ψ = ξ = 1 until the trainer has measured it.
@@ -78,6 +91,10 @@ class ScheduleConfig:
                 assert self.path is not None
                 table = from_json(read_text(Path(self.path)))
                 return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
+            if self.kind == "function":
+                from difftuning_control.objective.schedules import tabulate  # as above
+
+                return tabulate(named_function(self.path or "", "schedule"))
             if self.kind == "auto":
                 return schedule_from_dict({"kind": "constant", "psi": 1.0, "xi": 1.0})
             if self.kind == "constant":
@@ -249,8 +266,8 @@ class TrainingConfig:
             output. [optimizer steps, ≥ 1]
         resume: go on from the last checkpoint in the output, or from the start if there is none; `difftune resume RUN`
             needs no recipe, and a run that it goes on with.
-        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base (on the
-            command line also --from); a new start when empty.
+        begin_from: start from the weights of a finished run, of RUN/step-000010, or of a LoRA file of this base; a new
+            start when empty.
         validate_every: optimizer steps between validations; 0 for only before and after. [optimizer steps, ≥ 0]
         validation_size: rows of target and of bank in a validation. [rows, ≥ 1]
         sample_every: optimizer steps between sample grids; 0 for none. [optimizer steps, ≥ 0]

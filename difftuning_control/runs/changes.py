@@ -154,7 +154,7 @@ def _differing(record: RunRecord, today: Recipe, recipe: Recipe) -> Iterator[tup
 
 def _settings(recipe: Recipe, record: RunRecord | None) -> dict[str, Any]:
     """What decides the weights, by dotted key; of the file of a schedule its digest."""
-    path, digest = recipe.tuning.schedule.path, None
+    path, digest = recipe.tuning.schedule.file, None
     if path is not None and record is not None:
         source = (record.sources or {}).get("schedule")
         files = (source.files if source is not None else None) or {}

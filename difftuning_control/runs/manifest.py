@@ -45,8 +45,8 @@ def sources_of(recipe: Recipe) -> dict[str, Source]:
     places = {"base": recipe.model.id}
     if recipe.method == "controlnet" and recipe.control.init is not None:
         places["controlnet"] = recipe.control.init
-    if recipe.tuning.schedule.path is not None:
-        places["schedule"] = recipe.tuning.schedule.path
+    if recipe.tuning.schedule.file is not None:
+        places["schedule"] = recipe.tuning.schedule.file
     sources = {}
     for name, place in places.items():
         folder = place_of(place)

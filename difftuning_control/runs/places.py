@@ -81,6 +81,8 @@ def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
     values, found = recipe.to_dict(), {RUN: absolute(recipe.output)}
     for role, key in KEYS.items():
         value = value_of(values, key)
+        if role == "schedule" and recipe.tuning.schedule.file is None:  # a function lies nowhere
+            continue
         if not isinstance(value, str) or value in WORDS.get(role, ()):
             continue
         if role in ALWAYS_LOCAL or _is_local(value):
@@ -160,7 +162,7 @@ def placed(recipe: Recipe, record: RunRecord, run: str | Path) -> Recipe:
         if value_of(values, key) is not None and value_of(values, key) == value_of(before, key):
             set_value(values, key, value_of(now, key))
     values["output"] = str(run)
-    return Recipe.from_dict(values)
+    return Recipe.from_record(values)
 
 
 def need_places(

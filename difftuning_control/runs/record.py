@@ -155,7 +155,7 @@ class RunRecord(Section):
     @property
     def recipe(self) -> Recipe:
         """The recipe that the run was made with; what earlier records lack of it has its default."""
-        return Recipe.from_dict(self.recipe_values)
+        return Recipe.from_record(self.recipe_values)
 
     @property
     def method(self) -> str:

@@ -36,7 +36,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
-from difftuning_control.system.terminal import progress
+from difftuning_control.system.terminal import phase, progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
@@ -98,7 +98,11 @@ def prepare_inputs(
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
     with phases("encode"):
         size = _bank_size(recipe, accelerator.num_processes)
-        pictures = read_pictures(recipe, family, tell, size)
+        said: list[str] = []
+        with phase("reading pictures", accelerator.is_main_process):
+            pictures = read_pictures(recipe, family, said.append, size)
+        for line in said:  # not into the middle of a line
+            tell(line)
         check_pictures(recipe, family, pictures, conditioner)
     with phases("bank"):
         bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell, size)

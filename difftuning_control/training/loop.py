@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from difftuning_control.data.batches import TrainingRows
 from difftuning_control.data.prepare import silent
@@ -26,13 +25,17 @@ from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
+from difftuning_control.system.terminal import add_phase, duration, phases_are_shown, say
+from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.ledger import Ledger
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
 from difftuning_control.training.phases import Phases, planned_line
+from difftuning_control.training.progress import StepProgress
 from difftuning_control.training.reader import RowReader
+from difftuning_control.training.report import RunReport
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
 
@@ -69,6 +72,7 @@ class TrainingLoop:
         self.end, self.earlier = self.config.max_steps, earlier  # identities of the run before it was changed
         self.saved: int | None = None  # the step of the last checkpoint
         self.phases = phases or Phases()
+        self.done = 0
         control = inputs.control
         gauge = Gauge(recipe, family, inputs, accelerator, self.phases)
         baseline = Baseline.measure(gauge)  # before anything is attached to the pretrained weights
@@ -82,6 +86,8 @@ class TrainingLoop:
         self.log = MetricsLog(recipe, accelerator, self.state)
         gauge = replace(gauge, together=self.weights.sharded)
         self.monitor = Monitor(gauge, baseline, self.weights, self.log, self.curve)
+        self.calendar = Calendar(recipe, self.curve is not None)
+        self.report = RunReport(recipe, family, inputs, self.monitor, accelerator)
         self.source = training_source(recipe, family, objective, inputs, accelerator)
         ahead, pinned = inputs.stream is None, accelerator.device.type == "cuda"  # a stream reads ahead by itself
         self.reader = RowReader(self.source, self.config.gradient_accumulation_steps, ahead, pinned)
@@ -105,35 +111,34 @@ class TrainingLoop:
         self._plan(first, measured)
         if (line := planned_line(self.phases)) is not None:
             tell(line)
-        seconds, step = 0.0, first
+        seconds, step, began, losses = 0.0, first, time.monotonic(), dict[str, float]()
+        main = self.accelerator.is_main_process
+        self.report.write(first, self.end)
         with (
             deferred(),
             self.phases("training"),
-            tqdm(
-                total=self.config.max_steps,
-                initial=first,
-                desc="training",
-                mininterval=1.0,
-                disable=not self.accelerator.is_main_process,
-            ) as bar,
+            StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown,
         ):
             while step < self.end:
                 begun = time.time()
                 self.advance(step, more=step + 1 < self.end)
-                step += 1
-                if self.ledger.is_due or self._anything_due(step) or self._is_asked():
-                    for done, figures in self.ledger.read():
-                        self.log.write(done + 1, figures)
-                        shown = {k: f"{v:.4f}" for k, v in figures.items() if k.endswith("loss")}
-                        bar.set_postfix(shown, refresh=False)
-                seconds += time.time() - begun
-                bar.update(1)
-                self._watch(step)
+                self.done = step = step + 1
+                if self._reads(step):
+                    losses = self._read()
+                taken = time.time() - begun
+                seconds += taken
+                shown.advance(taken, losses, self.end)
+                if self._watch(step):
+                    self.report.write(step, self.end, shown.remaining(self.end))
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
             with self.phases("saving"):
                 self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
+        add_phase("training", time.monotonic() - began - self.monitor.spent())
         done = step - first
+        if main and done and phases_are_shown():
+            say(f"training … {done} steps in {duration(time.monotonic() - began)}")
+        self.report.write(step, self.end, tuned=tuned)
         return self.monitor.baseline.beside(tuned), done / seconds if done else None
 
     def step(self, step: int) -> dict[str, float]:
@@ -242,35 +247,48 @@ class TrainingLoop:
         if not number:
             return
         self._checkpoint(done)
+        self.report.write(done, self.end, stopped=True)
         self.accelerator.wait_for_everyone()
         raise Interrupted(number, done)
 
     # --- what is due ------------------------------------------------------------------------------------------------
 
-    def _anything_due(self, done: int) -> bool:
-        """Whether `_watch` has anything to do after `done` steps, or the run ends."""
-        config = self.config
-        every = [config.validate_every, config.sample_every, config.checkpoint_every]
-        every += [self.recipe.control.fidelity.every] if self.curve is not None else []
-        return done == self.end or done in config.save_at or any(e and done % e == 0 for e in every)
+    def _reads(self, done: int) -> bool:
+        """Whether the figures of the last steps are read after `done` steps: where they are due, or something is that
+        must not see a loss that is not finite."""
+        due = self.calendar
+        asks = (due.measures_fidelity, due.validates, due.samples, due.saves)
+        return self.ledger.is_due or done == self.end or self._is_asked() or any(ask(done, self.end) for ask in asks)
 
-    def _watch(self, done: int) -> None:
-        """What is due after `done` steps: validation, pictures, weights to keep, a checkpoint."""
-        every, config = self.recipe.control.fidelity.every, self.config
-        if self.curve is not None and (done % every == 0 or done == self.end):
+    def _read(self) -> dict[str, float]:
+        """Log the figures that were not read yet; gives those of the last step."""
+        figures: dict[str, float] = {}
+        for step, figures in self.ledger.read():
+            self.log.write(step + 1, figures)
+        return figures
+
+    def _watch(self, done: int) -> bool:
+        """Do what is due after `done` steps: fidelity, validation, pictures, weights to keep, a checkpoint.
+
+        Returns:
+            whether anything was.
+        """
+        due, measured = self.calendar, False
+        if due.measures_fidelity(done, self.end):
             self.monitor.measure_fidelity(done)
-            self.end = self.monitor.planned_end(done)
-        last = done == self.end
-        if config.validate_every and done % config.validate_every == 0 and not last:
-            self.monitor.validate(done)
-        if config.sample_every and (done % config.sample_every == 0 or last):
-            self.monitor.save_grid(done)
-        if done in config.save_at:
+            self.end, measured = self.monitor.planned_end(done), True
+        if done in self.config.save_at:
             losses = self.monitor.baseline.beside(self.monitor.validate(done))
             with self.phases("saving"):
                 self.weights.keep(done, losses)
-        if done % config.checkpoint_every == 0 and not last:
+        elif due.validates(done, self.end) and done != self.end:  # after the last step comes a last one
+            self.monitor.validate(done)
+        if due.samples(done, self.end):
+            self.monitor.save_grid(done)
+        if due.saves(done, self.end):
             self._checkpoint(done)
+        found = (due.validates(done, self.end), due.samples(done, self.end), due.saves(done, self.end))
+        return measured or any(found)
 
     def _checkpoint(self, done: int) -> None:
         """Save what `done` steps made, by all processes together where the weights are spread over them."""
@@ -289,22 +307,17 @@ class TrainingLoop:
         Args:
             measured: what the phases had taken before anything was restored: each measurement once.
         """
-        config, end = self.config, self.end
+        to_come, end = self.calendar.to_come(first, self.end), self.end
 
-        def plan(name: str, again: int) -> None:
-            self.phases.plan(name, self.phases.forwards(name) + again)
+        def again(name: str) -> int:
+            return to_come[name] * int(measured.get(name, {}).get("forwards", 0))
 
-        def once(name: str) -> int:
-            return int(measured.get(name, {}).get("forwards", 0))
-
-        def due(every: int) -> int:  # how often, after the first step of this session and before the last
-            return (end - 1) // every - first // every if every else 0
-
-        kept = sum(first < step <= end for step in config.save_at)
-        plan("validation", once("validation") * (due(config.validate_every) + kept + 1))
+        rows = self.config.batch_size * self.config.gradient_accumulation_steps
+        forwards = {"validation": again("validation"), "training": (end - first) * rows}
         if self.curve is None:
-            plan("sampling", once("sampling") * (due(config.sample_every) + (config.sample_every > 0)))
-        plan("training", (end - first) * config.batch_size * config.gradient_accumulation_steps)
+            forwards["sampling"] = again("sampling")
+        for name, count in forwards.items():
+            self.phases.plan(name, self.phases.forwards(name) + count)
 
     def _resume(self) -> int:
         """The step to go on from."""

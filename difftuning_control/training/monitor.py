@@ -5,6 +5,9 @@ The pretrained model is measured in the same way before anything is attached to 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.evaluation.losses import BandLosses
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
+from difftuning_control.system.terminal import add_phase, phase
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.phases import Phases
@@ -68,16 +72,26 @@ class Gauge:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The pretrained model's losses by role and noise band, and its sample pictures."""
+    """The pretrained model's losses by role and noise band, its sample pictures, and the seconds of both."""
 
     losses: dict[str, BandLosses]
     pictures: list[Any]
+    seconds: dict[str, float]
 
     @classmethod
     def measure(cls, gauge: Gauge) -> Baseline:
         """Of the model as it is loaded, to which nothing is attached yet."""
-        losses = gauge.losses(gauge.family.model)
-        return cls(losses, gauge.pictures(controlled=False) if gauge.recipe.training.sample_every else [])
+        show = gauge.accelerator.is_main_process
+        begun = time.monotonic()
+        with phase("validation", show, "of the pretrained model"):
+            losses = gauge.losses(gauge.family.model)
+        seconds = {"validation": time.monotonic() - begun}
+        if not gauge.recipe.training.sample_every:
+            return cls(losses, [], seconds)
+        begun = time.monotonic()
+        with phase("sampling", show, "the pretrained model's pictures"):
+            pictures = gauge.pictures(controlled=False)
+        return cls(losses, pictures, seconds | {"sampling": time.monotonic() - begun})
 
     def beside(self, tuned: dict[str, BandLosses]) -> dict[str, Any]:
         """Its losses and those of tuned weights, by role."""
@@ -93,10 +107,23 @@ class Monitor:
         self.gauge, self.baseline, self.weights, self.log, self.curve = gauge, baseline, weights, log, curve
         self.inputs, self.accelerator, self.config = gauge.inputs, gauge.accelerator, gauge.recipe.training
         self.output = Path(gauge.recipe.output)
+        self.seconds = dict(baseline.seconds)  # of each kind of measurement, the last one's
+        self._spent = 0.0
+
+    def spent(self) -> float:
+        """The seconds of all measurements so far, but for those of the pretrained model."""
+        return self._spent
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[kind] = add_phase(kind, time.monotonic() - begun)
+        self._spent += self.seconds[kind]
 
     def validate(self, step: int) -> dict[str, BandLosses]:
         """The losses by role and noise band."""
-        with self.weights.averaged():
+        with self._timed("validation"), self.weights.averaged():
             losses = self.gauge.losses(self.weights.model)
         row: dict[str, float] = {}
         for role, bands in losses.items():
@@ -106,7 +133,7 @@ class Monitor:
 
     def save_grid(self, step: int) -> None:
         """A grid of the pretrained model's pictures and of these weights', under `samples`."""
-        with self.weights.averaged():
+        with self._timed("sampling"), self.weights.averaged():
             tuned = self.gauge.pictures()
         if not self.accelerator.is_main_process:
             return
@@ -124,7 +151,12 @@ class Monitor:
         assert control.probe is not None
         measured: list[Any] = [None, None]  # with the ControlNet, and once without
         if self.accelerator.is_main_process:
-            with self.gauge.phases("sampling"), self.weights.averaged(), self.accelerator.autocast():
+            with (
+                self._timed("fidelity"),
+                self.gauge.phases("sampling"),
+                self.weights.averaged(),
+                self.accelerator.autocast(),
+            ):
                 measured[0] = control.probe.measure(family)
                 measured[1] = control.probe.measure(family, controlled=False) if not self.curve.without else None
         with_control, without = broadcast_object_list(measured)

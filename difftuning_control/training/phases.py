@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from difftuning_control.system.terminal import duration
+
 PHASES = ("load", "encode", "bank", "analysis", "validation", "training", "sampling", "saving")
 TRAINING = 3  # a row's forward and backward take as long as about three forwards alone
 
@@ -165,15 +167,3 @@ def spent_line(found: dict[str, dict[str, float]]) -> str:
         forwards = f" ({int(values['forwards']):,} forwards)" if values["forwards"] else ""
         parts.append(f"{name} {duration(values['seconds'])}{forwards}")
     return f"{duration(sum(v['seconds'] for v in found.values()))} in all: {', '.join(parts)}"
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

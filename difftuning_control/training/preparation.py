@@ -16,6 +16,7 @@ from difftuning_control.objective.schedules import schedule_from_dict, with_flat
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.changes import Resumption, resumption
 from difftuning_control.runs.identity import recipe_identity
+from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
 from difftuning_control.training.checkpoint import checkpoints
@@ -78,6 +79,8 @@ def prepare_run(
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
+    side = _resolution(recipe, family)
+    written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
     fingerprints = Fingerprints(base=dict(family.fingerprints))
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
@@ -92,6 +95,14 @@ def prepare_run(
     if going.reopened is not None:
         start = Start(Path(recipe.output), going.reopened)
     return PreparedRun(written, recipe, family, objective, inputs, fingerprints, start, going)
+
+
+def _resolution(recipe: Recipe, family: Family) -> int | None:
+    """The recipe's or the model's own; of a run that goes on what its record has, which in earlier ones may be None."""
+    if recipe.data.resolution is not None:
+        return recipe.data.resolution
+    before = read_run(Path(recipe.output)) if recipe.training.resume else None
+    return family.native_resolution if before is None else before.recipe.data.resolution
 
 
 def _start(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Start | None:

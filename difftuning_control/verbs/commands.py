@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.inputs import MAX_SEED, DataConfig, ModelConfig
+from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.requests import ExportRequest, Moved, RunsRequest, VerifyRequest
-from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig, check_domain_scale
+from difftuning_control.recipe.requests import ExportRequest, Moved, RunsRequest, SampleRequest, VerifyRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.system.home import expand_paths
 from difftuning_control.verbs.bench.settings import Bench
 
@@ -37,10 +37,10 @@ class TrainCommand(Recipe):
 
 @dataclass
 class ResumeCommand(Recipe):
-    """Go on with a run that broke off, or make a finished one longer: difftune resume RUN --training.max_steps 400.
+    """Go on with a run that broke off, or make a finished one longer: difftune resume RUN --steps 400.
 
     Args:
-        run: folder of the run, which has its recipe. Length, learning rate and its schedule, and how often it saves,
+        run: folder of the run, which has its recipe; length, learning rate and its schedule, and how often it saves,
             samples and validates may change; of inputs that were moved the new place is given (--data.path).
     """
 
@@ -55,71 +55,14 @@ class BankCommand(Recipe):
 
 
 @dataclass
-class SampleCommand:
-    """Draw pictures with a trained model (--run) or a pretrained one (--model.id), seed by seed comparable.
+class SampleCommand(SampleRequest):
+    """Draw pictures with a trained model (RUN) or a pretrained one (--model ID), seed by seed comparable.
 
     Args:
-        run: folder of a finished run, or RUN/step-000010 that its training.save_at kept.
-        model: the pretrained model (--model.id, --model.variant, --model.quantization, --model.offload); that of
-            the run when --run is given.
-        prompts: what to draw, as a list: '["red apple", "dog face"]'.
-        control: a photo, from which the condition of a ControlNet (--run) is prepared as in training.
-        control_ready: the picture given as --control is a condition already.
-        compare: also draw the base's pictures and put both into one grid.
-        kept: with --compare, also draw with the weights of every step that training.save_at kept.
-        output: folder of the pictures.
-        steps: sampling steps.
-        guidance_scale: classifier-free guidance.
-        domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
-        resolution: side in pixels; the model's own when empty.
-        seed: of the noise.
-        overwrite: replace pictures in the output folder.
-        moved: where the run's inputs lie now, if they were moved.
+        overwrite: replace pictures in the output folder; without it a second command draws into output-2, and so on.
     """
 
-    prompts: list[str] = field(default_factory=list)
-    run: str | None = None
-    model: ModelConfig | None = None
-    control: str | None = None
-    control_ready: bool = False
-    compare: bool = False
-    kept: bool = False
-    output: str = "runs/samples"
-    steps: int = 25
-    guidance_scale: float = 4.0
-    domain_guidance_scale: float | None = None
-    resolution: int | None = None
-    seed: int = 0
     overwrite: bool = False
-    moved: Moved = field(default_factory=Moved)
-
-    def __post_init__(self) -> None:
-        expand_paths(self, "run", "control", "output")
-        if not self.prompts:
-            raise UserError("there is no prompt; give --prompts '[\"red apple\"]'.")
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; expected at least 1.")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
-        check_domain_scale(self.domain_guidance_scale)
-        if self.domain_guidance_scale is not None and self.run is None:
-            raise UserError(
-                "a pretrained model alone has nothing to guide; give --run or omit --domain_guidance_scale."
-            )
-        if self.resolution is not None and self.resolution < 8:
-            raise UserError(f"resolution is {self.resolution}; expected at least 8 pixels.")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"seed is {self.seed}; expected 0 to {MAX_SEED}.")
-        if self.run is not None and self.model is not None:
-            raise UserError("give --run or --model.id, not both; a run knows its model.")
-        if self.compare and self.run is None:
-            raise UserError("--compare needs --run: it sets a trained model beside its base.")
-        if self.kept and not self.compare:
-            raise UserError("--kept needs --compare: it sets the steps that a run kept beside its base.")
-        if self.control is not None and self.run is None:
-            raise UserError("--control needs --run: the folder of a trained ControlNet.")
-        if self.control_ready and self.control is None:
-            raise UserError("--control_ready is given without --control; name the picture of the condition.")
 
 
 @dataclass
@@ -219,6 +162,17 @@ class BenchCommand(Bench):
     overwrite: bool = False
 
 
+@dataclass
+class CompletionCommand:
+    """Print what makes a shell complete verbs and options: eval "$(difftune completion bash)".
+
+    Args:
+        shell: bash, zsh or fish.
+    """
+
+    shell: Literal["bash", "zsh", "fish"]
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "resume": ResumeCommand,
@@ -232,15 +186,11 @@ COMMANDS: dict[str, type] = {
     "verify": VerifyRequest,
     "runs": RunsRequest,
     "bench": BenchCommand,
+    "completion": CompletionCommand,
 }
-POSITIONAL = {
-    "resume": "run",
-    "export": "run",
-    "verify": "run",
-    "runs": "folder",
-}  # what a word without a key is, at such a verb
 
-ALIASES = {"train": {"from": "training.begin_from"}}
+
+NAMED = ("train", "bank", "pilot")  # verbs that take the pictures as a word
 
 
 def check_named(verb: str, command: typing.Any) -> None:
@@ -253,7 +203,8 @@ def check_named(verb: str, command: typing.Any) -> None:
         return
     if isinstance(command, AnalyzeCommand) and command.run is not None:
         return
-    said = f"{verb} is told of no data; give --data.path FOLDER (embedded/icons to try it), or a recipe that names data"
+    named = "the folder: difftune " + verb + " PICTURES" if verb in NAMED else "--data.path FOLDER"
+    said = f"{verb} is told of no data; give {named} (embedded/icons to try it), or a recipe that names data"
     if command.training.resume:
         said += f"; to go on with the run in {command.output}: difftune resume {command.output}"
     raise UserError(f"{said}.")
@@ -261,4 +212,7 @@ def check_named(verb: str, command: typing.Any) -> None:
 
 def only(kind: type[T], command: T) -> T:
     """What a command takes of the dataclass that it extends, as that dataclass."""
-    return kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    found = kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    if isinstance(found, Recipe) and isinstance(command, Recipe):
+        found.left_open = command.left_open
+    return found

@@ -113,7 +113,4 @@ def _print_summary(output: Path, record: PilotRecord, table: list[dict[str, Any]
     print(f'  pipe = DiffusionPipeline.from_pretrained("{embedded_model()}")')
     print(f'  pipe.load_lora_weights("{output / best}")')
     print("\nNext, your own pictures (a folder with captions) on your own model:")
-    print("  difftune train --model.id stable-diffusion-v1-5/stable-diffusion-v1-5 --data.path my_pictures \\")
-    print(
-        "    --training.learning_rate 1e-4 --training.batch_size 5 --training.mixed_precision bf16 --output runs/mine"
-    )
+    print("  difftune train my_pictures --model stable-diffusion-v1-5/stable-diffusion-v1-5 --out runs/mine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import typing
 from pathlib import Path
@@ -20,12 +21,13 @@ from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.system.terminal import say
+from difftuning_control.system.terminal import phases, say
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.commands import (
     AnalyzeCommand,
     BankCommand,
     BenchCommand,
+    CompletionCommand,
     DemoCommand,
     EvaluateCommand,
     ExportCommand,
@@ -41,14 +43,18 @@ from difftuning_control.verbs.resume import recipes_of_resumption
 def run_train(command: TrainCommand) -> None:
     from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
-    _print_run(train(only(Recipe, command), command.overwrite, say).record, command.output)
+    with phases():
+        result = train(only(Recipe, command), command.overwrite, say)
+    _print_run(result.record, command.output)
 
 
 def run_resume(command: ResumeCommand) -> None:
     from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
-    _print_run(train(written, False, say, here).record, command.run)
+    with phases():
+        result = train(written, False, say, here)
+    _print_run(result.record, command.run)
 
 
 def _print_run(run: RunRecord, output: str) -> None:
@@ -66,6 +72,7 @@ def _print_run(run: RunRecord, output: str) -> None:
     if run.phases is not None:
         say(f"  {spent_line(run.phases)}")
     _print_control(run)
+    _print_places(run, output)
     _print_gates(run.gates)
     stop_if_failed(run.gates, output)
 
@@ -96,10 +103,20 @@ def _print_control(run: RunRecord) -> None:
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
     )
-    say(f"  report: {run.recipe_values['output']}/report.html")
 
 
-def run_bank(command: BankCommand) -> None:
+def _print_places(run: RunRecord, output: str) -> None:
+    """Where to look, and what to do next."""
+    samples = Path(output) / "samples"
+    if samples.is_dir():
+        say(f"  pictures: {samples}")
+    say(f"  report: {Path(output) / 'report.html'}")
+    prompt = shlex.quote(run.prompts[0]) if run.prompts else '"a prompt"'
+    control = " --control photo.png" if run.control is not None else ""
+    say(f"next: difftune sample {shlex.quote(output)} {prompt}{control} --compare")
+
+
+def run_bank(asked: BankCommand) -> None:
     from difftuning_control.data.prepare import (  # saves torch for --help and for `runs`
         cache_folder,
         check_captions,
@@ -109,12 +126,14 @@ def run_bank(command: BankCommand) -> None:
         resolution_of,
         silent,
     )
+    from difftuning_control.families.fitting import fitted  # saves torch for --help and for `runs`
     from difftuning_control.families.loading import load_base
     from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
     from difftuning_control.runs.identity import rows_of_step
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
+    command = fitted(only(Recipe, asked))  # of which a bank takes the precision alone
     for option, place in written_places(command).items():
         if option != "--output":  # which a bank does not use
             refuse_among_data(place, data_places(command), option)
@@ -144,9 +163,9 @@ def run_sample(command: SampleCommand) -> None:
     from difftuning_control.verbs.sample import sample_to_folder  # saves torch for --help and for `runs`
 
     with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
-        done = sample_to_folder(**dataclasses.asdict(command) | {"moved": command.moved})
-        artefacts["samples.json"] = digest_of_file(Path(command.output) / "samples.json")
-    say(f"done: {done}")
+        folder = sample_to_folder(command, command.overwrite)
+        artefacts["samples.json"] = digest_of_file(folder / "samples.json")
+    say(f"done: {len(command.prompts)} pictures in {folder}")
 
 
 def run_evaluate(command: EvaluateCommand) -> None:
@@ -183,6 +202,7 @@ def run_export(command: ExportCommand) -> None:
 
 def run_analyze(command: AnalyzeCommand) -> None:
     from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
+    from difftuning_control.families.fitting import fitted
     from difftuning_control.runs.finished import data_of_runs
     from difftuning_control.runs.folder import check_folder, data_places, refuse_among_data
     from difftuning_control.verbs.analyze import analyze, write_analysis
@@ -197,6 +217,7 @@ def run_analyze(command: AnalyzeCommand) -> None:
     check_folder(command.output, "analysis.json", command.overwrite)
     load_texts(command.language)
     with audit.noted(place_of_run(command.run)[0] if command.run else command.output) as artefacts:
+        recipe = recipe if command.run is not None else fitted(recipe, say)
         result = analyze(recipe, command.analysis, command.run, command.moved, say)
         report = write_analysis(result, Path(command.output), command.language)
         artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
@@ -219,10 +240,11 @@ def run_analyze(command: AnalyzeCommand) -> None:
 
 def run_pilot(command: PilotCommand) -> None:
     from difftuning_control.evaluation.report.language import load_texts  # saves torch for --help and for `runs`
+    from difftuning_control.families.fitting import fitted
     from difftuning_control.verbs.pilot.pilot import pilot
 
     load_texts(command.language)  # a language that is not there is said before the work, not after it
-    pilot(only(Recipe, command), command.pilot, command.language, command.overwrite, say)
+    pilot(fitted(only(Recipe, command), say), command.pilot, command.language, command.overwrite, say)
 
 
 def run_demo(command: DemoCommand) -> None:
@@ -263,6 +285,16 @@ def run_bench(command: BenchCommand) -> None:
     say(f"done: {command.output}/bench.json")
 
 
+def run_completion(command: CompletionCommand) -> None:
+    from importlib.util import find_spec  # these save it for the other verbs
+
+    from difftuning_control.verbs.parse import make_parser
+
+    if find_spec("shtab") is None:
+        raise UserError("completion needs shtab; run pip install 'difftuning-control[completion]'.")
+    sys.stdout.write(make_parser("*").get_completion_script(f"shtab-{command.shell}").rstrip() + "\n")
+
+
 RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "train": run_train,
     "resume": run_resume,
@@ -276,4 +308,5 @@ RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "verify": run_verify,
     "runs": run_runs,
     "bench": run_bench,
+    "completion": run_completion,
 }

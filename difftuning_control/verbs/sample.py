@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,112 +21,150 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
+from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_model, weights_of
 from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
 from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
 from difftuning_control.runs.record import RunRecord
-from difftuning_control.system.durable import write_json
+from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.system.secrets import without_secrets
-from difftuning_control.system.terminal import progress
+from difftuning_control.system.terminal import progress, say
 from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 
 if TYPE_CHECKING:
-    from difftuning_control.recipe.requests import Moved
+    from difftuning_control.families.family import Family
+    from difftuning_control.recipe.requests import SampleRequest
 
 
-def sample_to_folder(
-    prompts: list[str],
-    run: str | None,
-    model: dict[str, Any] | None,
-    control: str | None,
-    control_ready: bool,
-    compare: bool,
-    output: str,
-    steps: int,
-    guidance_scale: float,
-    domain_guidance_scale: float | None,
-    resolution: int | None,
-    seed: int,
-    overwrite: bool,
-    kept: bool = False,
-    moved: Moved | None = None,
-) -> str:
+@dataclass(frozen=True)
+class _Model:
+    """What draws: the record of a run, where there is one, its kept steps to compare, and the model by its settings."""
+
+    record: RunRecord | None
+    chosen: dict[str, Any]
+    steps_kept: list[int]
+
+
+def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
     """Write one PNG a prompt, `samples.json`, and with `compare` a grid, with `kept` one of all steps that the run kept
-    too; returns what was written in words.
+    too; returns the folder, which is a new numbered one where the named one holds something.
 
     Of a ControlNet, `condition.png` is what it was shown.
 
     Raises:
         UserError: if the run is not there or not finished, a ControlNet has no condition or another run has one, or
-            the output folder already holds pictures or cannot be written.
+            the output folder cannot be written.
     """
-    folder = Path(output)
+    run, folder = request.run, Path(request.output)
     if run is not None:
-        refuse_among_data(folder, data_of_runs(run, moved=moved))
+        refuse_among_data(folder, data_of_runs(run, moved=request.moved))
     refuse_unwritable(folder)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"the output {folder} is not empty; choose another folder or give --overwrite.")
-    settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    record = finished_run(run, moved) if run is not None else None
-    chosen = vars(record.recipe.model) if record is not None else model or {"id": "embedded", "variant": None}
-    _check_control(run, record, control)
-    steps_kept = _steps_to_compare(run, record) if kept and run is not None and record is not None else []
-    if record is not None and run is not None:
-        need_places(record, run, ("model",))
-    if domain_guidance_scale is not None:
-        check_domain_method(str(run), record.method if record is not None else "")
-    photo = _read_picture(control) if control is not None else None
-    dtype = getattr(torch, record.dtype_name) if record is not None else torch.float32  # that of the tuning
-    memory = {
-        "quantization": chosen.get("quantization"),
-        "offload": chosen.get("offload", False),
-    }  # earlier ones had none
-    family = load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
-    side = resolution or (record.data.resolution if record is not None else family.native_resolution)
-    family.check_resolution(side, "resolution")
-    settings["resolution"] = side
+    model = _model_of(request)
+    photo = _read_picture(request.control) if request.control is not None else None
+    family = _load(model)
+    settings = _settings(request, family, model.record)
     condition = None
     if photo is not None:
         conditioner = Conditioner(ControlSpec.load(weights_of(run or "", "controlnet")), family.device)
-        condition = conditioner.prepare(photo, side, side, control_ready)
-    if record is not None:
-        begin_as(family, record.classes, record.seed)
-    family.check_prompts(prompts)  # before anything is drawn
-    total = len(prompts) * (1 + compare + len(steps_kept))
-    asked = _rows(condition, len(prompts)) if condition is not None else None
-    drawn_at = settings if domain_guidance_scale is None else settings | {"guidance_scale": domain_guidance_scale}
-    rows: dict[str, list[Image.Image]] = {}
-    with progress(total, "sampling") as advance:
-        if compare:
-            rows["base"] = sample_pictures(family, prompts, **settings, advance=advance)
-        if record is None or run is None:
-            pictures = sample_pictures(family, prompts, **settings, advance=advance)
-        else:
-            for step in (*steps_kept, None):
-                with tuned_model(family, run, record, step) as tuned:
-                    guided = cast(AbstractContextManager[None], nullcontext())
-                    if domain_guidance_scale is not None:
-                        guided = domain_guided(family, tuned)
-                    with guided:
-                        pictures = sample_pictures(tuned, prompts, **drawn_at, advance=advance, control=asked)
-                rows["tuned" if step is None else f"step {step}"] = pictures
+        side = settings["resolution"]
+        condition = conditioner.prepare(photo, side, side, request.control_ready)
+    rows = _draw(request, family, model, settings, condition)
+    folder = folder if overwrite else _free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, picture) in enumerate(zip(prompts, pictures)):
+    for i, (prompt, picture) in enumerate(zip(request.prompts, rows[list(rows)[-1]])):
         picture.save(folder / f"{i:03d}-{file_stem(without_secrets(prompt))}.png")
     if condition is not None:
         condition.save(folder / "condition.png")
-    if compare:
-        shown = {"condition": [condition] * len(prompts)} if condition is not None else {}
-        save_grid(folder / "grid.png", shown | rows, prompts)
-    given: dict[str, Any] = {"control": control, "control_ready": control_ready} if control is not None else {}
-    if domain_guidance_scale is not None:
-        given["domain_guidance_scale"] = domain_guidance_scale
-    if steps_kept:
-        given["kept"] = steps_kept
-    write_json(folder / "samples.json", {"run": run, "model": chosen, "prompts": prompts, **given, **settings})
-    return f"{len(pictures)} pictures in {folder}"
+    if request.compare:
+        shown = {"condition": [condition] * len(request.prompts)} if condition is not None else {}
+        save_grid(folder / "grid.png", shown | rows, request.prompts)
+    write_json(folder / "samples.json", _described(request, model, settings))
+    return folder
+
+
+def _free(folder: Path) -> Path:
+    """The folder itself where it is empty, else the first of `folder-2`, `folder-3`, … that is not there."""
+    if not folder.exists() or is_empty(folder):
+        return folder
+    return next(f for n in count(2) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
+
+
+def _model_of(request: SampleRequest) -> _Model:
+    """What is asked to draw, before anything is loaded."""
+    run = request.run
+    record = finished_run(run, request.moved) if run is not None else None
+    _check_control(run, record, request.control)
+    if record is None or run is None:
+        return _Model(None, dataclasses.asdict(request.model or ModelConfig()), [])
+    steps_kept = _steps_to_compare(run, record) if request.kept else []
+    need_places(record, run, ("model",))
+    if request.domain_guidance_scale is not None:
+        check_domain_method(run, record.method)
+    return _Model(record, vars(record.recipe.model), steps_kept)
+
+
+def _load(model: _Model) -> Family:
+    """The model, in the precision of the tuning."""
+    chosen = model.chosen
+    dtype = getattr(torch, model.record.dtype_name) if model.record is not None else torch.float32
+    memory = {"quantization": chosen["quantization"], "offload": chosen["offload"]}
+    return load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
+
+
+def _settings(request: SampleRequest, family: Family, record: RunRecord | None) -> dict[str, Any]:
+    """What the base and the tuned model draw with."""
+    side = request.resolution or (record.data.resolution if record is not None else family.native_resolution)
+    family.check_resolution(side, "resolution")
+    return {
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "resolution": side,
+    }
+
+
+def _draw(
+    request: SampleRequest, family: Family, model: _Model, settings: dict[str, Any], condition: Image.Image | None
+) -> dict[str, list[Image.Image]]:
+    """The pictures by what drew them; those that are asked for are the last."""
+    prompts, record, run = request.prompts, model.record, request.run
+    if record is not None:
+        begin_as(family, record.classes, record.seed)
+    family.check_prompts(prompts)  # before anything is drawn
+    for prompt in prompts:
+        length, most = family.prompt_tokens(prompt)
+        if length > most:
+            say(f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out")
+    asked = _rows(condition, len(prompts)) if condition is not None else None
+    scale = request.domain_guidance_scale
+    drawn_at = settings if scale is None else settings | {"guidance_scale": scale}
+    rows: dict[str, list[Image.Image]] = {}
+    with progress(len(prompts) * (1 + request.compare + len(model.steps_kept)), "sampling") as advance:
+        if request.compare or record is None or run is None:
+            rows["base"] = sample_pictures(family, prompts, **settings, advance=advance)
+        if record is None or run is None:
+            return rows
+        for step in (*model.steps_kept, None):
+            with tuned_model(family, run, record, step) as tuned:
+                guided = domain_guided(family, tuned) if scale is not None else nullcontext()
+                with cast(AbstractContextManager[None], guided):
+                    pictures = sample_pictures(tuned, prompts, **drawn_at, advance=advance, control=asked)
+            rows["tuned" if step is None else f"step {step}"] = pictures
+    return rows
+
+
+def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `samples.json` holds."""
+    given: dict[str, Any] = {}
+    if request.control is not None:
+        given = {"control": request.control, "control_ready": request.control_ready}
+    if request.domain_guidance_scale is not None:
+        given["domain_guidance_scale"] = request.domain_guidance_scale
+    if model.steps_kept:
+        given["kept"] = model.steps_kept
+    return {"run": request.run, "model": model.chosen, "prompts": request.prompts, **given, **settings}
 
 
 def _steps_to_compare(run: str, record: RunRecord) -> list[int]:

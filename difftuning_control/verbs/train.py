@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from difftuning_control.adapters.tuning import result_of
 from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder, silent
-from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.families.fitting import fitted
 from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
@@ -26,6 +27,7 @@ from difftuning_control.runs.record_sections import Timings
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
+from difftuning_control.system.terminal import phase, phase_seconds, phases
 from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
@@ -60,6 +62,9 @@ def train(
         UserError: for a mistake in recipe, data or output folder; nothing is written then.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
+    if not recipe.data.path:
+        raise UserError("the recipe names no pictures; give data.path (embedded/icons to try it).")
+    recipe = fitted(recipe, tell)
     written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
     recipe = placed or recipe
     for option, place in written_places(recipe).items():
@@ -67,7 +72,7 @@ def train(
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
-        with ending_together(accelerator), Session(output) as session:
+        with ending_together(accelerator), phases(show=False), Session(output) as session:
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
@@ -75,11 +80,13 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            phases = Phases()
-            with phases("load"):
+            count = Phases()
+            with count("load"), phase("loading", folder is not None, recipe.model.id):
                 family = load_base(recipe).to(accelerator.device)
-            with phases.counting(family.denoiser):
-                record = _train(written, recipe, family, accelerator, phases, output, folder, session, tell)
+            with count.counting(family.denoiser):
+                record, written, recipe = _train(
+                    written, recipe, family, accelerator, count, output, folder, session, tell
+                )
             if folder is not None:
                 judge_and_vouch(record, written, recipe, output, session)
             accelerator.wait_for_everyone()
@@ -95,26 +102,29 @@ def _train(
     recipe: Recipe,
     family: Family,
     accelerator: Accelerator,
-    phases: Phases,
+    count: Phases,
     output: Path,
     folder: OutputFolder | None,
     session: Session,
     tell: Callable[[str], object],
-) -> RunRecord:
-    """The record of the run once it is complete; `folder` is the main process's."""
-    started = time.time() - phases.seconds("load")
+) -> tuple[RunRecord, Recipe, Recipe]:
+    """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
+    process's."""
+    started = time.time() - count.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
-    prepared = prepare_run(written, recipe, family, accelerator, phases, said)
-    going = prepared.going
+    prepared = prepare_run(written, recipe, family, accelerator, count, said)
+    recipe, going = prepared.recipe, prepared.going
     if going.finished is not None:
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
-        return going.finished
+        return going.finished, prepared.written, prepared.recipe
+    if recipe.tuning.schedule.kind == "function":
+        said(f"note: the schedule {recipe.tuning.schedule.path} is code, and was run")
     for line in going.said if folder is not None else ():
         tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:
         tell(bucket_line(prepared.inputs.bucketing))
-    with phases("analysis"):
+    with count("analysis"):
         measured = measure_objective(prepared, output, accelerator.num_processes)
     loop = TrainingLoop(
         recipe,
@@ -126,7 +136,7 @@ def _train(
         measured.budget,
         prepared.start,
         going.earlier,
-        phases,
+        count,
     )
     if going.reopened is not None:
         reopen(output, going.reopened, loop.state, folder is not None)
@@ -141,6 +151,7 @@ def _train(
     except NonFiniteLossError as error:
         if folder is not None:
             replace(run, status=FAILED, error=str(error)).write(output)
+        loop.report.write(loop.done, loop.end, error=str(error))
         raise
     if measured.budget is not None:
         run.budget = describe_budget(measured.budget, run.losses)
@@ -153,14 +164,14 @@ def _train(
         run.fidelity = loop.curve.describe()
     if recipe.method == "controlnet":
         run.frozen = check_frozen(prepared.family, prepared.fingerprints)
-    run.timings = Timings(preparation=begun - started, training=time.time() - begun)
-    run.phases = phases.to_dict()
+    run.timings = Timings(preparation=begun - started, training=time.time() - begun, phases=phase_seconds())
+    run.phases = count.to_dict()
     run.status = COMPLETE
     if folder is not None:
         run.outputs = _hash_outputs(output, output / result_of(recipe))
-        write_record(run, written, output)
+        write_record(run, prepared.written, output)
         _forget_checkpoints(output)  # only now is the result on disk and recorded
-    return run
+    return run, prepared.written, prepared.recipe
 
 
 def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:

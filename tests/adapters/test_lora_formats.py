@@ -161,7 +161,7 @@ def changed(found: dict[str, Tensor], base: nn.Module) -> set[str]:
 # --- the formats ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("all-shallow-*", "attention-embedded-*")
+@pytest.mark.sample("attention-embedded-3-7.0")
 @pytest.mark.parametrize(("name", "rank", "alpha"), ALPHAS)
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha):
@@ -175,7 +175,7 @@ def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha
     assert_close(found, merged(unet).state_dict())
 
 
-@pytest.mark.sample("blocks-shallow-*", "attention-embedded-*")
+@pytest.mark.sample("blocks-shallow-3-7.0")
 @pytest.mark.parametrize(("name", "rank", "alpha"), ALPHAS)
 @pytest.mark.parametrize("targets", ["attention", "blocks"])
 def test_kohya_reads_every_layer_by_its_path_in_the_unet_that_it_trains(name, targets, rank, alpha):

@@ -40,6 +40,7 @@ def tuned(source) -> nn.Module:
     return tuned_from(source)
 
 
+@pytest.mark.sample("dtype1-0.01")
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 10.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_source_comes_back_within_the_rounding_of_the_difference(source, tmp_path, dtype, scale):

@@ -137,7 +137,7 @@ def test_in_flow_matching_the_rank_follows_sigma(shift):
 # --- forward and gradients ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("orthogonal-False", "gaussian-True")
+@pytest.mark.sample("orthogonal-False")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("init", INITS)
 def test_rows_of_different_timesteps_are_those_of_layers_written_out(init, checkpointing):
@@ -156,7 +156,7 @@ def test_rows_of_different_timesteps_are_those_of_layers_written_out(init, check
         torch.testing.assert_close(alone[0], prediction[row], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.sample("999-orthogonal", "500-gaussian", "0-gaussian")
+@pytest.mark.sample("0-gaussian")
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("timestep", [999, 500, 1, 0])
 def test_components_past_the_rank_have_no_gradient_at_all(init, timestep):
@@ -169,12 +169,14 @@ def test_components_past_the_rank_have_no_gradient_at_all(init, timestep):
         assert (by_component[:active].reshape(active, -1) != 0).any(1).all()
 
 
+@pytest.mark.wide
 def test_gradient_checkpointing_changes_no_bit():
     plain, again = (gradients(*moved(checkpointing=on), torch.tensor(TIMESTEPS)) for on in (False, True))
     assert torch.equal(plain[0], again[0])
     assert all(torch.equal(g, again[1][n]) for n, g in plain[1].items())
 
 
+@pytest.mark.wide
 def test_at_the_full_rank_it_is_the_lora_of_all_components():
     family, _ = moved()
     own_parts(family.denoiser)[ADAPTER].handle.remove()
@@ -260,7 +262,7 @@ def test_a_gaussian_start_is_a_loras():
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("gaussian")
+@pytest.mark.wide
 @pytest.mark.parametrize("init", INITS)
 def test_samples_are_those_of_a_lora_that_is_cut_by_hand_at_every_step(init, tmp_path):
     family, tuning = moved(init)

@@ -226,6 +226,7 @@ def test_parameters_that_fail_on_a_picture_are_named():
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("anyline")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_load_from_a_directory_and_are_deterministic(name: str, weights: Path):
     tensors, benchmark, loaders = torch.get_rng_state(), torch.backends.cudnn.benchmark, (torch.load, torch.hub.load)
@@ -242,6 +243,7 @@ def test_networks_load_from_a_directory_and_are_deterministic(name: str, weights
         assert all(np.array_equal(found, other) for other in pool.map(annotate, [picture] * 4))
 
 
+@pytest.mark.wide
 def test_a_network_is_the_one_in_the_file(weights: Path):
     from controlnet_aux import HEDdetector
 
@@ -300,6 +302,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.sample("leres-False-False")
 @pytest.mark.parametrize("unsafe_by_default", [False, True])
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("name", ["hed", "pidinet", "leres", "sam"])
@@ -367,12 +370,14 @@ def test_leres_reads_no_command_line_and_sets_no_benchmark(tmp_path: Path, monke
 # --- imports --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_the_package_does_not_import_controlnet_aux():
     code = "import sys, difftuning_control, difftuning_control.data.annotators\n"
     done = run(code + "print([m for m in ('controlnet_aux', 'cv2') if m in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.wide
 def test_loading_and_annotating_are_silent():
     code = (
         "import warnings\n"

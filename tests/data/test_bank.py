@@ -70,6 +70,7 @@ def assert_same_bank(found: KnowledgeBank, expected: KnowledgeBank) -> None:
 # --- the same bank on every way -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("5")
 @pytest.mark.parametrize("stop", [1, 3, 5, 7])
 def test_a_build_interrupted_after_some_items_ends_with_the_same_bank(undisturbed, tmp_path, stop):
     with pytest.raises(KeyboardInterrupt):
@@ -110,6 +111,7 @@ def test_two_processes_build_the_same_bank_together(undisturbed, tmp_path):
         assert_same_bank(banks[index], undisturbed)
 
 
+@pytest.mark.sample("7")
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_the_batch_size_changes_nothing_but_rounding(undisturbed, tmp_path, batch_size):
     bank = build(tmp_path / "bank", batch_size=batch_size)
@@ -117,6 +119,7 @@ def test_the_batch_size_changes_nothing_but_rounding(undisturbed, tmp_path, batc
     assert bank.seeds == undisturbed.seeds
 
 
+@pytest.mark.sample("1")
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_an_item_is_the_same_in_banks_of_any_size(undisturbed, tmp_path, size):
     bank = build(tmp_path / "bank", replace(REQUEST, size=size))
@@ -126,6 +129,7 @@ def test_an_item_is_the_same_in_banks_of_any_size(undisturbed, tmp_path, size):
     assert (bank.seeds[:both], bank.prompts[:both]) == (undisturbed.seeds[:both], undisturbed.prompts[:both])
 
 
+@pytest.mark.sample("1.0-epsilon")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_items_are_exactly_what_the_stock_pipeline_draws(tmp_path, prediction_type, guidance_scale):
@@ -156,6 +160,7 @@ def digest(latents: Tensor) -> bytes:
     return latents.numpy().tobytes()
 
 
+@pytest.mark.sample("seed")
 @pytest.mark.parametrize("change", [{"guidance_scale": 4.0}, {"steps": 3}, {"seed": 4}], ids=lambda c: next(iter(c)))
 def test_what_the_request_says_of_sampling_changes_every_item(undisturbed, tmp_path, change):
     bank = build(tmp_path / "bank", replace(REQUEST, **change))
@@ -229,6 +234,7 @@ def test_a_bank_with_a_missing_or_damaged_file_is_refused(stored, name, damage):
         KnowledgeBank.load(stored)
 
 
+@pytest.mark.sample("size")
 @pytest.mark.parametrize(
     "change",
     [{"guidance_scale": 4.0}, {"steps": 3}, {"seed": 4}, {"size": 6}, {"prompts": ("blue",)}, {"resolution": 32}],

@@ -109,6 +109,7 @@ def test_another_seed_or_step_draws_everything_afresh(source, change):
     assert rows.batch.ids != others.batch.ids
 
 
+@pytest.mark.sample("dropout-1-0.5-2")
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(("size", "ratio"), [(5, 0.2), (3, 0.34), (2, 0.0), (1, 0.5)])
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_target_rows_carry_their_captions(source):
         assert has_embedding_of(source, rows, CAPTIONS[int(rows.batch.ids[row].split()[-1])])[row]
 
 
+@pytest.mark.sample("1.0")
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_prompt_dropout_empties_that_share_of_the_target_rows_only(source, share):
     dropping = replace(source, prompt_dropout=share, retention_prompts="own")
@@ -216,7 +218,7 @@ def test_levels_are_drawn_by_role(source):
     assert abs(float(levels[retention].mean()) / last - 1 / 3) < 0.05  # density ∝ 1 − u
 
 
-@pytest.mark.sample("7")
+@pytest.mark.wide
 @pytest.mark.parametrize("row", [0, 7])
 def test_a_rows_noises_are_standard_normal_and_unrelated_to_its_level_and_each_other(source, row):
     shape = (len(CAPTIONS), 1, *SHAPE)

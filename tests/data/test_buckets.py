@@ -210,6 +210,7 @@ def test_a_condition_is_cropped_and_mirrored_as_its_picture_and_the_sizes_say_ho
             assert np.array_equal(whole[top : top + framing.height, left : left + framing.width], picture)
 
 
+@pytest.mark.wide
 def test_the_denoiser_of_sdxl_is_told_what_the_stock_pipeline_would_tell_it(make):
     loop = loop_of(make("sizes", "sdxl"))
     pipe = loop.family.pipe
@@ -322,7 +323,7 @@ def test_bank_rows_of_another_shape_count_as_much_as_in_one_forward(make):
     assert loop.step(step)["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.sample("sdxl")
+@pytest.mark.wide
 @pytest.mark.parametrize("family", MODELS)
 def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, family):
     recipe = make("trained", family)
@@ -377,6 +378,7 @@ def test_a_controlnet_trains_on_three_shapes(make, family):
     assert f"{found['cropped']:.0%} of a picture cropped" in page
 
 
+@pytest.mark.wide
 def test_a_training_says_how_its_pictures_are_framed(make, tmp_path, capsys):
     recipe = make("told")
     write_recipe(tmp_path, recipe)
@@ -395,6 +397,7 @@ def test_many_frames_are_told_in_a_line():
     assert line.endswith("and 4 more; on average 3% of a picture is cropped away")
 
 
+@pytest.mark.wide
 def test_squares_are_in_one_bucket_and_encoded_as_without_buckets(make, pictures):
     with_buckets = make("with", data={"path": str(pictures)})
     without = make("without", data={"path": str(pictures), "buckets": False, "bucket_step": None, "bucket_aspect": 2.0})

@@ -153,6 +153,7 @@ def nothing(folder: Path, pipe) -> None:
     pass
 
 
+@pytest.mark.sample("unet")
 @pytest.mark.parametrize(
     ("change", "framing", "again"),
     [

@@ -276,6 +276,7 @@ def control_recipe(recipe: Recipe, photos: Path, annotator: str, **data: Any) ->
     return replace(recipe, method="controlnet", control=control, data=data)
 
 
+@pytest.mark.sample("soft")
 def test_a_picture_has_one_condition_on_every_path(recipe, photos, tmp_path, annotator):
     recipe = control_recipe(recipe, photos, annotator)
     family, conditioner, inputs = prepared(recipe)
@@ -299,6 +300,7 @@ def test_a_picture_has_one_condition_on_every_path(recipe, photos, tmp_path, ann
     assert torch.equal(stock, to_tensor(expected, family.condition_range))
 
 
+@pytest.mark.wide
 def test_the_controlnet_is_given_the_same_tensor_in_training_in_sampling_and_by_the_stock_pipeline(
     recipe, photos, outline
 ):

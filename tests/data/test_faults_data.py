@@ -93,6 +93,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample("sharded, splits of any name")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fault_15_01_a_folder_is_split_as_the_datasets_library_splits_it(tmp_path, layout):
     folder = write_parquet(tmp_path / "set", **LAYOUTS[layout])
@@ -243,6 +244,7 @@ def test_fault_15_01_conditions_are_those_of_the_split(tmp_path):
 # --- 2: names -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("s[?]t1")
 @pytest.mark.parametrize("name", ["set[1]", "set [v2]", "set*", "s?t1", "{set1,x}", "**"])
 def test_fault_15_02_names_are_literal_and_no_patterns(tmp_path, name):
     write_parquet(tmp_path, **{f"{name}/train[0].parquet": 5, "set1/train0.parquet": 3, "set2/train.parquet": 2})

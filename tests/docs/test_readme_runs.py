@@ -36,11 +36,12 @@ TRAINING = {
     "training.sample_every": "0",
 }
 CONTROL = {"every": "2", "size": "2", "steps": "2"}
+FEW = {"data.limit": "40", "data.validation_path": "null", "data.holdout": "0.5"}  # the pilot encodes all held-out ones
 PILOT = {"sides": '["plain", "difftuning_tau1"]', "learning_rates": "[1e-3]", "seeds": "[0, 1]"}
 DRAWN = {"pictures": "5", "steps": "2"}
 SHORT: dict[str, dict[str, str]] = {
     "train": TRAINING,
-    "pilot": TRAINING | {f"pilot.{key}": value for key, value in (PILOT | DRAWN).items()},
+    "pilot": TRAINING | FEW | {f"pilot.{key}": value for key, value in (PILOT | DRAWN).items()},
     "analyze": {f"analysis.{key}": value for key, value in (DRAWN | {"rows": "4", "draws": "1"}).items()},
     "evaluate": DRAWN | {"seeds": "[0, 1]"},
     "sample": {"steps": "2"},

@@ -58,6 +58,7 @@ def test_bare_well_formed_svg(language):
         )
 
 
+@pytest.mark.wide
 def test_no_ids_in_common_and_none_missing():
     found = {name: set(re.findall(r' id="([^"]+)"', svg)) for name, svg in every_chart(T["en"]).items()}
     assert any(found.values())
@@ -67,7 +68,7 @@ def test_no_ids_in_common_and_none_missing():
         assert set(re.findall(r'(?:href="|url\()#([\w.-]+)', svg)) <= found[name]
 
 
-@pytest.mark.sample("en")
+@pytest.mark.wide
 @pytest.mark.parametrize("language", T)
 def test_equal_input_equal_bytes(language):
     assert every_chart(T[language]) == every_chart(T[language])

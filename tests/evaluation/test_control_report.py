@@ -41,7 +41,7 @@ def commands(page: Page) -> list[str]:
     return [html.unescape(re.sub("<.*?>", "", c)) for c in re.findall(r"<code>(.*?)</code>", page.source)]
 
 
-@pytest.mark.sample("sudden", "worse")
+@pytest.mark.wide
 @pytest.mark.parametrize("code", CURVES)
 def test_the_headline_answers_whether_it_follows(tmp_path, code):
     found = control_verdict(CURVES[code])
@@ -85,7 +85,7 @@ def test_a_plateau_has_more_than_one_measurement(end, code):
     assert control_verdict(curve_of(ramp(end - 50, end, noise=0.001)))["code"] == code
 
 
-@pytest.mark.sample("ja-normals", "en-depth", "en-masks")
+@pytest.mark.sample("ja-normals")
 @pytest.mark.parametrize("kind", MAIN)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_kind_has_words(tmp_path, kind, language):
@@ -95,6 +95,7 @@ def test_every_kind_has_words(tmp_path, kind, language):
         assert said[key] in text
 
 
+@pytest.mark.wide
 def test_figures_cards_and_tables(tmp_path):
     draw_grid(tmp_path, 500)
     for name in ("run.json", "fidelity.json", "recipe.yaml", "metrics.jsonl"):
@@ -124,6 +125,7 @@ def write(run: dict[str, Any], folder: Path) -> str:
     return control_page(run, folder).read_text(encoding="utf-8")
 
 
+@pytest.mark.wide
 def test_blank_conditions_are_named_up_to_twenty(tmp_path):
     text = text_of(control_run(), tmp_path)
     assert "blank-19.png" in text
@@ -152,7 +154,7 @@ def test_the_last_grid_is_inside_and_made_small(tmp_path):
     assert Page(control_page(control_run(), tmp_path)).values("src") == [uri]
 
 
-@pytest.mark.sample("short-True-True", "sudden-False-False")
+@pytest.mark.sample("sudden-False-False")
 @pytest.mark.parametrize(
     ("code", "longer", "measured"),
     [

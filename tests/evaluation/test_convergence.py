@@ -74,6 +74,7 @@ def test_a_curve_that_wanders_seldom_raises_one():
     assert np.mean([find_convergence(range(100), wander(s)) is not None for s in range(300)]) <= 0.05
 
 
+@pytest.mark.wide
 def test_noise_does_not_settle():
     assert np.mean([has_settled(*curve(0.5, 40, seed=s, high=0.2)) is not None for s in range(100)]) <= 0.02
 
@@ -128,6 +129,7 @@ def test_curves_that_say_nothing():
     assert find_convergence(range(5), [0, 0, 1, 1, 1]) is not None
 
 
+@pytest.mark.sample("0.0-0.5")
 @pytest.mark.parametrize("at", [0.2, 0.5])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
 def test_settling_is_the_same_online_and_afterwards(at, noise):
@@ -152,6 +154,7 @@ def test_settling_waits_for_the_plateau(patience):
         assert settled <= planted(0.4) + (patience + 9) * INTERVAL
 
 
+@pytest.mark.sample("0.005")
 @pytest.mark.parametrize("noise", [0.005, 0.02, 0.05])
 def test_it_does_not_settle_during_a_slow_rise(noise):
     early = [has_settled(*curve(0.2, width=0.8, noise=noise, seed=s)) is not None for s in range(40)]

@@ -35,6 +35,7 @@ def pilot_of(hits: dict[str, list[float]], kid: dict[str, list[float]], pictures
     return result
 
 
+@pytest.mark.sample("missed2")
 @pytest.mark.parametrize("missed", [[1, 1, 1], [1, 2, 1], [0, 0, 3]])
 def test_fault_15_24_one_picture_in_sixteen_bars_nothing(tmp_path, missed):
     hits = {"plain": [1.0] * 3, "difftuning_measured": [1 - m / 16 for m in missed]}
@@ -110,6 +111,7 @@ def test_fault_15_24_the_pretrained_model_is_compared_seed_by_seed(base, said):
     assert verdict_of(result)["base"] == said
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(("gain", "clear"), [([0.006, 0.0061, 0.0059], True), ([0.001, -0.002, 0.003], False)])
 def test_fault_15_24_a_longer_run_is_advised_where_the_longest_is_clearly_better(tmp_path, language, gain, clear):

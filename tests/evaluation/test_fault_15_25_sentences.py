@@ -51,6 +51,7 @@ def check_whole(page: Page) -> None:
     assert "nan" not in re.findall(r"[a-z]+", re.sub(r"<svg.*?</svg>", "", page.source, flags=re.DOTALL).lower())
 
 
+@pytest.mark.sample("all NaN-ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fault_15_25_the_gap_is_described_as_its_table_has_it(tmp_path, language, shape):
@@ -71,6 +72,7 @@ def test_fault_15_25_the_gap_is_described_as_its_table_has_it(tmp_path, language
     assert "rising" not in found or grows[-1] > grows[0]
 
 
+@pytest.mark.sample("ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_one_band_has_no_shape(tmp_path, language):
     planted = samples.analysis()
@@ -86,6 +88,7 @@ def test_fault_15_25_one_band_has_no_shape(tmp_path, language):
     assert said["headline.advice.none"] in page.text
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_a_gap_that_was_not_measured_is_said_to_be_so(tmp_path, language):
     planted = samples.analysis() | {"gap": None}
@@ -146,6 +149,7 @@ def test_fault_15_25_losses_that_are_no_numbers_say_nothing():
     assert findings.mean_change(change) == pytest.approx(0.3025)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(("low", "key"), [(0.01, "card.most_forgetting"), (-0.05, "card.no_forgetting")])
 def test_fault_15_25_the_most_forgetting_is_more_than_none(tmp_path, language, low, key):
@@ -158,6 +162,7 @@ def test_fault_15_25_the_most_forgetting_is_more_than_none(tmp_path, language, l
         assert (said[label] in page.text) == (label == key)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("rates", [[1e-3], [5e-4, 1e-3]])
 def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, language, rates):
@@ -176,6 +181,7 @@ def test_fault_15_25_a_pilot_without_a_search_has_no_section_of_one(tmp_path, la
     assert said["next.look"] in Page(pilot_report(result, tmp_path, language)).text
 
 
+@pytest.mark.sample("kid1-no_plain-ja", "kid0-alone-en", "kid2-unmeasured-ja", "kid3-unmeasured-ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(
     ("kid", "reason"),
@@ -196,6 +202,7 @@ def test_fault_15_25_what_was_not_compared_is_not_called_a_result(tmp_path, lang
     assert (said["next.sides"] in text) == (reason != "unmeasured")
 
 
+@pytest.mark.sample("en")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_a_time_that_is_not_known_is_left_out(tmp_path, language):
     result = samples.pilot()
@@ -206,6 +213,7 @@ def test_fault_15_25_a_time_that_is_not_known_is_left_out(tmp_path, language):
     assert load_texts(language)["next.time"].partition("{")[0] not in page.text
 
 
+@pytest.mark.sample("ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fault_15_25_plain_wins_by_what_is_named(tmp_path, language):
     kid = {"plain": [0.03, 0.041, 0.034], "prior": [0.04, 0.05, 0.045], "difftuning_tau1": [0.03, 0.042, 0.033]}
@@ -235,6 +243,7 @@ def test_fault_15_25_a_budgets_price_is_one_beyond_noise(target, code):
     assert (found["code"] if found else None) == code
 
 
+@pytest.mark.sample("already-ja")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("code", CURVES)
 def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, language, code):
@@ -244,6 +253,7 @@ def test_fault_15_25_a_control_report_is_whole_for_every_curve(tmp_path, languag
     check_whole(Page(control_page(run, tmp_path, language)))
 
 
+@pytest.mark.sample("None-en")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("value", [None, NAN])
 def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, language, value):
@@ -257,6 +267,7 @@ def test_fault_15_25_measurements_without_a_figure_are_left_out(tmp_path, langua
     assert said["headline.control.unmeasured"] in page.text
 
 
+@pytest.mark.sample("50-unmeasured-en")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(("every", "key"), [(0, "switched_off"), (50, "unmeasured")])
 def test_fault_15_25_why_fidelity_was_not_measured(tmp_path, language, every, key):
@@ -273,6 +284,7 @@ def test_fault_15_25_a_share_is_said_of_a_gain_beyond_noise(tmp_path):
     assert "of the distance to a perfect match" not in text
 
 
+@pytest.mark.sample("blank0-en")
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("blank", [[], ["a.png"]])
 def test_fault_15_25_supplied_conditions_were_not_found(tmp_path, language, blank):

@@ -95,6 +95,7 @@ def conditioning_of(family, calls, guidance_scale: float) -> dict[str, torch.Ten
 # --- predict, noise, target -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd3")
 def test_predict_is_the_denoisers_call_in_the_stock_pipeline(family, pipe):
     with Recorded(family) as calls:
         pipe(PROMPTS, height=16, width=16, num_inference_steps=3, guidance_scale=3.0, generator=generators(0, 1))
@@ -107,6 +108,7 @@ def test_predict_is_the_denoisers_call_in_the_stock_pipeline(family, pipe):
         torch.testing.assert_close(found, out, **TOLERANCE)
 
 
+@pytest.mark.sample("flux dev")
 def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(variant):
     family = with_controlnet(VARIANTS[variant](sharp=True))
     control = conditions()
@@ -126,6 +128,7 @@ def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(
         assert not torch.allclose(alone, out, atol=1e-3)
 
 
+@pytest.mark.sample("sd3 without t5")
 def test_stock_pipelines_call_models_with_timesteps_of_the_process(family, pipe):
     """What a hand-over reads off a call is the noise level that the call is at."""
     with Recorded(family) as calls:
@@ -207,6 +210,7 @@ def test_packing_and_ids_of_flux_are_the_stock_pipelines():
     assert torch.equal(image_ids(6, 10).float(), ids)
 
 
+@pytest.mark.wide
 def test_the_guidance_that_flux_dev_is_told_matters_and_schnell_is_told_none():
     for dev in (True, False):
         family = family_of(tiny_flux(dev=dev))
@@ -283,6 +287,7 @@ def test_the_autoencoder_of_sdxl_is_in_float32_while_it_is_used_and_in_float16_e
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sdxl")
 def test_a_sample_is_the_stock_pipelines_picture(family, pipe):
     found = family.sample(PROMPTS, generators(0, 1), steps=3, guidance_scale=3.0, resolution=16)
     assert (found.shape, found.dtype) == ((2, 4, 8, 8), torch.float32)
@@ -291,6 +296,7 @@ def test_a_sample_is_the_stock_pipelines_picture(family, pipe):
     torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected, **TOLERANCE)
 
 
+@pytest.mark.sample("sd3 without t5")
 def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(variant):
     family = with_controlnet(VARIANTS[variant](sharp=True))
     control = conditions()
@@ -301,7 +307,7 @@ def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(va
     torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected.images, **TOLERANCE)
 
 
-@pytest.mark.sample("sdxl", "sd3", "flux dev")
+@pytest.mark.wide
 def test_a_sample_depends_on_its_own_prompt_generator_and_condition_alone(variant):
     family = with_controlnet(VARIANTS[variant]())
 
@@ -317,6 +323,7 @@ def test_a_sample_depends_on_its_own_prompt_generator_and_condition_alone(varian
     assert not torch.allclose(sample(PROMPTS, (1, 2), conditions(9))[0], together[0], atol=1e-3)
 
 
+@pytest.mark.sample("sdxl v", "sd3 without t5", "flux schnell")
 def test_sampling_leaves_the_model_as_it_was(variant):
     family = with_controlnet(VARIANTS[variant]())
     family.denoiser.train()
@@ -330,7 +337,7 @@ def test_sampling_leaves_the_model_as_it_was(variant):
     torch.testing.assert_close(NoiseProcess.from_scheduler(family.pipe.scheduler).sigmas, family.process.sigmas)
 
 
-@pytest.mark.sample("sdxl", "sd3", "flux dev")
+@pytest.mark.wide
 def test_the_pretrained_model_takes_over_below_u0(family, pipe):
     def sample(model):
         return model.sample(PROMPTS, generators(0, 1), steps=4, guidance_scale=3.0, resolution=16)
@@ -355,6 +362,7 @@ def test_the_pretrained_model_takes_over_below_u0(family, pipe):
 # --- ControlNets ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sdxl v", "flux dev", "sd3 without t5")
 def test_a_new_controlnet_copies_the_denoiser_adds_exactly_nothing_and_changes_no_configuration(family):
     config = dict(family.denoiser.config)
     random = torch.get_rng_state()
@@ -406,6 +414,7 @@ def test_controlnets_with_other_inputs_are_refused_by_what_they_take():
 # --- identity, saving, loading --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("flux schnell")
 def test_the_fingerprint_follows_every_components_weights_and_no_other(variant):
     same, family = (family_of(VARIANTS[variant]()) for _ in range(2))
     assert same.fingerprints == family.fingerprints
@@ -420,6 +429,7 @@ def test_the_fingerprint_follows_every_components_weights_and_no_other(variant):
         module.load_state_dict(same.modules[name].state_dict())
 
 
+@pytest.mark.sample("sd3 without t5")
 def test_embeddings_are_cached_whole_and_made_again_when_an_encoder_changes(family, tmp_path):
     def embeddings():
         advanced = []
@@ -441,7 +451,7 @@ def test_embeddings_are_cached_whole_and_made_again_when_an_encoder_changes(fami
     assert embeddings()[1] == 1 + len(encoders)
 
 
-@pytest.mark.sample("sdxl", "sd3", "flux dev")
+@pytest.mark.sample("sd3")
 def test_a_loaded_model_is_the_saved_one(family, pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = load_family(str(tmp_path))
@@ -483,6 +493,7 @@ def test_variants_that_take_other_inputs_are_refused_by_name():
         family_of(pipe)
 
 
+@pytest.mark.sample("flux dev-text_encoder_2")
 @pytest.mark.parametrize(
     ("variant", "missing"), [("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("flux dev", "text_encoder_2")]
 )

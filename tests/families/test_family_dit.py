@@ -92,6 +92,7 @@ def test_predict_is_the_transformers_call_in_the_stock_pipeline(family, pipe):
         assert found.shape[1] == (8 if family.learned_variance else 4)
 
 
+@pytest.mark.sample("fixed variance-DPMSolverMultistepScheduler-3.0")
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("scheduler", [None, DPMSolverMultistepScheduler])
 def test_samples_are_the_stock_pipelines_pictures(pipe, guidance_scale, scheduler):
@@ -494,6 +495,7 @@ def farthest(found: list[Image.Image], expected: list[Image.Image]) -> int:
     return max(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(found, expected))
 
 
+@pytest.mark.sample("lora, new", "full")
 def test_what_was_trained_reloads_in_the_stock_pipeline_and_draws_the_same(finished, case):
     recipe = finished(case)
     names = classes_of(recipe)
@@ -550,6 +552,7 @@ def trained_and_began(recipe: Recipe, monkeypatch) -> tuple[Any, dict, Any]:
     return loaded[0], began, states
 
 
+@pytest.mark.sample("lora")
 def test_every_trainable_weight_moves_and_nothing_else(make, case, tmp_path, monkeypatch):
     recipe = replace(make("", **case), output=str(tmp_path / "run"))
     family, began, states = trained_and_began(recipe, monkeypatch)
@@ -564,6 +567,7 @@ def test_every_trainable_weight_moves_and_nothing_else(make, case, tmp_path, mon
         assert set(began) - set(tables) == {n for n in now if ".lora_" in n}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["lora", "difffit"])
 def test_the_embeddings_of_new_classes_train_beside_an_adapter_are_saved_exported_and_loaded(
     make, kind, tmp_path, monkeypatch
@@ -629,6 +633,7 @@ def test_label_spaces_that_have_no_place_are_refused(names, said):
         family_of(tiny_dit()).set_classes(names, 0)
 
 
+@pytest.mark.wide
 def test_bank_rows_train_with_the_old_null_class(make, tmp_path, monkeypatch):
     """Whatever the bank was drawn for: its classes are gone, and with them the rows of the tables."""
     seen = []
@@ -645,6 +650,7 @@ def test_bank_rows_train_with_the_old_null_class(make, tmp_path, monkeypatch):
     assert {label for is_bank, label in seen if not is_bank} == {0, 1, 2}
 
 
+@pytest.mark.sample("both-expected3")
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
@@ -660,6 +666,7 @@ def test_a_bank_is_drawn_by_class_by_the_empty_class_or_both(finished, prompts, 
     assert [json.loads(line)["prompt"] for line in lines] == [expected[i % len(expected)] for i in range(10)]
 
 
+@pytest.mark.wide
 def test_labels_are_dropped_at_their_share(make, tmp_path, monkeypatch):
     counts = []
 
@@ -677,6 +684,7 @@ def test_labels_are_dropped_at_their_share(make, tmp_path, monkeypatch):
     assert np.mean(counts) == pytest.approx(0.1, abs=4 * spread)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["lora, new", "full"])
 def test_a_resumed_run_ends_bit_equal(make, finished, name, tmp_path):
     undisturbed = finished(SETTINGS[name])
@@ -716,7 +724,7 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_the_pipeline_alone(finis
         load_adapter(tiny_dit(), damaged)
 
 
-@pytest.mark.sample("tlora", "loha")
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["dora", "tlora", "loha", "lokr", "oft", "boft", "ia3", "difffit"])
 def test_every_kind_of_adapter_takes_its_classes_along(make, kind, tmp_path):
     recipe = make("", tuning={"label_space": "new"}, bank={"prompts": "empty"}, training={"max_steps": 2})
@@ -744,6 +752,7 @@ def wide_dit() -> DiTPipeline:
     return pipe
 
 
+@pytest.mark.sample("lora, new")
 @pytest.mark.parametrize("name", ["lora, new", "full, new"])
 def test_below_u0_the_pretrained_model_is_told_the_empty_class_for_a_new_one(finished, name):
     """Of the new label space it knows nothing, and the numbers of its classes meant others in its own."""
@@ -847,6 +856,7 @@ def test_sample_takes_classes_for_prompts(finished, capsys, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.wide
 def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     example = Path(__file__).parents[2] / "examples" / "dit_transfer.yaml"
     overrides = {
@@ -888,7 +898,7 @@ def test_the_recipe_in_examples_runs_at_tiny_size(root, capsys, tmp_path):
     assert farthest(stock_pictures(pipe, ["owl"]), before) > 0
 
 
-@pytest.mark.sample("lora, new-difftuning", "full, new-stock", "fused-stock")
+@pytest.mark.wide
 @pytest.mark.parametrize("pipeline", ["stock", "difftuning"])
 @pytest.mark.parametrize("name", ["full, new", "lora, new", "lora", "fused"])
 def test_a_run_is_exported_and_draws_the_same(finished, capsys, tmp_path, name, pipeline):
@@ -933,6 +943,7 @@ def handed_over(pipe: Any, number: int, u0: float) -> np.ndarray:
     return pipe([number], generator=generators(0), **settings).images
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("source", ["adapter", "whole", "difference"])
 def test_the_drop_in_hands_over_to_the_pretrained_model_and_its_empty_class(finished, tmp_path, source):
     recipe = finished(SETTINGS["lora, new" if source == "adapter" else "full, new"])
@@ -973,7 +984,7 @@ def test_other_tools_have_no_names_for_a_dit(finished, capsys, tmp_path):
     assert "are known for UNets only" in err
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["lora, new", "full, new", "lora"])
 def test_a_run_is_analysed_and_handed_over(finished, name):
     recipe = finished(SETTINGS[name] | {"data": {"holdout": 0.5}, "training": {"max_steps": 2}})
@@ -999,6 +1010,7 @@ def test_runs_are_evaluated_against_their_base(finished, tmp_path):
     assert all(math.isfinite(s["summary"]["kid"]["mean"]) for s in result["sides"])
 
 
+@pytest.mark.wide
 def test_a_budget_is_compared_with_the_loss_that_is_trained(make, tmp_path, monkeypatch):
     found = {}
 

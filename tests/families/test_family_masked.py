@@ -74,6 +74,7 @@ def recorded(pipe, side: int, steps: int, prompts=PROMPTS, **settings):
 # --- predict, noise, target -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("lumina2", "pixart sigma")
 def test_predict_is_the_transformers_call_in_the_stock_pipeline(variant, family, pipe, side):
     calls, _ = recorded(pipe, side, 3, guidance_scale=3.0)
     told, empty = family.encode_prompts(PROMPTS), family.encode_prompts(["", ""])
@@ -88,6 +89,7 @@ def test_predict_is_the_transformers_call_in_the_stock_pipeline(variant, family,
         assert family.learned_variance == (found.shape[1] == 2 * noisy.shape[1])
 
 
+@pytest.mark.sample("pixart alpha")
 def test_padding_is_masked(family):
     rows = family.encode_prompts(PROMPTS)
     mask = rows["prompt_attention_mask"]
@@ -102,6 +104,7 @@ def test_padding_is_masked(family):
     assert not torch.allclose(found, differs, atol=1e-4)
 
 
+@pytest.mark.sample("pixart sigma without variance")
 def test_the_stock_pipeline_calls_the_model_with_timesteps_of_the_process(variant, family, pipe, side):
     """What a hand-over reads off a call is the noise level that the call is at."""
     calls, _ = recorded(pipe, side, 5, guidance_scale=1.0)
@@ -150,6 +153,7 @@ def test_noise_and_target_of_flow_matching_are_the_schedulers(variant, family, p
         torch.testing.assert_close(told, 1000 * scale * sigmas.flatten(), atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.sample("pixart sigma without variance")
 def test_the_sign_of_a_prediction_is_the_one_that_takes_noise_away(family, pipe, side):
     """A model that gives exactly what it should in the pipeline's own terms leads the stock pipeline to the picture."""
     process, sign = family.training_process(side), -1 if family.name == "lumina2" else 1
@@ -184,6 +188,7 @@ def test_the_sign_of_a_prediction_is_the_one_that_takes_noise_away(family, pipe,
 # --- sampling, identity ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("pixart alpha-True")
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_sample_is_the_stock_pipelines_picture(family, pipe, side, offload):
     _, expected = recorded(pipe, side, 2, guidance_scale=3.0)
@@ -193,7 +198,7 @@ def test_a_sample_is_the_stock_pipelines_picture(family, pipe, side, offload):
     family.sample(PROMPTS, generators(0, 1), steps=1, guidance_scale=1.0, resolution=side)
 
 
-@pytest.mark.sample("pixart sigma", "sana", "lumina2")
+@pytest.mark.sample("pixart sigma")
 def test_a_sample_depends_on_its_own_prompt_and_generator_alone(family, side):
     settings = {"steps": 2, "guidance_scale": 3.0, "resolution": side}
     together = family.sample([PROMPTS[0], "", PROMPTS[1]], generators(1, 2, 3), **settings)
@@ -204,6 +209,7 @@ def test_a_sample_depends_on_its_own_prompt_and_generator_alone(family, side):
     assert not torch.allclose(other[0], together[0], atol=1e-4)
 
 
+@pytest.mark.sample("pixart sigma")
 def test_the_empty_prompt_is_what_guidance_pushes_away_from(family, side):
     """Then guidance has nothing to push, whatever instructions other prompts come with."""
     weak, strong = (
@@ -226,7 +232,7 @@ def test_latents_are_the_autoencoders_own(family, pipe, side):
     torch.testing.assert_close(family.decode(family.scale_latents(mean)), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.sample("pixart sigma", "sana", "lumina2")
+@pytest.mark.sample("pixart sigma")
 def test_a_loaded_model_is_the_saved_one(family, pipe, side, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = load_family(str(tmp_path))
@@ -237,7 +243,7 @@ def test_a_loaded_model_is_the_saved_one(family, pipe, side, tmp_path):
     torch.testing.assert_close(loaded.sample(PROMPTS, generators(0, 1), **settings), expected, atol=0, rtol=0)
 
 
-@pytest.mark.sample("pixart sigma", "sana", "lumina2")
+@pytest.mark.sample("pixart sigma")
 def test_embeddings_are_cached_with_their_masks_and_made_again_when_the_encoder_changes(family, tmp_path):
     first = cached_embeddings(family_of(family.pipe), PROMPTS, tmp_path, lambda _: None)
     torch.testing.assert_close(in_memory(first), family.encode_prompts(["", *PROMPTS]), **TOLERANCE)
@@ -260,7 +266,7 @@ def test_prompts_are_counted_with_what_the_pipeline_puts_before_them():
 # --- adapters that read timesteps -----------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("pixart sigma", "sana", "lumina2")
+@pytest.mark.wide
 def test_the_pretrained_model_takes_over_below_u0(family, side):
     def sample():
         return family.sample(PROMPTS, generators(0, 1), steps=4, guidance_scale=3.0, resolution=side)
@@ -281,6 +287,7 @@ def test_the_pretrained_model_takes_over_below_u0(family, side):
     assert not torch.allclose(between, tuned, atol=1e-4)
 
 
+@pytest.mark.sample("pixart sigma without variance")
 def test_a_tlora_has_the_papers_rank_at_every_level(family):
     tuning = AdapterTuning(family, AdapterConfig(kind="tlora", rank=4, min_rank=1))
     rows, latents = family.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8, generator=generators(0)[0])
@@ -300,6 +307,7 @@ def test_a_tlora_has_the_papers_rank_at_every_level(family):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sana")
 @pytest.mark.parametrize("variant", ["pixart sigma", "pixart alpha", "sana", "lumina2"])
 def test_other_variants_are_refused_by_name(variant, tmp_path):
     pipe = VARIANTS[variant]()

@@ -17,6 +17,7 @@ from difftuning_control.families.loading import family_of, load_base, load_famil
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import SampleRequest
 from difftuning_control.recipe.training import TrainingConfig
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.verbs.sample import sample_to_folder
@@ -174,9 +175,8 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
         after = sample_pictures(tuned, PROMPTS, seed=0, steps=2, guidance_scale=3.0, resolution=16, control=control)
     assert [a.tobytes() for a in before] != [a.tobytes() for a in after]
     if method == "lora":
-        sample_to_folder(
-            PROMPTS, run.output, None, None, False, False, str(tmp_path / "drawn"), 2, 3.0, None, None, 0, False
-        )
+        drawn = str(tmp_path / "drawn")
+        sample_to_folder(SampleRequest(PROMPTS, run.output, output=drawn, steps=2, guidance_scale=3.0))
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 

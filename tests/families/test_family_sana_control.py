@@ -124,6 +124,7 @@ def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(fa
 # --- a new one, and another model's ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("2-1")
 @pytest.mark.parametrize(("layers", "blocks"), [(2, 1), (4, 3), (10, 7)])
 def test_a_new_controlnet_copies_the_first_blocks_and_adds_exactly_nothing(layers, blocks):
     family = family_of(tiny_sana(layers=layers))
@@ -290,6 +291,7 @@ def test_a_run_in_bf16_and_in_8_bits_ends(make, tmp_path):
     assert np.isfinite(run.losses["target"]["tuned"]["loss"]).all()
 
 
+@pytest.mark.wide
 def test_a_controlnet_is_exported_for_the_stock_pipeline(finished, tmp_path):
     recipe = finished({})
     folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock", base="copied"))

@@ -55,6 +55,7 @@ def test_noise_and_target_are_the_schedulers(family, pipe):
     torch.testing.assert_close(family.process.target(latents, noise, levels), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample("v_prediction-1.0")
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_sample_depends_on_its_own_prompt_and_generator_alone(family, guidance_scale):
     together = sample(family, [*PROMPTS, "six"], [1, 2, 3], guidance_scale)
@@ -64,6 +65,7 @@ def test_a_sample_depends_on_its_own_prompt_and_generator_alone(family, guidance
     assert not torch.allclose(mixed[0], together[0], atol=1e-2)
 
 
+@pytest.mark.sample("v_prediction-True")
 @pytest.mark.parametrize("training", [True, False])
 def test_sampling_leaves_the_model_as_it_was(family, training):
     family.denoiser.train(training)
@@ -102,6 +104,7 @@ def test_sizes_come_from_the_model(family):
     assert family.encode_moments(torch.zeros(1, 3, 20, 12))[0].shape == (1, 4, 10, 6)
 
 
+@pytest.mark.sample("v_prediction-unet")
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
 def test_the_fingerprint_follows_every_components_weights(family, pipe, component):
     same = family_of(tiny_pipeline(prediction_type=pipe.scheduler.config.prediction_type))
@@ -113,6 +116,7 @@ def test_the_fingerprint_follows_every_components_weights(family, pipe, componen
     assert family_of(pipe).fingerprint != family.fingerprint
 
 
+@pytest.mark.sample("epsilon")
 def test_an_attached_adapter_does_not_change_the_bases_fingerprint(family, pipe):
     before = family.fingerprint
     AdapterTuning(family, AdapterConfig(rank=2))

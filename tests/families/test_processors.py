@@ -44,6 +44,7 @@ def test_fault_15_00_nf4_is_the_same_with_and_without_avx512bf16(outputs, monkey
     assert torch.equal(found[False], found[True])
 
 
+@pytest.mark.wide
 def test_fault_15_00_imports_print_nothing_on_such_a_processor():
     code = (
         "import support.avx512bf16, difftuning_control, peft, bitsandbytes\n"

@@ -59,7 +59,7 @@ def test_gradients_are_those_through_the_rounded_weights(name, kind):
         assert (ours - expected).norm() < off * expected.norm()
 
 
-@pytest.mark.sample("lumina2-nf4-lora")
+@pytest.mark.wide
 @needs_bitsandbytes
 @pytest.mark.parametrize(
     ("name", "kind", "method"),

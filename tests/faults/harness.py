@@ -26,7 +26,8 @@ from difftuning_control.system.digests import digest_of_file
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 PHASES = ("bank building", "caching", "annotating", "training", "checkpointing", "exporting")
-SPEED = re.compile(r"[\d a-z.]+ on [^<]+ steps per second")  # of report.html, the same
+# of report.html, the same
+SPEED = re.compile(r'[\d a-z.]+ on [^<]+ steps per second|<section class="phases">.*?</section>', re.DOTALL)
 PARTS = {
     "checkpoint-": "checkpointing",
     "/banks/": "bank building",

@@ -78,6 +78,7 @@ def supplied(folder: Path, tmp_path: Path, train: Maker) -> Maker:
     return lambda **changes: train(**{**values, **changes})
 
 
+@pytest.mark.wide
 def test_the_undisturbed_commands_succeed(train, supplied, tmp_path):
     for name, words in (("run", train()), ("supplied", supplied())):
         main([*words, "--output", str(tmp_path / name)])
@@ -87,7 +88,14 @@ def test_the_undisturbed_commands_succeed(train, supplied, tmp_path):
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("*fidelity*", "*dropout*", "*annotator*")
+@pytest.mark.sample(
+    "--method controlnet --training.stop_when converged --control.fidelity.every 0-",
+    "--method controlnet --control.annotator supplied --control.column x --control.validation_path y-",
+    "--method controlnet --control.annotator supplied --control.path x --control.bank_condition*",
+    "--method full --control.dropout 0.1-",
+    "--method controlnet --control.annotator supplied --control.path x --control.column y-",
+    "--method controlnet --control.annotator supplied --control.path x --control.params {a: 1}-",
+)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -151,6 +159,7 @@ def test_a_command_that_cannot_be_meant_is_refused(tmp_path, monkeypatch, capsys
     assert_refused(words, capsys, tmp_path, expected)
 
 
+@pytest.mark.sample("null")
 @pytest.mark.parametrize("value", ["5", "null", "[a]"])
 def test_parameters_that_are_no_section_are_refused(tmp_path, monkeypatch, capsys, value):
     monkeypatch.chdir(tmp_path)
@@ -160,7 +169,7 @@ def test_parameters_that_are_no_section_are_refused(tmp_path, monkeypatch, capsy
 # --- annotators and conditions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("*open_pose*", "*weights*")
+@pytest.mark.sample("{'control.annotator': 'hed', 'control.weights': '/nowhere/hed'}-cannot use the weights in *")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -184,6 +193,7 @@ def test_a_condition_that_cannot_be_made_is_told(train, tmp_path, capsys, change
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sample("{'data.holdout': 0}")
 @pytest.mark.parametrize("changes", [{"control.annotator": "hed"}, {"data.holdout": 0}], ids=str)
 def test_a_condition_that_cannot_be_made_is_told_before_the_bank_is_drawn(train, tmp_path, capsys, changes):
     refusal(train(**changes, **{"data.cache": tmp_path / "cache"}), capsys, tmp_path)
@@ -209,7 +219,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.sample("without_condition")
+@pytest.mark.wide
 @pytest.mark.parametrize("spoil", FAULTS)
 def test_a_supplied_condition_that_cannot_be_used_is_refused_or_left_out_and_recorded(
     supplied, folder, tmp_path, capsys, spoil
@@ -264,7 +274,7 @@ def pickled_weights(place: Path) -> None:
     load_family("embedded").new_controlnet(0).save_pretrained(place, safe_serialization=False)
 
 
-@pytest.mark.sample("pickled_weights", "no_directory")
+@pytest.mark.sample("no_directory")
 @pytest.mark.parametrize("write", [no_directory, empty_directory, file, damaged_weights, pickled_weights])
 def test_a_start_that_is_no_controlnet_is_refused(train, tmp_path, capsys, write):
     write(tmp_path / "start")
@@ -274,6 +284,7 @@ def test_a_start_that_is_no_controlnet_is_refused(train, tmp_path, capsys, write
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.wide
 def test_a_start_that_is_a_model_or_cannot_be_downloaded_is_refused(train, model_dir, tmp_path, capsys):
     words = train(**{"control.init": model_dir})
     assert_refused(words, capsys, tmp_path, f"the ControlNet {model_dir} could not be loaded")
@@ -345,6 +356,7 @@ BAD_PHOTOS: dict[Callable[[Path], object], str] = {
 }
 
 
+@pytest.mark.sample("condition-empty_directory")
 @pytest.mark.parametrize("write", BAD_PHOTOS)
 @pytest.mark.parametrize("ready", [[], ["--control_ready"]], ids=["photo", "condition"])
 def test_a_photo_that_cannot_be_read_is_named(runs, tmp_path, capsys, write, ready):
@@ -374,6 +386,7 @@ def without_weights(run: Path) -> None:
     ControlSpec("canny", resolution=16).save(run / "controlnet")
 
 
+@pytest.mark.sample("without_weights-could not be loaded")
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -403,7 +416,7 @@ def test_a_pilot_of_controlnets_that_stop_by_themselves_is_refused(train, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.sample("lora first*")
+@pytest.mark.wide
 @pytest.mark.parametrize("order", [("lora", "control"), ("control", "lora")], ids=" first, ".join)
 def test_a_lora_and_a_controlnet_are_not_evaluated_together(runs, tmp_path, capsys, order):
     named = json.dumps([str(runs[name]) for name in order])

@@ -19,6 +19,7 @@ from difftuning_control.runs.verify import verify
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.wide
 def test_the_model_is_a_small_stock_pipeline_without_pickles():
     files = [p for p in embedded_model().rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt"}
@@ -33,6 +34,7 @@ def test_the_model_is_a_small_stock_pipeline_without_pickles():
     assert middle[0] > middle[2] + 20
 
 
+@pytest.mark.sample("icons")
 @pytest.mark.parametrize("style", ["icons", "flat"])
 def test_each_style_has_64_pictures_to_tune_on_and_others_to_evaluate_on(style):
     tune, evaluate = load_images(f"embedded/{style}"), load_images(f"embedded/{style}-eval")

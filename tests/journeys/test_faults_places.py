@@ -40,6 +40,7 @@ def words(verb: str, place: Path, data: Path, run: Path, model: Path, root: Path
     }[verb]
 
 
+@pytest.mark.sample("sample")
 @pytest.mark.parametrize(
     "verb",
     [
@@ -70,6 +71,7 @@ def test_fault_15_07_an_output_inside_the_data_folder_is_refused_before_anything
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample("bank.path")
 @pytest.mark.parametrize("key", ["data.validation_path", "control.path", "control.validation_path", "bank.path"])
 def test_fault_15_07_so_is_one_inside_any_other_folder_of_pictures(trained, model_dir, tmp_path, capsys, key):
     other = write_pictures(tmp_path / "other", 4)
@@ -93,6 +95,7 @@ def test_fault_15_07_so_is_an_evaluation_inside_the_pictures_that_it_judges_by(t
     assert_refused(command, capsys, tmp_path, f"the data {other} lie in one another")
 
 
+@pytest.mark.wide
 def test_fault_15_07_links_and_data_inside_the_output_do_not_help(trained, model_dir, tmp_path, capsys):
     data = write_pictures(tmp_path / "out" / "data", 4)
     (tmp_path / "link").symlink_to(data)
@@ -101,6 +104,7 @@ def test_fault_15_07_links_and_data_inside_the_output_do_not_help(trained, model
         assert_refused(["train", *flags(made)], capsys, tmp_path, "lie in one another")
 
 
+@pytest.mark.wide
 def test_fault_15_07_a_name_that_only_begins_alike_is_no_place_inside(model_dir, tmp_path, capsys):
     data = write_pictures(tmp_path / "data", 8)
     made = settings(model_dir, data, tmp_path, output=tmp_path / "data-run", **{"bank.path": tmp_path / "data.bank"})
@@ -109,6 +113,7 @@ def test_fault_15_07_a_name_that_only_begins_alike_is_no_place_inside(model_dir,
     assert (tmp_path / "data-run" / "run.json").exists()
 
 
+@pytest.mark.wide
 def test_fault_15_01_and_05_a_run_says_and_records_what_it_took_and_verifies(model_dir, tmp_path, capsys):
     data = tmp_path / "data"
     for split, count, seed in (("train", 8, 0), ("test", 3, 1)):
@@ -141,6 +146,7 @@ def test_fault_15_06_a_pilot_on_held_out_copies_is_refused(model_dir, tmp_path, 
     assert_refused(["pilot", *flags(made | {"data.validation_path": data})], capsys, tmp_path, "8 of the 8 held-out")
 
 
+@pytest.mark.wide
 def test_fault_15_06_a_training_on_held_out_copies_says_so(model_dir, tmp_path, capsys):
     data = write_pictures(tmp_path / "data", 6)
     capsys.readouterr()

@@ -57,7 +57,7 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.sample("size0", "size2")
+@pytest.mark.sample("size2")
 @pytest.mark.parametrize(
     "size", [(9460, 9460), (13_000, 13_000), (40_000, 40_000), (2_000_000_000, 2), (1, MAX_PIXELS + 1)]
 )
@@ -121,7 +121,7 @@ NOT_READ = {
 }
 
 
-@pytest.mark.sample("a device", "a pipe behind a link", "a name with a NUL")
+@pytest.mark.sample("a pipe behind a link")
 @pytest.mark.parametrize("case", NOT_READ)
 def test_what_is_no_file_of_the_folder_is_named_and_not_read(train, folder, tmp_path, capsys, case):
     spoil, name, fault = NOT_READ[case]
@@ -141,6 +141,7 @@ def says(words: list[str], capsys: pytest.CaptureFixture[str], expected: str) ->
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_metadata_prompts_and_recipes_that_are_pipes_are_not_waited_for(train, folder, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     says([*train(), "--config", str(tmp_path / "pipe")], capsys, "pipe cannot be read; name a YAML file")

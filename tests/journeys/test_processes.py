@@ -201,12 +201,14 @@ def test_a_step_too_small_for_a_bank_row_is_refused_and_nothing_is_written(make)
     assert not Path(recipe.output).exists()
 
 
+@pytest.mark.wide
 def test_rows_split_over_forwards_are_those_of_one_forward(make, first):
     whole = make("lora-whole", 1, cache="cache-1", gradient_accumulation_steps=1)
     whole = alone(replace(whole, training=replace(whole.training, batch_size=20)))
     assert_same_result(whole, alone(make("lora-1", 1, resume=True)), "one forward against two")
 
 
+@pytest.mark.wide
 def test_weights_sharded_over_two_processes_train_as_whole_ones_do(make, first):
     (_, recipe, _), _ = first
     assert_same_result(recipe, alone(make("full-1", 1, "full")), "full weights sharded over 2 processes")

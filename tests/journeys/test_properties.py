@@ -100,6 +100,7 @@ def nested(leaves: dict[str, object]) -> dict[str, object]:
     return values
 
 
+@pytest.mark.wide
 @slow
 @given(leaves=st.dictionaries(st.sampled_from(KEYS), NUMBERS | WORDS | VALUES, min_size=1, max_size=2))
 def test_a_recipe_of_any_values_is_refused_in_a_sentence_or_repeats_itself(tmp_path_factory, leaves):

@@ -109,6 +109,7 @@ def test_a_run_that_was_stopped_and_cannot_be_written_any_more_stays_as_it_is_an
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.wide
 def test_a_run_that_cannot_be_written_is_sampled_verified_and_exported_all_the_same(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = snapshot(run)

@@ -78,11 +78,13 @@ def test_at_most_twelve_modules_are_longer_than_300_lines():
     assert len(long) <= 12, long
 
 
+@pytest.mark.sample("system")
 @room
 def test_an_import_inside_a_function_says_why(room):
     assert {str(p): found for p in files(room) if (found := unexplained(p.read_text()))} == {}
 
 
+@pytest.mark.sample("system")
 @room
 def test_private_names_stay_in_their_files(room):
     assert {str(p): found for p in files(room) if (found := private_imports(p.read_text()))} == {}

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hook.md").read_text()
 
 
+@pytest.mark.wide
 def test_fault_15_22_the_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(embedded_model()).exists()

@@ -445,6 +445,7 @@ def test_an_unknown_preset_is_refused():
         DiffTuningObjective.from_scheduler(DDPMScheduler(), preset="best")
 
 
+@pytest.mark.wide
 def test_the_objective_can_be_imported_without_any_model_library():
     code = "import sys, difftuning_control.objective.difftuning; print(*sys.modules)"
     root = Path(__file__).parents[2]

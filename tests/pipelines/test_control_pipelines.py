@@ -122,6 +122,7 @@ def test_a_strength_of_1_is_the_stock_class(kind):
     assert pipe.control_use[0].run == STEPS
 
 
+@pytest.mark.sample("sd-control")
 @every
 def test_where_it_is_0_the_controlnet_does_not_run_and_adds_nothing(kind):
     runs = []
@@ -150,7 +151,7 @@ def test_never_running_is_drawing_without_control(kind):
     assert pipe.control_use[0].seconds_saved is None  # nothing ran that could be measured
 
 
-@pytest.mark.sample("sd-control-*")
+@pytest.mark.sample("sd-control-control_guidance_start")
 @pytest.mark.parametrize(
     "given",
     [
@@ -511,6 +512,7 @@ def test_a_further_control_comes_after_those_there_are(tmp_path, kind):
     assert np.array_equal(draw(both, kind, nets=2), draw(stock(kind, nets=2), kind, nets=2))
 
 
+@pytest.mark.sample("sd-control-function")
 @pytest.mark.parametrize("schedule", [LATE, lambda u: u], ids=["table", "function"])
 def test_a_further_control_leaves_the_schedule_of_those_there_are(kind, schedule):
     first = add_control(stock(plain(kind)), controlnet(stock(plain(kind))), control_schedule=schedule)
@@ -545,6 +547,7 @@ def test_the_control_takes_the_pipeline_s_dtype(kind):
     assert {m.dtype for m in found.components.values() if isinstance(m, torch.nn.Module)} == {torch.bfloat16}
 
 
+@pytest.mark.sample("flux-control")
 @every
 def test_a_control_of_another_base_is_told_with_what_differs(kind):
     if kind in FLOWS:
@@ -571,6 +574,7 @@ def test_another_kind_of_pipeline_is_told():
         add_control(pipe, controlnet(stock("sd")))
 
 
+@pytest.mark.sample("sd-control")
 def test_a_full_run_s_source_comes_along(kind):
     running = drop_in(plain(kind), source_unet=source_unet(kind), domain_guidance=True)
     found = add_control(running, controlnet(stock(plain(kind))))

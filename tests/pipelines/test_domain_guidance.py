@@ -102,7 +102,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 # --- Domain Guidance ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("sd-control", "sd3", "dit")
+@pytest.mark.sample("dit")
 @batches
 def test_the_unconditional_half_comes_without_the_tuned_adapter_and_with_the_others(kind):
     found = Recorded(with_both(kind, domain_guidance=True), kind, count=2)
@@ -138,7 +138,7 @@ def test_pictures_are_those_of_two_forwards_and_the_formula():
     assert (found - latents).abs().max() < TOLERANCE * latents.abs().max()
 
 
-@pytest.mark.sample("sd-control", "sd3", "dit")
+@pytest.mark.sample("sd-control")
 @batches
 def test_full_weights_take_the_unconditional_half_from_the_source(kind):
     pipe = drop_in(kind, **source_of(kind), domain_guidance=True)
@@ -162,6 +162,7 @@ def test_skip_layer_guidance_goes_on_with_the_tuned_weights():
         assert_close(answer, ours if is_skip else torch.cat([theirs.chunk(2)[0], ours.chunk(2)[1]]))
 
 
+@pytest.mark.sample("full weights-flux")
 @flux
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
 def test_flux_without_a_negative_prompt_is_two_forwards_and_the_formula(kind, full):
@@ -177,6 +178,7 @@ def test_flux_without_a_negative_prompt_is_two_forwards_and_the_formula(kind, fu
         assert (ours - theirs).abs().max() > 100 * TOLERANCE
 
 
+@pytest.mark.sample("flux")
 @flux
 def test_flux_with_a_negative_prompt_has_the_pretrained_model_answer_it(kind):
     found = Recorded(with_both(kind, domain_guidance=True), kind, negative_prompt=["dog"])
@@ -203,7 +205,7 @@ def test_flux_encodes_the_negative_prompt_without_the_tuned_adapter():
         draw(pipe, "flux")
 
 
-@pytest.mark.sample("*-sd", "*-flux-control")
+@pytest.mark.sample("{'adapter_schedule': {'kind': 'power', 'tau': 1.0}}-flux-control")
 @every
 @pytest.mark.parametrize("setting", [{"hand_over": 0.5}, {"adapter_schedule": {"kind": "power", "tau": 1.0}}], ids=str)
 def test_switching_the_denoiser_alone_is_refused_where_a_text_encoder_is_tuned_too(kind, setting):
@@ -218,7 +220,7 @@ def test_switching_the_denoiser_alone_is_refused_where_a_text_encoder_is_tuned_t
     assert np.isfinite(draw(pipe, kind)).all()
 
 
-@pytest.mark.sample("sd", "xl-control")
+@pytest.mark.sample("sd")
 def test_guidance_rescale_and_a_scale_of_the_adapter_compose(kind):
     more: dict[str, Any] = {"cross_attention_kwargs": {"scale": 0.5}}
     if not kind.endswith("control"):
@@ -232,6 +234,7 @@ def test_guidance_rescale_and_a_scale_of_the_adapter_compose(kind):
         assert_close(answer, torch.cat([unconditional, conditional]))
 
 
+@pytest.mark.sample("sd")
 def test_a_text_encoder_s_adapter_is_off_for_negative_prompts(kind):
     pipe = drop_in(kind, domain_guidance=True)
     add_adapter(pipe.unet, "tuned", 1)
@@ -251,6 +254,7 @@ def test_a_text_encoder_s_adapter_is_off_for_negative_prompts(kind):
         assert not torch.allclose(second, positive, atol=1e-3)
 
 
+@pytest.mark.sample("ia3")
 @pytest.mark.parametrize("config", [LoHaConfig, IA3Config, "dora"], ids=["loha", "ia3", "dora"])
 def test_adapters_of_other_kinds_are_switched_off_as_well(config):
     pipe = drop_in("sd", domain_guidance=True)
@@ -298,7 +302,7 @@ def nearest_level(kind: str, u: float) -> float:
 # --- schedules and hand-over ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("True-flux", "False-sd-control")
+@pytest.mark.wide
 @every
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_adapter_acts_with_the_strength_of_each_step(kind, guided):
@@ -318,7 +322,7 @@ def test_the_adapter_acts_with_the_strength_of_each_step(kind, guided):
         assert_close(answer, expected)
 
 
-@pytest.mark.sample("adapter-sd", "full weights-xl-control", "adapter-sd3", "full weights-flux-control", "adapter-dit")
+@pytest.mark.sample("adapter-dit")
 @every
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
 def test_below_u0_the_pretrained_model_finishes(kind, full):
@@ -333,7 +337,7 @@ def test_below_u0_the_pretrained_model_finishes(kind, full):
         assert_close(answer, ours if is_above else theirs)
 
 
-@pytest.mark.sample("sd")
+@pytest.mark.wide
 def test_all_of_them_at_once(kind):
     pipe = with_both(kind, hand_over=0.4, adapter_schedule=lambda u: u / 2, domain_guidance=True)
     found = Recorded(pipe, kind, count=2)
@@ -344,7 +348,7 @@ def test_all_of_them_at_once(kind):
         assert_close(answer, guided if u > 0.4 else pretrained[i])
 
 
-@pytest.mark.sample("sd")
+@pytest.mark.wide
 def test_without_guidance_the_schedules_act_on_the_whole_batch(kind):
     pipe = with_both(kind, hand_over=0.5, adapter_schedule={"kind": "power", "tau": 1.0})
     found = Recorded(pipe, kind, guidance_scale=1.0)
@@ -365,6 +369,7 @@ def test_other_schedulers_have_the_same_noise_levels(scheduler):
     assert seen == sorted(seen, reverse=True)
 
 
+@pytest.mark.sample("sd")
 def test_a_function_out_of_its_range_leaves_the_weights_as_they_were(kind):
     pipe = with_both(kind, adapter_schedule=lambda u: 3 * u)
     before = [dict(m.scaling) for m in pipe.unet.modules() if hasattr(m, "scaling")]
@@ -395,7 +400,7 @@ def load_ip_adapter(unet: Any, width: int) -> None:
     unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
 
 
-@pytest.mark.sample("sd")
+@pytest.mark.wide
 def test_an_ip_adapter_goes_on_seeing_its_picture(kind):
     pipe = with_both(kind, domain_guidance=True)
     others = {
@@ -412,6 +417,7 @@ def test_an_ip_adapter_goes_on_seeing_its_picture(kind):
     assert not np.allclose(found.picture, draw(pipe, kind, ip_adapter_image_embeds=[0 * embeds]))
 
 
+@pytest.mark.sample("sd")
 def test_an_ip_adapter_that_the_source_has_not_is_told(kind):
     pipe = drop_in(kind, source_unet=source_unet(kind), domain_guidance=True)
     load_ip_adapter(pipe.unet, 6)
@@ -419,7 +425,7 @@ def test_an_ip_adapter_that_the_source_has_not_is_told(kind):
         draw(pipe, kind, ip_adapter_image_embeds=[torch.zeros(2, 1, 6)])
 
 
-@pytest.mark.sample("sd-hand_over", "xl-control-domain_guidance")
+@pytest.mark.wide
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
 def test_model_offload_gives_the_same_pictures(kind, settings):
     pipe = with_both(kind, **settings)
@@ -444,7 +450,7 @@ def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
     assert not hasattr(pipe.unet._orig_mod, "_diffusers_hook")
 
 
-@pytest.mark.sample("hand_over")
+@pytest.mark.wide
 @pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
 def test_blocks_that_are_compiled_and_have_drawn_without_extras_take_them(settings):
     torch._dynamo.reset()

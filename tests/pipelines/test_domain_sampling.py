@@ -35,7 +35,7 @@ def sampled(family: Any) -> torch.Tensor:
     return family.sample(["red 1"], [torch.Generator().manual_seed(0)], steps=3, guidance_scale=2.5, resolution=16)
 
 
-@pytest.mark.sample("lora-sd", "full-xl")
+@pytest.mark.sample("lora-sd")
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_family_draws_what_the_drop_in_pipeline_draws(kind, method):

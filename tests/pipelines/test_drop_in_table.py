@@ -60,6 +60,7 @@ print(sorted({"torch", "diffusers", "transformers", "peft"} & set(sys.modules)))
     assert run(code, ROOT) == "[]"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("row", DROP_INS[:1] + DROP_INS[-1:], ids=lambda row: row.name)
 def test_a_class_imports_its_own_file_only(row):
     """Exports on people's disks import one name."""
@@ -72,6 +73,7 @@ print(sorted(n.rpartition(".")[2] for n in sys.modules if n.startswith("difftuni
     assert files & set(ast.literal_eval(run(code, ROOT))) == {row.module}
 
 
+@pytest.mark.wide
 def test_a_new_drop_in_is_its_file_and_one_row(tmp_path):
     """Planted in a copy of the package: every place knows it."""
     shutil.copytree(ROOT / "difftuning_control", tmp_path / "difftuning_control", ignore=lambda f, n: {"assets"} & {*n})

@@ -85,7 +85,7 @@ def expected_settings(kind: str) -> dict:
 # --- from disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("sd", "flux-control", "dit")
+@pytest.mark.sample("sd")
 @every
 def test_a_file_of_the_repository(saved, kind):
     file = str(ROOT / "pipelines" / f"{FILES[kind]}.py")
@@ -108,6 +108,7 @@ def test_the_files_are_one_line_with_a_name_each():
     assert all(len(f.read_text().strip().splitlines()) == 1 for f in files)
 
 
+@pytest.mark.sample("sd")
 def test_a_file_is_not_loaded_without_trust(saved, kind):
     """Not implied by anything of ours; the class itself needs none."""
     file = str(ROOT / "pipelines" / f"{FILES[kind]}.py")
@@ -116,7 +117,7 @@ def test_a_file_is_not_loaded_without_trust(saved, kind):
     assert type(OURS[kind].from_pretrained(saved[kind])) is OURS[kind]
 
 
-@pytest.mark.sample("sd", "flux-control", "dit")
+@pytest.mark.sample("dit")
 @every
 def test_what_was_saved_is_loaded_with_every_setting(tmp_path, kind):
     pipe = drop_in(kind, **source_of(kind), **settings_for(kind))
@@ -153,7 +154,7 @@ def test_the_class_that_is_named_may_lie_in_the_directory(tmp_path, kind):
         DiffusionPipeline.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.sample("sd", "flux-control", "dit")
+@pytest.mark.sample("sd")
 @every
 def test_stock_classes_open_what_ours_saved(tmp_path, kind):
     pipe = drop_in(kind)
@@ -162,7 +163,7 @@ def test_stock_classes_open_what_ours_saved(tmp_path, kind):
     assert same_picture(draw(again, kind), draw(pipe, kind))
 
 
-@pytest.mark.sample("sd")
+@pytest.mark.wide
 def test_a_lora_file_makes_the_two_sides(tmp_path, kind):
     """`load_lora_weights` as everywhere, and then the adapter is what is switched off."""
     made = stock(kind)
@@ -211,6 +212,7 @@ def test_from_pipe_keeps_every_dtype(kind, dtypes):
     assert {m.dtype for m in cast.components.values() if isinstance(m, torch.nn.Module)} == {torch.float32}
 
 
+@pytest.mark.sample("flux-control")
 @every
 def test_from_pipe_there_and_back_keeps_settings(kind):
     ours = drop_in(kind, **settings_for(kind))
@@ -247,6 +249,7 @@ def test_from_pipe_keeps_functions(kind):
     assert OURS[kind].from_pipe(ours, adapter_schedule=None).extras.adapter_schedule is None
 
 
+@pytest.mark.sample("sd")
 @every
 def test_diffusers_own_from_pipe_takes_the_file(kind):
     file = str(ROOT / "pipelines" / f"{FILES[kind]}.py")
@@ -260,6 +263,7 @@ def test_diffusers_own_from_pipe_takes_the_file(kind):
 # --- the Auto classes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("sd")
 @pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "dit"], indirect=True)
 def test_auto_pipelines_find_ours(tmp_path, kind):
     drop_in(kind, hand_over=0.3, **source_of(kind)).save_pretrained(tmp_path)
@@ -269,6 +273,7 @@ def test_auto_pipelines_find_ours(tmp_path, kind):
     assert type(AutoPipelineForText2Image.from_pipe(found)) is OURS[kind]
 
 
+@pytest.mark.sample("sd")
 @pytest.mark.parametrize("kind", ["sd", "xl", "sd3", "flux"])
 def test_auto_pipelines_add_a_controlnet_to_ours(tmp_path, kind):
     drop_in(kind).save_pretrained(tmp_path)
@@ -290,7 +295,7 @@ def test_stock_models_go_on_finding_the_stock_classes(saved, kind):
     assert type(DiffusionPipeline.from_pretrained(saved[kind])) is type(stock(kind))
 
 
-@pytest.mark.sample("diffusers")
+@pytest.mark.wide
 @pytest.mark.parametrize("first", ["difftuning_control", "diffusers"])
 def test_importing_the_package_is_enough_in_either_order(tmp_path, first):
     drop_in("sd").save_pretrained(tmp_path)

@@ -64,7 +64,7 @@ def takes(kind: str, given: dict) -> bool:
     return set(given) - {"count"} <= set(inspect.signature(OURS[kind].__call__).parameters)
 
 
-@pytest.mark.sample("plain-*", "*-sd")
+@pytest.mark.sample("num_inference_steps-sd")
 @every
 @pytest.mark.parametrize(
     "given",
@@ -99,7 +99,7 @@ def test_nothing_is_hooked(kind, monkeypatch):
     assert draw(pipe, kind).shape == (1, SIDE, SIDE, 3)
 
 
-@pytest.mark.sample("sd", "xl-control", "flux", "dit")
+@pytest.mark.sample("dit")
 @every
 def test_an_adapter_acts_as_in_the_stock_class(kind):
     pipe, ours = stock(kind), drop_in(kind)
@@ -110,6 +110,7 @@ def test_an_adapter_acts_as_in_the_stock_class(kind):
     assert np.array_equal(draw(ours, kind, **scale), draw(pipe, kind, **scale))
 
 
+@pytest.mark.sample("sd-control")
 @every
 def test_the_call_has_the_stock_signature(kind):
     ours, theirs = inspect.signature(drop_in(kind).__call__), inspect.signature(stock(kind).__call__)
@@ -281,7 +282,7 @@ def test_a_pickled_pipeline_is_the_same(kind):
     assert np.array_equal(draw(again, kind), draw(pipe, kind))
 
 
-@pytest.mark.sample("on-sd", "off-xl-control")
+@pytest.mark.sample("on-sd")
 def test_a_callback_may_draw_with_another_pipeline_of_the_same_modules(pipe, kind):
     """The stock class and ours, with another setting; each of these pictures is as if drawn alone."""
     more = {"controlnet": pipe.controlnet} if kind.endswith("control") else {}
@@ -351,7 +352,9 @@ def test_no_undecorated_call_passes_the_extras_over(kind):
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("sd-*")
+@pytest.mark.sample(
+    "sd-settings0-domain_guidance is 1; expected True or False", "sd-settings4-expected names of adapters"
+)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -407,7 +410,7 @@ def test_a_source_of_another_model_is_told(kind):
         drop_in(kind, **{name: source_unet(others[plain(kind)])})
 
 
-@pytest.mark.sample("sd", "xl-control", "flux", "dit")
+@pytest.mark.sample("dit")
 @every
 def test_an_adapter_that_does_not_act_is_told(kind):
     pipe = drop_in(kind, tuned_adapters="other", domain_guidance=True)
@@ -448,6 +451,7 @@ def test_a_schedule_without_an_adapter_is_told(kind):
         draw(pipe, kind)
 
 
+@pytest.mark.sample("sd-control")
 def test_a_scheduler_without_noise_levels_is_told(kind):
     from diffusers import EDMEulerScheduler
 

@@ -55,6 +55,7 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
 # --- what is saved along --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("dit")
 @every
 def test_fault_15_14_a_tuned_pipeline_is_saved_and_loaded(tmp_path, kind):
     """Two adapters at weights of their own, one of them on a text encoder too, with Domain Guidance between them."""
@@ -82,6 +83,7 @@ def negative(kind: str) -> dict[str, Any]:
     return {} if kind == "dit" else {"negative_prompt": ["dog"]}
 
 
+@pytest.mark.sample("dit")
 @every
 def test_fault_15_14_without_its_adapter_it_is_the_pretrained_pipeline(tmp_path, kind):
     """Bit for bit, also for stock classes, which take the adapter from its folder."""
@@ -101,6 +103,7 @@ def test_fault_15_14_without_its_adapter_it_is_the_pretrained_pipeline(tmp_path,
     assert not getattr(found.denoiser, "peft_config", {})
 
 
+@pytest.mark.sample("difffit", "tlora", "lokr")
 @pytest.mark.parametrize("kind", KINDS)
 def test_fault_15_14_every_kind_of_adapter(tmp_path, kind):
     family = family_of(tiny_pipeline())
@@ -177,6 +180,7 @@ def test_fault_15_14_half_precision(tmp_path):
 # --- what is not ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("dit")
 @every
 def test_fault_15_14_fused_and_saved_it_draws_without_further_ado(tmp_path, kind, caplog):
     """The settings that need the pretrained model have nothing to act on any more, and are left out, with a word."""
@@ -212,6 +216,7 @@ def test_fault_15_14_fused_but_not_unloaded(tmp_path):
     assert same(draw(again(tmp_path), "sd"), expected)
 
 
+@pytest.mark.sample("dit")
 @every
 def test_fault_15_14_a_source_keeps_domain_guidance(tmp_path, kind):
     pipe = drop_in(kind, **source_of(kind), domain_guidance=True)
@@ -249,6 +254,7 @@ def test_fault_15_14_adapters_that_are_gone_are_told(tmp_path):
 # --- run folders ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["sd", "xl", "sd3", "flux"])
 def test_fault_15_16_one_call_takes_the_folders_of_two_runs(tmp_path, kind):
     """What a ControlNet run leaves, and what a LoRA run leaves."""

@@ -23,6 +23,7 @@ def scale(kind: str, value: float) -> dict[str, float]:
     return {"true_cfg_scale" if plain(kind) == "flux" else "guidance_scale": value}
 
 
+@pytest.mark.sample("full weights-dit")
 @every
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full weights"])
 def test_fault_15_15_at_one_it_is_the_tuned_pipeline_without_guidance(kind, full):
@@ -37,6 +38,7 @@ def test_fault_15_15_at_one_it_is_the_tuned_pipeline_without_guidance(kind, full
     assert np.abs(draw(pipe, kind, **scale(kind, 3.0)) - expected).max() > 10 * TOLERANCE
 
 
+@pytest.mark.sample("sd")
 @pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "sd3-control"])
 def test_fault_15_15_a_sweep_from_one_is_continuous_at_one(kind):
     """ε = ε_pretrained(∅) + w (ε_tuned(c) − ε_pretrained(∅)) just above 1 is what 1 gives, up to the distance.
@@ -62,6 +64,7 @@ def test_fault_15_15_at_one_a_negative_prompt_of_flux_is_not_asked(kind):
     assert np.abs(draw(pipe, kind, true_cfg_scale=1.0) - expected).max() < TOLERANCE
 
 
+@pytest.mark.sample("sd")
 @every
 def test_fault_15_15_below_one_is_told(kind):
     pipe = drop_in(kind, **source_of(kind), domain_guidance=True)
@@ -69,6 +72,7 @@ def test_fault_15_15_below_one_is_told(kind):
         draw(pipe, kind, **scale(kind, 0.9))
 
 
+@pytest.mark.sample("StableDiffusionXL")
 @pytest.mark.parametrize("family", [StableDiffusion, StableDiffusionXL, StableDiffusion3])
 def test_fault_15_15_a_family_samples_at_one(family):
     kind = {StableDiffusion: "sd", StableDiffusionXL: "xl", StableDiffusion3: "sd3"}[family]

@@ -35,6 +35,7 @@ def test_fault_15_13_every_public_method_has_the_stock_signature(row):
         assert found == expected, name
 
 
+@pytest.mark.sample("sd")
 @pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "dit"])
 def test_fault_15_13_encode_prompt_gives_what_the_stock_class_gives(kind):
     """By place and by name; with a tuned text encoder too, outside of a call."""

@@ -47,6 +47,7 @@ def test_a_kind_of_peft_s_has_a_class_there(kind):
     assert KINDS[found].peft == name
 
 
+@pytest.mark.sample("lora")
 @each
 def test_the_command_line_offers_it(kind):
     assert parse(["train", "--adapter.kind", kind, "--data.path", "x", "--output", "y"])

@@ -85,6 +85,7 @@ PATHS = {
     "verify": ["run"],
     "runs": ["folder"],
     "bench": ["output"],
+    "completion": [],
 }
 NEEDED = {
     "sample": ["--prompts=[red]"],
@@ -111,6 +112,7 @@ def test_fault_15_08_a_tilde_is_the_home_folder_of_a_run_that_goes_on(home):
         parse(["resume", "~/run"])
 
 
+@pytest.mark.sample("runs-folder")
 @pytest.mark.parametrize(("verb", "key"), [(verb, key) for verb, keys in PATHS.items() for key in keys])
 def test_fault_15_08_a_tilde_is_the_home_folder_in_every_path_of_every_verb(home, verb, key):
     needed = [flag for flag in NEEDED.get(verb, []) if not flag.startswith(f"--{key}=")]
@@ -122,6 +124,7 @@ def test_fault_15_08_a_tilde_is_the_home_folder_in_every_path_of_every_verb(home
     assert found == f"{home}{os.sep}mine".replace(os.sep, "/")
 
 
+@pytest.mark.wide
 def test_fault_15_08_so_it_is_in_lists_in_recipes_and_in_what_python_makes(home):
     home.mkdir()
     (home / "r.yaml").write_text("output: ~/mine\ntuning: {schedule: {kind: constant}}\n")

@@ -79,6 +79,7 @@ def copy(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return root
 
 
+@pytest.mark.wide
 def test_fault_15_09_a_run_is_read_from_any_folder(project, tmp_path, monkeypatch, capsys):
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
@@ -129,6 +130,7 @@ def test_fault_15_09_a_run_that_was_moved_by_itself_finds_its_inputs_where_they_
     assert (found["status"], found["unchecked"]) == ("same", [])
 
 
+@pytest.mark.sample("analyze")
 @pytest.mark.parametrize(
     ("role", "folder", "words"),
     [
@@ -186,6 +188,7 @@ def test_fault_15_09_a_run_is_resumed_from_any_folder_and_its_recipe_stays_porta
     main(["verify", str(run), "--strict"])
 
 
+@pytest.mark.wide
 def test_fault_15_09_resume_names_the_recipes_own_key_for_a_moved_input(copy, project, capsys):
     changed = json.loads((copy / "runs/one/run.json").read_text().replace(str(project), str(copy)))
     (copy / "runs/one/run.json").write_text(json.dumps(changed))
@@ -196,6 +199,7 @@ def test_fault_15_09_resume_names_the_recipes_own_key_for_a_moved_input(copy, pr
     assert record(Path(run))["places"]["data"] == str(copy / "new")
 
 
+@pytest.mark.wide
 def test_fault_15_09_a_bank_of_pictures_is_the_same_bank_in_another_place(recipe, tmp_path):
     write_pictures(tmp_path / "old" / "domain", seed=3)
     recipe = replace(recipe, bank=BankConfig(path=str(tmp_path / "old" / "domain")))
@@ -211,6 +215,7 @@ def test_fault_15_09_a_bank_of_pictures_is_the_same_bank_in_another_place(recipe
 # --- 10: what may change on resuming --------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_fault_15_10_an_interrupted_run_goes_on_at_another_rate_and_says_so(recipe, capsys):
     output, said = Path(recipe.output), []
     recipe = replace(recipe, training=replace(recipe.training, lr_scheduler="constant"))
@@ -240,6 +245,7 @@ def test_fault_15_10_an_interrupted_run_goes_on_at_another_rate_and_says_so(reci
     assert verify(VerifyRequest(recipe.output))["status"] == "same"
 
 
+@pytest.mark.wide
 def test_fault_15_10_a_longer_cosine_is_entered_at_the_step_reached(recipe):
     output = Path(recipe.output)
     with interrupted_after(5), pytest.raises(KeyboardInterrupt):
@@ -252,6 +258,7 @@ def test_fault_15_10_a_longer_cosine_is_entered_at_the_step_reached(recipe):
     assert len(lines(output, "loss")) == 12
 
 
+@pytest.mark.wide
 def test_fault_15_10_with_a_constant_rate_a_longer_run_is_the_undisturbed_one(recipe, tmp_path):
     recipe = replace(recipe, training=replace(recipe.training, lr_scheduler="constant"))
     with interrupted_after(3), pytest.raises(KeyboardInterrupt):
@@ -281,6 +288,7 @@ METHODS = {
 }
 
 
+@pytest.mark.sample("controlnet", "averaged, with a budget")
 @pytest.mark.parametrize("name", METHODS)
 def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name):
     values, training = METHODS[name]
@@ -301,6 +309,7 @@ def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name)
         assert again.fidelity["steps"] == [0, 3, 6, 9]
 
 
+@pytest.mark.sample("dora", "full", "lokr", "orthogonal tlora", "pissa", "difffit")
 @pytest.mark.parametrize("name", METHODS)
 def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name):
     """At a learning rate that moves nothing the new run's weights are the old one's."""
@@ -334,6 +343,7 @@ def test_fault_15_10_a_controlnets_lora_cannot_be_reopened_and_says_what_to_do(r
     assert train(replace(recipe, training=begun, output=str(tmp_path / "second"))).record.status == "complete"
 
 
+@pytest.mark.wide
 def test_fault_15_10_a_reopened_run_that_is_killed_goes_on_from_where_it_was(recipe, tmp_path):
     train(recipe)
     shutil.copytree(recipe.output, tmp_path / "cut")
@@ -347,6 +357,7 @@ def test_fault_15_10_a_reopened_run_that_is_killed_goes_on_from_where_it_was(rec
     assert len(record(Path(cut.output))["changes"]) == 1
 
 
+@pytest.mark.wide
 def test_fault_15_10_what_may_not_change_is_named_key_by_key_with_both_values(recipe):
     train(recipe)
     adapter, tuning = AdapterConfig(rank=4), replace(recipe.tuning, retention_weight=0.2)
@@ -360,6 +371,7 @@ def test_fault_15_10_what_may_not_change_is_named_key_by_key_with_both_values(re
     assert "training.learning_rate" in said  # among what may change
 
 
+@pytest.mark.wide
 def test_fault_15_10_data_that_changed_is_named(recipe, tmp_path):
     folder = write_pictures(tmp_path / "data")
     recipe = replace(recipe, data=replace(recipe.data, path=str(folder)))
@@ -369,6 +381,7 @@ def test_fault_15_10_data_that_changed_is_named(recipe, tmp_path):
         train(longer(recipe, 9))
 
 
+@pytest.mark.sample("3")
 @pytest.mark.parametrize("steps", [3, 6])
 def test_fault_15_10_a_finished_run_is_not_made_shorter(recipe, steps):
     train(recipe)
@@ -376,6 +389,7 @@ def test_fault_15_10_a_finished_run_is_not_made_shorter(recipe, steps):
         train(longer(recipe, steps, learning_rate=1e-4))
 
 
+@pytest.mark.wide
 def test_fault_15_10_cadence_changes_leave_the_run_bit_equal(recipe, tmp_path):
     with interrupted_after(3), pytest.raises(KeyboardInterrupt):
         train(recipe)
@@ -428,6 +442,7 @@ def test_fault_15_10_weights_that_do_not_fit_are_refused_with_both_values(recipe
     assert not (tmp_path / "second" / "run.json").exists()
 
 
+@pytest.mark.wide
 def test_fault_15_10_a_run_that_began_from_another_resumes_bit_equal(recipe, tmp_path):
     train(recipe)
     begun = replace(recipe.training, begin_from=recipe.output)
@@ -440,6 +455,7 @@ def test_fault_15_10_a_run_that_began_from_another_resumes_bit_equal(recipe, tmp
     assert not same(tmp_path / "whole" / WEIGHTS, Path(recipe.output) / WEIGHTS)
 
 
+@pytest.mark.wide
 def test_fault_15_10_a_data_folder_of_another_place_does_not_count_as_a_change(recipe, tmp_path):
     folder = write_pictures(tmp_path / "data")
     recipe = replace(recipe, data=DataConfig(str(folder), holdout=0.25, cache=recipe.data.cache))

@@ -86,6 +86,7 @@ def test_a_failed_run_is_kept_whole_and_marked(failed):
     assert "| kid |" in card
 
 
+@pytest.mark.wide
 def test_gates_are_judged_by_the_numbers_of_an_evaluation(failed, root, capsys):
     values = {
         "runs": json.dumps([str(failed)]),
@@ -120,6 +121,7 @@ def test_the_loss_of_the_run_is_the_one_that_the_evaluation_measures(failed):
     assert of_losses["figures"]["retention_loss"]["value"] == pytest.approx(of_both["value"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.wide
 def test_a_run_that_keeps_its_limits_passes_and_loads_no_picture_for_the_loss(words, root, capsys):
     main(words("passes", drawn=False, **{"gates.retention_loss": 1e6}))
     assert "gate passed: retention_loss is" in capsys.readouterr().out
@@ -228,7 +230,7 @@ def test_a_figure_that_was_not_measured_fails(recipe):
 # --- refused before training ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("*resnet*", "*holdout=0.2*", "*fidelity*", "*memorisation*")
+@pytest.mark.sample("gates.fidelity=0.5-")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

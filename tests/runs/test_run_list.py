@@ -87,6 +87,7 @@ def test_a_run_itself_is_a_list_of_one(runs):
     assert row["run"] == "done"
 
 
+@pytest.mark.wide
 def test_a_run_that_trains_is_running_and_then_done(recipe, monkeypatch):
     from difftuning_control.training import loop
 

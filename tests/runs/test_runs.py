@@ -181,6 +181,7 @@ def test_a_tuned_model_draws_what_the_saved_files_draw(trained, base, model_dir)
         assert torch.equal(draw(tuned), draw(own))
 
 
+@pytest.mark.wide
 def test_one_run_after_another_on_one_base_do_not_mix(lora, make, base):
     other = make("lora, other seed", seed=1)
     train(other)
@@ -192,7 +193,7 @@ def test_one_run_after_another_on_one_base_do_not_mix(lora, make, base):
     assert not torch.equal(found[0], found[1])
 
 
-@pytest.mark.sample("full")
+@pytest.mark.wide
 def test_weights_kept_after_some_steps_are_those_of_a_run_that_stopped_there(trained, make, base):
     short = make(f"{trained.method}, two steps", trained.method, max_steps=2)
     train(short)
@@ -403,6 +404,7 @@ def test_a_run_in_lower_precision_is_evaluated_in_it(make, words, tmp_path):
     assert "forgetting" in side
 
 
+@pytest.mark.wide
 def test_overwrite_replaces_an_evaluation(evaluated, lora, words, tmp_path):
     folder = Path(shutil.copytree(evaluated, tmp_path / "out"))
     main([*words(folder, lora.output, seeds=[0]), "--overwrite"])
@@ -440,6 +442,7 @@ def test_an_unfinished_run_is_not_evaluated(lora, words, tmp_path, capsys):
     )
 
 
+@pytest.mark.wide
 def test_runs_of_different_bases_are_not_compared(lora, make, words, tmp_path, capsys):
     tiny_pipeline(seed=1).save_pretrained(tmp_path / "other base")
     other = replace(
@@ -485,6 +488,7 @@ def test_too_few_source_pictures_are_refused(lora, words, tmp_path, capsys):
     assert shown == "an evaluation needs at least 5 source pictures; there are 4."
 
 
+@pytest.mark.sample("{'runs': '[[]\"nowhere\"]'}-there is no folder nowhere (looked for at")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -447,6 +447,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], None]:
     return break_off
 
 
+@pytest.mark.wide
 def test_the_audit_of_a_resumed_run_has_both_sessions(recipe, cut):
     cut(recipe)
     train(replace(recipe, training=replace(recipe.training, resume=True)))

@@ -109,6 +109,7 @@ def test_a_pilot_that_was_moved_verifies(root):
     assert found("elsewhere") == {"bank": [("changed", "bank-00000.safetensors")]}
 
 
+@pytest.mark.sample("pilot/pilot.json-record-pilot.json")
 @pytest.mark.parametrize(
     ("name", "part", "item"),
     [

@@ -115,6 +115,7 @@ def test_variables_with_words_in_them_change_nothing(monkeypatch, tmp_path, name
     assert without_secrets(f"{value} {tmp_path}") == f"{value} {tmp_path}"
 
 
+@pytest.mark.wide
 def test_long_texts_are_read_through_once():
     size = 1 << 20  # were it the square of that, nobody would see the end
     text = "x" * size + "-" * size + " " * size + "token" * size
@@ -187,6 +188,7 @@ def test_a_run_with_hidden_words_verifies(spoken):
     assert [(p["part"], p["findings"]) for p in found["parts"] if p["findings"]] == []
 
 
+@pytest.mark.wide
 def test_pictures_named_by_their_hashes_verify(tmp_path, model_dir):
     data = write_pictures(tmp_path / "data", count=8)
     names = {f"{i}.png": f"{digest_of_file(data / f'{i}.png')[:40]}.png" for i in range(8)}

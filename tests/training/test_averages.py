@@ -86,6 +86,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("warmup", [True, False], ids=["warm-up", "from the start"])
 def test_fault_15_23_a_resumed_average_is_bit_equal_with_either_choice(
     tmp_path, model_dir, pictures, warmup, monkeypatch
@@ -105,6 +106,7 @@ def test_fault_15_23_a_resumed_average_is_bit_equal_with_either_choice(
     torch.testing.assert_close(weights(tmp_path / "broken"), weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
+@pytest.mark.wide
 def test_fault_15_23_the_choice_changes_what_is_saved_and_stands_in_the_recipe(tmp_path, model_dir, pictures):
     found = {}
     for warmup in (True, False):

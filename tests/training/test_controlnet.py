@@ -194,6 +194,7 @@ def with_factor(factor: int) -> StableDiffusion:
     return family_of(StableDiffusionPipeline(**components, requires_safety_checker=False))
 
 
+@pytest.mark.sample("4")
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_a_new_controlnet_reads_conditions_at_the_autoencoders_factor_and_adds_exactly_nothing(factor):
     family = with_factor(factor)
@@ -248,6 +249,7 @@ def test_the_model_beside_its_controlnet_trains_the_controlnet_alone(family):
 ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.")
 
 
+@pytest.mark.wide
 def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     training = {"weight_decay": 0.0, "save_at": [1, 4], "max_steps": 4, "lr_scheduler": "constant"}
     recipe = replace(make(training=training, control={"fidelity": {"every": 0}}), output=str(tmp_path))
@@ -262,7 +264,7 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     assert set(run.losses["target"]["tuned"]) == {"u", "loss"}
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_the_denoiser_stays_bit_by_bit_as_it_was_and_the_record_says_so(make, tmp_path, monkeypatch, name):
     loaded: list[StableDiffusion] = []
@@ -296,6 +298,7 @@ def trained_by_lora(name: str) -> bool:
     return name.endswith(wrapped) or name.startswith(StableDiffusion.controlnet_whole)
 
 
+@pytest.mark.wide
 def test_a_lora_changes_its_targets_the_condition_embedding_and_the_zero_convolutions_only(finished):
     recipe = finished(LORA)
     start = untrained(recipe)
@@ -349,7 +352,7 @@ def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_pa
 # --- the result in stock diffusers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("whole", "lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora", "averaged"])
 def test_the_stock_pipeline_draws_bit_by_bit_what_is_drawn_here(finished, photos, name):
     recipe = finished(VARIANTS[name])
@@ -469,7 +472,7 @@ def code_of(card: str) -> str:
     return card.split("```python\n")[1].split("```")[0]
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_the_model_card_prepares_a_condition_and_draws(finished, photos, tmp_path, monkeypatch, name):
     recipe = finished(VARIANTS[name])
@@ -496,7 +499,7 @@ def test_the_model_cards_code_is_valid_whatever_the_caption(finished):
 # --- the same run on every way --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("averaged-3")
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "steps"),
     [("whole", 4), ("whole", 6), ("lora", 4), ("averaged", 3), ("everything drawn", 4)],
@@ -511,6 +514,7 @@ def test_an_interrupted_run_that_is_resumed_is_bit_equal(make, finished, tmp_pat
     assert not checkpoints(tmp_path)
 
 
+@pytest.mark.wide
 def test_a_run_interrupted_before_its_first_checkpoint_and_resumed_has_the_same_metrics(make, finished, tmp_path):
     recipe = replace(make(), output=str(tmp_path))
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
@@ -536,7 +540,7 @@ def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finis
     assert_same_run(recipe, finished(VARIANTS[name]))
 
 
-@pytest.mark.sample("no fidelity")
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "watching",
     [
@@ -556,6 +560,7 @@ def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, fin
     assert grids == (["step-000003.png", "step-000006.png"] if "training" in watching else [])
 
 
+@pytest.mark.wide
 def test_the_recipe_that_a_run_writes_repeats_it(make, finished, tmp_path):
     recipe = finished(VARIANTS["everything drawn"])
     _, command = parse(["train", "--config", f"{recipe.output}/recipe.yaml"])
@@ -583,6 +588,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
 }
 
 
+@pytest.mark.sample("start")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_resume_with_another_control_is_refused(finished, change):
     recipe = finished({})
@@ -617,6 +623,7 @@ def test_the_record_the_curve_and_the_metrics_say_the_same(finished, every, step
     assert curve["figures"]["ssim"][-1] != curve["without"]["ssim"]
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["whole", "lora", "averaged"])
 def test_the_fidelity_that_is_told_is_that_of_the_weights_that_are_saved(finished, name):
     recipe = finished(VARIANTS[name])
@@ -791,6 +798,7 @@ def test_bank_rows_are_blank_when_the_recipe_says_so(make, loop):
         assert torch.equal(control[~batch.is_retention], own.conditioning["control"][~batch.is_retention])
 
 
+@pytest.mark.sample("0.0-0-0")
 @pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.5, 0.35, 0.65), (1.0, 1, 1)])
 def test_target_rows_are_blank_at_the_rate_that_is_asked_for_and_nothing_else_changes(loop, dropout, low, high):
     source, blank, total = replace(loop.source, condition_dropout=dropout), 0, 0
@@ -844,7 +852,7 @@ def test_processes_together_hold_the_conditions_of_one(loop):
 # --- other starts, other data, other precisions ---------------------------------------------------------------------
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["whole", "lora"])
 def test_a_run_can_start_from_an_earlier_controlnet_and_starts_with_exactly_its_weights(make, finished, tmp_path, name):
     earlier = finished({})
@@ -873,6 +881,7 @@ MISFITS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sample("conditioning_embedding_out_channels")
 @pytest.mark.parametrize("key", MISFITS)
 def test_a_controlnet_for_another_model_is_refused_with_the_two_numbers_that_differ(family, make, tmp_path, key):
     value, expected = MISFITS[key]
@@ -896,6 +905,7 @@ def test_a_controlnet_of_bgr_pictures_says_so_in_its_spec(family, make, tmp_path
     assert ControlSpec.load(tmp_path / "run" / "controlnet").channel_order == "bgr"
 
 
+@pytest.mark.wide
 def test_bfloat16_trains_float32_weights_beside_a_bfloat16_model(make, finished, tmp_path):
     recipe = replace(make(training={"mixed_precision": "bf16"}), output=str(tmp_path))
     run = train(recipe).record
@@ -945,6 +955,7 @@ def test_supplied_conditions_of_a_validation_folder_belong_to_its_pictures(make,
     assert torch.equal(inputs.validation["target"].batch.conditioning["control"], expected)
 
 
+@pytest.mark.wide
 def test_plain_training_needs_no_bank(make, tmp_path):
     recipe = make(**PLAIN, data={"cache": str(tmp_path / "cache")}, control={"fidelity": {"every": 0}})
     run = train(replace(recipe, output=str(tmp_path / "run"))).record

@@ -115,7 +115,7 @@ def tuned_pictures(recipe):
         return sample_pictures(tuned, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
 
 
-@pytest.mark.sample("lumina2")
+@pytest.mark.wide
 def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name):
     recipe = finished({"family": name})
     base = DiffusionPipeline.from_pretrained(recipe.model.id)
@@ -133,7 +133,7 @@ def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name)
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
 
 
-@pytest.mark.sample("pixart")
+@pytest.mark.wide
 def test_full_weights_reload_in_the_stock_pipeline_and_draw_the_same(finished, name):
     recipe = finished({"family": name, "method": "full"})
     pipe, base = (DiffusionPipeline.from_pretrained(p) for p in (f"{recipe.output}/pipeline", recipe.model.id))
@@ -173,7 +173,7 @@ def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, mon
         assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
 
 
-@pytest.mark.sample("pixart")
+@pytest.mark.wide
 def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
     checkpointing = {"gradient_checkpointing": True}
     recipe = replace(make("", name, training=checkpointing, model={"offload": True}), output=str(tmp_path))
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, fin
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.sample("pixart")
+@pytest.mark.wide
 def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path):
     recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
     train(recipe)
@@ -207,7 +207,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 # --- resuming, judging, exporting -----------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("sana")
+@pytest.mark.wide
 def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
     recipe = replace(make("", name), output=str(tmp_path))
     with pytest.raises(KeyboardInterrupt), interrupted_after(3):
@@ -235,7 +235,7 @@ def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path, mon
     assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
 
 
-@pytest.mark.sample("lumina2-separate", "pixart-fused")
+@pytest.mark.sample("pixart-fused")
 @pytest.mark.parametrize("adapter", ["separate", "fused"])
 def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, adapter, tmp_path):
     recipe = finished({"family": name})
@@ -293,7 +293,7 @@ def stock_loss(pipe, family: str, latents: torch.Tensor, captions: list[str]) ->
     return float(torch.stack(found).mean())
 
 
-@pytest.mark.sample("sana")
+@pytest.mark.wide
 def test_a_model_trained_here_lowers_the_loss_of_the_stock_formulas(make, name, tmp_path, monkeypatch):
     monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})
     training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}

@@ -151,7 +151,7 @@ def used(family: str, names: Any) -> set[str]:
 # --- LoRA and full weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("sdxl")
+@pytest.mark.wide
 def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     recipe = finished({"family": name})
     base = DiffusionPipeline.from_pretrained(recipe.model.id)
@@ -162,7 +162,7 @@ def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))
 
 
-@pytest.mark.sample("{}-flux")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 @pytest.mark.parametrize("settings", [{}, {"pipeline": "stock"}, {"pipeline": "stock", "adapter": "fused"}], ids=str)
 def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, settings, tmp_path):
@@ -199,7 +199,7 @@ def test_exported_weights_have_the_base_beside_them(finished, name, source, tmp_
     assert_same_pictures(stock_pictures(pipe), tuned_pictures(recipe))
 
 
-@pytest.mark.sample("sdxl")
+@pytest.mark.wide
 def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
     loaded, attached = [], {}
 
@@ -226,7 +226,7 @@ def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, mon
         assert all(torch.equal(now[k], v) for k, v in state.items()), part
 
 
-@pytest.mark.sample("sd3")
+@pytest.mark.wide
 def test_full_weights_reload_in_stock_diffusers_and_draw_the_same(finished, name):
     recipe = finished({"family": name, "method": "full", **WEIGHT})
     pipe = DiffusionPipeline.from_pretrained(f"{recipe.output}/pipeline")
@@ -261,7 +261,7 @@ def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path)
     assert abs(found / expected - 1) < 0.1
 
 
-@pytest.mark.sample("sd3-lora")
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("family", "method"), [("sd3", "lora"), ("flux", "full"), ("sdxl", "lora"), ("sd3", "controlnet")]
 )

@@ -119,14 +119,14 @@ def assert_same_run(found: Recipe, expected: Recipe) -> None:
 # --- the same run on every way --------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("adapter averaged, with a budget")
+@pytest.mark.wide
 def test_two_runs_of_a_recipe_are_bit_equal(make, finished, variant, tmp_path):
     again = replace(make("", **variant), output=str(tmp_path))
     train(again)
     assert_same_run(again, finished(variant))
 
 
-@pytest.mark.sample("full, averaged-4", "lora-1")
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
@@ -163,7 +163,7 @@ def test_metrics_that_were_lost_are_told_and_the_weights_are_the_same(make, fini
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.sample("full, averaged")
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["lora", "full, averaged"])
 def test_a_run_that_broke_off_while_saving_its_result_can_be_resumed(make, finished, tmp_path, monkeypatch, name):
     recipe = replace(make("", **VARIANTS[name]), output=str(tmp_path))
@@ -211,7 +211,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_and_resumed_is_bit_equal(make
     assert not list(Path(recipe.output).glob("*checkpoint*"))
 
 
-@pytest.mark.sample("*sample_every*")
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "watching",
     [
@@ -230,6 +230,7 @@ def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, fin
     assert run.identity == record(finished({}))["identity"]
 
 
+@pytest.mark.wide
 def test_gradient_checkpointing_changes_nothing_but_rounding(make, finished, tmp_path):
     recipe = replace(make("", "full", training={"gradient_checkpointing": True}), output=str(tmp_path))
     train(recipe)
@@ -275,6 +276,7 @@ def test_a_finished_run_that_is_resumed_is_returned_without_a_step(finished):
     assert contents(Path(recipe.output)) == before
 
 
+@pytest.mark.wide
 def test_a_resume_without_an_earlier_run_starts_from_the_beginning(make, finished, tmp_path):
     recipe = replace(make(""), output=str(tmp_path / "new"))
     train(resumed(recipe))
@@ -291,6 +293,7 @@ CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
 }
 
 
+@pytest.mark.sample("interrupted-validation size", "interrupted-rank")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("complete", [True, False], ids=["finished", "interrupted"])
 def test_a_resume_with_another_recipe_is_refused_and_nothing_is_lost(
@@ -319,6 +322,7 @@ def other_caption(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("red 1", "blue 1"))
 
 
+@pytest.mark.sample("other_caption")
 @pytest.mark.parametrize("change", [other_picture, other_caption])
 def test_a_resume_after_the_data_changed_in_place_is_refused(make, tmp_path, change):
     folder = write_pictures(tmp_path / "data")
@@ -330,6 +334,7 @@ def test_a_resume_after_the_data_changed_in_place_is_refused(make, tmp_path, cha
         train(resumed(recipe))
 
 
+@pytest.mark.wide
 def test_an_earlier_run_is_replaced_only_when_asked(make, finished, tmp_path):
     recipe = replace(make(""), output=str(tmp_path))
     with interrupted_after(3), pytest.raises(KeyboardInterrupt):
@@ -342,6 +347,7 @@ def test_an_earlier_run_is_replaced_only_when_asked(make, finished, tmp_path):
     assert_same_run(recipe, finished({}))
 
 
+@pytest.mark.wide
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(make, tmp_path):
     recipe = replace(make("", training={"max_steps": 1}), output=str(tmp_path))
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
@@ -358,6 +364,7 @@ def test_a_folder_that_another_run_writes_into_is_refused_and_left_alone(make, t
 # --- a loss that is not finite --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("2")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and_row(
     make, model_dir, tmp_path, accumulation
@@ -390,6 +397,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and
 # --- what is measured and written -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("adapter averaged, with a budget")
 def test_the_record_says_what_ran_and_what_came_of_it(finished, variant):
     recipe = finished(variant)
     run, output = record(recipe), Path(recipe.output)
@@ -404,7 +412,7 @@ def test_the_record_says_what_ran_and_what_came_of_it(finished, variant):
             assert len(run["losses"][role][when]["loss"]) == 5
         assert run["losses"][role]["base"] != run["losses"][role]["tuned"]
     assert run["steps_per_second"] > 0
-    assert set(run["timings"]) == {"preparation", "training"}
+    assert set(run["timings"]) == {"preparation", "training", "phases"}
     assert run["outputs"] == {n: digest_of_file(output / n) for n in run["outputs"]}
     result = "pytorch_lora_weights.safetensors" if recipe.method == "lora" else "pipeline"
     written = {"README.md", "metrics.jsonl", "recipe.yaml", "run.json", "inputs.jsonl", "audit.jsonl", result}
@@ -463,6 +471,7 @@ def test_what_is_saved_is_what_was_validated(finished, name):
         assert validator.measure(family.denoiser).losses == pytest.approx(tuned, rel=1e-5)
 
 
+@pytest.mark.wide
 def test_plain_fine_tuning_draws_no_bank(make, tmp_path):
     recipe = make("", **PLAIN, data={"cache": str(tmp_path / "cache")})
     run = train(replace(recipe, output=str(tmp_path / "run"))).record
@@ -471,6 +480,7 @@ def test_plain_fine_tuning_draws_no_bank(make, tmp_path):
     assert not (tmp_path / "cache" / "banks").exists()
 
 
+@pytest.mark.wide
 def test_plain_fine_tuning_only_validates_on_a_bank_that_is_named(make, finished, tmp_path):
     bank = {"path": record(finished({}))["bank"]["folder"]}
     recipe = replace(make("", **PLAIN, bank=bank), output=str(tmp_path))
@@ -491,7 +501,7 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pic
     assert sum(logged[-10:]) < 0.9 * sum(logged[:10])
 
 
-@pytest.mark.sample("full")
+@pytest.mark.wide
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_trains_float32_weights(make, finished, tmp_path, method):
     recipe = replace(make("", method, training={"mixed_precision": "bf16"}), output=str(tmp_path))
@@ -510,6 +520,7 @@ def test_tensorboard_gets_event_files(make, tmp_path):
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.wide
 def test_sample_grids_are_drawn_when_asked(make, tmp_path):
     training = {"sample_every": 2, "sample_steps": 1, "max_steps": 3, "sample_prompts": ["red 1", "six"]}
     train(replace(make("", training=training), output=str(tmp_path)))

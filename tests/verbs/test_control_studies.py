@@ -101,6 +101,7 @@ def test_a_pilot_of_runs_that_stop_by_themselves_is_refused(study, features, tmp
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.wide
 def test_an_evaluation_draws_controlnets_under_the_held_out_conditions_and_their_base_without(
     study, features, tmp_path
 ):

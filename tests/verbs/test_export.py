@@ -202,6 +202,13 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # --- what is where --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(
+    "controlnet-{}-",
+    "full-{'source_unet': 'difference'}-",
+    "controlnet-{'base': 'referenced', 'pipeline': 'stock'}-",
+    "controlnet-{'base': 'referenced'}-",
+    "lora-{'base': 'referenced', 'pipeline': 'stock'}-",
+)
 @pytest.mark.parametrize(
     ("method", "settings", "expected"),
     [
@@ -256,7 +263,7 @@ def test_the_one_line_file_is_that_of_the_repository(run, to, method):
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == [module, klass]
 
 
-@pytest.mark.sample("lora-*kohya*", "full-*")
+@pytest.mark.sample("lora-{'format': 'kohya'}")
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("lora", {}), ("lora", {"format": "kohya"}), ("full", {"source_unet": "difference"}), ("controlnet", {})],
@@ -296,6 +303,7 @@ for folder in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.wide
 def test_stock_diffusers_alone_opens_and_draws(lora, full, to, tmp_path):
     """In a process of its own, which never imports this package."""
     folders = [to(lora, **STOCK), to(lora, adapter="fused", **STOCK), to(full, **STOCK)]
@@ -401,6 +409,7 @@ def test_a_file_for_another_program_has_the_runs_layers_at_its_scale(lora, to, f
     assert len(found) == 3 * len(own) // 2
 
 
+@pytest.mark.sample("referenced")
 @pytest.mark.parametrize("base", ["copied", "referenced"])
 def test_a_controlnet_comes_with_its_spec(controlnet, to, base):
     folder = to(controlnet, base=base, **STOCK)
@@ -415,6 +424,7 @@ def test_a_controlnet_comes_with_its_spec(controlnet, to, base):
     assert np.array_equal(draw(pipe, image=condition()), of_the_run(controlnet))
 
 
+@pytest.mark.wide
 def test_a_stock_directory_can_be_tuned_further(lora, full, to):
     for recipe, settings in ((lora, {"adapter": "fused"}), (full, {})):
         family = load_family(str(to(recipe, **settings, **STOCK)))
@@ -449,6 +459,7 @@ def test_everything_is_written_in_the_precision_asked_for(run, to, method, setti
         assert ControlSpec.load(folder / "controlnet") == ControlSpec.load(Path(run(method).output) / "controlnet")
 
 
+@pytest.mark.wide
 def test_a_lora_in_half_precision_keeps_its_scale(lora, to):
     folder = to(lora, base="referenced", dtype="float16", **STOCK)
     pipe = StableDiffusionPipeline.from_pretrained(lora.model.id)
@@ -487,7 +498,7 @@ def test_the_whole_source_is_the_base(full, to, model_dir):
     assert index["source_unet"] == ["diffusers", "UNet2DConditionModel"]
 
 
-@pytest.mark.sample("float16")
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_the_difference_gives_the_base_back(full, to, model_dir, dtype):
     folder = to(full, source_unet="difference", dtype=dtype)
@@ -588,6 +599,7 @@ def test_overwrite_replaces_an_export(lora, full, tmp_path):
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.sample("KeyboardInterrupt")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_what_breaks_off_leaves_what_was_there(lora, full, tmp_path, monkeypatch, error):
     export(ExportRequest(lora.output, str(tmp_path / "old")))
@@ -603,6 +615,7 @@ def test_what_breaks_off_leaves_what_was_there(lora, full, tmp_path, monkeypatch
         assert snapshot(tmp_path) == before
 
 
+@pytest.mark.wide
 def test_an_empty_folder_and_one_that_is_not_there_are_filled(lora, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in ("empty", "not/there"):
@@ -696,6 +709,7 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
     return ["export", recipe.output, "--to", str(place), *more]
 
 
+@pytest.mark.sample("lora---adaptor fused-there is no option --adaptor; did you mean --adapter[?]")
 @pytest.mark.parametrize(
     ("method", "more", "expected"),
     [
@@ -868,6 +882,7 @@ def test_a_pipeline_without_a_drop_in_is_told(lora, tmp_path, capsys, monkeypatc
 # --- with the package's own pipelines -------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("lora-settings0-DiffusionPipeline")
 @pytest.mark.parametrize(
     ("method", "settings", "opened_by"),
     [
@@ -938,7 +953,7 @@ CARDS = [
 ]
 
 
-@pytest.mark.sample("lora-{}", "lora-*kohya*", "full-*difference*", "controlnet-*stock*")
+@pytest.mark.sample("lora-{'format': 'kohya'}")
 @pytest.mark.parametrize(("method", "settings"), CARDS, ids=str)
 def test_the_cards_lines_draw(run, to, root, tmp_path, monkeypatch, method, settings):
     folder = to(run(method), **settings)

@@ -55,14 +55,15 @@ def test_fault_15_11_resume_needs_the_folder_alone(root, tmp_path, monkeypatch, 
     assert {p: p.read_bytes() for p in (root / "lora").iterdir() if p.is_file()} == before
 
 
+@pytest.mark.wide
 def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, capsys):
     pictures = write_pictures(tmp_path / "data")
     main(["train", *flags(settings(model_dir, pictures, tmp_path))])
     run = tmp_path / "run"
     assert_refused(["resume", str(run), "--adapter.rank", "4"], capsys, tmp_path, "adapter.rank was None and is 4")
-    main(["resume", str(run), "--training.max_steps", "4", "--training.learning_rate=1e-4"])
+    main(["resume", str(run), "--training.max_steps", "4", "--training.learning_rate=5e-5"])
     found = record(run)
-    assert (found["steps"], found["recipe"]["training"]["learning_rate"]) == (4, 1e-4)
+    assert (found["steps"], found["recipe"]["training"]["learning_rate"]) == (4, 5e-5)
     assert set(found["changes"][0]["keys"]) == {"training.max_steps", "training.learning_rate"}
     assert found["recipe"]["training"]["resume"] is False
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == found["recipe"]
@@ -70,6 +71,7 @@ def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, cap
     assert verify(VerifyRequest(str(run)))["status"] == "same"
 
 
+@pytest.mark.sample("train --training.resume --output runs/gone-", "train --training.max_steps 1-")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -77,7 +79,7 @@ def test_fault_15_11_dotted_keys_change_what_may_change(tmp_path, model_dir, cap
         (["resume", "runs/gone"], "there is no folder runs/gone to resume"),
         (["resume", "empty"], "empty holds no run that began"),
         (["resume", "empty", "--output", "x"], "leave out --output"),
-        (["train"], "train is told of no data; give --data.path FOLDER (embedded/icons to try it)"),
+        (["train"], "train is told of no data; give the folder: difftune train PICTURES (embedded/icons to try it)"),
         (["train", "--training.max_steps", "1"], "train is told of no data"),
         (["train", "--training.resume", "--output", "runs/gone"], "difftune resume runs/gone"),
         (["train", "--config", "recipe.yaml"], "train is told of no data"),
@@ -96,6 +98,7 @@ def test_fault_15_11_resuming_nothing_and_training_on_nothing_are_mistakes(
     assert_refused(words, capsys, tmp_path, expected)
 
 
+@pytest.mark.wide
 def test_fault_15_11_a_recipe_or_a_flag_names_the_data(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {path: embedded/icons}\n")
@@ -134,6 +137,7 @@ def test_fault_15_10_train_from_a_step_or_a_file_begins_there(root, tmp_path, mo
 # --- 12: kept steps -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample("controlnet")
 @pytest.mark.parametrize("name", ["lora", "full", "controlnet"])
 def test_fault_15_12_sample_export_and_evaluate_take_a_kept_step(root, tmp_path, name):
     step = str(root / name / "step-000002")
@@ -164,6 +168,7 @@ def test_fault_15_12_the_weights_of_a_kept_step_are_what_is_exported(root, tmp_p
     assert (tmp_path / "two" / "lora-step-000001.safetensors").is_file()
 
 
+@pytest.mark.wide
 def test_fault_15_12_analyze_measures_what_a_kept_step_forgot(root, tmp_path):
     few = ["--analysis.rows", "4", "--analysis.draws", "1", "--output"]
     curves = []
@@ -226,6 +231,7 @@ OVER = {
 }
 
 
+@pytest.mark.sample("tlora over pissa-flags first")
 @pytest.mark.parametrize("first", [True, False], ids=["flags first", "recipe first"])
 @pytest.mark.parametrize("case", OVER)
 def test_fault_15_26_a_choice_on_the_command_line_brings_its_own_fields(tmp_path, capsys, case, first):

@@ -306,6 +306,7 @@ def test_an_analysis_of_a_run_has_every_part(budgeted, features, tmp_path, capsy
     ScheduleConfig("measured", path=str(tmp_path / "a" / "schedule.json")).build(1000)
 
 
+@pytest.mark.wide
 def test_an_analysis_needs_no_run_and_is_not_overwritten(study, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     import yaml
@@ -320,6 +321,7 @@ def test_an_analysis_needs_no_run_and_is_not_overwritten(study, tmp_path, capsys
     assert "give --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.wide
 def test_an_analysis_of_a_run_without_a_bank_draws_one(study, tmp_path):
     plain = TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
     bank = replace(study.bank, path=None)
@@ -367,6 +369,7 @@ def test_an_evaluation_of_nothing_is_refused(changes, message):
         Evaluation(**changes)
 
 
+@pytest.mark.sample("demo")
 @pytest.mark.parametrize("verb", ["pilot", "analyze", "demo"])
 def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
     data = [] if verb == "demo" else ["--data.path", "embedded/icons"]

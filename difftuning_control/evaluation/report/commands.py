@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from difftuning_control.evaluation.report.page import flatten
-from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.recipe import FITTED, Recipe
 
 UNWANTED = (
     "output",
@@ -23,7 +23,9 @@ UNWANTED = (
 def train_command(recipe: Mapping[str, Any]) -> str:
     """The shortest `difftune train` of a recipe: model, data, and what differs from the defaults."""
     defaults = dict(flatten(Recipe().to_dict()))
-    always = ("model.id", "data.path", "training.learning_rate", "training.max_steps")
+    always = ["model.id", "data.path", "training.learning_rate", "training.max_steps"]
+    if recipe["model"]["id"] != defaults["model.id"]:  # whose values would take the place of the defaults
+        always += [key for key in FITTED if key not in always]
     flags = []
     for key, value in flatten({k: recipe[k] for k in recipe if k in {f.name for f in dataclasses.fields(Recipe)}}):
         known = key in defaults and key not in UNWANTED and value is not None

@@ -20,6 +20,7 @@ from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.loss_tables import loss_tables
 from difftuning_control.evaluation.report.page import flatten, quoted, write_page
 from difftuning_control.evaluation.report.pictures import data_uri
+from difftuning_control.evaluation.report.training import loss_chart
 
 SLIGHT = 0.1  # of the distance from the model without control to a perfect match
 ROWS, NAMES = 20, 20  # most rows of the table of measurements, most names of pictures
@@ -85,6 +86,7 @@ def write_control_report(run: ControlRun, folder: Path, language: str = "en") ->
         charts=drawn,
         rows=rows,
         grid=grid,
+        losses=loss_chart(folder, 760),
         bands=loss_tables([tuned]),
         steps=_next_steps(run, told, folder, grid is not None),
         every=recipe["control"]["fidelity"]["every"],

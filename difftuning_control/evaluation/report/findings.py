@@ -86,9 +86,9 @@ def loss_change(side: Mapping[str, Any], role: str) -> dict[str, Any] | None:
     `seeds` holds the values of each band, one a seed; a band without any has NaN for a mean.
     """
     rows, u = [], None
-    for run in side["runs"]:
-        losses = (run.get("losses") or {}).get(role)
-        if run["steps"] == side["best_length"] and losses:
+    for row in side["runs"]:
+        losses = (row.get("losses") or {}).get(role)
+        if row["steps"] == side["best_length"] and losses:
             u = losses["base"]["u"]
             rows.append([_ratio(t, b) for t, b in zip(losses["tuned"]["loss"], losses["base"]["loss"])])
     columns = [[v for v in column if v is not None] for column in zip(*rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -20,10 +21,17 @@ MOST_WORDS = 90  # characters of a caption shown
 
 
 def write_page(folder: Path, template: str, language: str, texts: Mapping[str, str], **values: Any) -> Path:
-    page = page_environment(texts).get_template(template).render(language=language, t=texts, folder=folder, **values)
+    filled = _environment(tuple(texts.items())).get_template(template)
+    page = filled.render(language=language, t=texts, folder=folder, **values)
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+@cache
+def _environment(texts: tuple[tuple[str, str], ...]) -> Environment:
+    """Kept, since a run writes its report many times."""
+    return page_environment(dict(texts))
 
 
 def page_environment(texts: Mapping[str, str]) -> Environment:

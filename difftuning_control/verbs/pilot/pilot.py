@@ -260,8 +260,8 @@ def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
     """The rows of each side's pictures, of its first run at its best length."""
     rows = []
     for side in sides:
-        run = next(r for r in side["runs"] if r["steps"] == side["best_length"])
-        place = f"{run['folder']}/pictures-{run['steps']}"
+        first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
+        place = f"{first['folder']}/pictures-{first['steps']}"
         count = min(SHOWN, len(judge.final.prompts))
         rows.append({"name": side["name"], "files": [f"{place}/{i}.png" for i in range(count)]})
     return rows

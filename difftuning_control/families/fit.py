@@ -1,0 +1,29 @@
+"""Settings of training that fit a family, by method: learning rate, optimizer steps, batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a family is trained with where a recipe says nothing, by the recipe's method; what is not named is usual.
+
+    Args:
+        learning_rate: of AdamW.
+        max_steps: optimizer steps, for some tens of pictures; a ControlNet needs many more.
+        batch_size: rows of a step, which fit 24 GB with gradient checkpointing.
+    """
+
+    learning_rate: dict[str, float] = field(
+        default_factory=lambda: {"lora": 1e-4, "full": 1e-5, "controlnet": 1e-5, "controlnet_lora": 1e-4}
+    )
+    max_steps: dict[str, int] = field(default_factory=lambda: {"lora": 800, "full": 800, "controlnet": 20000})
+    batch_size: int = 5
+
+
+EMBEDDED = Fit(
+    {"lora": 1e-3, "full": 3e-4, "controlnet": 1e-3, "controlnet_lora": 1e-3},
+    {"lora": 300, "full": 300, "controlnet": 300},
+    32,
+)

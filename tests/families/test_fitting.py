@@ -1,0 +1,87 @@
+"""What a recipe leaves open becomes what fits family, method and device; what it names stays."""
+
+import pytest
+
+from difftuning_control.errors import UserError
+from difftuning_control.families.fit import EMBEDDED
+from difftuning_control.families.fitting import fitted
+from difftuning_control.families.loading import FAMILIES, family_class
+from difftuning_control.recipe.recipe import FITTED, Recipe
+from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+
+
+def of(text: dict, **sections: dict) -> Recipe:
+    return Recipe.from_dict({"data": {"path": "pics"}, "model": text, **sections})
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lora", 1e-4), ("full", 1e-5), ("controlnet", 1e-5)])
+def test_a_stable_diffusion_gets_its_familys_values(model_dir, method, rate):
+    said: list[str] = []
+    recipe = fitted(of({"id": str(model_dir)}, method=method), said.append)
+    training = recipe.training
+    assert (training.learning_rate, training.batch_size) == (rate, 5)
+    assert training.max_steps == (20000 if method == "controlnet" else 800)
+    assert len(said) == 1
+    assert f"learning_rate {rate:g}" in said[0]
+    assert str(model_dir) in said[0]
+    assert recipe.left_open == ()
+
+
+def test_the_embedded_model_keeps_the_defaults_of_the_dataclass():
+    recipe = fitted(of({"id": "embedded"}))
+    assert recipe == of({"id": "embedded"})
+    full = fitted(of({"id": "embedded"}, method="full"))
+    assert full.training.learning_rate == EMBEDDED.learning_rate["full"] == 3e-4
+
+
+def test_what_is_named_stays(model_dir):
+    named = {"learning_rate": 3e-3, "max_steps": 2, "batch_size": 7, "mixed_precision": "no"}
+    recipe = of({"id": str(model_dir)}, training=named, tuning={"retention_ratio": 0.4})
+    assert recipe.left_open == ()
+    assert fitted(recipe) is recipe
+
+
+def test_a_recipe_made_of_dataclasses_is_whole():
+    assert fitted(Recipe()) == Recipe()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_values_for_every_method(tmp_path, name):
+    write_json(tmp_path / "model_index.json", {"_class_name": name})
+    assert family_class(str(tmp_path)).fit.batch_size >= 3
+    for method in ("lora", "full", "controlnet"):
+        training = fitted(of({"id": str(tmp_path)}, method=method)).training
+        assert 1e-6 < training.learning_rate < 1e-2
+        assert training.max_steps >= 300
+
+
+def test_dit_follows_the_papers_settings(tmp_path):
+    write_json(tmp_path / "model_index.json", {"_class_name": "DiTPipeline"})
+    training = fitted(of({"id": str(tmp_path)}, method="full")).training
+    assert (training.learning_rate, training.max_steps, training.batch_size) == (1e-4, 24000, 32)
+
+
+@pytest.mark.parametrize(("batch", "share"), [(2, 1 / 2), (3, 1 / 3), (4, 1 / 4), (5, 0.2), (32, 0.2)])
+def test_a_small_batch_has_one_row_of_the_bank(batch, share):
+    recipe = fitted(of({"id": "embedded"}, training={"batch_size": batch}))
+    assert recipe.tuning.retention_ratio == share
+    assert int(batch * recipe.tuning.retention_ratio) == max(1, batch // 5)
+
+
+def test_a_share_that_is_named_is_not_changed():
+    recipe = fitted(of({"id": "embedded"}, training={"batch_size": 4}, tuning={"retention_ratio": 0.2}))
+    assert recipe.tuning.retention_ratio == 0.2
+
+
+@pytest.mark.parametrize("verb", ["train", "bank", "pilot", "analyze"])
+def test_what_a_command_names_and_leaves_open(verb):
+    command = parse([verb, "--data.path", "pics", "--lr", "1e-4", "--training", "{max_steps: 3}"])[1]
+    assert command.left_open == FITTED[2:]
+    assert only(Recipe, command).left_open == FITTED[2:]
+
+
+def test_a_model_that_is_not_there_is_a_mistake():
+    with pytest.raises(UserError, match="does not exist"):
+        fitted(of({"id": "./gone"}))
