@@ -226,15 +226,6 @@ class KnowledgeBank:
         rows = [json.loads(line) for line in prompts]
         return cls(latents, [r["prompt"] for r in rows], [r["seed"] for r in rows], manifest, folder)
 
-    @staticmethod
-    def identity_in(folder: str | Path) -> dict[str, Any] | None:
-        """What the items of a complete bank depend on, see `BankRequest.identity`; None where there is no such bank."""
-        try:
-            identity = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["identity"]
-            return identity if isinstance(identity["size"], int) and "prompts" in identity else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     @classmethod
     def from_latents(
         cls, latents: Tensor | Rows, prompts: list[str], source: str, digest: str, sizes: Tensor | None = None

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from difftuning_control.data.bank import BankRequest, KnowledgeBank
-from difftuning_control.data.bank_prompts import bank_prompts, spread_prompts
+from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank_prompts import bank_prompts
+from difftuning_control.data.bank_request import request_of
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
@@ -198,7 +199,7 @@ def prepare_bank(
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         return _bank_of_pictures(family, path, data, resolution, show, share, tell)
-    request = _request(family, config, path, bank_prompts(family, config, captions), resolution, size)
+    request = request_of(family, config, path, bank_prompts(family, config, captions), resolution, size)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
@@ -213,22 +214,6 @@ def prepare_bank(
             num_processes=share.count,
             wait=share.wait,
         )
-
-
-def _request(
-    family: Family, config: BankConfig, path: Path | None, prompts: list[str], resolution: int, size: int
-) -> BankRequest:
-    """The bank that is wanted; of size auto it is one that lies at `path`, where its other settings are these."""
-    count = size if config.size == "auto" else config.size
-    request = BankRequest(tuple(prompts), count, config.guidance_scale, config.steps, resolution, config.seed)
-    if config.size != "auto":
-        return request
-    there = KnowledgeBank.identity_in(path) if path is not None else None
-    if there is not None:
-        request = replace(request, size=there["size"])
-        if there["prompts"] == request.identity(family)["prompts"]:
-            return request
-    return replace(request, prompts=spread_prompts(request.prompts, request.size))
 
 
 def _bank_of_pictures(

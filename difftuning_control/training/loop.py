@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,8 @@ from difftuning_control.data.batches import TrainingRows
 from difftuning_control.data.prepare import silent
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.families.loss import compute_loss
-from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.budget import ForgettingBudget
-from difftuning_control.objective.difftuning import DiffTuningObjective, NoisedBatch
+from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
@@ -32,7 +30,7 @@ from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.ledger import Ledger
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
-from difftuning_control.training.phases import Phases, planned_line
+from difftuning_control.training.phases import Phases, plan_run, planned_line
 from difftuning_control.training.progress import StepProgress
 from difftuning_control.training.reader import RowReader
 from difftuning_control.training.report import RunReport
@@ -108,7 +106,9 @@ class TrainingLoop:
             self.monitor.measure_fidelity(0)
         self.denoiser.train()
         self.end = self.monitor.planned_end(first)
-        self._plan(first, measured)
+        rows = self.config.batch_size * self.config.gradient_accumulation_steps
+        to_come = self.calendar.to_come(first, self.end)
+        plan_run(self.phases, measured, to_come, (self.end - first) * rows)
         if (line := planned_line(self.phases)) is not None:
             tell(line)
         seconds, step, began, losses = 0.0, first, time.monotonic(), dict[str, float]()
@@ -190,7 +190,7 @@ class TrainingLoop:
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.denoiser):
                 batch, levels, roles = part.batch.to(device, self.family.dtype), part.levels, part.batch.is_retention
                 noise = part.noise.to(device, batch.latents.dtype, non_blocking=self.reader.pinned)
-                retarget = self._retarget(part, batch)
+                retarget = self.weights.retarget(part.batch.is_retention, batch)
                 with self.accelerator.autocast():
                     losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels, retarget)
                 u = self.objective.process.u[levels]
@@ -209,17 +209,6 @@ class TrainingLoop:
         figures = self.accelerator.reduce(figures, "sum")  # once, however many parts a process has
         self.ledger.note(step, figures, rows.counts, [name for part in parts for name in part.batch.ids], finite)
         return each
-
-    def _retarget(self, part: TrainingRows, batch: LatentBatch) -> Callable[[NoisedBatch], NoisedBatch] | None:
-        """What gives retention rows the teacher's prediction as their target, where there is a teacher.
-
-        Args:
-            batch: the part's, on the device.
-        """
-        if self.weights.teacher is None or not part.batch.is_retention.any():
-            return None
-        rows = part.batch.is_retention.nonzero().flatten()
-        return partial(self.weights.teacher.retarget, batch=batch, rows=moved(rows, batch.latents))
 
     def _follow_budget(self, rows: Tensor) -> None:
         """One step of dual ascent on the bank rows of all processes, with the same result on each.
@@ -300,24 +289,6 @@ class TrainingLoop:
             if self.weights.sharded or self.accelerator.is_main_process:
                 save_checkpoint(self.output, done, self.state, self.identity)
         self.saved = done
-
-    def _plan(self, first: int, measured: dict[str, dict[str, float]]) -> None:
-        """Say how many forwards each phase will take, from those of what was measured once.
-
-        Args:
-            measured: what the phases had taken before anything was restored: each measurement once.
-        """
-        to_come, end = self.calendar.to_come(first, self.end), self.end
-
-        def again(name: str) -> int:
-            return to_come[name] * int(measured.get(name, {}).get("forwards", 0))
-
-        rows = self.config.batch_size * self.config.gradient_accumulation_steps
-        forwards = {"validation": again("validation"), "training": (end - first) * rows}
-        if self.curve is None:
-            forwards["sampling"] = again("sampling")
-        for name, count in forwards.items():
-            self.phases.plan(name, self.phases.forwards(name) + count)
 
     def _resume(self) -> int:
         """The step to go on from."""

@@ -145,6 +145,20 @@ def added(*found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return together.to_dict()
 
 
+def plan_run(phases: Phases, once: dict[str, dict[str, float]], to_come: dict[str, int], training: int) -> None:
+    """Say how many forwards each phase of a run will take, before its first step.
+
+    Args:
+        once: what the phases had taken when each measurement was done once.
+        to_come: how many measurements follow, by `Calendar.to_come`; those of fidelity were not done yet.
+        training: forwards of all steps.
+    """
+    names = ["validation"] if to_come["fidelity"] else ["validation", "sampling"]
+    forwards = {name: to_come[name] * int(once.get(name, {}).get("forwards", 0)) for name in names}
+    for name, count in (forwards | {"training": training}).items():
+        phases.plan(name, phases.forwards(name) + count)
+
+
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 

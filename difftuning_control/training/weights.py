@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
+from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.budget import ForgettingBudget
+from difftuning_control.objective.difftuning import NoisedBatch
+from difftuning_control.objective.rows import moved
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import named_errors
@@ -128,6 +132,18 @@ class TrainedWeights:
         )
 
     # --- a step -----------------------------------------------------------------------------------------------------
+
+    def retarget(self, is_retention: Tensor, batch: LatentBatch) -> Callable[[NoisedBatch], NoisedBatch] | None:
+        """What gives retention rows the teacher's prediction as their target, where there is a teacher.
+
+        Args:
+            is_retention: of the rows, on the CPU.
+            batch: the rows on the device.
+        """
+        if self.teacher is None or not is_retention.any():
+            return None
+        rows = moved(is_retention.nonzero().flatten(), batch.latents)
+        return partial(self.teacher.retarget, batch=batch, rows=rows)
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to the norm that they may have; gives the norm before."""

@@ -47,7 +47,7 @@ from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
-from difftuning_control.verbs.pilot.side_tuning import BUDGET, TAUGHT, side_tuning
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_teachers
 
 PRIMARY = "kid"
 
@@ -75,9 +75,7 @@ class Pilot:
                 "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
                 "them out."
             )
-        for side in config.sides:
-            if side in TAUGHT:  # what does not go together is said before anything is drawn
-                replace(recipe, tuning=side_tuning(side, recipe.tuning, output / "schedule.json"))
+        check_teachers(recipe, config.sides)
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.config, self.output, self.tell = config, output, tell
@@ -180,10 +178,9 @@ class Pilot:
     def _cost(self, sides: list[dict[str, Any]]) -> PilotCost:
         rows = [row for side in sides for row in side["all_runs"]]
         folders = sorted({row["folder"] for row in rows})
-        seconds, records = self.clock.spent(), [read_run(self.output / folder) for folder in folders]
-        spent = [record.phases or {} for record in records if record is not None]
+        spent = [run.phases or {} for folder in folders if (run := read_run(self.output / folder)) is not None]
         return PilotCost(
-            seconds=seconds,
+            seconds=self.clock.spent(),
             phases=added(self.clock.phases.to_dict(), *spent),
             training_seconds=sum(row["seconds"] for row in rows if row["steps"] == self.lengths[-1]),
             runs=len(folders),

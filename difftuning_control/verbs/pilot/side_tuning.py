@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import POWER
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 
@@ -15,6 +16,17 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "teacher_empty": {"retention_rows": "pictures", "retention_prompts": "empty"},
     "teacher_own": {"retention_rows": "pictures", "retention_prompts": "own"},
 }
+
+
+def check_teachers(recipe: Recipe, sides: list[str]) -> None:
+    """Refuse what does not go with a teacher, before anything is drawn.
+
+    Raises:
+        UserError: for the first side with one that the recipe cannot have.
+    """
+    for side in sides:
+        if side in TAUGHT:
+            replace(recipe, tuning=side_tuning(side, recipe.tuning, Path()))
 
 
 def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
