@@ -146,7 +146,7 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "path", "prompts")
-        need(self.size == "auto" or self.size >= 1, "bank.size", self.size, "at least 1, or auto")
+        need(self.size == "auto" or self.size >= 1, "bank.size", self.size, "at least 1")
         for name in ("steps", "batch_size"):
             need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
         need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
