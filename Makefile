@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+OLDEST := .venv-oldest
 
-.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
+.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults test-oldest lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -24,6 +25,10 @@ test-wide: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# `make test` with the oldest versions that are supported, in an environment of its own (Python 3.11 to 3.13).
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadfile
 
 # Kills, full disks, damaged files, signals under launchers; prints the table of kills.
 test-faults: $(STAMP)
@@ -96,5 +101,11 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
+$(OLDEST)/.installed: tests/environments/oldest.txt pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -r tests/environments/oldest.txt
+	$(OLDEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build runs .pytest_cache .ruff_cache .mypy_cache

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
     from difftuning_control.pipelines.controlled import add_control
+    from difftuning_control.pipelines.files import pipeline_path
     from difftuning_control.recipe.adapter import AdapterConfig
     from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
     from difftuning_control.recipe.recipe import Recipe
@@ -66,6 +67,7 @@ __all__ = [
     "load_family",
     "load_source",
     "per_sample_loss",
+    "pipeline_path",
     "save_difference",
     "train",
     "unload_adapter",
@@ -103,6 +105,7 @@ _HOME = {
     "AnalysisConfig": "recipe.studies",
     "Evaluation": "recipe.studies",
     "PilotConfig": "recipe.studies",
+    "pipeline_path": "pipelines.files",
     "Recipe": "recipe",
     "ConstantSchedule": "objective.schedules",
     "PaperSchedule": "objective.schedules",

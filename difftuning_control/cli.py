@@ -10,6 +10,7 @@ import signal
 import sys
 from contextvars import ContextVar
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # what is cut of a prompt is refused or said by ourselves
     logging.setLogRecordFactory(Record)
     sys.excepthook = crashed
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what Windows pipes has a code page without λ
     with watched():
         try:
             _run(arguments)

@@ -246,7 +246,7 @@ class Conditioner:
         folder = Path(self.spec.weights) if self.spec.weights is not None else None
         if folder is not None and folder.is_dir():  # what the files say, not where they lie
             files = sorted(p for p in folder.rglob("*") if p.is_file())
-            values[0]["weights"] = {str(p.relative_to(folder)): digest_of_file(p) for p in files}
+            values[0]["weights"] = {p.relative_to(folder).as_posix(): digest_of_file(p) for p in files}
         if self.spec.is_function:
             values.append(_source(self.spec.annotator))
         elif self.spec.row is not None:

@@ -21,6 +21,7 @@ from difftuning_control.data.examples import CONDITION, Checker, Columns, ImageD
 from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.data.splits import ALL, TRAIN, chosen, is_hidden, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
+from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, from_json, leads_outside, read_file, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -114,7 +115,7 @@ def _rows(
             rows, ignored = _folder_rows(folder, files, others, columns, checker)
     elif folder.exists():
         raise UserError(f"{path} is a file; expected a folder of pictures with captions.")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.startswith("embedded"):
+    elif is_path(path) or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
         rows, ignored = named_dataset_rows(path, columns, need_captions, choice), 0
@@ -168,8 +169,8 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
     files = [p for p in visible_files(folder) if p.suffix.lower() in EXTENSIONS]
     for file in splits_of_pictures(folder, files).get(split, files):
         if file.is_file() and leads_outside(file, folder) is None:
-            by_stem.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
-    wanted = {str(Path(name).with_suffix("")) for name in (*(row.name for row in rows), *checker.bad)}
+            by_stem.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    wanted = {Path(name).with_suffix("").as_posix() for name in (*(row.name for row in rows), *checker.bad)}
     extra = [file for key, files in by_stem.items() if key not in wanted for file in files]
     said = f"{len(extra)} conditions without a picture: {listed(file.name for file in extra)}"
     if extra and not checker.skip_bad:
@@ -178,7 +179,7 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
         checker.notes.append(f"left out of {path}: {said}")
     paired = []
     for row in rows:
-        files = by_stem.get(str(Path(row.name).with_suffix("")), [])
+        files = by_stem.get(Path(row.name).with_suffix("").as_posix(), [])
         if len(files) == 1:
             paired.append(replace(row, condition=partial(read_file, files[0])))
         else:
@@ -212,7 +213,7 @@ def _folder_rows(
     rows: list[Row] = []
     used: set[Path] = set()
     for path in sorted(p for p in files if p.suffix.lower() in EXTENSIONS or p.is_dir()):
-        name, beside = str(path.relative_to(folder)), path.with_suffix(".txt")
+        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
         used |= {path, beside}
         if (target := leads_outside(path, folder) or leads_outside(beside, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
@@ -255,7 +256,7 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
     rows: list[Row] = []
     depth = 0 if split == ALL else 1
     for picture in pictures:
-        name, parts = str(picture.relative_to(folder)), picture.relative_to(folder).parts[depth:]
+        name, parts = picture.relative_to(folder).as_posix(), picture.relative_to(folder).parts[depth:]
         if (target := leads_outside(picture, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif len(parts) != 2:
@@ -326,7 +327,7 @@ def _metadata_rows(
             checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
             continue
         used = {"": path.parent / file_name}
-        name = file_name if path.parent == folder else str((path.parent / file_name).relative_to(folder))
+        name = file_name if path.parent == folder else (path.parent / file_name).relative_to(folder).as_posix()
         if Path(os.path.normpath(used[""])) in others:
             continue
         if names.condition is not None:

@@ -83,7 +83,7 @@ class Collection:
                 "--data.caption_column."
             )
         self.data, self.files = data, data.num_shards
-        sizes = [(str(p.relative_to(self.folder)), p.stat().st_size) for p in paths]
+        sizes = [(p.relative_to(self.folder).as_posix(), p.stat().st_size) for p in paths]
         split = self.split if paths else config.split
         shown = [config.path if not paths else self.kind, sizes, self.files, *([split] if split is not None else [])]
         self.fingerprint = digest_of(shown)

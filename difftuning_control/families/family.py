@@ -19,6 +19,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.autoencoder import LatentSpace
 from difftuning_control.families.control import Controlled, ControlledDenoiser, to_tensor
 from difftuning_control.families.fit import Fit
+from difftuning_control.families.older_form import write_older_form
 from difftuning_control.families.prompts import PromptEmbeddings, Prompting
 from difftuning_control.families.tunable import save_transformer_lora
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
@@ -215,3 +216,4 @@ class Family(Controlled, Prompting, LatentSpace):
     def save_pipeline(self, folder: Path) -> None:
         """A pipeline directory for `DiffusionPipeline.from_pretrained`."""
         self.pipe.save_pretrained(folder, safe_serialization=True)
+        write_older_form(folder)

@@ -54,7 +54,7 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
     """What fits, by dotted key, of what the recipe leaves open."""
     method = recipe.method
     rate = f"{method}_lora" if method == "controlnet" and recipe.adapter.on == "controlnet" else method
-    found = {
+    found: dict[str, Any] = {
         "training.learning_rate": (Fit().learning_rate | fit.learning_rate)[rate],
         "training.max_steps": (Fit().max_steps | fit.max_steps)[method],
         "training.batch_size": fit.batch_size,

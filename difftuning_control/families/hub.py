@@ -6,8 +6,11 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from difftuning_control.system.installed import at_least
 
 
 def why_not(error: BaseException) -> str:
@@ -39,6 +42,11 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def in_precision(dtype: Any) -> dict[str, Any]:
+    """A precision as `from_pretrained` and `from_pipe` take it: diffusers before 0.40 passes over `dtype`, unsaid."""
+    return {"dtype" if at_least("diffusers", "0.40") else "torch_dtype": dtype}
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.hub import quiet_loading, why_not
+from difftuning_control.families.hub import in_precision, quiet_loading, why_not
+from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import refuse_pickle
 
 if TYPE_CHECKING:
@@ -119,9 +121,11 @@ def load_family(
 
     try:
         with quiet_loading():
-            pipe = DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, variant=variant, use_safetensors=True, trust_remote_code=False, **_left_out(index)
-            )
+            settings = {"variant": variant, "use_safetensors": True, "trust_remote_code": False}
+            pipe = DiffusionPipeline.from_pretrained(path, **settings, **in_precision(dtype), **_left_out(index))
+        refuse_newer_form(pipe, model)
+    except UserError:
+        raise
     except Exception as error:
         raise _failed(model, path, error) from None
     family = family_of(pipe)
@@ -160,7 +164,7 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
     """
     try:
         with quiet_loading():
-            controlnet = controlnet_class.from_pretrained(path, use_safetensors=True, dtype=dtype)
+            controlnet = controlnet_class.from_pretrained(path, use_safetensors=True, **in_precision(dtype))
         absent = [name for name, parameter in controlnet.named_parameters() if parameter.is_meta]
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
@@ -199,7 +203,7 @@ def _check_directory(path: str) -> None:
         )
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not folder.exists() and is_path(path):
         raise UserError(
             f"the model directory {path} does not exist; give a diffusers directory, a Hub id or `embedded`."
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from difftuning_control.adapters.snapshot import load_adapters, save_adapters, taken_off, tuned_modules
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import in_precision
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
     NAMES,
@@ -332,7 +333,7 @@ class TunedSampling:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in the stock class, but shared modules keep their dtype and device unless `dtype` is given."""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs = {**kwargs, "dtype": AS_IT_IS}
+            kwargs = {**kwargs, **in_precision(AS_IT_IS)}
         parent: Any = super()
         found = parent.from_pipe(pipeline, **kwargs)
         functions = isinstance(pipeline, TunedSampling) and pipeline.extras.adapter_schedule

@@ -25,7 +25,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import AUDIT, sync_folder
 from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
+
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") is not None else None  # not of Windows
 
 FILE = AUDIT
 FIRST = "0" * 64
@@ -224,9 +228,8 @@ def _last_hash(lines: list[bytes]) -> str:
 @contextmanager
 def _locked(file: BinaryIO) -> Iterator[None]:
     """While open, no other process appends to this file."""
-    if sys.platform == "win32":
-        import msvcrt  # of Windows only
-
+    if fcntl is None:
+        msvcrt: Any = import_module("msvcrt")  # Windows has this instead
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         try:
@@ -235,8 +238,6 @@ def _locked(file: BinaryIO) -> Iterator[None]:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
-        import fcntl  # not of Windows
-
         fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
         yield
 

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,7 +99,7 @@ def free(lock: FileLock) -> None:
 
 def sync(file: Path) -> None:
     """Have a file's bytes on the disk."""
-    handle = os.open(file, os.O_RDONLY)
+    handle = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows syncs for who may write
     try:
         os.fsync(handle)
     finally:

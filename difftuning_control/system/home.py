@@ -1,4 +1,4 @@
-"""Paths that begin with `~`, as a person writes them."""
+"""Paths as a person writes them: those that begin with `~`, and what is a path rather than a name on the Hub."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def at_home(path: str) -> str:
     if found.startswith("~"):
         raise UserError(f"the path {path} begins with ~, and there is no such user; write ./{path} if that is a name.")
     return found
+
+
+def is_path(text: str) -> bool:
+    """Whether a text that names no folder can only be meant as a path: what is on the Hub is called `user/name`."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or text[1:2] == ":"
 
 
 def expand_paths(values: Any, *names: str) -> None:

@@ -264,8 +264,8 @@ class Rows:
 
     def _read(self, row: int, *more: int) -> Tensor:
         file, number = self._place(row)
-        row = self.files.read(file, self.name, (number, *self.at, *more))
-        return row if self.function is None else self.function(row[None])[0]
+        tensor = self.files.read(file, self.name, (number, *self.at, *more))
+        return tensor if self.function is None else self.function(tensor[None])[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))

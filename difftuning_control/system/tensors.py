@@ -36,8 +36,13 @@ def title_of_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> bytes:
 
 
 def digest_of_module(module: nn.Module) -> str:
-    """16 hexadecimal digits of a module's weights, without those of any adapter injected by peft."""
+    """16 hexadecimal digits of a module's weights, without those of any adapter injected by peft.
+
+    A CLIP text encoder has the same under transformers 4, which has all of it in a module of its own.
+    """
     state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
+    if all(k.startswith("text_model.") for k in state):
+        state = {k.removeprefix("text_model."): v for k, v in state.items()}
     return digest_of_tensors(state)
 
 

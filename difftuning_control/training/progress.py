@@ -16,7 +16,7 @@ EVERY = 60.0  # seconds between lines in a log
 WEIGHT = 0.05  # of the newest step in the mean seconds of a step
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """tqdm with the remaining time of somebody who knows more than the mean of steps."""
 
     remaining = ""

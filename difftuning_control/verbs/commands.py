@@ -173,6 +173,17 @@ class CompletionCommand:
     shell: Literal["bash", "zsh", "fish"]
 
 
+@dataclass
+class RecipesCommand:
+    """List the recipes that come with the package, or print one: difftune recipes sd15_lora > mine.yaml.
+
+    Args:
+        name: of the one that is printed; all are listed when empty.
+    """
+
+    name: str | None = None
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "resume": ResumeCommand,
@@ -185,6 +196,7 @@ COMMANDS: dict[str, type] = {
     "demo": DemoCommand,
     "verify": VerifyRequest,
     "runs": RunsRequest,
+    "recipes": RecipesCommand,
     "bench": BenchCommand,
     "completion": CompletionCommand,
 }

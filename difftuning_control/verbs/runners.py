@@ -32,6 +32,7 @@ from difftuning_control.verbs.commands import (
     EvaluateCommand,
     ExportCommand,
     PilotCommand,
+    RecipesCommand,
     ResumeCommand,
     SampleCommand,
     TrainCommand,
@@ -278,6 +279,12 @@ def run_runs(command: RunsRequest) -> None:
         print_table(rows)
 
 
+def run_recipes(command: RecipesCommand) -> None:
+    from difftuning_control.verbs.recipes import recipes  # saves it for the other verbs
+
+    recipes(command.name)
+
+
 def run_bench(command: BenchCommand) -> None:
     from difftuning_control.verbs.bench.run import bench  # saves torch for --help and for `runs`
 
@@ -307,6 +314,7 @@ RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "demo": run_demo,
     "verify": run_verify,
     "runs": run_runs,
+    "recipes": run_recipes,
     "bench": run_bench,
     "completion": run_completion,
 }

@@ -36,6 +36,7 @@ WORD = {  # what a word without a key is, at such a verb
     "export": "run",
     "verify": "run",
     "runs": "folder",
+    "recipes": "name",
     "completion": "shell",
 }
 OTHERS = {  # what trainers of others call it

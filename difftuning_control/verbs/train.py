@@ -196,4 +196,4 @@ def _forget_checkpoints(output: Path) -> None:
 
 def _hash_outputs(output: Path, result: Path) -> dict[str, str]:
     files = [result, output / CLASSES_FILE, *sorted(result.rglob("*"))]
-    return {str(p.relative_to(output)): digest_of_file(p) for p in files if p.is_file()}
+    return {p.relative_to(output).as_posix(): digest_of_file(p) for p in files if p.is_file()}

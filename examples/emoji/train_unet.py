@@ -24,6 +24,8 @@ from diffusers.training_utils import EMAModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from difftuning_control.families.older_form import write_older_form
+
 TEXT_LENGTH = 32
 UNET = {
     "sample_size": 8,
@@ -173,6 +175,7 @@ def export(work: Path, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer, fo
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(folder)
+    write_older_form(folder)
     # transformers loads what the configuration names, diffusers float32: without this a stock load mixes the two
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

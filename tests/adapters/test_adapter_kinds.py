@@ -280,7 +280,7 @@ def test_what_diffusers_and_peft_load_themselves_gives_the_trained_picture(saved
 
         stock.unet = PeftModel.from_pretrained(stock.unet, folder).get_base_model()
     elif (folder / LORA_FILE).exists():
-        stock.load_lora_weights(folder)
+        stock.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     else:
         assert name == "difffit"
         return

@@ -86,7 +86,7 @@ def test_a_saved_lora_gives_the_trained_pictures_in_a_stock_pipeline(family, pip
     trained = picture(pipe)
     assert np.abs(trained - before).max() > 0.01
     stock = tiny_pipeline()
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(picture(stock), trained, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir()] == [LORA_FILE]
 

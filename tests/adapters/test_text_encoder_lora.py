@@ -99,7 +99,7 @@ def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     np.testing.assert_array_equal(picture(family.pipe), before)
     stock = load_family(recipe.model.id).pipe
     base = weights(stock)
-    stock.load_lora_weights(run.output)
+    stock.load_lora_weights(run.output, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(picture(stock), trained, atol=1e-5)
     stock.unload_lora_weights()
     torch.testing.assert_close(weights(stock), base, atol=0, rtol=0)

@@ -270,7 +270,7 @@ def test_samples_are_those_of_a_lora_that_is_cut_by_hand_at_every_step(init, tmp
     masked = picture(family.pipe)
 
     stock = tiny_pipeline()
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert np.abs(picture(stock) - masked).max() > 1e-3
     full = {n: p.detach().clone() for n, p in stock.unet.named_parameters() if "lora_A" in n}
     forward, seen = stock.unet.forward, []

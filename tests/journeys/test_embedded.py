@@ -78,5 +78,26 @@ def test_the_demo_ends_with_its_report(tmp_path, capsys):
     assert "KID" in printed
     lora = next(line for line in printed.splitlines() if "load_lora_weights" in line).split('"')[1]
     pipe = DiffusionPipeline.from_pretrained(embedded_model())
-    pipe.load_lora_weights(lora)
+    pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
     assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_the_first_losses_are_the_same_under_every_version_to_four_digits(tmp_path, capsys):
+    """Tokenizer, text encoder, autoencoder, denoiser, sampled bank and random numbers in one figure each."""
+    from difftuning_control.cli import main
+
+    data = ["--data.path", "embedded/icons", "--data.limit", "16", "--data.holdout", "0.25", "--bank.size", "8"]
+    few = [
+        "--bank.steps",
+        "4",
+        "--training.max_steps",
+        "1",
+        "--training.batch_size",
+        "5",
+        "--training.sample_every",
+        "0",
+    ]
+    places = ["--data.cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
+    main(["train", *data, *few, *places, "--training.validation_size", "2"])
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (first["target_loss"], first["bank_loss"]) == pytest.approx((0.2240, 0.1239), abs=6e-5)

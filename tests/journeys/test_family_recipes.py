@@ -87,7 +87,7 @@ def test_the_recipe_of_a_lora_ends_in_one_that_stock_diffusers_loads(name, root,
     if family == "pixart":  # diffusers has no loader for it
         load_adapter(pipe, tmp_path)
     else:
-        pipe.load_lora_weights(tmp_path)
+        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     layers = [m for m in pipe.components[record_component(pipe)].modules() if hasattr(m, "lora_B")]
     assert layers
     after = draw(pipe, side)

@@ -15,6 +15,7 @@ from PIL import Image
 from difftuning_control import add_control
 from difftuning_control.data.control_spec import SPEC_FILE, Conditioner, ControlSpec
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import in_precision
 from support.pipeline_samples import (
     OURS,
     SIDE,
@@ -402,7 +403,7 @@ def test_the_spec_is_found_beside_weights_from_a_subfolder(tmp_path, kind, name)
     specs = {"controlnet": {}, "controlnet_1": {"annotator": "shuffle", "params": {}}}
     for i, (folder, spec) in enumerate(specs.items()):
         saved_net(kind, tmp_path / folder, 5 + i, **spec)
-    net = loaded_net(kind, str(tmp_path), subfolder=name, dtype=torch.bfloat16)
+    net = loaded_net(kind, str(tmp_path), subfolder=name, **in_precision(torch.bfloat16))
     pipe = drop_in(kind, controlnet=net)
     assert pipe.control_spec() == ControlSpec(**(spec_of(kind) | specs[name]))
 

@@ -16,6 +16,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, Dif
 
 import difftuning_control
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import in_precision
 from support.pipeline_samples import (
     EVERY,
     FILES,
@@ -170,7 +171,7 @@ def test_a_lora_file_makes_the_two_sides(tmp_path, kind):
     add_adapter(made.unet, "default", 1, lora_alpha=2)
     type(made).save_lora_weights(tmp_path, unet_lora_layers=adapter_file(made.unet, "default"), safe_serialization=True)
     pipe = drop_in(kind, domain_guidance=True)
-    pipe.load_lora_weights(str(tmp_path))
+    pipe.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
     expected = drop_in(kind, domain_guidance=True)
     add_adapter(expected.unet, "default", 1, lora_alpha=2)
     assert np.abs(draw(pipe, kind) - draw(expected, kind)).max() < 1e-5
@@ -208,7 +209,7 @@ def test_from_pipe_keeps_every_dtype(kind, dtypes):
     kept = {n: m.dtype for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     ours = OURS[kind].from_pipe(pipe)
     assert {n: m.dtype for n, m in ours.components.items() if isinstance(m, torch.nn.Module)} == kept
-    cast = OURS[kind].from_pipe(pipe, dtype=torch.float32)
+    cast = OURS[kind].from_pipe(pipe, **in_precision(torch.float32))
     assert {m.dtype for m in cast.components.values() if isinstance(m, torch.nn.Module)} == {torch.float32}
 
 
@@ -216,7 +217,7 @@ def test_from_pipe_keeps_every_dtype(kind, dtypes):
 @every
 def test_from_pipe_there_and_back_keeps_settings(kind):
     ours = drop_in(kind, **settings_for(kind))
-    theirs = type(stock(kind)).from_pipe(ours, dtype=torch.float32)
+    theirs = type(stock(kind)).from_pipe(ours, **in_precision(torch.float32))
     assert not hasattr(theirs, "extras")
     again = OURS[kind].from_pipe(theirs)
     assert settings_of(again) == expected_settings(kind)

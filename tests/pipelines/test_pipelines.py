@@ -10,6 +10,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import in_precision
 from difftuning_control.pipelines.guidance import TunedWeights, tuned_weights
 from support.pipeline_samples import (
     EVERY,
@@ -287,7 +288,9 @@ def test_a_callback_may_draw_with_another_pipeline_of_the_same_modules(pipe, kin
     """The stock class and ours, with another setting; each of these pictures is as if drawn alone."""
     more = {"controlnet": pipe.controlnet} if kind.endswith("control") else {}
     scheduler = type(pipe.scheduler).from_config
-    plain = type(stock(kind)).from_pipe(pipe, dtype=torch.float32, scheduler=scheduler(pipe.scheduler.config), **more)
+    plain = type(stock(kind)).from_pipe(
+        pipe, **in_precision(torch.float32), scheduler=scheduler(pipe.scheduler.config), **more
+    )
     ours = OURS[kind].from_pipe(plain, scheduler=scheduler(pipe.scheduler.config), **more)
     add_adapter(pipe.unet, "other", 2)
     ours.set_extras(tuned_adapters=["other"], domain_guidance=True)

@@ -17,6 +17,7 @@ from difftuning_control import add_control, load_adapter, unload_adapter
 from difftuning_control.adapters.attached import merge_adapter
 from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import in_precision
 from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.adapter_kinds import KINDS
@@ -171,7 +172,7 @@ def test_fault_15_14_half_precision(tmp_path):
     pipe = drop_in("sd").to(torch.bfloat16)
     add_adapter(pipe.unet, "tuned", 1)
     pipe.save_pretrained(tmp_path)
-    found = again(tmp_path, dtype=torch.bfloat16)
+    found = again(tmp_path, **in_precision(torch.bfloat16))
     assert {p.dtype for p in found.unet.parameters()} <= {torch.bfloat16, torch.float32}
     assert found.unet.dtype == torch.bfloat16
     assert np.abs(draw(found, "sd") - draw(pipe, "sd")).mean() < 0.02

@@ -86,6 +86,7 @@ PATHS = {
     "runs": ["folder"],
     "bench": ["output"],
     "completion": [],
+    "recipes": [],
 }
 NEEDED = {
     "sample": ["--prompts=[red]"],

@@ -156,6 +156,7 @@ USED = {
     "constant": {"psi": 0.5, "xi": 0.25},
     "measured": {"path": "x"},
     "auto": {},
+    "function": {"path": "package.module:function"},
 }
 TABLE = {"u": [0.0, 0.5, 1.0], "psi": [0.0, 0.25, 1.0], "xi": [1.0, 0.5, 0.0]}
 

@@ -176,7 +176,7 @@ def test_the_base_comes_back_after_an_exception_too(lora, base):
 def test_a_tuned_model_draws_what_the_saved_files_draw(trained, base, model_dir):
     own = load_family(str(model_dir if trained.method == "lora" else Path(trained.output) / "pipeline"))
     if trained.method == "lora":
-        own.pipe.load_lora_weights(trained.output)
+        own.pipe.load_lora_weights(trained.output, weight_name="pytorch_lora_weights.safetensors")
     with tuned_model(base, trained.output, finished_run(trained.output)) as tuned:
         assert torch.equal(draw(tuned), draw(own))
 

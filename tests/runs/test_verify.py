@@ -115,7 +115,7 @@ def test_commands_that_read_a_run_leave_it_verifiable_and_a_line_each(root):
         ("run/samples/step-000002.png", "outputs"),
         ("base/unet/diffusion_pytorch_model.safetensors", "base"),
         ("base/scheduler/scheduler_config.json", "base"),
-        ("base/tokenizer/tokenizer.json", "base"),
+        ("base/tokenizer/tokenizer_config.json", "base"),
         ("base/model_index.json", "base"),
         ("bank/bank-00001.safetensors", "bank"),
         ("bank/prompts.jsonl", "bank"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from support.tiny_sd import tiny_tokenizer
+from support.tiny_tokenizers import tiny_tokenizer
 
 
 def save_tiny_dinov2(folder: Path) -> Path:

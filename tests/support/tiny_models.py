@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from support.tiny_sd import tiny_tokenizer, tiny_xl_pipeline
-
-T5_WORDS = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+from support.tiny_sd import tiny_xl_pipeline
+from support.tiny_tokenizers import tiny_gemma_tokenizer, tiny_t5_tokenizer, tiny_tokenizer
 
 
 def tiny_vae(shift_factor: float | None, sharp: bool = False, halvings: int = 1):
@@ -65,10 +64,9 @@ def tiny_clip(pooled: bool = False):
 
 def tiny_t5(width: int = 32):
     """A T5 encoder and its tokenizer of single letters."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
 
-    vocabulary = [(w, float(-i)) for i, w in enumerate(T5_WORDS)]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    tokenizer = tiny_t5_tokenizer()
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
@@ -205,12 +203,9 @@ def tiny_pixart(seed: int = 0, variance: bool = True, alpha: bool = False):
 
 def tiny_gemma():
     """A Gemma 2 model and its tokenizer of single letters."""
-    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+    from transformers import Gemma2Config, Gemma2Model
 
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *map(chr, range(33, 127)), "\n"]
-    tokenizer = GemmaTokenizer(
-        vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=2048, add_bos_token=True
-    )
+    tokenizer = tiny_gemma_tokenizer()
     config = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=16,

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import torch
 
-
-def tiny_tokenizer(length: int = 16):
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    alphabet = sorted(ByteLevel.alphabet())
-    merges = [("r", "e"), ("re", "d</w>")]
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=length)
+from support.tiny_tokenizers import tiny_tokenizer
 
 
 def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon"):

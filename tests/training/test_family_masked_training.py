@@ -126,7 +126,7 @@ def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name)
         assert "load_adapter(pipe" in card
         assert "load_lora_weights" not in card
     else:
-        base.load_lora_weights(recipe.output)
+        base.load_lora_weights(recipe.output, weight_name="pytorch_lora_weights.safetensors")
         assert "pipe.load_lora_weights" in card
     after = stock_pictures(base, name)
     assert_same_pictures(after, tuned_pictures(recipe))

@@ -156,7 +156,7 @@ def test_a_lora_reloads_in_stock_diffusers_and_draws_the_same(finished, name):
     recipe = finished({"family": name})
     base = DiffusionPipeline.from_pretrained(recipe.model.id)
     before = stock_pictures(base)
-    base.load_lora_weights(recipe.output)
+    base.load_lora_weights(recipe.output, weight_name="pytorch_lora_weights.safetensors")
     after = stock_pictures(base)
     assert_same_pictures(after, tuned_pictures(recipe))
     assert any(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3 for a, b in zip(before, after))

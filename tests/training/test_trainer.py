@@ -463,7 +463,7 @@ def test_what_is_saved_is_what_was_validated(finished, name):
     recipe = finished(VARIANTS[name])
     family, validators = validators_of(recipe)
     if recipe.method == "lora":
-        family.pipe.load_lora_weights(recipe.output)
+        family.pipe.load_lora_weights(recipe.output, weight_name="pytorch_lora_weights.safetensors")
     else:
         family = load_family(f"{recipe.output}/pipeline")
     for role, validator in validators.items():

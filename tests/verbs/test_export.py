@@ -174,7 +174,7 @@ def of_the_run(recipe: Recipe) -> np.ndarray:
         pipe = StableDiffusionControlNetPipeline.from_pretrained(recipe.model.id, controlnet=model)
         return draw(pipe, image=condition())
     pipe = StableDiffusionPipeline.from_pretrained(recipe.model.id)
-    pipe.load_lora_weights(recipe.output)
+    pipe.load_lora_weights(recipe.output, weight_name="pytorch_lora_weights.safetensors")
     return draw(pipe)
 
 
@@ -296,7 +296,7 @@ from diffusers import DiffusionPipeline
 for folder in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(folder)
     if (Path(folder) / "pytorch_lora_weights.safetensors").exists():
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "generator": torch.Generator().manual_seed(5)}
     np.save(folder + ".npy", pipe("red 1", height=16, width=16, output_type="np", **settings).images)
     print(type(pipe).__module__.partition(".")[0], type(pipe).__name__, "difftuning_control" in sys.modules)
@@ -385,7 +385,7 @@ def test_a_referenced_lora_is_the_runs_own_file(lora, to):
     folder = to(lora, base="referenced")
     assert (folder / LORA_FILE).read_bytes() == (Path(lora.output) / LORA_FILE).read_bytes()
     pipe = StableDiffusionPipeline.from_pretrained(lora.model.id)
-    pipe.load_lora_weights(folder)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     assert np.array_equal(draw(pipe), of_the_run(lora))
 
 
@@ -463,7 +463,7 @@ def test_everything_is_written_in_the_precision_asked_for(run, to, method, setti
 def test_a_lora_in_half_precision_keeps_its_scale(lora, to):
     folder = to(lora, base="referenced", dtype="float16", **STOCK)
     pipe = StableDiffusionPipeline.from_pretrained(lora.model.id)
-    pipe.load_lora_weights(folder)
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(draw(pipe), of_the_run(lora), atol=1e-2)
     assert np.abs(of_the_base(lora) - of_the_run(lora)).max() > 0.05
 
@@ -898,7 +898,7 @@ def test_a_directory_opens_as_our_class_and_draws_what_the_run_draws(run, to, me
     pipe = opened_by.from_pretrained(folder, trust_remote_code=True)
     assert type(pipe) is DiffTuningPipeline
     if settings == {} and method == "lora":
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     np.testing.assert_allclose(draw(pipe), of_the_run(run(method)), atol=1e-5)
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import runpy
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -28,6 +30,10 @@ def peak_memory() -> int:
     if status.exists():  # getrusage's figure would begin with that of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
+    if find_spec("resource") is None:  # Windows
+        found = psutil.Process().memory_info()
+        return getattr(found, "peak_wset", found.rss)
+    resource: Any = import_module("resource")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

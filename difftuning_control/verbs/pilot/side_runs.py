@@ -160,7 +160,7 @@ class SideRuns:
             kept = folder / f"step-{length:06d}" / "losses.json"
             losses = record.losses if last else json.loads(kept.read_text(encoding="utf-8"))
             rows.append(
-                {"seed": seed, "steps": length, "folder": str(folder.relative_to(self.output))}
+                {"seed": seed, "steps": length, "folder": folder.relative_to(self.output).as_posix()}
                 | {"seconds": _seconds(record) * length / self.lengths[-1], "search": search, **final}
                 | {f"{role}_loss": mean_of(bands["tuned"]["loss"]) for role, bands in losses.items()}
                 | {"losses": losses}
