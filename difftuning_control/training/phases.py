@@ -18,6 +18,7 @@ from torch import nn
 from difftuning_control.system.terminal import duration
 
 PHASES = ("load", "encode", "bank", "analysis", "validation", "training", "sampling", "saving")
+LEAST = 0.05  # seconds that are told
 TRAINING = 3  # a row's forward and backward take as long as about three forwards alone
 
 
@@ -178,6 +179,8 @@ def spent_line(found: dict[str, dict[str, float]]) -> str:
     """Where the time went, from what `Phases.to_dict` gives: the longest phase first."""
     parts = []
     for name, values in sorted(found.items(), key=lambda item: -item[1]["seconds"]):
+        if values["seconds"] < LEAST and not values["forwards"]:
+            continue
         forwards = f" ({int(values['forwards']):,} forwards)" if values["forwards"] else ""
         parts.append(f"{name} {duration(values['seconds'])}{forwards}")
     return f"{duration(sum(v['seconds'] for v in found.values()))} in all: {', '.join(parts)}"

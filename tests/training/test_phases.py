@@ -93,6 +93,7 @@ def test_phases_of_several_runs_add_up_and_are_said_longest_first():
     two = {"bank": {"seconds": 1.0, "forwards": 5}, "load": {"seconds": 80.0, "forwards": 0}}
     found = added(one, two)
     assert found == {"load": {"seconds": 80.0, "forwards": 0}, "bank": {"seconds": 3.5, "forwards": 15}}
+    found["saving"] = {"seconds": 0.04, "forwards": 0}
     assert spent_line(found) == "1 min 24 s in all: load 1 min 20 s, bank 3.5 s (15 forwards)"
 
 
