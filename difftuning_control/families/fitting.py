@@ -74,9 +74,10 @@ def _precision() -> str:
 
 
 def _bank_share(recipe: Recipe, batch: int) -> float | None:
-    """One row of a step for the bank where its share of a small step is less than that; None where it is not."""
+    """One row of a step for retention where its share of a small step is less than that; None where it is not."""
     rows = batch * recipe.training.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
-    if not recipe.uses_bank or int(rows * recipe.tuning.retention_ratio) >= 1 or rows < 2:
+    ratio = recipe.tuning.retention_ratio
+    if ratio == 0 or int(rows * ratio) >= 1 or rows < 2:
         return None
     return 1 / rows
 

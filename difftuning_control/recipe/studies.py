@@ -13,6 +13,7 @@ from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
+TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 POWER = re.compile(r"difftuning_tau(\d+(?:\.\d+)?)")
 
 
@@ -88,8 +89,10 @@ class PilotConfig(SeededDrawSettings):
     """What a pilot compares.
 
     Args:
-        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured, or
-            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1.
+        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured,
+            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, or with the recipe's own schedule
+            retention by a teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty)
+            or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
         lengths: steps at which every run is judged, read off one run each; its last step when empty. [steps, ≥ 1]
@@ -112,10 +115,10 @@ class PilotConfig(SeededDrawSettings):
         expand_paths(self, "features")
         for side in self.sides:
             power = POWER.fullmatch(side)
-            if side not in (*DEFAULT_SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):
+            if side not in (*DEFAULT_SIDES, "difftuning_budget", *TEACHERS) and (power is None or float(power[1]) == 0):
                 raise UserError(
-                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured or "
-                    "difftuning_budget."
+                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured, "
+                    f"difftuning_budget, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")
