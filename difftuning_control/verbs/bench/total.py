@@ -7,7 +7,6 @@ of two samples of two steps, and the rest of its steps and of its bank is added 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from difftuning_control.recipe.inputs import BankConfig
+from difftuning_control.runs.record import read_run
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import Timed
 
@@ -95,7 +95,8 @@ class Job:
 
     def _phases(self) -> dict[str, Any]:
         output = next(flag.partition("=")[2] for flag in self.command if flag.startswith("--output="))
-        return json.loads((Path(output) / "run.json").read_text(encoding="utf-8"))["phases"]
+        record = read_run(Path(output))
+        return (record.phases if record is not None else None) or {}
 
     def _in_all(self, timed: Timed, phases: dict[str, Any]) -> tuple[float, float]:
         """Wall and CPU seconds of the whole, with what was left out at the speed of what was done."""
