@@ -169,7 +169,7 @@ def _flow_sigmas(config: Any) -> Tensor:
 
 
 def _shift(sigmas: Tensor, shift: float) -> Tensor:
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return (shift * sigmas / (1 + (shift - 1) * sigmas)).clamp(max=1)  # rounded, pure noise can lie above 1
 
 
 def _base_density(kind: str, count: int) -> Tensor:

@@ -23,7 +23,7 @@ class ModelConfig:
     Args:
         id: `embedded` (the small model that the package carries), a diffusers directory, or a Hub id.
         variant: variant of the weights' files to load, such as fp16.
-        quantization: keep the frozen weights of a transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
+        quantization: keep the frozen weights of a transformer that is told prompts (no UNet, no DiT) in fewer bits and
             compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8, or nf4 (4 bits); int8 and
             nf4 need bitsandbytes.
         offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place on the

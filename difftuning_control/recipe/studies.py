@@ -26,6 +26,8 @@ class Evaluation(SeededDrawSettings):
         data: real pictures of the new domain that no run was tuned on; those that the first run held out when empty.
         source: real pictures of the old domain; the decoded knowledge bank when empty.
         domain_guidance_scale: the runs draw at this scale (1 or more) with Domain Guidance instead, the base as before.
+        unconditional_strength: in [0, 1], with domain_guidance_scale; of the adapter in the unconditional branch, 0 for
+            the pretrained model and 1 for ordinary guidance.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
         output: folder of the results.
@@ -36,6 +38,7 @@ class Evaluation(SeededDrawSettings):
     data: str | None = None
     source: str | None = None
     domain_guidance_scale: float | None = None
+    unconditional_strength: float | None = None
     outside: list[str] = field(default_factory=list)
     batch_size: int = 16
     output: str = "runs/evaluation"
@@ -47,7 +50,7 @@ class Evaluation(SeededDrawSettings):
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
         self.check_drawing("")
         check_least("", self, {"batch_size": 1})
-        check_domain_scale(self.domain_guidance_scale)
+        check_domain_scale(self.domain_guidance_scale, self.unconditional_strength)
 
 
 @dataclass

@@ -135,7 +135,7 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
             f"controlnet = {controlnet}.from_pretrained({place})",
             f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, {run.control.argument}=condition).images[0]",
+            f"image = pipe({prompt}, {run.control.argument}=condition, controlnet_conditioning_scale=1.0).images[0]",
         ]
     call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":

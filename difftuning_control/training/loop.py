@@ -111,7 +111,8 @@ class TrainingLoop:
         plan_run(self.phases, measured, to_come, (self.end - first) * rows)
         if (line := planned_line(self.phases)) is not None:
             tell(line)
-        seconds, step, began, losses = 0.0, first, time.monotonic(), dict[str, float]()
+        seconds, step, losses = 0.0, first, dict[str, float]()
+        began, spent = time.monotonic(), self.monitor.spent()
         main = self.accelerator.is_main_process
         self.report.write(first, self.end)
         with (
@@ -134,7 +135,7 @@ class TrainingLoop:
             tuned = self.monitor.validate(step)
             with self.phases("saving"):
                 self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
-        add_phase("training", time.monotonic() - began - self.monitor.spent())
+        add_phase("training", time.monotonic() - began - (self.monitor.spent() - spent))
         done = step - first
         if main and done and phases_are_shown():
             say(f"training … {done} steps in {duration(time.monotonic() - began)}")

@@ -158,7 +158,7 @@ class TrainedWeights:
         """Keep the optimizer from moving anything where `stop` is 1, which it reads on the device; fp16's scaler has a
         mark of its own."""
         if self.masks and self.accelerator.scaler is None:
-            self._plain_optimizer.found_inf = stop  # type: ignore[attr-defined]
+            self._plain_optimizer.found_inf = stop
 
     def end_step(self) -> None:
         """Move the learning rate and the average on by an optimizer step."""
