@@ -139,17 +139,18 @@ def check_scale(pipe: Any, guiding: Guiding, scale: float) -> None:
             f"domain_guidance needs a second prediction with a scale, and a {name} has none; use hand_over or "
             "adapter_schedule."
         )
-    off = f"{guiding.scale} {scale:g}"
-    if not scale >= guiding.off:
+    given = f"{guiding.scale} {scale:g}"
+    if scale != guiding.neutral and not scale > guiding.above:
+        more = "or more" if guiding.above == guiding.neutral else f"or more than {guiding.above:g}"
         raise UserError(
-            f"domain_guidance does nothing at {off}; give {guiding.off:g}, which is the tuned model alone, or more, or "
-            "leave domain_guidance out."
+            f"domain_guidance does nothing at {given}; give {guiding.neutral:g}, which is the tuned model alone, "
+            f"{more}, or leave domain_guidance out."
         )
     told = denoiser.config.get("time_cond_proj_dim") is not None or pipe.config.get("is_distilled")
-    if scale > guiding.off and told:
+    if scale > guiding.above and told:
         raise UserError(
-            f"domain_guidance does nothing at {off} on this model, which is distilled or told its guidance and has no "
-            "unconditional rows; leave domain_guidance out."
+            f"domain_guidance does nothing at {given} on this model, which is distilled or told its guidance and has "
+            "no unconditional rows; leave domain_guidance out."
         )
 
 

@@ -30,17 +30,17 @@ def check_domain_method(run: str, method: str) -> None:
 
 
 def check_domain_family(family: Family, option: str) -> None:
-    """Refuse a family that is not sampled with ordinary guidance.
+    """Refuse a family that is sampled without a second prediction, naming the option that asks for one.
 
     Raises:
-        UserError: for one whose guidance is another argument, or that makes its own of classes, naming the option that
-            asks for it.
+        UserError: for a model that is told its guidance (FLUX dev), is distilled, or makes its own of classes.
     """
     guiding = BY_CLASS.get(type(family.pipe).__name__)
-    if guiding is None or guiding.scale != "guidance_scale" or family.class_conditional:
+    is_told = guiding is None or guiding.scale is None or guiding.alone or family.pipe.config.get("is_distilled")
+    if is_told or family.class_conditional:
         raise UserError(
-            "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3, PixArt, Sana, Lumina 2), not "
-            f"for a {type(family.pipe).__name__}; leave out {option}."
+            "Domain Guidance is here for models that are sampled with a second, unconditional prediction, not for a "
+            f"{type(family.pipe).__name__}; leave out {option}."
         )
 
 
@@ -53,7 +53,7 @@ def domain_guided(base: Family, tuned: Family, unconditional_strength: float = 0
         unconditional_strength: in [0, 1]; of the adapter in that branch, 1 for ordinary guidance.
 
     Raises:
-        UserError: for a family that is not sampled with ordinary guidance, or a tuned text encoder under `offload`.
+        UserError: for a family that is sampled without a second prediction, or a tuned text encoder under `offload`.
     """
     check_domain_family(tuned, "--domain_guidance_scale")
     if tuned.offload and getattr(tuned.pipe.text_encoder, "_hf_peft_config_loaded", False):

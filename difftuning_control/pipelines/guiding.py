@@ -35,7 +35,8 @@ class Guiding:
         rows: which rows a forward has.
         component: the denoiser's name in the pipeline.
         scale: the call's argument that is w; None where there is none.
-        off: the scale that leaves the conditional prediction alone, up to which there is one forward.
+        neutral: the scale that leaves the conditional prediction alone.
+        above: the scale up to which the pipeline has no unconditional rows.
         time: what the denoiser is told: the scheduler's timestep, σ, 1 − σ, or the timestep by its configuration's
             factor.
         encoders: how `encode_prompt` gives negative embeddings: after each positive one, or in the call's second run;
@@ -48,7 +49,8 @@ class Guiding:
     rows: Rows
     component: str = "transformer"
     scale: str | None = "guidance_scale"
-    off: float = 1.0
+    neutral: float = 1.0
+    above: float = 1.0
     time: Time = "scheduler"
     encoders: Literal["alternate", "second run"] | None = None
     alone: bool = False
@@ -166,7 +168,7 @@ GUIDINGS = (
     Guiding(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), "none", scale=None, time="scaled"),
     Guiding(("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"), "in turns", time="sigma"),
     Guiding(_variants("Chroma", "Img2Img", "Inpaint"), "in turns", time="sigma"),
-    Guiding(("Krea2Pipeline",), "in turns", off=0.0, time="sigma"),
+    Guiding(("Krea2Pipeline",), "in turns", neutral=0.0, above=0.0, time="sigma"),
     Guiding(
         _variants(
             "QwenImage", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint", "Edit", "EditInpaint", "EditPlus"
@@ -179,6 +181,7 @@ GUIDINGS = (
     Guiding(
         _variants("ZImage", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"),
         "conditional first",
+        neutral=0.0,
         time="clean",
         lists=True,
     ),

@@ -123,8 +123,8 @@ class Sampling:
         scale = 1.0 if guiding.scale is None else call[guiding.scale]
         if extras.domain_guidance:
             check_scale(self.pipe, guiding, scale)
-        # up to the scale that means no guidance the formula is the tuned prediction
-        is_guided = extras.domain_guidance and scale > guiding.off
+        # at the scale that means no guidance the formula is the tuned prediction
+        is_guided = extras.domain_guidance and scale > guiding.above
         if is_guided:
             check_cache(self.denoiser, self.component)
             if 0 < extras.unconditional_strength < 1:

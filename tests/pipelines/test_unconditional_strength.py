@@ -14,6 +14,7 @@ from difftuning_control.recipe.drawing import check_domain_scale
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.verbs.parse import parse
 from support.pipeline_samples import add_adapter, stock
+from support.tiny_flow import tiny_chroma, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 MAKERS: dict[str, Any] = {
@@ -22,10 +23,15 @@ MAKERS: dict[str, Any] = {
     "pixart": tiny_pixart,
     "sana": tiny_sana,
     "lumina2": tiny_lumina2,
+    "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
+    "klein": tiny_flux2_klein,
+    "krea2": tiny_krea2,
+    "chroma": tiny_chroma,
 }
 
 
-@pytest.mark.sample("sd", "lumina2")
+@pytest.mark.sample("sd", "lumina2", "z-image", "qwen-image")
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_family_draws_between_domain_and_ordinary_guidance(kind):
     family = family_of(MAKERS[kind]())
@@ -51,6 +57,31 @@ def test_a_family_draws_between_domain_and_ordinary_guidance(kind):
 def test_a_family_with_another_argument_for_its_scale_is_refused():
     with pytest.raises(UserError, match="not for a FluxPipeline; leave out --domain_guidance_scale"):
         check_domain_family(family_of(stock("flux")), "--domain_guidance_scale")
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(1.0, False), (1.5, True), (3.0, False)])
+def test_z_image_s_scale_is_one_less_and_its_pipeline_guides_above_one_only(scale, is_refused):
+    """At 1 that is the tuned model alone; between them its pipeline has no second branch."""
+    family = family_of(tiny_z_image())
+    family.denoiser.eval()
+    add_adapter(family.denoiser, "tuned", 1, ["to_q", "to_v"])
+
+    def sampled() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(0)]
+        return family.sample(["red 1"], generator, steps=2, guidance_scale=scale, resolution=16)
+
+    ordinary = sampled()
+    with domain_guided(family, family):
+        if is_refused:
+            with pytest.raises(UserError, match=r"at guidance_scale 0\.5; give 0, .* alone, or more than 1, or leave"):
+                sampled()
+        else:
+            assert torch.equal(sampled(), ordinary) == (scale == 1)
+
+
+def test_a_distilled_model_is_refused():
+    with pytest.raises(UserError, match="not for a Flux2KleinPipeline; leave out pilot"):
+        check_domain_family(family_of(tiny_flux2_klein(distilled=True)), "pilot.guidance_scales")
 
 
 def test_verbs_take_it_with_a_scale_only():
