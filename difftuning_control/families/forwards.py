@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,12 +11,12 @@ NAMES = ("timestep", "t")
 
 
 def timestep_name(denoiser: Any) -> str:
-    return _name(type(denoiser))
+    return _name(type(denoiser).forward)
 
 
 @cache
-def _name(kind: Any) -> str:
-    parameters = inspect.signature(kind.forward).parameters
+def _name(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
     return next(name for name in NAMES if name in parameters)
 
 

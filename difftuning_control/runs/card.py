@@ -52,9 +52,11 @@ def model_card(
         "tags": [told, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
-    if recipe.uses_bank:
+    if tuning.retention_ratio > 0:
+        source = "from the bank" if tuning.retention_rows == "bank" else "its own pictures"
+        taught = ", towards the pretrained model's prediction" if tuning.retention == "teacher" else ""
         words = f"retention and reconsolidation ({tuning.schedule.kind} schedule, {tuning.estimator} estimator, "
-        words += f"λ = {tuning.retention_weight}, {tuning.retention_ratio:.0%} of the batch from the bank)"
+        words += f"λ = {tuning.retention_weight}, {tuning.retention_ratio:.0%} of the batch {source}{taught})"
     else:
         words = "plain fine-tuning"
     lines = [

@@ -86,12 +86,14 @@ class BankRecord(Section):
     """The knowledge bank of a run.
 
     Args:
-        items: how many samples it has.
+        items: how many samples are trained on.
+        size: how many it has, with those that only validation sees; None in earlier records, and of real pictures.
         folder: where it lies.
         pictures: whether it is a folder of real pictures; earlier versions had none of these.
     """
 
     items: int = 0
+    size: int | None = None
     folder: str = ""
     pictures: bool = False
 
