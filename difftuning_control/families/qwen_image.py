@@ -130,9 +130,17 @@ class QwenImage(MaskedTransformer):
         return unpack(drawn, side, side)
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:
-        """Of the last block what leads to the prompt's stream after it."""
-        last = f"transformer_blocks.{module.config.num_layers - 1}."
-        return tuple(f"{last}{n}" for n in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))
+        """What leads to the prompt's stream after the last block, and a ControlNet's blocks that nobody reads."""
+        its = module.config.num_layers
+        read = its if module is self.denoiser else min(its, self._blocks_read(its))
+        rest = [f"{part}.{i}." for i in range(read, its) for part in ("transformer_blocks", "controlnet_blocks")]
+        ends = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+        return (*rest, *(f"transformer_blocks.{read - 1}.{end}" for end in ends))
+
+    def _blocks_read(self, blocks: int) -> int:
+        """How many of a ControlNet's blocks the transformer reads: it gives each to as many of its own, rounded up."""
+        layers = self.denoiser.config.num_layers
+        return -(-layers // -(-layers // blocks))
 
     # --- control ----------------------------------------------------------------------------------------------------
 
@@ -143,8 +151,9 @@ class QwenImage(MaskedTransformer):
         return {"controlnet_block_samples": controlnet(**inputs, controlnet_cond=control)}
 
     def _new_controlnet(self) -> Any:
-        """The first blocks of the transformer, as many as `COPIED_BLOCKS`."""
-        own = {"num_layers": min(COPIED_BLOCKS, self.denoiser.config.num_layers), "extra_condition_channels": 0}
+        """The first blocks of the transformer, as many of `COPIED_BLOCKS` as it reads."""
+        blocks = self._blocks_read(min(COPIED_BLOCKS, self.denoiser.config.num_layers))
+        own = {"num_layers": blocks, "extra_condition_channels": 0}
         return self.copied_controlnet(own, ("time_text_embed", "txt_norm", "img_in", "txt_in", "transformer_blocks"))
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:

@@ -95,7 +95,7 @@ def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(fa
     assert not torch.allclose(family.sample(PROMPTS, generators(0, 1), **settings), found, atol=1e-3)
 
 
-@pytest.mark.parametrize(("layers", "blocks"), [(3, 3), (7, 5)])
+@pytest.mark.parametrize(("layers", "blocks"), [(3, 3), (7, 4), (10, 5)])  # 7: two of its blocks read each of four
 def test_a_new_controlnet_copies_the_first_blocks_and_adds_exactly_nothing(layers, blocks):
     family = family_of(tiny_qwen_image(layers=layers))
     torch.manual_seed(5)
@@ -134,3 +134,21 @@ def test_a_qwen_image_that_edits_pictures_is_refused():
     pipe.transformer.register_to_config(zero_cond_t=True)
     with pytest.raises(UserError, match="zero_cond_t is true, as of a Qwen-Image that edits pictures"):
         family_of(pipe)
+
+
+def test_blocks_of_a_controlnet_that_nobody_reads_do_not_train():
+    """Seven layers read five blocks by twos, and so four of them."""
+    family = family_of(tiny_qwen_image(layers=7))
+    config = {k: v for k, v in family.new_controlnet(0).config.items() if not k.startswith("_")}
+    family.controlnet = type(family.new_controlnet(0)).from_config(config | {"num_layers": 5})
+    torch.manual_seed(3)
+    for parameter in family.controlnet.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    rows = family.encode_prompts(PROMPTS) | {"control": conditions()}
+    latents = torch.randn(2, 4, 8, 8, generator=generators(0)[0])
+    family.denoiser.requires_grad_(False)
+    family.predict(family.model, latents, torch.tensor([0.3, 0.9]), rows).square().mean().backward()
+    still = {n for n, p in family.controlnet.named_parameters() if p.grad is None or not p.grad.any()}
+    unused = family.unused_parameters(family.controlnet)
+    assert still == {n for n, _ in family.controlnet.named_parameters() if n.startswith(unused)}
+    assert "controlnet_blocks.4.weight" in still
