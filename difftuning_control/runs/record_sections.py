@@ -163,11 +163,7 @@ class Frozen(Section):
 
 @dataclass(kw_only=True)
 class Timings(Section):
-    """Seconds before the first step, of the training itself, and of each phase of the last session; None or empty where
-    a record does not say."""
-
-    SOMETIMES: ClassVar = ("phases",)
+    """Seconds before the first step and of the training itself; None where a record does not say."""
 
     preparation: float | None = None
     training: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from difftuning_control.runs.record_sections import Timings
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
-from difftuning_control.system.terminal import phase, phase_seconds, phases
+from difftuning_control.system.terminal import phase, phases
 from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
@@ -164,7 +164,7 @@ def _train(
         run.fidelity = loop.curve.describe()
     if recipe.method == "controlnet":
         run.frozen = check_frozen(prepared.family, prepared.fingerprints)
-    run.timings = Timings(preparation=begun - started, training=time.time() - begun, phases=phase_seconds())
+    run.timings = Timings(preparation=begun - started, training=time.time() - begun)
     run.phases = count.to_dict()
     run.status = COMPLETE
     if folder is not None:

@@ -81,7 +81,7 @@ def test_both_commands_are_the_same_but_for_retention(tmp_path):
 def test_the_table_says_the_seconds_and_the_ratios(tmp_path):
     made, _ = job(tmp_path, 100, 3, peer=False)
     result = {"settings": {"threads": 1}, "parts": {"total": made.measure(1)}}
-    assert table(result).split("\n") == [
+    assert table(result).strip().split("\n") == [
         "From the command to the LoRA (24 pictures, 100 steps of 5 rows, added up from parts), cpu time: "
         "plain, cold 102 s, plain, warm 102 s, Diff-Tuning, cold 578 s, Diff-Tuning, warm 102 s.",
         "Ratios: Diff-Tuning, cold / plain, cold 5.67, Diff-Tuning, warm / plain, warm 1.00.",
