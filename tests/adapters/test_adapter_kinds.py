@@ -539,15 +539,15 @@ def test_a_run_of_any_kind_is_resumed_bit_for_bit_and_judged_from_its_folder(rec
     assert ("pipe.load_lora_weights(" in card) == (kind in ("pissa", "dora"))
 
     broken = short(recipe, kind, tmp_path / "broken", ema_decay=0.9, save_at=[2])
-    step = TrainingLoop.step
+    advance = TrainingLoop.advance
 
-    def stop(self, number):
+    def stop(self, number, more=True):
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number)
+        return advance(self, number, more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "step", stop)
+        patch.setattr(TrainingLoop, "advance", stop)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     (checkpoint,) = checkpoints(tmp_path / "broken")

@@ -132,15 +132,15 @@ def test_it_trains_on_an_encoder_in_lower_precision(recipe):
 @pytest.mark.wide
 def test_resuming_is_exact(recipe, monkeypatch):
     whole = train(tuned(recipe, "whole")).record
-    broken, step = tuned(recipe, "broken"), TrainingLoop.step
+    broken, advance = tuned(recipe, "broken"), TrainingLoop.advance
 
-    def stop(self, number):
+    def stop(self, number, more=True):
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number)
+        return advance(self, number, more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "step", stop)
+        patch.setattr(TrainingLoop, "advance", stop)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     again = train(replace(broken, training=replace(broken.training, resume=True))).record

@@ -342,14 +342,14 @@ def test_training_on_three_shapes_moves_every_weight_and_is_recorded(make, famil
 def test_an_interrupted_run_ends_as_an_undisturbed_one(make, monkeypatch):
     whole, broken = make("whole"), make("broken")
     train(whole)
-    step = TrainingLoop.step
+    advance = TrainingLoop.advance
 
-    def stop(loop: TrainingLoop, number: int) -> dict[str, float]:
+    def stop(loop: TrainingLoop, number: int, more: bool = True) -> None:
         if number == 3:
             raise KeyboardInterrupt
-        return step(loop, number)
+        advance(loop, number, more)
 
-    monkeypatch.setattr(TrainingLoop, "step", stop)
+    monkeypatch.setattr(TrainingLoop, "advance", stop)
     with pytest.raises(KeyboardInterrupt):
         train(broken)
     monkeypatch.undo()

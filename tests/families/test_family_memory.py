@@ -182,7 +182,8 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
 
 def test_8_bits_are_refused_where_they_do_not_work(model_dir, tmp_path):
     with pytest.raises(
-        UserError, match=r"quantization is for the transformers of SD3, .*this is a StableDiffusionPipeline"
+        UserError,
+        match=r"quantization is for transformers that are told prompts, and not for a StableDiffusionPipeline",
     ):
         load_family(str(model_dir), quantization="float8")
     with pytest.raises(UserError, match="method full trains them all"):

@@ -143,16 +143,16 @@ def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(reci
     whole = replace(recipe, output=str(tmp_path / "whole"))
     train(whole)
     write_recipe(tmp_path, recipe)
-    step = TrainingLoop.step
+    advance = TrainingLoop.advance
 
-    def stopped(self, number):
+    def stopped(self, number, more=True):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number)
+        return advance(self, number, more)
 
     command = ["train", "--config", str(tmp_path / "recipe.yaml"), "--training.resume", "true"]
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "step", stopped)
+        patch.setattr(TrainingLoop, "advance", stopped)
         with pytest.raises(SystemExit) as ended:
             main(command)
     assert ended.value.code == 143

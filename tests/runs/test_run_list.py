@@ -92,11 +92,11 @@ def test_a_run_that_trains_is_running_and_then_done(recipe, monkeypatch):
     from difftuning_control.training import loop
 
     seen: list[str] = []
-    step = loop.TrainingLoop.step
+    advance = loop.TrainingLoop.advance
     monkeypatch.setattr(
         loop.TrainingLoop,
-        "step",
-        lambda self, n: (seen.append(list_runs(recipe.output)[0]["state"]), step(self, n))[1],
+        "advance",
+        lambda self, n, more: (seen.append(list_runs(recipe.output)[0]["state"]), advance(self, n, more))[1],
     )
     train(replace(recipe, training=replace(recipe.training, max_steps=1)))
     assert seen == ["running"]

@@ -192,17 +192,17 @@ def test_a_cache_that_changes_under_a_run_ends_it_with_a_sentence_and_the_run_go
 ):
     trainer.train(replace(recipe, output=str(tmp_path / "undisturbed")))
     path = max(Path(recipe.data.cache).glob("moments-*.safetensors"), key=lambda p: p.stat().st_size)
-    step = TrainingLoop.step
+    advance = TrainingLoop.advance
 
-    def change(loop: TrainingLoop, number: int) -> dict[str, float]:
+    def change(loop: TrainingLoop, number: int, more: bool = True) -> None:
         if number == 4:
             content = path.read_bytes()
             with path.open("r+b") as file:
                 file.write(content[:1000] + bytes(255 - byte for byte in content[1000:]))
-        return step(loop, number)
+        advance(loop, number, more)
 
     write_recipe(tmp_path, recipe)
-    monkeypatch.setattr(TrainingLoop, "step", change)
+    monkeypatch.setattr(TrainingLoop, "advance", change)
     with pytest.raises(SystemExit) as ended:
         main(["train", f"--config={tmp_path}/recipe.yaml"])
     assert ended.value.code == 2

@@ -95,9 +95,9 @@ def test_fault_15_23_a_resumed_average_is_bit_equal_with_either_choice(
     train(whole)
     broken = recipe_of(tmp_path / "broken", model_dir, pictures, warmup)
 
-    step = TrainingLoop.step
+    advance = TrainingLoop.advance
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "step", lambda self, k: step(self, k) if k < 3 else break_off())
+        patch.setattr(TrainingLoop, "advance", lambda self, k, more: advance(self, k, more) if k < 3 else break_off())
         with pytest.raises(BrokeOffError):
             train(broken)
     (found,) = checkpoints(tmp_path / "broken")

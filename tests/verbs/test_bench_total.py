@@ -29,7 +29,7 @@ def job(tmp_path: Path, steps: int, done: int, peer: bool = True) -> tuple[Job, 
         asked.append(f"{name}{' with caches' if caches else ''}")
         (tmp_path / "cache").mkdir(exist_ok=True)
         phases = {"bank": BANK} if tuned and not caches else {"load": {"seconds": 1.0, "forwards": 0}}
-        (tmp_path / "ours-lora" / "run.json").write_text(json.dumps({"phases": phases}))
+        (tmp_path / "ours-lora" / "run.json").write_text(json.dumps({"status": "complete", "phases": phases}))
         return Timed([2.0] * (done - 1), [1.0] * (done - 1), 3.0, 10.0, 1, 5.0)
 
     theirs = ["script.py"] if peer else None

@@ -42,7 +42,7 @@ def test_the_page_of_train_tells_defaults_and_units():
     page = " ".join((help_page("train", COMMANDS["train"]) or "").split())
     for said in (
         "--steps N length of the run, in optimizer steps (as fits the model) [training.max_steps]",
-        f"number of samples ({Recipe().bank.size})",
+        f"with an adapter and 256 with other methods ({Recipe().bank.size})",
         "folder of the results (runs/difftuning)",
         "in pixels",
     ):

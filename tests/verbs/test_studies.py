@@ -129,8 +129,8 @@ def test_the_budgets_side_is_summed_up(done):
     budget, side = done[1].budget, done[1].sides[-1]
     losses = [r["losses"]["bank"] for r in side["runs"] if r["steps"] == side["best_length"]]
     rises = [sum(x["tuned"]["loss"][0] / x["base"]["loss"][0] - 1 for x in losses) / len(losses)]
-    assert budget["rise"][:1] == pytest.approx(rises)
-    assert budget["allowed"] == [0.1] * 5
+    assert budget.rise[:1] == pytest.approx(rises)
+    assert budget.allowed == [0.1] * 5
     assert len(budget["multipliers"]["step"]) == 4
 
 
@@ -271,10 +271,10 @@ def budgeted(study: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_a_budgeted_run_says_band_by_band_whether_it_was_kept(budgeted):
     budget, losses = budgeted[1].budget, budgeted[1].losses
-    assert budget["allowed"] == spread_budget(BUDGET)
+    assert budget.allowed == spread_budget(BUDGET)
     base, tuned = (losses["bank"][k]["loss"] for k in ("base", "tuned"))
-    assert budget["rise"] == [t / b - 1 for b, t in zip(base, tuned)]
-    assert budget["kept"] == [r <= a for r, a in zip(budget["rise"], BUDGET)]
+    assert budget.rise == [t / b - 1 for b, t in zip(base, tuned)]
+    assert budget.kept == [r <= a for r, a in zip(budget.rise, BUDGET)]
 
 
 @pytest.mark.parametrize("bad", [-0.1, [0.1, 0.2]])
