@@ -26,6 +26,7 @@ USAGE = {
     "pilot": "PICTURES [--model ID] [options]",
     "verify": "RUN [options]",
     "runs": "DIR [options]",
+    "ui": "[FOLDER] [--port N] [--host H]",
     "completion": "bash|zsh|fish",
 }
 _MODEL = ("model.id", "model.variant", "model.quantization", "model.offload")
