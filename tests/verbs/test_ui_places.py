@@ -39,7 +39,7 @@ def test_paths_that_lead_elsewhere_are_refused(places, path):
 
 
 def test_the_sets_of_the_package_are_not_written(places):
-    with pytest.raises(UserError, match="leads out of the folders"):
+    with pytest.raises(UserError, match="comes with the package"):
         places.writable(places.readable("embedded/icons"))
 
 

@@ -41,6 +41,7 @@ def make_application(places: Places, access: Access) -> Guard:
         app,
         build_page(studio),
         "/",
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         footer_links=[],
         allowed_paths=[],
         show_error=True,

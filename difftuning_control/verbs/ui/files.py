@@ -33,8 +33,8 @@ def report_address(path: Path) -> str:
 
 
 def small_picture(places: Places, path: str, side: int) -> bytes:
-    """A picture of one of the page's folders as PNG, no side longer than `side`; it is decoded and written anew, so that
-    nothing but its pixels goes out.
+    """A picture of one of the page's folders as PNG, no side longer than `side`; it is decoded and written anew, so
+    that nothing but its pixels goes out.
 
     Raises:
         UserError: if it lies elsewhere, is no picture, or is too large.

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,14 @@ class Job:
 
 @dataclass
 class Jobs:
-    """The commands of one folder; two pages of one folder see the same."""
+    """The commands of one folder; two pages of one folder see the same.
+
+    Args:
+        before_training: is called before a training starts, so that it has the memory.
+    """
 
     places: Places
+    before_training: Callable[[], object] = lambda: None
     _children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -185,6 +190,8 @@ class Jobs:
         return STOPPED if code in (130, 143, -signal.SIGTERM, -signal.SIGINT) else FAILED
 
     def _start(self, job: Job) -> None:
+        if job.verb in TRAINING:
+            self.before_training()
         words = [sys.executable, "-m", "difftuning_control.cli", *job.arguments]
         with (self._folder / f"{job.name}.log").open("ab") as log:
             child = subprocess.Popen(

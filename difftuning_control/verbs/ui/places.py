@@ -49,6 +49,8 @@ class Places:
         Raises:
             UserError: if it leads elsewhere, or is hidden.
         """
+        if Path(path).is_absolute() and any(_real(path).is_relative_to(s) for s in _sets()):
+            raise UserError(f"{path} comes with the package, and is not changed; copy it into {self.folder}.")
         return self._inside(path, (self.folder, *self.pictures))
 
     def readable(self, path: str | Path) -> Path:
@@ -59,8 +61,7 @@ class Places:
         """
         if str(path) in EMBEDDED:
             return _real(embedded_set(str(path).removeprefix("embedded/")))
-        sets = tuple(_real(embedded_set(name.removeprefix("embedded/"))) for name in EMBEDDED)
-        return self._inside(path, (self.folder, *self.pictures, *sets))
+        return self._inside(path, (self.folder, *self.pictures, *_sets()))
 
     def name(self, path: Path) -> str:
         """A path as people write it: from the folder of the runs where it lies there."""
@@ -80,6 +81,11 @@ class Places:
         if any(part.startswith(".") for part in real.relative_to(root).parts):
             raise UserError(f"{path} is hidden (a dot begins a part of it); name another place.")
         return real
+
+
+def _sets() -> tuple[Path, ...]:
+    """Those that the package carries."""
+    return tuple(_real(embedded_set(name)) for name in EMBEDDED_SETS)
 
 
 def _real(path: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from difftuning_control.verbs.ui.jobs import Jobs
+from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
 
 
@@ -15,10 +16,13 @@ class Studio:
     Args:
         places: its folders.
         jobs: the commands that it starts.
+        painter: what draws, one request after the other.
     """
 
     places: Places
     jobs: Jobs = field(init=False)
+    painter: Painter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.jobs = Jobs(self.places)
+        self.painter = Painter(self.places)
+        self.jobs = Jobs(self.places, self.painter.forget)
