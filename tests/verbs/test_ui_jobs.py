@@ -49,6 +49,11 @@ def states(jobs: Jobs) -> list[str]:
     return [job.state for job in jobs.all()][::-1]
 
 
+def test_who_only_looks_writes_nothing(jobs, tmp_path):
+    assert jobs.all() == []
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_trainings_wait_for_one_another_and_others_do_not(jobs, tmp_path):
     for arguments in (["train"], ["resume"], ["export"]):
         jobs.add(arguments, tmp_path / arguments[0])

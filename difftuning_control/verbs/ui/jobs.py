@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """The commands, the newest first, once what ended is noted and what waited has been started."""
+        if not self._folder.is_dir():  # so that who only looks writes nothing
+            return []
         with self._alone():
             self._advance()
             return self._read()[::-1]
@@ -132,7 +135,8 @@ class Jobs:
         def tick() -> None:
             while True:
                 time.sleep(TICK)
-                self.all()
+                with suppress(OSError):  # of a disk that is full; the next look may find room
+                    self.all()
 
         threading.Thread(target=tick, daemon=True).start()
 
