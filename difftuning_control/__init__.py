@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from difftuning_control.objective.noise import NoiseProcess
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
+    from difftuning_control.pipelines.attached import attach, detach
     from difftuning_control.pipelines.controlled import add_control
     from difftuning_control.pipelines.files import pipeline_path
+    from difftuning_control.pipelines.guider import DomainGuidance
     from difftuning_control.recipe.adapter import AdapterConfig
     from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
     from difftuning_control.recipe.recipe import Recipe
@@ -42,6 +44,7 @@ __all__ = [
     "ControlSpec",
     "DataConfig",
     "DiffTuningObjective",
+    "DomainGuidance",
     "Evaluation",
     "FidelityConfig",
     "GatesConfig",
@@ -60,6 +63,8 @@ __all__ = [
     "TuningConfig",
     "UserError",
     "add_control",
+    "attach",
+    "detach",
     "embedded_model",
     "extend_rows",
     "family_of",
@@ -106,6 +111,9 @@ _HOME = {
     "Evaluation": "recipe.studies",
     "PilotConfig": "recipe.studies",
     "pipeline_path": "pipelines.files",
+    "DomainGuidance": "pipelines",
+    "attach": "pipelines",
+    "detach": "pipelines",
     "Recipe": "recipe",
     "ConstantSchedule": "objective.schedules",
     "PaperSchedule": "objective.schedules",

@@ -23,6 +23,7 @@ from difftuning_control.adapters.files import (
     metadata_and_shapes,
     read_header,
 )
+from difftuning_control.adapters.foreign import is_foreign, read_foreign
 from difftuning_control.adapters.kinds import ADAPTER, BESIDE, keep_part, mask_ranks, own_parts
 from difftuning_control.adapters.new_classes import NewClasses
 from difftuning_control.errors import UserError
@@ -81,11 +82,25 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     uneven = next((key for key, shape in shapes.items() if ".lora_A." in key and shape[0] % rank), None)
     if uneven is not None:
         raise UserError(f"the adapter {path} is no T-LoRA of rank {rank}: {uneven} has {shapes[uneven][0]} rows.")
-    if any(".lora_A." in key for key in shapes):  # other tools' names are diffusers' to translate
+    foreign = None
+    if is_foreign(shapes):  # other names are diffusers' to translate
+        foreign = read_foreign(read_tensors(path) or {}, pipe, component)
+    if foreign is not None:
+        shapes, config = {key: tuple(value.shape) for key, value in foreign.items()}, {}
+    if foreign is not None or (any(".lora_A." in key for key in shapes) and not is_foreign(shapes)):
         _check_lora(pipe, component, shapes, config, path)
     _free(denoiser, path)
     try:
-        if hasattr(pipe, "load_lora_weights"):
+        if foreign is not None:
+            if hasattr(pipe, "load_lora_weights"):
+                pipe.load_lora_weights(foreign, adapter_name=name)
+            else:
+                denoiser.load_lora_adapter(foreign, prefix=component, adapter_name=name)
+            for module in (denoiser, *encoders_of(pipe)):  # scales are in B, and ranks may differ
+                for layer in layers_of(module, name):
+                    layer.lora_alpha[name] = layer.r[name]
+                    layer.set_scale(name, 1.0)
+        elif hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
         else:
             denoiser.load_lora_adapter(read_tensors(path), prefix=component, adapter_name=name, metadata=config)

@@ -16,12 +16,12 @@ References:
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.families.forwards import timestep_name, timestep_place
 from difftuning_control.objective.noise import NoiseProcess
 
 
@@ -60,7 +60,7 @@ class RankMask:
 
     def __init__(self, denoiser: nn.Module, rank: int, limits: list[float], runs: int = 1, sign: int = 1):
         self.rank, self.limits, self.sign = rank, limits, sign
-        self.place = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
+        self.name, self.place = timestep_name(denoiser), timestep_place(denoiser)
         self.gate: Tensor | None = None
         self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
         self.handle = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -73,7 +73,7 @@ class RankMask:
         return {"kind": "tlora", "rank": self.rank, "limits": self.limits, "sign": self.sign}
 
     def _see(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.place]
+        timestep = kwargs[self.name] if self.name in kwargs else args[self.place]
         timesteps = self.sign * torch.as_tensor(timestep).reshape(-1, 1)
         self._limits = self._limits.to(timesteps.device)
         self.gate = (timesteps <= self._limits).float()

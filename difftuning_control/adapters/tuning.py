@@ -182,8 +182,9 @@ class ControlNetTuning:
         family.controlnet.float().requires_grad_(adapter is None)
         if adapter is not None:
             attach(family.controlnet, adapter, seed, family.lora_targets)
-            for name in family.controlnet_whole:
-                getattr(family.controlnet, name).requires_grad_(True)
+            for name, parameter in family.controlnet.named_parameters():
+                if not set(family.controlnet_whole).isdisjoint(name.split(".")):
+                    parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return trainable(self.family.controlnet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,12 @@ from difftuning_control.system.untrusted import read_text
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+
+
+def spread_prompts(prompts: Sequence[str], size: int) -> tuple[str, ...]:
+    """As many prompts as a bank has items, evenly from all of them where there are more."""
+    count = min(len(prompts), size)
+    return tuple(prompts[i * len(prompts) // count] for i in range(count))
 
 
 def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:

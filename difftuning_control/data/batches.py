@@ -6,8 +6,8 @@ optimizer step are the same on one process or on many, in one forward or in seve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,14 @@ class TrainingRows:
     counts: tuple[int, int]
     apart: TrainingRows | None = None  # bank rows of another shape, which take a forward of their own
 
+    def pinned(self) -> TrainingRows:
+        """The same where a GPU copies them from by itself, while nobody waits."""
+        batch = self.batch
+        told = {name: value.pin_memory() for name, value in batch.conditioning.items()}
+        pinned = LatentBatch(batch.latents.pin_memory(), told, batch.is_retention, batch.ids)
+        apart = self.apart.pinned() if self.apart is not None else None
+        return replace(self, batch=pinned, noise=self.noise.pin_memory(), apart=apart)
+
     @property
     def parts(self) -> list[TrainingRows]:
         return [self] if self.apart is None else [self, self.apart]
@@ -73,13 +81,14 @@ class BatchSource:
     """Builds the batch of every step from cached latents.
 
     Args:
-        bank_prompts: own, or empty (bank rows train with the empty prompt).
+        retention_prompts: own, or empty (retention rows train with the empty prompt).
         prompt_dropout: share of target rows that get the empty prompt.
         size: rows of a forward on one process.
         forwards: forwards to an optimizer step.
         items: which of the targets each of this process's target rows is; drawn in a random order when None.
         bank_conditions: one an item, for a ControlNet; bank rows have a blank condition without.
         nothing: that blank condition, of the bank's shape.
+        retained: what retention rows are of, the bank or the pictures themselves.
         condition_dropout: share of target rows that get a blank condition.
     """
 
@@ -88,7 +97,7 @@ class BatchSource:
     targets: TargetSet
     embeddings: PromptEmbeddings
     bank: KnowledgeBank | None
-    bank_prompts: str
+    retention_prompts: str
     prompt_dropout: float
     size: int
     seed: int
@@ -99,6 +108,7 @@ class BatchSource:
     forwards: int = 1
     items: dict[int, int] | None = None
     nothing: Tensor | None = None
+    retained: Literal["bank", "pictures"] = "bank"
 
     def mine(self, forward: int) -> range:
         """Which rows of the optimizer step this process has in one of its forwards."""
@@ -109,7 +119,8 @@ class BatchSource:
     def counts(self) -> tuple[int, int]:
         """How many target and bank rows an optimizer step has."""
         total = self.size * self.num_processes * self.forwards
-        banks = self.objective.retention_rows(total) if self.bank is not None else 0
+        retains = self.bank is not None or self.retained == "pictures"
+        banks = self.objective.retention_rows(total) if retains else 0
         return total - banks, banks
 
     def draws(self, step: int) -> Draws:
@@ -131,19 +142,21 @@ class BatchSource:
         target_rows: list[int] | dict[int, int] | None = self.items
         if target_rows is None:
             target_rows = shuffled(self.seed, TARGET, step * targets, targets, len(self.targets))
-        bank_rows = shuffled(self.seed, BANK, step * banks, banks, len(self.bank)) if self.bank is not None else []
+        retained = self.targets if self.retained == "pictures" else self.bank
+        bank_rows = shuffled(self.seed, BANK, step * banks, banks, len(retained)) if retained is not None else []
 
         mine = self.mine(forward)
         shape = self.targets.moments.mean.shape[2:]
-        other = self.bank.latents.shape[1:] if self.bank is not None else shape
+        other = shape if self.bank is None or self.retained == "pictures" else self.bank.latents.shape[1:]
         noises = [self._noise(step, row, shape if row < targets else other) for row in mine]
         latents, prompts, names, conditions, sizes = [], [], [], [], []
         for place, row in enumerate(mine):
-            if row < targets:
-                item = target_rows[row]
+            if row < targets or self.retained == "pictures":
+                item = target_rows[row] if row < targets else bank_rows[row - targets]
                 picture = self.targets.moments.draw(torch.tensor(item), views[row], noises[place][0])
                 latents.append(self.family.scale_latents(picture))
-                prompts.append("" if dropped[row] else self.targets.captions[item])
+                untold = dropped[row] if row < targets else self.retention_prompts == "empty"
+                prompts.append("" if untold else self.targets.captions[item])
                 names.append(self.targets.names[item])
                 conditions.append(self._condition(item, int(views[row]), bool(blank[row])))
                 sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)
@@ -151,7 +164,7 @@ class BatchSource:
                 assert self.bank is not None
                 item = bank_rows[row - targets]
                 latents.append(self.bank.latents[item])
-                prompts.append(self.bank.prompts[item] if self.bank_prompts == "own" else "")
+                prompts.append(self.bank.prompts[item] if self.retention_prompts == "own" else "")
                 names.append(f"bank item {item}")
                 conditions.append(self._bank_condition(item))
                 sizes.append(self._bank_sizes(item))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from difftuning_control.data.bank import BankRequest, KnowledgeBank
+from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.bank_prompts import bank_prompts
+from difftuning_control.data.bank_request import request_of
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
@@ -22,7 +23,7 @@ from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING, is_hidden
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.inputs import BankConfig, DataConfig
+from difftuning_control.recipe.inputs import HELD_OUT, MOST_SAMPLES, BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share
@@ -183,10 +184,12 @@ def prepare_bank(
     resolution: int,
     accelerator: Accelerator | None = None,
     tell: Callable[[str], object] = silent,
+    size: int = MOST_SAMPLES,
 ) -> KnowledgeBank:
     """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures.
 
     Args:
+        size: where the recipe's is auto and no bank lies at its path.
         tell: is given lines on what was left out of these.
     """
     path = Path(config.path).expanduser() if config.path is not None else None
@@ -196,14 +199,7 @@ def prepare_bank(
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
         return _bank_of_pictures(family, path, data, resolution, show, share, tell)
-    request = BankRequest(
-        tuple(bank_prompts(family, config, captions)),
-        config.size,
-        config.guidance_scale,
-        config.steps,
-        resolution,
-        config.seed,
-    )
+    request = request_of(family, config, path, bank_prompts(family, config, captions), resolution, size)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
@@ -280,6 +276,6 @@ def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBa
     """Bank items to train on and, from its end, items that only validation sees: at most a fifth."""
     if len(bank) < 2:
         return bank, bank
-    kept = max(1, min(size, len(bank) // 5))
+    kept = max(1, min(size, len(bank) // HELD_OUT))
     cut = len(bank) - kept
     return bank.part(0, cut), bank.part(cut, kept)

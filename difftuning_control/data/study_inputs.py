@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 
+MEASURED = 64  # samples of a bank of size auto that is measured on, where a run's may be smaller
+
+
 @dataclass(frozen=True)
 class Materials:
     """What an analysis measures on, and the embeddings of all prompts."""
@@ -41,11 +44,14 @@ class Materials:
     resolution: int
 
 
-def materials(family: Family, recipe: Recipe, tell: Callable[[str], object] = silent) -> Materials:
+def materials(
+    family: Family, recipe: Recipe, tell: Callable[[str], object] = silent, size: int = MEASURED
+) -> Materials:
     """Read, encode and cache the data of a recipe; load its bank, or draw it.
 
     Args:
         tell: is given lines on what was left out of the data.
+        size: of a bank of size auto.
 
     Raises:
         UserError: for whatever is wrong with the data or the bank.
@@ -54,7 +60,7 @@ def materials(family: Family, recipe: Recipe, tell: Callable[[str], object] = si
     check_captions(family, recipe, data, held_out)
     resolution, cache = resolution_of(family, recipe.data), cache_folder(recipe.data)
     captions = [e.caption for e in data.examples]
-    drawn = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, tell=tell)
+    drawn = prepare_bank(family, recipe.bank, recipe.data, captions, resolution, tell=tell, size=size)
     bank = begin_label_space(family, recipe, data, drawn)
     assert bank is not None
     held_captions = [e.caption for e in held_out.examples]

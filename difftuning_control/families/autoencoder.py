@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.components import Components
@@ -13,6 +15,9 @@ from difftuning_control.families.components import Components
 
 class LatentSpace(Components):
     """The autoencoder of a model; latents are (B, C, h, w), in the denoiser's scale unless said otherwise."""
+
+    is_video: ClassVar[bool] = False  # whether the autoencoder takes a picture as a video of one frame
+    patch: ClassVar[int] = 1  # side of the squares of the autoencoder's latents that are one latent here, as channels
 
     @property
     def vae_scale_factor(self) -> int:
@@ -48,20 +53,39 @@ class LatentSpace(Components):
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
         """
-        posterior = self.pipe.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        pixels = pixels.to(self.device, self.dtype)
+        posterior = self.pipe.vae.encode(pixels.unsqueeze(2) if self.is_video else pixels).latent_dist
+        mean, std = (m[:, :, 0] if self.is_video else m for m in (posterior.mean.float(), posterior.std.float()))
+        return pixel_unshuffle(mean, self.patch), pixel_unshuffle(std, self.patch)
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """VAE latents to the denoiser's scale."""
-        return (latents - self.latent_shift) * self.pipe.vae.config.scaling_factor
+        return (latents - like(self.latent_shift, latents)) * like(self.latent_factor, latents)
 
     @property
-    def latent_shift(self) -> float:
-        """What is taken from VAE latents before they are scaled."""
+    def latent_channels(self) -> int:
+        return self.pipe.vae.config.latent_channels
+
+    @property
+    def latent_shift(self) -> Any:
+        """What is taken from VAE latents before they are scaled: a number, or (C, 1, 1)."""
         return self.pipe.vae.config.get("shift_factor") or 0.0
+
+    @property
+    def latent_factor(self) -> Any:
+        """What VAE latents are then multiplied by: a number, or (C, 1, 1)."""
+        return self.pipe.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) float32 in [-1, 1] of the denoiser's latents."""
-        latents = latents.to(self.device, self.dtype) / self.pipe.vae.config.scaling_factor
-        return self.pipe.vae.decode(latents + self.latent_shift).sample.float().clamp(-1, 1)
+        latents = latents.to(self.device, self.dtype)
+        latents = latents / like(self.latent_factor, latents) + like(self.latent_shift, latents)
+        latents = pixel_shuffle(latents, self.patch)
+        pixels = self.pipe.vae.decode(latents.unsqueeze(2) if self.is_video else latents).sample
+        return (pixels[:, :, 0] if self.is_video else pixels).float().clamp(-1, 1)
+
+
+def like(value: Any, latents: Tensor) -> Any:
+    """A number as it is; numbers by channel where and as the latents are."""
+    return value.to(latents) if isinstance(value, Tensor) else value

@@ -109,7 +109,8 @@ class Components(ABC):
         digests = {name: digest_of_module(module) for name, module in self.modules.items()}
         for name, part in self.pipe.components.items():
             if name.startswith("tokenizer") and part is not None:
-                digests[name] = digest_of({"vocabulary": part.get_vocab(), "length": part.model_max_length})
+                words = getattr(part, "tokenizer", part)  # of a processor for text and pictures
+                digests[name] = digest_of({"vocabulary": words.get_vocab(), "length": words.model_max_length})
         return digests
 
     @property

@@ -65,7 +65,8 @@ class Controlled(Components):
     control_argument: ClassVar[str] = "image"  # of that pipeline's call
     condition_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # what that pipeline makes of a picture
     encodes_control: ClassVar[bool] = False  # whether a ControlNet reads latents, and not pictures
-    controlnet_whole: ClassVar[tuple[str, ...]] = ()  # what a LoRA of a ControlNet trains whole: its input, its zeros
+    controlnet_whole: ClassVar[tuple[str, ...]] = ()  # the parts, by name, that train whole beside a LoRA of a
+    # ControlNet: its input, its zeros
 
     def encode_control(self, control: Tensor) -> Tensor:
         """Conditions (B, 3, H, W) uint8 as the ControlNet takes them: pictures in `condition_range`."""
@@ -76,8 +77,7 @@ class Controlled(Components):
         """Changes when what `encode_control` gives does, where it encodes."""
         raise NotImplementedError
 
-    @staticmethod
-    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's further arguments that a ControlNet gives for a condition and the denoiser's own arguments."""
         raise NotImplementedError
 
@@ -118,6 +118,17 @@ class Controlled(Components):
 
     def _new_controlnet(self) -> Any:
         raise NotImplementedError
+
+    def controlnet_of_file(self, path: Path) -> Any:
+        """A ControlNet from a single safetensors file, as its authors publish it.
+
+        Raises:
+            UserError: if the family's lie in directories only, or the file holds no such ControlNet.
+        """
+        raise UserError(
+            f"the ControlNet {path} is a file; for a {type(self.pipe).__name__} give a directory with config.json and "
+            "safetensors weights, or a Hub id."
+        )
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         """Refuse a ControlNet that was made for another model.

@@ -34,7 +34,7 @@ class Family(Controlled, Prompting, LatentSpace):
     """
 
     name: ClassVar[str]
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     text_lora_targets: ClassVar[tuple[str, ...]] = ()  # empty where no text encoder is trained
     base_density: ClassVar[BaseDensity] = "uniform"  # how often the family trains at each noise level
     fit: ClassVar[Fit] = Fit()
@@ -44,7 +44,8 @@ class Family(Controlled, Prompting, LatentSpace):
     def __init__(self, pipe: Any):
         self.pipe = pipe  # Any: diffusers' annotations leave out most of its modules' methods
         self._check_variant()
-        self.process = NoiseProcess.from_scheduler(pipe.scheduler, self.base_density)
+        self._scheduled = NoiseProcess.from_scheduler(pipe.scheduler, self.base_density)
+        self.process = self.told(self._scheduled)
         self.controlnet: Any = None
         self.encodes_in_step = False
         self.offload = False  # whether the text encoders stay on the CPU but for the while of `encoding`
@@ -73,6 +74,14 @@ class Family(Controlled, Prompting, LatentSpace):
     ) -> dict[str, Any]:
         """The denoiser's keyword arguments, as the stock pipeline passes them."""
 
+    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
+        """The prediction (B, C, h, w) that the first of the denoiser's outputs is for these noisy latents."""
+        return output
+
+    def told(self, process: NoiseProcess) -> NoiseProcess:
+        """A scheduler's process with timesteps as the denoiser is told them."""
+        return process
+
     def predict(
         self, denoiser: nn.Module, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> Tensor:
@@ -86,7 +95,7 @@ class Family(Controlled, Prompting, LatentSpace):
             control = conditioning["control"]
             encoded = self.encode_control(control) if control.dtype == torch.uint8 else control
             inputs["control"] = encoded.to(noisy_model_input.dtype)
-        return denoiser(**inputs, return_dict=False)[0]
+        return self.denoiser_output(denoiser(**inputs, return_dict=False)[0], noisy_model_input)
 
     @property
     def learned_variance(self) -> bool:
@@ -103,10 +112,14 @@ class Family(Controlled, Prompting, LatentSpace):
         config = self.pipe.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return self.process
-        tokens = self.shift_tokens(resolution)
+        mu = self.shift_of(resolution)
+        return self.told(self._scheduled.shifted(math.exp(mu) if config.time_shift_type == "exponential" else mu))
+
+    def shift_of(self, resolution: int) -> float:
+        """μ, which the stock pipeline tells a scheduler with dynamic shifting for a side in pixels."""
+        config, tokens = self.pipe.scheduler.config, self.shift_tokens(resolution)
         few, many = config.base_image_seq_len, config.max_image_seq_len
-        mu = config.base_shift + (config.max_shift - config.base_shift) * (tokens - few) / (many - few)
-        return self.process.shifted(math.exp(mu) if config.time_shift_type == "exponential" else mu)
+        return config.base_shift + (config.max_shift - config.base_shift) * (tokens - few) / (many - few)
 
     def shift_tokens(self, resolution: int) -> int:
         """How many tokens the stock pipeline tells a scheduler with dynamic shifting that a side in pixels has."""
@@ -119,7 +132,7 @@ class Family(Controlled, Prompting, LatentSpace):
             UserError: if that does not work in this family, or a package is missing.
         """
         raise UserError(
-            "model.quantization is for the transformers of SD3, FLUX, PixArt, Sana and Lumina2, and this is a "
+            "model.quantization is for transformers that are told prompts, and not for a "
             f"{type(self.pipe).__name__}; leave it out."
         )
 
@@ -156,18 +169,27 @@ class Family(Controlled, Prompting, LatentSpace):
         if control is not None:
             pipe = self.control_pipeline()
             condition = to_tensor(control, self.condition_range).to(self.device, self.controlnet.dtype)
-            options[self.control_argument] = condition
+            options |= {self.control_argument: condition, "controlnet_conditioning_scale": 1.0}  # as it is trained
         pipe.set_progress_bar_config(disable=True)
         with self._drawing():
-            return pipe(
+            drawn = pipe(
                 **options,
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                **self.guidance_arguments(guidance_scale, len(prompts)),
                 generator=generators,
                 output_type="latent",
             ).images.float()
+        return self.drawn_latents(drawn, resolution)
+
+    def guidance_arguments(self, scale: float, rows: int) -> dict[str, Any]:
+        """What the stock pipeline is given for classifier-free guidance at a scale of which 1 is none."""
+        return {"guidance_scale": scale}
+
+    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
+        """Latents (B, C, h, w) in the denoiser's scale of what the stock pipeline gives for output_type latent."""
+        return drawn
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:

@@ -54,13 +54,13 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
     """What fits, by dotted key, of what the recipe leaves open."""
     method = recipe.method
     rate = f"{method}_lora" if method == "controlnet" and recipe.adapter.on == "controlnet" else method
-    found: dict[str, Any] = {
+    fits: dict[str, Any] = {
         "training.learning_rate": (Fit().learning_rate | fit.learning_rate)[rate],
         "training.max_steps": (Fit().max_steps | fit.max_steps)[method],
         "training.batch_size": fit.batch_size,
         "training.mixed_precision": "no" if fit is EMBEDDED else _precision(),
     }
-    found = {key: value for key, value in found.items() if key in recipe.left_open}
+    found = {key: value for key, value in fits.items() if key in recipe.left_open}
     ratio = _bank_share(recipe, found.get("training.batch_size", recipe.training.batch_size))
     if "tuning.retention_ratio" in recipe.left_open and ratio is not None:
         found["tuning.retention_ratio"] = ratio
@@ -74,9 +74,10 @@ def _precision() -> str:
 
 
 def _bank_share(recipe: Recipe, batch: int) -> float | None:
-    """One row of a step for the bank where its share of a small step is less than that; None where it is not."""
+    """One row of a step for retention where its share of a small step is less than that; None where it is not."""
     rows = batch * recipe.training.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
-    if not recipe.uses_bank or int(rows * recipe.tuning.retention_ratio) >= 1 or rows < 2:
+    ratio = recipe.tuning.retention_ratio
+    if ratio == 0 or int(rows * ratio) >= 1 or rows < 2:
         return None
     return 1 / rows
 

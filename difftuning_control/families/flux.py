@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxControlNetModel, FluxControlNetPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.transformer import FlowTransformer
+from difftuning_control.objective.noise import NoiseProcess
 
 TRAINING_GUIDANCE = 1.0  # where what was distilled is nearest to the conditional prediction that the loss asks for
 COPIED_BLOCKS = 4  # that a new ControlNet copies, as in diffusers' own training script
@@ -39,7 +40,8 @@ def image_ids(height: int, width: int) -> Tensor:
 
 
 class Flux(FlowTransformer):
-    """A `FluxPipeline`. Conditioning may also hold `guidance` (B,), the scale that a `dev` model is told."""
+    """A `FluxPipeline`. Conditioning may also hold `guidance` (B,), the scale that a `dev` model is told; so is the
+    guidance of `sample`, which `schnell` leaves aside."""
 
     name = "flux"
     fit = Fit(batch_size=3)
@@ -49,9 +51,8 @@ class Flux(FlowTransformer):
     control_pipeline_class = FluxControlNetPipeline
     controlnet_whole = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks")
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
-        self.process = replace(self.process, timesteps=self.process.sigmas)
+    def told(self, process: NoiseProcess) -> NoiseProcess:
+        return replace(process, timesteps=process.sigmas)
 
     def _check_variant(self) -> None:
         self.need("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -95,19 +96,12 @@ class Flux(FlowTransformer):
             "img_ids": image_ids(height, width).to(embeds),
         }
 
-    def predict(
-        self, denoiser: nn.Module, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
-    ) -> Tensor:
-        tokens = super().predict(denoiser, noisy_model_input, timesteps, conditioning)
-        return unpack(tokens, *noisy_model_input.shape[2:])
+    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
+        return unpack(output, *noisy_model_input.shape[2:])
 
-    def sample(
-        self, prompts: list[str], generators: list[torch.Generator], *, resolution: int, **settings: Any
-    ) -> Tensor:
-        """As every family; `guidance_scale` is what a `dev` model is told, and `schnell` leaves it aside."""
-        tokens = super().sample(prompts, generators, resolution=resolution, **settings)
+    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
         side = resolution // self.vae_scale_factor
-        return unpack(tokens, side, side)
+        return unpack(drawn, side, side)
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:
         """In a ControlNet without single blocks all that leads to the prompt's stream after the last double block."""
@@ -121,8 +115,7 @@ class Flux(FlowTransformer):
     def encode_control(self, control: Tensor) -> Tensor:
         return pack(super().encode_control(control))
 
-    @staticmethod
-    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         guidance = inputs["guidance"] if controlnet.config.guidance_embeds else None
         blocks, single = controlnet(**inputs | {"guidance": guidance}, controlnet_cond=control)
         return {"controlnet_block_samples": blocks, "controlnet_single_block_samples": single}

@@ -31,6 +31,21 @@ FAMILIES = {
     "PixArtSigmaPipeline": ("pixart", "PixArtSigma"),
     "SanaPipeline": ("sana", "Sana"),
     "Lumina2Pipeline": ("lumina2", "Lumina2"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
+    "Flux2Pipeline": ("flux2", "Flux2"),
+    "Krea2Pipeline": ("krea2", "Krea2"),
+    "ChromaPipeline": ("chroma", "Chroma"),
+}
+# the first diffusers that has a pipeline, where older ones are to be met
+SINCE = {
+    "ZImagePipeline": "0.36",
+    "QwenImagePipeline": "0.35",
+    "Flux2KleinPipeline": "0.37",
+    "Flux2Pipeline": "0.36",
+    "Krea2Pipeline": "0.39",
+    "ChromaPipeline": "0.34",
 }
 
 
@@ -93,6 +108,7 @@ def _known_class(model: str, index: dict[str, Any]) -> str:
     if name not in FAMILIES:
         what = f"is a {name}" if name else "does not say which pipeline it is (no _class_name)"
         raise UserError(f"{model} {what}, which cannot be tuned yet; supported: {', '.join(FAMILIES)}.")
+    _need_pipeline(model, name)
     return name
 
 
@@ -135,6 +151,21 @@ def load_family(
     return family
 
 
+def _need_pipeline(model: str, name: str) -> None:
+    """Refuse a family that the installed diffusers does not have.
+
+    Raises:
+        UserError: naming the version that does.
+    """
+    import diffusers  # which read the index
+
+    if getattr(diffusers, name, None) is None:
+        raise UserError(
+            f"{model} is a {name}, which diffusers {diffusers.__version__} does not have; install diffusers "
+            f"{SINCE[name]} or later."
+        )
+
+
 def _left_out(index: dict[str, Any]) -> dict[str, Any]:
     """Components that are not to be loaded: the safety checker, which judges finished pictures and has no use in
     training, and those that the model was saved without."""
@@ -144,14 +175,18 @@ def _left_out(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A ControlNet of the family's class from a directory or the Hub; safetensors only.
+    """A ControlNet of the family's class from a directory or the Hub, of Z-Image also a file; safetensors only.
 
     Raises:
         UserError: if it is not there, or does not fit the model, with the two numbers that differ, or the family has
             none.
     """
     family.need_controlnet()
-    controlnet = load_controlnet_model(family.controlnet_class, path, dtype)
+    if Path(path).is_file():
+        refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
+        controlnet = family.controlnet_of_file(Path(path)).to(dtype)
+    else:
+        controlnet = load_controlnet_model(family.controlnet_class, path, dtype)
     family.check_controlnet(controlnet, path)
     return controlnet.to(family.device)
 

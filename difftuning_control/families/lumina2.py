@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
@@ -28,12 +28,8 @@ class Lumina2(MaskedTransformer):
     text_length = 256
     call_settings: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
-        self.process = _reversed(self.process)
-
-    def training_process(self, resolution: int) -> NoiseProcess:
-        return _reversed(super().training_process(resolution))
+    def told(self, process: NoiseProcess) -> NoiseProcess:
+        return replace(process, timesteps=1 - process.sigmas)
 
     def shift_tokens(self, resolution: int) -> int:
         """The number of latent channels, which is what the pipeline counts."""
@@ -43,12 +39,6 @@ class Lumina2(MaskedTransformer):
         """Those of the system prompt too."""
         return super().prompt_tokens(f"{self.pipe.system_prompt} <Prompt Start> {prompt}")
 
-    def predict(
-        self, denoiser: nn.Module, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
-    ) -> Tensor:
+    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
         """noise − latents, as every other model of flow matching."""
-        return -super().predict(denoiser, noisy_model_input, timesteps, conditioning)
-
-
-def _reversed(process: NoiseProcess) -> NoiseProcess:
-    return replace(process, timesteps=1 - process.sigmas)
+        return -output

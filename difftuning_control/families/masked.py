@@ -1,4 +1,4 @@
-"""The transformers of PixArt, Sana and Lumina2: on VAE latents, with one text encoder and a mask over its tokens."""
+"""Transformers on VAE latents with one text encoder and a mask over its tokens, as that of PixArt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from difftuning_control.families.transformer import LatentTransformer
 
@@ -68,3 +69,15 @@ class MaskedTransformer(LatentTransformer):
             "encoder_hidden_states": conditioning["prompt_embeds"],
             "encoder_attention_mask": conditioning["prompt_attention_mask"],
         }
+
+
+def padded(rows: list[Tensor], length: int) -> dict[str, Tensor]:
+    """Embeddings (L_i, D) of prompts as `prompt_embeds` (B, length, D), zeros at their ends, and the mask of these."""
+    mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows], device=rows[0].device)
+    embeds = torch.stack([pad(row, (0, 0, 0, length - len(row))) for row in rows])
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask.long()}
+
+
+def ragged(embeds: Tensor, mask: Tensor) -> list[Tensor]:
+    """The inverse."""
+    return [row[:length] for row, length in zip(embeds, mask.sum(1).tolist())]

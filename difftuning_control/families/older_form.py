@@ -1,4 +1,5 @@
-"""Saved pipelines in the form that transformers 4 reads: vocabularies of CLIP tokenizers, and names of CLIP weights.
+"""Saved pipelines in the form that every transformers reads: vocabularies of CLIP tokenizers, names of CLIP weights,
+and the precision that a text encoder is loaded in.
 
 Transformers 5 reads both forms and saves its own alone. Transformers 4 does not find the vocabulary in that, and loads
 nothing of a text encoder: it begins with random weights, and only logs that.
@@ -21,7 +22,15 @@ INSIDE = "text_model."  # in which transformers 4 has all of its weights
 
 
 def write_older_form(pipeline: Path) -> None:
-    """Make the CLIP tokenizers and text encoders of a saved pipeline readable by every transformers."""
+    """Make the CLIP tokenizers and text encoders of a saved pipeline readable by every transformers.
+
+    Without a dtype, diffusers loads in float32 and transformers 5 in what the configuration names: a pipeline that was
+    saved in half precision would come in two, and not draw. So the configurations name float32.
+    """
+    for config in sorted(pipeline.glob("text_encoder*/config.json")):
+        values = _json(config)
+        named = {key: "float32" for key in ("dtype", "torch_dtype") if key in values}
+        config.write_text(json.dumps(values | named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in sorted(pipeline.glob("tokenizer*/tokenizer.json")):
         if _json(file.parent / "tokenizer_config.json").get("tokenizer_class") == "CLIPTokenizer":
             _write_vocabulary(file)

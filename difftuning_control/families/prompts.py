@@ -80,7 +80,7 @@ class Prompting(Components):
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """What the stock pipeline is given for these prompts; with `offload` it is their embeddings."""
-        return self.embedding_arguments(prompts) if self.offload else {"prompt": prompts}
+        return self.embedding_arguments(prompts) if self.offload else {"prompt": list(prompts)}  # some write into it
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Embeddings of the prompts, and of the empty one for guidance, by the names of the pipeline's call."""

@@ -20,6 +20,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.objective.noise import NoiseProcess
 
 SIDES = 32  # of whose multiples the pipeline takes sides only, whatever the autoencoder
 COPIED_BLOCKS = 7  # that a new ControlNet copies, as many as the class has by default
@@ -40,10 +41,8 @@ class Sana(MaskedTransformer):
         .default
     }
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
-        scale = pipe.transformer.config.timestep_scale
-        self.process = replace(self.process, timesteps=self.process.timesteps * scale)
+    def told(self, process: NoiseProcess) -> NoiseProcess:
+        return replace(process, timesteps=process.timesteps * self.pipe.transformer.config.timestep_scale)
 
     def _check_variant(self) -> None:
         super()._check_variant()
@@ -67,8 +66,7 @@ class Sana(MaskedTransformer):
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"controlnet_block_samples": controlnet(**inputs, controlnet_cond=control)[0]}
 
     def need_controlnet(self) -> None:

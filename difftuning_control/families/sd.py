@@ -81,8 +81,7 @@ class StableDiffusion(Family):
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         down, mid = controlnet(**inputs, controlnet_cond=control)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 

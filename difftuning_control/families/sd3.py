@@ -69,13 +69,12 @@ class StableDiffusion3(FlowTransformer):
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def residuals(controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
         if controlnet.config.force_zeros_for_pooled_projection:
             inputs = inputs | {"pooled_projections": torch.zeros_like(inputs["pooled_projections"])}
         return {"block_controlnet_hidden_states": controlnet(**inputs, controlnet_cond=control)[0]}
 
-    def control_shift(self) -> float:
+    def control_shift(self) -> Any:
         """None for the ControlNets that are told no pooled prompt either: that is how the stock pipeline tells them."""
         return 0.0 if self.controlnet.config.force_zeros_for_pooled_projection else super().control_shift()
 

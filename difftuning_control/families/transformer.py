@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.autoencoder import like
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.family import Family
 from difftuning_control.families.quantised import need_bitsandbytes, plain_state, quantise_linears
@@ -57,7 +58,7 @@ class LatentTransformer(Family):
         Raises:
             UserError: with the two numbers of channels.
         """
-        given = self.pipe.vae.config.latent_channels
+        given = self.latent_channels
         if takes != given:
             raise UserError(
                 f"the transformer takes {takes} channels (a variant that fills in or edits pictures), the autoencoder "
@@ -66,19 +67,21 @@ class LatentTransformer(Family):
 
     # --- control ----------------------------------------------------------------------------------------------------
 
-    def control_shift(self) -> float:
+    def control_shift(self) -> Any:
         """What is taken from a condition's latents before they are scaled."""
         return self.latent_shift
 
     @property
     def control_fingerprint(self) -> str:
         """Changes when what `encode_control` gives does."""
-        return digest_of([self.name, self.fingerprints["vae"], str(self.dtype), self.control_shift()])
+        shift = self.control_shift()
+        numbers = shift.flatten().tolist() if isinstance(shift, Tensor) else shift
+        return digest_of([self.name, self.fingerprints["vae"], str(self.dtype), numbers])
 
     def encode_control(self, control: Tensor) -> Tensor:
         """Conditions (B, 3, H, W) uint8 as latents (B, C, h, w): the mean of the VAE's posterior, scaled."""
         mean = self.encode_moments(to_tensor(control, self.condition_range))[0].to(self.dtype)
-        return (mean - self.control_shift()) * self.pipe.vae.config.scaling_factor
+        return (mean - like(self.control_shift(), mean)) * like(self.latent_factor, mean)
 
     def copied_controlnet(self, own: dict[str, Any], copied: tuple[str, ...]) -> Any:
         """A ControlNet with the transformer's configuration but for `own`, and the weights of its modules `copied`.
@@ -102,7 +105,7 @@ class FlowTransformer(LatentTransformer):
     """
 
     base_density = "logit_normal"
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "to_q",
         "to_k",
         "to_v",

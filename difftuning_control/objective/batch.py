@@ -44,10 +44,14 @@ class LatentBatch:
         return len(self.latents)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LatentBatch:
+        """On a device; from memory that is pinned a GPU copies while nobody waits."""
+        later = torch.device(device).type == "cuda"
         conditioning = {
-            k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in self.conditioning.items()
+            k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=later)
+            for k, v in self.conditioning.items()
         }
-        return LatentBatch(self.latents.to(device, dtype), conditioning, self.is_retention.to(device), self.ids)
+        roles = self.is_retention.to(device, non_blocking=later)
+        return LatentBatch(self.latents.to(device, dtype, non_blocking=later), conditioning, roles, self.ids)
 
     def rows(self, chosen: Tensor | slice) -> LatentBatch:
         """The chosen rows, by index, mask or slice."""

@@ -66,11 +66,17 @@ class ForgettingBudget:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(self._expected > 0, self._found / self._expected - 1, np.nan)
 
-    def update(self, losses: Tensor, u: Tensor) -> None:
-        """One step of dual ascent from the bank rows' losses ℓ (B,) at u (B,), of all processes."""
+    def update(self, losses: Tensor, u: Tensor, from_teacher: bool = False) -> None:
+        """One step of dual ascent from the bank rows' losses ℓ (B,) at u (B,), of all processes.
+
+        Args:
+            from_teacher: the losses are distances to the pretrained model's prediction, which are 0 where nothing is
+                forgotten: what the loss itself rises by on samples of that model.
+        """
         bands = self.bands_of(u)
         expected = np.interp(u.double().cpu().numpy(), self.base_u, self.base_losses)
-        for running, values in ((self._found, losses.double().cpu().numpy()), (self._expected, expected)):
+        found = losses.double().cpu().numpy() + (expected if from_teacher else 0)
+        for running, values in ((self._found, found), (self._expected, expected)):
             running *= MEMORY
             running += np.bincount(bands, values, len(self.allowed))
         violation = np.nan_to_num(self.rise - self.allowed).clip(-1, 1)

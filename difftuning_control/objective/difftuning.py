@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from difftuning_control.objective.noise import BaseDensity, NoiseProcess
+from difftuning_control.objective.noise import BaseDensity, NoiseProcess, looked_up
 from difftuning_control.objective.rows import (
     Bank,
     bank_latents,
@@ -36,6 +36,8 @@ from difftuning_control.objective.rows import (
     check_same_shape,
     draw_items,
     extend_rows,
+    moved,
+    sums_by_role,
 )
 from difftuning_control.objective.schedules import (
     ConstantSchedule,
@@ -298,15 +300,19 @@ class DiffTuningObjective:
                 larger batch; the numbers in this batch when None.
             multipliers: stands in for λ, one number a row (B,).
 
+        Levels, roles and multipliers may be on the CPU while the losses are on a GPU; nobody waits for it then.
+
         Raises:
             ValueError: unless losses, levels, is_retention and multipliers have one number a row.
         """
         check_one_a_row(is_retention, per_sample_loss=per_sample_loss)
-        weighted = per_sample_loss.float() * self.row_weights(levels, is_retention, multipliers)
-        bank = int(is_retention.sum())
-        targets, banks = counts if counts is not None else (len(is_retention) - bank, bank)
-        target_sum, bank_sum = weighted[~is_retention].sum(), weighted[is_retention].sum()
-        return target_sum / max(targets, 1) + bank_sum / max(banks, 1)
+        if counts is None:
+            bank = int(is_retention.sum())
+            counts = len(is_retention) - bank, bank
+        weights = self.row_weights(levels, is_retention, multipliers)
+        weighted = per_sample_loss.float() * moved(weights, per_sample_loss)
+        target_sum, bank_sum = sums_by_role(weighted, is_retention)
+        return target_sum / max(counts[0], 1) + bank_sum / max(counts[1], 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         """The forward process at the given levels, (B,) long.
@@ -319,7 +325,7 @@ class DiffTuningObjective:
             raise ValueError(f"levels are {tuple(levels.shape)} for {len(latents)} latents; expected one a row.")
         return NoisedBatch(
             self.process.add_noise(latents, noise, levels),
-            self.process.timesteps.to(latents.device)[levels],
+            looked_up(self.process.timesteps, levels, latents.device),
             self.process.target(latents, noise, levels),
             levels,
         )

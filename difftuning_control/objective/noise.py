@@ -121,7 +121,7 @@ class NoiseProcess:
         return float(self.u[self.levels_of(first)])
 
     def _at(self, table: Tensor, levels: Tensor, like: Tensor) -> Tensor:
-        values = table.to(like.device)[levels.to(like.device)].to(like.dtype)
+        values = looked_up(table, levels, like.device).to(like.dtype)
         return values.view(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
@@ -154,6 +154,11 @@ class NoiseProcess:
         raise ValueError("min-SNR weighting is defined for epsilon and v_prediction; leave min_snr_gamma empty here.")
 
 
+def looked_up(table: Tensor, levels: Tensor, device: torch.device) -> Tensor:
+    """Entries (B,) of a table at levels (B,), on a device: looked up where the levels are, which nobody waits for."""
+    return table.to(levels.device)[levels].to(device, non_blocking=levels.device.type == "cpu")
+
+
 def _flow_sigmas(config: Any) -> Tensor:
     """Rising training sigmas of a flow-matching scheduler, with its static timestep shift s: s σ / (1 + (s − 1) σ)."""
     count = config.num_train_timesteps
@@ -164,7 +169,7 @@ def _flow_sigmas(config: Any) -> Tensor:
 
 
 def _shift(sigmas: Tensor, shift: float) -> Tensor:
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return (shift * sigmas / (1 + (shift - 1) * sigmas)).clamp(max=1)  # rounded, pure noise can lie above 1
 
 
 def _base_density(kind: str, count: int) -> Tensor:

@@ -58,6 +58,17 @@ def check_same_shape(**parts: Tensor) -> None:
         raise ValueError(f"{found}; expected one shape.")
 
 
+def moved(values: Tensor, like: Tensor) -> Tensor:
+    """Values on the device of another tensor; nobody waits for the copy from the CPU."""
+    return values.to(like.device, non_blocking=values.device.type == "cpu")
+
+
+def sums_by_role(values: Tensor, is_retention: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of values (B,) over target rows and over bank rows; how many there are of each is not asked."""
+    banks, none = moved(is_retention, values), torch.zeros((), dtype=values.dtype, device=values.device)
+    return torch.where(banks, none, values).sum(), torch.where(banks, values, none).sum()
+
+
 def draw_items(bank: Bank, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Numbers of `count` items of the bank, drawn with replacement, (count,) long on the CPU.
 

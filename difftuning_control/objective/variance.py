@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.objective.noise import NoiseProcess, looked_up
 
 BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb
 BIN = 1 / 255  # half of the width of a bin
@@ -56,7 +56,7 @@ def variational_bound(
         + torch.exp(smallest - log_variance)
         + (true_mean - mean).square() * torch.exp(-log_variance)
     )
-    last = (levels == 0).view(-1, *[1] * (latents.ndim - 1))
+    last = (levels == 0).to(latents.device).view(-1, *[1] * (latents.ndim - 1))
     found = torch.where(last, -discretized_log_likelihood(latents, mean, 0.5 * log_variance), divergence)
     return found.flatten(1).mean(1) / math.log(2)
 
@@ -92,4 +92,4 @@ def _posterior(process: NoiseProcess, levels: Tensor, like: Tensor) -> tuple[Ten
 
 
 def _at(table: Tensor, levels: Tensor, like: Tensor) -> Tensor:
-    return table.to(levels.device)[levels].to(like).view(-1, *[1] * (like.ndim - 1))
+    return looked_up(table, levels, like.device).to(like.dtype).view(-1, *[1] * (like.ndim - 1))

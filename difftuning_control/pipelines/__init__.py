@@ -10,14 +10,15 @@ from typing import Any
 
 from difftuning_control.pipelines.registry import BY_NAME, CLASSES
 
-__all__ = ["add_control", *CLASSES]
+HOME = {"DomainGuidance": "guider", "add_control": "controlled", "attach": "attached", "detach": "attached"}
+__all__ = ["DomainGuidance", "add_control", "attach", "detach", *CLASSES]
 
 
 def __getattr__(name: str) -> Any:
     """A public name's object."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "controlled" if name == "add_control" else BY_NAME[name].module
+    module = HOME[name] if name in HOME else BY_NAME[name].module
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.utils.torch_utils import is_compiled_module
@@ -10,7 +12,7 @@ from torch import nn
 from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guidance import TunedWeights
-from difftuning_control.pipelines.strength import Strength
+from difftuning_control.pipelines.guiding import Guiding
 
 NAMES = {"unet": "UNet", "transformer": "transformer", "controlnet": "ControlNet"}
 """How sentences call a pipeline's modules."""
@@ -18,17 +20,33 @@ NAMES = {"unet": "UNet", "transformer": "transformer", "controlnet": "ControlNet
 IP_ADAPTER = ("encoder_hid_proj", "image_proj")  # where a UNet or FLUX, and where SD3 keep one
 
 
-def check_source(denoiser: Any, source: Any, component: str, keys: tuple[str, ...]) -> None:
-    """Refuse a source of another shape.
+SHAPES = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "guidance_embeds",
+    "num_embeds_ada_norm",
+    "dim",
+    "hidden_size",
+)
+"""Of a denoiser's configuration, where it has them: what the pretrained one must have too."""
 
-    Args:
-        keys: of the configurations, that must be equal.
+
+def check_source(denoiser: Any, source: Any, component: str) -> None:
+    """Refuse a source of another shape.
 
     Raises:
         UserError: with the two values that differ.
     """
     name = NAMES[component]
-    for key in keys:
+    for key in SHAPES:
         ours, its = denoiser.config.get(key), source.config.get(key)
         if ours != its:
             raise UserError(
@@ -50,12 +68,17 @@ def check_ip_adapter(denoiser: Any, source: Any, component: str) -> None:
         )
 
 
-def check_scalable(weights: TunedWeights) -> None:
-    """Refuse adapters that have no scale.
+def check_scalable(weights: TunedWeights, setting: str) -> None:
+    """Refuse adapters that have no scale, and full weights, which have none either.
 
     Raises:
         UserError: naming the kind.
     """
+    if weights.source is not None and setting != "adapter_schedule":
+        raise UserError(
+            f"{setting} needs an adapter, whose strength it sets, and here the weights themselves were tuned; give 0, "
+            "which is the pretrained model, or 1, which is ordinary guidance."
+        )
     for layer in weights.layers:
         if isinstance(layer, TrainedWhole):
             continue
@@ -63,13 +86,16 @@ def check_scalable(weights: TunedWeights) -> None:
         if any(n not in getattr(layer, "scaling", {}) for n in its):
             kind = type(layer).__module__.split(".")[2]  # peft.tuners.<kind>
             raise UserError(
-                f"adapter_schedule needs adapters with a scale, and {', '.join(its)} has none (a {kind}); use "
-                "hand_over, which switches it."
+                f"{setting} needs adapters with a scale, and {', '.join(its)} has none (a {kind}); "
+                + ("use hand_over, which switches it." if setting == "adapter_schedule" else "give 0 or 1.")
             )
 
 
-def check_compiled(module: nn.Module, component: str, schedule: Strength | None) -> None:
+def check_compiled(module: nn.Module, component: str, changes: str | None) -> None:
     """Refuse what would be compiled anew at every step, or what no hook reaches.
+
+    Args:
+        changes: the setting that gives an adapter other strengths than on and off, if there is one.
 
     Raises:
         UserError: in these cases.
@@ -80,9 +106,10 @@ def check_compiled(module: nn.Module, component: str, schedule: Strength | None)
             f"the {name} was compiled in place ({component}.compile()), where no hook reaches it; use "
             f"torch.compile(pipe.{component}) instead."
         )
-    if schedule is not None and is_compiled_module(module):
+    if changes is not None and is_compiled_module(module):
+        other = "use hand_over" if changes == "adapter_schedule" else "give 0 or 1"
         raise UserError(
-            f"the {name} is compiled and would be compiled anew for every value of adapter_schedule; use hand_over, "
+            f"the {name} is compiled and would be compiled anew for every value of {changes}; {other}, "
             "or leave it uncompiled."
         )
 
@@ -97,4 +124,51 @@ def check_cache(module: Any, component: str) -> None:
         raise UserError(
             f"the {NAMES[component]} reuses what it computed a forward before (enable_cache), which domain_guidance "
             f"would mix with what other weights computed; call pipe.{component}.disable_cache()."
+        )
+
+
+def check_scale(pipe: Any, guiding: Guiding, scale: float) -> None:
+    """Refuse Domain Guidance where the stock class has no second branch.
+
+    Raises:
+        UserError: in this case.
+    """
+    name, denoiser = type(pipe).__name__, getattr(pipe, guiding.component)
+    if guiding.scale is None:
+        raise UserError(
+            f"domain_guidance needs a second prediction with a scale, and a {name} has none; use hand_over or "
+            "adapter_schedule."
+        )
+    given = f"{guiding.scale} {scale:g}"
+    if scale != guiding.neutral and not scale > guiding.above:
+        more = "or more" if guiding.above == guiding.neutral else f"or more than {guiding.above:g}"
+        raise UserError(
+            f"domain_guidance does nothing at {given}; give {guiding.neutral:g}, which is the tuned model alone, "
+            f"{more}, or leave domain_guidance out."
+        )
+    told = denoiser.config.get("time_cond_proj_dim") is not None or pipe.config.get("is_distilled")
+    if scale > guiding.above and told:
+        raise UserError(
+            f"domain_guidance does nothing at {given} on this model, which is distilled or told its guidance and has "
+            "no unconditional rows; leave domain_guidance out."
+        )
+
+
+DEPRECATED = ("callback", "callback_steps", "mask_feature")  # what stock classes take under `**kwargs`
+
+
+def check_unused(stock: Callable[..., Any], pipe: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments that a stock `__call__` takes and does not look at.
+
+    Raises:
+        UserError: naming them.
+    """
+    parameters = inspect.signature(stock).parameters
+    unused = [name for name in given if name not in parameters and name not in DEPRECATED]
+    swallows = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if unused and swallows:  # where it does not, Python refuses them
+        what = "image-to-image and inpainting" if {"image", "strength", "mask_image"} & set(unused) else "other"
+        raise UserError(
+            f"a {type(pipe).__name__} does not use {', '.join(unused)}; leave it out, or use the class that does "
+            f"({what} pipelines of diffusers take the same settings by attach)."
         )

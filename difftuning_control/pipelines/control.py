@@ -6,27 +6,21 @@ image (a photo) → ControlSpec beside the weights → condition → the stock `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
-from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
+from diffusers.utils.torch_utils import unwrap_module
 from PIL import Image
-from torch import Tensor
 
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
-from difftuning_control.objective.noise import NoiseProcess
-from difftuning_control.pipelines.checks import check_compiled
-from difftuning_control.pipelines.control_strength import ControlUse, control_strength
-from difftuning_control.pipelines.extras import UNCHANGED, TunedSampling, bound, like
+from difftuning_control.pipelines.control_strength import ControlUse
+from difftuning_control.pipelines.extras import CONTROL_SETTINGS, TunedSampling, like
+from difftuning_control.pipelines.sampling import Sampling, bound, nets_of
+from difftuning_control.pipelines.settings import UNCHANGED
 from difftuning_control.pipelines.specs import find_spec
-from difftuning_control.pipelines.strength import Strength, as_strength, stored
-
-logger = logging.get_logger(__name__)
 
 
 class ControlledSampling(TunedSampling):
@@ -44,24 +38,32 @@ class ControlledSampling(TunedSampling):
 
     controlnet: Any
     control_use: list[ControlUse]
+    settings: ClassVar[dict[str, Any]] = {**TunedSampling.settings, **CONTROL_SETTINGS}
     controlnet_class: ClassVar[Any]
     control_keys: ClassVar[tuple[str, ...]] = ("in_channels", "num_attention_heads", "attention_head_dim")
     control_argument: ClassVar[str] = "control_image"
     condition_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     conditions_by_row: ClassVar[bool] = False
 
-    def _start_extras(self, source: Any, control_schedule: Any = None, **settings: Any) -> None:
-        self._control_schedule: list[Strength | None] | None = None
+    def _start_extras(self, source: Any, *, control_schedule: Any = None, **settings: Any) -> None:
         self._specs: list[tuple[Any, ControlSpec]] = []  # each with its ControlNet, which may be exchanged
         self._conditioners: dict[int, Conditioner] = {}
         self.control_use = []
         super()._start_extras(source, **settings)
         self.set_extras(control_schedule=control_schedule)
 
+    @classmethod
+    def _call_of(cls, stock: Any) -> Callable[..., Any]:
+        @like(stock.__call__, preprocess=False)
+        def __call__(self: Any, *args: Any, preprocess: bool | Sequence[bool] = False, **kwargs: Any) -> Any:  # noqa: N807
+            return self._sample_controlled(stock.__call__, args, kwargs, preprocess)
+
+        return __call__
+
     @property
     def nets(self) -> list[Any]:
         """The ControlNets, one or several."""
-        return list(getattr(self.controlnet, "nets", [self.controlnet]))
+        return nets_of(self)
 
     @classmethod
     def check_controlnet(cls, pipe: Any, controlnet: Any, name: str) -> None:
@@ -84,21 +86,7 @@ class ControlledSampling(TunedSampling):
         Raises:
             UserError: for a value of another kind, out of its range, or a list of another length.
         """
-        if control_schedule is UNCHANGED:
-            return super().set_extras(**others)
-        count = len(self.nets)
-        given = control_schedule if isinstance(control_schedule, list) else [control_schedule] * count
-        if len(given) != count:
-            raise UserError(f"control_schedule has {len(given)} entries; expected one for each of {count} ControlNets.")
-        found = [None if s is None else as_strength(s) for s in given]
-        super().set_extras(**others)
-        self._control_schedule = None if all(s is None for s in found) else found
-        pipe: Any = self
-        kept = None if self._control_schedule is None else [stored(s) for s in found]
-        pipe.register_to_config(control_schedule=kept)
-
-    def _strengths(self) -> list[Strength]:
-        return [*super()._strengths(), *(s for s in self._control_schedule or [] if s is not None)]
+        self._change(len(self.nets), control_schedule=control_schedule, **others)
 
     # --- conditions -------------------------------------------------------------------------------------------------
 
@@ -206,30 +194,11 @@ class ControlledSampling(TunedSampling):
             found = self.prepare_conditions(given[self.control_argument], preprocess, *size)
             given[self.control_argument], given["height"], given["width"] = found
             args, kwargs = call.args[1:], call.kwargs
-        if self._control_schedule is None:
-            return self._sample(stock, args, kwargs)
-        if len(self._control_schedule) != len(self.nets):
-            raise UserError(
-                f"control_schedule was set for {len(self._control_schedule)} ControlNets, and there are "
-                f"{len(self.nets)} now; set_extras(control_schedule=[…]) anew, with one for each."
-            )
-        if is_compiled_module(self.controlnet) and hasattr(self.controlnet, "nets"):
-            raise UserError(
-                "the ControlNets were compiled as one, which control_schedule would have compiled anew at every step; "
-                "compile each of them: pipe.controlnet.nets[0] = torch.compile(pipe.controlnet.nets[0])."
-            )
-        process = self._process()
-        with ExitStack() as stack:
-            self.control_use = [ControlUse() for _ in self.nets]
-            hooks = []
-            for net, strength, use in zip(self.nets, self._control_schedule, self.control_use):
-                check_compiled(net, "controlnet", None)
-                hooks.append(stack.enter_context(control_strength(net, _at(strength, process), use)))
-            found = self._sample(stock, args, kwargs, hooks)
-        for i, use in enumerate(self.control_use):
-            saved = f", which saved about {use.seconds_saved:.2f} s" if use.seconds_saved is not None else ""
-            logger.info(f"ControlNet {i} ran {use.run} times and was skipped {use.skipped} times{saved}.")
-        return found
+        sampling = Sampling(self, self.extras, self.source, control_use=self.control_use)
+        try:
+            return sampling.run(stock, args, kwargs)
+        finally:
+            self.control_use = sampling.control_use
 
     # --- from and to disk and other pipelines -----------------------------------------------------------------------
 
@@ -239,8 +208,9 @@ class ControlledSampling(TunedSampling):
         found = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, ControlledSampling) and isinstance(found, ControlledSampling):
             found._specs = list(pipeline._specs)
-            if pipeline._control_schedule is not None and found.nets == pipeline.nets:
-                found.set_extras(control_schedule=kwargs.get("control_schedule", pipeline._control_schedule))
+            functions = pipeline.extras.control_schedule  # a function is in no configuration
+            if functions is not None and found.nets == pipeline.nets:
+                found.set_extras(control_schedule=kwargs.get("control_schedule", list(functions)))
         return found
 
     @like(DiffusionPipeline.save_pretrained)
@@ -261,8 +231,3 @@ class ControlledSampling(TunedSampling):
             spec = next((spec for one, spec in self._specs if one is net), None)
             if spec is not None and place.is_dir():
                 spec.save(place)
-
-
-def _at(strength: Strength | None, process: NoiseProcess) -> Callable[[Tensor], float]:
-    """From a sampler's timestep to a ControlNet's strength."""
-    return lambda timestep: 1.0 if strength is None else strength(process.u_at(timestep))

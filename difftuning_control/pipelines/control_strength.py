@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
-from difftuning_control.pipelines.guidance import AtTimestep, SamplingHook, argument, hooked
+from difftuning_control.errors import UserError
+from difftuning_control.pipelines.guidance import AtTimestep, SamplingHook, argument, hooked, sample_of
 
 CONTROL = "difftuning_control_strength"
 
@@ -57,7 +59,7 @@ class _ControlHook(SamplingHook):
         self.strength, self.use = strength, use
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        sample = sample_of(args, kwargs)
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
         if strength * kwargs.get("conditioning_scale", 1.0) == 0:
             self.use.skipped += 1
@@ -76,6 +78,20 @@ def _times(residuals: Any, strength: float) -> Any:
     if isinstance(residuals, dict):  # diffusers' output classes are
         return type(residuals)(**{name: _times(value, strength) for name, value in residuals.items()})
     return None if residuals is None else type(residuals)(_times(value, strength) for value in residuals)
+
+
+KNOWN = ("ControlNetModel", "ControlNetUnionModel", "SD3ControlNetModel", "FluxControlNetModel")
+
+
+def check_skippable(controlnet: nn.Module) -> None:
+    """Refuse a ControlNet that is not known to add what `no_residuals` leaves out.
+
+    Raises:
+        UserError: naming its class.
+    """
+    name = type(unwrap_module(controlnet)).__name__
+    if name not in KNOWN:
+        raise UserError(f"control_schedule acts on {', '.join(KNOWN)}, and this is a {name}; leave it out.")
 
 
 def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:

@@ -66,7 +66,7 @@ def add_control(
     present = [] if has is None else list(getattr(has, "nets", [has]))
     added = load_controlnets(pipe, controlnet, target)
     nets = [*present, *added]
-    if (schedule := getattr(pipe, "_control_schedule", None)) is not None:
+    if (schedule := getattr(getattr(pipe, "extras", None), "control_schedule", None)) is not None:
         extras = {"control_schedule": [*schedule, *[None] * len(added)]} | extras
     found = target.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
     if spec is not None:

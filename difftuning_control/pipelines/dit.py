@@ -10,24 +10,22 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from difftuning_control.families.tunable import TunableDiT
 from difftuning_control.pipelines.extras import TunedSampling, like
-from difftuning_control.pipelines.guidance import AtForward
 from difftuning_control.pipelines.strength import Strength
 
 
-class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
+class DiffTuningDiTPipeline(TunedSampling, DiTPipeline, stock=DiTPipeline):
     """`DiTPipeline` that knows the pretrained model behind a tuned one, and whose class names are saved with it.
 
     Classes that an adapter brought are the null class to the pretrained model: after a hand-over it goes on with that,
     and an adapter schedule moves their embeddings from the null class's to their own.
 
-    `domain_guidance`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings of `set_extras`.
+    `domain_guidance`, `unconditional_strength`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings
+    of `set_extras`.
 
     Args:
         id2label: names of the classes, by number.
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
     """
-
-    _optional_components = [*DiTPipeline._optional_components, "source_transformer"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -36,7 +34,8 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
         scheduler: KarrasDiffusionSchedulers,
         id2label: dict | None = None,
         source_transformer: DiTTransformer2DModel | TunableDiT | None = None,
-        domain_guidance: bool = False,
+        domain_guidance: bool | None = None,
+        unconditional_strength: float | None = None,
         tuned_adapters: list | None = None,
         adapter_schedule: dict | str | Strength | Callable | None = None,
         hand_over: float | None = None,
@@ -47,6 +46,7 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
             source_transformer,
             saved_adapters=saved_adapters,
             domain_guidance=domain_guidance,
+            unconditional_strength=unconditional_strength,
             tuned_adapters=tuned_adapters,
             adapter_schedule=adapter_schedule,
             hand_over=hand_over,
@@ -56,14 +56,6 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline):
         for name in ("transformer", "source_transformer"):
             if getattr(pipe, name) is not None:  # perhaps a DiT that takes adapters, which is saved as what it is
                 pipe.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
-
-    def _branch(self, call: dict[str, Any]) -> AtForward:
-        """The second half of a guided batch is told the null class."""
-        return lambda inputs: "conditional first"
-
-    @like(DiTPipeline.__call__)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._sample(DiTPipeline.__call__, args, kwargs)
 
     @classmethod
     @like(DiTPipeline.from_pipe.__func__)

@@ -1,17 +1,17 @@
-"""Domain Guidance for what draws through a family: its pipeline is exchanged for our drop-in one for the while.
+"""Domain Guidance for what draws through a family: its pipeline has the setting for the while.
 
-The pictures are therefore those of the drop-in pipeline, see `guidance`.
+The pictures are therefore those of an attached pipeline or a drop-in one, see `guidance`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from difftuning_control import pipelines
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.registry import BY_STOCK
+from difftuning_control.pipelines.attached import attach, detach
+from difftuning_control.pipelines.guiding import BY_CLASS
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -29,39 +29,38 @@ def check_domain_method(run: str, method: str) -> None:
         )
 
 
-def check_domain_family(family: Family, option: str) -> Any:
-    """The drop-in pipeline that draws with Domain Guidance in the place of the family's own.
+def check_domain_family(family: Family, option: str) -> None:
+    """Refuse a family that is sampled without a second prediction, naming the option that asks for one.
 
     Raises:
-        UserError: for a family without one here, naming the option that asks for it.
+        UserError: for a model that is told its guidance (FLUX dev), is distilled, or makes its own of classes.
     """
-    row = BY_STOCK.get(type(family.pipe).__name__)
-    drop_in: Any = None if row is None else getattr(pipelines, row.name)
-    # a family whose guidance is another argument, or that makes its own of classes, is not sampled like the drop-in
-    if drop_in is None or drop_in.guidance_argument != "guidance_scale" or family.class_conditional:
+    guiding = BY_CLASS.get(type(family.pipe).__name__)
+    is_told = guiding is None or guiding.scale is None or guiding.alone or family.pipe.config.get("is_distilled")
+    if is_told or family.class_conditional:
         raise UserError(
-            "Domain Guidance is here for pipelines with ordinary guidance (SD, SDXL, SD3), not for a "
+            "Domain Guidance is here for models that are sampled with a second, unconditional prediction, not for a "
             f"{type(family.pipe).__name__}; leave out {option}."
         )
-    return drop_in
 
 
 @contextmanager
-def domain_guided(base: Family, tuned: Family) -> Iterator[None]:
+def domain_guided(base: Family, tuned: Family, unconditional_strength: float = 0.0) -> Iterator[None]:
     """While open, `tuned` samples with the unconditional branch of guidance from the pretrained denoiser.
 
     Args:
         base: the pretrained model; the same object as `tuned` where that is the base with an adapter on.
+        unconditional_strength: in [0, 1]; of the adapter in that branch, 1 for ordinary guidance.
 
     Raises:
-        UserError: for a family without a drop-in pipeline here, or a tuned text encoder under `offload`.
+        UserError: for a family that is sampled without a second prediction, or a tuned text encoder under `offload`.
     """
-    before, drop_in = tuned.pipe, check_domain_family(tuned, "--domain_guidance_scale")
-    if tuned.offload and getattr(before.text_encoder, "_hf_peft_config_loaded", False):
+    check_domain_family(tuned, "--domain_guidance_scale")
+    if tuned.offload and getattr(tuned.pipe.text_encoder, "_hf_peft_config_loaded", False):
         raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
     source = base.denoiser if tuned is not base else None
-    tuned.pipe = drop_in.from_pipe(before, domain_guidance=True, **{f"source_{tuned.component}": source})
+    attach(tuned.pipe, domain_guidance=True, unconditional_strength=unconditional_strength, source=source)
     try:
         yield
     finally:
-        tuned.pipe = before
+        detach(tuned.pipe)

@@ -2,18 +2,21 @@
 
     where                     what answers a forward
     u ≤ u₀ (hand-over)        the pretrained weights
-    unconditional rows        the pretrained weights (Domain Guidance), else as the conditional ones
+    unconditional rows        the tuned weights, an adapter at the strength k s(u): k = 0 is Domain Guidance
     conditional rows          the tuned weights, an adapter at the strength s(u)
 
 The pretrained weights are the tuned ones with the adapter off, or a second module (`source`). With them the guided
-prediction is ε̂ = ε_pretrained(x, ∅) + w (ε_tuned(x, c) − ε_pretrained(x, ∅)), w as diffusers' `guidance_scale`. Where
-a sampler has no unconditional rows (FLUX) the pretrained weights answer the same rows a second time.
+prediction is ε̂ = ε_k(x, ∅) + w (ε_tuned(x, c) − ε_k(x, ∅)), w as diffusers' `guidance_scale`; ε_0 is the pretrained
+model's and ε_1 the tuned one's, which is ordinary guidance. Where a sampler has no unconditional rows (FLUX) the same
+rows are answered a second time.
 
 References:
     Diffusion Tuning: Transferring Diffusion Models via Chain of Forgetting (Zhong et al., NeurIPS 2024),
     https://arxiv.org/abs/2406.00773 (section 3: the experiment with two models on either side of u₀)
     Domain Guidance: A Simple Transfer Approach for a Pre-trained Diffusion Model (Zhong et al., ICLR 2025),
     https://arxiv.org/abs/2504.01521
+    Steering Guidance for Personalized Text-to-Image Diffusion Models (2025), https://arxiv.org/abs/2508.00319 (weights
+    between the pretrained and the tuned ones in the unconditional rows)
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ if TYPE_CHECKING:
 
 TUNED = "difftuning_tuned_weights"
 AtTimestep = Callable[[Tensor], float]  # a forward's timestep to a strength in [0, 1]
-Branch = Literal["tuned", "pretrained", "unconditional first", "conditional first", "both"]
-"""Which weights answer a forward: the tuned or the pretrained ones for all rows; the pretrained ones for the first or
-the second half; or each of them for all rows, of which `scale` then makes one prediction."""
+Branch = Literal["tuned", "unconditional", "unconditional first", "conditional first", "both"]
+"""Which rows a forward has: all conditional or all unconditional; the unconditional ones in the first or the second
+half; or conditional ones that are answered as both, of which `scale` then makes one prediction."""
 
-AtForward = Callable[[dict[str, Any]], Branch]  # a forward's keyword arguments to what answers it
+AtForward = Callable[[dict[str, Any], Tensor], Branch]  # a forward's keyword arguments and timestep to its rows
 
 
 # --- which weights act ----------------------------------------------------------------------------------------------
@@ -167,50 +170,57 @@ class _TunedWeightsHook(SamplingHook):
     """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
 
     def __init__(
-        self, weights: TunedWeights, strength: AtTimestep, branch: AtForward, scale: float, mask: _Rows | None
+        self,
+        weights: TunedWeights,
+        strength: AtTimestep,
+        branch: AtForward,
+        scale: float,
+        unconditional: float,
+        mask: _Rows | None,
     ):
         super().__init__()
-        self.weights, self.strength, self.branch, self.scale, self.mask = weights, strength, branch, scale, mask
+        self.weights, self.strength, self.branch, self.scale = weights, strength, branch, scale
+        self.unconditional, self.mask = unconditional, mask
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        branch = self.branch(kwargs)
-        strength = self.strength(argument(args, kwargs, 1, "timestep"))
-        forward = self.fn_ref.original_forward
-        if strength == 0 or branch == "pretrained":
-            return self.weights.run(forward, 0, *args, **kwargs)
+        timestep = argument(args, kwargs, 1, "t" if "t" in kwargs else "timestep")
+        branch, strength = self.branch(kwargs, timestep), self.strength(timestep)
+        weaker, forward = strength * self.unconditional, self.fn_ref.original_forward
+        if branch == "unconditional" or weaker == strength:
+            return self.weights.run(forward, weaker, *args, **kwargs)
         if branch == "tuned":
             return self.weights.run(forward, strength, *args, **kwargs)
         if branch == "both":
             tuned = self.weights.run(forward, strength, *args, **kwargs)
-            return _apart(self.weights.run(forward, 0, *args, **kwargs), tuned, self.scale)
-        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        pretrained = 0 if branch == "unconditional first" else 1
+            return _apart(self.weights.run(forward, weaker, *args, **kwargs), tuned, self.scale)
+        sample = sample_of(args, kwargs)
+        first = branch == "unconditional first"
         if self.mask is not None:
-            with self.mask.half(sample, 1 - pretrained):
+            share = self.unconditional
+            with self.mask.halves(sample, *((share, 1.0) if first else (1.0, share))):
                 return self.weights.run(forward, strength, *args, **kwargs)
-        halves = []
-        for i in range(2):
-            its_args, its_kwargs = _half((args, kwargs), len(sample), i)
-            its = 0.0 if i == pretrained else strength
-            halves.append(self.weights.run(forward, its, *its_args, **its_kwargs))
-        return _joined(*halves)
+        parts = []
+        for i, its in enumerate((weaker, strength) if first else (strength, weaker)):
+            its_args, its_kwargs = _half((args, kwargs), len(sample), i, isinstance(sample, list))
+            parts.append(self.weights.run(forward, its, *its_args, **its_kwargs))
+        return _joined(*parts)
 
 
 class _Rows:
-    """Lets LoRAs act on some rows of a batch only: one forward of a whole batch is faster than two of halves.
+    """Lets LoRAs act otherwise on each half of a batch: one forward of a whole batch is faster than two of halves.
 
-    s · B(A(x)) is 0 for rows in which A's output is; that is the smallest of its tensors.
+    s · B(A(x)) is as many times as large in a row as A's output is; that is the smallest of its tensors.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
 
     @contextmanager
-    def half(self, sample: Tensor, which: int) -> Iterator[None]:
-        """While open, they act on the first or the second half only."""
+    def halves(self, sample: Tensor, first: float, second: float) -> Iterator[None]:
+        """While open, they act with these shares of their strength on the first and on the second half."""
         rows = len(sample)
-        second = torch.arange(rows, device=sample.device) >= rows // 2
-        self.mask = (second if which else ~second).to(sample.dtype)
+        shares = [first] * (rows // 2) + [second] * (rows - rows // 2)
+        self.mask = torch.tensor(shares, dtype=sample.dtype, device=sample.device)
         try:
             yield
         finally:
@@ -262,27 +272,42 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: st
     return kwargs[name] if name in kwargs else args[place]
 
 
-def _half(value: Any, rows: int, which: int) -> Any:
-    """The first or second half of every tensor that has a row for each of a batch, in arguments of any nesting."""
+def sample_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The noisy rows that a denoiser or a ControlNet was given: a tensor (B, …), or Z-Image's list of B tensors."""
+    return args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs)
+
+
+def _half(value: Any, rows: int, which: int, lists: bool) -> Any:
+    """The first or second half of every tensor that has a row for each of a batch, in arguments of any nesting.
+
+    Args:
+        lists: whether a list may have an entry for each row.
+    """
     if isinstance(value, Tensor) and value.ndim and len(value) == rows:
         return value.chunk(2)[which]
+    if lists and isinstance(value, list) and len(value) == rows:
+        return value[rows // 2 :] if which else value[: rows // 2]
     if isinstance(value, (list, tuple)):
-        return type(value)(_half(v, rows, which) for v in value)
-    return {k: _half(v, rows, which) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(_half(v, rows, which, lists) for v in value)
+    return {k: _half(v, rows, which, lists) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _joined(first: Any, second: Any) -> Any:
     """The two halves' outputs as those of one batch: a tuple, or diffusers' output class."""
     if isinstance(first, tuple):
-        return tuple(torch.cat(pair) for pair in zip(first, second))
-    return type(first)(**{name: torch.cat([first[name], second[name]]) for name in first})
+        return tuple(_one_batch(*pair) for pair in zip(first, second))
+    return type(first)(**{name: _one_batch(first[name], second[name]) for name in first})
 
 
-def _apart(pretrained: Any, tuned: Any, scale: float) -> Any:
-    """pretrained + scale · (tuned − pretrained)."""
+def _one_batch(first: Any, second: Any) -> Any:
+    return [*first, *second] if isinstance(first, list) else torch.cat([first, second])
+
+
+def _apart(weaker: Any, tuned: Any, scale: float) -> Any:
+    """weaker + scale · (tuned − weaker)."""
     if isinstance(tuned, tuple):
-        return tuple(p + scale * (t - p) for p, t in zip(pretrained, tuned))
-    return type(tuned)(**{name: pretrained[name] + scale * (tuned[name] - pretrained[name]) for name in tuned})
+        return tuple(p + scale * (t - p) for p, t in zip(weaker, tuned))
+    return type(tuned)(**{name: weaker[name] + scale * (tuned[name] - weaker[name]) for name in tuned})
 
 
 @contextmanager
@@ -317,18 +342,23 @@ def tuned_weights(
     module: nn.Module,
     weights: TunedWeights,
     strength: AtTimestep = lambda timestep: 1.0,
-    branch: AtForward = lambda inputs: "tuned",
+    branch: AtForward = lambda inputs, timestep: "tuned",
     scale: float = 1.0,
+    unconditional: float = 0.0,
+    lists: bool = False,
 ) -> Iterator[SamplingHook]:
     """While open, a denoiser runs with `weights` at the strength of each timestep.
 
     Args:
-        branch: which weights answer a forward.
-        scale: w in ε_pretrained + w (ε_tuned − ε_pretrained), where both do.
+        branch: which rows a forward has.
+        scale: w in ε_k + w (ε_tuned − ε_k), where the same rows are answered as both.
+        unconditional: k, the share of the strength that unconditional rows are answered with.
+        lists: whether the denoiser takes a list of rows, of which no layer sees a batch.
     """
-    mask = _Rows() if can_mask(weights) and not is_compiled(module) else None
+    mask = _Rows() if can_mask(weights) and not is_compiled(module) and not lists else None
     masked = mask.over(weights) if mask is not None else nullcontext()
-    with masked, hooked(module, _TunedWeightsHook(weights, strength, branch, scale, mask), TUNED) as hook:
+    tuned = _TunedWeightsHook(weights, strength, branch, scale, unconditional, mask)
+    with masked, hooked(module, tuned, TUNED) as hook:
         yield hook
 
 

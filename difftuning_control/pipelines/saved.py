@@ -45,7 +45,7 @@ def unsaved_settings(pipe: Any, names: list[str]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"adapter_schedule": None, "tuned_adapters": None}
     if pipe.source is None:
-        found |= {"domain_guidance": False, "hand_over": None}
+        found |= {"domain_guidance": False, "unconditional_strength": None, "hand_over": None}
     found = {name: value for name, value in found.items() if pipe.config[name] != value}
     if found:
         absent = "no tuned adapter is loaded" + (f" and no {pipe.source_name}" if pipe.source is None else "")

@@ -6,32 +6,15 @@ from typing import Any, ClassVar
 
 from diffusers import ControlNetModel, StableDiffusionPipeline
 
-from difftuning_control.errors import UserError
 from difftuning_control.families.sd import check_controlnet
 from difftuning_control.pipelines.control import ControlledSampling
 from difftuning_control.pipelines.extras import TunedSampling, like
-from difftuning_control.pipelines.prompts import NegativePrompts
 
 
-class UNetSampling(NegativePrompts, TunedSampling):
+class UNetSampling(TunedSampling):
     """`TunedSampling` of a Stable Diffusion or SDXL pipeline."""
 
     component: ClassVar[str] = "unet"
-    source_keys: ClassVar[tuple[str, ...]] = (
-        "in_channels",
-        "out_channels",
-        "cross_attention_dim",
-        "block_out_channels",
-        "layers_per_block",
-    )
-
-    def _check_guidance(self, scale: float) -> None:
-        super()._check_guidance(scale)
-        if scale > 1 and self.denoiser.config.time_cond_proj_dim is not None:
-            raise UserError(
-                f"domain_guidance does nothing at guidance_scale {scale:g} on this model, which is told its guidance "
-                "and has no unconditional rows; set_extras(domain_guidance=False)."
-            )
 
     @like(StableDiffusionPipeline.enable_freeu)
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:

@@ -73,13 +73,20 @@ def check_least(section: str, values: object, least: dict[str, int]) -> None:
             raise UserError(f"{section}{name} is {value}; expected at least {lowest}.")
 
 
-def check_domain_scale(scale: float | None) -> None:
+def check_domain_scale(scale: float | None, unconditional_strength: float | None = None) -> None:
     """Refuse a scale below 1, at which pipelines have no second branch; 1 is the tuned model alone.
 
     Raises:
-        UserError: if it is not a finite number of at least 1.
+        UserError: if it is not a finite number of at least 1, the strength is none from 0 to 1, or it is given without
+            a scale.
     """
     if scale is not None and not 1 <= scale < math.inf:
         raise UserError(
             f"domain_guidance_scale is {scale}; expected a finite number of at least 1, or nothing for none."
         )
+    if unconditional_strength is None:
+        return
+    if not 0 <= unconditional_strength <= 1:
+        raise UserError(f"unconditional_strength is {unconditional_strength}; expected 0 to 1.")
+    if scale is None:
+        raise UserError("unconditional_strength needs a scale of Domain Guidance; give --domain_guidance_scale too.")

@@ -11,6 +11,9 @@ from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 MAX_SEED = 2**31 - 1
+LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought nothing, see docs/results.md
+MOST_UNMEASURED = 256  # where that was not measured
+HELD_OUT = 5  # one in so many of a bank's samples only validation sees
 
 
 @dataclass
@@ -20,7 +23,7 @@ class ModelConfig:
     Args:
         id: `embedded` (the small model that the package carries), a diffusers directory, or a Hub id.
         variant: variant of the weights' files to load, such as fp16.
-        quantization: keep the frozen weights of a transformer (SD3, FLUX, PixArt, Sana, Lumina2) in fewer bits and
+        quantization: keep the frozen weights of a transformer that is told prompts (no UNet, no DiT) in fewer bits and
             compute in training.mixed_precision: float8 (diffusers' layerwise casting), int8, or nf4 (4 bits); int8 and
             nf4 need bitsandbytes.
         offload: keep the text encoders in main memory; while prompts are encoded they take the denoiser's place on the
@@ -65,7 +68,7 @@ class DataConfig:
         bucket_aspect: no side of a bucket is longer than so many times the other. [> 1 and ≤ 8]
         stream: read path while training and keep no cache, for collections that fit no disk: a folder of WebDataset
             .tar shards, of Parquet files or with a metadata.jsonl, or a `datasets` data set. With a holdout the first
-            training.validation_size pictures are held out, and a bank's captions are those of the next bank.size rows.
+            training.validation_size pictures are held out; a bank takes the captions of as many rows as it has items.
         max_pixels: pictures with more are refused before they are decoded. [pixels, 1 to 178956970]
         cache: folder of the cached latents, embeddings and conditions; the user's cache folder when empty.
     """
@@ -120,31 +123,41 @@ class BankConfig:
     """The knowledge bank.
 
     Args:
-        size: number of samples. [samples, ≥ 1]
+        size: number of samples, or auto: what the run will draw of them and a quarter more, which only validation sees,
+            at least 8, and at most 32 with an adapter and 256 with other methods; of a bank that is there, what it
+            holds. Prompts are spread over them. [samples, ≥ 1]
         prompts: what the samples are drawn for: captions (those of the data), empty, or a text file with one prompt a
             line; of a model that is told classes also classes (all that it has), or both (its classes and the empty one
             by turns).
         guidance_scale: scale of classifier-free guidance while the samples are drawn. [≥ 0]
-        steps: sampling steps of a sample. [steps, ≥ 1]
+        steps: sampling steps of a sample, by the model's own scheduler. [steps, ≥ 1]
         batch_size: samples drawn at once. [samples, ≥ 1]
         seed: seed of the noise that the samples are drawn from. [0 to 2147483647]
         path: folder where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
     """
 
-    size: int = 1000
+    size: int | Literal["auto"] = "auto"
     prompts: str = "captions"
     guidance_scale: float = 1.5
-    steps: int = 25
+    steps: int = 15
     batch_size: int = 32
     seed: int = 0
     path: str | None = None
 
     def __post_init__(self) -> None:
         expand_paths(self, "path", "prompts")
-        for name in ("size", "steps", "batch_size"):
+        need(self.size == "auto" or self.size >= 1, "bank.size", self.size, "at least 1")
+        for name in ("steps", "batch_size"):
             need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
         need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
         need(0 <= self.guidance_scale < math.inf, "bank.guidance_scale", self.guidance_scale, "at least 0")
+
+    def size_for(self, draws: int, most: int = MOST_SAMPLES) -> int:
+        """How many samples the bank of a run has that draws so many of them."""
+        if self.size != "auto":
+            return self.size
+        held_out = -(-draws // (HELD_OUT - 1))
+        return max(LEAST_SAMPLES, min(draws + held_out, most))
 
 
 @dataclass

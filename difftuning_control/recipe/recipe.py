@@ -11,7 +11,15 @@ from typing import Any, Literal
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.adapter_kinds import KINDS
-from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
+from difftuning_control.recipe.inputs import (
+    MOST_SAMPLES,
+    MOST_UNMEASURED,
+    BankConfig,
+    ControlConfig,
+    DataConfig,
+    FidelityConfig,
+    ModelConfig,
+)
 from difftuning_control.recipe.reading import build, keys_of, read_recipe
 from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.home import expand_paths
@@ -82,6 +90,7 @@ class Recipe:
             "tuning.label_space new": self.tuning.label_space == "new",
             "tuning.schedule.kind auto": self.tuning.schedule.kind == "auto",
             "model.offload": self.model.offload,
+            "tuning.retention_rows pictures": self.tuning.retention_rows == "pictures",
         }
         if (name := next((n for n, given in needs.items() if given), None)) is not None:
             raise UserError(
@@ -102,6 +111,11 @@ class Recipe:
             raise UserError(
                 f"training.shard is true and training.{given}, which does not know sharded weights; use adamw, and "
                 "bf16 or no."
+            )
+        if self.tuning.retention == "teacher":
+            raise UserError(
+                "training.shard spreads the weights over processes, and tuning.retention teacher needs a second model "
+                "whole on each; say --tuning.retention samples."
             )
         if self.data.buckets and self.uses_bank:
             raise UserError(
@@ -146,6 +160,8 @@ class Recipe:
                 "a forgetting budget bounds what the denoiser forgets, and beside a ControlNet it stays as it is; "
                 "leave out tuning.forgetting_budget."
             )
+        if self.tuning.retention == "teacher":
+            self._check_controlled_teacher()
         if training.sample_prompts:
             raise UserError("a ControlNet's sample grids show held-out pictures; leave out training.sample_prompts.")
         if training.stop_when is not None and control.fidelity.every == 0:
@@ -157,6 +173,19 @@ class Recipe:
             )
         if control.path is not None and (control.validation_path is None) != (self.data.validation_path is None):
             raise UserError("give data.validation_path and control.validation_path together, or neither.")
+
+    def _check_controlled_teacher(self) -> None:
+        """What a ControlNet can be taught by the model that it started beside."""
+        if self.tuning.retention_rows == "pictures":
+            raise UserError(
+                "tuning.retention_rows is pictures, whose conditions a ControlNet is to follow and not to ignore; say "
+                "bank."
+            )
+        if self.control.init is None and self.control.bank_condition == "own":
+            raise UserError(
+                "tuning.retention is teacher, and a new ControlNet's teacher sees no conditions, so bank rows with "
+                "theirs would teach it to ignore them; say --control.bank_condition blank, or name a control.init."
+            )
 
     def _check_gates(self) -> None:
         """Gates whose figure this recipe cannot give."""
@@ -181,12 +210,17 @@ class Recipe:
                 "data.validation_path, or leave the gate out."
             )
         least = 5 if gates.draws else 2
-        if gates.limits and self.bank.path is None:
+        if gates.limits and self.bank.path is None and self.bank.size != "auto":
             need(self.bank.size >= least, "bank.size", self.bank.size, f"at least {least} with these gates")
 
     @property
     def uses_bank(self) -> bool:
-        return self.tuning.retention_ratio > 0
+        return self.tuning.uses_bank
+
+    def bank_size(self, rows: int) -> int:
+        """How many samples the bank of this run has, with so many rows to an optimizer step on all processes."""
+        most = MOST_SAMPLES if self.method == "lora" else MOST_UNMEASURED
+        return self.bank.size_for(self.training.max_steps * int(rows * self.tuning.retention_ratio), most)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

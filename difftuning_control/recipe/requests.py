@@ -63,6 +63,8 @@ class SampleRequest(SamplerSettings):
         output: folder of the pictures.
         steps: sampling steps.
         domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
+        unconditional_strength: in [0, 1], with domain_guidance_scale; of the adapter in the unconditional branch, 0 for
+            the pretrained model and 1 for ordinary guidance.
         resolution: side in pixels; the model's own when empty.
         seed: of the noise.
         moved: where the run's inputs lie now, if they were moved.
@@ -78,6 +80,7 @@ class SampleRequest(SamplerSettings):
     output: str = "runs/samples"
     steps: int = field(default=25, kw_only=True)
     domain_guidance_scale: float | None = None
+    unconditional_strength: float | None = None
     resolution: int | None = None
     seed: int = 0
     moved: Moved = field(default_factory=Moved)
@@ -90,7 +93,7 @@ class SampleRequest(SamplerSettings):
             raise UserError(f"steps is {self.steps}; expected at least 1.")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
-        check_domain_scale(self.domain_guidance_scale)
+        check_domain_scale(self.domain_guidance_scale, self.unconditional_strength)
         if self.domain_guidance_scale is not None and self.run is None:
             raise UserError(
                 "a pretrained model alone has nothing to guide; give --run or omit --domain_guidance_scale."

@@ -13,6 +13,7 @@ from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
+TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 POWER = re.compile(r"difftuning_tau(\d+(?:\.\d+)?)")
 
 
@@ -25,6 +26,8 @@ class Evaluation(SeededDrawSettings):
         data: real pictures of the new domain that no run was tuned on; those that the first run held out when empty.
         source: real pictures of the old domain; the decoded knowledge bank when empty.
         domain_guidance_scale: the runs draw at this scale (1 or more) with Domain Guidance instead, the base as before.
+        unconditional_strength: in [0, 1], with domain_guidance_scale; of the adapter in the unconditional branch, 0 for
+            the pretrained model and 1 for ordinary guidance.
         outside: prompts outside the new domain, where the tuned model should still draw what the base drew.
         batch_size: pictures drawn at once.
         output: folder of the results.
@@ -35,6 +38,7 @@ class Evaluation(SeededDrawSettings):
     data: str | None = None
     source: str | None = None
     domain_guidance_scale: float | None = None
+    unconditional_strength: float | None = None
     outside: list[str] = field(default_factory=list)
     batch_size: int = 16
     output: str = "runs/evaluation"
@@ -46,7 +50,7 @@ class Evaluation(SeededDrawSettings):
             raise UserError(f"runs is {self.runs}; give the folders of finished runs, each once.")
         self.check_drawing("")
         check_least("", self, {"batch_size": 1})
-        check_domain_scale(self.domain_guidance_scale)
+        check_domain_scale(self.domain_guidance_scale, self.unconditional_strength)
 
 
 @dataclass
@@ -85,8 +89,10 @@ class PilotConfig(SeededDrawSettings):
     """What a pilot compares.
 
     Args:
-        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured, or
-            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1.
+        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured,
+            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, or with the recipe's own schedule
+            retention by a teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty)
+            or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
         lengths: steps at which every run is judged, read off one run each; its last step when empty. [steps, ≥ 1]
@@ -109,10 +115,10 @@ class PilotConfig(SeededDrawSettings):
         expand_paths(self, "features")
         for side in self.sides:
             power = POWER.fullmatch(side)
-            if side not in (*DEFAULT_SIDES, "difftuning_budget") and (power is None or float(power[1]) == 0):
+            if side not in (*DEFAULT_SIDES, "difftuning_budget", *TEACHERS) and (power is None or float(power[1]) == 0):
                 raise UserError(
-                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured or "
-                    "difftuning_budget."
+                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured, "
+                    f"difftuning_budget, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")

@@ -121,13 +121,18 @@ class TuningConfig:
         estimator: how the schedule acts: sample (noise levels are drawn in proportion to ψ for target rows and to ξ for
             bank rows), or weight (they are drawn as the model's own training draws them, and losses are multiplied by ψ
             and ξ).
-        retention_ratio: share of the batch that comes from the bank; 0, with retention_weight 0, for plain fine-tuning.
+        retention_ratio: share of the batch that is for retention; 0, with retention_weight 0, for plain fine-tuning.
             [share, ≥ 0 and < 1]
         retention_weight: λ; with a forgetting budget, where its multipliers start. [≥ 0]
         forgetting_budget: how much the loss on the bank may rise in each noise band (0.02 is 2 %), one number for all
             bands or five from low noise to high; the bank rows' weight then follows by dual ascent, and λ stays fixed
             when empty. [≥ 0]
-        retention_prompts: prompts that bank rows train with: empty, or own (those that the samples were drawn for).
+        retention: what a retention row's prediction is compared with: samples (what the noised sample of the bank was
+            made of, as in the paper), or teacher (what the pretrained model predicts, at a forward more of these rows).
+        retention_rows: what the teacher is asked on: bank (its latents), or pictures (those that are tuned on, so that
+            no bank is needed).
+        retention_prompts: prompts that retention rows train with: empty, or own (those that the samples were drawn for,
+            or the pictures' captions).
         prompt_dropout: share of target rows that train with the empty prompt, or without a class. [share, 0 to 1]
         label_space: of models that are told classes: own (the data's classes are the model's), or new (the data's
             classes take the place of the model's, each with a new embedding that trains whole).
@@ -144,6 +149,8 @@ class TuningConfig:
     retention_ratio: float = 0.2
     retention_weight: float = 0.1
     forgetting_budget: float | list[float] | None = None
+    retention: Literal["samples", "teacher"] = "samples"
+    retention_rows: Literal["bank", "pictures"] = "bank"
     retention_prompts: Literal["empty", "own"] = "empty"
     prompt_dropout: float = 0.0
     label_space: Literal["own", "new"] = "own"
@@ -169,10 +176,43 @@ class TuningConfig:
         if self.label_start == "first" and self.label_space == "own":
             raise UserError("tuning.label_start is first, but tuning.label_space is own; say new, or leave it out.")
 
-        if self.schedule.kind == "auto" and self.retention_ratio == 0:
+        self._check_teacher()
+        if self.schedule.kind == "auto" and not self.uses_bank:
+            found = (
+                "retention_ratio is 0; raise it"
+                if self.retention_ratio == 0
+                else "retention_rows is pictures; say bank"
+            )
             raise UserError(
-                "tuning.schedule.kind auto measures against the bank, but tuning.retention_ratio is 0; raise it, or "
-                "name another schedule."
+                f"tuning.schedule.kind auto measures against the bank, but tuning.{found}, or name another schedule."
+            )
+
+    @property
+    def uses_bank(self) -> bool:
+        """Whether rows of the bank are trained on."""
+        return self.retention_ratio > 0 and self.retention_rows == "bank"
+
+    def _check_teacher(self) -> None:
+        if self.retention == "samples":
+            if self.retention_rows == "pictures":
+                raise UserError(
+                    "tuning.retention_rows is pictures, which with tuning.retention samples would be learnt and not "
+                    "retained; say --tuning.retention teacher, or bank."
+                )
+            return
+        if self.retention_ratio == 0:
+            raise UserError(
+                "tuning.retention is teacher, but tuning.retention_ratio is 0, so no row is for retention; raise it."
+            )
+        if self.variance == "hybrid":
+            raise UserError(
+                "tuning.variance is hybrid, whose bound is about the sample itself and not about what a teacher "
+                "predicts; say fixed, or --tuning.retention samples."
+            )
+        if self.retention_rows == "pictures" and (self.label_space, self.retention_prompts) == ("new", "own"):
+            raise UserError(
+                "tuning.retention_prompts is own, but the pretrained model does not know the classes of "
+                "tuning.label_space new; say empty."
             )
 
     def _check_budget(self) -> None:

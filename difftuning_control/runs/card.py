@@ -52,9 +52,11 @@ def model_card(
         "tags": [told, "diffusers", "difftuning-control", *tag],
     }
     tuning = recipe.tuning
-    if recipe.uses_bank:
+    if tuning.retention_ratio > 0:
+        source = "from the bank" if tuning.retention_rows == "bank" else "its own pictures"
+        taught = ", towards the pretrained model's prediction" if tuning.retention == "teacher" else ""
         words = f"retention and reconsolidation ({tuning.schedule.kind} schedule, {tuning.estimator} estimator, "
-        words += f"λ = {tuning.retention_weight}, {tuning.retention_ratio:.0%} of the batch from the bank)"
+        words += f"λ = {tuning.retention_weight}, {tuning.retention_ratio:.0%} of the batch {source}{taught})"
     else:
         words = "plain fine-tuning"
     lines = [
@@ -133,7 +135,7 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
             f"controlnet = {controlnet}.from_pretrained({place})",
             f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, {run.control.argument}=condition).images[0]",
+            f"image = pipe({prompt}, {run.control.argument}=condition, controlnet_conditioning_scale=1.0).images[0]",
         ]
     call = f"image = pipe({asked_for(run)}).images[0]"
     if recipe.method == "full":

@@ -39,6 +39,9 @@ def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
         schedule["path"] = recipe.tuning.schedule.build(1000).to_dict()
     if recipe.training.begin_from is None:
         values["training"].pop("begin_from")
+    if recipe.tuning.retention == "samples":  # which earlier versions did not name
+        values["tuning"].pop("retention")
+        values["tuning"].pop("retention_rows")
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
     for name in (
         "resume",

@@ -22,8 +22,12 @@ class PilotCost(Section):
         training_seconds: of the longest runs.
         runs: how many were trained.
         device: that they were trained on, in words.
+        phases: seconds and forwards of each phase, of the runs and beside them; None in earlier records.
     """
 
+    SOMETIMES: ClassVar = ("phases",)
+
+    phases: dict[str, dict[str, float]] | None = None
     seconds: float | None = None
     training_seconds: float | None = None
     runs: int | None = None
@@ -107,13 +111,15 @@ class PilotSettings(Section):
         identity: a digest of the settings that its figures depend on.
         inputs: fingerprints of data, held-out pictures, bank and base; None before they were read.
         seconds: of all sessions so far.
+        phases: of what was done beside the runs so far.
     """
 
-    SOMETIMES: ClassVar = ("inputs", "seconds")
+    SOMETIMES: ClassVar = ("inputs", "seconds", "phases")
 
     identity: str = ""
     inputs: list[str] | None = None
     seconds: float = 0.0
+    phases: dict[str, dict[str, float]] | None = None
 
     def write(self, output: Path) -> None:
         """Write `pilot-settings.json` in the pilot's folder, whole or not at all."""

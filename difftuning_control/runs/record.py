@@ -30,7 +30,7 @@ from difftuning_control.system.untrusted import from_json, read_text
 RECORD = "run.json"
 COMPLETE, RUNNING, FAILED = "complete", "running", "failed"
 RESULT = ("losses", "steps_per_second", "steps", "timings")  # of every complete run
-OF_THE_END = ("gates", "budget", "timings", "steps_per_second", "discarded")  # of the final weights alone
+OF_THE_END = ("gates", "budget", "timings", "phases", "steps_per_second", "discarded")  # of the final weights alone
 
 
 @dataclass(kw_only=True)
@@ -69,6 +69,7 @@ class RunRecord(Section):
         fidelity: the curve as `fidelity.json` holds it.
         frozen: the denoiser beside a ControlNet.
         timings: how long it took.
+        phases: seconds of each phase, and the rows that went through the denoiser in it; None in earlier records.
         outputs: the SHA-256 of each file of the result.
         files: the SHA-256 of all else in the folder; None in earlier records.
         gates: as `gates.judge` gives it; None where the run was not judged.
@@ -87,6 +88,7 @@ class RunRecord(Section):
         "fidelity",
         "frozen",
         "timings",
+        "phases",
         "outputs",
         "files",
         "gates",
@@ -137,6 +139,7 @@ class RunRecord(Section):
     fidelity: dict[str, Any] | None = None
     frozen: Frozen | None = None
     timings: Timings | None = None
+    phases: dict[str, dict[str, float]] | None = None
     outputs: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] | None = None
     gates: dict[str, Any] | None = None
@@ -206,6 +209,7 @@ class RunRecord(Section):
             gates=None,
             budget=None,
             timings=None,
+            phases=None,
             steps_per_second=None,
             discarded=None,
         )

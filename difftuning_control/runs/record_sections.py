@@ -86,12 +86,14 @@ class BankRecord(Section):
     """The knowledge bank of a run.
 
     Args:
-        items: how many samples it has.
+        items: how many samples are trained on.
+        size: how many it has, with those that only validation sees; None in earlier records, and of real pictures.
         folder: where it lies.
         pictures: whether it is a folder of real pictures; earlier versions had none of these.
     """
 
     items: int = 0
+    size: int | None = None
     folder: str = ""
     pictures: bool = False
 
@@ -161,11 +163,7 @@ class Frozen(Section):
 
 @dataclass(kw_only=True)
 class Timings(Section):
-    """Seconds before the first step, of the training itself, and of each phase of the last session; None or empty where
-    a record does not say."""
-
-    SOMETIMES: ClassVar = ("phases",)
+    """Seconds before the first step and of the training itself; None where a record does not say."""
 
     preparation: float | None = None
     training: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from difftuning_control.adapters.files import (
     PEFT_PREFIX,
     metadata_and_shapes,
 )
+from difftuning_control.adapters.foreign import is_foreign
 from difftuning_control.adapters.kinds import ADAPTER, own_parts
 from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.lora_start import Down, factors
@@ -95,7 +96,7 @@ class Beginning:
         except (TypeError, ValueError) as error:
             raise UserError(f"the header of {path} cannot be read (lora_adapter_metadata: {error}).") from None
         uneven = any(value for key, value in config.items() if key.endswith(("rank_pattern", "alpha_pattern")))
-        if uneven or not any(".lora_A." in key for key in tensors):
+        if uneven or is_foreign(tensors) or not any(".lora_A." in key for key in tensors):
             return self._read_others(path)
         found: dict[str, tuple[dict[str, Tensor], float]] = {}
         for prefix in dict.fromkeys(key.partition(".")[0] for key in tensors):

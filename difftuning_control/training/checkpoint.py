@@ -44,6 +44,7 @@ class TrainingState:
     fidelity: Any | None = None
     sharded: bool = False
     logged: int = 0  # lines of metrics.jsonl
+    phases: Any | None = None  # what the run has taken so far, with the sessions before
 
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights, under the names that a checkpoint has for them."""
@@ -106,6 +107,8 @@ def _values(step: int, state: TrainingState, identity: str, scalars: dict[str, A
         values["budget"] = state.budget.state_dict()
     if state.fidelity is not None:
         values["fidelity"] = state.fidelity.state_dict()
+    if state.phases is not None:
+        values["phases"] = state.phases.to_dict()
     return values
 
 
@@ -182,6 +185,8 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str, earlier: 
         state.budget.load_state_dict(values["budget"])
     if state.fidelity is not None:
         state.fidelity.load_state_dict(values["fidelity"])
+    if state.phases is not None:
+        state.phases.add(values.get("phases", {}))
     state.logged = values["logged"]
     return int(values["step"])
 

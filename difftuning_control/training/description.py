@@ -61,7 +61,12 @@ def _describe_bank(prepared: PreparedRun) -> BankRecord | None:
     bank = prepared.inputs.bank
     if bank is None:
         return None
-    return BankRecord(items=len(bank), folder=str(bank.folder or bank.manifest["source"]), pictures=bank.folder is None)
+    return BankRecord(
+        items=len(bank),
+        size=bank.manifest.get("identity", {}).get("size"),
+        folder=str(bank.folder or bank.manifest["source"]),
+        pictures=bank.folder is None,
+    )
 
 
 def _describe_control(prepared: PreparedRun) -> ControlRecord | None:

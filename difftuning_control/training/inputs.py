@@ -33,9 +33,12 @@ from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.identity import rows_of_step
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import phase, progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
 
 if TYPE_CHECKING:
@@ -79,40 +82,47 @@ def prepare_inputs(
     accelerator: Accelerator,
     conditioner: Conditioner | None = None,
     tell: Callable[[str], object] = silent,
+    phases: Phases | None = None,
 ) -> TrainingInputs:
     """Read, check, encode and cache everything; build the bank if it is wanted and not there.
 
     Args:
         conditioner: of the ControlNet that is to be trained.
         tell: is given lines on what was left out of the data.
+        phases: count what encoding and the bank take.
 
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
     """
+    phases = phases or Phases()
     framing = Framing.of(recipe.data, resolution_of(family, recipe.data))
-    said: list[str] = []
-    with phase("reading pictures", accelerator.is_main_process):
-        pictures = read_pictures(recipe, family, said.append)
-    for line in said:  # not into the middle of a line
-        tell(line)
-    check_pictures(recipe, family, pictures, conditioner)
-    bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell)
-    encoding = _encode(recipe, family, pictures, framing, accelerator)
-    control = None
-    if conditioner is not None:
-        control = prepare_control(
-            recipe,
-            family,
-            conditioner,
-            encoding.buckets,
-            pictures.held_out,
-            pictures.all_held_out,
-            bank,
-            encoding.cache,
-            accelerator,
-        )
-    samples = _sample_prompts(recipe, pictures, control)
-    embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
+    with phases("encode"):
+        size = _bank_size(recipe, accelerator.num_processes)
+        said: list[str] = []
+        with phase("reading pictures", accelerator.is_main_process):
+            pictures = read_pictures(recipe, family, said.append, size)
+        for line in said:  # not into the middle of a line
+            tell(line)
+        check_pictures(recipe, family, pictures, conditioner)
+    with phases("bank"):
+        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell, size)
+    with phases("encode"):
+        encoding = _encode(recipe, family, pictures, framing, accelerator)
+        control = None
+        if conditioner is not None:
+            control = prepare_control(
+                recipe,
+                family,
+                conditioner,
+                encoding.buckets,
+                pictures.held_out,
+                pictures.all_held_out,
+                bank,
+                encoding.cache,
+                accelerator,
+            )
+        samples = _sample_prompts(recipe, pictures, control)
+        embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
     trained, validation = _validators(recipe, family, objective, encoding, embeddings, bank, control)
     sets = _target_sets(family, framing, pictures, encoding, control)
     bucketed = recipe.data.buckets and pictures.stream is None
@@ -143,12 +153,26 @@ def _retained_bank(
     framing: Framing,
     accelerator: Accelerator,
     tell: Callable[[str], object],
+    size: int,
 ) -> KnowledgeBank | None:
     """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
+    if recipe.tuning.retention_ratio > 0 and not recipe.uses_bank and recipe.bank.path is None:
+        tell(
+            "no bank is drawn: retention asks the pretrained model on the pictures; what is forgotten is then not "
+            "measured while training"
+        )
     if recipe.uses_bank or recipe.bank.path is not None:
-        bank = prepare_bank(family, recipe.bank, recipe.data, pictures.captions, framing.resolution, accelerator, tell)
+        captions, side = pictures.captions, framing.resolution
+        bank = prepare_bank(family, recipe.bank, recipe.data, captions, side, accelerator, tell, size)
     return begin_label_space(family, recipe, pictures.data, bank)
+
+
+def _bank_size(recipe: Recipe, processes: int) -> int:
+    """How many samples a bank of size auto has; a run that is resumed, with another length perhaps, keeps its own."""
+    record = read_run(Path(recipe.output)) if recipe.training.resume else None
+    before = record.bank.size if record is not None and record.bank is not None else None
+    return before or recipe.bank_size(rows_of_step(recipe, processes))
 
 
 @dataclass(frozen=True)

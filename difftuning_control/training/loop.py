@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from difftuning_control.data.batches import TrainingRows
-from difftuning_control.errors import NonFiniteLossError
+from difftuning_control.data.prepare import silent
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked, deferred
@@ -25,9 +27,12 @@ from difftuning_control.system.terminal import add_phase, duration, phases_are_s
 from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.inputs import TrainingInputs
+from difftuning_control.training.ledger import Ledger
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.monitor import Baseline, Gauge, Monitor
+from difftuning_control.training.phases import Phases, plan_run, planned_line
 from difftuning_control.training.progress import StepProgress
+from difftuning_control.training.reader import RowReader
 from difftuning_control.training.report import RunReport
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
@@ -35,6 +40,9 @@ from difftuning_control.training.weights import TrainedWeights
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.runs.start import Start
+
+
+READ_EVERY = 8  # steps whose figures a GPU is asked for together
 
 
 class TrainingLoop:
@@ -54,15 +62,17 @@ class TrainingLoop:
         budget: ForgettingBudget | None = None,
         start: Start | None = None,
         earlier: tuple[str, ...] = (),
+        phases: Phases | None = None,
     ):
         self.recipe, self.family, self.objective = recipe, family, objective
         self.inputs, self.accelerator, self.identity, self.budget = inputs, accelerator, identity, budget
         self.output, self.config = Path(recipe.output), recipe.training
         self.end, self.earlier = self.config.max_steps, earlier  # identities of the run before it was changed
         self.saved: int | None = None  # the step of the last checkpoint
+        self.phases = phases or Phases()
         self.done = 0
         control = inputs.control
-        gauge = Gauge(recipe, family, inputs, accelerator)
+        gauge = Gauge(recipe, family, inputs, accelerator, self.phases)
         baseline = Baseline.measure(gauge)  # before anything is attached to the pretrained weights
         spec = control.conditioner.spec if control is not None else None
         self.weights = TrainedWeights(recipe, family, spec, accelerator, start)
@@ -70,43 +80,62 @@ class TrainingLoop:
         self.optimizer = self.weights.optimizer
         probe = control.probe if control is not None else None
         self.curve = FidelityCurve(probe.kind) if probe is not None else None
-        self.state = self.weights.state(budget, self.curve)
+        self.state = self.weights.state(budget, self.curve, self.phases)
         self.log = MetricsLog(recipe, accelerator, self.state)
         gauge = replace(gauge, together=self.weights.sharded)
         self.monitor = Monitor(gauge, baseline, self.weights, self.log, self.curve)
         self.calendar = Calendar(recipe, self.curve is not None)
         self.report = RunReport(recipe, family, inputs, self.monitor, accelerator)
         self.source = training_source(recipe, family, objective, inputs, accelerator)
+        ahead, pinned = inputs.stream is None, accelerator.device.type == "cuda"  # a stream reads ahead by itself
+        self.reader = RowReader(self.source, self.config.gradient_accumulation_steps, ahead, pinned)
+        retention = "bank_loss" if self.weights.teacher is None else "teacher_loss"
+        masks = self.weights.masks
+        self.ledger = Ledger(retention, masks, READ_EVERY if masks and budget is None else 1)
 
-    def run(self) -> tuple[dict[str, Any], float | None]:
-        """Train to the end; returns the losses by role, before and after, and the optimizer steps a second."""
+    def run(self, tell: Callable[[str], object] = silent) -> tuple[dict[str, Any], float | None]:
+        """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
+
+        Args:
+            tell: is given a line on what is still to come.
+        """
+        measured = self.phases.to_dict()
         first = self._resume()
         self.log.begin()
         if self.curve is not None and first == 0:
             self.monitor.measure_fidelity(0)
         self.denoiser.train()
         self.end = self.monitor.planned_end(first)
-        seconds, step, began = 0.0, first, time.monotonic()
+        rows = self.config.batch_size * self.config.gradient_accumulation_steps
+        to_come = self.calendar.to_come(first, self.end)
+        plan_run(self.phases, measured, to_come, (self.end - first) * rows)
+        if (line := planned_line(self.phases)) is not None:
+            tell(line)
+        seconds, step, losses = 0.0, first, dict[str, float]()
+        began, spent = time.monotonic(), self.monitor.spent()
         main = self.accelerator.is_main_process
         self.report.write(first, self.end)
-        with deferred(), StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown:
+        with (
+            deferred(),
+            self.phases("training"),
+            StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown,
+        ):
             while step < self.end:
                 begun = time.time()
-                losses = self.step(step)
+                self.advance(step, more=step + 1 < self.end)
+                self.done = step = step + 1
+                if self._reads(step):
+                    losses = self._read()
                 taken = time.time() - begun
                 seconds += taken
-                self.done = step = step + 1
                 shown.advance(taken, losses, self.end)
-                watched = {"learning_rate": float(self.weights.lr_scheduler.get_last_lr()[0])}
-                if self.budget is not None:
-                    watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
-                self.log.write(step, losses | watched)
                 if self._watch(step):
                     self.report.write(step, self.end, shown.remaining(self.end))
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
-            self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
-        add_phase("training", time.monotonic() - began - self.monitor.spent())
+            with self.phases("saving"):
+                self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
+        add_phase("training", time.monotonic() - began - (self.monitor.spent() - spent))
         done = step - first
         if main and done and phases_are_shown():
             say(f"training … {done} steps in {duration(time.monotonic() - began)}")
@@ -114,58 +143,73 @@ class TrainingLoop:
         return self.monitor.baseline.beside(tuned), done / seconds if done else None
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step over `gradient_accumulation_steps` forwards."""
-        sums: dict[str, float] = {}
+        """One optimizer step, and its figures."""
+        self.advance(step, more=False)
+        return dict(self.ledger.read())[step]
+
+    def advance(self, step: int, more: bool = True) -> None:
+        """One optimizer step over `gradient_accumulation_steps` forwards; the ledger keeps its figures.
+
+        Args:
+            more: whether another step follows, whose rows are read meanwhile.
+        """
         seen: list[Tensor] = []
         forwards = self.config.gradient_accumulation_steps
         for forward in range(forwards):
             number = step * forwards + forward
             torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
-                rows = self.source.rows(step, forward)
-                loss, seen_here = self._backward(rows, step)
+                rows = self.reader.rows(step, forward, more or forward + 1 < forwards)
+                seen.append(self._backward(rows, step))
                 if self.accelerator.sync_gradients:
                     norm = self.weights.clip_gradients()
                     if self.state.scaler is None:  # fp16's scaler meets infinite gradients by itself and skips the step
-                        self._stop_if_not_finite(norm.reshape(1), step, ["the gradient"])
+                        self.ledger.note_gradient(norm)
+                self.ledger.check()
+                self.weights.hold(self.ledger.stop)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            seen.append(seen_here)
-            for name, value in self._by_role(loss, seen_here, rows.counts).items():
-                sums[name] = sums.get(name, 0.0) + value
         if self.budget is not None:
             self._follow_budget(torch.cat(seen))
         self.weights.end_step()
-        return sums
+        watched = {"learning_rate": float(self.weights.lr_scheduler.get_last_lr()[0])}
+        if self.budget is not None:
+            watched |= {f"multiplier/{b}": float(m) for b, m in enumerate(self.budget.multipliers)}
+        self.ledger.watch(step, watched)
 
-    def _backward(self, rows: TrainingRows, step: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, rows: TrainingRows, step: int) -> Tensor:
         """The gradients of one forward, or of two where bank rows have another shape; processes average them once.
 
         Each part's backward comes before the next part's forward, which may mask layers in another way (T-LoRA).
 
         Returns:
-            the objective, and ℓ, u and whether it is of the bank of each row, (B, 3).
+            ℓ, u and whether it is for retention of each row, (B, 3).
         """
-        total, seen, parts = torch.zeros(()), [], rows.parts
+        parts, device = rows.parts, self.accelerator.device
+        total, seen = torch.zeros((), device=device), []
         for part in parts:
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.denoiser):
-                batch = part.batch.to(self.accelerator.device, self.family.dtype)
-                levels, noise = part.levels.to(batch.latents.device), part.noise.to(batch.latents)
+                batch, levels, roles = part.batch.to(device, self.family.dtype), part.levels, part.batch.is_retention
+                noise = part.noise.to(device, batch.latents.dtype, non_blocking=self.reader.pinned)
+                retarget = self.weights.retarget(part.batch.is_retention, batch)
                 with self.accelerator.autocast():
-                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels)
-                u = self.objective.process.u.to(levels.device)[levels]
+                    losses = compute_loss(self.family, self.denoiser, self.objective, batch, noise, levels, retarget)
+                u = self.objective.process.u[levels]
                 multipliers = self.budget.weights(u) if self.budget is not None else None
-                loss = self.objective.combine(losses, levels, batch.is_retention, part.counts, multipliers)
+                loss = self.objective.combine(losses, levels, roles, part.counts, multipliers)
                 # the loss is a sum over the step's rows; processes average their gradients, and accelerate divides by
                 # the number of forwards
                 count = self.accelerator.num_processes * self.config.gradient_accumulation_steps
                 self.accelerator.backward(loss * count)
-            total = total.to(loss.device) + loss.detach()
-            seen.append(torch.stack([losses.detach().float(), u.float(), batch.is_retention.float()], 1))
+            total = total + loss.detach()
+            told = moved(torch.stack([u.float(), roles.float()], 1), losses)
+            seen.append(torch.cat([losses.detach().float()[:, None], told], 1))
         each = torch.cat(seen)
-        # all processes ask once, however many parts each has
-        self._stop_if_not_finite(each[:, 0], step, [name for part in parts for name in part.batch.ids])
-        return total, each
+        finite = torch.isfinite(each[:, 0])
+        figures = torch.stack([total, *sums_by_role(each[:, 0], each[:, 2] > 0), (~finite).sum().float()])
+        figures = self.accelerator.reduce(figures, "sum")  # once, however many parts a process has
+        self.ledger.note(step, figures, rows.counts, [name for part in parts for name in part.batch.ids], finite)
+        return each
 
     def _follow_budget(self, rows: Tensor) -> None:
         """One step of dual ascent on the bank rows of all processes, with the same result on each.
@@ -174,31 +218,19 @@ class TrainingLoop:
             rows: ℓ, u and whether it is a bank row of each of this process's rows, (B, 3).
         """
         assert self.budget is not None
-        losses, levels, banks = self.accelerator.gather(rows).unbind(1)
-        self.budget.update(losses[banks > 0], levels[banks > 0])
+        found = self.ledger.bring(self.accelerator.gather(rows))
+        assert found is not None
+        losses, levels, banks = found.unbind(1)
+        self.budget.update(losses[banks > 0], levels[banks > 0], self.weights.teacher is not None)
 
-    def _by_role(self, loss: Tensor, seen: Tensor, counts: tuple[int, int]) -> dict[str, float]:
-        """The objective and the unweighted mean ℓ of target and bank rows, over all processes."""
-        losses, is_retention = seen[:, 0], seen[:, 2] > 0
-        parts = torch.stack([loss, losses[~is_retention].sum(), losses[is_retention].sum()])
-        total, target, bank = self.accelerator.reduce(parts, "sum").tolist()
-        means = {"loss": total, "target_loss": target / counts[0]}
-        return means | {"bank_loss": bank / counts[1]} if counts[1] else means
-
-    def _stop_if_not_finite(self, losses: Tensor, step: int, names: list[str]) -> None:
-        finite = torch.isfinite(losses)
-        bad = self.accelerator.reduce((~finite).sum(), "sum")
-        if int(bad) == 0:
-            return
-        rows = [name for name, ok in zip(names, finite.tolist()) if not ok]
-        which = ", ".join(rows[:8]) or "of another process"
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step + 1} (rows: {which}); the weights were not touched. "
-            "Lower training.learning_rate, or use --training.mixed_precision bf16 instead of fp16."
-        )
+    def _is_asked(self) -> bool:
+        """Whether this process alone was asked to end; several answer together where they read anyway."""
+        return self.accelerator.num_processes == 1 and bool(asked())
 
     def _stop_if_asked(self, done: int) -> None:
         """Save a checkpoint and end the run if any process was sent SIGTERM or Ctrl-C."""
+        if self.ledger.is_behind:  # the figures of some steps are not read yet, nor is it known that they are finite
+            return
         number = asked()
         if self.accelerator.num_processes > 1:
             number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
@@ -211,6 +243,20 @@ class TrainingLoop:
 
     # --- what is due ------------------------------------------------------------------------------------------------
 
+    def _reads(self, done: int) -> bool:
+        """Whether the figures of the last steps are read after `done` steps: where they are due, or something is that
+        must not see a loss that is not finite."""
+        due = self.calendar
+        asks = (due.measures_fidelity, due.validates, due.samples, due.saves)
+        return self.ledger.is_due or done == self.end or self._is_asked() or any(ask(done, self.end) for ask in asks)
+
+    def _read(self) -> dict[str, float]:
+        """Log the figures that were not read yet; gives those of the last step."""
+        figures: dict[str, float] = {}
+        for step, figures in self.ledger.read():
+            self.log.write(step + 1, figures)
+        return figures
+
     def _watch(self, done: int) -> bool:
         """Do what is due after `done` steps: fidelity, validation, pictures, weights to keep, a checkpoint.
 
@@ -222,7 +268,9 @@ class TrainingLoop:
             self.monitor.measure_fidelity(done)
             self.end, measured = self.monitor.planned_end(done), True
         if done in self.config.save_at:
-            self.weights.keep(done, self.monitor.baseline.beside(self.monitor.validate(done)))
+            losses = self.monitor.baseline.beside(self.monitor.validate(done))
+            with self.phases("saving"):
+                self.weights.keep(done, losses)
         elif due.validates(done, self.end) and done != self.end:  # after the last step comes a last one
             self.monitor.validate(done)
         if due.samples(done, self.end):
@@ -238,8 +286,9 @@ class TrainingLoop:
             return
         if self.accelerator.is_main_process:
             self.log.sync()
-        if self.weights.sharded or self.accelerator.is_main_process:
-            save_checkpoint(self.output, done, self.state, self.identity)
+        with self.phases("saving"):
+            if self.weights.sharded or self.accelerator.is_main_process:
+                save_checkpoint(self.output, done, self.state, self.identity)
         self.saved = done
 
     def _resume(self) -> int:

@@ -25,6 +25,7 @@ from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import add_phase, phase
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ class Gauge:
     family: Family
     inputs: TrainingInputs
     accelerator: Accelerator
+    phases: Phases
     together: bool = False
 
     def losses(self, denoiser: torch.nn.Module) -> dict[str, BandLosses]:
         """The losses on held-out rows by role and noise band."""
-        with self.accelerator.autocast():
+        with self.phases("validation"), self.accelerator.autocast():
             return {role: validator.measure(denoiser) for role, validator in self.inputs.validation.items()}
 
     def pictures(self, controlled: bool = True) -> list[Any]:
@@ -56,7 +58,7 @@ class Gauge:
             return []
         shown = self.inputs.control.shown if self.inputs.control is not None and controlled else None
         training = self.recipe.training
-        with self.accelerator.autocast():
+        with self.phases("sampling"), self.accelerator.autocast():
             return sample_pictures(
                 self.family,
                 self.inputs.sample_prompts,
@@ -149,7 +151,12 @@ class Monitor:
         assert control.probe is not None
         measured: list[Any] = [None, None]  # with the ControlNet, and once without
         if self.accelerator.is_main_process:
-            with self._timed("fidelity"), self.weights.averaged(), self.accelerator.autocast():
+            with (
+                self._timed("fidelity"),
+                self.gauge.phases("sampling"),
+                self.weights.averaged(),
+                self.accelerator.autocast(),
+            ):
                 measured[0] = control.probe.measure(family)
                 measured[1] = control.probe.measure(family, controlled=False) if not self.curve.without else None
         with_control, without = broadcast_object_list(measured)

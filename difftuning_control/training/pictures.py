@@ -12,6 +12,7 @@ from difftuning_control.data.prepare import check_captions, read_data, read_stre
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.figures import check_held_out
+from difftuning_control.recipe.inputs import MOST_SAMPLES
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.control_inputs import check_control
 
@@ -38,10 +39,13 @@ class RunPictures:
         return [e.caption for e in self.held_out.examples]
 
 
-def read_pictures(recipe: Recipe, family: Family, tell: Callable[[str], object] = silent) -> RunPictures:
+def read_pictures(
+    recipe: Recipe, family: Family, tell: Callable[[str], object] = silent, bank_size: int = MOST_SAMPLES
+) -> RunPictures:
     """Read the data of a recipe, or the beginning of its stream.
 
     Args:
+        bank_size: how many captions of a stream a bank has prompts of.
         tell: is given lines on what was left out of them.
 
     Raises:
@@ -53,7 +57,7 @@ def read_pictures(recipe: Recipe, family: Family, tell: Callable[[str], object] 
     else:
         data, all_held_out = read_data(recipe, tell)
     held_out = all_held_out.sample(recipe.training.validation_size)
-    captions = [e.caption for e in data.examples] if stream is None else stream.captions(recipe.bank.size)
+    captions = [e.caption for e in data.examples] if stream is None else stream.captions(bank_size)
     return RunPictures(data, all_held_out, held_out, captions, stream)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from difftuning_control.data.prepare import resolution_of, silent
-from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
@@ -20,9 +19,9 @@ from difftuning_control.runs.identity import recipe_identity
 from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
-from difftuning_control.system.terminal import phase
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.setup import attach_controlnet, auto_schedule, build_objective, measured_budget
 
 if TYPE_CHECKING:
@@ -64,25 +63,29 @@ class MeasuredObjective:
 
 
 def prepare_run(
-    written: Recipe, recipe: Recipe, accelerator: Accelerator, tell: Callable[[str], object] = silent
+    written: Recipe,
+    recipe: Recipe,
+    family: Family,
+    accelerator: Accelerator,
+    phases: Phases,
+    tell: Callable[[str], object] = silent,
 ) -> PreparedRun:
-    """Load the model, and read and encode what it trains on.
+    """Read and encode what a run trains on.
 
     Args:
+        family: the model as it is loaded.
         tell: is given lines on what was left out of the data.
 
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
-    with phase("loading", accelerator.is_main_process, recipe.model.id):
-        family = load_base(recipe).to(accelerator.device)
     side = _resolution(recipe, family)
     written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
     fingerprints = Fingerprints(base=dict(family.fingerprints))
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
-    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell)
+    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases)
     fingerprints.data, fingerprints.held_out = inputs.data.fingerprint, inputs.held_out.fingerprint
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
         fingerprints.probe = inputs.control.probe.fingerprint

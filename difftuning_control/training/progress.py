@@ -69,7 +69,11 @@ class StepProgress:
         before = self.step_seconds
         self.step_seconds = seconds if before is None else before + WEIGHT * (seconds - before)
         left = self.remaining(end)
-        said = {k.removesuffix("_loss"): f"{v:.4f}" for k, v in losses.items() if k in ("target_loss", "bank_loss")}
+        said = {
+            k.removesuffix("_loss"): f"{v:.4f}"
+            for k, v in losses.items()
+            if k in ("target_loss", "bank_loss", "teacher_loss")
+        }
         self._bar.remaining = duration(left) if left is not None else "?"
         self._bar.set_postfix(said, refresh=False)
         self._bar.update(1)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -39,10 +40,11 @@ BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the b
 def check_bank_rows(recipe: Recipe, processes: int) -> None:
     """Refuse a step that is too small for its share of bank rows."""
     rows, ratio = rows_of_step(recipe, processes), recipe.tuning.retention_ratio
-    if recipe.uses_bank and int(rows * ratio) == 0:
+    if ratio > 0 and int(rows * ratio) == 0:
+        kind = "the bank" if recipe.uses_bank else "retention"
         raise UserError(
             f"training.batch_size {recipe.training.batch_size} makes {rows} rows a step, and tuning.retention_ratio "
-            f"{ratio} leaves no row for the bank; raise one of them."
+            f"{ratio} leaves no row for {kind}; raise one of them."
         )
 
 
@@ -150,11 +152,16 @@ def auto_schedule(
 
 
 def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> ForgettingBudget:
-    """The budget, with the pretrained model's loss on the bank rows as they will be trained on."""
-    assert inputs.bank is not None
+    """The budget, with the pretrained model's loss on the retention rows as they will be trained on."""
     assert recipe.tuning.forgetting_budget is not None
-    bank = inputs.bank
-    part = part_of(bank, bank.retained_prompts(recipe.tuning.retention_prompts))
+    bank, targets, kind = inputs.bank, inputs.targets, recipe.tuning.retention_prompts
+    if recipe.uses_bank:
+        assert bank is not None
+        part = part_of(bank, bank.retained_prompts(kind))
+    else:
+        sizes = targets.sizes[:, 0] if targets.sizes is not None else None
+        prompts = targets.captions if kind == "own" else [""] * len(targets)
+        part = Part(targets.moments.first_views(family.scale_latents), prompts, sizes)
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
     rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained
     base = broadcast_object_list([rows.measure(family.model)])[0]
@@ -163,11 +170,18 @@ def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> F
 
 
 def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> BudgetRecord:
-    """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept."""
-    base, tuned = losses["bank"]["base"]["loss"], losses["bank"]["tuned"]["loss"]
-    rise = [after / before - 1 for before, after in zip(base, tuned)]
+    """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept.
+
+    Without a bank the rise is that on the rows of the last steps.
+    """
+    if "bank" in losses:
+        base, tuned = losses["bank"]["base"]["loss"], losses["bank"]["tuned"]["loss"]
+        rise, u = [after / before - 1 for before, after in zip(base, tuned)], losses["bank"]["base"]["u"]
+    else:
+        rise, count = np.nan_to_num(budget.rise).tolist(), len(budget.allowed)
+        u = [(band + 0.5) / count for band in range(count)]
     return BudgetRecord(
-        u=losses["bank"]["base"]["u"],
+        u=u,
         allowed=budget.allowed.tolist(),
         rise=rise,
         kept=[r <= a for r, a in zip(rise, budget.allowed.tolist())],

@@ -45,6 +45,7 @@ def training_source(
         recipe.control.dropout,
         training.gradient_accumulation_steps,
         nothing=control.nothing if control is not None else None,
+        retained=tuning.retention_rows,
     )
     if inputs.stream is not None:
         return _streamed(recipe, family, inputs, plain, inputs.stream)

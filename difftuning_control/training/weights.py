@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
+from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.budget import ForgettingBudget
+from difftuning_control.objective.difftuning import NoisedBatch
+from difftuning_control.objective.rows import moved
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import named_errors
@@ -23,6 +27,8 @@ from difftuning_control.training.averaging import running_average
 from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
 from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
+from difftuning_control.training.phases import Phases
+from difftuning_control.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from difftuning_control.data.control_spec import ControlSpec
@@ -61,7 +67,8 @@ class TrainedWeights:
     """The weights that train, from the moment that they are attached.
 
     `model` is what predicts; `denoiser` is the same as processes train it together. `parameters` are what the optimizer
-    moves, by name. Where the weights are `sharded`, each process has a part of every one.
+    moves, by name, and where it heeds `hold` it `masks` its steps. `teacher` predicts as the model did before, where
+    retention asks for that. Where the weights are `sharded`, each process has a part of every one.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class TrainedWeights:
     ):
         self.family, self.accelerator, self.config = family, accelerator, recipe.training
         self.output, self.model, self.sharded = Path(recipe.output), family.model, False
+        self.teacher = Teacher.of(recipe, family) if recipe.tuning.retention == "teacher" else None
         begin = Beginning(start, family) if start is not None else None
         self.tuning = attach_tuning(recipe, family, spec)
         if begin is not None:
@@ -92,7 +100,9 @@ class TrainedWeights:
             shard(self.model, accelerator)
             self.sharded = True
         self.parameters = self.tuning.parameters()
-        self._plain_optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config))
+        self.masks = self.config.optimizer == "adamw" and accelerator.device.type == "cuda" and not self.sharded
+        fused = {"fused": True} if self.masks else {}
+        self._plain_optimizer = _optimizer(self.config.optimizer)(self.tuning.groups(self.config), **fused)
         self.lr_scheduler = get_scheduler(
             self.config.lr_scheduler,
             self._plain_optimizer,
@@ -105,7 +115,9 @@ class TrainedWeights:
         if self.config.ema_decay is not None:
             self.ema = running_average(self.parameters.values(), self.config.ema_decay, self.config.ema_warmup)
 
-    def state(self, budget: ForgettingBudget | None, curve: FidelityCurve | None) -> TrainingState:
+    def state(
+        self, budget: ForgettingBudget | None, curve: FidelityCurve | None, phases: Phases | None = None
+    ) -> TrainingState:
         """What a checkpoint saves and restores, with what changes beside the weights."""
         return TrainingState(
             self.tuning.state(),
@@ -116,9 +128,22 @@ class TrainedWeights:
             budget,
             curve,
             self.sharded,
+            phases=phases,
         )
 
     # --- a step -----------------------------------------------------------------------------------------------------
+
+    def retarget(self, is_retention: Tensor, batch: LatentBatch) -> Callable[[NoisedBatch], NoisedBatch] | None:
+        """What gives retention rows the teacher's prediction as their target, where there is a teacher.
+
+        Args:
+            is_retention: of the rows, on the CPU.
+            batch: the rows on the device.
+        """
+        if self.teacher is None or not is_retention.any():
+            return None
+        rows = moved(is_retention.nonzero().flatten(), batch.latents)
+        return partial(self.teacher.retarget, batch=batch, rows=rows)
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to the norm that they may have; gives the norm before."""
@@ -128,6 +153,12 @@ class TrainedWeights:
         from difftuning_control.training.sharding import clip_grad_norm  # saves torch's FSDP for one process
 
         return clip_grad_norm(parameters, most)
+
+    def hold(self, stop: Tensor | None) -> None:
+        """Keep the optimizer from moving anything where `stop` is 1, which it reads on the device; fp16's scaler has a
+        mark of its own."""
+        if self.masks and self.accelerator.scaler is None:
+            self._plain_optimizer.found_inf = stop
 
     def end_step(self) -> None:
         """Move the learning rate and the average on by an optimizer step."""

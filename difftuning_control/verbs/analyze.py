@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.data.latents import part_of
 from difftuning_control.data.prepare import hold_out, silent
-from difftuning_control.data.study_inputs import Materials, materials
+from difftuning_control.data.study_inputs import MEASURED, Materials, materials
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.figures import Sampling, check_held_out, figures, reference_of
@@ -81,7 +82,11 @@ def analyze(
     if config.staged and record is None:
         raise UserError("staged sampling hands over between a tuned model and its base; give --run.")
     features = load_features(config.features, family.device) if config.staged else None
-    found = materials(family, recipe, tell)
+    size = MEASURED
+    if record is not None and record.bank is not None and record.bank.size is not None:  # the run's own
+        recipe = replace(recipe, bank=replace(recipe.bank, path=record.bank.folder))
+        size = record.bank.size
+    found = materials(family, recipe, tell, size)
     if record is not None and record.fingerprints.data != found.data.fingerprint:
         raise UserError(
             f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."

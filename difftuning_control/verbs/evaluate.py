@@ -143,6 +143,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
             "steps": request.steps,
             "guidance_scale": request.guidance_scale,
             "domain_guidance_scale": domain,
+            "unconditional_strength": request.unconditional_strength,
             "outside": outside,
         },
         "base": base,
@@ -215,14 +216,14 @@ def _judge_all(
     request: Evaluation, family: Family, records: dict[str, RunRecord], drawing: _Drawing
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The base, and every run."""
-    domain, sides = request.domain_guidance_scale, []
+    domain, strength, sides = request.domain_guidance_scale, request.unconditional_strength or 0.0, []
     total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
     with progress(total, "sampling") as advance:
         base = drawing.side("base", family, request.guidance_scale, advance)
         for run, record in records.items():
             with (
                 tuned_model(family, run, record) as tuned,
-                domain_guided(family, tuned) if domain is not None else nullcontext(),
+                domain_guided(family, tuned, strength) if domain is not None else nullcontext(),
             ):
                 side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
             sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})

@@ -65,12 +65,16 @@ def _print_run(run: RunRecord, output: str) -> None:
     """What came of a training, and whether it passes its gates."""
     from accelerate import PartialState  # saves torch for the verbs that train nothing
 
+    from difftuning_control.training.phases import spent_line
+
     if not PartialState().is_main_process:
         return
     say(f"done: {output} ({run.status})")
     for role, losses in run.losses.items():
         base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
         say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+    if run.phases is not None:
+        say(f"  {spent_line(run.phases)}")
     _print_control(run)
     _print_places(run, output)
     _print_gates(run.gates)
@@ -129,6 +133,7 @@ def run_bank(asked: BankCommand) -> None:
     from difftuning_control.families.fitting import fitted  # saves torch for --help and for `runs`
     from difftuning_control.families.loading import load_base
     from difftuning_control.runs.folder import data_places, refuse_among_data, written_places
+    from difftuning_control.runs.identity import rows_of_step
     from difftuning_control.system.processes import check_shared, ending_together
     from difftuning_control.training.setup import make_accelerator
 
@@ -141,14 +146,15 @@ def run_bank(asked: BankCommand) -> None:
     with ending_together(accelerator):
         check_shared(accelerator, cache_folder(command.data), "data.cache")
         family = load_base(command).to(accelerator.device)
+        size = command.bank_size(rows_of_step(command, accelerator.num_processes))
         if command.data.stream:
-            captions = read_stream(command, family, tell)[0].captions(command.bank.size)
+            captions = read_stream(command, family, tell)[0].captions(size)
         else:
             data, held_out = read_data(command, tell)
             check_captions(family, command, data, held_out)
             captions = [e.caption for e in data.examples]
         resolution = resolution_of(family, command.data)
-        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator, tell)
+        bank = prepare_bank(family, command.bank, command.data, captions, resolution, accelerator, tell, size)
     if accelerator.is_main_process:
         if bank.folder is not None:
             with audit.noted(bank.folder) as artefacts:

@@ -148,7 +148,8 @@ def _draw(
             return rows
         for step in (*model.steps_kept, None):
             with tuned_model(family, run, record, step) as tuned:
-                guided = domain_guided(family, tuned) if scale is not None else nullcontext()
+                share = request.unconditional_strength or 0.0
+                guided = domain_guided(family, tuned, share) if scale is not None else nullcontext()
                 with cast(AbstractContextManager[None], guided):
                     pictures = sample_pictures(tuned, prompts, **drawn_at, advance=advance, control=asked)
             rows["tuned" if step is None else f"step {step}"] = pictures
@@ -162,6 +163,8 @@ def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) 
         given = {"control": request.control, "control_ready": request.control_ready}
     if request.domain_guidance_scale is not None:
         given["domain_guidance_scale"] = request.domain_guidance_scale
+    if request.unconditional_strength is not None:
+        given["unconditional_strength"] = request.unconditional_strength
     if model.steps_kept:
         given["kept"] = model.steps_kept
     return {"run": request.run, "model": model.chosen, "prompts": request.prompts, **given, **settings}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
@@ -14,6 +15,7 @@ from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder, silent
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families.fitting import fitted
+from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
@@ -25,15 +27,19 @@ from difftuning_control.runs.record_sections import Timings
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
-from difftuning_control.system.terminal import phase_seconds, phases
+from difftuning_control.system.terminal import phase, phases
 from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.phases import Phases
 from difftuning_control.training.preparation import PreparedRun, measure_objective, prepare_run
 from difftuning_control.training.result import TrainingResult
 from difftuning_control.training.setup import check_bank_rows, check_frozen, describe_budget, make_accelerator
 from difftuning_control.verbs.gating import judge_and_vouch
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
 
 
 def train(
@@ -74,7 +80,13 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            record, written, recipe = _train(written, recipe, accelerator, output, folder, session, tell)
+            count = Phases()
+            with count("load"), phase("loading", folder is not None, recipe.model.id):
+                family = load_base(recipe).to(accelerator.device)
+            with count.counting(family.denoiser):
+                record, written, recipe = _train(
+                    written, recipe, family, accelerator, count, output, folder, session, tell
+                )
             if folder is not None:
                 judge_and_vouch(record, written, recipe, output, session)
             accelerator.wait_for_everyone()
@@ -88,7 +100,9 @@ def train(
 def _train(
     written: Recipe,
     recipe: Recipe,
+    family: Family,
     accelerator: Accelerator,
+    count: Phases,
     output: Path,
     folder: OutputFolder | None,
     session: Session,
@@ -96,9 +110,9 @@ def _train(
 ) -> tuple[RunRecord, Recipe, Recipe]:
     """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
     process's."""
-    started = time.time()
+    started = time.time() - count.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
-    prepared = prepare_run(written, recipe, accelerator, said)
+    prepared = prepare_run(written, recipe, family, accelerator, count, said)
     recipe, going = prepared.recipe, prepared.going
     if going.finished is not None:
         if folder is not None:
@@ -110,7 +124,8 @@ def _train(
         tell(f"note: {line}")
     if folder is not None and prepared.inputs.bucketing is not None:
         tell(bucket_line(prepared.inputs.bucketing))
-    measured = measure_objective(prepared, output, accelerator.num_processes)
+    with count("analysis"):
+        measured = measure_objective(prepared, output, accelerator.num_processes)
     loop = TrainingLoop(
         recipe,
         prepared.family,
@@ -121,6 +136,7 @@ def _train(
         measured.budget,
         prepared.start,
         going.earlier,
+        count,
     )
     if going.reopened is not None:
         reopen(output, going.reopened, loop.state, folder is not None)
@@ -131,7 +147,7 @@ def _train(
         _begin(run, prepared, output, folder, session)
     begun = time.time()
     try:
-        run.losses, run.steps_per_second = loop.run()
+        run.losses, run.steps_per_second = loop.run(said)
     except NonFiniteLossError as error:
         if folder is not None:
             replace(run, status=FAILED, error=str(error)).write(output)
@@ -148,7 +164,8 @@ def _train(
         run.fidelity = loop.curve.describe()
     if recipe.method == "controlnet":
         run.frozen = check_frozen(prepared.family, prepared.fingerprints)
-    run.timings = Timings(preparation=begun - started, training=time.time() - begun, phases=phase_seconds())
+    run.timings = Timings(preparation=begun - started, training=time.time() - begun)
+    run.phases = count.to_dict()
     run.status = COMPLETE
     if folder is not None:
         run.outputs = _hash_outputs(output, output / result_of(recipe))

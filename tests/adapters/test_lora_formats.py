@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
 from peft import LoHaConfig, LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from difftuning_control.adapters.tuning import merged
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.verbs.export.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from support.tiny_models import tiny_dit
 
 SHALLOW = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -167,7 +167,7 @@ def changed(found: dict[str, Tensor], base: nn.Module) -> set[str]:
 def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha):
     base = make_unet(name)
     unet = with_lora(make_unet(name), targets, rank, alpha)
-    tensors = comfyui_tensors(lora_layers(unet, ADAPTER), unet.config)
+    tensors = comfyui_tensors(lora_layers(unet, ADAPTER), unet)
     names = {f"diffusion_model.{k}": v for k, v in from_ldm(base, base.config).items()}
     assert set(names.values()) == set(modules_of(base, "all"))
     found = apply(tensors, names, base)
@@ -181,7 +181,7 @@ def test_comfyui_reads_every_layer_under_its_own_name(name, targets, rank, alpha
 def test_kohya_reads_every_layer_by_its_path_in_the_unet_that_it_trains(name, targets, rank, alpha):
     base = make_unet(name)
     unet = with_lora(make_unet(name), targets, rank, alpha)
-    tensors = kohya_tensors(lora_layers(unet, ADAPTER), unet.config)
+    tensors = kohya_tensors(lora_layers(unet, ADAPTER), unet)
     paths = from_ldm(base, base.config) if name == "sdxl" else {n: n for n in modules_of(base, "blocks")}
     found = apply(tensors, {f"lora_unet_{k.replace('.', '_')}": v for k, v in paths.items()}, base)
     assert changed(found, base) == set(modules_of(base, targets))
@@ -194,7 +194,7 @@ def test_kohya_reads_every_layer_by_its_path_in_the_unet_that_it_trains(name, ta
 def test_stock_diffusers_reads_kohyas_file_too(name, targets, tmp_path):
     unet, plain = with_lora(make_unet(name), targets), make_unet(name)
     layers = lora_layers(unet, ADAPTER)
-    save_file(kohya_tensors(layers, unet.config), tmp_path / "lora.safetensors")
+    save_file(kohya_tensors(layers, unet), tmp_path / "lora.safetensors")
     stock = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     state, alphas, *_ = stock.lora_state_dict(tmp_path / "lora.safetensors", unet_config=plain.config)
     stock.load_lora_into_unet(state, alphas, plain, adapter_name=ADAPTER)
@@ -208,7 +208,7 @@ def test_alpha_is_such_that_the_scale_is_pefts_own():
     patterns = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn2.to_v": 1.0}, "use_rslora": True}
     unet.add_adapter(LoraConfig(**config, **patterns), adapter_name=ADAPTER)
     base = make_unet("shallow")
-    tensors = comfyui_tensors(lora_layers(unet, ADAPTER), unet.config)
+    tensors = comfyui_tensors(lora_layers(unet, ADAPTER), unet)
     names = {f"diffusion_model.{k}": v for k, v in from_ldm(base, base.config).items()}
     assert_close(apply(tensors, names, base), merged(unet).state_dict())
     assert len({t.item() for k, t in tensors.items() if k.endswith(".alpha")}) == 3
@@ -220,7 +220,7 @@ def test_alpha_is_such_that_the_scale_is_pefts_own():
 def test_layers_that_sd_scripts_would_leave_out_are_refused():
     unet = with_lora(make_unet("shallow"), "all")
     with pytest.raises(UserError, match=r"sd-scripts would leave out the LoRA on conv_in, time_embedding.linear_1"):
-        kohya_tensors(lora_layers(unet, ADAPTER), unet.config)
+        kohya_tensors(lora_layers(unet, ADAPTER), unet)
 
 
 @pytest.mark.parametrize(
@@ -248,12 +248,12 @@ def test_adapters_that_are_no_plain_lora_are_refused(config):
 )
 def test_blocks_that_ldm_has_not_are_refused(changes, named):
     unet = with_lora(make_unet("shallow"), "attention")
-    config = type(unet.config)({**unet.config, **changes})
+    unet.register_to_config(**changes)
     with pytest.raises(UserError, match=rf"LDM's UNet has no block like {named}; export with --format diffusers\.$"):
-        comfyui_tensors(lora_layers(unet, ADAPTER), config)
+        comfyui_tensors(lora_layers(unet, ADAPTER), unet)
 
 
 @pytest.mark.parametrize("make", [kohya_tensors, comfyui_tensors])
-def test_a_model_without_unet_blocks_is_refused(make):
-    with pytest.raises(UserError, match=r"known for UNets only; export with --format diffusers\.$"):
-        make([], FrozenDict({"num_layers": 2}))
+def test_a_model_that_the_tools_do_not_know_is_refused(make):
+    with pytest.raises(UserError, match=r"DiTTransformer2DModel.*(export with|use) --format .*diffusers\.$"):
+        make([], tiny_dit().transformer)

@@ -112,7 +112,9 @@ def test_another_seed_or_step_draws_everything_afresh(source, change):
 @pytest.mark.sample("dropout-1-0.5-2")
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(("size", "ratio"), [(5, 0.2), (3, 0.34), (2, 0.0), (1, 0.5)])
-@pytest.mark.parametrize("settings", [{}, {"bank_prompts": "own", "prompt_dropout": 0.5}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"retention_prompts": "own", "prompt_dropout": 0.5}], ids=["plain", "dropout"]
+)
 def test_processes_together_hold_the_rows_of_one_with_a_batch_as_large(source, processes, size, ratio, settings):
     one = with_ratio(source, ratio, size=size * processes, **settings)
     for step in (0, 11):
@@ -148,7 +150,7 @@ def test_bank_rows_hold_the_banks_latents_unchanged(source):
 
 @pytest.mark.parametrize("words", ["empty", "own"])
 def test_bank_rows_carry_the_empty_prompt_or_their_own(source, words):
-    rows = replace(source, bank_prompts=words).rows(0)
+    rows = replace(source, retention_prompts=words).rows(0)
     for row in rows.batch.is_retention.nonzero().flatten():
         prompt = PROMPTS[int(rows.batch.ids[row].split()[-1])] if words == "own" else ""
         assert has_embedding_of(source, rows, prompt)[row]
@@ -163,7 +165,7 @@ def test_target_rows_carry_their_captions(source):
 @pytest.mark.sample("1.0")
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_prompt_dropout_empties_that_share_of_the_target_rows_only(source, share):
-    dropping = replace(source, prompt_dropout=share, bank_prompts="own")
+    dropping = replace(source, prompt_dropout=share, retention_prompts="own")
     target, bank = [], []
     for step in range(100):
         rows = dropping.rows(step)

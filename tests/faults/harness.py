@@ -35,7 +35,7 @@ PARTS = {
     "control-": "annotating",
     "/cache/": "caching",
 }
-TIMES = {"timings", "steps_per_second"}  # of run.json: seconds, which no two runs share
+TIMES = {"timings", "phases", "steps_per_second"}  # of run.json: seconds, which no two runs share
 
 
 @dataclass(frozen=True)

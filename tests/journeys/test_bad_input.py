@@ -21,7 +21,7 @@ from difftuning_control.families.loading import family_of
 from difftuning_control.runs.folder import OutputFolder
 from support.command_line import flags, settings
 from support.pictures import captioned_by_text_files, rewrite_metadata, write_pictures
-from support.refusals import assert_refused, refusal
+from support.refusals import assert_refused, refusal, snapshot
 from support.tiny_sd import tiny_pipeline
 
 Maker = Callable[..., list[str]]
@@ -426,9 +426,11 @@ def test_sampling_refuses_a_run_that_is_missing_or_unfinished(output, tmp_path, 
     assert_refused([*words, str(output)], capsys, tmp_path, "is running, not complete; go on with difftune resume")
 
 
-def test_sampling_keeps_what_its_output_holds(output, tmp_path, capsys):
-    words = [*SAMPLE, "--run", str(output), "--output", str(output)]
-    assert_refused(words, capsys, tmp_path, "is not empty; choose another folder or give --overwrite")
+def test_sampling_keeps_what_its_output_holds(output):
+    before = snapshot(output)
+    main([*SAMPLE, "--run", str(output), "--output", str(output)])
+    assert snapshot(output) == before
+    assert (output.with_name(f"{output.name}-2") / "samples.json").is_file()
 
 
 # --- banks ----------------------------------------------------------------------------------------------------------

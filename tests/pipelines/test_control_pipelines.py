@@ -518,7 +518,10 @@ def test_a_further_control_comes_after_those_there_are(tmp_path, kind):
 def test_a_further_control_leaves_the_schedule_of_those_there_are(kind, schedule):
     first = add_control(stock(plain(kind)), controlnet(stock(plain(kind))), control_schedule=schedule)
     both = add_control(first, controlnet(stock(plain(kind)), 6))
-    assert [None if s is None else s(0.8) for s in both._control_schedule] == [first._control_schedule[0](0.8), None]
+    assert [None if s is None else s(0.8) for s in both.extras.control_schedule] == [
+        first.extras.control_schedule[0](0.8),
+        None,
+    ]
     both = add_control(first, controlnet(stock(plain(kind)), 6), control_schedule=[None, LATE])
     assert both.config.control_schedule == [None, LATE]
 

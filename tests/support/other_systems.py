@@ -6,8 +6,8 @@ What others have imported by then keeps what it found; what this package imports
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import stat
 import sys
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -37,6 +37,7 @@ def take_away() -> None:
     for name in HEAVY:
         import_module(name)  # these find what they need first: their own builds are of this system
     assert not any(name.startswith("difftuning_control") for name in sys.modules)
+    fcntl = import_module("fcntl")  # to see how a file is open
     for name in MODULES:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in OF_OS:
@@ -49,29 +50,25 @@ def take_away() -> None:
     windows.LK_LOCK, windows.LK_UNLCK = 1, 0
     windows.locking = lambda handle, how, size: LOCKED.append(how)
     sys.modules["msvcrt"] = windows
-    _sync_as_there()
+    _sync_as_there(fcntl)
 
 
-def _sync_as_there() -> None:
+def _sync_as_there(fcntl: Any) -> None:
     """No folder can be opened, and only what is open for writing can be synced."""
     plain_open, plain_sync = os.open, os.fsync
-    for_reading: set[int] = set()
 
     def opened(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if os.path.isdir(path):
             raise PermissionError(13, "Permission denied", str(path))
-        handle = plain_open(path, flags, *args, **kwargs)
-        for_reading.discard(handle)
-        if not flags & (os.O_RDWR | os.O_WRONLY):
-            for_reading.add(handle)
-        return handle
+        return plain_open(path, flags, *args, **kwargs)
 
     def synced(handle: int) -> None:
-        if handle in for_reading and stat.S_ISREG(os.fstat(handle).st_mode):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(9, "Bad file descriptor")
         plain_sync(handle)
 
     os.open, os.fsync = opened, synced  # type: ignore[assignment]
+    shutil._use_fd_functions = False  # type: ignore[attr-defined]  # it opens no folders there to remove them
     import difftuning_control.system.durable as durable  # after all of this is away
 
     durable.sys = SimpleNamespace(platform="win32")  # type: ignore[attr-defined]

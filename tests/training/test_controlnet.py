@@ -563,6 +563,7 @@ def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, fin
 @pytest.mark.wide
 def test_the_recipe_that_a_run_writes_repeats_it(make, finished, tmp_path):
     recipe = finished(VARIANTS["everything drawn"])
+    recipe = replace(recipe, data=replace(recipe.data, resolution=16))  # the model's own, which it did not name
     _, command = parse(["train", "--config", f"{recipe.output}/recipe.yaml"])
     assert {k: v for k, v in command.to_dict().items() if k != "overwrite"} == recipe.to_dict()
     assert run_record(recipe).recipe == recipe

@@ -322,11 +322,25 @@ def test_stock_diffusers_alone_opens_and_draws(lora, full, to, tmp_path):
         assert np.abs(found - of_the_base(recipe)).max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["lora", "full", "controlnet"])
+def test_half_precision_is_loaded_in_one_precision_by_who_names_none(run, to, name):
+    folder = to(run(name), dtype="float16", **STOCK)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert weights(folder, "text_encoder").popitem()[1].dtype == torch.float16
+    assert (
+        StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).text_encoder.dtype == torch.float16
+    )
+
+
 def test_a_copied_base_is_the_base_bit_by_bit(lora, controlnet, to, model_dir):
     for recipe in (lora, controlnet):
         folder = to(recipe)
-        for component in ("unet", "vae", "text_encoder"):
+        for component in ("unet", "vae"):
             assert_equal(weights(folder, component), weights(model_dir, component))
+        encoder = weights(model_dir, "text_encoder")  # an export has the names that every transformers knows
+        renamed = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.items()}
+        assert_equal(weights(folder, "text_encoder"), renamed)
 
 
 def test_a_fused_adapter_is_in_the_weights_and_nowhere_else(lora, to, model_dir):
@@ -375,10 +389,16 @@ def test_adapters_of_every_kind_are_exported_as_they_were_trained(make, tmp_path
     else:
         found = draw(StableDiffusionPipeline.from_pretrained(export(fused)))
         assert np.abs(found - expected).max() < 1e-4
-    if kind != "pissa":
+    kohya = ExportRequest(recipe.output, str(tmp_path / "kohya"), format="kohya")
+    if kind in ("pissa", "text encoder"):
+        plain_one = load_family(recipe.model.id).pipe
+        (file,) = export(kohya).glob("*.safetensors")
+        load_adapter(plain_one, file)
+        assert np.abs(draw(plain_one) - expected).max() < 1e-4
+    else:
         with pytest.raises(UserError, match="which kohya's LoRA files do not hold here"):
-            export(ExportRequest(recipe.output, str(tmp_path / "kohya"), format="kohya"))
-    assert not (tmp_path / "kohya").exists()
+            export(kohya)
+        assert not (tmp_path / "kohya").exists()
 
 
 def test_a_referenced_lora_is_the_runs_own_file(lora, to):

@@ -41,10 +41,10 @@ def test_all_of_a_pages_options_exist(verb):
 def test_the_page_of_train_tells_defaults_and_units():
     page = " ".join((help_page("train", COMMANDS["train"]) or "").split())
     for said in (
-        "--steps N optimizer steps (as fits the model) [training.max_steps]",
+        "--steps N length of the run, in optimizer steps (as fits the model) [training.max_steps]",
         f"number of samples ({Recipe().bank.size})",
         "folder of the results (runs/difftuning)",
-        "side in pixels",
+        "in pixels",
     ):
         assert said in page
 

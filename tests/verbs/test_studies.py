@@ -20,6 +20,7 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.pilot.judge import judge_of
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
@@ -262,16 +263,16 @@ def test_auto_without_a_bank_or_time_is_refused(study, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def budgeted(study: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def budgeted(study: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("budget") / "run"
     tuning = replace(study.tuning, forgetting_budget=BUDGET)
-    return folder, train(replace(study, tuning=tuning, output=str(folder)))
+    return folder, train(replace(study, tuning=tuning, output=str(folder))).record
 
 
 def test_a_budgeted_run_says_band_by_band_whether_it_was_kept(budgeted):
-    budget = budgeted[1]["budget"]
+    budget, losses = budgeted[1].budget, budgeted[1].losses
     assert budget["allowed"] == spread_budget(BUDGET)
-    base, tuned = (budgeted[1]["losses"]["bank"][k]["loss"] for k in ("base", "tuned"))
+    base, tuned = (losses["bank"][k]["loss"] for k in ("base", "tuned"))
     assert budget["rise"] == [t / b - 1 for b, t in zip(base, tuned)]
     assert budget["kept"] == [r <= a for r, a in zip(budget["rise"], BUDGET)]
 

@@ -18,9 +18,11 @@ from difftuning_control.families.loading import embedded_model, load_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs.bench import inputs as bench_inputs
-from difftuning_control.verbs.bench.settings import Bench
+from difftuning_control.verbs.bench import total as total_time
+from difftuning_control.verbs.bench.settings import PEERS, Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
+from difftuning_control.verbs.bench.total import job_steps
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
 
@@ -214,6 +216,19 @@ def memory(setting: Setting) -> dict[str, Any]:
     return found
 
 
+def total(setting: Setting) -> dict[str, Any]:
+    """From the command to the saved LoRA."""
+    bench, work = setting.bench, setting.work / "total"
+    steps, done, rows = job_steps(bench)
+    data = bench_inputs.pictures(setting.work / f"pictures-{total_time.PICTURES}", total_time.PICTURES, setting.side)
+    script = Path(bench.peers or "") / PEERS["lora"]
+    theirs = None
+    if bench.peers is not None and script.is_file():
+        theirs = peer("lora", bench.peers, setting.model, data, work, setting.side, done, rows)
+    mine = ours("lora", setting.model, data, work, setting.side, done, rows)
+    return total_time.Job(steps, done, rows, work, mine, theirs, setting.run).measure(bench.rounds)
+
+
 def profile(setting: Setting) -> dict[str, float]:
     """Where the time of a LoRA's step goes, in shares of its CPU time."""
 
@@ -228,4 +243,5 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "startup": startup,
     "memory": memory,
     "profile": profile,
+    "total": total,
 }

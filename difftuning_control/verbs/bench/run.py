@@ -13,6 +13,7 @@ from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.bench.parts import PARTS, Setting
 from difftuning_control.verbs.bench.settings import Bench
+from difftuning_control.verbs.bench.total import lines as total_lines
 
 
 def bench(settings: Bench, overwrite: bool = False) -> dict[str, Any]:
@@ -78,6 +79,9 @@ def table(result: dict[str, Any]) -> str:
     if "profile" in parts:
         shares = (f"{name} {share:.1%}" for name, share in parts["profile"].items() if name != "seconds_a_step")
         more.append(f"A step of {parts['profile']['seconds_a_step']:.2f} CPU seconds: {', '.join(shares)}.")
+    if "total" in parts:
+        one_thread = result["settings"]["threads"] == 1  # CPU time then, which other jobs disturb less
+        more += total_lines(parts["total"], "cpu" if one_thread else "wall")
     for command, peaks in parts.get("memory", {}).items():
         shown = ", ".join(f"{peak / GIB:.2f} GiB on {count} pictures" for count, peak in peaks.items())
         more.append(f"Peak memory of `{command}`: {shown}.")

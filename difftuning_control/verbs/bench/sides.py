@@ -22,13 +22,14 @@ OURS = ["-m", "difftuning_control.cli"]
 @dataclass(frozen=True)
 class Timed:
     """One run under the stopwatch: seconds and CPU seconds of every step but the first, seconds to the first step, of
-    the whole command, and the most memory that it took, in bytes."""
+    the whole command, the most memory that it took, in bytes, and the whole command's CPU seconds."""
 
     steps: list[float]
     cpu: list[float]
     first_step: float | None
     seconds: float
     peak: int
+    cpu_seconds: float
 
 
 def run(command: list[str], folder: Path, threads: int | None) -> Timed:
@@ -54,6 +55,7 @@ def run(command: list[str], folder: Path, threads: int | None) -> Timed:
         walls[0] - found["started"] if walls else None,
         found["ended"] - found["started"],
         found["peak"],
+        found["cpu"],
     )
 
 

@@ -12,6 +12,7 @@ from difftuning_control.families.loading import load_base
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
+from difftuning_control.training.reader import RowReader
 from difftuning_control.training.setup import build_objective, make_accelerator
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
@@ -36,6 +37,7 @@ class ProfiledLoop(TrainingLoop):
 
             return call
 
+        self.reader = RowReader(self.source, self.config.gradient_accumulation_steps, ahead=False)
         object.__setattr__(self.source, "rows", timed("rows", self.source.rows))
         denoiser.forward = timed("forward", denoiser.forward)
         self.accelerator.backward = timed("backward", self.accelerator.backward)

@@ -5,7 +5,7 @@
 
 Both sides of a comparison run under it, unchanged, so that they are measured by one watch. RECORD is JSON: `started`
 (the process) and `ended` in seconds since the epoch, `steps` a list of [wall, CPU seconds of the process] at the end of
-every optimizer step, `peak` the largest resident memory in bytes.
+every optimizer step, `peak` the largest resident memory in bytes, `cpu` the CPU seconds of the whole process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     times = {"started": psutil.Process().create_time(), "ended": time.time(), "steps": steps}
-    Path(record).write_text(json.dumps(times | {"peak": peak_memory()}))
+    Path(record).write_text(json.dumps(times | {"peak": peak_memory(), "cpu": time.process_time()}))
     sys.exit(code)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from difftuning_control import pipelines
 from difftuning_control.errors import UserError
+from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.runs.card import asked_for, model_card
 from difftuning_control.runs.gates import check_passed
@@ -79,7 +79,7 @@ def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: P
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours.file, klass=parts.ours.name)]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        guidance = GUIDANCE.replace("guidance_scale", getattr(pipelines, parts.ours.name).guidance_argument)
+        guidance = GUIDANCE.replace("guidance_scale", BY_CLASS[parts.ours.stock].scale or "")
         use += ["", guidance] if has_adapter or request.source_unet != "none" else []
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):
@@ -124,7 +124,10 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
     used["diffusers"].append(klass)
     body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
     if recipe.method == "lora" and request.adapter == "separate":
-        if KINDS[recipe.adapter.kind].loads_in_diffusers and run.stock_loads_lora:
+        if parts.file is not None and parts.component != "unet":  # kohya's names, which not every stock class reads
+            used["difftuning_control"].append("load_adapter")
+            body.append(f'load_adapter(pipe, folder + "/" + {python_text(parts.file)})')
+        elif KINDS[recipe.adapter.kind].loads_in_diffusers and run.stock_loads_lora:
             name = "" if parts.file is None else f", weight_name={python_text(parts.file)}"
             body.append(f"pipe.load_lora_weights(folder{name})")
         else:
@@ -147,7 +150,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
         used["difftuning_control"] += ["Conditioner", "ControlSpec"]
         spec = 'ControlSpec.load(f"{folder}/controlnet")'
         body.append(f'condition = Conditioner({spec}).prepare(Image.open("photo.png"))')
-        body.append(f"image = pipe({prompt}, {image}=condition).images[0]")
+        body.append(f"image = pipe({prompt}, {image}=condition, controlnet_conditioning_scale=1.0).images[0]")
     return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
 
 

@@ -91,8 +91,7 @@ def _check_adapter(request: ExportRequest, recipe: Recipe) -> None:
     if recipe.method != "lora":
         return
     kind, what = recipe.adapter.kind, f"the adapter of the run {request.run} is a {recipe.adapter.kind}"
-    if request.format != "diffusers" and (kind != "lora" or recipe.adapter.text_encoder):
-        what += " with a part on the text encoder" if kind == "lora" else ""
+    if request.format != "diffusers" and kind != "lora":
         raise UserError(f"{what}, which {request.format}'s LoRA files do not hold here; export it for diffusers.")
     if request.adapter == "fused" and (why := KINDS[kind].unfusable) is not None:
         raise UserError(f"{what}, which {why} and cannot be fused; leave out --adapter fused.")

@@ -14,12 +14,14 @@ from difftuning_control.adapters.attached import denoiser_of, merge_adapter
 from difftuning_control.adapters.files import LORA_FILE
 from difftuning_control.adapters.kinds import ADAPTER
 from difftuning_control.adapters.loading import load_adapter
+from difftuning_control.adapters.snapshot import tuned_modules
 from difftuning_control.adapters.source import save_difference
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, adapter_result
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.data.labels import as_pretrained
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
+from difftuning_control.families.older_form import write_older_form
 from difftuning_control.pipelines.registry import BY_STOCK
 from difftuning_control.runs.finished import check_base, weights_of
 from difftuning_control.runs.kept import place_of_run, step_folder
@@ -27,7 +29,12 @@ from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 from difftuning_control.verbs.export.card import Parts
-from difftuning_control.verbs.export.lora_formats import comfyui_tensors, kohya_tensors, lora_layers
+from difftuning_control.verbs.export.lora_formats import (
+    comfyui_tensors,
+    encoder_tensors,
+    kohya_tensors,
+    lora_layers,
+)
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -89,12 +96,15 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     base = _checked_base(record, recipe, request.run)
     load_adapter(base.pipe, Path(request.run) / LORA_FILE)
     layers = lora_layers(base.denoiser, ADAPTER)
-    tensors = (kohya_tensors if request.format == "kohya" else comfyui_tensors)(layers, base.denoiser.config)
+    encoders = {n: lora_layers(m, ADAPTER) for n, m in tuned_modules(base.pipe).items() if n != base.component}
+    kohya = request.format == "kohya"
+    tensors = (kohya_tensors if kohya else comfyui_tensors)(layers, base.denoiser)
+    tensors |= encoder_tensors(encoders, base.pipe, kohya)
     place, step = place_of_run(Path(request.run).resolve())
     name = f"{place.name}{'' if step is None else f'-{step_folder(step)}'}.safetensors"
     dtype = request.torch_dtype or torch.float32
     write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
-    return Parts(type(base.pipe).__name__, None, None, name)
+    return Parts(type(base.pipe).__name__, None, None, name, base.component)
 
 
 def _write_lora(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:
@@ -132,6 +142,7 @@ def _write_controlnet(request: ExportRequest, record: RunRecord, recipe: Recipe,
     if request.base == "copied":
         base.pipe.to(request.torch_dtype or _stored_dtype(base.denoiser, recipe.model.variant))
         pipe.save_pretrained(folder, safe_serialization=True)
+        write_older_form(folder)
     else:
         base.save_controlnet(place, base.controlnet)
     spec.save(place)

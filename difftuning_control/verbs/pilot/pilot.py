@@ -38,15 +38,16 @@ from difftuning_control.runs.folder import data_places, refuse_among_data, refus
 from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
 from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
-from difftuning_control.runs.record import COMPLETE
+from difftuning_control.runs.record import COMPLETE, read_run
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
+from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
-from difftuning_control.verbs.pilot.side_tuning import BUDGET
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_teachers
 
 PRIMARY = "kid"
 
@@ -62,7 +63,7 @@ class Pilot:
 
     def __init__(self, recipe: Recipe, config: PilotConfig, output: Path, tell: Callable[[str], object] = print):
         training = recipe.training
-        if not recipe.uses_bank:
+        if recipe.tuning.retention_ratio == 0:
             raise UserError(
                 "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
                 "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
@@ -74,6 +75,7 @@ class Pilot:
                 "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
                 "them out."
             )
+        check_teachers(recipe, config.sides)
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.config, self.output, self.tell = config, output, tell
@@ -112,16 +114,22 @@ class Pilot:
     def run(self) -> PilotRecord:
         """All of it; returns its record, which is written."""
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
-        inputs = materials(self.family, self.recipe)
+        phases = self.clock.phases
+        with phases("bank"), phases.counting(self.family.denoiser):
+            inputs = materials(self.family, self.recipe)
         check_inputs(self.output, inputs, self.family.fingerprint)
         judge = judge_of(self.config, self.family, self.features, self.conditioner, inputs)
         trained = self.side_runs(judge)
-        analysis = self._analyze(inputs)
-        base, pictures = self._base(inputs, judge)
+        with phases("analysis"), phases.counting(self.family.denoiser):
+            analysis = self._analyze(inputs)
+        with phases("sampling"), phases.counting(self.family.denoiser):
+            base, pictures = self._base(inputs, judge)
         sides = []
         for number, side in enumerate(self.config.sides, start=2):
             self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
             sides.append(trained.side(side))
+        cost = self._cost(sides)
+        self.tell(spent_line(cost.phases or {}))
         losses = sides[0]["runs"][0]["losses"]
         base |= {f"{role}_loss": mean_of(bands["base"]["loss"]) for role, bands in losses.items()}
         record = PilotRecord(
@@ -132,7 +140,7 @@ class Pilot:
             data=analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
             settings=self._settings(),
             primary=self.primary,
-            cost=self._cost(sides),
+            cost=cost,
             versions=versions(),
             recipe_values=self.recipe.to_dict(),
             base=base,
@@ -169,10 +177,13 @@ class Pilot:
 
     def _cost(self, sides: list[dict[str, Any]]) -> PilotCost:
         rows = [row for side in sides for row in side["all_runs"]]
+        folders = sorted({row["folder"] for row in rows})
+        spent = [run.phases or {} for folder in folders if (run := read_run(self.output / folder)) is not None]
         return PilotCost(
             seconds=self.clock.spent(),
+            phases=added(self.clock.phases.to_dict(), *spent),
             training_seconds=sum(row["seconds"] for row in rows if row["steps"] == self.lengths[-1]),
-            runs=len({row["folder"] for row in rows}),
+            runs=len(folders),
             device=describe_device(self.family.device),
         )
 

@@ -12,6 +12,7 @@ from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.identity import deciding_settings
 from difftuning_control.runs.pilot_record import read_settings
 from difftuning_control.system.digests import digest_of
+from difftuning_control.training.phases import Phases
 
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
@@ -42,19 +43,21 @@ def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None
 
 
 class Clock:
-    """The time that a pilot has taken, over all its sessions.
+    """The time that a pilot has taken, over all its sessions, and by phase what it does beside its runs.
 
     Args:
-        output: the pilot's folder, whose settings keep the seconds.
+        output: the pilot's folder, whose settings keep both.
     """
 
     def __init__(self, output: Path):
-        self.output, self.since = output, time.time()
+        self.output, self.since, self.phases = output, time.time(), Phases()
+        self.phases.add(read_settings(output).phases or {})
 
     def spent(self) -> float:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
         settings, now = read_settings(self.output), time.time()
         settings.seconds += now - self.since
+        settings.phases = self.phases.to_dict()
         self.since = now
         settings.write(self.output)
         return settings.seconds

@@ -147,7 +147,12 @@ class SideRuns:
         rows = []
         for length in self.lengths:
             last = length == self.lengths[-1]
-            with tuned_model(self.family, folder, record, None if last else length) as tuned:
+            phases = self.clock.phases
+            with (
+                phases("sampling"),
+                tuned_model(self.family, folder, record, None if last else length) as tuned,
+                phases.counting(tuned.denoiser),
+            ):
                 searching = len(self.rates) > 1 and seed == self.config.seeds[0]
                 search = self.judge.figures(tuned, seed, False)[0] if searching else None
                 final, pictures = self.judge.figures(tuned, seed, True)
@@ -183,7 +188,12 @@ class SideRuns:
         if not (folder / result_of(recipe)).exists():
             (folder / "figures.json").unlink()  # or it would not be trained and judged again
             self.train(side, rate, seed)
-        with tuned_model(self.family, folder, finished_run(folder)) as tuned:
+        phases = self.clock.phases
+        with (
+            phases("sampling"),
+            tuned_model(self.family, folder, finished_run(folder)) as tuned,
+            phases.counting(tuned.denoiser),
+        ):
             searched = []
             if scales is None:
                 searched = search_scales(self.judge, self.family, tuned, seed, self.config.guidance_scales)

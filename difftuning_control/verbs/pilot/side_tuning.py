@@ -4,26 +4,52 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import POWER
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
+TAUGHT: dict[str, dict[str, Any]] = {
+    "teacher_bank": {"retention_rows": "bank"},
+    "teacher_empty": {"retention_rows": "pictures", "retention_prompts": "empty"},
+    "teacher_own": {"retention_rows": "pictures", "retention_prompts": "own"},
+}
+
+
+def check_teachers(recipe: Recipe, sides: list[str]) -> None:
+    """Refuse what does not go with a teacher, before anything is drawn.
+
+    Raises:
+        UserError: for the first side with one that the recipe cannot have.
+    """
+    for side in sides:
+        if side in TAUGHT:
+            replace(recipe, tuning=side_tuning(side, recipe.tuning, Path()))
 
 
 def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
-    """A side's objective: the recipe's with another schedule; for plain without a bank.
+    """A side's objective: the recipe's with another schedule, or with a teacher; for plain without retention.
 
     Args:
         schedule: file of the measured schedule.
+
+    Raises:
+        UserError: if the recipe's settings do not go with a teacher.
     """
-    allowed, base = base.forgetting_budget, replace(base, forgetting_budget=None)
+    measured = ScheduleConfig("measured", path=str(schedule))
+    if side in TAUGHT:
+        own = measured if base.schedule.kind == "auto" else base.schedule
+        return replace(base, schedule=own, retention="teacher", **TAUGHT[side])
+    allowed = base.forgetting_budget
+    base = replace(base, forgetting_budget=None, retention="samples", retention_rows="bank")
     if side == "plain":
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
     if side == "prior":
         return replace(base, schedule=ScheduleConfig("constant", xi=1.0))
     if side == "difftuning_measured":
-        return replace(base, schedule=ScheduleConfig("measured", path=str(schedule)))
+        return replace(base, schedule=measured)
     if (match := POWER.fullmatch(side)) is not None:
         return replace(base, schedule=ScheduleConfig("power", tau=float(match[1])))
     return replace(

@@ -1,0 +1,77 @@
+"""Chroma: FLUX.1's packing and blocks without its pooled prompt, T5 with a mask, and ordinary guidance.
+
+The mask is of a prompt's tokens and of one token of padding after them. The model adds it to the logits of attention as
+the number that it is: 1 where there is a token, 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftuning_control.families.fit import Fit
+from difftuning_control.families.flux import image_ids, pack, unpack
+from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.transformer import FlowTransformer
+from difftuning_control.objective.noise import NoiseProcess
+
+
+class Chroma(MaskedTransformer):
+    """A `ChromaPipeline`. Conditioning: `prompt_embeds` and `prompt_attention_mask` (B, L), a number as the model takes
+    it."""
+
+    name = "chroma"
+    fit = Fit(batch_size=3)
+    base_density = "logit_normal"
+    text_length = 512
+    lora_targets = FlowTransformer.lora_targets
+
+    def _check_variant(self) -> None:
+        self.need("transformer", "vae", "text_encoder", "tokenizer")
+        self.check_channels(self.pipe.transformer.config.in_channels // 4)
+
+    @property
+    def native_resolution(self) -> int:
+        return self.pipe.default_sample_size * self.vae_scale_factor
+
+    @property
+    def resolution_step(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    def told(self, process: NoiseProcess) -> NoiseProcess:
+        return replace(process, timesteps=process.sigmas)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        embeds, _, mask, *_ = self.pipe.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.text_length
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
+        told = self.embedding_arguments(prompts) if self.offload else {"prompt": list(prompts)}
+        return told | {"max_sequence_length": self.text_length}
+
+    def denoiser_inputs(
+        self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"]
+        tokens, (height, width) = pack(noisy_model_input), noisy_model_input.shape[2:]
+        return {
+            "hidden_states": tokens,
+            "timestep": timesteps,
+            "encoder_hidden_states": embeds,
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
+            "img_ids": image_ids(height, width).to(embeds),
+            "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1),
+        }
+
+    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
+        return unpack(output, *noisy_model_input.shape[2:])
+
+    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
+        side = resolution // self.vae_scale_factor
+        return unpack(drawn, side, side)

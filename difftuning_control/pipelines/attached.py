@@ -1,0 +1,112 @@
+"""Settings on a stock pipeline object, of any known class: text to image, image to image, inpainting, ControlNets.
+
+The object's class becomes a subclass of its own, of the same name, whose `__call__` runs the stock one under hooks
+(`sampling`). The object itself holds nothing of it, and `detach` gives it its class back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.pipelines.checks import check_source
+from difftuning_control.pipelines.control_strength import ControlUse
+from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.guiding import guiding_of
+from difftuning_control.pipelines.sampling import Sampling, nets_of
+from difftuning_control.pipelines.settings import UNCHANGED, Extras
+
+
+@dataclass
+class _Attachment:
+    """What an attached class holds: its settings, and the pretrained denoiser where there is one."""
+
+    extras: Extras
+    source: Any
+    control_use: list[ControlUse] = field(default_factory=list)
+
+
+def attach(
+    pipe: Any,
+    *,
+    domain_guidance: bool | None = UNCHANGED,
+    unconditional_strength: float | None = UNCHANGED,
+    tuned_adapters: str | list[str] | None = UNCHANGED,
+    adapter_schedule: Any = UNCHANGED,
+    hand_over: float | None = UNCHANGED,
+    control_schedule: Any = UNCHANGED,
+    source: Any = UNCHANGED,
+) -> Any:
+    """Let a stock pipeline of diffusers sample with settings, as the drop-in pipelines do (see their `set_extras`).
+
+    Nothing is saved with the pipeline. On a pipeline that is attached already the settings that are given change.
+    After a call with a `control_schedule`, `pipe.control_use` says how often each ControlNet ran and was skipped.
+
+    Args:
+        pipe: a pipeline of a class in `guiding.GUIDINGS`.
+        domain_guidance, unconditional_strength, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes
+            them.
+        control_schedule: strength over u of the pipeline's ControlNets, or a list with one for each.
+        source: the pretrained denoiser, where the denoiser's own weights were tuned; not needed for an adapter.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UserError: for a class whose guidance is not known, a drop-in, or a value of another kind or out of its range.
+    """
+    if isinstance(pipe, TunedSampling):
+        raise UserError(f"a {type(pipe).__name__} has settings of its own; give them to its set_extras(…).")
+    guiding = guiding_of(pipe)
+    before = attachment_of(pipe)
+    extras = (before.extras if before is not None else Extras()).changed(
+        len(nets_of(pipe)),
+        domain_guidance=domain_guidance,
+        unconditional_strength=unconditional_strength,
+        tuned_adapters=tuned_adapters,
+        adapter_schedule=adapter_schedule,
+        hand_over=hand_over,
+        control_schedule=control_schedule,
+    )
+    if source is UNCHANGED:
+        source = before.source if before is not None else None
+    if source is not None:
+        check_source(getattr(pipe, guiding.component), source, guiding.component)
+    detach(pipe)
+    pipe.__class__ = _attached_class(type(pipe), _Attachment(extras, source))
+    return pipe
+
+
+def detach(pipe: Any) -> Any:
+    """Take the settings off a pipeline: it is as it was before `attach`. Without any it stays as it is.
+
+    Returns:
+        The same object.
+    """
+    if attachment_of(pipe) is not None:
+        pipe.__class__ = type(pipe).__base__
+    return pipe
+
+
+def attachment_of(pipe: Any) -> _Attachment | None:
+    """The settings of an attached pipeline."""
+    return vars(type(pipe)).get("attachment")
+
+
+def _attached_class(stock: Any, attachment: _Attachment) -> Any:
+    """A subclass that is called like the stock class, by which diffusers and users know it."""
+    run: Callable[..., Any] = stock.__call__
+
+    @like(run)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 it becomes one
+        sampling = Sampling(self, attachment.extras, attachment.source, set_by="attach(pipe, ")
+        try:
+            return sampling.run(run, args, kwargs)
+        finally:
+            attachment.control_use = sampling.control_use
+
+    kept = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    use = property(lambda self: attachment.control_use)
+    return type(stock.__name__, (stock,), {**kept, "__call__": __call__, "attachment": attachment, "control_use": use})

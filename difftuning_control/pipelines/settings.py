@@ -1,0 +1,123 @@
+"""What a pipeline adds to its stock class: the settings of drop-ins and of `attach`, checked, and as they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from difftuning_control.errors import UserError
+from difftuning_control.pipelines.strength import Strength, as_strength, check_u, stored
+
+UNCHANGED: Any = object()
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a pipeline adds to its stock class.
+
+    Args:
+        domain_guidance: the unconditional branch of guidance comes from the pretrained model.
+        unconditional_strength: in [0, 1]; the tuned adapters' strength in that branch, 0 for the pretrained model and 1
+            for ordinary guidance.
+        tuned_adapters: names of the adapters that were tuned, in the pipeline; the only one that acts when None.
+        adapter_schedule: strength of these adapters over u.
+        hand_over: u₀ in [0, 1]; at u ≤ u₀ the pretrained model goes on.
+        control_schedule: strength over u of each ControlNet, on top of the call's scales; None for full strength.
+
+    Raises:
+        UserError: for a value of another kind or out of its range.
+    """
+
+    domain_guidance: bool = False
+    unconditional_strength: float = 0.0
+    tuned_adapters: tuple[str, ...] | None = None
+    adapter_schedule: Strength | None = None
+    hand_over: float | None = None
+    control_schedule: tuple[Strength | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.domain_guidance, bool):
+            raise UserError(f"domain_guidance is {self.domain_guidance!r}; expected True or False.")
+        check_u(self.unconditional_strength, "unconditional_strength")
+        if self.unconditional_strength > 0 and not self.domain_guidance:
+            raise UserError(
+                "unconditional_strength says how much of the adapter acts in the unconditional branch under "
+                "domain_guidance, which is False; give domain_guidance=True, or unconditional_strength=None."
+            )
+        if self.hand_over is not None:
+            check_u(self.hand_over, "hand_over")
+        if self.tuned_adapters is not None and not (
+            self.tuned_adapters and all(isinstance(n, str) and n for n in self.tuned_adapters)
+        ):
+            raise UserError(f"tuned_adapters is {self.tuned_adapters!r}; expected names of adapters, or None.")
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Whether the denoiser runs with other weights than it has."""
+        return self.domain_guidance or self.adapter_schedule is not None or self.hand_over is not None
+
+    @property
+    def is_active(self) -> bool:
+        return self.acts_on_weights or self.control_schedule is not None
+
+    @property
+    def strengths(self) -> list[Strength]:
+        """Every schedule."""
+        return [s for s in (self.adapter_schedule, *(self.control_schedule or ())) if s is not None]
+
+    def changed(self, nets: int = 0, **given: Any) -> Extras:
+        """Other settings, with those that are given, as users write them; `UNCHANGED` ones are left.
+
+        Args:
+            nets: how many ControlNets the pipeline has.
+
+        Raises:
+            UserError: for a value of another kind or out of its range.
+        """
+        found = {name: value for name, value in given.items() if value is not UNCHANGED}
+        if found.get("domain_guidance", UNCHANGED) is None:
+            del found["domain_guidance"]
+        if (strength := found.get("unconditional_strength", UNCHANGED)) is None:
+            found["unconditional_strength"] = 0.0
+        elif strength is not UNCHANGED:
+            found.setdefault("domain_guidance", True)  # who names its strength wants it
+        elif found.get("domain_guidance") is False:
+            found["unconditional_strength"] = 0.0
+        if "tuned_adapters" in found:
+            names = found["tuned_adapters"]
+            listed = [names] if isinstance(names, str) else names
+            found["tuned_adapters"] = None if listed is None else tuple(listed)
+        if found.get("adapter_schedule") is not None:
+            found["adapter_schedule"] = as_strength(found["adapter_schedule"])
+        if "control_schedule" in found:
+            found["control_schedule"] = _of_controls(found["control_schedule"], nets)
+        return replace(self, **found)
+
+    def stored(self) -> dict[str, Any]:
+        """What a configuration keeps; a function is in none."""
+        names, controls = self.tuned_adapters, self.control_schedule
+        return {
+            "domain_guidance": self.domain_guidance,
+            "unconditional_strength": self.unconditional_strength or None,
+            "tuned_adapters": None if names is None else list(names),
+            "adapter_schedule": stored(self.adapter_schedule),
+            "hand_over": self.hand_over,
+            "control_schedule": None if controls is None else [stored(s) for s in controls],
+        }
+
+
+NAMES = tuple(field.name for field in fields(Extras))
+
+
+def _of_controls(given: Any, nets: int) -> tuple[Strength | None, ...] | None:
+    """The schedule of each ControlNet, from one for all or a list."""
+    if given is None:
+        return None
+    if nets == 0:
+        raise UserError("control_schedule acts on ControlNets, and the pipeline has none; leave it out.")
+    each: Sequence[Any] = given if isinstance(given, (list, tuple)) else [given] * nets
+    if len(each) != nets:
+        raise UserError(f"control_schedule has {len(each)} entries; expected one for each of {nets} ControlNets.")
+    found = tuple(None if s is None else as_strength(s) for s in each)
+    return found if any(s is not None for s in found) else None

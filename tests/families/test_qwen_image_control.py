@@ -1,0 +1,154 @@
+"""ControlNets of Qwen-Image: what the stock pipeline does, piece by piece."""
+
+import diffusers
+import pytest
+import torch
+
+from difftuning_control.errors import UserError
+from difftuning_control.families.control import to_tensor
+from difftuning_control.families.loading import family_of
+from support.drawing import PROMPTS, TOLERANCE, generators
+from support.flow_families import STOCK, shorten
+from support.tiny_flow import tiny_qwen_image
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(diffusers, "QwenImageControlNetModel"),
+    reason=f"diffusers {diffusers.__version__} has no QwenImageControlNetModel",
+)
+SIDE = 16
+
+
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch):
+    shorten(monkeypatch)
+
+
+def conditions(seed: int = 0, count: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generators(seed)[0], dtype=torch.uint8)
+
+
+@pytest.fixture
+def family():
+    """A ControlNet that adds something, and an autoencoder without a spread."""
+    found = family_of(tiny_qwen_image(layers=3))
+    found.controlnet = found.new_controlnet(0)
+    torch.manual_seed(3)
+    for name, parameter in found.controlnet.named_parameters():
+        if name.startswith(found.controlnet_whole):
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    found.pipe.vae.quant_conv.weight.data[4:] = 0
+    found.pipe.vae.quant_conv.bias.data[4:] = -30
+    return found
+
+
+def stock_picture(family, control, calls=None):
+    """A call of the stock pipeline under these conditions; `calls` is filled with those of the transformer."""
+
+    def keep(module, args, kwargs, out):
+        if calls is not None:
+            calls.append(STOCK["qwen_image"].read(args, kwargs, out))
+
+    handle = family.denoiser.register_forward_hook(keep, with_kwargs=True)
+    pictures = family.control_pipeline()(
+        prompt=list(PROMPTS),
+        negative_prompt=["", ""],
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=3,
+        true_cfg_scale=3.0,
+        generator=generators(0, 1),
+        output_type="pt",
+        max_sequence_length=64,
+        control_image=to_tensor(control, (-1.0, 1.0)),
+    ).images
+    handle.remove()
+    return pictures
+
+
+def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(family):
+    calls, control = [], conditions()
+    stock_picture(family, control, calls)
+    assert len(calls) == 6  # the second of each two is of the empty prompt, with what the ControlNet made of the other
+    rows = family.encode_prompts(PROMPTS)
+    for noisy, timesteps, out in calls[::2]:
+        with torch.no_grad():
+            read = family.encode_control(control)
+            found, again = (
+                family.predict(family.model, noisy, timesteps, rows | {"control": c}) for c in (control, read)
+            )
+            alone = family.predict(family.model, noisy, timesteps, rows)
+        torch.testing.assert_close(found, out, **TOLERANCE)
+        torch.testing.assert_close(again, out, **TOLERANCE)
+        assert not torch.allclose(alone, out, atol=1e-3)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(family, offload):
+    control = conditions()
+    expected = stock_picture(family, control)
+    family.offload = offload
+    settings = {"steps": 3, "guidance_scale": 3.0, "resolution": SIDE}
+    found = family.sample(PROMPTS, generators(0, 1), **settings, control=control)
+    torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected, **TOLERANCE)
+    alone = family.sample(PROMPTS[1:], generators(1), **settings, control=control[1:])
+    torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(family.sample(PROMPTS, generators(0, 1), **settings), found, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [(3, 3), (7, 4), (10, 5)])  # 7: two of its blocks read each of four
+def test_a_new_controlnet_copies_the_first_blocks_and_adds_exactly_nothing(layers, blocks):
+    family = family_of(tiny_qwen_image(layers=layers))
+    torch.manual_seed(5)
+    family.denoiser.txt_norm.weight.data = torch.rand(16) + 0.5  # which diffusers' own from_transformer leaves out
+    config = dict(family.denoiser.config)
+    found = family.controlnet = family.new_controlnet(1)
+    assert len(found.transformer_blocks) == len(found.controlnet_blocks) == blocks
+    assert dict(family.denoiser.config) == config
+    family.check_controlnet(found, "of its own")
+    weights, its = family.denoiser.state_dict(), found.state_dict()
+    fresh = {n for n in its if n.startswith(family.controlnet_whole)}
+    assert not any(its[n].any() for n in fresh)
+    assert all(torch.equal(its[n], weights[n]) for n in its.keys() - fresh)
+    rows, latents = family.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8, generator=generators(0)[0])
+    timesteps = family.process.timesteps[torch.tensor([100, 800])]
+    with torch.no_grad():
+        alone = family.predict(family.denoiser, latents, timesteps, rows)
+        beside = family.predict(family.model, latents, timesteps, rows | {"control": conditions()})
+    assert torch.equal(alone, beside)
+
+
+def test_a_controlnet_that_does_not_fit_is_refused_with_what_differs(family):
+    for key in ("in_channels", "num_attention_heads", "joint_attention_dim"):
+        other = family.new_controlnet(0)
+        other.register_to_config(**{key: 7})
+        with pytest.raises(UserError, match=f"does not fit this model: its {key} is 7"):
+            family.check_controlnet(other, "there")
+    other = family.new_controlnet(0)
+    other.register_to_config(extra_condition_channels=1)
+    with pytest.raises(UserError, match="takes 1 channels beside the condition's"):
+        family.check_controlnet(other, "there")
+
+
+def test_a_qwen_image_that_edits_pictures_is_refused():
+    pipe = tiny_qwen_image()
+    pipe.transformer.register_to_config(zero_cond_t=True)
+    with pytest.raises(UserError, match="zero_cond_t is true, as of a Qwen-Image that edits pictures"):
+        family_of(pipe)
+
+
+def test_blocks_of_a_controlnet_that_nobody_reads_do_not_train():
+    """Seven layers read five blocks by twos, and so four of them."""
+    family = family_of(tiny_qwen_image(layers=7))
+    config = {k: v for k, v in family.new_controlnet(0).config.items() if not k.startswith("_")}
+    family.controlnet = type(family.new_controlnet(0)).from_config(config | {"num_layers": 5})
+    torch.manual_seed(3)
+    for parameter in family.controlnet.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    rows = family.encode_prompts(PROMPTS) | {"control": conditions()}
+    latents = torch.randn(2, 4, 8, 8, generator=generators(0)[0])
+    family.denoiser.requires_grad_(False)
+    family.predict(family.model, latents, torch.tensor([0.3, 0.9]), rows).square().mean().backward()
+    still = {n for n, p in family.controlnet.named_parameters() if p.grad is None or not p.grad.any()}
+    unused = family.unused_parameters(family.controlnet)
+    assert still == {n for n, _ in family.controlnet.named_parameters() if n.startswith(unused)}
+    assert "controlnet_blocks.4.weight" in still

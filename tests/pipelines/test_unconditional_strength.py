@@ -1,0 +1,96 @@
+"""The adapter's share in the unconditional branch, through families and verbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from difftuning_control.errors import UserError
+from difftuning_control.families.loading import family_of
+from difftuning_control.pipelines.domain_guidance import check_domain_family, domain_guided
+from difftuning_control.recipe.drawing import check_domain_scale
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.verbs.parse import parse
+from support.pipeline_samples import add_adapter, stock
+from support.tiny_flow import tiny_chroma, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
+from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
+
+MAKERS: dict[str, Any] = {
+    "sd": lambda: stock("sd"),
+    "sd3": lambda: stock("sd3"),
+    "pixart": tiny_pixart,
+    "sana": tiny_sana,
+    "lumina2": tiny_lumina2,
+    "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
+    "klein": tiny_flux2_klein,
+    "krea2": tiny_krea2,
+    "chroma": tiny_chroma,
+}
+
+
+@pytest.mark.sample("sd", "lumina2", "z-image", "qwen-image")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_family_draws_between_domain_and_ordinary_guidance(kind):
+    family = family_of(MAKERS[kind]())
+    family.denoiser.eval()
+    add_adapter(family.denoiser, "tuned", 1, ["to_q", "to_v"])
+    side = {"sana": 32, "lumina2": 64}.get(kind, 16)
+
+    def sampled() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(0)]
+        return family.sample(["red 1"], generator, steps=2, guidance_scale=3.0, resolution=side)
+
+    stock_class, ordinary, found = type(family.pipe), sampled(), {}
+    for share in (0.0, 0.5, 1.0):
+        with domain_guided(family, family, share):
+            found[share] = sampled()
+    assert type(family.pipe) is stock_class
+    assert torch.equal(found[1.0], ordinary)
+    assert torch.equal(sampled(), ordinary)
+    apart = [(found[0.5] - found[other]).abs().max() for other in (0.0, 1.0)]
+    assert min(apart) > 1e-4
+
+
+def test_a_family_with_another_argument_for_its_scale_is_refused():
+    with pytest.raises(UserError, match="not for a FluxPipeline; leave out --domain_guidance_scale"):
+        check_domain_family(family_of(stock("flux")), "--domain_guidance_scale")
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(1.0, False), (1.5, True), (3.0, False)])
+def test_z_image_s_scale_is_one_less_and_its_pipeline_guides_above_one_only(scale, is_refused):
+    """At 1 that is the tuned model alone; between them its pipeline has no second branch."""
+    family = family_of(tiny_z_image())
+    family.denoiser.eval()
+    add_adapter(family.denoiser, "tuned", 1, ["to_q", "to_v"])
+
+    def sampled() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(0)]
+        return family.sample(["red 1"], generator, steps=2, guidance_scale=scale, resolution=16)
+
+    ordinary = sampled()
+    with domain_guided(family, family):
+        if is_refused:
+            with pytest.raises(UserError, match=r"at guidance_scale 0\.5; give 0, .* alone, or more than 1, or leave"):
+                sampled()
+        else:
+            assert torch.equal(sampled(), ordinary) == (scale == 1)
+
+
+def test_a_distilled_model_is_refused():
+    with pytest.raises(UserError, match="not for a Flux2KleinPipeline; leave out pilot"):
+        check_domain_family(family_of(tiny_flux2_klein(distilled=True)), "pilot.guidance_scales")
+
+
+def test_verbs_take_it_with_a_scale_only():
+    check_domain_scale(2.0, 0.5)
+    assert Evaluation(["r"], domain_guidance_scale=2.0, unconditional_strength=0.5).unconditional_strength == 0.5
+    command = ["sample", "--run", "r", "--prompts", '["a"]', "--domain_guidance_scale", "2"]
+    assert parse([*command, "--unconditional_strength", "0.25"])[1].unconditional_strength == 0.25
+    with pytest.raises(UserError, match="needs a scale of Domain Guidance; give --domain_guidance_scale too"):
+        check_domain_scale(None, 0.5)
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match=rf"unconditional_strength is {value}; expected 0 to 1"):
+            check_domain_scale(2.0, value)

@@ -1,0 +1,313 @@
+"""The families of 2025 and 2026 through our trainer: what trains moves, the rest stays, what is saved reloads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from difftuning_control.data.framing import Framing
+from difftuning_control.data.sources import load_images
+from difftuning_control.evaluation.drawing import sample_pictures
+from difftuning_control.families.loading import load_base, load_family
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import ExportRequest
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.runs.finished import tuned_model
+from difftuning_control.system.digests import digest_of_file
+from difftuning_control.verbs import train as trainer
+from difftuning_control.verbs.analyze import analyze
+from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.export.export import export
+from difftuning_control.verbs.pilot.pilot import pilot
+from difftuning_control.verbs.train import train
+from support.feature_models import save_tiny_dinov2
+from support.flow_families import STOCK, need, shorten
+from support.marks import needs_bitsandbytes
+from support.pictures import write_pictures
+from support.tensors import differing
+from support.trainings import interrupted_after, resumed, rows, run_record, trained_once
+from support.tuned_pictures import LORA_FILE, PROMPTS, generators, opened
+
+SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def short_prompts(monkeypatch):
+    shorten(monkeypatch)
+
+
+@pytest.fixture(params=STOCK)
+def name(request):
+    need(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    write_pictures(folder / "pictures", 8, 64)
+    return folder
+
+
+def model_of(root: Path, name: str) -> Path:
+    """The tiny model's directory, made on first use."""
+    place = root / "models" / name
+    if not place.exists():
+        STOCK[name].make().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def make(root):
+    training = {
+        "max_steps": 4,
+        "batch_size": 5,
+        "checkpoint_every": 2,
+        "validate_every": 0,
+        "validation_size": 2,
+        "sample_every": 0,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+    }
+
+    def recipe(name, family, method="lora", **sections):
+        data = {
+            "path": str(root / "pictures"),
+            "holdout": 0.25,
+            "resolution": STOCK[family].side,
+            "cache": str(root / "cache"),
+        }
+        return Recipe(
+            method,
+            ModelConfig(str(model_of(root, family)), **sections.get("model", {})),
+            DataConfig(**data),
+            TuningConfig(**{"prompt_dropout": 0.4, **sections.get("tuning", {})}),
+            BankConfig(size=6, steps=2, batch_size=3, prompts="captions"),
+            AdapterConfig(**sections.get("adapter", {"rank": 2, "alpha": 4.0} if method == "lora" else {})),
+            training=TrainingConfig(**training | sections.get("training", {})),
+            output=str(root / name),
+        )
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(make):
+    return trained_once(make)
+
+
+def stock_pictures(pipe, name: str) -> torch.Tensor:
+    """(3, 3, H, W) in [0, 1]: the differences that four steps make are smaller than 8 bits show."""
+    stock = STOCK[name]
+    size = {"height": stock.side, "width": stock.side, "max_sequence_length": stock.tokens}
+    settings = {"num_inference_steps": 2, "generator": generators(), "output_type": "pt"}
+    return pipe(prompt=list(PROMPTS), **settings, **size, **stock.guidance(3.0, len(PROMPTS))).images
+
+
+def tuned_pictures(recipe) -> torch.Tensor:
+    with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
+        latents = tuned.sample(PROMPTS, generators(), steps=2, guidance_scale=3.0, resolution=recipe.data.resolution)
+        return tuned.decode(latents) / 2 + 0.5
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.sample("z_image")
+def test_a_lora_reloads_in_the_stock_pipeline_and_draws_the_same(finished, name):
+    recipe = finished({"family": name})
+    base = DiffusionPipeline.from_pretrained(recipe.model.id)
+    before = stock_pictures(base, name)
+    base.load_lora_weights(recipe.output)
+    assert "pipe.load_lora_weights" in (Path(recipe.output) / "README.md").read_text()
+    after = stock_pictures(base, name)
+    assert_same(after, tuned_pictures(recipe))
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.wide
+def test_full_weights_reload_in_the_stock_pipeline_and_draw_the_same(finished, name):
+    recipe = finished({"family": name, "method": "full"})
+    pipe, base = (DiffusionPipeline.from_pretrained(p) for p in (f"{recipe.output}/pipeline", recipe.model.id))
+    assert type(pipe) is type(base)
+    assert_same(stock_pictures(pipe, name), tuned_pictures(recipe))
+    changed = {
+        part: differing(module.state_dict(), getattr(base, part).state_dict())
+        for part, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+    trained = load_family(recipe.model.id)
+    trained.freeze_unused()
+    assert changed.pop("transformer") == {n for n, p in trained.denoiser.named_parameters() if p.requires_grad}
+    assert not any(changed.values())
+
+
+@pytest.mark.wide
+def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
+    loaded, attached = [], {}
+
+    def load(*args, **options):
+        loaded.append(load_family(*args, **options))
+        return loaded[-1]
+
+    class Watched(trainer.TrainingLoop):
+        def __init__(self, *args):
+            super().__init__(*args)
+            attached.update({n: p.detach().clone() for n, p in self.parameters.items()})
+
+    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
+    monkeypatch.setattr(trainer, "TrainingLoop", Watched)
+    train(replace(make("", name, tuning={"estimator": "weight"}), output=str(tmp_path)))
+    (family,) = loaded
+    trained = {n: p.detach() for n, p in family.denoiser.named_parameters() if p.requires_grad}
+    assert set(trained) == set(attached) == differing(trained, attached)
+    fresh = load_family(str(make("", name).model.id))
+    for part, module in fresh.modules.items():
+        now = {k.replace(".base_layer.", "."): v for k, v in family.modules[part].state_dict().items()}
+        assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
+
+
+@pytest.mark.wide
+def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
+    checkpointing = {"gradient_checkpointing": True}
+    recipe = replace(make("", name, training=checkpointing, model={"offload": True}), output=str(tmp_path))
+    train(recipe)
+    found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, finished({"family": name})))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("quantization", [None, "float8", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_a_run_in_bf16_and_in_fewer_bits_is_one_whose_loss_is_near(make, finished, name, quantization, tmp_path):
+    model = {} if quantization is None else {"quantization": quantization}
+    recipe = replace(make("", name, model=model, training={"mixed_precision": "bf16"}), output=str(tmp_path))
+    run = train(recipe).record
+    found, expected = (rows(r)[0]["target_loss"] for r in (recipe, finished({"family": name})))
+    assert abs(found / expected - 1) < (0.1 if quantization is None else 0.3)
+    family = load_base(recipe)
+    assert family.fingerprints == run.fingerprints.base
+    before = sample_pictures(family, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
+    with tuned_model(family, recipe.output, run) as tuned:
+        after = sample_pictures(tuned, PROMPTS, **SAMPLING, resolution=recipe.data.resolution)
+    assert [a.tobytes() for a in before] != [a.tobytes() for a in after]
+
+
+# --- resuming, judging, exporting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.wide
+def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
+    recipe = replace(make("", name), output=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), interrupted_after(3):
+        train(recipe)
+    train(resumed(recipe))
+    assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(finished({"family": name}).output) / LORA_FILE)
+
+
+@pytest.mark.wide
+def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path):
+    """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
+    features = str(save_tiny_dinov2(root / "features" / name))
+    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
+    measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
+    data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
+    measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
+    assert len(train(measured).record.schedule["xi"]) == 10
+    settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
+    found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
+    staged = found["staged"]
+    assert staged["tuned_above"]["kid"][0] == pytest.approx(staged["tuned_below"]["kid"][-1])
+    assert np.isfinite(found["gap"]["mean"]).all()
+    result = evaluate(Evaluation([measured.output], seeds=[0], output=str(tmp_path / "judged"), **settings))
+    assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
+
+
+@pytest.mark.wide
+def test_a_pilot_compares_plain_and_diff_tuning(make, name, root, tmp_path):
+    features = str(save_tiny_dinov2(root / "features" / name))
+    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
+    recipe = make("", name, training={"max_steps": 2})
+    data = replace(recipe.data, holdout=0.0, validation_path=str(held_out))
+    recipe = replace(recipe, data=data, output=str(tmp_path / "pilot"))
+    config = PilotConfig(
+        ["plain", "difftuning_tau1"],
+        seeds=[0, 1],
+        learning_rates=[1e-2],
+        pictures=6,
+        steps=2,
+        guidance_scale=2.0,
+        features=features,
+    )
+    result = pilot(recipe, config, "en", False, tell=lambda text: None)
+    assert len(result.sides) == 2
+
+
+@pytest.mark.sample("z_image-separate")
+@pytest.mark.parametrize("adapter", ["separate", "fused"])
+def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name, adapter, tmp_path):
+    recipe = finished({"family": name})
+    folder = export(ExportRequest(recipe.output, str(tmp_path / "export"), pipeline="stock", adapter=adapter))
+    assert_same(stock_pictures(opened(folder), name), tuned_pictures(recipe))
+
+
+@pytest.mark.wide
+def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
+    for i, (width, height) in enumerate([(64, 64), (64, 64), (130, 64), (64, 130)]):
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        Image.effect_noise((width, height), 80).convert("RGB").save(tmp_path / "shapes" / f"{i}.png")
+        (tmp_path / "shapes" / f"{i}.txt").write_text(f"red {i}")
+    recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
+    side = 2 * STOCK[name].side
+    data = DataConfig(
+        str(tmp_path / "shapes"),
+        holdout=0.0,
+        resolution=side,
+        cache=str(tmp_path / "cache"),
+        buckets=True,
+        bucket_step=side // 2,
+        bucket_aspect=4.0,
+    )
+    run = train(replace(recipe, data=data, output=str(tmp_path / "run"))).record
+    assert run.data.buckets["pictures"][f"{side}×{side}"] == 2
+    assert len(run.data.buckets["pictures"]) == 3
+
+
+# --- what it is for -------------------------------------------------------------------------------------------------
+
+
+def flow_loss(family, transformer, latents: torch.Tensor, captions: list[str]) -> float:
+    """Of a pipeline's own transformer, at fixed noise and levels."""
+    conditioning, generator, losses = family.encode_prompts(captions), torch.Generator().manual_seed(11), []
+    for level in (100, 300, 500, 700, 900):
+        noise, levels = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), level)
+        sigma = family.process.sigmas[level]
+        noisy = (1 - sigma) * latents + sigma * noise
+        out = family.predict(transformer, noisy, family.process.timesteps[levels], conditioning)
+        losses.append((out - (noise - latents)).square().mean())
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.wide
+def test_training_lowers_the_loss_of_what_the_stock_pipeline_calls(make, name, tmp_path):
+    training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
+    plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
+    recipe = make("", name, "full", training=training, tuning=plain)
+    recipe = replace(recipe, data=replace(recipe.data, holdout=0.0), output=str(tmp_path))
+    train(recipe)
+    base, tuned = (DiffusionPipeline.from_pretrained(p) for p in (recipe.model.id, f"{recipe.output}/pipeline"))
+    family, examples = load_family(recipe.model.id), load_images(recipe.data.path).examples
+    with torch.no_grad():
+        pixels = torch.cat([Framing(recipe.data.resolution).pixels(e) for e in examples])
+        latents, captions = family.scale_latents(family.encode_moments(pixels)[0]), [e.caption for e in examples]
+        before, after = (flow_loss(family, p.transformer, latents, captions) for p in (base, tuned))
+    assert after < 0.95 * before
