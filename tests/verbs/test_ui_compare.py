@@ -29,6 +29,7 @@ def pixels(pictures: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(p) for p in pictures])
 
 
+@pytest.mark.wide  # it trains
 def test_every_side_draws_from_the_same_noise_and_the_sliders_reach_it(tmp_path, recipe):
     run = tmp_path / "mine" / "runs" / "one"
     training = replace(recipe.training, max_steps=2, validate_every=0, learning_rate=0.05, save_at=[1])
@@ -49,6 +50,8 @@ def test_every_side_draws_from_the_same_noise_and_the_sliders_reach_it(tmp_path,
         assert np.abs(pixels(drawn).astype(int) - found[BASE]).max() <= 1
     guided = painter.draw(replace(drawing, sides=("runs/one",), domain=True))["runs/one"]
     assert not (pixels(guided) == found["runs/one"]).all()
+    mixed = painter.draw(replace(drawing, sides=("runs/one",), domain=True, mixture=1.0))["runs/one"]
+    assert np.abs(pixels(mixed).astype(int) - found["runs/one"]).max() <= 1  # which is ordinary guidance
     painter.forget()
     assert painter._kept is None
 

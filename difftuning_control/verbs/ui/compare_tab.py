@@ -34,6 +34,15 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
             domain = gr.Checkbox(
                 label="Domain Guidance: runs are guided away from what the base draws without a prompt"
             )
+            mixture = gr.Slider(
+                0,
+                1,
+                0,
+                step=0.05,
+                label="Mixture",
+                info="adapter in that branch; 1 is ordinary guidance",
+                visible=False,
+            )
             strength = gr.Slider(0, 1, 1, step=0.05, label="Strength of the adapter", elem_id="strength")
             hand_over = gr.Slider(
                 0, 1, 0, step=0.05, label="Hand-over u₀", info="below it the base finishes the picture; 0 is never"
@@ -53,7 +62,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
                 same = gr.Button("No difference", size="sm", visible=False, elem_id="same")
                 result = gr.HTML(elem_id="votes")
     pair = gr.State(None)
-    settings = [sides, prompts, guidance, domain, strength, hand_over, seed, steps]
+    settings = [sides, prompts, guidance, domain, mixture, strength, hand_over, seed, steps]
 
     def arrive(now: list[str], text: str, voted: str | None, other: str) -> list[Any]:
         known = sides_of(places)
@@ -68,10 +77,10 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
         return [updates[0], text, updates[1], updates[2], votes_of(places, mine) if mine else ""]
 
     def asked(*values: Any) -> Drawing:
-        names, text, scale, is_domain, strong, u0, number, count = values
+        names, text, scale, is_domain, mixed, strong, u0, number, count = values
         lines = tuple(line.strip() for line in text.splitlines() if line.strip())
         numbers = (int(number or 0), int(count or 15), float(scale))
-        return Drawing(tuple(names), lines, *numbers, bool(is_domain), float(strong), float(u0))
+        return Drawing(tuple(names), lines, *numbers, bool(is_domain), float(mixed), float(strong), float(u0))
 
     def drawn(*values: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008 as gradio finds it
         done = 0
@@ -108,8 +117,9 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
     asking = [pair, pair_shown, same, result]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     tab.select(arrive, [sides, prompts, run, against], [sides, prompts, run, against, result], **quiet)
+    domain.change(lambda on: gr.update(visible=on), domain, mixture, **quiet)
     draw.click(drawn, settings, shown)
-    for slider in (guidance, strength, hand_over):
+    for slider in (guidance, mixture, strength, hand_over):
         slider.release(drawn, settings, shown)
     begin.click(pose, [run, against, *settings], asking)
     pair_shown.select(clicked, [pair, *settings], asking)

@@ -208,6 +208,6 @@ def _output(places: Places, name: str) -> Path:
 def embedded_words(places: Places) -> tuple[list[str], Path]:
     """The command of one click: the embedded model on the emoji that come with it."""
     fields = {"pictures": "embedded/flat", "steps": "60", "name": free_name(places, "first"), "model": "embedded"}
-    others = {"training.sample_every": "20", "training.validate_every": "20", "bank.size": "48", "bank.steps": "10"}
+    others = {"training.sample_every": "20", "training.validate_every": "20"}
     others |= {"data.limit": "24", "training.save_at": "[20, 40]"}
     return train_words(places, NO_PRESET, fields | {"batch": "12"}, others)

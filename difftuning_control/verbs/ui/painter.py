@@ -32,6 +32,8 @@ class Drawing:
     Args:
         sides: base, names of runs, or of steps that they kept (runs/mine/step-000010).
         domain: draw runs with Domain Guidance, whose scale is then `guidance`. [at least 1]
+        mixture: under Domain Guidance, strength of the adapter in the unconditional branch, 1 for ordinary guidance. [0
+            to 1]
         strength: of the adapter of runs. [0 to 1]
         hand_over: u₀, at and below which the pretrained model finishes the picture; 0 for never. [0 to 1]
         resolution: side in pixels; the run's own, or the model's, when None.
@@ -43,6 +45,7 @@ class Drawing:
     steps: int = 15
     guidance: float = 4.0
     domain: bool = False
+    mixture: float = 0.0
     strength: float = 1.0
     hand_over: float = 0.0
     resolution: int | None = None
@@ -59,6 +62,7 @@ class Drawing:
             ("seed", self.seed, 0, MAX_SEED),
             ("steps", self.steps, 1, 200),
             ("guidance", self.guidance, 1 if self.domain else 0, 50),
+            ("mixture", self.mixture, 0, 1),
             ("strength", self.strength, 0, 1),
             ("hand-over", self.hand_over, 0, 1),
         ):
@@ -175,24 +179,25 @@ class Painter:
 
 @contextmanager
 def _with_extras(base: Family, tuned: Family, drawing: Drawing) -> Iterator[None]:
-    """While open, `tuned` draws through our drop-in pipeline with these settings."""
-    from difftuning_control.pipelines.domain_guidance import check_domain_family  # saves diffusers until one is drawn
+    """While open, `tuned` draws with these settings."""
+    from difftuning_control.pipelines.attached import attach, detach  # saves diffusers until something is drawn
+    from difftuning_control.pipelines.domain_guidance import check_domain_family
 
-    before = tuned.pipe
-    drop_in = check_domain_family(tuned, "the sliders of strength, Domain Guidance and hand-over as they are")
-    source = base.denoiser if tuned is not base else None
+    if drawing.domain:
+        check_domain_family(tuned, "the tick of Domain Guidance")
     strength = {"kind": "table", "u": [0, 1], "strength": [drawing.strength] * 2} if drawing.strength < 1 else None
-    tuned.pipe = drop_in.from_pipe(
-        before,
+    attach(
+        tuned.pipe,
         domain_guidance=drawing.domain,
+        unconditional_strength=drawing.mixture if drawing.domain else 0.0,
         adapter_schedule=strength,
         hand_over=drawing.hand_over or None,
-        **{f"source_{tuned.component}": source},
+        source=base.denoiser if tuned is not base else None,
     )
     try:
         yield
     finally:
-        tuned.pipe = before
+        detach(tuned.pipe)
 
 
 def _pictures(family: Family, drawing: Drawing, side: int, advance: Callable[[int], object]) -> list[Image.Image]:

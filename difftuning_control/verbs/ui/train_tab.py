@@ -21,6 +21,7 @@ from difftuning_control.verbs.ui.form import (
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
 from difftuning_control.verbs.ui.look import PICK
+from difftuning_control.verbs.ui.places import EMBEDDED
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
@@ -98,6 +99,12 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
             values = preset_values(preset)
         return [values[name] for name in fields if name in values]
 
+    def arrive(place: str, name: str) -> list[Any]:
+        known = picture_folders(places)
+        taken = (places.folder / "runs" / name).exists() if name else True
+        place = known[0] if place in EMBEDDED else place  # where there were no others before
+        return [gr.update(choices=known, value=place), free_name(places, name or "mine") if taken else name]
+
     everything = [*fields.values(), *others.values()]
     start.click(begin, everything, [chosen, fields["name"], *live], show_progress="hidden")
     resume.click(go_on, [chosen, longer], [chosen, *live], show_progress="hidden")
@@ -105,6 +112,8 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
     table.select(picked, None, [chosen, *live], show_progress="hidden")
     filled = [box for name, box in fields.items() if name in preset_values(NO_PRESET)]
     fields["preset"].change(fill, fields["preset"], filled, show_progress="hidden")
+    named = [fields["pictures"], fields["name"]]
+    tab.select(arrive, named, named, show_progress="hidden")
     tab.select(look_anew, chosen, live, show_progress="hidden")
     gr.Timer(EVERY).tick(look, [chosen, seen], live, show_progress="hidden")
     return chosen
