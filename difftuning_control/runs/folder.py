@@ -34,6 +34,7 @@ WRITTEN = (
     "class_embeddings.safetensors",
     "inputs.jsonl",
     "gates",
+    "votes.json",
 )
 
 

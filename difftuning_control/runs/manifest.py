@@ -19,6 +19,7 @@ from difftuning_control.runs.card import is_hub_id, model_card
 from difftuning_control.runs.record import RECORD, RunRecord
 from difftuning_control.runs.record_sections import Source
 from difftuning_control.runs.start import start_of
+from difftuning_control.runs.votes import VOTES
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT, write_text
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 INPUTS = "inputs.jsonl"
 TRAIN, HELD_OUT = "train", "held_out"
 KINDS = {".safetensors", ".json", ".txt", ".model"}  # of what is read of a model; nothing pickled ever is
-APART = (RECORD, AUDIT)  # these tell of all others
+APART = (RECORD, AUDIT, VOTES)  # the first two tell of all others, and people add to the last
 UNTOLD = ("logs", "checkpoint-")  # trackers go on writing, and checkpoints are checked when they are loaded
 
 

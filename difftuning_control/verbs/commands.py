@@ -14,6 +14,7 @@ from difftuning_control.recipe.requests import ExportRequest, Moved, RunsRequest
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.system.home import expand_paths
 from difftuning_control.verbs.bench.settings import Bench
+from difftuning_control.verbs.ui.settings import UiSettings
 
 T = typing.TypeVar("T")
 
@@ -184,6 +185,11 @@ class RecipesCommand:
     name: str | None = None
 
 
+@dataclass
+class UiCommand(UiSettings):
+    """Pictures, training, comparing and runs on a local page in the browser: difftune ui [FOLDER]."""
+
+
 COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "resume": ResumeCommand,
@@ -197,6 +203,7 @@ COMMANDS: dict[str, type] = {
     "verify": VerifyRequest,
     "runs": RunsRequest,
     "recipes": RecipesCommand,
+    "ui": UiCommand,
     "bench": BenchCommand,
     "completion": CompletionCommand,
 }

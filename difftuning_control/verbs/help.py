@@ -26,6 +26,7 @@ USAGE = {
     "pilot": "PICTURES [--model ID] [options]",
     "verify": "RUN [options]",
     "runs": "DIR [options]",
+    "ui": "[FOLDER] [--port N] [--host H]",
     "completion": "bash|zsh|fish",
 }
 _MODEL = ("model.id", "model.variant", "model.quantization", "model.offload")
@@ -101,7 +102,7 @@ def help_page(verb: str, command: type) -> str | None:
 
 def _option(verb: str, key: str, command: type, hint: Any, short: str | None) -> list[str]:
     section, entry = _entry(command, key)
-    text = _with_unit(_texts(section).get(entry.name, ""))
+    text = _with_unit(argument_texts(section).get(entry.name, ""))
     shown = "as fits the model" if key in FITTED[:4] else _shown(_default(entry))
     default = f" ({shown})" if shown and not (key == "data.path" or verb == "resume") else ""
     long = f" [{key}]" if short and "." in key else ""
@@ -147,7 +148,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _texts(section: type) -> dict[str, str]:
+def argument_texts(section: type) -> dict[str, str]:
     """What the docstrings of a dataclass and of those that it extends say of each field."""
     found: dict[str, str] = {}
     for part in reversed(section.__mro__):

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from difftuning_control.verbs.commands import (
     ResumeCommand,
     SampleCommand,
     TrainCommand,
+    UiCommand,
     only,
 )
 from difftuning_control.verbs.resume import recipes_of_resumption
+from difftuning_control.verbs.ui.settings import UiSettings
 
 
 def run_train(command: TrainCommand) -> None:
@@ -285,6 +288,12 @@ def run_recipes(command: RecipesCommand) -> None:
     recipes(command.name)
 
 
+def run_ui(command: UiCommand) -> None:
+    from difftuning_control.verbs.ui.run import serve  # saves the page for the other verbs
+
+    serve(only(UiSettings, command), partial(print, flush=True))  # not `say`, which hides the token and the password
+
+
 def run_bench(command: BenchCommand) -> None:
     from difftuning_control.verbs.bench.run import bench  # saves torch for --help and for `runs`
 
@@ -315,6 +324,7 @@ RUNNERS: dict[str, typing.Callable[[Any], None]] = {
     "verify": run_verify,
     "runs": run_runs,
     "recipes": run_recipes,
+    "ui": run_ui,
     "bench": run_bench,
     "completion": run_completion,
 }

@@ -37,6 +37,7 @@ WORD = {  # what a word without a key is, at such a verb
     "verify": "run",
     "runs": "folder",
     "recipes": "name",
+    "ui": "folder",
     "completion": "shell",
 }
 OTHERS = {  # what trainers of others call it

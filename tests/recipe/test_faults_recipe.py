@@ -87,6 +87,7 @@ PATHS = {
     "bench": ["output"],
     "completion": [],
     "recipes": [],
+    "ui": ["folder"],
 }
 NEEDED = {
     "sample": ["--prompts=[red]"],

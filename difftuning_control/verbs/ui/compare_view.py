@@ -1,0 +1,133 @@
+"""The grid of a comparison, the two pictures of a blind vote, and what the votes say."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.runs.kept import kept_steps, place_of_run, step_folder
+from difftuning_control.runs.record import read_run
+from difftuning_control.runs.votes import Tally, add_vote, tallies
+from difftuning_control.verbs.ui.painter import BASE, Drawing, Painter
+from difftuning_control.verbs.ui.places import Places
+from difftuning_control.verbs.ui.render import render
+from difftuning_control.verbs.ui.runs_view import runs_of
+
+SHOWN = 512  # pixels of a picture's side
+LEFT, RIGHT, SAME = "left", "right", "same"
+
+
+def sides_of(places: Places) -> list[str]:
+    """What can draw: the base, the finished runs but ControlNets, and the steps that they kept."""
+    found = [BASE]
+    for row in runs_of(places):
+        if row["state"] == "done" and row["method"] != "controlnet":
+            found.append(row["run"])
+            steps = kept_steps(places.folder / row["run"])
+            found += [f"{row['run']}/{step_folder(step)}" for step in steps if step != row["steps"]]
+    return found
+
+
+def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]:
+    """Prompts to begin with: those of the first run's sample grids."""
+    for side in sides:
+        record = read_run(place_of_run(places.folder / side)[0]) if side != BASE else None
+        if record is not None and record.prompts:
+            return record.prompts[:most]
+    return []
+
+
+def grid(drawing: Drawing, found: Mapping[str, Sequence[Image.Image]], model: str) -> str:
+    """A row for each side, a column for each prompt.
+
+    Args:
+        model: the base.
+    """
+    rows = [(side, [picture_data(p) for p in pictures]) for side, pictures in found.items()]
+    return render("compare", rows=rows, prompts=drawing.prompts, drawing=drawing, model=model)
+
+
+def picture_data(picture: Image.Image) -> str:
+    """A picture inside of the page; small ones exactly, with pixels that stay square."""
+    buffer, small = io.BytesIO(), picture.copy()
+    small.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
+    kind = "PNG" if max(picture.size) <= 128 else "JPEG"
+    small.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- votes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures whose sides only the server knows.
+
+    Args:
+        run: whose vote it is.
+        against: the other side.
+        run_is_left: which of them is on the left.
+        drawing: of one prompt.
+    """
+
+    run: str
+    against: str
+    run_is_left: bool
+    drawing: Drawing
+
+
+def next_pair(painter: Painter, drawing: Drawing, run: str, against: str) -> tuple[Pair, str]:
+    """A pair for a prompt and a seed that are drawn by chance, and how it is shown.
+
+    Raises:
+        UserError: if there are not two sides, or one cannot draw.
+    """
+    if run in (BASE, against):
+        raise UserError("a vote is between a run and something else; choose two that differ, a run as the first.")
+    chance = random.SystemRandom()
+    one = replace(
+        drawing, sides=(run, against), prompts=(chance.choice(drawing.prompts),), seed=chance.randrange(MAX_SEED)
+    )
+    found = painter.draw(one)
+    pair = Pair(run, against, bool(chance.getrandbits(1)), one)
+    order = (run, against) if pair.run_is_left else (against, run)
+    return pair, render("pair", pictures=[picture_data(found[side][0]) for side in order], prompt=one.prompts[0])
+
+
+def vote(places: Places, pair: Pair | None, said: str) -> list[Tally]:
+    """Note what was said of a pair with its run.
+
+    Raises:
+        UserError: if there is no pair.
+    """
+    if pair is None:
+        raise UserError("there is no pair to vote on; draw one first.")
+    if said not in (LEFT, RIGHT, SAME):
+        raise UserError(f"the vote is {said!r}; expected left, right or same.")
+    preferred = None if said == SAME else (said == LEFT) == pair.run_is_left
+    drawn: dict[str, Any] = {k: v for k, v in vars(pair.drawing).items() if k not in ("sides", "prompts")}
+    folder, step = place_of_run(places.writable(pair.run))
+    drawn |= {"prompt": pair.drawing.prompts[0], "kept_step": step}
+    return add_vote(folder, pair.against, preferred, drawn)
+
+
+def told(run: str, found: Sequence[Tally]) -> str:
+    """The votes in sentences."""
+    return render("votes", run=run, tallies=found)
+
+
+def votes_of(places: Places, run: str) -> str:
+    """What the votes of a run say so far.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    return told(run, [] if run == BASE else tallies(place_of_run(places.writable(run))[0]))

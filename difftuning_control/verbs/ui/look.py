@@ -1,0 +1,163 @@
+"""How the page looks: system fonts, one accent, light and dark as the browser is; nothing is fetched for it."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Hiragino Sans", "Yu Gothic UI", "Noto Sans", sans-serif'
+MONO = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono", monospace'
+HEAD = '<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">'
+PICK = """
+const pick = (target) => {
+  const found = target.closest('[data-pick]');
+  if (found && element.contains(found)) trigger('select', {value: found.dataset.pick});
+};
+element.addEventListener('click', (e) => pick(e.target));
+element.addEventListener('keydown', (e) => {
+  if (e.key === 'Enter' || e.key === ' ') { if (e.target.dataset.pick) { e.preventDefault(); pick(e.target); } return; }
+  const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[e.key];
+  if (!step || !e.target.dataset || !e.target.dataset.pick) return;
+  const all = [...element.querySelectorAll('[data-pick]')];
+  const next = all[all.indexOf(e.target) + step];
+  if (next) { e.preventDefault(); next.focus(); }
+});
+"""  # what has data-pick is chosen by a click, or by the arrows and Enter
+DARK = "() => { document.body.classList.toggle('dark'); }"
+CSS = (
+    f":root, .gradio-container, body {{ --font: {FONT}; --font-mono: {MONO}; }}"
+    + """
+body, .gradio-container { font-family: var(--font) !important; }
+.gradio-container { max-width: 1680px !important; width: 100% !important; margin: 0 auto;
+  padding: 0 clamp(12px, 2.5vw, 36px) 48px !important; }
+.gradio-container .fillable { padding: 0 !important; max-width: none !important; width: 100% !important; }
+footer { display: none !important; }
+:root { --ink: #1c2530; --soft: #5d6875; --line: #dfe4ea; --wash: #f6f8fa; --accent: #14507f; --good: #00674f;
+  --warn: #8a5a00; --bad: #a3293a; --paper: #fff; }
+.dark { --ink: #e4e9ee; --soft: #9aa6b2; --line: #2b333c; --wash: #171c22; --accent: #7fb8e6; --good: #5cc9a7;
+  --warn: #e0b15a; --bad: #f08a97; --paper: #101418; }
+.studio { color: var(--ink); font-size: 14px; line-height: 1.5; overflow-wrap: anywhere; }
+.studio h2 { font-size: 17px; margin: 18px 0 8px; color: var(--ink); }
+.studio h3 { font-size: 14px; margin: 14px 0 6px; color: var(--ink); }
+.studio p { margin: 0 0 8px; max-width: 80ch; }
+.studio .soft, .studio .empty { color: var(--soft); }
+.studio .empty { padding: 28px 0; }
+.studio .bad { color: var(--bad); } .studio .good { color: var(--good); } .studio .warn { color: var(--warn); }
+.studio .scroll { overflow-x: auto; }
+.studio table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
+.studio th, .studio td { padding: 7px 10px; border-bottom: 1px solid var(--line); text-align: left; color: var(--ink);
+  vertical-align: top; background: none; white-space: nowrap; }
+.studio td.wide { white-space: normal; min-width: 180px; }
+.studio th { color: var(--soft); font-weight: 600; }
+.studio .r { text-align: right; }
+.studio tr[data-pick], .studio [data-pick] { cursor: pointer; }
+.studio tr[data-pick]:hover td, .studio tr.chosen td { background: var(--wash); }
+.studio tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
+.studio [data-pick]:focus-visible, .studio a:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
+.studio pre { margin: 0; padding: 10px 12px; background: var(--wash); border: 1px solid var(--line); border-radius: 6px;
+  font: 12px/1.5 var(--font-mono); white-space: pre-wrap; max-height: 340px; overflow: auto; color: var(--ink); }
+.studio iframe { width: 100%; height: 72vh; border: 1px solid var(--line); border-radius: 6px; background: #fff; }
+.studio a { color: var(--accent); }
+.studio .state { display: inline-block; padding: 0 8px; border-radius: 9px; border: 1px solid var(--line); 
+  font-size: 12.5px; white-space: nowrap; }
+.studio .facts { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 0 0 12px; }
+.studio .facts div { min-width: 84px; } .studio .facts dt { color: var(--soft); font-size: 12.5px; }
+.studio .facts dd { margin: 0; font-size: 16px; font-variant-numeric: tabular-nums; }
+.studio table { border: 0 !important; }
+.studio tr, .studio th, .studio td { border-left: 0 !important; border-right: 0 !important;
+  border-top: 0 !important; }
+.studio .bar { height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; margin: 4px 0 12px; }
+.studio .bar i { display: block; height: 100%; background: var(--accent); }
+.studio figure { margin: 0 0 14px; } .studio figcaption { font-size: 13px; margin-bottom: 4px; color: var(--soft); }
+.studio .grid-picture img { max-width: 100%; border-radius: 4px; background: #fff; }
+.studio .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 8px 24px; }
+.studio .pair figure { max-width: 620px; }
+.studio .narrow-chart { display: none; }
+.studio svg.lines { display: block; width: 100%; height: auto; --target: #1769aa; --bank: #b86e00; --base: #7a8794; }
+.dark .studio svg.lines { --target: #6cb6f0; --bank: #e0a34a; --base: #8a96a2; }
+.studio .rule { stroke: var(--line); } .studio .tick { fill: var(--soft); font-size: 12px; }
+.studio .line { fill: none; stroke-width: 2; } .studio .line.faint { stroke-width: 1; opacity: .35; }
+.studio .line.dashed { stroke-dasharray: 5 4; }
+.studio .line.target { stroke: var(--target); } .studio .line.bank { stroke: var(--bank); }
+.studio .line.base { stroke: var(--base); } .studio .dot.target { fill: var(--target); }
+.studio .dot.bank { fill: var(--bank); } .studio .dot.base { fill: var(--base); }
+.studio .keys span::before { content: ""; display: inline-block; width: 16px; border-top: 3px solid #1769aa;
+  margin: 0 6px 3px 0; }
+.studio .keys span.bank::before { border-color: #b86e00; } .studio .keys span { margin-right: 18px; }
+.gradio-container .form, .gradio-container .gr-group, .gradio-container .gr-group > .styler { background: transparent
+  !important; border: 0 !important; box-shadow: none !important; }
+.gradio-container .form { gap: 6px; }
+.gradio-container button.sm { font-size: 13px; max-width: 220px; min-height: 34px; }
+.gradio-container button.sm.secondary { border: 1px solid var(--line); background: transparent; color: var(--ink); }
+.gradio-container button.sm.stop { border: 1px solid var(--line); background: transparent; color: var(--bad); }
+.gradio-container .block > .hide { display: none; }
+.studio.first { padding: 4px 0; } .studio.first li { max-width: 84ch; margin-bottom: 4px; }
+.studio .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 12px; }
+.studio .card { border: 1px solid var(--line); border-radius: 6px; padding: 6px; background: var(--paper); }
+.studio .card.chosen { outline: 2px solid var(--accent); }
+.studio .card img, .studio .card .none { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash);
+  border-radius: 4px; margin: 0; }
+.studio .card .none { display: grid; place-items: center; color: var(--soft); }
+.studio .card p { margin: 4px 0 0; line-height: 1.35; } .studio .small { font-size: 12.5px; }
+.studio .card .caption { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+.studio .framed { position: relative; display: inline-block; max-width: 100%; overflow: hidden; line-height: 0; }
+.studio .framed img { max-width: 100%; max-height: 56vh; min-width: 160px; margin: 0; }
+.studio .framed i { position: absolute; border: 2px solid #fff;
+  box-shadow: 0 0 0 1px #14507f, 0 0 0 4000px rgb(0 0 0 / .45); }
+.studio .pictures img { width: clamp(96px, 13vw, 260px); aspect-ratio: 1; object-fit: contain; margin: 0;
+  border-radius: 4px; image-rendering: auto; }
+.studio .pictures tr { border: 0 !important; } .studio .pictures td { border: 0; padding: 4px; }
+.studio .pictures th { white-space: normal; border: 0; padding: 4px; }
+.studio .pictures th[scope=row] { position: sticky; left: 0; background: var(--paper); max-width: 120px; }
+.studio .two { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; max-width: 820px; }
+.studio .two img { width: 100%; border-radius: 6px; margin: 0; cursor: pointer; }
+.head { align-items: center; border-bottom: 1px solid var(--line); padding: 14px 0 10px; gap: 12px !important;
+  flex-wrap: nowrap !important; }
+.head .studio { font-size: 13.5px; }
+.head b { font-size: 18px; letter-spacing: -.01em; margin-right: 10px; color: var(--accent); }
+.head button { max-width: 96px; }
+button.tab-nav, .tab-nav button, .tab-container button { font-size: 15px !important; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 0 10px 40px !important; }
+  .studio th, .studio td { padding: 6px 7px; }
+  .gradio-container .fillable { padding: 0 !important; }
+  .studio iframe { height: 80vh; }
+  .studio .wide-chart { display: none; } .studio .narrow-chart { display: block; }
+}
+"""
+)
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own look with less of it."""
+    plain = gr.themes.Base(
+        primary_hue=gr.themes.colors.sky,
+        neutral_hue=gr.themes.colors.slate,
+        text_size=gr.themes.sizes.text_sm,
+        spacing_size=gr.themes.sizes.spacing_md,
+        radius_size=gr.themes.sizes.radius_sm,
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return plain.set(
+        body_background_fill="#ffffff",
+        body_background_fill_dark="#101418",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_border_width="0px",
+        block_border_width_dark="0px",
+        block_shadow="none",
+        block_padding="4px",
+        panel_background_fill="transparent",
+        panel_background_fill_dark="transparent",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#171c22",
+        input_border_width="1px",
+        input_border_width_dark="1px",
+        input_border_color="#cfd6de",
+        input_border_color_dark="#333c46",
+        button_primary_background_fill="#14507f",
+        button_primary_background_fill_hover="#0f4068",
+        button_primary_background_fill_dark="#2a6fa5",
+        button_primary_background_fill_hover_dark="#3580bb",
+        button_primary_text_color="#ffffff",
+    )

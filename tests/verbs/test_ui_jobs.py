@@ -1,0 +1,112 @@
+"""The commands that a page starts: one training after the other, stopped, found again by another page."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from difftuning_control.errors import UserError
+from difftuning_control.verbs.ui.jobs import Job, Jobs
+from difftuning_control.verbs.ui.places import STATE, Places
+
+SLEEPS = "import time; print('began', flush=True); time.sleep(60)"
+
+
+class Sleeping(Jobs):
+    """Jobs whose processes sleep, so that no model is loaded here."""
+
+    def _start(self, job: Job) -> None:
+        real = subprocess.Popen
+        try:
+            subprocess.Popen = lambda words, **more: real([sys.executable, "-c", SLEEPS], **more)  # type: ignore
+            super()._start(job)
+        finally:
+            subprocess.Popen = real  # type: ignore
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    found = Sleeping(Places.of(tmp_path))
+    yield found
+    for job in found._read():
+        if job.state in ("running", "waiting"):
+            found.stop(job.name)
+
+
+def until(what, seconds: float = 20.0):
+    end = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
+
+
+def states(jobs: Jobs) -> list[str]:
+    return [job.state for job in jobs.all()][::-1]
+
+
+def test_who_only_looks_writes_nothing(jobs, tmp_path):
+    assert jobs.all() == []
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_trainings_wait_for_one_another_and_others_do_not(jobs, tmp_path):
+    for arguments in (["train"], ["resume"], ["export"]):
+        jobs.add(arguments, tmp_path / arguments[0])
+    assert states(jobs) == ["running", "waiting", "running"]
+    jobs.stop(jobs.all()[-1].name)
+    assert until(lambda: states(jobs) == ["stopped", "running", "running"])
+
+
+def test_what_waits_is_taken_out_and_what_ended_is_not_stopped_again(jobs, tmp_path):
+    jobs.add(["train"], tmp_path / "a")
+    waiting = jobs.add(["train"], tmp_path / "b")
+    jobs.stop(waiting.name)
+    assert states(jobs) == ["running", "stopped"]
+    with pytest.raises(UserError, match="has ended already"):
+        jobs.stop(waiting.name)
+
+
+def test_two_pages_do_not_start_two_commands_on_one_folder(jobs, tmp_path):
+    jobs.add(["train"], tmp_path / "a")
+    with pytest.raises(UserError, match="a is running already"):
+        Sleeping(jobs.places).add(["train"], tmp_path / "a")
+
+
+def test_another_page_finds_what_runs_and_stops_it(jobs, tmp_path):
+    job = jobs.add(["train"], tmp_path / "a")
+    other = Sleeping(jobs.places)
+    assert states(other) == ["running"]
+    other.stop(job.name)
+    assert until(lambda: states(jobs) == ["stopped"])
+    assert states(other) == ["stopped"]
+
+
+def test_a_number_that_another_process_has_now_is_not_stopped(jobs, tmp_path):
+    job = jobs.add(["train"], tmp_path / "a")
+    jobs._write(replace(job, pid=os.getpid(), born=1.0))
+    jobs.stop(job.name)  # does not end this process
+    jobs._children.pop(job.name).terminate()
+    assert until(lambda: states(jobs) == ["stopped"])
+
+
+def test_the_log_is_what_was_printed_without_secrets(jobs, tmp_path, monkeypatch):
+    job = jobs.add(["train"], tmp_path / "a")
+    assert until(lambda: jobs.log(job) == "began")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x1" * 12)
+    with (tmp_path / STATE / "jobs" / f"{job.name}.log").open("a") as log:
+        log.write("one\rtwo\n" + os.environ["HF_TOKEN"])
+    assert jobs.log(job) == "began\ntwo\n(secret)"
+
+
+def test_a_real_command_ends_and_a_wrong_one_fails(tmp_path):
+    jobs = Jobs(Places.of(tmp_path))
+    jobs.add(["recipes", "emoji_lora"], tmp_path / "a")
+    jobs.add(["recipes", "nothing_of_this_name"], tmp_path / "b")
+    assert until(lambda: states(jobs) == ["done", "failed"], 100)
+    assert "there is no recipe" in jobs.log(jobs.all()[0])
+    assert "method" in jobs.log(jobs.all()[1])

@@ -1,0 +1,178 @@
+"""The pictures of a page: what is wrong with each, captions edited and taken back, pictures that are added."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from difftuning_control.data.sources import load_images
+from difftuning_control.errors import UserError
+from difftuning_control.verbs.ui.captions import caption_of, edit_caption, undo_caption
+from difftuning_control.verbs.ui.pictures_view import add_pictures, gallery, one_picture, pictures_of
+from difftuning_control.verbs.ui.places import Places
+from support.pictures import write_pictures
+
+EVIL = "<script>alert(1)</script>"
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    cells = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, name in enumerate(("a", "b", "c")):
+        picture(i).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"caption {name}\n")
+    return Places.of(tmp_path)
+
+
+def test_pictures_have_what_training_finds_wrong_with_them(places):
+    folder = places.folder / "photos"
+    (folder / "b.txt").unlink()
+    (folder / "c.png").write_bytes(b"no picture")
+    found = {p.name: p for p in pictures_of(places, "photos", 32)}
+    assert (found["a.png"].caption, found["a.png"].problems) == ("caption a", ())
+    assert "has no caption" in found["b.png"].problems[0]
+    assert found["c.png"].problems == ("is not a picture that can be read",)
+    with pytest.raises(UserError, match="has no caption"):
+        load_images(str(folder))
+    page = gallery(places, "photos", list(found.values()), 0, None)
+    assert "2 cannot be trained on as they are" in page
+
+
+def test_copies_are_named_whether_or_not_their_bytes_are_the_same(places):
+    folder = places.folder / "photos"
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes())
+    picture(1).resize((96, 64)).save(folder / "e.jpg", quality=85)
+    found = {p.name: p.notes for p in pictures_of(places, "photos", 32)}
+    assert "the same file as a.png" in found["d.png"]
+    assert "looks like b.png" in found["e.jpg"]
+    assert not any("like" in note or "same" in note for name in ("a.png", "b.png", "c.png") for note in found[name])
+
+
+def test_the_frame_is_what_a_square_keeps(places):
+    found = pictures_of(places, "photos", 32)[0]
+    left, top, width, height = found.frame
+    assert (round(left, 1), top, round(width, 1), height) == (16.7, 0, 66.7, 100)
+    assert found.notes == ("a square leaves out 33%",)
+    assert "would be enlarged" in pictures_of(places, "photos", 64)[0].notes[1]
+
+
+def test_a_link_out_is_not_shown(places, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "x.png"
+    picture(9).save(elsewhere)
+    try:
+        os.symlink(elsewhere, places.folder / "photos" / "link.png")
+    except OSError:
+        pytest.skip("this system makes no links here")
+    found = {p.name: p for p in pictures_of(places, "photos", 32)}["link.png"]
+    assert found.problems[0].startswith("leads outside the folder")
+    assert "studio/picture" not in gallery(places, "photos", [found], 0, None)
+
+
+def test_captions_and_names_are_text(places):
+    folder = places.folder / "photos"
+    (folder / "a.txt").write_text(EVIL)
+    found = pictures_of(places, "photos", 32)
+    for page in (gallery(places, "photos", found, 0, None), one_picture(places, "photos", found[0])):
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_caption_is_the_one_that_is_trained_on_and_can_be_taken_back(places):
+    folder = places.folder / "photos"
+    edit_caption(places, folder, "a.png", "caption a", "a  red\nflower ")
+    edit_caption(places, folder, "b.png", "caption b", "two")
+    assert [e.caption for e in load_images(str(folder)).examples] == ["a red flower", "two", "caption c"]
+    assert undo_caption(places) == (folder, "b.png")
+    assert undo_caption(places) == (folder, "a.png")
+    assert caption_of(folder, "a.png") == "caption a"
+    with pytest.raises(UserError, match="no edit to take back"):
+        undo_caption(places)
+
+
+def test_a_first_caption_that_is_taken_back_leaves_none(places):
+    folder = places.folder / "photos"
+    (folder / "a.txt").unlink()
+    edit_caption(places, folder, "a.png", None, "new")
+    undo_caption(places)
+    assert not (folder / "a.txt").exists()
+
+
+def test_what_somebody_else_changed_is_not_written_over(places):
+    folder = places.folder / "photos"
+    edit_caption(places, folder, "a.png", "caption a", "mine")
+    (folder / "a.txt").write_text("theirs")
+    with pytest.raises(UserError, match="was changed since"):
+        edit_caption(places, folder, "a.png", "mine", "mine again")
+    with pytest.raises(UserError, match="was changed since"):
+        undo_caption(places)
+    assert caption_of(folder, "a.png") == "theirs"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_metadata_keeps_all_else(tmp_path, kind):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("a", "b"):
+        picture(1).save(folder / f"{name}.png")
+    text = {
+        "csv": 'file_name,text,source\na.png,"one, and",x\nb.png,two,y\n',
+        "jsonl": '{"file_name": "a.png", "text": "one, and", "source": "x"}\n{"file_name":"b.png","text":"two"}\n',
+    }[kind]
+    table = folder / f"metadata.{kind}"
+    table.write_text(text)
+    places = Places.of(tmp_path)
+    edit_caption(places, folder, "b.png", "two", 'three "quoted", ü')
+    assert caption_of(folder, "b.png") == 'three "quoted", ü'
+    assert (caption_of(folder, "a.png"), "x" in table.read_text(encoding="utf-8")) == ("one, and", True)
+    undo_caption(places)
+    assert caption_of(folder, "b.png") == "two"
+    if kind == "csv":
+        assert table.read_text() == text
+
+
+def test_captions_are_written_in_the_folders_of_the_page_only(places, tmp_path_factory):
+    elsewhere = write_pictures(tmp_path_factory.mktemp("elsewhere") / "squares")
+    name = sorted(p.name for p in elsewhere.glob("*.png"))[0]
+    for folder in (elsewhere, places.readable("embedded/icons")):
+        first = name if folder == elsewhere else sorted(p.name for p in folder.glob("*.png"))[0]
+        with pytest.raises(UserError, match=r"leads out of the folders|comes with the package"):
+            edit_caption(places, folder, first, caption_of(folder, first), "mine")
+    with pytest.raises(UserError):
+        edit_caption(places, places.folder / "photos", "../../x.png", None, "mine")
+
+
+# --- pictures that are added ----------------------------------------------------------------------------------------
+
+
+def test_added_pictures_get_free_and_harmless_names(places, tmp_path):
+    (tmp_path / "up").mkdir()
+    picture(5).save(tmp_path / "up" / "a.png")
+    picture(6).save(tmp_path / "up" / "Мой <b> кот.JPG", "JPEG")
+    sent = [str(p) for p in sorted((tmp_path / "up").iterdir())]
+    assert add_pictures(places, "photos", sent) == ["a-2.png", "мой-b-кот.jpg"]
+    assert len(pictures_of(places, "photos", 32)) == 5
+
+
+def test_an_upload_of_a_hundred_megapixels_is_refused_with_all_that_came_with_it(places, tmp_path):
+    (tmp_path / "up").mkdir()
+    picture(5).save(tmp_path / "up" / "a.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "up" / "large.png")
+    before = sorted((places.folder / "photos").iterdir())
+    with pytest.raises(UserError, match=r"large.png has 100000000 pixels.*nothing was added"):
+        add_pictures(places, "photos", [str(tmp_path / "up" / n) for n in ("a.png", "large.png")])
+    with pytest.raises(UserError, match="leads out of the folders"):
+        add_pictures(places, "../out", [str(tmp_path / "up" / "a.png")])
+    assert sorted((places.folder / "photos").iterdir()) == before

@@ -1,0 +1,192 @@
+"""The form of a training, its command, what is shown while it trains, and the table of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.reading import keys_of, section_of
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RunRecord
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.ui import form
+from difftuning_control.verbs.ui.jobs import Job, Jobs
+from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
+from difftuning_control.verbs.ui.places import Places
+from difftuning_control.verbs.ui.runs_view import delete_run, export_words, run_details, runs_of, runs_table, what_goes
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    (tmp_path / "mine").mkdir()
+    return Places.of(tmp_path / "mine")
+
+
+def begun(places: Places, name: str = "runs/one", status: str = "running", **more: object) -> Path:
+    """A run's folder as it is while it trains."""
+    folder = places.folder / name
+    folder.mkdir(parents=True)
+    RunRecord(status=status, recipe_values=Recipe().to_dict(), **more).write(folder)  # type: ignore[arg-type]
+    rows = [{"step": s, "loss": 0.5, "target_loss": 0.5 / s, "bank_loss": 0.2} for s in (1, 2, 3)]
+    rows.append({"step": 3, "validation/target_0.1": 0.3, "validation/target_0.5": 0.2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    return folder
+
+
+# --- the form -------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_of_the_recipe_has_a_place_in_the_form_with_what_it_is():
+    leaves = {key for key, hint in keys_of(Recipe).items() if section_of(hint) is None}
+    others = [field for fields in form.sections().values() for field in fields]
+    assert {f.key for f in others} | {*form.FIRST.values(), *form.UNUSED} == leaves
+    assert [f.key for f in others if not f.about] == []
+    by_key = {f.key: f for f in others}
+    assert by_key["tuning.estimator"].choices == ["sample", "weight"]
+    assert by_key["data.flip"].choices == ["true", "false"]
+    assert by_key["model.quantization"].choices == ["float8", "int8", "nf4"]
+    assert by_key["training.save_at"].choices is None
+
+
+def test_the_form_makes_the_command_that_a_person_would_give(places):
+    fields = {
+        "pictures": "embedded/icons",
+        "trains": "dora",
+        "rank": "8",
+        "rate": "2e-4",
+        "prompts": "a cat\n a dog \n",
+    }
+    words, output = form.train_words(places, form.NO_PRESET, fields, {"data.flip": "true", "bank.size": " "})
+    verb, command = parse(words)
+    assert (verb, output) == ("train", places.folder / "runs" / "mine")
+    assert (command.adapter.kind, command.adapter.rank, command.training.learning_rate) == ("dora", 8, 2e-4)
+    assert command.training.sample_prompts == ["a cat", "a dog"]
+    assert (command.data.flip, command.bank.size) == (True, Recipe().bank.size)
+    assert "training.max_steps" in command.left_open
+
+
+def test_a_preset_is_a_recipe_of_the_package_that_the_fields_override(places):
+    values = form.preset_values("sdxl_lora")
+    assert values["model"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    words, _ = form.train_words(places, "sdxl_lora", values | {"pictures": "embedded/icons", "steps": "7"}, {})
+    command = parse(words)[1]
+    assert (command.model.id, command.training.max_steps) == (values["model"], 7)
+
+
+@pytest.mark.sample("flux_lora")
+@pytest.mark.parametrize("name", form.presets())
+def test_every_preset_makes_a_command(places, name):
+    words, _ = form.train_words(places, name, form.preset_values(name) | {"pictures": "embedded/icons"}, {})
+    assert parse(words)[1].model.id == form.preset_values(name)["model"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "others", "said"),
+    [
+        ({}, {}, "no pictures are named"),
+        ({"pictures": "../other"}, {}, "leads out of the folders"),
+        ({"pictures": "/etc"}, {}, "leads out of the folders"),
+        ({"pictures": "nothing"}, {}, "nothing is no folder"),
+        ({"steps": "many"}, {}, "training.max_steps is many"),
+        ({"name": "../../x"}, {}, "a name without slashes"),
+        ({"name": ".."}, {}, "a name without slashes"),
+        ({"trains": "magic"}, {}, "what trains is 'magic'"),
+        ({}, {"data.cache": "/tmp"}, "no pictures"),
+        ({"pictures": "embedded/icons"}, {"bank.path": "/var"}, "leads out of the folders"),
+        ({"pictures": "embedded/icons"}, {"tuning.schedule.kind": "function"}, "is code that runs"),
+        ({"pictures": "embedded/icons"}, {"data.holdout": "2"}, "data.holdout is 2"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_the_command_would_refuse_is_refused_on_the_page(places, fields, others, said):
+    with pytest.raises(UserError, match=said):
+        form.train_words(places, form.NO_PRESET, fields and {"pictures": "embedded/icons"} | fields, others)
+
+
+def test_a_run_is_not_written_over(places):
+    begun(places, "runs/mine")
+    with pytest.raises(UserError, match="there is a run mine already; give another name, such as mine-2"):
+        form.train_words(places, form.NO_PRESET, {"pictures": "embedded/icons", "name": "mine"}, {})
+
+
+def test_the_first_click_trains_the_embedded_model(places):
+    words, output = form.embedded_words(places)
+    command = parse(words)[1]
+    assert (command.model.id, command.data.path, output.name) == ("embedded", "embedded/flat", "first")
+
+
+# --- while it trains ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_shown_as_far_as_it_is(places):
+    run = begun(places)
+    job = Job("1", ["train"], str(run), "running")
+    page = progress(places, job)
+    assert "3 of 300" in page
+    assert page.count("<svg") == 3  # the losses for wide and narrow pages, the bands of one role
+    before = changed(job)
+    (run / "samples").mkdir()
+    (run / "samples" / "step-000003.png").write_bytes(b"")
+    assert changed(job) != before
+    assert "step 3" in pictures(job)
+    assert "<svg" not in progress(places, Job("2", ["train"], str(places.folder / "runs" / "later")))
+
+
+def test_names_and_logs_are_text(places):
+    jobs, job = Jobs(places), Job("1", ["train"], str(places.folder / EVIL), "failed")
+    (places.state / "jobs").mkdir(parents=True)
+    (places.state / "jobs" / "1.log").write_text(EVIL)
+    record = begun(places, f"runs/{EVIL}", "failed", error=EVIL)
+    shown = [log(jobs, job), jobs_table(places, [job], None), progress(places, job), runs_table(runs_of(places), None)]
+    for page in [*shown, run_details(places, places.name(record))]:
+        assert "<img" not in page
+        assert "&lt;img" in page
+
+
+def test_the_job_that_is_shown_is_the_chosen_one_or_the_one_that_runs():
+    old, runs, new = (Job(n, ["train"], n, state) for n, state in (("1", "done"), ("2", "running"), ("3", "waiting")))
+    assert chosen_job([new, runs, old], "1") is old
+    assert chosen_job([new, runs, old], None) is runs
+    assert chosen_job([], "1") is None
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_deleted_once_it_was_asked_and_not_while_it_runs(places):
+    run = begun(places)
+    assert "Delete runs/one with 2 files" in what_goes(places, "runs/one")
+    lock = FileLock(run / ".lock")
+    with lock, pytest.raises(UserError, match="is running; stop it first"):
+        delete_run(places, "runs/one")
+    delete_run(places, "runs/one")
+    assert [*run.parent.iterdir()] == []
+
+
+def test_what_is_no_run_or_holds_others_is_not_deleted(places):
+    begun(places, "runs/outer")
+    begun(places, "runs/outer/inner")
+    with pytest.raises(UserError, match="has other runs in it"):
+        delete_run(places, "runs/outer")
+    for name in ("runs", "../mine", "/", "runs/none"):
+        with pytest.raises(UserError):
+            delete_run(places, name)
+    assert (places.folder / "runs" / "outer" / "inner" / "run.json").is_file()
+
+
+def test_an_export_is_a_command_and_lies_in_the_folder(places):
+    begun(places)
+    words, target = export_words(places, "runs/one", "kohya", "copied", "separate", "", False)
+    assert target == places.folder / "exports" / "one-kohya"
+    assert parse(words)[1].format == "kohya"
+    assert parse(export_words(places, "runs/one", "diffusers", "referenced", "separate", "x", True)[0])[1].despite_gates
+    with pytest.raises(UserError, match="leads out of the folders"):
+        export_words(places, "runs/one", "kohya", "copied", "separate", "../../x", False)
+    with pytest.raises(UserError, match="needs --base copied"):
+        export_words(places, "runs/one", "diffusers", "referenced", "fused", "x", False)
