@@ -384,7 +384,7 @@ def test_a_training_says_how_its_pictures_are_framed(make, tmp_path, capsys):
     write_recipe(tmp_path, recipe)
     flags = ["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run"), "--training.max_steps", "1"]
     main(["train", *flags])
-    assert capsys.readouterr().out.startswith("pictures in 3 frames (height×width): 5 of 16×16, ")
+    assert "\npictures in 3 frames (height×width): 5 of 16×16, " in capsys.readouterr().out
     plain = {"data.buckets": "false", "data.bucket_step": "null", "data.bucket_aspect": "2.0"}
     main(["train", *flags, "--overwrite", *(f"--{key}={value}" for key, value in plain.items())])
     assert "frames" not in capsys.readouterr().out

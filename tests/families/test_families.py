@@ -537,7 +537,8 @@ def test_a_family_is_one_file_and_one_line():
 
     root = Path(difftuning_control.__file__).parent
     words = ("StableDiffusion", "Flux", "prompt_embeds[", '"prompt_embeds"', "pooled_p", "families.sd", "families.flux")
-    # the names of drop-ins and of other tools' models, a hint for users, the objective's example, and the benchmark, which is on one model
+    # the names of drop-ins and of other tools' models, a hint for users, the objective's example, and the benchmark
+    # on one model
     named = {
         "__init__.py",
         "discovery.py",
