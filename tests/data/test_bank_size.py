@@ -71,6 +71,7 @@ def test_a_run_draws_what_it_needs_and_keeps_it_when_its_length_is_changed(recip
     assert longer.phases["bank"]["forwards"] == 0
 
 
+@pytest.mark.wide
 def test_what_a_run_forgot_is_measured_on_its_own_bank(recipe: Recipe):
     recipe = replace(recipe, bank=BankConfig(size=12, steps=2))
     run = train(replace(recipe, bank=BankConfig(steps=2), training=replace(recipe.training, max_steps=10))).record

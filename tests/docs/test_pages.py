@@ -54,7 +54,7 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), link
 
 
-@pytest.mark.sample("README.md", "docs/operations.md")
+@pytest.mark.sample("README.md")
 @pytest.mark.parametrize("name", WITH_COMMANDS)
 def test_commands_parse(name, desk):
     for arguments in difftune_commands(NAMES[name].read_text(encoding="utf-8")):

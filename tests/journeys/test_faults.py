@@ -139,6 +139,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+@pytest.mark.wide
 def test_sigterm_in_training_saves_at_the_next_step_and_resumes_bit_for_bit(recipe, tmp_path, monkeypatch, capsys):
     whole = replace(recipe, output=str(tmp_path / "whole"))
     train(whole)

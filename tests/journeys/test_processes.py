@@ -177,6 +177,7 @@ def test_two_processes_train_a_lora_as_one_does_and_write_the_same_bank_and_cach
     assert mine == its
 
 
+@pytest.mark.wide
 def test_the_verb_bank_draws_in_two_processes_and_speaks_once(first):
     _, done = first
     assert done.stdout.count("done:") == 1
@@ -214,6 +215,7 @@ def test_weights_sharded_over_two_processes_train_as_whole_ones_do(make, first):
     assert_same_result(recipe, alone(make("full-1", 1, "full")), "full weights sharded over 2 processes")
 
 
+@pytest.mark.wide
 def test_the_failure_of_one_process_ends_all_with_one_sentence(first):
     _, done = first
     assert done.returncode != 0

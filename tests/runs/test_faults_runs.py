@@ -288,7 +288,7 @@ METHODS = {
 }
 
 
-@pytest.mark.sample("controlnet", "averaged, with a budget")
+@pytest.mark.sample("averaged, with a budget")
 @pytest.mark.parametrize("name", METHODS)
 def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name):
     values, training = METHODS[name]
@@ -309,7 +309,7 @@ def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name)
         assert again.fidelity["steps"] == [0, 3, 6, 9]
 
 
-@pytest.mark.sample("dora", "full", "lokr", "orthogonal tlora", "pissa", "difffit")
+@pytest.mark.sample("pissa")
 @pytest.mark.parametrize("name", METHODS)
 def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name):
     """At a learning rate that moves nothing the new run's weights are the old one's."""
@@ -332,6 +332,7 @@ def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name
     assert "begin" in {p["part"] for p in found["parts"]}
 
 
+@pytest.mark.wide
 def test_fault_15_10_a_controlnets_lora_cannot_be_reopened_and_says_what_to_do(recipe, tmp_path):
     control = ControlConfig(fidelity=FidelityConfig(every=0))
     adapter = AdapterConfig(on="controlnet", rank=2)
@@ -423,6 +424,7 @@ def test_fault_15_10_a_lora_file_of_other_tools_is_begun_from(recipe, tmp_path, 
         assert (family.denoiser(x, 500, words).sample - drawn[0]).abs().max() > 1e-3
 
 
+@pytest.mark.wide
 def test_fault_15_10_weights_that_do_not_fit_are_refused_with_both_values(recipe, tmp_path):
     train(replace(recipe, adapter=AdapterConfig(rank=2)))
     begun = replace(recipe.training, begin_from=recipe.output)

@@ -63,6 +63,7 @@ def test_what_was_left_open_is_written_into_the_recipe(made):
     assert json.loads((made / "run.json").read_text())["recipe"] == recipe
 
 
+@pytest.mark.wide
 def test_drawing_again_takes_a_new_folder(made, tmp_path, capsys):
     words = ["sample", str(made), "red 1", "--steps", "1", "--out", str(tmp_path / "drawn")]
     for name in ("drawn", "drawn-2", "drawn-3"):

@@ -221,7 +221,7 @@ def weights(recipe: Recipe) -> dict[str, Tensor]:
     return load_file(Path(recipe.output) / f"{name}.safetensors")
 
 
-@pytest.mark.sample("on the bank", "all weights", "on pictures, their prompts, with a budget")
+@pytest.mark.sample("on pictures, their prompts, with a budget")
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_ends_as_an_undisturbed_one(make, name):
     whole, broken = make("whole", **RUNS[name]), make("broken", **RUNS[name])
@@ -253,6 +253,7 @@ def test_without_a_bank_none_is_drawn_and_that_is_said(make, tmp_path):
     assert any(line.startswith("no bank is drawn") for line in told)
 
 
+@pytest.mark.wide
 def test_with_a_bank_at_hand_it_is_what_forgetting_is_measured_on_and_not_trained_on(make, tmp_path):
     recipe = make(**RUNS["on pictures"])
     run = train(replace(recipe, bank=replace(recipe.bank, path=str(tmp_path / "bank")))).record

@@ -430,6 +430,7 @@ def test_the_record_says_what_ran_and_what_came_of_it(finished, variant):
     assert not [p for p in output.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
 
 
+@pytest.mark.sample("everything drawn")
 def test_every_step_is_logged_with_the_loss_of_each_role(finished, variant):
     steps = [r for r in rows(finished(variant)) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))

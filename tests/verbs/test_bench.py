@@ -36,6 +36,7 @@ def script(tmp_path: Path) -> str:
     return str(tmp_path / "loop.py")
 
 
+@pytest.mark.wide
 def test_every_optimizer_step_but_the_first_is_timed(script, tmp_path):
     timed = run([script, "4", "0"], tmp_path / "side", 1)
     assert len(timed.steps) == len(timed.cpu) == 3

@@ -137,7 +137,7 @@ def test_fault_15_10_train_from_a_step_or_a_file_begins_there(root, tmp_path, mo
 # --- 12: kept steps -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample("controlnet")
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("name", ["lora", "full", "controlnet"])
 def test_fault_15_12_sample_export_and_evaluate_take_a_kept_step(root, tmp_path, name):
     step = str(root / name / "step-000002")

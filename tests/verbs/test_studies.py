@@ -134,6 +134,7 @@ def test_the_budgets_side_is_summed_up(done):
     assert len(budget["multipliers"]["step"]) == 4
 
 
+@pytest.mark.wide
 def test_the_base_stays_the_base_while_sides_come_and_go(done, study, config, tmp_path):
     """Were an adapter left on, the base drawn afterwards would not be that drawn before."""
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
@@ -230,6 +231,7 @@ def test_a_sides_tuning_keeps_the_rest_of_the_recipes():
 # --- auto and budget in a run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_path):
     training = replace(study.training, max_steps=60, batch_size=10)
     recipe = replace(
