@@ -14,6 +14,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
 from difftuning_control.system.text import file_stem
@@ -88,7 +89,7 @@ def picture_folders(places: Places) -> list[str]:
             named = places.name(folder)
             if folder.name.startswith(".") or (named.startswith(("runs/", "exports/", ".")) and named != "."):
                 continue
-            if any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir()) and not (folder / "run.json").exists():
+            if any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir()) and not (folder / RECORD).exists():
                 found.append(named)
             if len(found) >= SHOWN:
                 break

@@ -8,7 +8,7 @@ from typing import Any
 from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.evaluation.report.training import BAND, ROLES, loss_chart
 from difftuning_control.runs.history import METRICS, read_history
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.verbs.ui.files import picture_address
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, Job, Jobs
 from difftuning_control.verbs.ui.places import Places
@@ -61,7 +61,7 @@ def changed(job: Job | None) -> tuple[Any, ...]:
     if job is None:
         return ()
     run = Path(job.output)
-    return (job.name, job.state, *(_time(p) for p in (run / "run.json", run / METRICS, run / "samples")))
+    return (job.name, job.state, *(_time(p) for p in (run / RECORD, run / METRICS, run / "samples")))
 
 
 def chosen_job(jobs: list[Job], name: str | None) -> Job | None:
