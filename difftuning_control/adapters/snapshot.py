@@ -196,6 +196,8 @@ def _put_in_use(module: nn.Module, use: dict[str, Any]) -> None:
         for name, scales in use["scaling"].items():
             if place in scales:
                 layer.scaling[name] = scales[place]
-        layer.set_adapter(use["acting"], inference_mode=True)
+        layer.set_adapter(use["acting"])
+        for name in layer.adapter_layer_names:  # what draws trains nothing
+            getattr(layer, name).requires_grad_(False)
         if not use["enabled"]:
             layer.enable_adapters(False)

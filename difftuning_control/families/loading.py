@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import in_precision, quiet_loading, why_not
@@ -38,10 +39,10 @@ FAMILIES = {
     "Krea2Pipeline": ("krea2", "Krea2"),
     "ChromaPipeline": ("chroma", "Chroma"),
 }
-# the first diffusers that has a pipeline, where older ones are to be met
+# the first diffusers whose pipeline is the one that is followed here, where older ones are to be met
 SINCE = {
     "ZImagePipeline": "0.36",
-    "QwenImagePipeline": "0.35",
+    "QwenImagePipeline": "0.37",  # before it the transformer asked for the lengths of prompts beside their mask
     "Flux2KleinPipeline": "0.37",
     "Flux2Pipeline": "0.36",
     "Krea2Pipeline": "0.39",
@@ -159,10 +160,11 @@ def _need_pipeline(model: str, name: str) -> None:
     """
     import diffusers  # which read the index
 
-    if getattr(diffusers, name, None) is None:
+    older = Version(diffusers.__version__) < Version(SINCE.get(name, "0"))
+    if older or getattr(diffusers, name, None) is None:
         raise UserError(
-            f"{model} is a {name}, which diffusers {diffusers.__version__} does not have; install diffusers "
-            f"{SINCE[name]} or later."
+            f"{model} is a {name}, which diffusers {diffusers.__version__} does not have as it is needed here; install "
+            f"diffusers {SINCE[name]} or later."
         )
 
 

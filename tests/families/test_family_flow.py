@@ -315,7 +315,8 @@ def test_an_older_diffusers_says_which_one_has_the_family(name, tmp_path, monkey
     monkeypatch.setattr(diffusers, STOCK[name].pipeline, None)
     monkeypatch.setattr(diffusers, "__version__", "0.35.2")
     sentence = (
-        rf"is a {STOCK[name].pipeline}, which diffusers 0\.35\.2 does not have; install diffusers 0\.3\d or later"
+        rf"is a {STOCK[name].pipeline}, which diffusers 0\.35\.2 does not have as it is needed here; "
+        r"install diffusers 0\.3\d or later"
     )
     with pytest.raises(UserError, match=sentence):
         load_family(str(tmp_path))

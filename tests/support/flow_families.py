@@ -10,8 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from packaging.version import Version
 
-from difftuning_control.families.loading import FAMILIES
+from difftuning_control.families.loading import FAMILIES, SINCE
 from support.drawing import PROMPTS, generators
 from support.tiny_flow import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 
@@ -131,8 +132,8 @@ def shorten(monkeypatch) -> None:
 def need(name: str) -> None:
     """Skip the test of a family where the installed diffusers does not have it."""
     pipeline = STOCK[name].pipeline
-    if not hasattr(diffusers, pipeline):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {pipeline}")
+    if not hasattr(diffusers, pipeline) or Version(diffusers.__version__) < Version(SINCE[pipeline]):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {pipeline} as it is needed; {SINCE[pipeline]} has")
 
 
 def recorded(stock: Stock, pipe, steps: int, scale: float, prompts=PROMPTS, **settings):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 SPACED = "the image by detailing color shape size texture quantity text spatial relationships of objects background and"
 WORDS = ("system", "user", "assistant", "Describe", *(f" {word}" for word in SPACED.split()))
 """Those of Qwen-Image's template: a token each, so that it has as many tokens as with the published tokenizer."""
@@ -16,6 +20,7 @@ CHAT = (
 
 def tiny_qwen_tokenizer():
     """A Qwen tokenizer with Qwen's chat template: bytes, the words of `WORDS`, and the marks of a chat."""
+    import transformers
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
@@ -28,13 +33,15 @@ def tiny_qwen_tokenizer():
                 merges.append(pair)
                 tokens.append("".join(pair))
     tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return Qwen2Tokenizer(
-        vocab={t: i for i, t in enumerate(tokens)},
-        merges=merges,
-        model_max_length=2048,
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=CHAT,
-    )
+    vocabulary, special = {t: i for i, t in enumerate(tokens)}, ["<|im_start|>", "<|im_end|>"]
+    settings = {"model_max_length": 2048, "chat_template": CHAT}
+    if not transformers.__version__.startswith("4."):
+        return Qwen2Tokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=special, **settings)
+    with TemporaryDirectory() as folder:  # transformers 4 reads files
+        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab_file.write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges_file.write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
+        return Qwen2Tokenizer(str(vocab_file), str(merges_file), additional_special_tokens=special, **settings)
 
 
 def tiny_qwen3(layers: int = 3, causal: bool = False):
