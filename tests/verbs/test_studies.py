@@ -129,8 +129,8 @@ def test_the_budgets_side_is_summed_up(done):
     budget, side = done[1].budget, done[1].sides[-1]
     losses = [r["losses"]["bank"] for r in side["runs"] if r["steps"] == side["best_length"]]
     rises = [sum(x["tuned"]["loss"][0] / x["base"]["loss"][0] - 1 for x in losses) / len(losses)]
-    assert budget.rise[:1] == pytest.approx(rises)
-    assert budget.allowed == [0.1] * 5
+    assert budget["rise"][:1] == pytest.approx(rises)
+    assert budget["allowed"] == [0.1] * 5
     assert len(budget["multipliers"]["step"]) == 4
 
 
