@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from packaging.version import Version
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import in_precision, quiet_loading, why_not
 from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.home import is_path
+from difftuning_control.system.installed import at_least
 from difftuning_control.system.untrusted import refuse_pickle
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def _need_pipeline(model: str, name: str) -> None:
     """
     import diffusers  # which read the index
 
-    older = Version(diffusers.__version__) < Version(SINCE.get(name, "0"))
-    if older or getattr(diffusers, name, None) is None:
+    if not at_least("diffusers", SINCE.get(name, "0")) or getattr(diffusers, name, None) is None:
         raise UserError(
             f"{model} is a {name}, which diffusers {diffusers.__version__} does not have as it is needed here; install "
             f"diffusers {SINCE[name]} or later."

@@ -43,6 +43,11 @@ class Calendar:
     def saves(self, done: int, end: int) -> bool:
         return done % self.recipe.training.checkpoint_every == 0 and done != end
 
+    def has_due(self, done: int, end: int) -> bool:
+        """Whether anything of these is due after so many steps."""
+        asked = (self.measures_fidelity, self.validates, self.samples, self.saves)
+        return any(is_due(done, end) for is_due in asked)
+
     def to_come(self, done: int, end: int) -> dict[str, int]:
         """How many validations, sample grids and measurements of fidelity follow on a step."""
         training, fidelity = self.recipe.training, self.recipe.control.fidelity.every if self.has_curve else 0

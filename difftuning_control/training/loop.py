@@ -124,12 +124,14 @@ class TrainingLoop:
                 begun = time.time()
                 self.advance(step, more=step + 1 < self.end)
                 self.done = step = step + 1
-                if self._reads(step):
-                    losses = self._read()
+                due = self.calendar.has_due(step, self.end)
+                if due or self.ledger.is_due or self._is_asked():
+                    losses = self._read()  # what is due must not see a loss that is not finite
                 taken = time.time() - begun
                 seconds += taken
                 shown.advance(taken, losses, self.end)
-                if self._watch(step):
+                if due:
+                    self._watch(step)
                     self.report.write(step, self.end, shown.remaining(self.end))
                 self._stop_if_asked(step)
             tuned = self.monitor.validate(step)
@@ -243,13 +245,6 @@ class TrainingLoop:
 
     # --- what is due ------------------------------------------------------------------------------------------------
 
-    def _reads(self, done: int) -> bool:
-        """Whether the figures of the last steps are read after `done` steps: where they are due, or something is that
-        must not see a loss that is not finite."""
-        due = self.calendar
-        asks = (due.measures_fidelity, due.validates, due.samples, due.saves)
-        return self.ledger.is_due or done == self.end or self._is_asked() or any(ask(done, self.end) for ask in asks)
-
     def _read(self) -> dict[str, float]:
         """Log the figures that were not read yet; gives those of the last step."""
         figures: dict[str, float] = {}
@@ -257,16 +252,12 @@ class TrainingLoop:
             self.log.write(step + 1, figures)
         return figures
 
-    def _watch(self, done: int) -> bool:
-        """Do what is due after `done` steps: fidelity, validation, pictures, weights to keep, a checkpoint.
-
-        Returns:
-            whether anything was.
-        """
-        due, measured = self.calendar, False
+    def _watch(self, done: int) -> None:
+        """Do what is due after `done` steps: fidelity, validation, pictures, weights to keep, a checkpoint."""
+        due = self.calendar
         if due.measures_fidelity(done, self.end):
             self.monitor.measure_fidelity(done)
-            self.end, measured = self.monitor.planned_end(done), True
+            self.end = self.monitor.planned_end(done)
         if done in self.config.save_at:
             losses = self.monitor.baseline.beside(self.monitor.validate(done))
             with self.phases("saving"):
@@ -277,8 +268,6 @@ class TrainingLoop:
             self.monitor.save_grid(done)
         if due.saves(done, self.end):
             self._checkpoint(done)
-        found = (due.validates(done, self.end), due.samples(done, self.end), due.saves(done, self.end))
-        return measured or any(found)
 
     def _checkpoint(self, done: int) -> None:
         """Save what `done` steps made, by all processes together where the weights are spread over them."""

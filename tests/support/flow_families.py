@@ -10,9 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from packaging.version import Version
 
 from difftuning_control.families.loading import FAMILIES, SINCE
+from difftuning_control.system.installed import at_least
 from support.drawing import PROMPTS, generators
 from support.tiny_flow import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 
@@ -132,7 +132,7 @@ def shorten(monkeypatch) -> None:
 def need(name: str) -> None:
     """Skip the test of a family where the installed diffusers does not have it."""
     pipeline = STOCK[name].pipeline
-    if not hasattr(diffusers, pipeline) or Version(diffusers.__version__) < Version(SINCE[pipeline]):
+    if not hasattr(diffusers, pipeline) or not at_least("diffusers", SINCE[pipeline]):
         pytest.skip(f"diffusers {diffusers.__version__} has no {pipeline} as it is needed; {SINCE[pipeline]} has")
 
 
