@@ -6,20 +6,18 @@ the number that it is: 1 where there is a token, 0 elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from difftuning_control.families.fit import Fit
-from difftuning_control.families.flux import image_ids, pack, unpack
 from difftuning_control.families.masked import MaskedTransformer
+from difftuning_control.families.packed import PackedTransformer, image_ids, pack
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.objective.noise import NoiseProcess
 
 
-class Chroma(MaskedTransformer):
+class Chroma(PackedTransformer, MaskedTransformer):
     """A `ChromaPipeline`. Conditioning: `prompt_embeds` and `prompt_attention_mask` (B, L), a number as the model takes
     it."""
 
@@ -32,17 +30,6 @@ class Chroma(MaskedTransformer):
     def _check_variant(self) -> None:
         self.need("transformer", "vae", "text_encoder", "tokenizer")
         self.check_channels(self.pipe.transformer.config.in_channels // 4)
-
-    @property
-    def native_resolution(self) -> int:
-        return self.pipe.default_sample_size * self.vae_scale_factor
-
-    @property
-    def resolution_step(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    def told(self, process: NoiseProcess) -> NoiseProcess:
-        return replace(process, timesteps=process.sigmas)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -68,10 +55,3 @@ class Chroma(MaskedTransformer):
             "img_ids": image_ids(height, width).to(embeds),
             "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1),
         }
-
-    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
-        return unpack(output, *noisy_model_input.shape[2:])
-
-    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
-        side = resolution // self.vae_scale_factor
-        return unpack(drawn, side, side)

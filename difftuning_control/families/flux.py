@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,31 +14,14 @@ from torch import Tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.fit import Fit
+from difftuning_control.families.packed import PackedTransformer, image_ids, pack
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.objective.noise import NoiseProcess
 
 TRAINING_GUIDANCE = 1.0  # where what was distilled is nearest to the conditional prediction that the loss asks for
 COPIED_BLOCKS = 4  # that a new ControlNet copies, as in diffusers' own training script
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as tokens (B, h/2 · w/2, 4 C)."""
-    return latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, h/2 · w/2, 4 C) as latents (B, C, h, w)."""
-    grid = tokens.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def image_ids(height: int, width: int) -> Tensor:
-    """Row and column of each token of latents of this size, (h/2 · w/2, 3); the first of the three is 0."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-
-
-class Flux(FlowTransformer):
+class Flux(PackedTransformer, FlowTransformer):
     """A `FluxPipeline`. Conditioning may also hold `guidance` (B,), the scale that a `dev` model is told; so is the
     guidance of `sample`, which `schnell` leaves aside."""
 
@@ -51,20 +33,9 @@ class Flux(FlowTransformer):
     control_pipeline_class = FluxControlNetPipeline
     controlnet_whole = ("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks")
 
-    def told(self, process: NoiseProcess) -> NoiseProcess:
-        return replace(process, timesteps=process.sigmas)
-
     def _check_variant(self) -> None:
         self.need("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         self.check_channels(self.pipe.transformer.config.in_channels // 4)
-
-    @property
-    def native_resolution(self) -> int:
-        return self.pipe.default_sample_size * self.vae_scale_factor
-
-    @property
-    def resolution_step(self) -> int:
-        return 2 * self.vae_scale_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -95,13 +66,6 @@ class Flux(FlowTransformer):
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
             "img_ids": image_ids(height, width).to(embeds),
         }
-
-    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
-        return unpack(output, *noisy_model_input.shape[2:])
-
-    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
-        side = resolution // self.vae_scale_factor
-        return unpack(drawn, side, side)
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:
         """In a ControlNet without single blocks all that leads to the prompt's stream after the last double block."""

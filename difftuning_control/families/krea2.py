@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.fit import Fit
-from difftuning_control.families.flux import image_ids, pack
+from difftuning_control.families.packed import image_ids, pack
 from difftuning_control.families.qwen_image import QwenImage
 
 DISTILLED_SHIFT = 1.15  # μ of the pipeline for a distilled model, at all sizes

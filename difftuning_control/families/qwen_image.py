@@ -8,7 +8,6 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -18,15 +17,14 @@ from torch import Tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.fit import Fit
-from difftuning_control.families.flux import pack, unpack
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
+from difftuning_control.families.packed import PackedTransformer, pack
 from difftuning_control.families.transformer import FlowTransformer
-from difftuning_control.objective.noise import NoiseProcess
 
 COPIED_BLOCKS = 5  # that a new ControlNet copies, as many as the class has by default
 
 
-class QwenImage(MaskedTransformer):
+class QwenImage(PackedTransformer, MaskedTransformer):
     """A `QwenImagePipeline`. Conditioning: `prompt_embeds` and `prompt_attention_mask`.
 
     Where there is guidance, the stock pipeline gives each token of the guided prediction the norm of the conditional
@@ -53,17 +51,6 @@ class QwenImage(MaskedTransformer):
                     f"the model's {key} is true, as of a Qwen-Image that edits pictures or paints layers; give a plain "
                     "text-to-image model."
                 )
-
-    @property
-    def native_resolution(self) -> int:
-        return self.pipe.default_sample_size * self.vae_scale_factor
-
-    @property
-    def resolution_step(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    def told(self, process: NoiseProcess) -> NoiseProcess:
-        return replace(process, timesteps=process.sigmas)
 
     # --- latents ----------------------------------------------------------------------------------------------------
 
@@ -121,13 +108,6 @@ class QwenImage(MaskedTransformer):
             "encoder_hidden_states_mask": mask,
             "img_shapes": [[(1, height // 2, width // 2)]] * rows,
         }
-
-    def denoiser_output(self, output: Any, noisy_model_input: Tensor) -> Tensor:
-        return unpack(output, *noisy_model_input.shape[2:])
-
-    def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
-        side = resolution // self.vae_scale_factor
-        return unpack(drawn, side, side)
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:
         """What leads to the prompt's stream after the last block, and a ControlNet's blocks that nobody reads."""

@@ -12,8 +12,8 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
-from difftuning_control.families.flux import image_ids, pack, unpack
 from difftuning_control.families.loading import FAMILIES, family_of, load_family
+from difftuning_control.families.packed import image_ids, pack, unpack
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.guidance import hand_over
 from difftuning_control.recipe.adapter import AdapterConfig
