@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers.utils.torch_utils import is_compiled_module
@@ -172,3 +172,31 @@ def check_unused(stock: Callable[..., Any], pipe: Any, given: dict[str, Any]) ->
             f"a {type(pipe).__name__} does not use {', '.join(unused)}; leave it out, or use the class that does "
             f"({what} pipelines of diffusers take the same settings by attach)."
         )
+
+
+def tuned_among(acting: list[str], named: Sequence[str] | None, place: str, set_by: str, needed: bool) -> list[str]:
+    """The adapters that were tuned: those that are named, or else the only one that acts.
+
+    Args:
+        acting: the adapters that act.
+        place: the module in which, for sentences.
+        set_by: how users name them, up to `tuned_adapters=`.
+        needed: whether it must be known where several act; there are none otherwise.
+
+    Raises:
+        UserError: if one that is named does not act, or it cannot be told which were tuned.
+    """
+    absent = [name for name in named or () if name not in acting]
+    if absent:
+        raise UserError(
+            f"tuned_adapters names {', '.join(absent)}, which does not act in the {place} (acting: "
+            f"{', '.join(acting) or 'none'}); load and activate it, not fused, or name another."
+        )
+    if named is not None:
+        return list(named)
+    if len(acting) > 1 and needed:
+        raise UserError(
+            f"several adapters act in the {place} ({', '.join(acting)}); say which were tuned: "
+            f"{set_by}tuned_adapters=[{acting[0]!r}])."
+        )
+    return acting if len(acting) == 1 else []

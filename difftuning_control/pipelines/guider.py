@@ -23,7 +23,7 @@ except ImportError:  # before diffusers 0.35
         "diffusers), or use attach on an ordinary pipeline."
     ) from None
 
-from difftuning_control.pipelines.checks import check_cache, check_scalable
+from difftuning_control.pipelines.checks import check_cache, check_scalable, tuned_among
 from difftuning_control.pipelines.guidance import TunedWeights, active_adapters, adapters_at, tuner_layers
 from difftuning_control.pipelines.strength import check_u
 
@@ -80,17 +80,5 @@ class DomainGuidance(ClassifierFreeGuidance):
         self._weaker.close()
 
     def _adapters(self, denoiser: Any) -> list[str]:
-        acting = active_adapters(denoiser)
-        named = list(self.tuned_adapters) if self.tuned_adapters is not None else acting
-        absent = [name for name in named if name not in acting]
-        if absent:
-            raise UserError(
-                f"tuned_adapters names {', '.join(absent)}, which does not act in the {type(denoiser).__name__} "
-                f"(acting: {', '.join(acting) or 'none'}); load and activate it, not fused, or name another."
-            )
-        if self.tuned_adapters is None and len(acting) > 1:
-            raise UserError(
-                f"several adapters act in the {type(denoiser).__name__} ({', '.join(acting)}); say which were tuned: "
-                f"DomainGuidance(tuned_adapters=[{acting[0]!r}])."
-            )
-        return named
+        acting, place = active_adapters(denoiser), type(denoiser).__name__
+        return tuned_among(acting, self.tuned_adapters, place, "DomainGuidance(", needed=True)

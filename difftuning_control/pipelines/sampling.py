@@ -23,6 +23,7 @@ from difftuning_control.pipelines.checks import (
     check_scalable,
     check_scale,
     check_unused,
+    tuned_among,
 )
 from difftuning_control.pipelines.control_strength import ControlUse, check_skippable, control_strength
 from difftuning_control.pipelines.guidance import (
@@ -179,19 +180,13 @@ class Sampling:
         Raises:
             UserError: if it cannot be told which adapters were tuned, or there are none and no source.
         """
-        acting, named = active_adapters(self.denoiser), self.extras.tuned_adapters
-        absent, name = [n for n in named or () if n not in acting], NAMES[self.component]
-        if absent:
-            raise UserError(
-                f"tuned_adapters names {', '.join(absent)}, which does not act in the {name} (acting: "
-                f"{', '.join(acting) or 'none'}); load and activate it, not fused, or name another."
-            )
-        if named is None and len(acting) > 1 and (self.source is None or self.extras.adapter_schedule):
-            raise UserError(
-                f"several adapters act in the {name} ({', '.join(acting)}); say which were tuned: "
-                f"{self.set_by}tuned_adapters=[{acting[0]!r}])."
-            )
-        adapters = list(named) if named is not None else acting if len(acting) == 1 else []
+        adapters = tuned_among(
+            active_adapters(self.denoiser),
+            self.extras.tuned_adapters,
+            NAMES[self.component],
+            self.set_by,
+            needed=self.source is None or self.extras.adapter_schedule is not None,
+        )
         if self.extras.adapter_schedule is not None and not adapters:
             raise UserError(
                 "adapter_schedule has no adapter to act on; load one (load_lora_weights or load_adapter), not fused."
