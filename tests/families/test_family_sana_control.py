@@ -28,11 +28,18 @@ from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.train import train
+from support.control_checks import (
+    assert_adds_exactly_nothing,
+    assert_predicts_as_in_the_stock_pipeline,
+    assert_samples_as_the_stock_pipeline,
+    conditions,
+)
 from support.controls import OUTLINE, write_photos
-from support.drawing import PROMPTS, TOLERANCE, generators
+from support.drawing import PROMPTS, generators
+from support.family_runs import FEW_STEPS
 from support.tensors import differing
 from support.tiny_models import tiny_sana
-from support.trainings import interrupted_after, record, resumed, trained_once
+from support.trainings import interrupted_after, resumed, run_record, trained_once
 from support.tuned_pictures import assert_same_pictures
 
 SIDE = 32
@@ -45,10 +52,6 @@ def short_prompts(monkeypatch):
     """No instruction before prompts and fewer tokens of padding, which saves time."""
     monkeypatch.setattr(Sana, "text_length", 24)
     monkeypatch.setattr(Sana, "instructions", {"complex_human_instruction": None})
-
-
-def conditions(seed: int = 0, count: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generators(seed)[0], dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def stock(family, control, steps: int = 3, **more):
 
 
 def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(family):
-    calls, control = [], conditions()
+    calls, control = [], conditions(SIDE)
 
     def keep(module, args, kwargs, out):
         calls.append((args[0], kwargs["timestep"], out[0]))
@@ -95,30 +98,15 @@ def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(
     assert len(calls) == 3
     told, empty = family.encode_prompts(PROMPTS), family.encode_prompts(["", ""])
     rows = {name: torch.cat([empty[name], told[name]]) for name in told}
-    for noisy, timesteps, out in calls:
-        with torch.no_grad():
-            read = family.encode_control(control)
-            found, again = (
-                family.predict(family.model, noisy, timesteps, rows | {"control": c.repeat(2, 1, 1, 1)})
-                for c in (control, read)
-            )
-            alone = family.predict(family.model, noisy, timesteps, rows)
-        torch.testing.assert_close(found, out, **TOLERANCE)
-        torch.testing.assert_close(again, out, **TOLERANCE)
-        assert not torch.allclose(alone, out, atol=1e-3)
+    assert_predicts_as_in_the_stock_pipeline(family, calls, rows, control)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(family, offload):
-    control = conditions()
+    control = conditions(SIDE)
     expected = stock(family, control)
     family.offload = offload
-    settings = {"steps": 3, "guidance_scale": 3.0, "resolution": SIDE}
-    found = family.sample(PROMPTS, generators(0, 1), **settings, control=control)
-    torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected, **TOLERANCE)
-    alone = family.sample(PROMPTS[1:], generators(1), **settings, control=control[1:])
-    torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(family.sample(PROMPTS, generators(0, 1), **settings), found, atol=1e-3)
+    assert_samples_as_the_stock_pipeline(family, expected, control)
 
 
 # --- a new one, and another model's ---------------------------------------------------------------------------------
@@ -138,12 +126,8 @@ def test_a_new_controlnet_copies_the_first_blocks_and_adds_exactly_nothing(layer
     fresh = {n for n in its if n.startswith(family.controlnet_whole)}
     assert not any(its[n].any() for n in fresh)
     assert all(torch.equal(its[n], weights[n]) for n in its.keys() - fresh)
-    rows, latents = family.encode_prompts(PROMPTS), torch.randn(2, 4, 16, 16, generator=generators(0)[0])
-    timesteps = family.process.timesteps[torch.tensor([100, 800])]
-    with torch.no_grad():
-        alone = family.predict(family.denoiser, latents, timesteps, rows)
-        beside = family.predict(family.model, latents, timesteps, rows | {"control": conditions()})
-    assert torch.equal(alone, beside)
+    latents = torch.randn(2, 4, 16, 16, generator=generators(0)[0])
+    assert_adds_exactly_nothing(family, latents, conditions(SIDE))
 
 
 def test_a_controlnet_that_does_not_fit_is_refused_with_what_differs(family, tmp_path):
@@ -183,17 +167,6 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(root):
-    training = {
-        "max_steps": 4,
-        "batch_size": 5,
-        "checkpoint_every": 2,
-        "validate_every": 0,
-        "validation_size": 2,
-        "sample_every": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-    }
-
     def recipe(name: str, **sections) -> Recipe:
         return Recipe(
             "controlnet",
@@ -202,7 +175,7 @@ def make(root):
             bank=BankConfig(size=6, steps=2, batch_size=3),
             adapter=AdapterConfig(**sections.get("adapter", {})),
             control=ControlConfig(annotator="sana_outlines:outline", fidelity=FidelityConfig(every=4, size=2, steps=1)),
-            training=TrainingConfig(**training | sections.get("training", {})),
+            training=TrainingConfig(**FEW_STEPS | sections.get("training", {})),
             output=str(root / name),
         )
 
@@ -221,10 +194,10 @@ LORA = {"adapter": {"on": "controlnet", "rank": 2, "alpha": 4.0}}
 @pytest.mark.parametrize("settings", [{}, LORA], ids=["whole", "lora"])
 def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, root, settings):
     recipe = finished(settings)
-    run = record(recipe)
-    assert run["frozen"]["denoiser_before"] == run["frozen"]["denoiser_after"]
-    assert run["fidelity"]["steps"] == [0, 4]
-    assert run["control"]["classes"] == ["SanaControlNetModel", "SanaControlNetPipeline"]
+    run = run_record(recipe)
+    assert run.frozen.denoiser_before == run.frozen.denoiser_after
+    assert run.fidelity["steps"] == [0, 4]
+    assert run.control.classes == ["SanaControlNetModel", "SanaControlNetPipeline"]
     controlnet = SanaControlNetModel.from_pretrained(f"{recipe.output}/controlnet")
     pipe = SanaControlNetPipeline.from_pretrained(recipe.model.id, controlnet=controlnet)
     conditioner = Conditioner(ControlSpec.load(f"{recipe.output}/controlnet"))

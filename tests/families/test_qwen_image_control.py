@@ -7,7 +7,13 @@ import torch
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import family_of
-from support.drawing import PROMPTS, TOLERANCE, generators
+from support.control_checks import (
+    assert_adds_exactly_nothing,
+    assert_predicts_as_in_the_stock_pipeline,
+    assert_samples_as_the_stock_pipeline,
+    conditions,
+)
+from support.drawing import PROMPTS, generators
 from support.flow_families import STOCK, shorten
 from support.tiny_flow import tiny_qwen_image
 
@@ -21,10 +27,6 @@ SIDE = 16
 @pytest.fixture(autouse=True)
 def short_prompts(monkeypatch):
     shorten(monkeypatch)
-
-
-def conditions(seed: int = 0, count: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generators(seed)[0], dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -66,33 +68,19 @@ def stock_picture(family, control, calls=None):
 
 
 def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(family):
-    calls, control = [], conditions()
+    calls, control = [], conditions(SIDE)
     stock_picture(family, control, calls)
     assert len(calls) == 6  # the second of each two is of the empty prompt, with what the ControlNet made of the other
     rows = family.encode_prompts(PROMPTS)
-    for noisy, timesteps, out in calls[::2]:
-        with torch.no_grad():
-            read = family.encode_control(control)
-            found, again = (
-                family.predict(family.model, noisy, timesteps, rows | {"control": c}) for c in (control, read)
-            )
-            alone = family.predict(family.model, noisy, timesteps, rows)
-        torch.testing.assert_close(found, out, **TOLERANCE)
-        torch.testing.assert_close(again, out, **TOLERANCE)
-        assert not torch.allclose(alone, out, atol=1e-3)
+    assert_predicts_as_in_the_stock_pipeline(family, calls[::2], rows, control)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(family, offload):
-    control = conditions()
+    control = conditions(SIDE)
     expected = stock_picture(family, control)
     family.offload = offload
-    settings = {"steps": 3, "guidance_scale": 3.0, "resolution": SIDE}
-    found = family.sample(PROMPTS, generators(0, 1), **settings, control=control)
-    torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected, **TOLERANCE)
-    alone = family.sample(PROMPTS[1:], generators(1), **settings, control=control[1:])
-    torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(family.sample(PROMPTS, generators(0, 1), **settings), found, atol=1e-3)
+    assert_samples_as_the_stock_pipeline(family, expected, control)
 
 
 @pytest.mark.parametrize(("layers", "blocks"), [(3, 3), (7, 4), (10, 5)])  # 7: two of its blocks read each of four
@@ -109,12 +97,8 @@ def test_a_new_controlnet_copies_the_first_blocks_and_adds_exactly_nothing(layer
     fresh = {n for n in its if n.startswith(family.controlnet_whole)}
     assert not any(its[n].any() for n in fresh)
     assert all(torch.equal(its[n], weights[n]) for n in its.keys() - fresh)
-    rows, latents = family.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8, generator=generators(0)[0])
-    timesteps = family.process.timesteps[torch.tensor([100, 800])]
-    with torch.no_grad():
-        alone = family.predict(family.denoiser, latents, timesteps, rows)
-        beside = family.predict(family.model, latents, timesteps, rows | {"control": conditions()})
-    assert torch.equal(alone, beside)
+    latents = torch.randn(2, 4, 8, 8, generator=generators(0)[0])
+    assert_adds_exactly_nothing(family, latents, conditions(SIDE))
 
 
 def test_a_controlnet_that_does_not_fit_is_refused_with_what_differs(family):
@@ -144,7 +128,7 @@ def test_blocks_of_a_controlnet_that_nobody_reads_do_not_train():
     torch.manual_seed(3)
     for parameter in family.controlnet.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.2
-    rows = family.encode_prompts(PROMPTS) | {"control": conditions()}
+    rows = family.encode_prompts(PROMPTS) | {"control": conditions(SIDE)}
     latents = torch.randn(2, 4, 8, 8, generator=generators(0)[0])
     family.denoiser.requires_grad_(False)
     family.predict(family.model, latents, torch.tensor([0.3, 0.9]), rows).square().mean().backward()

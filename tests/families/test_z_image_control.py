@@ -9,6 +9,12 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.z_image import LENT
+from support.control_checks import (
+    assert_adds_exactly_nothing,
+    assert_predicts_as_in_the_stock_pipeline,
+    assert_samples_as_the_stock_pipeline,
+    conditions,
+)
 from support.drawing import PROMPTS, TOLERANCE, generators
 from support.flow_families import STOCK, shorten
 from support.tiny_flow import tiny_z_image
@@ -24,10 +30,6 @@ SIDE, LAYERS = 16, 7  # of which a new ControlNet copies the first and the sixth
 @pytest.fixture(autouse=True)
 def short_prompts(monkeypatch):
     shorten(monkeypatch)
-
-
-def conditions(seed: int = 0, count: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generators(seed)[0], dtype=torch.uint8)
 
 
 def settings_of(module) -> dict:
@@ -78,7 +80,7 @@ def stock_picture(family, control, calls=None, steps: int = 3, prompts=PROMPTS):
 @pytest.mark.parametrize("channels", [4, 9])
 def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(family, channels):
     """Also of one that takes a mask and a picture beside the condition, as the Union ones since 2.0 do."""
-    calls, control = [], conditions()
+    calls, control = [], conditions(SIDE)
     if channels != 4:
         config = settings_of(family.controlnet) | {"control_in_dim": channels}
         config |= {"add_control_noise_refiner": "control_noise_refiner", "control_refiner_layers_places": [0]}
@@ -88,30 +90,15 @@ def test_predict_with_a_controlnet_is_the_call_in_the_stock_controlnet_pipeline(
     assert len(calls) == 3
     told, empty = family.encode_prompts(PROMPTS), family.encode_prompts(["", ""])
     rows = {name: torch.cat([told[name], empty[name]]) for name in told}
-    for noisy, timesteps, out in calls:
-        with torch.no_grad():
-            read = family.encode_control(control)
-            found, again = (
-                family.predict(family.model, noisy, timesteps, rows | {"control": c.repeat(2, 1, 1, 1)})
-                for c in (control, read)
-            )
-            alone = family.predict(family.model, noisy, timesteps, rows)
-        torch.testing.assert_close(found, out, **TOLERANCE)
-        torch.testing.assert_close(again, out, **TOLERANCE)
-        assert not torch.allclose(alone, out, atol=1e-3)
+    assert_predicts_as_in_the_stock_pipeline(family, calls, rows, control)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_sample_under_a_condition_is_the_stock_controlnet_pipelines_picture(family, offload):
-    control = conditions()
+    control = conditions(SIDE)
     expected = stock_picture(family, control)
     family.offload = offload
-    settings = {"steps": 3, "guidance_scale": 3.0, "resolution": SIDE}
-    found = family.sample(PROMPTS, generators(0, 1), **settings, control=control)
-    torch.testing.assert_close(family.decode(found) / 2 + 0.5, expected, **TOLERANCE)
-    alone = family.sample(PROMPTS[1:], generators(1), **settings, control=control[1:])
-    torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(family.sample(PROMPTS, generators(0, 1), **settings), found, atol=1e-3)
+    assert_samples_as_the_stock_pipeline(family, expected, control)
 
 
 def test_a_new_controlnet_copies_layers_and_adds_exactly_nothing():
@@ -130,22 +117,18 @@ def test_a_new_controlnet_copies_layers_and_adds_exactly_nothing():
     for name in its.keys() - zeros:
         ours = next(part for part in places if name.startswith(part))
         assert torch.equal(its[name], weights[places[ours] + name.removeprefix(ours)]), name
-    rows, latents = family.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8, generator=generators(0)[0])
-    timesteps = family.process.timesteps[torch.tensor([100, 800])]
-    with torch.no_grad():
-        alone = family.predict(family.denoiser, latents, timesteps, rows)
-        beside = family.predict(family.model, latents, timesteps, rows | {"control": conditions()})
-    assert torch.equal(alone, beside)
+    latents = torch.randn(2, 4, 8, 8, generator=generators(0)[0])
+    assert_adds_exactly_nothing(family, latents, conditions(SIDE))
 
 
 def test_the_transformers_parts_are_lent_and_never_the_controlnets_own(family, tmp_path):
     own = set(family.controlnet.state_dict())
-    stock_picture(family, conditions(), steps=1)
+    stock_picture(family, conditions(SIDE), steps=1)
     family.predict(
         family.model,
         torch.randn(2, 4, 8, 8),
         torch.tensor([0.5, 0.5]),
-        family.encode_prompts(PROMPTS) | {"control": conditions()},
+        family.encode_prompts(PROMPTS) | {"control": conditions(SIDE)},
     )
     assert set(family.controlnet.state_dict()) == own
     assert not any(name.startswith(LENT) for name in own)
@@ -198,7 +181,7 @@ def test_a_union_controlnet_is_read_from_its_file_as_diffusers_reads_it(family, 
     made.save_config(tmp_path)
     theirs = type(made).from_single_file(str(tmp_path / "union.safetensors"), config=str(tmp_path))
     torch.testing.assert_close(found.state_dict(), theirs.state_dict(), atol=0, rtol=0)
-    calls, control = [], conditions()
+    calls, control = [], conditions(SIDE)
     family.controlnet = found
     stock_picture(family, control, calls, steps=1)
     told, empty = family.encode_prompts(PROMPTS), family.encode_prompts(["", ""])

@@ -3,38 +3,36 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
-from safetensors.torch import load_file
 
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.sources import load_images
 from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.families.loading import load_base, load_family
-from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
-from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
-from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
-from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import ScheduleConfig
 from difftuning_control.runs.finished import tuned_model
-from difftuning_control.system.digests import digest_of_file
-from difftuning_control.verbs import train as trainer
-from difftuning_control.verbs.analyze import analyze
-from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.pilot.pilot import pilot
 from difftuning_control.verbs.train import train
+from support.family_runs import (
+    assert_buckets_have_shapes_that_fit,
+    assert_every_factor_moves_and_nothing_else,
+    assert_interrupted_it_ends_as,
+    assert_measured_and_judged,
+    assert_trains_to_the_weights_of,
+    recipe_maker,
+)
 from support.feature_models import save_tiny_dinov2
 from support.flow_families import STOCK, need, shorten
 from support.marks import needs_bitsandbytes
 from support.pictures import write_pictures
 from support.tensors import differing
-from support.trainings import interrupted_after, resumed, rows, run_record, trained_once
-from support.tuned_pictures import LORA_FILE, PROMPTS, generators, opened
+from support.trainings import rows, run_record, trained_once
+from support.tuned_pictures import PROMPTS, generators, opened
 
 SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -68,36 +66,7 @@ def model_of(root: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def make(root):
-    training = {
-        "max_steps": 4,
-        "batch_size": 5,
-        "checkpoint_every": 2,
-        "validate_every": 0,
-        "validation_size": 2,
-        "sample_every": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-    }
-
-    def recipe(name, family, method="lora", **sections):
-        data = {
-            "path": str(root / "pictures"),
-            "holdout": 0.25,
-            "resolution": STOCK[family].side,
-            "cache": str(root / "cache"),
-        }
-        return Recipe(
-            method,
-            ModelConfig(str(model_of(root, family)), **sections.get("model", {})),
-            DataConfig(**data),
-            TuningConfig(**{"prompt_dropout": 0.4, **sections.get("tuning", {})}),
-            BankConfig(size=6, steps=2, batch_size=3, prompts="captions"),
-            AdapterConfig(**sections.get("adapter", {"rank": 2, "alpha": 4.0} if method == "lora" else {})),
-            training=TrainingConfig(**training | sections.get("training", {})),
-            output=str(root / name),
-        )
-
-    return recipe
+    return recipe_maker(root, lambda family: model_of(root, family), lambda family: STOCK[family].side)
 
 
 @pytest.fixture(scope="module")
@@ -154,36 +123,14 @@ def test_full_weights_reload_in_the_stock_pipeline_and_draw_the_same(finished, n
 
 @pytest.mark.wide
 def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, monkeypatch):
-    loaded, attached = [], {}
-
-    def load(*args, **options):
-        loaded.append(load_family(*args, **options))
-        return loaded[-1]
-
-    class Watched(trainer.TrainingLoop):
-        def __init__(self, *args):
-            super().__init__(*args)
-            attached.update({n: p.detach().clone() for n, p in self.parameters.items()})
-
-    monkeypatch.setattr("difftuning_control.families.loading.load_family", load)
-    monkeypatch.setattr(trainer, "TrainingLoop", Watched)
-    train(replace(make("", name, tuning={"estimator": "weight"}), output=str(tmp_path)))
-    (family,) = loaded
-    trained = {n: p.detach() for n, p in family.denoiser.named_parameters() if p.requires_grad}
-    assert set(trained) == set(attached) == differing(trained, attached)
-    fresh = load_family(str(make("", name).model.id))
-    for part, module in fresh.modules.items():
-        now = {k.replace(".base_layer.", "."): v for k, v in family.modules[part].state_dict().items()}
-        assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
+    recipe = make("", name, tuning={"estimator": "weight"})
+    assert_every_factor_moves_and_nothing_else(recipe, tmp_path, monkeypatch)
 
 
 @pytest.mark.wide
 def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
-    checkpointing = {"gradient_checkpointing": True}
-    recipe = replace(make("", name, training=checkpointing, model={"offload": True}), output=str(tmp_path))
-    train(recipe)
-    found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, finished({"family": name})))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    spared = make("", name, training={"gradient_checkpointing": True}, model={"offload": True})
+    assert_trains_to_the_weights_of(spared, finished({"family": name}), tmp_path)
 
 
 @pytest.mark.wide
@@ -207,29 +154,12 @@ def test_a_run_in_bf16_and_in_fewer_bits_is_one_whose_loss_is_near(make, finishe
 
 @pytest.mark.wide
 def test_an_interrupted_run_ends_bit_by_bit_as_an_undisturbed_one(make, finished, name, tmp_path):
-    recipe = replace(make("", name), output=str(tmp_path))
-    with pytest.raises(KeyboardInterrupt), interrupted_after(3):
-        train(recipe)
-    train(resumed(recipe))
-    assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(finished({"family": name}).output) / LORA_FILE)
+    assert_interrupted_it_ends_as(make("", name), finished({"family": name}), tmp_path)
 
 
 @pytest.mark.wide
 def test_a_schedule_is_measured_and_a_run_judged(make, name, root, tmp_path):
-    """`auto`, `analyze` with staged sampling, and `evaluate`, each to its end."""
-    features = str(save_tiny_dinov2(root / "features" / name))
-    held_out = write_pictures(tmp_path / "held", 12, 64, seed=9)
-    measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
-    data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
-    measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
-    assert len(train(measured).record.schedule["xi"]) == 10
-    settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
-    found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
-    staged = found["staged"]
-    assert staged["tuned_above"]["kid"][0] == pytest.approx(staged["tuned_below"]["kid"][-1])
-    assert np.isfinite(found["gap"]["mean"]).all()
-    result = evaluate(Evaluation([measured.output], seeds=[0], output=str(tmp_path / "judged"), **settings))
-    assert np.isfinite(result["sides"][0]["summary"]["kid"]["mean"])
+    assert_measured_and_judged(make, name, root, tmp_path)
 
 
 @pytest.mark.wide
@@ -262,24 +192,7 @@ def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name
 
 @pytest.mark.wide
 def test_buckets_have_shapes_that_the_transformer_takes(make, name, tmp_path):
-    for i, (width, height) in enumerate([(64, 64), (64, 64), (130, 64), (64, 130)]):
-        (tmp_path / "shapes").mkdir(exist_ok=True)
-        Image.effect_noise((width, height), 80).convert("RGB").save(tmp_path / "shapes" / f"{i}.png")
-        (tmp_path / "shapes" / f"{i}.txt").write_text(f"red {i}")
-    recipe = make("", name, tuning={"prompt_dropout": 0.0}, training={"max_steps": 3})
-    side = 2 * STOCK[name].side
-    data = DataConfig(
-        str(tmp_path / "shapes"),
-        holdout=0.0,
-        resolution=side,
-        cache=str(tmp_path / "cache"),
-        buckets=True,
-        bucket_step=side // 2,
-        bucket_aspect=4.0,
-    )
-    run = train(replace(recipe, data=data, output=str(tmp_path / "run"))).record
-    assert run.data.buckets["pictures"][f"{side}×{side}"] == 2
-    assert len(run.data.buckets["pictures"]) == 3
+    assert_buckets_have_shapes_that_fit(make, name, STOCK[name].side, tmp_path)
 
 
 # --- what it is for -------------------------------------------------------------------------------------------------

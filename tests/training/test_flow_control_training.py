@@ -26,6 +26,7 @@ from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.train import train
 from support.controls import OUTLINE, write_photos
 from support.drawing import PROMPTS
+from support.family_runs import FEW_STEPS
 from support.flow_families import STOCK, shorten
 from support.tensors import differing
 from support.trainings import interrupted_after, resumed, run_record, trained_once
@@ -65,17 +66,6 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(root):
-    training = {
-        "max_steps": 4,
-        "batch_size": 5,
-        "checkpoint_every": 2,
-        "validate_every": 0,
-        "validation_size": 2,
-        "sample_every": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-    }
-
     def recipe(output: str, family: str, **sections) -> Recipe:
         model = root / "models" / family
         if not model.exists():
@@ -93,7 +83,7 @@ def make(root):
                 fidelity=FidelityConfig(every=4, size=2, steps=2),
                 **sections.get("control", {}),
             ),
-            training=TrainingConfig(**training | sections.get("training", {})),
+            training=TrainingConfig(**FEW_STEPS | sections.get("training", {})),
             output=str(root / output),
         )
 
