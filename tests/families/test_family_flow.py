@@ -5,16 +5,16 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from difftuning_control.adapters.tlora import ranks
-from difftuning_control.adapters.tuning import AdapterTuning
-from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
-from difftuning_control.pipelines.guidance import hand_over
-from difftuning_control.recipe.adapter import AdapterConfig
 from support.drawing import PROMPTS, TOLERANCE, generators
+from support.family_checks import (
+    assert_a_tlora_has_the_papers_ranks,
+    assert_embeddings_are_cached,
+    assert_loaded_it_is_the_saved_one,
+    assert_the_pretrained_model_takes_over,
+)
 from support.flow_families import STOCK, need, recorded, shorten
-from support.tensors import in_memory
 from support.tiny_flow import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 
 VARIANTS = {
@@ -198,26 +198,13 @@ def test_the_empty_prompt_is_what_guidance_pushes_away_from(family, stock):
 
 
 @pytest.mark.sample("z_image")
-def test_a_loaded_model_is_the_saved_one(family, stock, pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    loaded = load_family(str(tmp_path))
-    assert loaded.fingerprints == family.fingerprints
-    assert loaded.sampler_settings() == family.sampler_settings()
-    settings = {"steps": 2, "guidance_scale": 3.0, "resolution": stock.side}
-    expected = family.sample(PROMPTS, generators(0, 1), **settings)
-    torch.testing.assert_close(loaded.sample(PROMPTS, generators(0, 1), **settings), expected, atol=0, rtol=0)
+def test_a_loaded_model_is_the_saved_one(family, stock, tmp_path):
+    assert_loaded_it_is_the_saved_one(family, stock.side, tmp_path)
 
 
 @pytest.mark.sample("z_image")
 def test_embeddings_are_cached_and_made_again_when_the_encoder_changes(family, tmp_path):
-    first = cached_embeddings(family_of(family.pipe), PROMPTS, tmp_path, lambda _: None)
-    torch.testing.assert_close(in_memory(first), family.encode_prompts(["", *PROMPTS]), **TOLERANCE)
-    again = cached_embeddings(family_of(family.pipe), PROMPTS, tmp_path, lambda _: None)
-    torch.testing.assert_close(in_memory(again), in_memory(first), atol=0, rtol=0)
-    assert len(list(tmp_path.iterdir())) == 1
-    next(family.pipe.text_encoder.parameters()).data.add_(0.1)
-    cached_embeddings(family_of(family.pipe), PROMPTS, tmp_path, lambda _: None)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert_embeddings_are_cached(family, tmp_path)
 
 
 def test_prompts_are_counted_with_what_the_pipeline_puts_around_them():
@@ -247,40 +234,12 @@ def test_prompts_are_counted_with_what_the_pipeline_puts_around_them():
 
 @pytest.mark.sample("z_image")
 def test_the_pretrained_model_takes_over_below_u0(family, stock):
-    def sample():
-        return family.sample(PROMPTS, generators(0, 1), steps=4, guidance_scale=3.0, resolution=stock.side)
-
-    base = sample()
-    tuning = AdapterTuning(family, AdapterConfig(rank=2))
-    for name, parameter in tuning.parameters().items():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generators(1)[0])
-    tuned = sample()
-    assert not torch.allclose(base, tuned, atol=1e-3)
-    for u0, expected in ((0.0, tuned), (1.0, base)):
-        with hand_over(family, u0):
-            torch.testing.assert_close(sample(), expected, **TOLERANCE)
-    with hand_over(family, 0.7):
-        between = sample()
-    assert not torch.allclose(between, base, atol=1e-4)
-    assert not torch.allclose(between, tuned, atol=1e-4)
+    assert_the_pretrained_model_takes_over(family, stock.side, 0.7)
 
 
 @pytest.mark.sample("z_image")
 def test_a_tlora_has_the_papers_rank_at_every_level(family, stock):
-    tuning = AdapterTuning(family, AdapterConfig(kind="tlora", rank=4, min_rank=1))
-    rows, latents = family.encode_prompts(PROMPTS), noisy_rows(family, stock)
-    seen = []
-    layer = next(m for n, m in family.denoiser.named_modules() if n.endswith("lora_A.default"))
-    layer.register_forward_hook(lambda module, args, out: seen.append(int(out.flatten(0, -2).any(0).sum())))
-    levels = torch.searchsorted(family.process.u, torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0]))
-    for level in levels:
-        with torch.no_grad():
-            family.predict(family.denoiser, latents, family.process.timesteps[level.expand(2)], rows)
-    assert tuning.parameters()
-    expected = ranks(family.process.u[levels], len(family.process), 4, 1)
-    assert seen == (2 * expected).tolist()  # and as many to take the start away again
-    assert len(set(seen)) >= 3
+    assert_a_tlora_has_the_papers_ranks(family, noisy_rows(family, stock))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
