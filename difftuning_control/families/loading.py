@@ -13,6 +13,7 @@ import torch
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import in_precision, quiet_loading, why_not
 from difftuning_control.families.older_form import refuse_newer_form
+from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.home import is_path
 from difftuning_control.system.installed import at_least
@@ -255,7 +256,13 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 def load_base(recipe: Recipe) -> Family:
     """The model that a recipe tunes, as it tunes it, on the CPU."""
-    model = recipe.model
-    return load_family(
-        model.id, base_dtype(recipe), model.variant, quantization=model.quantization, offload=model.offload
-    )
+    return load_model(recipe.model, base_dtype(recipe))
+
+
+def load_model(model: ModelConfig, dtype: torch.dtype) -> Family:
+    """The model that a recipe names, on the CPU.
+
+    Raises:
+        UserError: as `load_family`.
+    """
+    return load_family(model.id, dtype, model.variant, quantization=model.quantization, offload=model.offload)

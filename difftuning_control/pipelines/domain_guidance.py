@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.attached import attach, detach
@@ -55,12 +55,33 @@ def domain_guided(base: Family, tuned: Family, unconditional_strength: float = 0
     Raises:
         UserError: for a family that is sampled without a second prediction, or a tuned text encoder under `offload`.
     """
-    check_domain_family(tuned, "--domain_guidance_scale")
-    if tuned.offload and getattr(tuned.pipe.text_encoder, "_hf_peft_config_loaded", False):
-        raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")
-    source = base.denoiser if tuned is not base else None
-    attach(tuned.pipe, domain_guidance=True, unconditional_strength=unconditional_strength, source=source)
+    with sampling_with(
+        base, tuned, "--domain_guidance_scale", domain_guidance=True, unconditional_strength=unconditional_strength
+    ):
+        yield
+
+
+@contextmanager
+def sampling_with(base: Family, tuned: Family, option: str, **settings: Any) -> Iterator[None]:
+    """While open, `tuned` samples with settings of `attach`.
+
+    Args:
+        base: as in `domain_guided`.
+        option: how sentences name what asked for Domain Guidance.
+
+    Raises:
+        UserError: as `domain_guided`, where the settings have Domain Guidance.
+    """
+    if settings.get("domain_guidance"):
+        _check_guided(tuned, option)
+    attach(tuned.pipe, **settings, source=base.denoiser if tuned is not base else None)
     try:
         yield
     finally:
         detach(tuned.pipe)
+
+
+def _check_guided(tuned: Family, option: str) -> None:
+    check_domain_family(tuned, option)
+    if tuned.offload and getattr(tuned.pipe.text_encoder, "_hf_peft_config_loaded", False):
+        raise UserError("Domain Guidance of a tuned text encoder does not work with model.offload; tune without it.")

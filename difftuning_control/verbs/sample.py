@@ -19,7 +19,7 @@ from difftuning_control.data.labels import begin_as
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import load_family
+from difftuning_control.families.loading import load_model
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_model, weights_of
@@ -43,7 +43,7 @@ class _Model:
     """What draws: the record of a run, where there is one, its kept steps to compare, and the model by its settings."""
 
     record: RunRecord | None
-    chosen: dict[str, Any]
+    chosen: ModelConfig
     steps_kept: list[int]
 
 
@@ -97,20 +97,18 @@ def _model_of(request: SampleRequest) -> _Model:
     record = finished_run(run, request.moved) if run is not None else None
     _check_control(run, record, request.control)
     if record is None or run is None:
-        return _Model(None, dataclasses.asdict(request.model or ModelConfig()), [])
+        return _Model(None, request.model or ModelConfig(), [])
     steps_kept = _steps_to_compare(run, record) if request.kept else []
     need_places(record, run, ("model",))
     if request.domain_guidance_scale is not None:
         check_domain_method(run, record.method)
-    return _Model(record, vars(record.recipe.model), steps_kept)
+    return _Model(record, record.recipe.model, steps_kept)
 
 
 def _load(model: _Model) -> Family:
     """The model, in the precision of the tuning."""
-    chosen = model.chosen
     dtype = getattr(torch, model.record.dtype_name) if model.record is not None else torch.float32
-    memory = {"quantization": chosen["quantization"], "offload": chosen["offload"]}
-    return load_family(chosen["id"], dtype, chosen["variant"], **memory).to(best_device())
+    return load_model(model.chosen, dtype).to(best_device())
 
 
 def _settings(request: SampleRequest, family: Family, record: RunRecord | None) -> dict[str, Any]:
@@ -167,7 +165,13 @@ def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) 
         given["unconditional_strength"] = request.unconditional_strength
     if model.steps_kept:
         given["kept"] = model.steps_kept
-    return {"run": request.run, "model": model.chosen, "prompts": request.prompts, **given, **settings}
+    return {
+        "run": request.run,
+        "model": dataclasses.asdict(model.chosen),
+        "prompts": request.prompts,
+        **given,
+        **settings,
+    }
 
 
 def _steps_to_compare(run: str, record: RunRecord) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +35,7 @@ def _environment(texts: tuple[tuple[str, str], ...]) -> Environment:
 
 
 def page_environment(texts: Mapping[str, str]) -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # saves jinja2 where no report is written
-    from markupsafe import Markup
-
     missing = texts["missing"]
-
-    def finalize(value: Any) -> Any:  # everything printed passes here before it is escaped
-        return value if isinstance(value, Markup) else missing if value is None else harmless(str(value))
 
     def figure(value: Any, metric: str) -> str:
         form = METRICS[metric].form if metric in METRICS else "{:.4g}"
@@ -78,13 +72,8 @@ def page_environment(texts: Mapping[str, str]) -> Environment:
     def value(found: Any) -> str:
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
+    environment = escaping_environment(
+        Path(__file__).parent / "templates", lambda value: missing if value is None else harmless(str(value))
     )
     environment.filters |= {
         "figure": figure,
@@ -108,6 +97,25 @@ def page_environment(texts: Mapping[str, str]) -> Environment:
     }
     environment.globals |= {"interval": interval, "seed_values": seed_values, "mean": lambda v: mean_spread(list(v))[0]}
     return environment
+
+
+def escaping_environment(templates: Path, shown: Callable[[Any], str]) -> Environment:
+    """Templates of a folder, in which every value is text unless it is markup already, and none may be missing.
+
+    Args:
+        shown: the text of a value, before it is escaped.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # saves jinja2 where no page is written
+    from markupsafe import Markup
+
+    return Environment(
+        loader=FileSystemLoader(templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(value),
+    )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,20 +143,19 @@ class Painter:
 
         from difftuning_control.data.labels import begin_as
         from difftuning_control.families.hub import best_device
-        from difftuning_control.families.loading import load_family
+        from difftuning_control.families.loading import load_model
 
-        models = {side: (vars(record.recipe.model), record.dtype_name) for side, record in records.items()}
-        (config, dtype), *others = list(models.values()) or [(vars(ModelConfig()), "float32")]
+        models = {side: (record.recipe.model, record.dtype_name) for side, record in records.items()}
+        (config, dtype), *others = list(models.values()) or [(ModelConfig(), "float32")]
         if any(other != (config, dtype) for other in others):
-            named = ", ".join(f"{side} ({model[0]['id']})" for side, model in models.items())
+            named = ", ".join(f"{side} ({model[0].id})" for side, model in models.items())
             raise UserError(f"these runs were tuned from different models, or in different precisions: {named}.")
         spaces = {side: record.classes for side, record in records.items()}
-        self.model = config["id"]
+        self.model = config.id
         key = (config, dtype, spaces if any(spaces.values()) else None)
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # before the next is loaded
-            memory = {"quantization": config["quantization"], "offload": config["offload"]}
-            family = load_family(config["id"], getattr(torch, dtype), config["variant"], **memory).to(best_device())
+            family = load_model(config, getattr(torch, dtype)).to(best_device())
             for record in records.values():
                 begin_as(family, record.classes, record.seed)
             self._kept = (key, family)
@@ -177,27 +176,20 @@ class Painter:
             yield tuned
 
 
-@contextmanager
-def _with_extras(base: Family, tuned: Family, drawing: Drawing) -> Iterator[None]:
+def _with_extras(base: Family, tuned: Family, drawing: Drawing) -> AbstractContextManager[None]:
     """While open, `tuned` draws with these settings."""
-    from difftuning_control.pipelines.attached import attach, detach  # saves diffusers until something is drawn
-    from difftuning_control.pipelines.domain_guidance import check_domain_family
+    from difftuning_control.pipelines.domain_guidance import sampling_with  # saves diffusers until something is drawn
 
-    if drawing.domain:
-        check_domain_family(tuned, "the tick of Domain Guidance")
     strength = {"kind": "table", "u": [0, 1], "strength": [drawing.strength] * 2} if drawing.strength < 1 else None
-    attach(
-        tuned.pipe,
+    return sampling_with(
+        base,
+        tuned,
+        "the tick of Domain Guidance",
         domain_guidance=drawing.domain,
         unconditional_strength=drawing.mixture if drawing.domain else 0.0,
         adapter_schedule=strength,
         hand_over=drawing.hand_over or None,
-        source=base.denoiser if tuned is not base else None,
     )
-    try:
-        yield
-    finally:
-        detach(tuned.pipe)
 
 
 def _pictures(family: Family, drawing: Drawing, side: int, advance: Callable[[int], object]) -> list[Image.Image]:

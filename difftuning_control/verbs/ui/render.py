@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.evaluation.report.page import escaping_environment
 from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
@@ -19,19 +20,7 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # saves jinja2 where no page is shown
-    from markupsafe import Markup
-
-    def finalize(value: Any) -> Any:
-        if isinstance(value, Markup):
-            return value
+    def shown(value: Any) -> str:
         return "" if value is None else "\n".join(map(harmless, str(value).split("\n")))
 
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
-    )
+    return escaping_environment(Path(__file__).parent / "templates", shown)
