@@ -18,7 +18,7 @@ from difftuning_control.families.fitting import fitted
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.verbs.commands import COMMANDS, only
 from difftuning_control.verbs.parse import keys_of, parse
-from difftuning_control.verbs.spelling import SHORT
+from difftuning_control.verbs.spelling import OTHERS, SHORT
 from support.command_line import flags, settings
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
@@ -126,7 +126,8 @@ def test_every_leaf_in_a_wrong_section_leads_to_the_right_one(verb):
         for wrong in (leaf, f"data.{leaf}", f"training.{leaf}", f"model.schedule.{leaf}"):
             misspelt = wrong.removesuffix("s") in known  # training.seeds is training.seed with a letter too many
             if wrong not in known and wrong not in SHORT.get(verb, {}) and not misspelt:
-                with pytest.raises(UserError, match=rf"no option --{wrong}; did you mean --{key}( \(--\w+\))?\?$"):
+                meant = OTHERS[wrong] if OTHERS.get(wrong) in known else key  # where other trainers call it so
+                with pytest.raises(UserError, match=rf"no option --{wrong}; did you mean --{meant}( \(--\w+\))?\?$"):
                     parse([verb, f"--{wrong}", "1"])
 
 
