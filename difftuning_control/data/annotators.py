@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.hub import hub_or_cache
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ def _from_files(name: str, made: Any, options: dict[str, Any], source: str, devi
         if "filename" in options and not (folder / options["filename"]).is_file():
             raise FileNotFoundError(f"{folder} has no {options['filename']}")
         source = str(folder)
-    return made.from_pretrained(source, **options)
+    with hub_or_cache(source):
+        return made.from_pretrained(source, **options)
 
 
 def _reason(error: Exception) -> str:

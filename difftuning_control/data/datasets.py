@@ -21,6 +21,7 @@ from difftuning_control.data.splits import (
     visible_files,
 )
 from difftuning_control.errors import UserError
+from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.untrusted import leads_outside, read_file
 
 
@@ -125,9 +126,10 @@ def named_dataset_rows(name: str, columns: Columns, need_captions: bool, choice:
 
     try:
         split = choice.split or TRAIN
-        if choice.split is None and len(choice.prefer) > 1:
-            split = chosen(datasets.get_dataset_split_names(name), None, choice.prefer, name, choice.option)
-        data = datasets.load_dataset(name, split=split)
+        with hub_or_cache(name):
+            if choice.split is None and len(choice.prefer) > 1:
+                split = chosen(datasets.get_dataset_split_names(name), None, choice.prefer, name, choice.option)
+            data = datasets.load_dataset(name, split=split)
     except UserError:
         raise
     except Exception as error:

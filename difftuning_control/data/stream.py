@@ -36,6 +36,7 @@ from difftuning_control.data.splits import (
 )
 from difftuning_control.errors import UserError
 from difftuning_control.system.digests import digest_of
+from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, is_text, leads_outside, read_file
 
@@ -66,8 +67,9 @@ class Collection:
         if paths:
             names = {"path": self.kind, "data_files": {TRAIN: [escape(literal(p)) for p in paths]}, "split": TRAIN}
         try:
-            data = datasets.load_dataset(**names, streaming=True)
-            self.columns = list(data.features or next(iter(data)))
+            with hub_or_cache(config.path):
+                data = datasets.load_dataset(**names, streaming=True)
+                self.columns = list(data.features or next(iter(data)))
         except Exception as error:
             raise UserError(
                 f"{config.path} cannot be streamed ({type(error).__name__}); give a folder of WebDataset .tar shards, "

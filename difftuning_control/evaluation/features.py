@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.untrusted import refuse_pickle
 
 NAMES = ("lite0", "dinov2", "clip", "inception")
@@ -149,11 +150,10 @@ def _transformers_model(source: str, device: torch.device | str) -> tuple[Callab
     from difftuning_control.families.hub import quiet_loading, why_not  # for such models alone
 
     try:
-        with quiet_loading():
-            processor = AutoImageProcessor.from_pretrained(HUB.get(source, source), trust_remote_code=False)
-            model: Any = AutoModel.from_pretrained(
-                HUB.get(source, source), use_safetensors=True, trust_remote_code=False
-            )
+        place = HUB.get(source, source)
+        with hub_or_cache(place), quiet_loading():
+            processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+            model: Any = AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         if source in HUB:
             raise _absent(source, why_not(error)) from None

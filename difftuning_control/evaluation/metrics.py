@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
+from difftuning_control.system.hub import hub_or_cache
 
 BLOCK = 1024  # rows that are compared at once
 
@@ -214,7 +215,7 @@ def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "op
     from difftuning_control.families.hub import quiet_loading  # for such models alone
 
     try:
-        with quiet_loading():
+        with hub_or_cache(model), quiet_loading():
             clip, processor = (
                 CLIPModel.from_pretrained(model, use_safetensors=True),
                 CLIPProcessor.from_pretrained(model),

@@ -46,7 +46,7 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
 def _fit_of(model: str) -> Fit:
     if model == "embedded":
         return EMBEDDED
-    with phase("looking up", os.environ.get("RANK", "0") == "0", model):  # without a network it takes half a minute
+    with phase("looking up", os.environ.get("RANK", "0") == "0", model):
         return family_class(model).fit
 
 

@@ -26,6 +26,7 @@ def why_not(error: BaseException) -> str:
     if names & {"RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"}:
         return "the Hub has none of this name, or it is private"
     if names & {
+        "OfflineModeIsEnabled",
         "ConnectError",
         "ConnectionError",
         "ConnectTimeout",

@@ -16,6 +16,7 @@ from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.home import is_path
+from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.installed import at_least
 from difftuning_control.system.untrusted import refuse_pickle
 
@@ -98,7 +99,7 @@ def _read_index(model: str, path: str) -> dict[str, Any]:
     from diffusers import DiffusionPipeline  # saves diffusers where only a path is asked for
 
     try:
-        with quiet_loading():
+        with hub_or_cache(path), quiet_loading():
             return DiffusionPipeline.load_config(path)
     except Exception as error:
         raise _failed(model, path, error) from None
@@ -138,7 +139,7 @@ def load_family(
     from diffusers import DiffusionPipeline  # as in _read_index
 
     try:
-        with quiet_loading():
+        with hub_or_cache(path), quiet_loading():
             settings = {"variant": variant, "use_safetensors": True, "trust_remote_code": False}
             pipe = DiffusionPipeline.from_pretrained(path, **settings, **in_precision(dtype), **_left_out(index))
         refuse_newer_form(pipe, model)
@@ -200,7 +201,7 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
         UserError: if it is not there or not whole.
     """
     try:
-        with quiet_loading():
+        with hub_or_cache(path), quiet_loading():
             controlnet = controlnet_class.from_pretrained(path, use_safetensors=True, **in_precision(dtype))
         absent = [name for name, parameter in controlnet.named_parameters() if parameter.is_meta]
         if absent:

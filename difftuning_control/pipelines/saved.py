@@ -13,6 +13,7 @@ from difftuning_control.adapters.snapshot import IN_USE, check_savable, loaded_a
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guidance import tuner_layers
 from difftuning_control.pipelines.specs import snapshot_of
+from difftuning_control.system.hub import hub_or_cache
 
 ADAPTERS = "adapters"
 logger = logging.get_logger(__name__)
@@ -86,7 +87,8 @@ def _fetched(folder: Path) -> Path | None:
     if (found := snapshot_of(folder)) is None:
         return None
     try:
-        place = Path(snapshot_download(found.repository, allow_patterns=f"{ADAPTERS}/*", **found.where))
+        with hub_or_cache(found.repository):
+            place = Path(snapshot_download(found.repository, allow_patterns=f"{ADAPTERS}/*", **found.where))
     except Exception:  # no such repository, offline: all the same here
         return None
     return place if (place / ADAPTERS / IN_USE).is_file() else None

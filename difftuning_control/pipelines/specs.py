@@ -12,6 +12,7 @@ from torch import Tensor
 
 from difftuning_control.data.control_spec import SPEC_FILE, ControlSpec
 from difftuning_control.errors import UserError
+from difftuning_control.system.hub import hub_or_cache
 
 
 def find_spec(controlnet: Any, condition_range: tuple[float, float], missing_ok: bool = False) -> Any:
@@ -81,7 +82,8 @@ def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | No
     from huggingface_hub import hf_hub_download  # only where something is downloaded
 
     try:
-        return Path(hf_hub_download(repository, file, **where)).parent
+        with hub_or_cache(repository):
+            return Path(hf_hub_download(repository, file, **where)).parent
     except Exception:  # no such file, no such repository, offline: all the same here
         return None
 
@@ -99,7 +101,8 @@ def _from_subfolder(origin: str, controlnet: Any) -> Path | None:
 
     try:
         is_local = Path(origin).is_dir()
-        within = Path(origin if is_local else snapshot_download(origin, allow_patterns=f"*/{SPEC_FILE}"))
+        with hub_or_cache(origin):
+            within = Path(origin if is_local else snapshot_download(origin, allow_patterns=f"*/{SPEC_FILE}"))
     except Exception:  # as in `_from_hub`
         return None
     beside = [path.parent for path in sorted(within.glob(f"*/{SPEC_FILE}"))]
