@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
             sys.exit(_fail(error, said, 2))
         except KeyboardInterrupt as error:
-            found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-            sys.exit(_fail(error, f"{found.describe()}; {_again(found)}.", found.code))
+            interrupt = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+            sys.exit(_fail(error, f"{interrupt.describe()}; {_again(interrupt)}.", interrupt.code))
 
 
 def _run(arguments: list[str]) -> None:

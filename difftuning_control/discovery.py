@@ -78,8 +78,8 @@ class _Finder(MetaPathFinder):
         if fullname not in WANTED:
             return None
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        found = (other.find_spec(fullname, path, target) for other in others)
-        spec = next((s for s in found if s is not None), None)
+        specs = (other.find_spec(fullname, path, target) for other in others)
+        spec = next((s for s in specs if s is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _AfterImport(spec.loader, WANTED[fullname])
         return spec

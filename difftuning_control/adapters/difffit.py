@@ -39,12 +39,12 @@ def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear]:
 
 def small_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """Biases, and the weights of norms, by name."""
-    found = {}
+    small = {}
     for name, module in denoiser.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1 and (key == "bias" or "Norm" in type(module).__name__) and key != GAMMA:
-                found[f"{name}.{key}" if name else key] = parameter
-    return found
+                small[f"{name}.{key}" if name else key] = parameter
+    return small
 
 
 def _scaled(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

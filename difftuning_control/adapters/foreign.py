@@ -59,7 +59,7 @@ def read_foreign(tensors: dict[str, Tensor], pipe: Any, component: str) -> dict[
     names = dict(_names(pipe, component)) if parts is not None else {}
     if parts is None or not parts.keys() <= names.keys():
         return None
-    found: dict[str, Tensor] = {}
+    pairs: dict[str, Tensor] = {}
     for key, its in parts.items():
         prefix, published = names[key]
         if not {"down", "up"} <= its.keys():
@@ -71,19 +71,19 @@ def read_foreign(tensors: dict[str, Tensor], pipe: Any, component: str) -> dict[
         if len(rows) > 1 and sum(rows) != len(up):
             return None
         for name, a, b in _split(published, rows, down, up * scale):
-            found[f"{prefix}.{name}.lora_A.weight"], found[f"{prefix}.{name}.lora_B.weight"] = a, b
-    return found
+            pairs[f"{prefix}.{name}.lora_A.weight"], pairs[f"{prefix}.{name}.lora_B.weight"] = a, b
+    return pairs
 
 
 def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
     """The tensors of each layer; None where some are no plain LoRA's."""
-    found: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         end = next((end for end in PARTS if key.endswith(end)), None)
         if end is None:
             return None
-        found.setdefault(key.removesuffix(end), {})[PARTS[end]] = tensor
-    return found
+        layers.setdefault(key.removesuffix(end), {})[PARTS[end]] = tensor
+    return layers
 
 
 def _names(pipe: Any, component: str) -> Iterator[tuple[str, tuple[str, Published]]]:

@@ -63,13 +63,15 @@ def target_layers(
     names = list(default) if config.targets == "auto" else [n.strip() for n in config.targets.split(",") if n.strip()]
     modules = dict(module.named_modules())
     named = {t: {n: m for n, m in modules.items() if n == t or n.endswith(f".{t}")} for t in names}
-    unknown = [t for t, found in named.items() if not found or not all(isinstance(m, LAYERS) for m in found.values())]
+    unknown = [
+        t for t, matches in named.items() if not matches or not all(isinstance(m, LAYERS) for m in matches.values())
+    ]
     if unknown or not names:
         raise UserError(
             f"adapter.targets names {', '.join(unknown) or 'nothing'}, which are no linear or convolution modules of "
             f"what is tuned; expected names such as {', '.join(default)}, or auto."
         )
-    layers = {n: m for found in named.values() for n, m in found.items()}
+    layers = {n: m for matches in named.values() for n, m in matches.items()}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d):
             _check_convolution(config, name, layer)

@@ -243,14 +243,14 @@ AS_IN_DIFFUSERS = ("QwenImageTransformer2DModel",)  # published in diffusers fir
 
 def plain_layers(module: nn.Module) -> dict[str, Any]:
     """The layers of a model that can bear a LoRA, by the names that they have without adapters."""
-    found: dict[str, Any] = {}
+    plain_ones: dict[str, Any] = {}
     for name, layer in module.named_modules():
         if ".base_layer" in name or ".lora_" in name:
             continue
         plain = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         if isinstance(plain, (nn.Linear, nn.Conv2d)):
-            found[name] = plain
-    return found
+            plain_ones[name] = plain
+    return plain_ones
 
 
 def published_layers(denoiser: Any, wanted: list[str]) -> list[Published]:
@@ -267,11 +267,11 @@ def published_layers(denoiser: Any, wanted: list[str]) -> list[Published]:
         return [Published(theirs, (ours,)) for ours, theirs in ldm_names(wanted, denoiser.config).items()]
     if name in AS_IN_DIFFUSERS:
         return [Published(module, (module,)) for module in wanted]
-    found = [p for p in known_layers(denoiser) if set(p.modules) & set(wanted)]
-    strange = sorted(set(wanted) - {m for p in found for m in p.modules})
+    known = [p for p in known_layers(denoiser) if set(p.modules) & set(wanted)]
+    strange = sorted(set(wanted) - {m for p in known for m in p.modules})
     if strange:
         raise UserError(f"the published {name} has no name for {strange[0]}; use --format diffusers.")
-    return found
+    return known
 
 
 def known_layers(denoiser: Any) -> list[Published]:

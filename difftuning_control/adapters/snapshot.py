@@ -39,8 +39,8 @@ MARKS = ("peft_config", "_hf_peft_config_loaded")  # by which diffusers and tran
 def tuned_modules(pipe: Any) -> dict[str, Any]:
     """The denoiser and the text encoders of a pipeline, by name."""
     component, _ = denoiser_of(pipe)
-    found = {name: getattr(pipe, name, None) for name in (component, *ENCODERS)}
-    return {name: unwrap_module(module) for name, module in found.items() if module is not None}
+    modules = {name: getattr(pipe, name, None) for name in (component, *ENCODERS)}
+    return {name: unwrap_module(module) for name, module in modules.items() if module is not None}
 
 
 def loaded_adapters(module: nn.Module) -> list[str]:
@@ -64,11 +64,11 @@ def check_savable(pipe: Any) -> list[str]:
     Raises:
         UserError: for one that no file holds: parts of several kinds, or a kind other than LoRA on a text encoder.
     """
-    modules, found = tuned_modules(pipe), dict[str, None]()
+    modules, savable = tuned_modules(pipe), dict[str, None]()
     component, _ = denoiser_of(pipe)
     for part, module in modules.items():
         for name in loaded_adapters(module):
-            found[name] = None
+            savable[name] = None
             if part == component:
                 continue
             kinds = {_peft_type(m, name) for m in modules.values() if name in loaded_adapters(m)}
@@ -78,7 +78,7 @@ def check_savable(pipe: Any) -> list[str]:
                     f"the adapter {name} in {part} cannot be saved with the pipeline, which holds LoRAs there that "
                     f"{type(pipe).__name__}.save_lora_weights takes; unload it, or fuse it, before saving."
                 )
-    return list(found)
+    return list(savable)
 
 
 def _peft_type(module: Any, name: str) -> str:
@@ -120,7 +120,7 @@ def _save_adapter(pipe: Any, name: str, folder: Path) -> None:
     else:
         layers: dict[str, Any] = {part: lora_state(module, name) for part, module in having.items()}
         if hasattr(pipe, "save_lora_weights"):
-            named = {f"{part}_lora_layers": found for part, (found, _) in layers.items()}
+            named = {f"{part}_lora_layers": tensors for part, (tensors, _) in layers.items()}
             named |= {f"{part}_lora_adapter_metadata": config for part, (_, config) in layers.items()}
             type(pipe).save_lora_weights(folder, **named, safe_serialization=True)
         else:
@@ -145,7 +145,7 @@ def _use_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return {
         "acting": list(acting),
         "enabled": enabled,
-        "scaling": {name: found for name, found in scales.items() if found},
+        "scaling": {name: scaling for name, scaling in scales.items() if scaling},
     }
 
 
@@ -177,8 +177,8 @@ def load_adapters(pipe: Any, folder: Path) -> None:
         UserError: if they cannot be read or do not fit; those before them are then loaded.
     """
     try:
-        found = from_json(read_text(folder / IN_USE))
-        folders, modules = dict(found["folders"]), dict(found["modules"])
+        state = from_json(read_text(folder / IN_USE))
+        folders, modules = dict(state["folders"]), dict(state["modules"])
         strange = [place for place in folders.values() if Path(place).name != place]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / IN_USE} cannot be read; save the pipeline anew.") from None

@@ -97,11 +97,11 @@ def orthogonal_start(shapes: list[tuple[int, int]], rank: int) -> list[tuple[Ten
     layer would take hours on a large model.
     """
     values: dict[tuple[int, int], Tensor] = {}
-    found = []
+    factors = []
     for out, into in shapes:
         if (out, into) not in values:
             values[out, into] = torch.linalg.svdvals(torch.randn(out, into) / rank)[-rank:]
         left = torch.linalg.qr(torch.randn(out, rank))[0]
         right = torch.linalg.qr(torch.randn(into, rank))[0]
-        found.append((right.T.contiguous(), values[out, into].clone(), left.contiguous()))
-    return found
+        factors.append((right.T.contiguous(), values[out, into].clone(), left.contiguous()))
+    return factors

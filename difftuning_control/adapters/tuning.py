@@ -92,11 +92,11 @@ class AdapterTuning:
             groups.setdefault((name.startswith("text_encoder."), kept), []).append(parameter)
         return [
             {
-                "params": found,
+                "params": members,
                 "lr": rate if text else training.learning_rate,
                 "weight_decay": 0.0 if kept else training.weight_decay,
             }
-            for (text, kept), found in groups.items()
+            for (text, kept), members in groups.items()
         ]
 
     def save(self, folder: Path) -> None:

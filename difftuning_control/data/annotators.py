@@ -166,8 +166,8 @@ def _unusable(name: str, why: str) -> UserError:
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """The named parameters that a user may set, with their defaults."""
-    found = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _RESERVED}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in _RESERVED}
 
 
 def _check(name: str, key: str, value: Any, defaults: dict[str, Any]) -> None:
@@ -316,7 +316,7 @@ def _annotate(
     picture = np.ascontiguousarray(picture)
     try:
         with np.errstate(all="ignore"), _alone(picture.tobytes()) if name in _ALONE else nullcontext():
-            found = detector(picture, output_type="np", **options)
+            drawn = detector(picture, output_type="np", **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -324,9 +324,9 @@ def _annotate(
             f"the annotator {name} failed on a picture of {width}×{height} pixels with {options} ({_reason(error)}); "
             "try its default parameters, or larger pictures."
         ) from None
-    if found.shape[:2] != (height, width):
-        shrinks = height <= found.shape[0] and width <= found.shape[1]
+    if drawn.shape[:2] != (height, width):
+        shrinks = height <= drawn.shape[0] and width <= drawn.shape[1]
         way = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         way = cv2.INTER_NEAREST_EXACT if ANNOTATORS[name].kind == "masks" else way
-        found = cv2.resize(found, (width, height), interpolation=way)
-    return np.ascontiguousarray(found, dtype=np.uint8)
+        drawn = cv2.resize(drawn, (width, height), interpolation=way)
+    return np.ascontiguousarray(drawn, dtype=np.uint8)

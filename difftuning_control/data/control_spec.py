@@ -150,9 +150,9 @@ class ControlSpec:
                 f"{path} says that channels are in the order {spec.channel_order}, the ControlNet beside it {order}; "
                 "copy the spec that belongs to it."
             )
-        found = _weights(Path(folder))  # of several variants, one may have been downloaded
-        if any(beside.get(n) != digest for n, digest in found.items()) or (beside and not found):
-            differing = sorted(n for n in found.keys() | beside.keys() if found.get(n) != beside.get(n))
+        weights = _weights(Path(folder))  # of several variants, one may have been downloaded
+        if any(beside.get(n) != digest for n, digest in weights.items()) or (beside and not weights):
+            differing = sorted(n for n in weights.keys() | beside.keys() if weights.get(n) != beside.get(n))
             raise UserError(
                 f"{path} was written for other weights ({', '.join(differing)} differ); copy the one that belongs to "
                 "these, or write it anew with ControlSpec.save."
@@ -216,8 +216,8 @@ class Conditioner:
         """
         annotate = self.load()
         with torch.autocast(torch.device(self.device).type, enabled=False):  # as in use, whatever a run trains in
-            found = annotate(picture.copy())
-        return _as_picture(np.asarray(found), picture.shape, self.spec.annotator)
+            drawn = annotate(picture.copy())
+        return _as_picture(np.asarray(drawn), picture.shape, self.spec.annotator)
 
     def frame_condition(self, condition: Image.Image, height: int, width: int, crop: Any = (0.5, 0.5)) -> np.ndarray:
         """A supplied condition (RGB) in the frame of its picture, (height, width, 3) uint8."""
@@ -290,22 +290,22 @@ def _source(name: str) -> str:
         return f"compiled {getattr(module, '__version__', '')}"
 
 
-def _as_picture(found: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+def _as_picture(drawn: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     """What an annotator gave, as (H, W, 3) uint8."""
-    if found.ndim == 2:
-        found = found[:, :, None]
-    if found.ndim != 3 or found.shape[:2] != shape[:2] or found.shape[2] not in (1, 3):
+    if drawn.ndim == 2:
+        drawn = drawn[:, :, None]
+    if drawn.ndim != 3 or drawn.shape[:2] != shape[:2] or drawn.shape[2] not in (1, 3):
         raise UserError(
-            f"the annotator {name} gave {found.shape} for a picture of {shape}; expected (H, W) or (H, W, 3)."
+            f"the annotator {name} gave {drawn.shape} for a picture of {shape}; expected (H, W) or (H, W, 3)."
         )
-    if found.dtype == bool:
-        found = found.astype(np.uint8) * 255
-    elif found.dtype != np.uint8:
-        low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
-        if not (np.issubdtype(found.dtype, np.floating) and low >= 0 and high <= 1):
+    if drawn.dtype == bool:
+        drawn = drawn.astype(np.uint8) * 255
+    elif drawn.dtype != np.uint8:
+        low, high = (float(drawn.min()), float(drawn.max())) if drawn.size else (0.0, 0.0)
+        if not (np.issubdtype(drawn.dtype, np.floating) and low >= 0 and high <= 1):
             raise UserError(
-                f"the annotator {name} gave {found.dtype} values from {low:g} to {high:g}; expected uint8, or floats "
+                f"the annotator {name} gave {drawn.dtype} values from {low:g} to {high:g}; expected uint8, or floats "
                 "from 0 to 1."
             )
-        found = (found * 255).round().astype(np.uint8)
-    return np.ascontiguousarray(found.repeat(3, 2) if found.shape[2] == 1 else found)
+        drawn = (drawn * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(drawn.repeat(3, 2) if drawn.shape[2] == 1 else drawn)

@@ -149,10 +149,10 @@ class Checker:
         examples = [e for row in rows if (e := self.example(row)) is not None]
         self.stop_if_bad(source)
         if not examples:
-            found = f"{ignored} other files" if ignored else "nothing"
+            rest = f"{ignored} other files" if ignored else "nothing"
             skipped = f" ({len(self.bad)} skipped as unusable)" if self.bad else ""
             raise UserError(
-                f"{source} has no usable picture{skipped}, but {found}; expected {', '.join(sorted(EXTENSIONS))} files."
+                f"{source} has no usable picture{skipped}, but {rest}; expected {', '.join(sorted(EXTENSIONS))} files."
             )
         return ImageData(source, examples, self.bad, ignored, [*self.notes, *self._left_out(len(examples), source)])
 

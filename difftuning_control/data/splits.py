@@ -45,18 +45,18 @@ def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
         UserError: if its README.md names several configurations, and none as the default one.
     """
     names = {p.relative_to(folder).as_posix(): p for p in files}
-    found = _configured(folder, list(names)) or _by_rule(list(names))
-    first = [name for name in WORDS if name in found]
-    return {split: [names[n] for n in sorted(found[split])] for split in (*first, *sorted(found.keys() - set(first)))}
+    splits = _configured(folder, list(names)) or _by_rule(list(names))
+    first = [name for name in WORDS if name in splits]
+    return {split: [names[n] for n in sorted(splits[split])] for split in (*first, *sorted(splits.keys() - set(first)))}
 
 
 def splits_of_pictures(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
     """Pictures, or what lies beside them, by the folders named after splits; nothing where they are not split."""
-    found: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for path in files:
         for split in _by_folder(path.relative_to(folder).as_posix().lower()):
-            found.setdefault(split, []).append(path)
-    return {split: found[split] for split in WORDS if split in found} if TRAIN in found and len(found) > 1 else {}
+            splits.setdefault(split, []).append(path)
+    return {split: splits[split] for split in WORDS if split in splits} if TRAIN in splits and len(splits) > 1 else {}
 
 
 def is_of_split(folder: Path, picture: Path, split: str) -> bool:
@@ -98,12 +98,12 @@ def taken(place: object, split: str, splits: Iterable[str], left: int, option: s
 def _by_rule(names: list[str]) -> dict[str, list[str]]:
     """Names of files by split, by the first rule that says something of any of them."""
     for rule in (_by_shard, _by_folder, _by_name):
-        found: dict[str, list[str]] = {}
+        splits: dict[str, list[str]] = {}
         for name in names:
             for split in rule(name):
-                found.setdefault(split, []).append(name)
-        if found:
-            return found
+                splits.setdefault(split, []).append(name)
+        if splits:
+            return splits
     return {TRAIN: names}
 
 
@@ -146,10 +146,10 @@ def _configured(folder: Path, names: list[str]) -> dict[str, list[str]] | None:
     mine = {name.removeprefix(below): name for name in names if name.startswith(below)}
     patterns = _patterns(config.get("data_files"))
     if patterns:
-        found = {split: _matching(mine, those) for split, those in patterns.items()}
+        splits = {split: _matching(mine, those) for split, those in patterns.items()}
     else:
-        found = _by_rule(list(mine)) if mine else {}
-    named = {split: [mine[n] for n in those] for split, those in found.items() if those}
+        splits = _by_rule(list(mine)) if mine else {}
+    named = {split: [mine[n] for n in those] for split, those in splits.items() if those}
     return named or None
 
 
@@ -177,12 +177,12 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
         pairs = [(entry.get("split", TRAIN), entry.get("path")) for entry in data_files]
     else:
         pairs = [(TRAIN, data_files)]
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for split, paths in pairs:
-        found.setdefault(str(split), []).extend(
+        files.setdefault(str(split), []).extend(
             map(str, paths if isinstance(paths, list) else [paths] if paths else [])
         )
-    return {split: paths for split, paths in found.items() if paths}
+    return {split: paths for split, paths in files.items() if paths}
 
 
 def _matching(names: Iterable[str], patterns: list[str]) -> list[str]:

@@ -29,8 +29,8 @@ class StreamedEmbeddings(PromptEmbeddings):
     below: PromptEmbeddings
 
     def rows(self, prompts: list[str]) -> dict[str, Tensor]:
-        found = [(self if p in self.index else self.below, p) for p in prompts]
-        return {n: torch.stack([e.tensors[n][e.index[p]] for e, p in found]) for n in self.below.tensors}
+        holders = [(self if p in self.index else self.below, p) for p in prompts]
+        return {n: torch.stack([e.tensors[n][e.index[p]] for e, p in holders]) for n in self.below.tensors}
 
 
 class StreamSource:
@@ -60,13 +60,13 @@ class StreamSource:
         for example in examples:
             self.check(example)
         rows = [*self._target_rows(forward)]
-        found = replace(
+        batch_source = replace(
             self.plain,
             targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),
             embeddings=self._embeddings([e.caption for e in examples]),
             items={r: i for i, r in enumerate(rows)},
         )
-        return found.rows(step, forward)
+        return batch_source.rows(step, forward)
 
     def _examples(self, step: int, forward: int) -> list[Example]:
         return self.stream.pictures(step, self._target_rows(forward), self.plain.counts[0], self._decoders.map)

@@ -197,8 +197,8 @@ def _hits_and_misses(side: Mapping[str, Any]) -> tuple[int, int]:
 def _retention(
     others: Sequence[Mapping[str, Any]], plain: Mapping[str, Any], barred: Sequence[str]
 ) -> dict[str, Any] | None:
-    found = [compare_sides(s, plain, "bank_loss", len(others)) for s in others if s["name"] not in barred]
-    better = [c for c in found if c is not None and c["better"]]
+    comparisons = [compare_sides(s, plain, "bank_loss", len(others)) for s in others if s["name"] not in barred]
+    better = [c for c in comparisons if c is not None and c["better"]]
     return min(better, key=lambda c: c["value"], default=None)
 
 
@@ -221,8 +221,8 @@ def improves_to_the_end(side: Mapping[str, Any], metric: str) -> bool:
     lengths = sorted({r["steps"] for r in side["runs"]})
     if len(lengths) < 2 or side["best_length"] != lengths[-1]:
         return False
-    found = compare_sides(side, {**side, "best_length": lengths[-2]}, metric)
-    return found is not None and found["clear"] and found["better"]
+    comparison = compare_sides(side, {**side, "best_length": lengths[-2]}, metric)
+    return comparison is not None and comparison["clear"] and comparison["better"]
 
 
 def clear_sign(values: Sequence[float], tests: int = 1) -> int:

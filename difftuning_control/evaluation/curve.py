@@ -41,11 +41,11 @@ def advice(gap: Curve) -> list[str]:
     uncertain = bool(np.median(high - low) > max(np.median(mean), SMALL))
     if high.max() < SMALL or (mean.max() < SMALL and not uncertain):
         return ["no_gap"]
-    found = ["uncertain"] if uncertain else []
+    codes = ["uncertain"] if uncertain else []
     if low.min() > WIDE:
-        found.append("wide")
+        codes.append("wide")
     shape = _shape(mean, low, high)
-    return found if shape is None or (shape == "unclear" and uncertain) else [*found, shape]
+    return codes if shape is None or (shape == "unclear" and uncertain) else [*codes, shape]
 
 
 def _shape(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> str | None:

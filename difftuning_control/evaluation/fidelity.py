@@ -80,7 +80,7 @@ class FidelityCurve:
 
     def describe(self) -> dict[str, Any]:
         """The curve and its change point, as a run's record and `fidelity.json` hold them."""
-        found = find_convergence(self.steps, self.values, MAIN[self.kind][1])
+        convergence = find_convergence(self.steps, self.values, MAIN[self.kind][1])
         return {
             "kind": self.kind,
             "main": self.main,
@@ -88,7 +88,7 @@ class FidelityCurve:
             "without": self.without,
             "steps": self.steps,
             "figures": {name: [row[name] for row in self.rows] for name in self.without},
-            "convergence": None if found is None else vars(found),
+            "convergence": None if convergence is None else vars(convergence),
         }
 
     def load_description(self, described: dict[str, Any]) -> None:
@@ -144,8 +144,8 @@ class FidelityProbe:
 
     def judge_pictures(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
         """The mean of each figure over pictures, one a condition."""
-        found = _annotated(self.judge, [np.asarray(p) for p in pictures])
-        each = fidelity(self.kind, to_tensor(self.asked), to_tensor(found))
+        conditions = _annotated(self.judge, [np.asarray(p) for p in pictures])
+        each = fidelity(self.kind, to_tensor(self.asked), to_tensor(conditions))
         return {name: float(values.double().mean()) for name, values in each.items()}
 
     def measure(self, family: Family, controlled: bool = True) -> dict[str, float]:

@@ -58,10 +58,10 @@ class Sampling:
 
     def draw(self, family: Family, advance: Callable[[int], object] = lambda n: None) -> list[Image.Image]:
         """All pictures, prompts in order for the first seed, then for the next."""
-        found = []
+        pictures = []
         control = self.control if family.controlnet is not None else None
         for seed in self.seeds:
-            found += sample_pictures(
+            pictures += sample_pictures(
                 family,
                 self.prompts,
                 seed=seed,
@@ -72,7 +72,7 @@ class Sampling:
                 advance=advance,
                 control=control,
             )
-        return found
+        return pictures
 
     @property
     def repeated_prompts(self) -> list[str]:
@@ -99,12 +99,12 @@ class Reference:
 
 def through_autoencoder(family: Family, data: ImageData, resolution: int, batch_size: int = 16) -> list[Image.Image]:
     """Real pictures, cut to squares, encoded and decoded."""
-    found: list[Image.Image] = []
+    pictures: list[Image.Image] = []
     for start in range(0, len(data), batch_size):
         part = [fit_square(e.load(), resolution) for e in data.examples[start : start + batch_size]]
         mean, _ = family.encode_moments(torch.from_numpy(np.stack(part)))
-        found += to_images(family.decode(family.scale_latents(mean)))
-    return found
+        pictures += to_images(family.decode(family.scale_latents(mean)))
+    return pictures
 
 
 def reconstructed(family: Family, features: Features, data: ImageData, resolution: int) -> Tensor:
@@ -152,23 +152,23 @@ def build_reference(
     check_held_out(real)
     if len(source) < LEAST_PICTURES:
         raise UserError(f"an evaluation needs at least {LEAST_PICTURES} source pictures; there are {len(source)}.")
-    found = reconstructed(family, features, real, resolution)
-    counterparts = {example.caption: row for example, row in zip(real.examples, found)}
+    held_out = reconstructed(family, features, real, resolution)
+    counterparts = {example.caption: row for example, row in zip(real.examples, held_out)}
     if len(counterparts) < len(real):  # captions are no names here, so no picture is the true one of its caption
         counterparts = {}
     trained = reconstructed(family, features, training, resolution)
-    return Reference(features, found, source, trained, counterparts)
+    return Reference(features, held_out, source, trained, counterparts)
 
 
-def reference_of(family: Family, features: Features, found: Materials) -> Reference:
+def reference_of(family: Family, features: Features, inputs: Materials) -> Reference:
     """The reference of a study: its held-out pictures, and its decoded bank for the old domain."""
     return build_reference(
         family,
         features,
-        real=found.held_out.sample(MOST),
-        training=found.data,
-        source=features(decoded(family, found.bank.latents[:MOST])),
-        resolution=found.resolution,
+        real=inputs.held_out.sample(MOST),
+        training=inputs.data,
+        source=features(decoded(family, inputs.bank.latents[:MOST])),
+        resolution=inputs.resolution,
     )
 
 
@@ -215,11 +215,11 @@ def figures(
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean and standard deviation over seeds (None for one) and their number."""
-    found = np.array(values, dtype=np.float64)
+    sample = np.array(values, dtype=np.float64)
     return {
-        "mean": float(found.mean()),
-        "spread": float(found.std(ddof=1)) if len(found) > 1 else None,
-        "runs": len(found),
+        "mean": float(sample.mean()),
+        "spread": float(sample.std(ddof=1)) if len(sample) > 1 else None,
+        "runs": len(sample),
     }
 
 

@@ -68,9 +68,9 @@ class BandValidator:
         """ℓ of every row in every band, averaged over the draws, (N, bands)."""
         training = denoiser.training
         denoiser.eval()
-        found = torch.stack([self._band(denoiser, band) for band in range(self.bands)], 1)
+        losses = torch.stack([self._band(denoiser, band) for band in range(self.bands)], 1)
         denoiser.train(training)
-        return found
+        return losses
 
     def _band(self, denoiser: nn.Module, band: int) -> Tensor:
         draws = [self._draw(denoiser, band, draw) for draw in range(self.draws)]
@@ -82,7 +82,7 @@ class BandValidator:
         level = int(torch.searchsorted(grid, torch.tensor(u)).clamp(max=len(grid) - 1))
         shape = self.batch.latents.shape[1:]
         place = (band,) if draw == 0 else (band, draw)
-        found = []
+        parts = []
         for start in range(0, len(self.batch), self.batch_size):
             rows = self.batch.rows(slice(start, start + self.batch_size))
             seeds = [step_seed(self.seed, *place, start + r) for r in range(len(rows))]
@@ -90,5 +90,5 @@ class BandValidator:
             rows = rows.to(self.family.device, self.family.dtype)
             levels = torch.full((len(rows),), level, device=rows.latents.device)
             losses = compute_loss(self.family, denoiser, self.objective, rows, noise.to(rows.latents), levels)
-            found.append(losses.cpu())
-        return torch.cat(found)
+            parts.append(losses.cpu())
+        return torch.cat(parts)

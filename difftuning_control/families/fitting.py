@@ -27,9 +27,9 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
     """
     if not recipe.left_open:
         return recipe
-    found = _values(recipe, _fit_of(recipe.model.id))
+    fits = _values(recipe, _fit_of(recipe.model.id))
     sections: dict[str, dict[str, Any]] = {"training": {}, "tuning": {}}
-    for key, value in found.items():
+    for key, value in fits.items():
         section, name = key.split(".")
         sections[section][name] = value
     done = dataclasses.replace(
@@ -37,8 +37,8 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
         training=dataclasses.replace(recipe.training, **sections["training"]),
         tuning=dataclasses.replace(recipe.tuning, **sections["tuning"]),
     )
-    if found and os.environ.get("RANK", "0") == "0":
-        said = ", ".join(f"{key.partition('.')[2]} {_shown(value)}" for key, value in found.items())
+    if fits and os.environ.get("RANK", "0") == "0":
+        said = ", ".join(f"{key.partition('.')[2]} {_shown(value)}" for key, value in fits.items())
         tell(f"not given, and so as it fits {recipe.model.id} with method {recipe.method}: {said}")
     return done
 
@@ -60,11 +60,11 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
         "training.batch_size": fit.batch_size,
         "training.mixed_precision": "no" if fit is EMBEDDED else _precision(),
     }
-    found = {key: value for key, value in fits.items() if key in recipe.left_open}
-    ratio = _bank_share(recipe, found.get("training.batch_size", recipe.training.batch_size))
+    open_values = {key: value for key, value in fits.items() if key in recipe.left_open}
+    ratio = _bank_share(recipe, open_values.get("training.batch_size", recipe.training.batch_size))
     if "tuning.retention_ratio" in recipe.left_open and ratio is not None:
-        found["tuning.retention_ratio"] = ratio
-    return found
+        open_values["tuning.retention_ratio"] = ratio
+    return open_values
 
 
 def _precision() -> str:

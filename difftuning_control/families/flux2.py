@@ -129,8 +129,8 @@ class Flux2(Flux2Klein):
         """Those of the system message too."""
         said = {"system": self.pipe.system_message, "user": prompt}
         chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
-        found = self.pipe.tokenizer.apply_chat_template([chat], add_generation_prompt=False, tokenize=True)
-        rows = found["input_ids"] if hasattr(found, "keys") else found  # a dictionary since transformers 5
+        chat_ids = self.pipe.tokenizer.apply_chat_template([chat], add_generation_prompt=False, tokenize=True)
+        rows = chat_ids["input_ids"] if hasattr(chat_ids, "keys") else chat_ids  # a dictionary since transformers 5
         return len(rows[0]), self.text_length
 
     def embedding_arguments(self, prompts: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def why_not(error: BaseException) -> str:
     behind, chain = error, [error]
     while (nearest := behind.__cause__ or behind.__context__) is not None and nearest not in chain:
         chain.append(behind := nearest)
-    names = {kind.__name__ for found in chain for kind in type(found).__mro__}
+    names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     if constants.HF_HUB_OFFLINE:
         return "offline mode is on: HF_HUB_OFFLINE"
     if names & {"RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError"}:

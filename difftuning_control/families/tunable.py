@@ -72,10 +72,10 @@ def load_classes(transformer: Any, folder: Path, names: list[str]) -> None:
     if rows is None:
         raise UserError(f"there is no whole {path}, the embeddings of the new classes to begin from; give another run.")
     with safe_open(path, "pt") as file:
-        found = json.loads((file.metadata() or {}).get(NAMES, "[]"))
-    if found != names:
+        known = json.loads((file.metadata() or {}).get(NAMES, "[]"))
+    if known != names:
         raise UserError(
-            f"the classes of {folder} are {', '.join(found)}, and here they are {', '.join(names)}; give the same, in "
+            f"the classes of {folder} are {', '.join(known)}, and here they are {', '.join(names)}; give the same, in "
             "the same order."
         )
     for key, table in tables_of(transformer).items():

@@ -75,8 +75,8 @@ class ForgettingBudget:
         """
         bands = self.bands_of(u)
         expected = np.interp(u.double().cpu().numpy(), self.base_u, self.base_losses)
-        found = losses.double().cpu().numpy() + (expected if from_teacher else 0)
-        for running, values in ((self._found, found), (self._expected, expected)):
+        measured = losses.double().cpu().numpy() + (expected if from_teacher else 0)
+        for running, values in ((self._found, measured), (self._expected, expected)):
             running *= MEMORY
             running += np.bincount(bands, values, len(self.allowed))
         violation = np.nan_to_num(self.rise - self.allowed).clip(-1, 1)

@@ -27,8 +27,8 @@ def check_roles(is_retention: Tensor) -> None:
         ValueError: unless it is (B,) bool.
     """
     if is_retention.dtype != torch.bool or is_retention.ndim != 1:
-        found = f"{tuple(is_retention.shape)} {is_retention.dtype}"
-        raise ValueError(f"is_retention is {found}; expected (B,) torch.bool.")
+        given = f"{tuple(is_retention.shape)} {is_retention.dtype}"
+        raise ValueError(f"is_retention is {given}; expected (B,) torch.bool.")
 
 
 def check_one_a_row(is_retention: Tensor, **parts: Tensor) -> None:
@@ -54,8 +54,8 @@ def check_same_shape(**parts: Tensor) -> None:
         ValueError: with all shapes.
     """
     if len({part.shape for part in parts.values()}) > 1:
-        found = ", ".join(f"{name} is {tuple(part.shape)}" for name, part in parts.items())
-        raise ValueError(f"{found}; expected one shape.")
+        shapes = ", ".join(f"{name} is {tuple(part.shape)}" for name, part in parts.items())
+        raise ValueError(f"{shapes}; expected one shape.")
 
 
 def moved(values: Tensor, like: Tensor) -> Tensor:
@@ -180,8 +180,8 @@ def _check_entries(entries: list[Any], name: str) -> None:
     """Tensors in a list may differ in their first dimension alone, the number of tokens."""
     shapes = {tuple(entry.shape[1:]) if isinstance(entry, Tensor) else type(entry).__name__ for entry in entries}
     if len(shapes) > 1:
-        found = " and ".join(str(s) for s in sorted(shapes, key=str))
-        raise ValueError(f"{name} has entries of the shapes (tokens, …) {found}; expected one shape after the tokens.")
+        given = " and ".join(str(s) for s in sorted(shapes, key=str))
+        raise ValueError(f"{name} has entries of the shapes (tokens, …) {given}; expected one shape after the tokens.")
 
 
 def _extend_tensor(value: Tensor, extra: Tensor, is_retention: Tensor, pad: bool, name: str) -> Tensor:

@@ -57,8 +57,8 @@ def variational_bound(
         + (true_mean - mean).square() * torch.exp(-log_variance)
     )
     last = (levels == 0).to(latents.device).view(-1, *[1] * (latents.ndim - 1))
-    found = torch.where(last, -discretized_log_likelihood(latents, mean, 0.5 * log_variance), divergence)
-    return found.flatten(1).mean(1) / math.log(2)
+    bound = torch.where(last, -discretized_log_likelihood(latents, mean, 0.5 * log_variance), divergence)
+    return bound.flatten(1).mean(1) / math.log(2)
 
 
 def discretized_log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -125,16 +125,16 @@ class ControlledSampling(TunedSampling):
         known = next((spec for net, spec in self._specs if net is nets[index]), None)
         if known is not None:
             return known
-        found = find_spec(nets[index], self.condition_range, missing_ok)
-        self._specs += [(nets[index], found)] if found is not None else []
-        return found
+        own_spec = find_spec(nets[index], self.condition_range, missing_ok)
+        self._specs += [(nets[index], own_spec)] if own_spec is not None else []
+        return own_spec
 
     def _conditioner(self, index: int) -> Conditioner:
-        spec, found = self.control_spec(index), self._conditioners.get(index)
-        if found is None or found.spec is not spec:
+        spec, conditioner = self.control_spec(index), self._conditioners.get(index)
+        if conditioner is None or conditioner.spec is not spec:
             pipe: Any = self
-            found = self._conditioners[index] = Conditioner(spec, pipe._execution_device)
-        return found
+            conditioner = self._conditioners[index] = Conditioner(spec, pipe._execution_device)
+        return conditioner
 
     def prepare_conditions(
         self, image: Any, preprocess: bool | Sequence[bool], height: int | None, width: int | None
@@ -164,12 +164,12 @@ class ControlledSampling(TunedSampling):
             height, width = height or side, width or side
         assert height is not None
         assert width is not None
-        found = [
+        conditions = [
             self._prepared(i, photos, not want, height, width) for i, (photos, want) in enumerate(zip(each, wanted))
         ]
         if by_row:
-            return [list(row) for row in zip(*found)], height, width
-        return (found if several else found[0]), height, width
+            return [list(row) for row in zip(*conditions)], height, width
+        return (conditions if several else conditions[0]), height, width
 
     def _prepared(self, index: int, photos: Any, ready: bool, height: int, width: int) -> Any:
         if ready:
@@ -191,8 +191,8 @@ class ControlledSampling(TunedSampling):
             call = bound(stock, self, *args, **kwargs)
             given = call.arguments
             size = (given["height"], given["width"])
-            found = self.prepare_conditions(given[self.control_argument], preprocess, *size)
-            given[self.control_argument], given["height"], given["width"] = found
+            prepared = self.prepare_conditions(given[self.control_argument], preprocess, *size)
+            given[self.control_argument], given["height"], given["width"] = prepared
             args, kwargs = call.args[1:], call.kwargs
         sampling = Sampling(self, self.extras, self.source, control_use=self.control_use)
         try:
@@ -205,13 +205,13 @@ class ControlledSampling(TunedSampling):
     @classmethod
     @like(DiffusionPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        found = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, ControlledSampling) and isinstance(found, ControlledSampling):
-            found._specs = list(pipeline._specs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, ControlledSampling) and isinstance(pipe, ControlledSampling):
+            pipe._specs = list(pipeline._specs)
             functions = pipeline.extras.control_schedule  # a function is in no configuration
-            if functions is not None and found.nets == pipeline.nets:
-                found.set_extras(control_schedule=kwargs.get("control_schedule", list(functions)))
-        return found
+            if functions is not None and pipe.nets == pipeline.nets:
+                pipe.set_extras(control_schedule=kwargs.get("control_schedule", list(functions)))
+        return pipe
 
     @like(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

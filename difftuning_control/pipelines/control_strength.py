@@ -65,10 +65,10 @@ class _ControlHook(SamplingHook):
             self.use.skipped += 1
             return no_residuals(module, sample, kwargs.get("return_dict", True))
         start = _now(sample.device)
-        found = self.fn_ref.original_forward(*args, **kwargs)
+        residuals = self.fn_ref.original_forward(*args, **kwargs)
         self.use.run += 1
         self.use.clocks.append((start, _now(sample.device)))
-        return found if strength == 1 else _times(found, strength)
+        return residuals if strength == 1 else _times(residuals, strength)
 
 
 def _times(residuals: Any, strength: float) -> Any:
@@ -107,8 +107,8 @@ def no_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:
     if not hasattr(controlnet, "controlnet_single_blocks"):
         return SD3ControlNetOutput(blocks) if return_dict else (blocks,)  # type: ignore[arg-type]
     single = [sample.new_zeros(len(sample), 1, 1) for _ in controlnet.controlnet_single_blocks]
-    found = blocks or None, single or None
-    return FluxControlNetOutput(*found) if return_dict else found  # type: ignore[arg-type]
+    residuals = blocks or None, single or None
+    return FluxControlNetOutput(*residuals) if return_dict else residuals  # type: ignore[arg-type]
 
 
 def _no_unet_residuals(controlnet: Any, sample: Tensor, return_dict: bool) -> Any:

@@ -56,7 +56,7 @@ def add_control(
         UserError: if the pipeline is of another kind, a ControlNet was made for another base, or the adapter does not
             fit; the pipeline is then as it was.
     """
-    target = next((found for c in type(pipe).__mro__ if (found := controlled(c.__name__)) is not None), None)
+    target = next((made for c in type(pipe).__mro__ if (made := controlled(c.__name__)) is not None), None)
     if target is None:
         raise UserError(
             f"a control can be added to Stable Diffusion, SDXL, SD3 and FLUX text-to-image pipelines, and this is a "
@@ -68,13 +68,13 @@ def add_control(
     nets = [*present, *added]
     if (schedule := getattr(getattr(pipe, "extras", None), "control_schedule", None)) is not None:
         extras = {"control_schedule": [*schedule, *[None] * len(added)]} | extras
-    found = target.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
+    made = target.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
     if spec is not None:
         given = [spec] if isinstance(spec, ControlSpec) else list(spec)
-        found.set_control_specs([*(found._spec(i, missing_ok=True) for i in range(len(present))), *given])
+        made.set_control_specs([*(made._spec(i, missing_ok=True) for i in range(len(present))), *given])
     if adapter is not None:
-        load_adapter(found, adapter)
-    return found
+        load_adapter(made, adapter)
+    return made
 
 
 def controlnet_place(path: str | Path) -> str:
@@ -103,7 +103,7 @@ def load_controlnets(pipe: Any, given: Any, target: Any) -> list[Any]:
         UserError: if one cannot be loaded, or was made for another model.
     """
     klass, dtype = target.controlnet_class, getattr(pipe, target.component).dtype
-    found, each = [], given if isinstance(given, (list, tuple)) else [given]
+    controlnets, each = [], given if isinstance(given, (list, tuple)) else [given]
     if not each:
         raise UserError(f"there is no ControlNet to add; expected a {klass.__name__}, its folder, or a list of these.")
     for i, one in enumerate(each):
@@ -115,5 +115,5 @@ def load_controlnets(pipe: Any, given: Any, target: Any) -> list[Any]:
         name = one.config.get("_name_or_path") or name
         target.check_controlnet(pipe, one, name)
         with quiet_loading():  # diffusers names the modules to keep in float32 even where there are none
-            found.append(one.to(pipe._execution_device, dtype))  # an offloaded denoiser lies elsewhere
-    return found
+            controlnets.append(one.to(pipe._execution_device, dtype))  # an offloaded denoiser lies elsewhere
+    return controlnets

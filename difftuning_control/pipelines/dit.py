@@ -61,7 +61,7 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline, stock=DiTPipeline):
     @like(DiTPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As in `TunedSampling`; class names come along."""
-        found = super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
         if "id2label" not in kwargs:
-            found.labels = dict(pipeline.labels)
-        return found
+            pipe.labels = dict(pipeline.labels)
+        return pipe

@@ -172,8 +172,8 @@ class TunedSampling:
     @property
     def components(self) -> dict[str, Any]:
         """As in the stock class; a source only where there is one, so that stock classes take them all."""
-        found = super().components  # type: ignore[misc]
-        return {k: v for k, v in found.items() if k != self.source_name or v is not None}
+        components = super().components  # type: ignore[misc]
+        return {k: v for k, v in components.items() if k != self.source_name or v is not None}
 
     @classmethod
     @like(DiffusionPipeline.from_pipe.__func__)
@@ -186,11 +186,11 @@ class TunedSampling:
         elif kwargs.get("unconditional_strength") is not None:
             kwargs.setdefault("domain_guidance", True)
         parent: Any = super()
-        found = parent.from_pipe(pipeline, **kwargs)
+        pipe = parent.from_pipe(pipeline, **kwargs)
         functions = isinstance(pipeline, TunedSampling) and pipeline.extras.adapter_schedule
-        if functions and "adapter_schedule" not in kwargs and isinstance(found, TunedSampling):
-            found.set_extras(adapter_schedule=functions)  # a function is in no configuration
-        return found
+        if functions and "adapter_schedule" not in kwargs and isinstance(pipe, TunedSampling):
+            pipe.set_extras(adapter_schedule=functions)  # a function is in no configuration
+        return pipe
 
     @like(DiffusionPipeline.to)
     def to(self, *args: Any, **kwargs: Any) -> Any:

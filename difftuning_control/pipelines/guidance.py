@@ -63,14 +63,14 @@ def tuner_layers(module: nn.Module) -> list[Any]:
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the adapters that act in a module now, in the order of its layers; fused and disabled ones do not."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for layer in tuner_layers(module):
         if isinstance(layer, TrainedWhole):
-            found[layer.name] = None
+            names[layer.name] = None
         elif not layer.disable_adapters:
             its = layer._get_available_adapters() - set(layer.merged_adapters)
-            found |= {name: None for name in layer.active_adapters if name in its}
-    return list(found)
+            names |= {name: None for name in layer.active_adapters if name in its}
+    return list(names)
 
 
 @contextmanager

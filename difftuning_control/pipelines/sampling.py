@@ -108,12 +108,12 @@ class Sampling:
             callback = call.arguments.get("callback_on_step_end")
             if callback is not None and not isinstance(callback, DIFFUSERS_CALLBACKS):
                 call.arguments["callback_on_step_end"] = pausing(callback, hooks)
-            found = stock(*call.args, **call.kwargs)
+            output = stock(*call.args, **call.kwargs)
         if self.extras.control_schedule is not None:
             for i, use in enumerate(self.control_use):
                 saved = f", which saved about {use.seconds_saved:.2f} s" if use.seconds_saved is not None else ""
                 logger.info(f"ControlNet {i} ran {use.run} times and was skipped {use.skipped} times{saved}.")
-        return found
+        return output
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
@@ -220,10 +220,10 @@ class Sampling:
             UserError: if the scheduler has none that are known.
         """
         try:
-            found = NoiseProcess.from_scheduler(self.pipe.scheduler)
+            process = NoiseProcess.from_scheduler(self.pipe.scheduler)
         except ValueError as error:
             raise UserError(f"schedules over u do not work with this scheduler: {error}") from None
-        return self.guiding.process(found, self.denoiser)
+        return self.guiding.process(process, self.denoiser)
 
     def _tuned_text_encoders(self, adapters: list[str]) -> dict[str, TunedWeights]:
         """The weights of each text encoder that one of the tuned adapters acts in, by its name in the pipeline."""

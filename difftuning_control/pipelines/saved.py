@@ -44,14 +44,14 @@ def unsaved_settings(pipe: Any, names: list[str]) -> dict[str, Any]:
     tuned = pipe.extras.tuned_adapters or loaded_adapters(unwrap_module(pipe.denoiser))
     if set(tuned) & set(names):
         return {}
-    found: dict[str, Any] = {"adapter_schedule": None, "tuned_adapters": None}
+    unsaved: dict[str, Any] = {"adapter_schedule": None, "tuned_adapters": None}
     if pipe.source is None:
-        found |= {"domain_guidance": False, "unconditional_strength": None, "hand_over": None}
-    found = {name: value for name, value in found.items() if pipe.config[name] != value}
-    if found:
+        unsaved |= {"domain_guidance": False, "unconditional_strength": None, "hand_over": None}
+    unsaved = {name: value for name, value in unsaved.items() if pipe.config[name] != value}
+    if unsaved:
         absent = "no tuned adapter is loaded" + (f" and no {pipe.source_name}" if pipe.source is None else "")
-        logger.warning(f"not saved: {', '.join(found)}, since {absent}; set_extras again after loading one.")
-    return found
+        logger.warning(f"not saved: {', '.join(unsaved)}, since {absent}; set_extras again after loading one.")
+    return unsaved
 
 
 def saved_folder(pipe: Any, names: list[str]) -> Path:
@@ -76,19 +76,19 @@ def saved_folder(pipe: Any, names: list[str]) -> Path:
 def _origin(module: Any) -> str | None:
     """Where a module was loaded from."""
     config = getattr(module, "config", None)
-    found = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    return found or None
+    origin = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    return origin or None
 
 
 def _fetched(folder: Path) -> Path | None:
     """The folder of a Hub repository's revision, with its adapters."""
     from huggingface_hub import snapshot_download  # only where something is downloaded
 
-    if (found := snapshot_of(folder)) is None:
+    if (snapshot := snapshot_of(folder)) is None:
         return None
     try:
-        with hub_or_cache(found.repository):
-            place = Path(snapshot_download(found.repository, allow_patterns=f"{ADAPTERS}/*", **found.where))
+        with hub_or_cache(snapshot.repository):
+            place = Path(snapshot_download(snapshot.repository, allow_patterns=f"{ADAPTERS}/*", **snapshot.where))
     except Exception:  # no such repository, offline: all the same here
         return None
     return place if (place / ADAPTERS / IN_USE).is_file() else None

@@ -75,24 +75,24 @@ class Extras:
         Raises:
             UserError: for a value of another kind or out of its range.
         """
-        found = {name: value for name, value in given.items() if value is not UNCHANGED}
-        if found.get("domain_guidance", UNCHANGED) is None:
-            del found["domain_guidance"]
-        if (strength := found.get("unconditional_strength", UNCHANGED)) is None:
-            found["unconditional_strength"] = 0.0
+        changes = {name: value for name, value in given.items() if value is not UNCHANGED}
+        if changes.get("domain_guidance", UNCHANGED) is None:
+            del changes["domain_guidance"]
+        if (strength := changes.get("unconditional_strength", UNCHANGED)) is None:
+            changes["unconditional_strength"] = 0.0
         elif strength is not UNCHANGED:
-            found.setdefault("domain_guidance", True)  # who names its strength wants it
-        elif found.get("domain_guidance") is False:
-            found["unconditional_strength"] = 0.0
-        if "tuned_adapters" in found:
-            names = found["tuned_adapters"]
+            changes.setdefault("domain_guidance", True)  # who names its strength wants it
+        elif changes.get("domain_guidance") is False:
+            changes["unconditional_strength"] = 0.0
+        if "tuned_adapters" in changes:
+            names = changes["tuned_adapters"]
             listed = [names] if isinstance(names, str) else names
-            found["tuned_adapters"] = None if listed is None else tuple(listed)
-        if found.get("adapter_schedule") is not None:
-            found["adapter_schedule"] = as_strength(found["adapter_schedule"])
-        if "control_schedule" in found:
-            found["control_schedule"] = _of_controls(found["control_schedule"], nets)
-        return replace(self, **found)
+            changes["tuned_adapters"] = None if listed is None else tuple(listed)
+        if changes.get("adapter_schedule") is not None:
+            changes["adapter_schedule"] = as_strength(changes["adapter_schedule"])
+        if "control_schedule" in changes:
+            changes["control_schedule"] = _of_controls(changes["control_schedule"], nets)
+        return replace(self, **changes)
 
     def stored(self) -> dict[str, Any]:
         """What a configuration keeps; a function is in none."""
@@ -119,5 +119,5 @@ def _of_controls(given: Any, nets: int) -> tuple[Strength | None, ...] | None:
     each: Sequence[Any] = given if isinstance(given, (list, tuple)) else [given] * nets
     if len(each) != nets:
         raise UserError(f"control_schedule has {len(each)} entries; expected one for each of {nets} ControlNets.")
-    found = tuple(None if s is None else as_strength(s) for s in each)
-    return found if any(s is not None for s in found) else None
+    strengths = tuple(None if s is None else as_strength(s) for s in each)
+    return strengths if any(s is not None for s in strengths) else None

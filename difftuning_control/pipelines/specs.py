@@ -90,9 +90,9 @@ def _from_hub(repository: str, file: str = SPEC_FILE, **where: Any) -> Path | No
 
 def _from_snapshot(folder: Path) -> Path | None:
     """The same for a ControlNet that came with a pipeline, of which diffusers loads only weights and configurations."""
-    if (found := snapshot_of(folder)) is None:
+    if (snapshot := snapshot_of(folder)) is None:
         return None
-    return _from_hub(found.repository, (found.within / SPEC_FILE).as_posix(), **found.where)
+    return _from_hub(snapshot.repository, (snapshot.within / SPEC_FILE).as_posix(), **snapshot.where)
 
 
 def _from_subfolder(origin: str, controlnet: Any) -> Path | None:

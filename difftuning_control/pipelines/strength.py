@@ -42,10 +42,10 @@ class Strength:
         Raises:
             UserError: if the function gives something else than a number in [0, 1].
         """
-        found = self.function(u)
-        if not isinstance(found, (int, float)) or not 0 <= found <= 1:
-            raise UserError(f"the schedule gives {found!r} at u = {u:.3f}; expected a number from 0 to 1.")
-        return float(found)
+        strength = self.function(u)
+        if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+            raise UserError(f"the schedule gives {strength!r} at u = {u:.3f}; expected a number from 0 to 1.")
+        return float(strength)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled by its values where it has some, and made from them anew."""

@@ -26,13 +26,13 @@ def section_of(hint: Any) -> type | None:
 
 def keys_of(command: type, prefix: str = "") -> dict[str, Any]:
     """All dotted keys of a command, sections included, and their types."""
-    found = {}
+    hints_by_key = {}
     hints = typing.get_type_hints(command)
     for entry in dataclasses.fields(command):
-        hint = found[prefix + entry.name] = hints[entry.name]
+        hint = hints_by_key[prefix + entry.name] = hints[entry.name]
         if (section := section_of(hint)) is not None:
-            found |= keys_of(section, f"{prefix}{entry.name}.")
-    return found
+            hints_by_key |= keys_of(section, f"{prefix}{entry.name}.")
+    return hints_by_key
 
 
 def read_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def read_recipe(path: str, known: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"the recipe {path} is not UTF-8 text; save it as UTF-8.") from None
     values = from_yaml(text, f"the recipe {path}")
     if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UserError(f"the recipe {path} holds {found}; expected keys and values.")
+        instead = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"the recipe {path} holds {instead}; expected keys and values.")
     check_values(values, "", known, f"the recipe {path}")
     return values
 
@@ -142,8 +142,8 @@ def check_values(part: dict[Any, Any], prefix: str, known: dict[str, Any], where
         if is_section and isinstance(value, dict):
             check_values(value, f"{key}.", known, where)
         elif not (value is None and optional) and (is_section or value is None):
-            found = "empty" if value is None else value
-            raise UserError(f"{key} is {found} in {where}; expected {expected(known[key])}.")
+            shown = "empty" if value is None else value
+            raise UserError(f"{key} is {shown} in {where}; expected {expected(known[key])}.")
         elif not _is_clean(value):
             raise UserError(f"{key} has a NUL or half a character (a lone surrogate) in {where}; leave it out.")
 

@@ -284,5 +284,5 @@ class Recipe:
 def _names(values: Mapping[str, Any], key: str) -> bool:
     """Whether nested values, of dictionaries or of dataclasses, say something of a dotted key."""
     section, name = key.split(".")
-    found = values.get(section, {})
-    return not isinstance(found, Mapping) or name in found
+    part = values.get(section, {})
+    return not isinstance(part, Mapping) or name in part

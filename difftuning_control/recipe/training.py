@@ -178,13 +178,13 @@ class TuningConfig:
 
         self._check_teacher()
         if self.schedule.kind == "auto" and not self.uses_bank:
-            found = (
+            reason = (
                 "retention_ratio is 0; raise it"
                 if self.retention_ratio == 0
                 else "retention_rows is pictures; say bank"
             )
             raise UserError(
-                f"tuning.schedule.kind auto measures against the bank, but tuning.{found}, or name another schedule."
+                f"tuning.schedule.kind auto measures against the bank, but tuning.{reason}, or name another schedule."
             )
 
     @property

@@ -220,8 +220,8 @@ def append(
 def _last_hash(lines: list[bytes]) -> str:
     """The hash that the next line follows; fragments are passed over."""
     for line in reversed(lines):
-        if (found := HASH.search(line)) is not None:
-            return found[1].decode()
+        if (match := HASH.search(line)) is not None:
+            return match[1].decode()
     return FIRST
 
 
@@ -284,7 +284,7 @@ def read_audit(folder: Path) -> Chain:
     except FileNotFoundError:
         return Chain(faults=[f"there is no {FILE}"])
     *lines, rest = content.split(b"\n")
-    found, last = Chain(torn=int(bool(rest))), FIRST
+    chain, last = Chain(torn=int(bool(rest))), FIRST
     torn = int(bool(rest))
     for number, line in enumerate(lines, start=1):
         entry = _entry(line)
@@ -293,16 +293,16 @@ def read_audit(folder: Path) -> Chain:
             if following is not None and following.get("torn") == hashlib.sha256(line).hexdigest():
                 torn += 1
                 continue
-            found.faults.append(f"line {number} was edited")
+            chain.faults.append(f"line {number} was edited")
             claimed = HASH.search(line)
             last = claimed[1].decode() if claimed is not None else last
             continue
         if entry["previous"] != last:
-            found.faults.append(f"line {number} does not follow the line before: one was edited, removed or added")
+            chain.faults.append(f"line {number} does not follow the line before: one was edited, removed or added")
         last = entry["hash"]
-        found.entries.append(entry)
-        found.hashes.append(last)
-    return Chain(found.entries, found.hashes, found.faults, torn)
+        chain.entries.append(entry)
+        chain.hashes.append(last)
+    return Chain(chain.entries, chain.hashes, chain.faults, torn)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
@@ -317,5 +317,5 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_whole(line: bytes) -> bool:
-    found = HASH.search(line)
-    return found is not None and hashlib.sha256(line[: found.start()] + b"}").hexdigest() == found[1].decode()
+    match = HASH.search(line)
+    return match is not None and hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()

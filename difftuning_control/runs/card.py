@@ -160,11 +160,11 @@ def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
     rows += [(f"step {step}", {n: curve["figures"][n][i] for n in names}) for i, step in enumerate(curve["steps"])]
     shown = rows[:1] + rows[1:][:: max(1, len(rows) // 8)]
     shown += [rows[-1]] if rows[-1] not in shown else []
-    found = curve["convergence"]
+    change = curve["convergence"]
     said = "No convergence can be told from noise."
-    if found is not None:
-        way = "sudden" if found["sudden"] else "gradual"
-        said = f"Convergence: {way}, at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})."
+    if change is not None:
+        way = "sudden" if change["sudden"] else "gradual"
+        said = f"Convergence: {way}, at step {change['step']:.0f} (from {change['start']:.0f} to {change['end']:.0f})."
     return [
         "## Fidelity to held-out conditions",
         "",

@@ -40,7 +40,7 @@ def judge(gates: GatesConfig, side: dict[str, Any]) -> dict[str, Any]:
         clear = is_clear(name, side, limit) if known else None
         at = "most" if at_most else "least"
         figures[name] = {"value": value, "limit": limit, "at": at, "passed": passed, "clear": clear}
-    passed = all(found["passed"] for found in figures.values())
+    passed = all(judged["passed"] for judged in figures.values())
     return {"passed": passed, "figures": figures, "asked": dataclasses.asdict(gates)}
 
 
@@ -48,8 +48,8 @@ def figure(name: str, side: dict[str, Any]) -> float | None:
     """A gate's figure; None where it was not measured."""
     if name == "retention_loss":
         return retention_loss(side)
-    found = _summary_of(name, side)
-    return found["mean"] if found is not None else None
+    summary = _summary_of(name, side)
+    return summary["mean"] if summary is not None else None
 
 
 def _summary_of(name: str, side: dict[str, Any]) -> dict[str, Any] | None:
@@ -70,10 +70,10 @@ def is_clear(name: str, side: dict[str, Any], limit: float) -> bool | None:
         low, high = (side.get("forgetting", {}).get(end) for end in ("low", "high"))
         # the bands share their rows, so the interval of their mean is at most the mean of their intervals
         return not sum(low) / len(low) <= limit <= sum(high) / len(high) if low and high else None
-    found = _summary_of(name, side)
-    if found is None or found.get("spread") is None:
+    summary = _summary_of(name, side)
+    if summary is None or summary.get("spread") is None:
         return None
-    return abs(found["mean"] - limit) > threshold(found["runs"], 1) * found["spread"] / math.sqrt(found["runs"])
+    return abs(summary["mean"] - limit) > threshold(summary["runs"], 1) * summary["spread"] / math.sqrt(summary["runs"])
 
 
 def retention_loss(side: dict[str, Any]) -> float | None:
@@ -93,9 +93,9 @@ def failed(judged: dict[str, Any]) -> str:
 def gate_lines(judged: dict[str, Any]) -> dict[str, str]:
     """Each gate in words."""
     return {
-        name: f"{name} is {'unknown' if found['value'] is None else format(found['value'], '.4g')}, at "
-        f"{found['at']} {found['limit']:g} asked{' (within the noise)' if found.get('clear') is False else ''}"
-        for name, found in judged["figures"].items()
+        name: f"{name} is {'unknown' if entry['value'] is None else format(entry['value'], '.4g')}, at "
+        f"{entry['at']} {entry['limit']:g} asked{' (within the noise)' if entry.get('clear') is False else ''}"
+        for name, entry in judged["figures"].items()
     }
 
 

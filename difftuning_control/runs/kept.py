@@ -23,16 +23,16 @@ def step_folder(step: int) -> str:
 def place_of_run(place: str | Path) -> tuple[Path, int | None]:
     """The folder of a run, and the step that is meant where a folder of kept weights was named."""
     path = Path(place)
-    found = STEP.fullmatch(path.name)
-    if found is not None and not (path / RECORD).exists() and (path.parent / RECORD).is_file():
-        return path.parent, int(found[1])
+    match = STEP.fullmatch(path.name)
+    if match is not None and not (path / RECORD).exists() and (path.parent / RECORD).is_file():
+        return path.parent, int(match[1])
     return path, None
 
 
 def kept_steps(run: str | Path) -> list[int]:
     """The steps of which a run kept its weights, in order."""
-    found = (STEP.fullmatch(p.name) for p in Path(run).glob("step-*") if (p / LOSSES).is_file())
-    return sorted(int(match[1]) for match in found if match is not None)
+    matches = (STEP.fullmatch(p.name) for p in Path(run).glob("step-*") if (p / LOSSES).is_file())
+    return sorted(int(match[1]) for match in matches if match is not None)
 
 
 def record_at(record: RunRecord, run: Path, step: int) -> RunRecord:

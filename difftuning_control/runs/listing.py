@@ -83,7 +83,7 @@ def _described(record: RunRecord, place: Path) -> dict[str, Any]:
     state = STATES[record.status]
     if state == "interrupted" and _is_locked(place):
         state = "running"
-    figures = {name: found["value"] for name, found in (judged or {"figures": {}})["figures"].items()}
+    figures = {name: entry["value"] for name, entry in (judged or {"figures": {}})["figures"].items()}
     target = record.losses.get("target")
     adapter = record.adapter_kind if record.method == "lora" else None
     fidelity = curve["figures"][curve["main"]][-1] if curve and curve["steps"] else None

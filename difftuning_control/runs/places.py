@@ -78,7 +78,7 @@ def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
         recipe: with paths as they are found from the current folder.
         bank: folder of the bank, where the recipe leaves it to the cache.
     """
-    values, found = recipe.to_dict(), {RUN: absolute(recipe.output)}
+    values, places = recipe.to_dict(), {RUN: absolute(recipe.output)}
     for role, key in KEYS.items():
         value = value_of(values, key)
         if role == "schedule" and recipe.tuning.schedule.file is None:  # a function lies nowhere
@@ -86,10 +86,10 @@ def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
         if not isinstance(value, str) or value in WORDS.get(role, ()):
             continue
         if role in ALWAYS_LOCAL or _is_local(value):
-            found[role] = absolute(value)
+            places[role] = absolute(value)
     if bank is not None:
-        found["bank"] = absolute(bank)
-    return found
+        places["bank"] = absolute(bank)
+    return places
 
 
 def _is_local(value: str) -> bool:
@@ -107,13 +107,13 @@ def places_now(record: RunRecord, run: str | Path, moved: Moved | None = None) -
     Args:
         moved: new places that the user names.
     """
-    here, found = absolute(place_of_run(run)[0]), {}
+    here, places = absolute(place_of_run(run)[0]), {}
     for role, place in record.places.items():
         if role in KEYS:  # others are the run itself, and roles of newer versions
             written = value_of(record.recipe_values, KEYS[role])
-            found[role] = _place_now(place, record.places[RUN], here, written if isinstance(written, str) else None)
+            places[role] = _place_now(place, record.places[RUN], here, written if isinstance(written, str) else None)
     named = {} if moved is None else {name: place for name, place in vars(moved).items() if place is not None}
-    return found | {name: absolute(place) for name, place in named.items()}
+    return places | {name: absolute(place) for name, place in named.items()}
 
 
 def _place_now(place: str, before: str, here: str, written: str | None) -> str:

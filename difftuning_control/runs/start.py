@@ -50,12 +50,12 @@ class Start:
 
         weights = self.weights
         top = weights if weights.is_dir() else weights.parent
-        found = [weights] if weights.is_file() else []
+        files = [weights] if weights.is_file() else []
         if weights.is_dir():
-            found = [p for p in sorted(weights.rglob("*")) if p.suffix in (".safetensors", ".json") and p.is_file()]
-            found = [p for p in found if p.name != "losses.json"]
+            files = [p for p in sorted(weights.rglob("*")) if p.suffix in (".safetensors", ".json") and p.is_file()]
+            files = [p for p in files if p.name != "losses.json"]
         beside = top / CLASSES_FILE
-        for path in [*found, *([beside] if beside.is_file() and beside not in found else [])]:
+        for path in [*files, *([beside] if beside.is_file() and beside not in files else [])]:
             yield path.relative_to(top).as_posix(), path
 
     @property

@@ -39,15 +39,15 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
     return _result(request, parts, chain)
 
 
-def _result(request: VerifyRequest, found: list[Part], chain: Chain) -> dict[str, Any]:
-    unchecked = [part.name for part in found if part.unchecked is not None]
-    changed = any(part.findings for part in found) or (request.strict and bool(unchecked))
+def _result(request: VerifyRequest, parts: list[Part], chain: Chain) -> dict[str, Any]:
+    unchecked = [part.name for part in parts if part.unchecked is not None]
+    changed = any(part.findings for part in parts) or (request.strict and bool(unchecked))
     return {
         "run": request.run,
         "status": "changed" if changed else "same",
         "unchecked": unchecked,
         "parts": [
-            {"part": p.name, "state": p.state, **{k: v for k, v in asdict(p).items() if k != "name"}} for p in found
+            {"part": p.name, "state": p.state, **{k: v for k, v in asdict(p).items() if k != "name"}} for p in parts
         ],
         "head": chain.head,
         "torn": chain.torn,
@@ -64,9 +64,9 @@ def table(result: dict[str, Any]) -> str:
         said = f": {harmless(part['unchecked'])}" if part["unchecked"] else ""
         state = {"same": "as it was", "changed": f"{len(part['findings'])} differ", "unchecked": "not checked"}
         lines.append(f"{part['part']:<11}{part['checked']:>8}  {state[part['state']]}{said}")
-        for found in part["findings"][:SHOWN]:
-            more = f" ({harmless(found['said'])})" if found["said"] else ""
-            lines.append(f"  {found['what']:<8} {harmless(found['item'])}{more}")
+        for finding in part["findings"][:SHOWN]:
+            more = f" ({harmless(finding['said'])})" if finding["said"] else ""
+            lines.append(f"  {finding['what']:<8} {harmless(finding['item'])}{more}")
         if len(part["findings"]) > SHOWN:
             lines.append(f"  … and {len(part['findings']) - SHOWN} more")
     if result["torn"]:

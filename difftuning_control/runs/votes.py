@@ -71,10 +71,10 @@ def add_vote(run: Path, against: str, preferred: bool | None, drawn: dict[str, A
         votes = _read(run)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         votes.append({"against": against, "preferred": preferred, "time": now, **drawn})
-        found = _tallies(votes)
-        figures = [asdict(t) | {"share": t.share, "interval": list(t.interval)} for t in found]
+        tallies = _tallies(votes)
+        figures = [asdict(t) | {"share": t.share, "interval": list(t.interval)} for t in tallies]
         write_json(run / VOTES, {"figures": figures, "votes": votes})
-    return found
+    return tallies
 
 
 def tallies(run: Path) -> list[Tally]:
@@ -101,8 +101,8 @@ def _read(run: Path) -> list[dict[str, Any]]:
 
 
 def _tallies(votes: list[dict[str, Any]]) -> list[Tally]:
-    found = []
+    tallies = []
     for against in dict.fromkeys(vote["against"] for vote in votes):
         said = [vote["preferred"] for vote in votes if vote["against"] == against]
-        found.append(Tally(against, said.count(True), said.count(False), said.count(None)))
-    return found
+        tallies.append(Tally(against, said.count(True), said.count(False), said.count(None)))
+    return tallies

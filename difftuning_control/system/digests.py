@@ -21,7 +21,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     while part := file.read(1 << 20):
-        found.update(part)
-    return found.hexdigest()
+        digest.update(part)
+    return digest.hexdigest()

@@ -23,11 +23,11 @@ def named_function(name: str, what: str) -> Callable[..., Any]:
     if module.partition(".")[0] in sys.stdlib_module_names:  # a recipe from elsewhere could name os:system
         raise UserError(f"the {what} {name} is of Python's own library, which has none; name a function of yours.")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module may raise anything when it is imported
         raise UserError(
             f"the {what} {name} cannot be imported ({error}); expected package.module:function, on Python's path."
         ) from None
-    if not callable(found):
-        raise UserError(f"the {what} {name} is a {type(found).__name__}; expected a function.")
-    return found
+    if not callable(function):
+        raise UserError(f"the {what} {name} is a {type(function).__name__}; expected a function.")
+    return function

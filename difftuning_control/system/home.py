@@ -16,10 +16,10 @@ def at_home(path: str) -> str:
     """
     if not path.startswith("~"):
         return path
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         raise UserError(f"the path {path} begins with ~, and there is no such user; write ./{path} if that is a name.")
-    return found
+    return expanded
 
 
 def is_path(text: str) -> bool:

@@ -74,10 +74,10 @@ def files_together(
     def file_of(number: int) -> StoredFile:
         return kept(paths[number], partial(make, number), partial(advance, number), lead)
 
-    found = {number: file_of(number) for number in share.numbers(len(paths))}
+    files = {number: file_of(number) for number in share.numbers(len(paths))}
     share.wait()  # with no lock held
     # where the others' files are not seen, they are made again
-    return Files([found[number] if number in found else file_of(number) for number in range(len(paths))])
+    return Files([files[number] if number in files else file_of(number) for number in range(len(paths))])
 
 
 def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], object], lead: int = 1) -> StoredFile:
@@ -86,18 +86,18 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]], there: Callable[[], 
     Of several jobs on a machine that share a cache one makes it, and the others wait. `there()` is called where it was
     not made.
     """
-    found = open_checked(path, lead)
-    if found is None:
+    stored = open_checked(path, lead)
+    if stored is None:
         with alone(path):
-            found = open_checked(path, lead)  # perhaps the job that we waited for has made it
-            if found is None:
+            stored = open_checked(path, lead)  # perhaps the job that we waited for has made it
+            if stored is None:
                 sweep(path.parent, path.name + "*")
                 write_checked(path, make())
-                found = open_checked(path, lead)
-                assert found is not None
-                return found
+                stored = open_checked(path, lead)
+                assert stored is not None
+                return stored
     there()
-    return found
+    return stored
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def example(name: str) -> Example:
     Raises:
         UserError: with near names, if there is none.
     """
-    known = {found.name: found for found in examples()}
+    known = {one.name: one for one in examples()}
     wanted = name.removesuffix(".yaml").removeprefix("examples/")
     if wanted not in known:
         raise UserError(f"there is no recipe {name!r}; {near(wanted, known)}; difftune recipes lists them.")

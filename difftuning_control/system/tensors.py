@@ -21,13 +21,13 @@ from difftuning_control.system.durable import beside
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """16 hexadecimal digits of names, shapes, dtypes and bytes."""
-    found = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(title_of_tensor(name, tensor.shape, tensor.dtype))
+        digest.update(title_of_tensor(name, tensor.shape, tensor.dtype))
         if tensor.numel():
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def title_of_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> bytes:

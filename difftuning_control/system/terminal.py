@@ -54,10 +54,10 @@ def phases(show: bool = True) -> Iterator[dict[str, float]]:
     Args:
         show: print a line for each; also done where it encloses others that would not.
     """
-    found = _Phases({}, show or phases_are_shown())
-    token = _PHASES.set(found)
+    shown_phases = _Phases({}, show or phases_are_shown())
+    token = _PHASES.set(shown_phases)
     try:
-        yield found.seconds
+        yield shown_phases.seconds
     finally:
         _PHASES.reset(token)
 
@@ -94,8 +94,8 @@ def phase(text: str, show: bool = True, detail: str = "") -> Iterator[None]:
 
 def add_phase(text: str, seconds: float) -> float:
     """Count seconds to a phase; returns them."""
-    found = _current().seconds
-    found[text] = found.get(text, 0.0) + seconds
+    totals = _current().seconds
+    totals[text] = totals.get(text, 0.0) + seconds
     return seconds
 
 

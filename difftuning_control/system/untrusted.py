@@ -44,11 +44,11 @@ def read_file(path: str | Path, most: int = MOST_TEXT) -> bytes:
         raise OSError(errno.EINVAL, "no file can have this name", str(path).replace("\0", "␀"))
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
-        if found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, expected at most {most}", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {most}", str(path))
         return file.read(most)
 
 
@@ -70,12 +70,12 @@ def from_json(text: str) -> Any:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise ValueError(f"the key {key!r} stands twice")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def is_text(text: str) -> bool:
@@ -97,11 +97,11 @@ def refuse_pickle(what: str, place: str | Path, kind: str) -> None:
         UserError: with the way to convert it.
     """
     place = Path(place)
-    found = place if place.suffix.lower() in PICKLED and place.is_file() else _pickled_part(place)
-    if found is not None:
-        way = _CONVERT[kind].format(path=place if kind != "adapter" else found)
+    pickled = place if place.suffix.lower() in PICKLED and place.is_file() else _pickled_part(place)
+    if pickled is not None:
+        way = _CONVERT[kind].format(path=place if kind != "adapter" else pickled)
         raise UserError(
-            f"{what} has its weights as a pickle ({found.name}), which may run code when it is read and is never "
+            f"{what} has its weights as a pickle ({pickled.name}), which may run code when it is read and is never "
             f"loaded; where you trust its source, convert it: {way}."
         )
 

@@ -61,8 +61,8 @@ class Beginning:
         self.start, self.family = start, family
         self.lora: dict[str, tuple[dict[str, Tensor], float]] = {}  # by component: tensors, and their scale
         if start.record is not None and start.record.method == "controlnet":
-            found = load_controlnet(family, str(start.weights))
-            family.controlnet.load_state_dict(found.state_dict())
+            controlnet = load_controlnet(family, str(start.weights))
+            family.controlnet.load_state_dict(controlnet.state_dict())
         elif start.weights.suffix == ".safetensors" and start.weights.name != DIFFFIT_FILE:
             self.lora = self._read_lora(start.weights)
 
@@ -98,21 +98,21 @@ class Beginning:
         uneven = any(value for key, value in config.items() if key.endswith(("rank_pattern", "alpha_pattern")))
         if uneven or is_foreign(tensors) or not any(".lora_A." in key for key in tensors):
             return self._read_others(path)
-        found: dict[str, tuple[dict[str, Tensor], float]] = {}
+        loras: dict[str, tuple[dict[str, Tensor], float]] = {}
         for prefix in dict.fromkeys(key.partition(".")[0] for key in tensors):
             own = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
             rank, alpha = config.get(f"{prefix}.r"), config.get(f"{prefix}.lora_alpha")
             scale = 1.0
             if rank and alpha is not None:
                 scale = alpha / (rank**0.5 if config.get(f"{prefix}.use_rslora") else rank)
-            found[prefix] = (own, scale)
-        return found
+            loras[prefix] = (own, scale)
+        return loras
 
     def _read_others(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
         """A file of another tool's, as diffusers reads it; scales are made part of B."""
         pipe = self.family.pipe
         load_adapter(pipe, path, OTHERS)
-        found = {}
+        adapters = {}
         component, denoiser = denoiser_of(pipe)
         for prefix, module in ((component, denoiser), ("text_encoder", getattr(pipe, "text_encoder", None))):
             tensors = {}
@@ -122,9 +122,9 @@ class Beginning:
                     tensors[f"{name}.{PARTS[0]}"] = a.float().clone()
                     tensors[f"{name}.{PARTS[1]}"] = b.float() * layer.scaling[OTHERS]
             if tensors:
-                found[prefix] = (tensors, 1.0)
+                adapters[prefix] = (tensors, 1.0)
         unload_adapter(pipe, OTHERS)
-        return found
+        return adapters
 
     def _fill_adapter(self, tuning: AdapterTuning) -> None:
         kind, weights = tuning.config.kind, self.start.weights
@@ -214,13 +214,13 @@ class Beginning:
         tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in (read_tensors(folder / PEFT_FILE) or {}).items()}
         self._copy(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER), tensors)
 
-    def _copy(self, targets: dict[str, Any], found: dict[str, Tensor]) -> None:
-        if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in targets.items()}:
+    def _copy(self, targets: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in targets.items()}:
             raise UserError(
                 f"{self.start.weights} does not fit what trains; give an adapter of the same kind, targets and size."
             )
         for name, target in targets.items():
-            target.copy_(found[name])
+            target.copy_(tensors[name])
 
 
 def reopen(output: Path, record: RunRecord, state: TrainingState, main: bool) -> None:

@@ -63,8 +63,8 @@ class Ledger:
         self._stop_if(bad[0])
 
     def _stop_if(self, bad: Tensor) -> None:
-        found = (bad > 0).float()
-        self.stop = found if self.stop is None else torch.maximum(self.stop, found)
+        is_bad = (bad > 0).float()
+        self.stop = is_bad if self.stop is None else torch.maximum(self.stop, is_bad)
 
     def check(self) -> None:
         """Stop before the optimizer's step if anything is not finite, where it would not heed that.
@@ -82,10 +82,10 @@ class Ledger:
     def bring(self, more: Tensor | None = None) -> Tensor | None:
         """Bring the figures that are not read yet from the device, and more values with them, in one read."""
         parts = [kept.figures for kept in self._kept] + ([more.flatten()] if more is not None else [])
-        found = torch.cat(parts).cpu()
+        figures = torch.cat(parts).cpu()
         for i, kept in enumerate(self._kept):
-            self._kept[i] = replace(kept, figures=found[4 * i : 4 * i + 4])
-        return found[4 * len(self._kept) :].view_as(more) if more is not None else None
+            self._kept[i] = replace(kept, figures=figures[4 * i : 4 * i + 4])
+        return figures[4 * len(self._kept) :].view_as(more) if more is not None else None
 
     def watch(self, step: int, values: dict[str, float]) -> None:
         """Values that are known here, to be logged beside the figures of a step."""
@@ -110,13 +110,13 @@ class Ledger:
         kept, self._kept = self._kept, []
         values = torch.stack([forward.figures for forward in kept]).tolist() if kept else []
         for step, forwards in groupby(zip(kept, values), key=lambda pair: pair[0].step):
-            found: dict[str, float] = {}
+            means: dict[str, float] = {}
             for forward, figures in forwards:
                 if figures[3] > 0:
                     raise _not_finite(forward)
                 for name, value in self._means(figures, forward.counts).items():
-                    found[name] = found.get(name, 0.0) + value
-            yield step, found | self._watched.pop(step, {})
+                    means[name] = means.get(name, 0.0) + value
+            yield step, means | self._watched.pop(step, {})
 
     def _means(self, figures: list[float], counts: tuple[int, int]) -> dict[str, float]:
         """The objective and the unweighted mean ℓ of target and retention rows."""

@@ -220,9 +220,9 @@ class TrainingLoop:
             rows: ℓ, u and whether it is a bank row of each of this process's rows, (B, 3).
         """
         assert self.budget is not None
-        found = self.ledger.bring(self.accelerator.gather(rows))
-        assert found is not None
-        losses, levels, banks = found.unbind(1)
+        gathered = self.ledger.bring(self.accelerator.gather(rows))
+        assert gathered is not None
+        losses, levels, banks = gathered.unbind(1)
         self.budget.update(losses[banks > 0], levels[banks > 0], self.weights.teacher is not None)
 
     def _is_asked(self) -> bool:

@@ -34,17 +34,17 @@ class RowReader:
         Raises:
             UserError: if they cannot be read.
         """
-        place, found = (step, forward), None
+        place, batch = (step, forward), None
         if self._next is not None:
             ahead, future = self._next
             self._next = None
-            found = future.result() if ahead == place else None
-        if found is None:
-            found = self._read(*place)
+            batch = future.result() if ahead == place else None
+        if batch is None:
+            batch = self._read(*place)
         if more and self._thread is not None:
             after = (step, forward + 1) if forward + 1 < self.forwards else (step + 1, 0)
             self._next = (after, self._thread.submit(self._read, *after))
-        return found
+        return batch
 
     def _read(self, step: int, forward: int) -> TrainingRows:
         rows = self.source.rows(step, forward)

@@ -69,9 +69,11 @@ class Teacher:
         """
         conditioning = {k: v[rows] for k, v in batch.conditioning.items() if self.takes_control or k != "control"}
         with torch.no_grad(), self.pretrained() as model:
-            found = self.family.predict(model, noised.noisy_model_input[rows], noised.timesteps[rows], conditioning)
+            prediction = self.family.predict(
+                model, noised.noisy_model_input[rows], noised.timesteps[rows], conditioning
+            )
         channels = batch.latents.shape[1]  # a model that predicts its variance gives that too
-        return replace(noised, target=noised.target.index_copy(0, rows, found[:, :channels].to(noised.target)))
+        return replace(noised, target=noised.target.index_copy(0, rows, prediction[:, :channels].to(noised.target)))
 
     @contextmanager
     def pretrained(self) -> Iterator[Any]:

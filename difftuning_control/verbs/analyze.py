@@ -86,28 +86,28 @@ def analyze(
     if record is not None and record.bank is not None and record.bank.size is not None:  # the run's own
         recipe = replace(recipe, bank=replace(recipe.bank, path=record.bank.folder))
         size = record.bank.size
-    found = materials(family, recipe, tell, size)
-    if record is not None and record.fingerprints.data != found.data.fingerprint:
+    inputs = materials(family, recipe, tell, size)
+    if record is not None and record.fingerprints.data != inputs.data.fingerprint:
         raise UserError(
             f"the pictures that {run} was tuned on have changed since; an analysis needs them as they were."
         )
     if config.staged:
-        check_held_out(found.held_out)
-    result = measure(family, recipe, found, config)
+        check_held_out(inputs.held_out)
+    result = measure(family, recipe, inputs, config)
     if record is not None and run is not None:
-        result |= _of_run(family, recipe, found, config, run, record) | {"run": run}
+        result |= _of_run(family, recipe, inputs, config, run, record) | {"run": run}
         if features is not None:
-            result["staged"] = staged_sampling(family, features, found, config, run, record)
+            result["staged"] = staged_sampling(family, features, inputs, config, run, record)
     return result | {"status": "complete", "seconds": time.time() - started}
 
 
-def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisConfig) -> dict[str, Any]:
+def measure(family: Family, recipe: Recipe, inputs: Materials, config: AnalysisConfig) -> dict[str, Any]:
     """The transfer gap of the pretrained model and the schedule that follows; None for what only a run has."""
     rows = loss_rows(
         family,
-        found.target,
-        part_of(found.bank, found.bank.prompts),
-        found.embeddings,
+        inputs.target,
+        part_of(inputs.bank, inputs.bank.prompts),
+        inputs.embeddings,
         rows=config.rows,
         draws=config.draws,
         seed=config.seed,
@@ -116,7 +116,7 @@ def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisCo
         gap, losses = transfer_gap(rows, family.model)
     return {
         "model": recipe.model.id,
-        "data": {"path": recipe.data.path, "pictures": len(found.data), "resolution": found.resolution},
+        "data": {"path": recipe.data.path, "pictures": len(inputs.data), "resolution": inputs.resolution},
         "u": gap.u,
         "target": {"loss": losses["target"]},
         "bank": {"loss": losses["bank"]},
@@ -132,23 +132,23 @@ def measure(family: Family, recipe: Recipe, found: Materials, config: AnalysisCo
 def _of_run(
     family: Family,
     recipe: Recipe,
-    found: Materials,
+    inputs: Materials,
     config: AnalysisConfig,
     run: str,
     record: RunRecord,
 ) -> dict[str, Any]:
     """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
-    kept = hold_out(found.bank, recipe.training.validation_size)[1]  # what the run did not train on
+    kept = hold_out(inputs.bank, recipe.training.validation_size)[1]  # what the run did not train on
     if len(kept) < 2:
         raise UserError(
             f"the run {run} held out {len(kept)} sample of its bank, and what it forgot is measured on 2 at least; run "
             "it with a larger bank.size or training.validation_size."
         )
     prompts = kept.retained_prompts(recipe.tuning.retention_prompts)
-    fresh = found.fresh if len(found.fresh.prompts) >= LEAST_ROWS else found.target
+    fresh = inputs.fresh if len(inputs.fresh.prompts) >= LEAST_ROWS else inputs.target
     parts = {"bank": part_of(kept, prompts), "target": fresh}
     rows = {
-        role: row_validator(family, part, found.embeddings, config.rows, config.draws, BANDS, config.seed)
+        role: row_validator(family, part, inputs.embeddings, config.rows, config.draws, BANDS, config.seed)
         for role, part in parts.items()
     }
     with progress(2, "forgetting") as advance:
@@ -167,7 +167,7 @@ def _of_run(
     budget = record.budget
     return {
         "forgetting": forgot.to_dict() | {"u": u, "budget": budget.allowed if budget is not None else None},
-        "learnt": learnt | {"u": u, "held_out": fresh is found.fresh},
+        "learnt": learnt | {"u": u, "held_out": fresh is inputs.fresh},
         "budget": budget.to_dict() if budget is not None else None,
         "multipliers": read_multipliers(Path(run)) if budget is not None else None,
     }
@@ -202,7 +202,7 @@ STAGED = ("kid", "domain_hit", "pair_similarity")  # the figures of staged sampl
 def staged_sampling(
     family: Family,
     features: Features,
-    found: Materials,
+    inputs: Materials,
     config: AnalysisConfig,
     run: str,
     record: RunRecord,
@@ -212,11 +212,11 @@ def staged_sampling(
     Raises:
         UserError: with fewer than 6 held-out pictures.
     """
-    reference = reference_of(family, features, found)
-    captions = [e.caption for e in found.held_out.sample(config.pictures).examples]
+    reference = reference_of(family, features, inputs)
+    captions = [e.caption for e in inputs.held_out.sample(config.pictures).examples]
     prompts = [captions[i % len(captions)] for i in range(config.pictures)]
     sampling = Sampling(
-        prompts, [config.seed], config.steps, config.guidance_scale, found.resolution, config.batch_size
+        prompts, [config.seed], config.steps, config.guidance_scale, inputs.resolution, config.batch_size
     )
     result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
     with (

@@ -21,26 +21,26 @@ Values = Mapping[str, Any]  # by dotted key
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted key; what is a dictionary in the recipe itself stays whole."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key != "control.params":
-            found |= flat(value, f"{key}.")
+            flattened |= flat(value, f"{key}.")
         else:
-            found[key] = value
-    return found
+            flattened[key] = value
+    return flattened
 
 
 def _defaults(section: type, prefix: str = "") -> dict[str, Any]:
     """Of a dataclass and its sections by dotted key; none is made, since a schedule's checks import torch."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for entry in dataclasses.fields(section):
         make: Any = entry.default_factory
         if dataclasses.is_dataclass(make):
-            found |= _defaults(make, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+            values |= _defaults(make, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
         else:
-            found[f"{prefix}{entry.name}"] = entry.default if make is dataclasses.MISSING else make()
-    return found
+            values[f"{prefix}{entry.name}"] = entry.default if make is dataclasses.MISSING else make()
+    return values
 
 
 DEFAULTS = _defaults(Recipe)
@@ -102,7 +102,7 @@ def left_out(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         layers: values by dotted key; each overrides those before it.
     """
-    found, known = [], {k: DEFAULTS[k] for k in CHOICES}
+    resets_by_layer, known = [], {k: DEFAULTS[k] for k in CHOICES}
     merged: dict[str, Any] = {}
     for layer in layers:
         resets: dict[str, Any] = {}
@@ -115,8 +115,8 @@ def left_out(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     if key in merged and merged[key] != DEFAULTS[key]
                 }
         merged |= layer | resets
-        found.append(resets)
-    return found
+        resets_by_layer.append(resets)
+    return resets_by_layer
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:

@@ -231,7 +231,7 @@ def check_named(verb: str, command: typing.Any) -> None:
 
 def only(kind: type[T], command: T) -> T:
     """What a command takes of the dataclass that it extends, as that dataclass."""
-    found = kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
-    if isinstance(found, Recipe) and isinstance(command, Recipe):
-        found.left_open = command.left_open
-    return found
+    made = kind(**{f.name: getattr(command, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    if isinstance(made, Recipe) and isinstance(command, Recipe):
+        made.left_open = command.left_open
+    return made

@@ -78,8 +78,8 @@ def loss_table(record: PilotRecord) -> list[dict[str, Any]]:
         base = runs["plain"][0][role]["base"]
         for i, u in enumerate(base["u"]):
             row = {"rows": role, "u": u, "base": base["loss"][i]}
-            for side, found in runs.items():
-                values = [losses[role]["tuned"]["loss"][i] for losses in found]
+            for side, records in runs.items():
+                values = [losses[role]["tuned"]["loss"][i] for losses in records]
                 row[side] = sum(values) / len(values)
             rows.append(row)
     return rows

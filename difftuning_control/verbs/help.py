@@ -150,12 +150,12 @@ def _shown(value: Any) -> str:
 
 def argument_texts(section: type) -> dict[str, str]:
     """What the docstrings of a dataclass and of those that it extends say of each field."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for part in reversed(section.__mro__):
         block = (part.__doc__ or "").partition("Args:\n")[2]
         for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", block, re.M):
-            found[name] = " ".join(text.split())
-    return found
+            texts[name] = " ".join(text.split())
+    return texts
 
 
 def _with_unit(text: str) -> str:

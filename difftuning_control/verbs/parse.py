@@ -59,9 +59,9 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         sys.exit(2)
     try:
         parser = make_parser(arguments[0])
-        found = parser.parse_args(arguments)
-        verb = found.verb
-        values = parser.instantiate(found)[verb]
+        namespace = parser.parse_args(arguments)
+        verb = namespace.verb
+        values = parser.instantiate(namespace)[verb]
         settings = {f.name: values[f.name] for f in dataclasses.fields(COMMANDS[verb]) if f.name in values}
         command = COMMANDS[verb](**settings)
         if isinstance(command, Recipe):
@@ -184,8 +184,8 @@ def _recipe_of_run(
             raise UserError("a run goes on in its own folder; leave out --output.")
         return [(recipe_to_resume(texts["run"] or ""), [])]
     start = texts.get("training.begin_from")
-    if verb == "train" and not has_recipe and start and (found := recipe_to_begin(start)) is not None:
-        return [(found[0], as_flags(found[1]))]
+    if verb == "train" and not has_recipe and start and (recipe := recipe_to_begin(start)) is not None:
+        return [(recipe[0], as_flags(recipe[1]))]
     return []
 
 
@@ -200,7 +200,7 @@ def _place_of_study(verb: str, recipe: dict[str, Any]) -> list[str]:
 def _one_sentence(message: str, known: dict[str, Any]) -> str:
     """jsonargparse's several lines in one; where they name a key and its value, in the words of this program."""
     text = " ".join(message.split())
-    found = re.search(r'key "([\w.]+)".* value: ?(.*)', text)
-    if found is not None and found[1] in known:
-        return f"{found[1]} is {found[2].rstrip('.') or 'empty'}; expected {expected(known[found[1]])}."
+    match = re.search(r'key "([\w.]+)".* value: ?(.*)', text)
+    if match is not None and match[1] in known:
+        return f"{match[1]} is {match[2].rstrip('.') or 'empty'}; expected {expected(known[match[1]])}."
     return text.replace("Parser key", "key") + ("" if text.endswith(".") else ".")

@@ -17,8 +17,8 @@ def recipes(name: str | None) -> None:
     if name is not None:
         sys.stdout.write(example(name).path.read_text(encoding="utf-8"))
         return
-    found = examples()
-    width = max(len(one.name) for one in found)
-    for one in found:
+    recipes_known = examples()
+    width = max(len(one.name) for one in recipes_known)
+    for one in recipes_known:
         say(f"{one.name:<{width}}  {one.about}")
     say("\nOne of them into a file of yours: difftune recipes sd15_lora > mine.yaml")

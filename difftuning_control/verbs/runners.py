@@ -98,11 +98,11 @@ def _print_control(run: RunRecord) -> None:
     curve = run.fidelity
     if curve is None:
         return
-    name, found = curve["main"], curve["convergence"]
+    name, change = curve["main"], curve["convergence"]
     said = "no convergence that can be told from noise"
-    if found is not None:
-        way = "suddenly" if found["sudden"] else "gradually"
-        said = f"converged {way} at step {found['step']:.0f} (from {found['start']:.0f} to {found['end']:.0f})"
+    if change is not None:
+        way = "suddenly" if change["sudden"] else "gradually"
+        said = f"converged {way} at step {change['step']:.0f} (from {change['start']:.0f} to {change['end']:.0f})"
     say(
         f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
         f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"

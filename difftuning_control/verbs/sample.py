@@ -177,11 +177,11 @@ def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) 
 def _steps_to_compare(run: str, record: RunRecord) -> list[int]:
     """The steps whose weights a run kept, but for those that are its result."""
     folder, step = place_of_run(run)
-    found = [] if step is not None else [s for s in kept_steps(folder) if s != record.steps]
-    if not found:
+    steps = [] if step is not None else [s for s in kept_steps(folder) if s != record.steps]
+    if not steps:
         said = "is one step of a run" if step is not None else "kept no weights on its way (training.save_at)"
         raise UserError(f"--kept sets the steps of a run side by side, and {run} {said}; leave it out.")
-    return found
+    return steps
 
 
 def _check_control(run: str | None, record: RunRecord | None, control: str | None) -> None:

@@ -93,17 +93,17 @@ def spelled(verb: str, words: list[str], known: Mapping[str, Any]) -> list[Optio
     Raises:
         UserError: for an option that there is not, or one that is given in two spellings with two values.
     """
-    found = list(_options(verb, words, known))
-    found = _place_words(verb, found)
+    options = list(_options(verb, words, known))
+    options = _place_words(verb, options)
     by_key: dict[str, Option] = {}
-    for option in found:
+    for option in options:
         earlier = by_key.setdefault(option.key, option)
         if option.key and earlier.said != option.said and not _same(earlier.value, option.value):
             raise UserError(
                 f"{earlier.said} is {earlier.value} and {option.said} is {option.value}, which are one setting; give "
                 "one of them."
             )
-    return found
+    return options
 
 
 def _options(verb: str, words: list[str], known: Mapping[str, Any]) -> Iterator[Option]:

@@ -202,9 +202,9 @@ def length_chart(sides: Sequence[Mapping[str, Any]], metric: str, t: Texts) -> s
     apart = 0.012 * (lengths[-1] - lengths[0]) if lengths else 0.0
     for i, (side, (_, colour, marker, _)) in enumerate(zip(sides, entries)):
         points = [(n, *mean_spread(list(seed_values(side, metric, n).values()))) for n in lengths]
-        found = [(n + (i - (len(sides) - 1) / 2) * apart, m, s or 0.0) for n, m, s in points if m is not None]
-        if found:
-            x, mean, spread = np.array(found).T
+        marks = [(n + (i - (len(sides) - 1) / 2) * apart, m, s or 0.0) for n, m, s in points if m is not None]
+        if marks:
+            x, mean, spread = np.array(marks).T
             chart.axes.errorbar(x, mean, spread, color=colour, marker=marker, markersize=5.5, elinewidth=1, capsize=0)
     chart.axes.xaxis.set_major_locator(FixedLocator(lengths))
     share_axis(chart.axes.yaxis, metric)

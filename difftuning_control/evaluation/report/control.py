@@ -197,10 +197,10 @@ def _next_steps(run: ControlRun, told: Mapping[str, Any], folder: Path, has_grid
 
 def _last_grid(folder: Path) -> dict[str, Any] | None:
     """The sample grid of the last step, as a data URI; None where there is none that can be shown."""
-    found = [
+    grids = [
         (int(m[1]), p.name) for p in folder.glob("samples/step-*.png") if (m := re.fullmatch(r"step-(\d+)", p.stem))
     ]
-    for step, name in sorted(found, reverse=True):
+    for step, name in sorted(grids, reverse=True):
         try:
             return {"step": step, "uri": data_uri(folder, f"samples/{name}", GRID)}
         except UserError:  # a report without pictures is better than none

@@ -45,8 +45,8 @@ def curve_of(bands: Sequence[Mapping[str, float]]) -> Curve:
 
 def advice_of(analysis: Mapping[str, Any]) -> list[str]:
     """The codes of `advice` that the figures bear out, what matters most first; whatever the analysis said itself."""
-    found = advice(curve_of(gap_bands(analysis)))
-    return [code for code in ADVICE if code in found]
+    codes = advice(curve_of(gap_bands(analysis)))
+    return [code for code in ADVICE if code in codes]
 
 
 def gap_sentences(bands: Sequence[Mapping[str, float]]) -> list[Sentence]:
@@ -69,12 +69,12 @@ def extreme_cards(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
         "forgetting": ("card.no_forgetting", "card.most_forgetting"),
         "learnt": ("card.no_learnt", "card.most_learnt"),
     }
-    found = []
+    cards = []
     for name, (within, beyond) in labels.items():
         if bands := curve_bands(analysis.get(name)):
             most = max(bands, key=lambda band: band["mean"])
-            found.append({"label": beyond if most["low"] > 0 else within, **most})
-    return found
+            cards.append({"label": beyond if most["low"] > 0 else within, **most})
+    return cards
 
 
 # --- forgetting -----------------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def _ratio(after: Any, before: Any) -> float | None:
 
 def mean_change(change: Mapping[str, Any]) -> float | None:
     """The mean over the bands that were measured."""
-    found = [value for value in change["mean"] if is_number(value)]
-    return fmean(found) if found else None
+    known = [value for value in change["mean"] if is_number(value)]
+    return fmean(known) if known else None
 
 
 def forgetting_sentence(change: Mapping[str, Any]) -> Sentence | None:
@@ -144,10 +144,10 @@ def budget_of_run(forgetting: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of each band of a run's forgetting with a budget: u, allowed, rise and finding (as `against_limits`)."""
     limits = dict(zip(forgetting["u"], forgetting["budget"]))
     bands = curve_bands(forgetting)
-    found = against_limits(curve_of(bands), [limits[band["u"]] for band in bands])
+    codes = against_limits(curve_of(bands), [limits[band["u"]] for band in bands])
     return [
         {"u": band["u"], "allowed": limits[band["u"]], "rise": band["mean"], "finding": code}
-        for band, code in zip(bands, found)
+        for band, code in zip(bands, codes)
     ]
 
 
@@ -178,8 +178,8 @@ def budget_cost(
     side: Mapping[str, Any] | None, plain: Mapping[str, Any] | None, value: Any, sides: int
 ) -> Sentence | None:
     """What a budget cost on the target against plain fine-tuning."""
-    found = compare_sides(side, plain, "target_loss", sides) if side is not None and plain is not None else None
-    if found is None or not is_number(value):
+    comparison = compare_sides(side, plain, "target_loss", sides) if side is not None and plain is not None else None
+    if comparison is None or not is_number(value):
         return None
-    clear = "budget.free_cost" if found["better"] else "budget.price_cost"
-    return sentence(clear if found["clear"] else "budget.unclear_cost", value=value)
+    clear = "budget.free_cost" if comparison["better"] else "budget.price_cost"
+    return sentence(clear if comparison["clear"] else "budget.unclear_cost", value=value)

@@ -79,13 +79,13 @@ def line_chart(
     middle = LEFT + (width - LEFT - RIGHT) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{height - 5}" text-anchor="middle">{_safe(x_label)}</text>')
     for line in lines:
-        found = [place(x, y) for x, y in zip(line.x, line.y) if math.isfinite(x) and math.isfinite(y)]
+        dots = [place(x, y) for x, y in zip(line.x, line.y) if math.isfinite(x) and math.isfinite(y)]
         style = f"line {line.kind}{' faint' if line.faint else ''}{' dashed' if line.dashed else ''}"
-        if len(found) > 1:
-            path = " ".join(f"{x},{y}" for x, y in found)
+        if len(dots) > 1:
+            path = " ".join(f"{x},{y}" for x, y in dots)
             parts.append(f'<polyline class="{style}" points="{path}"><title>{_safe(line.name)}</title></polyline>')
-        if line.marked or len(found) == 1:
-            parts += [f'<circle class="dot {line.kind}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in found]
+        if line.marked or len(dots) == 1:
+            parts += [f'<circle class="dot {line.kind}" cx="{x}" cy="{y}" r="3.2"/>' for x, y in dots]
     inside = "".join(parts)
     return f'<svg class="lines" viewBox="0 0 {width} {height}" role="img" aria-label="{_safe(title)}">{inside}</svg>'
 

@@ -69,8 +69,8 @@ def page_environment(texts: Mapping[str, str]) -> Environment:
     def interval(low: Any, high: Any) -> str:
         return texts["range"].format(low=signed(low), high=signed(high))
 
-    def value(found: Any) -> str:
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+    def value(anything: Any) -> str:
+        return anything if isinstance(anything, str) else json.dumps(anything, ensure_ascii=False, default=str)
 
     environment = escaping_environment(
         Path(__file__).parent / "templates", lambda value: missing if value is None else harmless(str(value))
@@ -119,10 +119,10 @@ def escaping_environment(templates: Path, shown: Callable[[Any], str]) -> Enviro
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
-        found += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
+        pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs
 
 
 def quoted(value: Any) -> str:

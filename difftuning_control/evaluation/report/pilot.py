@@ -117,9 +117,9 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
         if not side.get("guidance"):
             continue
         rows: list[dict[str, Any]] = []
-        for way, found in side["guidance"]["ways"].items():
-            runs = [row | {"steps": max(lengths)} for row in found["runs"]]
-            row = {"name": way, "way": way, "scale": found["scale"], "runs": runs, "best_length": max(lengths)}
+        for way, drawn in side["guidance"]["ways"].items():
+            runs = [row | {"steps": max(lengths)} for row in drawn["runs"]]
+            row = {"name": way, "way": way, "scale": drawn["scale"], "runs": runs, "best_length": max(lengths)}
             rows.append(row | {"against": compare_sides(row, rows[0], "kid", len(sides)) if rows else None})
         tables.append({"name": side["name"], "rows": rows})
     metrics = [

@@ -85,7 +85,7 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
         pictures=_picture_rows(folder, facts),
         losses=[("wide", loss_chart(folder, WIDE)), ("narrow", loss_chart(folder, NARROW))],
         latest=_latest(rows),
-        bands=[_band_chart(role, facts.base[role], found) for role, found in bands.items()],
+        bands=[_band_chart(role, facts.base[role], steps) for role, steps in bands.items()],
         table=_band_table(facts.base, bands),
         phases=[(n, duration(s), 100 * s / longest) for n, s in facts.phases.items()],
         settings=[(k, v) for k, v in facts.settings if k not in HEADING and v not in (None, [], {})],
@@ -148,13 +148,13 @@ def _middle(values: Sequence[float]) -> list[float]:
 
 def _latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of the last twentieth of the steps by role."""
-    found = {}
+    means = {}
     for role in ROLES:
         values = [r[f"{role}_loss"] for r in rows if f"{role}_loss" in r]
         last = values[-max(1, len(values) // 20) :]
         if last:
-            found[role] = sum(last) / len(last)
-    return found
+            means[role] = sum(last) / len(last)
+    return means
 
 
 # --- validation -----------------------------------------------------------------------------------------------------
@@ -162,20 +162,22 @@ def _latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _validations(rows: Sequence[Mapping[str, Any]], role: str) -> dict[int, list[float]]:
     """The losses on held-out rows by step, each band by band."""
-    found = {}
+    by_step = {}
     for row in rows:
         bands = {m[2]: v for k, v in row.items() if (m := BAND.fullmatch(k)) and m[1] == role}
         if bands:
-            found[row["step"]] = [bands[u] for u in sorted(bands)]
-    return found
+            by_step[row["step"]] = [bands[u] for u in sorted(bands)]
+    return by_step
 
 
-def _band_chart(role: str, base: Mapping[str, Sequence[float]], found: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+def _band_chart(
+    role: str, base: Mapping[str, Sequence[float]], by_step: Mapping[int, Sequence[float]]
+) -> dict[str, Any]:
     """The losses by noise level: the base dashed, earlier steps faint, the last one full."""
-    u, steps = base["u"], list(found)
+    u, steps = base["u"], list(by_step)
     lines = [Line("pretrained", u, base["loss"], "base", dashed=True, marked=True)]
-    lines += [Line(f"step {step}", u, found[step], role, faint=True) for step in steps[:-1]]
-    lines += [Line(f"step {step}", u, found[step], role, marked=True) for step in steps[-1:]]
+    lines += [Line(f"step {step}", u, by_step[step], role, faint=True) for step in steps[:-1]]
+    lines += [Line(f"step {step}", u, by_step[step], role, marked=True) for step in steps[-1:]]
     title, u_axis = f"loss by noise level on {ROLES[role]}", "noise level u"
     charts = [
         ("wide", line_chart(title, lines, u_axis)),
@@ -185,16 +187,16 @@ def _band_chart(role: str, base: Mapping[str, Sequence[float]], found: Mapping[i
 
 
 def _band_table(
-    base: Mapping[str, Mapping[str, Sequence[float]]], found: Mapping[str, Mapping[int, Sequence[float]]]
+    base: Mapping[str, Mapping[str, Sequence[float]]], by_role: Mapping[str, Mapping[int, Sequence[float]]]
 ) -> list[dict[str, Any]]:
     """The mean loss by step and role, with its change against the pretrained model."""
-    steps = sorted({step for by_step in found.values() for step in by_step})
+    steps = sorted({step for by_step in by_role.values() for step in by_step})
     rows: list[dict[str, Any]] = []
     if base:
         rows.append({"step": 0, **{role: (_mean(b["loss"]), None) for role, b in base.items()}})
     for step in steps[-12:]:
         row: dict[str, Any] = {"step": step}
-        for role, by_step in found.items():
+        for role, by_step in by_role.items():
             if step in by_step:
                 before, after = _mean(base[role]["loss"]), _mean(by_step[step])
                 row[role] = (after, after / before - 1 if before else None)
@@ -232,9 +234,9 @@ def _picture_rows(folder: Path, facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _uris(pictures: Sequence[Image.Image]) -> list[str]:
-    found = []
+    uris = []
     for picture in pictures:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=QUALITY)
-        found.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return found
+        uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return uris

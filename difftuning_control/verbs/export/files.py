@@ -173,8 +173,8 @@ def _stored_dtype(module: Any, variant: str | None = None) -> torch.dtype:
     names = [f"diffusion_pytorch_model{v}{shard}" for v in (f".{variant}", "") for shard in ("", "-*")]
     for path in (path for name in names for path in sorted(place.glob(f"{name}.safetensors"))):
         with safe_open(path, "pt") as file:
-            found = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
-            if (dtype := next((DTYPES[d] for d in found if d in DTYPES), None)) is not None:
+            dtypes = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            if (dtype := next((DTYPES[d] for d in dtypes if d in DTYPES), None)) is not None:
                 return dtype
     return torch.float32
 

@@ -68,7 +68,7 @@ def lora_layers(model: Any, adapter: str) -> list[LoRALayer]:
     Raises:
         UserError: if it is no plain LoRA.
     """
-    found: list[LoRALayer] = []
+    layers: list[LoRALayer] = []
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -77,8 +77,8 @@ def lora_layers(model: Any, adapter: str) -> list[LoRALayer]:
         down, up, scale = module.lora_A[adapter], module.lora_B[adapter], float(module.scaling[adapter])
         if down.bias is not None or up.bias is not None:
             raise UserError(f"the LoRA on {name} has a bias; export it with --format diffusers.")
-        found.append(LoRALayer(name, down.weight.detach(), up.weight.detach(), scale * module.r[adapter]))
-    return found
+        layers.append(LoRALayer(name, down.weight.detach(), up.weight.detach(), scale * module.r[adapter]))
+    return layers
 
 
 def kohya_tensors(layers: Sequence[LoRALayer], denoiser: Any) -> dict[str, Tensor]:
@@ -94,9 +94,9 @@ def kohya_tensors(layers: Sequence[LoRALayer], denoiser: Any) -> dict[str, Tenso
         raise UserError(
             f"sd-scripts has no {name} (it has UNets, {', '.join(KOHYA)}); export with --format comfyui or diffusers."
         )
-    found = _published(layers, denoiser)
-    _refuse_left_out([theirs for theirs in found if theirs.startswith(KOHYA[name])] if KOHYA[name] else [])
-    return _tensors({f"lora_unet_{theirs.replace('.', '_')}": layer for theirs, layer in found.items()})
+    published = _published(layers, denoiser)
+    _refuse_left_out([theirs for theirs in published if theirs.startswith(KOHYA[name])] if KOHYA[name] else [])
+    return _tensors({f"lora_unet_{theirs.replace('.', '_')}": layer for theirs, layer in published.items()})
 
 
 def _kohya_unet(layers: Sequence[LoRALayer], unet: Any) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def encoder_tensors(layers: Mapping[str, Sequence[LoRALayer]], pipe: Any, kohya:
     Raises:
         UserError: for text encoders that the tools do not know.
     """
-    names, found = encoder_names(pipe), dict[str, LoRALayer]()
+    names, tensors = encoder_names(pipe), dict[str, LoRALayer]()
     for component, its in layers.items():
         if its and component not in names:
             raise UserError(f"other tools have no name for the {component} of a {type(pipe).__name__}; use diffusers.")
@@ -139,8 +139,8 @@ def encoder_tensors(layers: Mapping[str, Sequence[LoRALayer]], pipe: Any, kohya:
             prefix, module = names[component]
             name = encoder_layer(getattr(pipe, component), layer.module)
             key = f"{prefix}_{name.replace('.', '_')}" if kohya else f"text_encoders.{module}.transformer.{name}"
-            found[key] = layer
-    return _tensors(found)
+            tensors[key] = layer
+    return _tensors(tensors)
 
 
 # --- published layers -----------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def _joined(published: Published, given: Mapping[str, LoRALayer], sizes: Mapping
 
 
 def _tensors(layers: Mapping[str, LoRALayer]) -> dict[str, Tensor]:
-    found = {}
+    tensors = {}
     for name, layer in layers.items():
-        found[f"{name}.lora_down.weight"] = layer.down
-        found[f"{name}.lora_up.weight"] = layer.up
-        found[f"{name}.alpha"] = torch.tensor(layer.alpha)
-    return found
+        tensors[f"{name}.lora_down.weight"] = layer.down
+        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return tensors
