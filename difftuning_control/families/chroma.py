@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
@@ -37,6 +39,21 @@ class Chroma(PackedTransformer, MaskedTransformer):
             list(prompts), device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.text_length
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def checkpoint_activations(self) -> None:
+        """As in all families; diffusers 0.42 would leave the mask out of the single blocks."""
+        transformer, masks = self.denoiser, [None]
+
+        def keep_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            masks[0] = kwargs["attention_mask"]
+
+        def again(block: Any, *args: Any) -> Any:
+            if isinstance(block, ChromaSingleTransformerBlock) and len(args) == 3:
+                args = (*args, masks[0])  # kept with the other arguments until the backward pass
+            return checkpoint(block, *args, use_reentrant=False)
+
+        transformer.register_forward_pre_hook(keep_mask, with_kwargs=True)
+        transformer.enable_gradient_checkpointing(again)
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         told = self.embedding_arguments(prompts) if self.offload else {"prompt": list(prompts)}

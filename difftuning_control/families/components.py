@@ -73,6 +73,12 @@ class Components(ABC):
                     if name.startswith(unused):
                         parameter.requires_grad_(False)
 
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of denoiser and ControlNet again in the backward pass instead of keeping them."""
+        for module in (self.denoiser, self.controlnet):
+            if module is not None:
+                module.enable_gradient_checkpointing()
+
     def to(self, device: torch.device | str) -> Self:
         """Move all modules, with `offload` all but the text encoders."""
         if not self.offload:

@@ -88,9 +88,7 @@ class TrainedWeights:
             begin.fill(self.tuning)
         family.freeze_unused()
         if self.config.gradient_checkpointing:
-            for module in (family.denoiser, family.controlnet):
-                if module is not None:
-                    module.enable_gradient_checkpointing()
+            family.checkpoint_activations()
         if self.config.compile is not None:
             check_compiler(self.config.compile, accelerator.device)
             compile_blocks(self.model, self.config.compile)
