@@ -212,7 +212,7 @@ def flow_loss(family, transformer, latents: torch.Tensor, captions: list[str]) -
 
 @pytest.mark.wide
 def test_training_lowers_the_loss_of_what_the_stock_pipeline_calls(make, name, tmp_path):
-    training = {"max_steps": 40, "learning_rate": 1e-2, "lr_scheduler": "constant", "checkpoint_every": 100}
+    training = {"max_steps": 40, "learning_rate": 2e-3, "lr_scheduler": "constant", "checkpoint_every": 100}
     plain = {"retention_ratio": 0.0, "retention_weight": 0.0, "schedule": ScheduleConfig("constant")}
     recipe = make("", name, "full", training=training, tuning=plain)
     recipe = replace(recipe, data=replace(recipe.data, holdout=0.0), output=str(tmp_path))
