@@ -758,7 +758,7 @@ def words(recipe: Recipe, place: Path, *more: str) -> list[str]:
         ("lora", "--adaptor fused", "there is no option --adaptor; did you mean --adapter?"),
         ("lora", "--evaluation nowhere.json", "the evaluation nowhere.json cannot be read; name one of difftune eval"),
         ("lora", "--run other", "run is given twice; give it once, as --run or without a key."),
-        ("lora", "other", "run is given twice; give it once, as --run or without a key."),
+        ("lora", "other", "export takes one folder, and 2 are named: "),
     ],
     ids=str,
 )
