@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from styles import make
+
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.latents import part_of
@@ -40,7 +42,8 @@ from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent
-TARGETS, SEEDS = ("icons", "flat"), (0, 1, 2)
+CARRIED = ("icons", "flat")  # by the package
+TARGETS, SEEDS = (*CARRIED, "streamline"), (0, 1, 2)
 STEPS, ROWS, RATIO = 120, 16, 0.2
 PICTURES, SAMPLING_STEPS, GUIDANCE = 48, 15, 4.0
 YARDSTICK = 64  # samples that no run trains on, of 25 steps
@@ -93,20 +96,23 @@ CELLS = [
 ]
 
 
+def data_of(target: str, work: Path) -> tuple[str, str]:
+    """Where a style's pictures lie: those to tune on, and the others."""
+    if target in CARRIED:
+        return f"embedded/{target}", f"embedded/{target}-eval"
+    folder = make(target, work / "styles")
+    return str(folder / "tune"), str(folder / "eval")
+
+
 def recipe_for(cell: Cell, target: str, seed: int, work: Path) -> Recipe:
     """One run of a cell."""
     place = cell.name.replace(",", "").replace(" ", "-")
+    tuned_on, held_out = data_of(target, work)
     bank = BankConfig(
         max(cell.size, 1), guidance_scale=cell.guidance, steps=cell.steps, batch_size=64, seed=seed
     )  # a seed's bank is its own: the spread over seeds is also one over banks
     return Recipe(
-        data=DataConfig(
-            f"embedded/{target}",
-            holdout=0.0,
-            validation_path=f"embedded/{target}-eval",
-            limit=8,
-            cache=str(work / "cache"),
-        ),
+        data=DataConfig(tuned_on, holdout=0.0, validation_path=held_out, limit=8, cache=str(work / "cache")),
         tuning=cell.tuning,
         bank=bank,
         training=TrainingConfig(

@@ -56,7 +56,8 @@ def fetch(package: str, folder: Path) -> dict:
                     target.parent.mkdir(exist_ok=True)
                     target.write_bytes(tar.extractfile(member).read())
     icons = json.loads(path.read_text())
-    icons["metadata"] = json.loads((path.parent / "metadata.json").read_text())
+    metadata = path.parent / "metadata.json"
+    icons["metadata"] = json.loads(metadata.read_text()) if metadata.exists() else {}
     return icons
 
 

@@ -671,11 +671,11 @@ def test_labels_are_dropped_at_their_share(make, tmp_path, monkeypatch):
     counts = []
 
     class Watched(trainer.TrainingLoop):
-        def run(self):
+        def run(self, *told):
             for step in range(200):
                 batch = self.source.rows(step).batch
                 counts.extend((batch.conditioning["class_labels"] == 1000)[~batch.is_retention].tolist())
-            return super().run()
+            return super().run(*told)
 
     monkeypatch.setattr(trainer, "TrainingLoop", Watched)
     recipe = make("", tuning={"prompt_dropout": 0.1}, training={"max_steps": 1})
