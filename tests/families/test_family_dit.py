@@ -639,10 +639,10 @@ def test_bank_rows_train_with_the_old_null_class(make, tmp_path, monkeypatch):
     seen = []
 
     class Watched(trainer.TrainingLoop):
-        def step(self, step):
-            batch = self.source.rows(step).batch
+        def advance(self, number, more=True):
+            batch = self.source.rows(number).batch
             seen.extend(zip(batch.is_retention.tolist(), batch.conditioning["class_labels"].tolist()))
-            return super().step(step)
+            return super().advance(number, more)
 
     monkeypatch.setattr(trainer, "TrainingLoop", Watched)
     train(replace(make("", **SETTINGS["lora, new"]), output=str(tmp_path / "run")))
