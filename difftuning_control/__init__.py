@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
     from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
+    from difftuning_control.runs.record import RunRecord, read_run
+    from difftuning_control.training.result import TrainingResult
     from difftuning_control.verbs.train import train
 
 __all__ = [
@@ -57,9 +59,11 @@ __all__ = [
     "PilotConfig",
     "PowerSchedule",
     "Recipe",
+    "RunRecord",
     "ScheduleConfig",
     "TabulatedSchedule",
     "TrainingConfig",
+    "TrainingResult",
     "TuningConfig",
     "UserError",
     "add_control",
@@ -73,6 +77,7 @@ __all__ = [
     "load_source",
     "per_sample_loss",
     "pipeline_path",
+    "read_run",
     "save_difference",
     "train",
     "unload_adapter",
@@ -119,6 +124,9 @@ _HOME = {
     "PaperSchedule": "objective.schedules",
     "PowerSchedule": "objective.schedules",
     "TabulatedSchedule": "objective.schedules",
+    "RunRecord": "runs.record",
+    "read_run": "runs.record",
+    "TrainingResult": "training.result",
     "load_source": "adapters.source",
     "save_difference": "adapters.source",
     "train": "verbs.train",

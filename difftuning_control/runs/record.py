@@ -219,10 +219,10 @@ class RunRecord(Section):
         write_json(output / RECORD, self.to_dict())
 
 
-def read_run(output: Path) -> RunRecord | None:
+def read_run(output: str | Path) -> RunRecord | None:
     """The record in an output folder; None where there is none that can be read."""
     try:
-        return record_from(from_json(read_text(output / RECORD)))
+        return record_from(from_json(read_text(Path(output) / RECORD)))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

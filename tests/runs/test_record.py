@@ -95,7 +95,7 @@ def test_a_record_is_read_and_written_byte_for_byte(tmp_path):
     record = begun(changes=[Change(step=2, keys={"training.max_steps": [4, 6]})], data=DataRecord(notes=[]))
     record.write(tmp_path)
     first = (tmp_path / "run.json").read_bytes()
-    found = read_run(tmp_path)
+    found = read_run(str(tmp_path))
     assert found == record
     assert found is not None
     found.write(tmp_path)
