@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.history import METRICS
@@ -45,6 +47,15 @@ class MetricsLog:
         self.state.logged += 1
         if self.recipe.training.trackers:
             self.accelerator.log(values, step=step)
+
+    def show(self, step: int, grid: Path) -> None:
+        """A sample grid after `step` steps, which trackers have too; the main process calls it."""
+        if self.recipe.training.trackers:
+            with Image.open(grid) as picture:
+                pixels = np.asarray(picture.convert("RGB"))[None]
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=step, **layout)
 
     def sync(self) -> None:
         """Have the disk hold every line so far, before a checkpoint counts them."""

@@ -141,7 +141,9 @@ class Monitor:
         if self.inputs.control is not None:
             conditions = self.inputs.control.shown.permute(0, 2, 3, 1).numpy()
             rows = {"condition": [Image.fromarray(c) for c in conditions], **rows}
-        save_grid(self.output / "samples" / f"step-{step:06d}.png", rows, self.inputs.sample_prompts)
+        grid = self.output / "samples" / f"step-{step:06d}.png"
+        save_grid(grid, rows, self.inputs.sample_prompts)
+        self.log.show(step, grid)
 
     def measure_fidelity(self, step: int) -> None:
         """The next point of the curve, the same on every process."""

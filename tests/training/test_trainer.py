@@ -1,5 +1,6 @@
 """A run follows from its recipe alone: repeated, interrupted, killed or spread over processes, it ends the same."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -525,10 +527,24 @@ def test_bfloat16_trains_float32_weights(make, finished, tmp_path, method):
     assert not all(torch.equal(w, weights(finished({"method": method}))[n]) for n, w in weights(recipe).items())
 
 
-def test_tensorboard_gets_event_files(make, tmp_path):
+def test_tensorboard_gets_figures_and_grids(make, tmp_path):
     pytest.importorskip("tensorboard")
-    train(replace(make("", training={"trackers": ["tensorboard"], "max_steps": 2}), output=str(tmp_path)))
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drawn = {"sample_every": 2, "sample_steps": 1, "sample_prompts": ["red 1"]}
+    result = train(
+        replace(make("", training={"trackers": ["tensorboard"], "max_steps": 2, **drawn}), output=str(tmp_path))
+    )
+    events = EventAccumulator(str(tmp_path / "logs" / "difftuning-control"))
+    events.Reload()
+    figures = {(row["step"], round(row["loss"], 6)) for row in result.history if "loss" in row}
+    assert {(event.step, round(event.value, 6)) for event in events.Scalars("loss")} == figures
+    (sent,) = events.Images("samples")
+    with (
+        Image.open(io.BytesIO(sent.encoded_image_string)) as shown,
+        Image.open(tmp_path / "samples" / "step-000002.png") as kept,
+    ):
+        assert (sent.step, shown.tobytes()) == (2, kept.convert("RGB").tobytes())
 
 
 @pytest.mark.wide
