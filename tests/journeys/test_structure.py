@@ -54,17 +54,21 @@ def unexplained(source: str) -> list[int]:
     return missing
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 def private_imports(source: str) -> list[str]:
     """Private names of this package that a file imports, or reads from a module that it imports."""
     tree, found, modules = ast.parse(source), [], set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("difftuning_control"):
-            found += [a.name for a in node.names if a.name.startswith("_")]
+            found += [a.name for a in node.names if is_private(a.name)]
             place = PACKAGE.parent / (node.module or "").replace(".", "/")
             modules |= {a.asname or a.name for a in node.names if (place / f"{a.name}.py").exists()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            found += [node.attr] if node.attr.startswith("_") else []
+            found += [node.attr] if is_private(node.attr) else []
     return found
 
 
@@ -78,13 +82,11 @@ def test_at_most_twelve_modules_are_longer_than_300_lines():
     assert len(long) <= 12, long
 
 
-@pytest.mark.sample("system")
 @room
 def test_an_import_inside_a_function_says_why(room):
     assert {str(p): found for p in files(room) if (found := unexplained(p.read_text()))} == {}
 
 
-@pytest.mark.sample("system")
 @room
 def test_private_names_stay_in_their_files(room):
     assert {str(p): found for p in files(room) if (found := private_imports(p.read_text()))} == {}
