@@ -93,7 +93,7 @@ def follow(page: str, scope: dict) -> list[str]:
         if language == "python":
             exec(compile(body.replace(f'"{HUB}"', repr(str(embedded_model()))), "the page", "exec"), scope)
         for words in difftune_commands(f"```bash\n{body}```") if language == "bash" else ():
-            if words[0] == "completion":  # needs a package of its own, and is tested with it
+            if words[0] in ("completion", "ui"):  # need packages of their own, and are tested with them
                 continue
             provide(words)
             main(shortened(words))

@@ -43,6 +43,7 @@ def take_away() -> None:
     for name in OF_OS:
         if hasattr(os, name) and not name.startswith("O_"):  # these filelock's build for this system goes on to read
             delattr(os, name)
+    shutil._USE_CP_SENDFILE = False  # what it found when it was imported
     for name in OF_SIGNAL:
         if hasattr(signal, name):
             delattr(signal, name)
