@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 OLDEST := .venv-oldest
 
-.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults test-oldest lint bench benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
+.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults test-oldest lint bench gpu-pack benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -36,6 +36,11 @@ test-faults: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks
+
+# A folder to take to a machine with a GPU and without a network, to measure there; PEERS is a folder of diffusers' scripts,
+# which are fetched otherwise, and WHEELS=no leaves out the packages.
+gpu-pack: $(STAMP)
+	$(BIN)/python tests/gpu/make_pack.py --to build/gpu-pack $(if $(PEERS),--peers $(PEERS)) $(if $(filter no,$(WHEELS)),--no-wheels)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,24 +11,23 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from difftuning_control.data.bank_draft import MANIFEST, BankDraft, digest_of_manifest
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.inputs import Solver
 from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
-from difftuning_control.system.durable import alone, place, sweep, write_json
-from difftuning_control.system.rows import Files, Rows, StoredFile, open_checked
-from difftuning_control.system.tensors import write_checked
+from difftuning_control.system.durable import alone
+from difftuning_control.system.rows import Files, Rows, StoredFile
 
 if TYPE_CHECKING:
+    from difftuning_control.data.bank_growth import GrowingBank
     from difftuning_control.families.family import Family
 
-SHARD = 64
 FORMAT = 1
 
 
@@ -40,9 +39,10 @@ class BankRequest:
         prompts: item i is drawn for prompt i mod len(prompts); [""] for unconditional samples.
         size: number of items.
         guidance_scale: classifier-free guidance while sampling, in diffusers' convention (1 is none).
-        steps: sampling steps of the pipeline's own scheduler.
+        steps: sampling steps.
         resolution: side in pixels.
         seed: of the whole bank.
+        solver: own is the pipeline's own scheduler, dpmsolver++ DPM-Solver++, for models that predict noise or v.
     """
 
     prompts: Sequence[str] = ("",)
@@ -51,10 +51,13 @@ class BankRequest:
     steps: int = 25
     resolution: int = 512
     seed: int = 0
+    solver: Solver = "own"
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise UserError('a bank needs at least one prompt; give [""] for unconditional samples.')
+        if self.solver not in get_args(Solver):
+            raise UserError(f"the bank's solver is {self.solver!r}; expected any of {', '.join(get_args(Solver))}.")
         for name, least in (("size", 1), ("steps", 1), ("resolution", 8), ("guidance_scale", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"the bank's {name} is {getattr(self, name)}; expected at least {least}.")
@@ -67,12 +70,16 @@ class BankRequest:
         return int(np.random.SeedSequence([self.seed, item]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def identity(self, family: Family) -> dict[str, Any]:
-        """Everything that an item's latents depend on."""
+        """Everything that an item's latents depend on.
+
+        Raises:
+            UserError: if the solver is not for this model.
+        """
         return {
             "format": FORMAT,
             "base": family.fingerprints,
             "dtype": str(family.dtype),
-            "scheduler": family.sampler_settings(),
+            "scheduler": family.sampler_settings(self.solver),
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "resolution": self.resolution,
@@ -87,7 +94,8 @@ class KnowledgeBank:
     """Latents of the pretrained model's samples, (N, C, h, w) float32 in the denoiser's scale, and their prompts.
 
     Of a bank on disk they stay there, and what is indexed is read; `latents[:]` are all of them as a tensor.
-    `sizes` (N, 6) are those of `Framing.sizes` where the bank is of real pictures and the family takes them.
+    `sizes` (N, 6) are those of `Framing.sizes` where the bank is of real pictures and the family takes them. `growing`
+    draws the items of a bank that was not whole when it was opened, see `GrowingBank`.
 
     Raises:
         UserError: if there are no latents, or another number of prompts, seeds or sizes.
@@ -99,6 +107,7 @@ class KnowledgeBank:
     manifest: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     sizes: Tensor | None = None
+    growing: GrowingBank | None = None
 
     def __post_init__(self) -> None:
         count = len(self.latents)
@@ -114,8 +123,24 @@ class KnowledgeBank:
 
     @property
     def fingerprint(self) -> str:
-        """Of what it holds, wherever it lies."""
+        """Of what it holds, wherever it lies.
+
+        Raises:
+            RuntimeError: if it is not whole, so that nobody knows what it is going to hold.
+        """
+        if not self.is_whole:
+            raise RuntimeError("a bank has no fingerprint before it is whole.")
         return digest_of({k: v for k, v in self.manifest.items() if k != "source"})
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """The shards of a bank that was loaded."""
+        assert isinstance(self.latents, Rows)
+        return self.latents.files.files
+
+    @property
+    def is_whole(self) -> bool:
+        return self.growing is None or self.growing.is_whole
 
     def retained_prompts(self, kind: str) -> list[str]:
         """What the items are trained and measured with: `own`, or the empty prompt for all (`empty`)."""
@@ -162,33 +187,38 @@ class KnowledgeBank:
         Raises:
             UserError: if `folder` holds another bank, or something that is no bank.
         """
-        folder = Path(folder)
-        identity = request.identity(family)
-        if (folder / "manifest.json").exists():
-            bank = cls.load(folder, base=family)
-            differing = [k for k, v in identity.items() if bank.manifest["identity"].get(k) != v]
-            if differing:
-                raise UserError(
-                    f"{folder} holds a bank with another {', '.join(differing)}; choose another folder or delete it."
-                )
+        draft = BankDraft(family, request, Path(folder), batch_size)
+        draft.check_folder()
+        if draft.is_whole:
             advance(request.size)
-            return bank
-        partial = folder.with_name(f".{folder.name}.{digest_of(identity)}.partial")
-        if folder.exists() and any(folder.glob("bank-*.safetensors")):
-            raise UserError(f"{folder} holds a bank without its manifest.json; delete it to build it again.")
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no bank; choose another folder for the bank.")
-        with alone(folder) if process_index == 0 else nullcontext():
+            return cls.of(draft)
+        with alone(draft.folder) if process_index == 0 else nullcontext():
             wait()  # until no other job is at it; perhaps that one has completed the bank
-            if not (folder / "manifest.json").exists():
-                partial.mkdir(exist_ok=True)
-                for shard in range(process_index, -(-request.size // SHARD), num_processes):
-                    _build_shard(family, request, partial, shard, batch_size, advance)
+            if not draft.is_whole:
+                for shard in range(process_index, len(draft.shards), num_processes):
+                    if draft.there(shard) is None:
+                        draft.draw(shard)
+                    advance(len(draft.shards[shard]))
             wait()
-            if process_index == 0 and not (folder / "manifest.json").exists():
-                _complete(family, request, identity, partial, folder)
+            if process_index == 0 and not draft.is_whole:
+                draft.complete()
             wait()
-        return cls.load(folder)
+        return cls.load(draft.folder)
+
+    @classmethod
+    def of(cls, draft: BankDraft) -> KnowledgeBank:
+        """The whole bank that lies where a draft's is wanted.
+
+        Raises:
+            UserError: if it is another one.
+        """
+        bank = cls.load(draft.folder, base=draft.family)
+        differing = [k for k, v in draft.identity.items() if bank.manifest["identity"].get(k) != v]
+        if differing:
+            raise UserError(
+                f"{draft.folder} holds a bank with another {', '.join(differing)}; choose another folder or delete it."
+            )
+        return bank
 
     @classmethod
     def load(cls, folder: str | Path, base: Family | None = None) -> KnowledgeBank:
@@ -202,12 +232,12 @@ class KnowledgeBank:
         """
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             identity, names = manifest["identity"], manifest["shards"]
             files = names | {"prompts.jsonl": manifest["prompts"]}
             if any(Path(name).name != name for name in files):
                 raise ValueError("a shard that lies elsewhere")
-            damaged = DIGEST in manifest and manifest[DIGEST] != _digest_of_manifest(manifest)
+            damaged = DIGEST in manifest and manifest[DIGEST] != digest_of_manifest(manifest)
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{folder} holds no complete bank (no readable manifest.json); delete it to build it again."
@@ -232,58 +262,6 @@ class KnowledgeBank:
     ) -> KnowledgeBank:
         """A bank of real source pictures, given as latents in the denoiser's scale."""
         return cls(latents, prompts, manifest={"source": source, "pictures": digest}, sizes=sizes)
-
-
-def _build_shard(
-    family: Family,
-    request: BankRequest,
-    folder: Path,
-    shard: int,
-    batch_size: int,
-    advance: Callable[[int], object],
-) -> None:
-    path = folder / f"bank-{shard:05d}.safetensors"
-    items = range(shard * SHARD, min((shard + 1) * SHARD, request.size))
-    if open_checked(path) is not None:
-        advance(len(items))
-        return
-    parts = []
-    for start in range(0, len(items), batch_size):
-        chunk = items[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(request.seed_of(i)) for i in chunk]
-        latents = family.sample(
-            [request.prompt_of(i) for i in chunk],
-            generators,
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            resolution=request.resolution,
-        )
-        parts.append(latents.cpu())
-        advance(len(chunk))
-    write_checked(path, {"latents": torch.cat(parts)})
-
-
-def _complete(family: Family, request: BankRequest, identity: dict[str, Any], partial: Path, folder: Path) -> None:
-    sweep(partial)
-    shards = sorted(partial.glob("bank-*.safetensors"))
-    rows = [{"item": i, "prompt": request.prompt_of(i), "seed": request.seed_of(i)} for i in range(request.size)]
-    lines = [json.dumps(row) for row in rows]
-    (partial / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = {
-        "identity": identity,
-        "model": str(getattr(family.pipe.config, "_name_or_path", "")),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "shards": {path.name: digest_of_file(path) for path in shards},
-        "prompts": digest_of_file(partial / "prompts.jsonl"),
-    }
-    write_json(partial / "manifest.json", manifest | {DIGEST: _digest_of_manifest(manifest)})
-    if folder.exists():
-        folder.rmdir()
-    place(partial, folder)
-
-
-def _digest_of_manifest(manifest: dict[str, Any]) -> str:
-    return digest_of({k: v for k, v in manifest.items() if k != DIGEST})
 
 
 def _check_base(folder: Path, identity: dict[str, Any], base: Family) -> None:

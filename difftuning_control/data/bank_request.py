@@ -25,7 +25,9 @@ def request_of(
         size: where the recipe's is auto and no bank lies there.
     """
     count = size if config.size == "auto" else config.size
-    request = BankRequest(tuple(prompts), count, config.guidance_scale, config.steps, resolution, config.seed)
+    request = BankRequest(
+        tuple(prompts), count, config.guidance_scale, config.steps, resolution, config.seed, config.solver
+    )
     if config.size != "auto":
         return request
     there = _identity_in(path) if path is not None else None

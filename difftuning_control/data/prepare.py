@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank_draft import BankDraft
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
 from difftuning_control.data.datasets import Choice
@@ -185,12 +186,14 @@ def prepare_bank(
     accelerator: Accelerator | None = None,
     tell: Callable[[str], object] = silent,
     size: int = MOST_SAMPLES,
+    grow: Callable[[BankDraft], KnowledgeBank] | None = None,
 ) -> KnowledgeBank:
     """The bank that the recipe asks for: loaded if it is there, built if not, or encoded from a folder of pictures.
 
     Args:
         size: where the recipe's is auto and no bank lies at its path.
         tell: is given lines on what was left out of these.
+        grow: what makes the bank of its draft; drawn whole, by all processes, when None.
     """
     path = Path(config.path).expanduser() if config.path is not None else None
     share = ALONE if accelerator is None else Share.of(accelerator)
@@ -203,12 +206,14 @@ def prepare_bank(
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
+    if grow is not None:
+        return grow(BankDraft(family, request, folder, config.batch_for(resolution)))
     with progress(request.size, "knowledge bank", show) as advance:
         return KnowledgeBank.build(
             family,
             folder,
             request,
-            batch_size=config.batch_size,
+            batch_size=config.batch_for(resolution),
             advance=advance,
             process_index=share.index,
             num_processes=share.count,

@@ -23,6 +23,7 @@ from difftuning_control.families.older_form import write_older_form
 from difftuning_control.families.prompts import PromptEmbeddings, Prompting
 from difftuning_control.families.tunable import save_transformer_lora
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
+from difftuning_control.recipe.inputs import Solver
 
 
 class Family(Controlled, Prompting, LatentSpace):
@@ -142,10 +143,41 @@ class Family(Controlled, Prompting, LatentSpace):
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    def sampler_settings(self) -> dict[str, Any]:
+    def scheduler_of(self, solver: Solver) -> Any:
+        """The scheduler of a solver, for the model's own process.
+
+        Raises:
+            UserError: if the model is none that the solver is for.
+        """
+        if solver == "own":
+            return self.pipe.scheduler
+        if self.process.prediction == "flow":
+            raise UserError(
+                f"bank.solver is {solver}, which is for models that predict noise or v, and this one is of flow "
+                "matching; say own."
+            )
+        from diffusers import DPMSolverMultistepScheduler  # saves it where the model's own draws
+
+        # its pipeline takes a learned variance off before the scheduler sees the prediction
+        return DPMSolverMultistepScheduler.from_config(
+            self.pipe.scheduler.config, algorithm_type=solver, variance_type=None
+        )
+
+    def sampler_settings(self, solver: Solver = "own") -> dict[str, Any]:
         """The scheduler that `sample` uses, by class and configuration."""
-        config = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
-        return {"class": type(self.pipe.scheduler).__name__, **config}
+        scheduler = self.scheduler_of(solver)
+        config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        return {"class": type(scheduler).__name__, **config}
+
+    @contextmanager
+    def solved_by(self, solver: Solver) -> Iterator[None]:
+        """While open, `sample` draws with a solver."""
+        own = self.pipe.scheduler
+        self.pipe.scheduler = self.scheduler_of(solver)
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
 
     @torch.no_grad()
     def sample(

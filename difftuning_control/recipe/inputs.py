@@ -13,6 +13,8 @@ from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 MAX_SEED = 2**31 - 1
 LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought nothing, see docs/results.md
 MOST_UNMEASURED = 256  # where that was not measured
+MOST_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # of its samples: beyond that a GPU is no faster, and memory runs out
+Solver = Literal["own", "dpmsolver++"]
 HELD_OUT = 5  # one in so many of a bank's samples only validation sees
 
 
@@ -130,8 +132,11 @@ class BankConfig:
             line; of a model that is told classes also classes (all that it has), or both (its classes and the empty one
             by turns).
         guidance_scale: scale of classifier-free guidance while the samples are drawn. [≥ 0]
-        steps: sampling steps of a sample, by the model's own scheduler. [steps, ≥ 1]
-        batch_size: samples drawn at once. [samples, ≥ 1]
+        steps: sampling steps of a sample. [steps, ≥ 1]
+        solver: what draws them: own is the model's own scheduler, dpmsolver++ DPM-Solver++, for models that predict
+            noise or v.
+        batch_size: samples drawn at once, or auto: as many as have two megapixels together, at most 32. The first step
+            of a training waits for no more of them than it needs. [samples, ≥ 1]
         seed: seed of the noise that the samples are drawn from. [0 to 2147483647]
         path: folder where the bank lies or shall be built, or a folder of real source pictures; the cache when empty.
     """
@@ -140,17 +145,24 @@ class BankConfig:
     prompts: str = "captions"
     guidance_scale: float = 1.5
     steps: int = 15
-    batch_size: int = 32
+    solver: Solver = "own"
+    batch_size: int | Literal["auto"] = "auto"
     seed: int = 0
     path: str | None = None
 
     def __post_init__(self) -> None:
         expand_paths(self, "path", "prompts")
         need(self.size == "auto" or self.size >= 1, "bank.size", self.size, "at least 1")
-        for name in ("steps", "batch_size"):
-            need(getattr(self, name) >= 1, f"bank.{name}", getattr(self, name), "at least 1")
+        need(self.steps >= 1, "bank.steps", self.steps, "at least 1")
+        need(self.batch_size == "auto" or self.batch_size >= 1, "bank.batch_size", self.batch_size, "at least 1")
         need(0 <= self.seed <= MAX_SEED, "bank.seed", self.seed, f"0 to {MAX_SEED}")
         need(0 <= self.guidance_scale < math.inf, "bank.guidance_scale", self.guidance_scale, "at least 0")
+
+    def batch_for(self, resolution: int) -> int:
+        """How many samples of a side in pixels are drawn at once."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // resolution**2))
 
     def size_for(self, draws: int, most: int = MOST_SAMPLES) -> int:
         """How many samples the bank of a run has that draws so many of them."""

@@ -80,7 +80,7 @@ def resumption(
 
     Args:
         recipe: with paths as they are today, but bank.prompts as it is written.
-        fingerprints: of the inputs as they are today.
+        fingerprints: of the inputs as they are today; that of the bank is None where it is still to be drawn.
         identity: of the recipe on them.
         checkpoint: the step of the newest checkpoint.
 
@@ -99,6 +99,10 @@ def resumption(
     changes, complete = record.changes, record.is_complete
     if record.identity == continued(identity, changes):
         return Resumption(record.identity, changes, record if complete else None)
+    growing = record.bank is not None and None in (record.fingerprints.bank, fingerprints.bank)
+    if growing and checkpoint is None and not complete:  # then or now the bank was not whole
+        _allowed(output, record, recipe, replace(fingerprints, bank=record.fingerprints.bank), growing)
+        return Resumption(identity)
     keys = _allowed(output, record, recipe, fingerprints)
     done = record.steps if complete else checkpoint
     if done is None:  # nothing was trained that could be kept
@@ -123,8 +127,11 @@ def continued(identity: str, changes: list[Change]) -> str:
     return digest_of([identity, [change.to_dict() for change in changes]]) if changes else identity
 
 
-def _allowed(output: Path, record: RunRecord, recipe: Recipe, fingerprints: Fingerprints) -> dict[str, list[Any]]:
-    """What has changed and may, by key with both values."""
+def _allowed(
+    output: Path, record: RunRecord, recipe: Recipe, fingerprints: Fingerprints, growing: bool = False
+) -> dict[str, list[Any]]:
+    """What has changed and may, by key with both values; `growing` where the identity may be another for the bank's
+    sake alone."""
     today = located(record, output).recipe
     today = replace(today, bank=replace(today.bank, prompts=record.recipe.bank.prompts))  # its digest tells
     differing = dict(_differing(record, today, recipe))
@@ -133,7 +140,7 @@ def _allowed(output: Path, record: RunRecord, recipe: Recipe, fingerprints: Fing
     for name, digest in fingerprints.to_dict().items():
         if before.get(name) != digest:
             refused.append(f"{PARTS[name]} {'have' if PARTS[name].endswith(('s', 'on')) else 'has'} changed")
-    if not differing and not refused:
+    if not differing and not refused and not growing:
         refused.append("the run is of another version")
     if refused:
         raise UserError(

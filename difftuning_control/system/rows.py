@@ -156,30 +156,43 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
+    def file(self, number: int) -> StoredFile:
+        return self.files[number]
+
     def read(self, number: int, name: str, index: tuple[int, ...]) -> Tensor:
         """See `StoredFile.read`."""
+        file = self.file(number)
         with self._lock:
-            return self.files[number].read(self._handle(number), name, index)
+            return file.read(self._handle(number, file.path), name, index)
 
-    def _handle(self, number: int) -> IO[bytes]:
+    def _handle(self, number: int, path: Path) -> IO[bytes]:
         if number not in self._handles:
             if len(self._handles) >= OPEN:
                 self._handles.popitem(last=False)[1].close()
-            self._handles[number] = self.files[number].path.open("rb", buffering=0)
+            self._handles[number] = path.open("rb", buffering=0)
         self._handles.move_to_end(number)
         return self._handles[number]
 
+    def close(self) -> None:
+        """Close what is held open; reading opens it again."""
+        with self._lock:
+            while self._handles:
+                self._handles.popitem()[1].close()
+
     def __del__(self) -> None:
-        for handle in self._handles.values():
-            handle.close()
+        self.close()
 
     @property
     def names(self) -> list[str]:
         """Of the tensors in each file."""
-        return list(self.files[0].entries)
+        return list(self.file(0).entries)
 
     def shape(self, number: int, name: str) -> torch.Size:
-        return self.files[number].entries[name].shape
+        return self.file(number).entries[name].shape
+
+    def rows_in(self, number: int, name: str) -> int:
+        """How many rows a file has."""
+        return self.shape(number, name)[0]
 
     def rows(self, name: str) -> Rows:
         """The tensors of one name, one after another."""
@@ -187,8 +200,49 @@ class Files:
 
     def each(self, name: str) -> list[Rows]:
         """The tensors of one name, each by itself."""
-        ends = [0, *accumulate(self.shape(i, name)[0] for i in range(len(self)))]
+        ends = [0, *accumulate(self.rows_in(i, name) for i in range(len(self)))]
         return [Rows(self, name, range(*ends[i : i + 2])) for i in range(len(self))]
+
+
+class FilesToCome(Files):
+    """Files that are made when something of them is first asked for, which the thread that made this set may do.
+
+    Args:
+        counts: the rows that each is going to have.
+        make: from a file's number to the file; its tensors have the same shape as the others' but for the rows.
+    """
+
+    def __init__(self, counts: Sequence[int], make: Callable[[int], StoredFile]):
+        super().__init__([])
+        self.counts, self._make, self._made = list(counts), make, dict[int, StoredFile]()
+        self._thread = threading.get_ident()
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def file(self, number: int) -> StoredFile:
+        found = self._made.get(number)
+        if found is None:
+            if threading.get_ident() != self._thread:
+                raise RuntimeError(f"file {number} is not there yet, and a thread asks for it that may not make it.")
+            found = self._made[number] = self._make(number)
+        return found
+
+    def shape(self, number: int, name: str) -> torch.Size:
+        """Known of all files once one is there."""
+        any_file = next(iter(self._made.values()), None) or self.file(number)
+        return torch.Size([self.counts[number], *any_file.entries[name].shape[1:]])
+
+    def rows_in(self, number: int, name: str) -> int:
+        return self.counts[number]
+
+    def is_made(self, number: int) -> bool:
+        return number in self._made
+
+    def move(self, files: Sequence[StoredFile]) -> None:
+        """Read the same files in another place from now on."""
+        self.close()
+        self._made = dict(enumerate(files))
 
 
 class Rows:
@@ -215,7 +269,7 @@ class Rows:
     @cached_property
     def _ends(self) -> list[int]:
         """How many rows there are up to the end of each file."""
-        return list(accumulate(self.files.shape(i, self.name)[0] for i in range(len(self.files))))
+        return list(accumulate(self.files.rows_in(i, self.name) for i in range(len(self.files))))
 
     def __len__(self) -> int:
         return len(self.part)
@@ -229,7 +283,7 @@ class Rows:
     def digest(self) -> str:
         """What `digest_of_tensors` gives for it under its name, known since the file was opened: of all rows of a file
         that holds nothing else."""
-        file = self.files.files[self._place(0)[0]]
+        file = self.files.file(self._place(0)[0])
         assert list(file.entries) == [self.name]
         assert len(self) == file.entries[self.name].shape[0]
         return file.digest

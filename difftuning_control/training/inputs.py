@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank_draft import BankDraft
+from difftuning_control.data.bank_growth import grown
 from difftuning_control.data.batches import TargetSet
 from difftuning_control.data.buckets import Bucket, describe, into_buckets
 from difftuning_control.data.control_spec import Conditioner
@@ -37,6 +41,7 @@ from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import phase, progress
+from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
@@ -83,6 +88,7 @@ def prepare_inputs(
     conditioner: Conditioner | None = None,
     tell: Callable[[str], object] = silent,
     phases: Phases | None = None,
+    kept: ExitStack | None = None,
 ) -> TrainingInputs:
     """Read, check, encode and cache everything; build the bank if it is wanted and not there.
 
@@ -90,6 +96,7 @@ def prepare_inputs(
         conditioner: of the ControlNet that is to be trained.
         tell: is given lines on what was left out of the data.
         phases: count what encoding and the bank take.
+        kept: keeps open what draws the bank while training begins, where the run can do so; drawn whole when None.
 
     Raises:
         UserError: for whatever is wrong with the data, the captions, the conditions or the bank.
@@ -104,8 +111,12 @@ def prepare_inputs(
         for line in said:  # not into the middle of a line
             tell(line)
         check_pictures(recipe, family, pictures, conditioner)
+    grow = None
+    if kept is not None and may_grow(recipe, accelerator.num_processes):
+        show = accelerator.is_main_process
+        grow = partial(grown, kept=kept, around=partial(phases, "bank"), show=show)
     with phases("bank"):
-        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell, size)
+        bank = _retained_bank(recipe, family, pictures, framing, accelerator, tell, size, grow)
     with phases("encode"):
         encoding = _encode(recipe, family, pictures, framing, accelerator)
         control = None
@@ -154,6 +165,7 @@ def _retained_bank(
     accelerator: Accelerator,
     tell: Callable[[str], object],
     size: int,
+    grow: Callable[[BankDraft], KnowledgeBank] | None,
 ) -> KnowledgeBank | None:
     """The knowledge bank, drawn before the model is given the data's own classes, and as it is retained after that."""
     bank = None
@@ -164,8 +176,17 @@ def _retained_bank(
         )
     if recipe.uses_bank or recipe.bank.path is not None:
         captions, side = pictures.captions, framing.resolution
-        bank = prepare_bank(family, recipe.bank, recipe.data, captions, side, accelerator, tell, size)
+        bank = prepare_bank(family, recipe.bank, recipe.data, captions, side, accelerator, tell, size, grow)
     return begin_label_space(family, recipe, pictures.data, bank)
+
+
+def may_grow(recipe: Recipe, processes: int) -> bool:
+    """Whether the bank can be drawn while a run trains: the pretrained model is then still there as it was loaded, and
+    one process steps alone. A run that goes on from a checkpoint has drawn its bank before that."""
+    record = read_run(Path(recipe.output)) if recipe.training.resume else None
+    begins = record is None or not (record.is_complete or checkpoints(Path(recipe.output)))
+    stays = recipe.method != "full" and recipe.tuning.label_space == "own" and not recipe.model.offload
+    return begins and stays and processes == 1 and recipe.training.compile is None
 
 
 def _bank_size(recipe: Recipe, processes: int) -> int:

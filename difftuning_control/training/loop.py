@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from difftuning_control.training.phases import Phases, plan_run, planned_line
 from difftuning_control.training.progress import StepProgress
 from difftuning_control.training.reader import RowReader
 from difftuning_control.training.report import RunReport
+from difftuning_control.training.run_bank import RunBank
 from difftuning_control.training.source import training_source
 from difftuning_control.training.weights import TrainedWeights
 
@@ -92,15 +93,21 @@ class TrainingLoop:
         retention = "bank_loss" if self.weights.teacher is None else "teacher_loss"
         masks = self.weights.masks
         self.ledger = Ledger(retention, masks, READ_EVERY if masks and budget is None else 1)
+        self.bank = RunBank(inputs.bank, self.weights, self.phases)
 
-    def run(self, tell: Callable[[str], object] = silent) -> tuple[dict[str, Any], float | None]:
+    def run(
+        self, tell: Callable[[str], object] = silent, settle: Callable[[], str] | None = None
+    ) -> tuple[dict[str, Any], float | None]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
 
         Args:
             tell: is given a line on what is still to come.
+            settle: gives the run's identity once a bank is whole that grows while training begins.
         """
         measured = self.phases.to_dict()
         first = self._resume()
+        if self.bank.is_growing and self.inputs.stream is None:
+            self.source.rows(first)  # draws what the first step needs, of which what is to come can be told
         self.log.begin()
         if self.curve is not None and first == 0:
             self.monitor.measure_fidelity(0)
@@ -109,27 +116,35 @@ class TrainingLoop:
         rows = self.config.batch_size * self.config.gradient_accumulation_steps
         to_come = self.calendar.to_come(first, self.end)
         plan_run(self.phases, measured, to_come, (self.end - first) * rows)
+        self.bank.plan()
         if (line := planned_line(self.phases)) is not None:
             tell(line)
         seconds, step, losses = 0.0, first, dict[str, float]()
-        began, spent = time.monotonic(), self.monitor.spent()
+        began, spent = time.monotonic(), self.monitor.spent() + self.bank.seconds
         main = self.accelerator.is_main_process
         self.report.write(first, self.end)
         with (
-            deferred(),
+            ExitStack() as safe,
             self.phases("training"),
             StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown,
         ):
+            if self.bank.is_growing:
+                self._grow(safe, settle, must=first == self.end)
+            else:
+                safe.enter_context(deferred())
             while step < self.end:
-                begun = time.time()
+                begun = time.time() - self.bank.seconds
                 self.advance(step, more=step + 1 < self.end)
                 self.done = step = step + 1
                 due = self.calendar.has_due(step, self.end)
                 if due or self.ledger.is_due or self._is_asked():
                     losses = self._read()  # what is due must not see a loss that is not finite
-                taken = time.time() - begun
+                taken = time.time() - self.bank.seconds - begun
                 seconds += taken
+                shown.beside = self.bank.remaining()
                 shown.advance(taken, losses, self.end)
+                if self.bank.is_growing:
+                    self._grow(safe, settle, must=step == self.end or self.calendar.saves(step, self.end))
                 if due:
                     self._watch(step)
                     self.report.write(step, self.end, shown.remaining(self.end))
@@ -137,7 +152,7 @@ class TrainingLoop:
             tuned = self.monitor.validate(step)
             with self.phases("saving"):
                 self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
-        add_phase("training", time.monotonic() - began - (self.monitor.spent() - spent))
+        add_phase("training", time.monotonic() - began - (self.monitor.spent() + self.bank.seconds - spent))
         done = step - first
         if main and done and phases_are_shown():
             say(f"training … {done} steps in {duration(time.monotonic() - began)}")
@@ -159,9 +174,10 @@ class TrainingLoop:
         forwards = self.config.gradient_accumulation_steps
         for forward in range(forwards):
             number = step * forwards + forward
-            torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
             with self.accelerator.accumulate(self.denoiser):
-                rows = self.reader.rows(step, forward, more or forward + 1 < forwards)
+                ahead = (more or forward + 1 < forwards) and not self.bank.is_growing  # no thread may draw for it
+                rows = self.reader.rows(step, forward, ahead)
+                torch.manual_seed(step_seed(self.config.seed, 1, number, self.accelerator.process_index))  # dropout
                 seen.append(self._backward(rows, step))
                 if self.accelerator.sync_gradients:
                     norm = self.weights.clip_gradients()
@@ -224,6 +240,14 @@ class TrainingLoop:
         assert gathered is not None
         losses, levels, banks = gathered.unbind(1)
         self.budget.update(losses[banks > 0], levels[banks > 0], self.weights.teacher is not None)
+
+    def _grow(self, safe: ExitStack, settle: Callable[[], str] | None, must: bool) -> None:
+        """Make a growing bank whole once all of it is drawn, or `must` be: at the end, and before a checkpoint, whose
+        identity depends on it. Until then there is nothing to go on from, and a signal ends the run at once."""
+        if must or self.bank.has_all:
+            self.bank.finish()
+            self.identity = settle() if settle is not None else self.identity
+            safe.enter_context(deferred())
 
     def _is_asked(self) -> bool:
         """Whether this process alone was asked to end; several answer together where they read anyway."""

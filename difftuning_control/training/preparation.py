@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.changes import Resumption, resumption
+from difftuning_control.runs.changes import Resumption, continued, resumption
 from difftuning_control.runs.identity import recipe_identity
 from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
@@ -51,6 +52,12 @@ class PreparedRun:
     start: Start | None
     going: Resumption
 
+    def settle(self, processes: int) -> str:
+        """The identity of the run once its bank is whole, whose fingerprint is noted."""
+        assert self.inputs.bank is not None
+        self.fingerprints.bank = self.inputs.bank.fingerprint
+        return continued(_identity(self.written, self.recipe, self.fingerprints, processes), self.going.changes)
+
 
 @dataclass(frozen=True)
 class MeasuredObjective:
@@ -69,12 +76,15 @@ def prepare_run(
     accelerator: Accelerator,
     phases: Phases,
     tell: Callable[[str], object] = silent,
+    kept: ExitStack | None = None,
 ) -> PreparedRun:
     """Read and encode what a run trains on.
 
     Args:
         family: the model as it is loaded.
         tell: is given lines on what was left out of the data.
+        kept: keeps open what draws the bank while training begins; the identity is settled once it is whole, see
+            `PreparedRun.settle`. Drawn before when None.
 
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
@@ -85,11 +95,11 @@ def prepare_run(
     family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
-    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases)
+    inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases, kept)
     fingerprints.data, fingerprints.held_out = inputs.data.fingerprint, inputs.held_out.fingerprint
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
         fingerprints.probe = inputs.control.probe.fingerprint
-    fingerprints.bank = inputs.bank.fingerprint if inputs.bank is not None else None
+    fingerprints.bank = inputs.bank.fingerprint if inputs.bank is not None and inputs.bank.is_whole else None
     start = _start(recipe, family, fingerprints)
     going = _resumption(written, recipe, accelerator.num_processes, fingerprints)
     if going.reopened is not None:
@@ -117,14 +127,22 @@ def _start(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Start 
 
 def _resumption(written: Recipe, recipe: Recipe, processes: int, fingerprints: Fingerprints) -> Resumption:
     """How the run goes on, or that it begins."""
-    decisive = replace(recipe, bank=replace(recipe.bank, prompts=written.bank.prompts))  # the bank says what they are
-    identity = recipe_identity(decisive, fingerprints, processes)
+    identity = _identity(written, recipe, fingerprints, processes)
     if not recipe.training.resume:
         return Resumption(identity)
     output = Path(recipe.output)
     complete = checkpoints(output)
     newest = int(complete[0].name.split("-")[1]) if complete else None
-    return resumption(output, decisive, fingerprints, identity, processes, newest)
+    return resumption(output, _decisive(written, recipe), fingerprints, identity, processes, newest)
+
+
+def _decisive(written: Recipe, recipe: Recipe) -> Recipe:
+    """What decides the weights: bank.prompts as it is written, since the bank says what they are."""
+    return replace(recipe, bank=replace(recipe.bank, prompts=written.bank.prompts))
+
+
+def _identity(written: Recipe, recipe: Recipe, fingerprints: Fingerprints, processes: int) -> str:
+    return recipe_identity(_decisive(written, recipe), fingerprints, processes)
 
 
 def measure_objective(run: PreparedRun, output: Path, processes: int) -> MeasuredObjective:

@@ -37,6 +37,7 @@ class StepProgress:
     def __init__(self, calendar: Calendar, seconds: dict[str, float], first: int, total: int, show: bool):
         self.calendar, self.seconds, self.done, self.show = calendar, seconds, first, show
         self.step_seconds: float | None = None
+        self.beside = 0.0  # seconds of what is still to be done beside steps and measurements
         self._said = time.monotonic()
         self._bar = _Bar(
             total=total,
@@ -61,7 +62,8 @@ class StepProgress:
         if self.step_seconds is None:
             return None
         due = self.calendar.to_come(self.done, end)
-        return (end - self.done) * self.step_seconds + sum(n * self.seconds.get(name, 0.0) for name, n in due.items())
+        steps = (end - self.done) * self.step_seconds + self.beside
+        return steps + sum(n * self.seconds.get(name, 0.0) for name, n in due.items())
 
     def advance(self, seconds: float, losses: dict[str, float], end: int) -> None:
         """Count a step that took so many seconds."""

@@ -63,6 +63,13 @@ def _optimizer(name: str) -> Any:
     return AdamW8bit
 
 
+def _set_forward(module: Any, forward: Any | None) -> None:
+    """Give a module a forward of its own, or its class's where that is None."""
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+
+
 class TrainedWeights:
     """The weights that train, from the moment that they are attached.
 
@@ -107,6 +114,7 @@ class TrainedWeights:
             num_warmup_steps=self.config.lr_warmup_steps,
             num_training_steps=self.config.max_steps,
         )
+        self._own_forward = vars(family.denoiser).get("forward")  # which accelerate replaces for mixed precision
         self.denoiser = self.model if self.sharded else accelerator.prepare(self.model)
         self.optimizer = accelerator.prepare(self._plain_optimizer)
         self.ema = None
@@ -179,6 +187,18 @@ class TrainedWeights:
                 yield
             finally:
                 self.ema.restore(self.parameters.values())
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """While open, the denoiser is what it was before anything was attached to it, also in its precision. Not for
+        weights that all train."""
+        denoiser, prepared = self.family.denoiser, vars(self.family.denoiser).get("forward")
+        with Teacher(self.family).pretrained():
+            _set_forward(denoiser, self._own_forward)
+            try:
+                yield
+            finally:
+                _set_forward(denoiser, prepared)
 
     def _whole(self) -> AbstractContextManager[None]:
         """Where they are sharded, the main process has them whole for the while."""

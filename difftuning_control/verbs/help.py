@@ -54,7 +54,7 @@ PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "bank": {
         "Pictures and model": ("data.path", *_MODEL, "data.resolution", "training.mixed_precision"),
-        "The bank": (*_BANK, "bank.guidance_scale", "bank.steps", "bank.seed"),
+        "The bank": (*_BANK, "bank.guidance_scale", "bank.steps", "bank.solver", "bank.seed"),
     },
     "sample": {
         "What is drawn": ("run", "prompts", "model.id", "compare", "kept"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def train(
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
-        with ending_together(accelerator), phases(show=False), Session(output) as session:
+        with ending_together(accelerator), phases(show=False), Session(output) as session, ExitStack() as kept:
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
@@ -85,7 +86,7 @@ def train(
                 family = load_base(recipe).to(accelerator.device)
             with count.counting(family.denoiser):
                 record, written, recipe = _train(
-                    written, recipe, family, accelerator, count, output, folder, session, tell
+                    written, recipe, family, accelerator, count, output, folder, session, tell, kept
                 )
             if folder is not None:
                 judge_and_vouch(record, written, recipe, output, session)
@@ -107,12 +108,13 @@ def _train(
     folder: OutputFolder | None,
     session: Session,
     tell: Callable[[str], object],
+    kept: ExitStack,
 ) -> tuple[RunRecord, Recipe, Recipe]:
     """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
-    process's."""
+    process's, and `kept` keeps open what draws a growing bank."""
     started = time.time() - count.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
-    prepared = prepare_run(written, recipe, family, accelerator, count, said)
+    prepared = prepare_run(written, recipe, family, accelerator, count, said, kept)
     recipe, going = prepared.recipe, prepared.going
     if going.finished is not None:
         if folder is not None:
@@ -145,9 +147,16 @@ def _train(
     run.schedule = measured.schedule
     if folder is not None:
         _begin(run, prepared, output, folder, session)
+
+    def settle() -> str:
+        run.identity = prepared.settle(accelerator.num_processes)
+        if folder is not None:
+            run.write(output)
+        return run.identity
+
     begun = time.time()
     try:
-        run.losses, run.steps_per_second = loop.run(said)
+        run.losses, run.steps_per_second = loop.run(said, settle)
     except NonFiniteLossError as error:
         if folder is not None:
             replace(run, status=FAILED, error=str(error)).write(output)

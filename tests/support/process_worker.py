@@ -16,15 +16,15 @@ class Stop(BaseException):
 @contextmanager
 def small_files():
     """Files of bank and caches with few entries each."""
-    from difftuning_control.data import bank, conditions
+    from difftuning_control.data import bank_draft, conditions
     from difftuning_control.data import latents as cache
 
-    before = [module.SHARD for module in (bank, cache, conditions)]
-    bank.SHARD = cache.SHARD = conditions.SHARD = SHARD
+    before = bank_draft.MOST, cache.SHARD, conditions.SHARD
+    bank_draft.MOST = cache.SHARD = conditions.SHARD = SHARD
     try:
         yield
     finally:
-        bank.SHARD, cache.SHARD, conditions.SHARD = before
+        bank_draft.MOST, cache.SHARD, conditions.SHARD = before
 
 
 def run(job: dict) -> None:

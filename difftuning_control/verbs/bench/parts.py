@@ -14,12 +14,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
-from difftuning_control.families.loading import embedded_model, load_family
+from difftuning_control.families.hub import best_device, in_precision
+from difftuning_control.families.loading import DTYPES, embedded_model, load_family
+from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs.bench import inputs as bench_inputs
 from difftuning_control.verbs.bench import total as total_time
-from difftuning_control.verbs.bench.settings import PEERS, Bench
+from difftuning_control.verbs.bench.models import FLUX_UNITS, flux_sized, sd15_sized, sdxl_sized
+from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
 from difftuning_control.verbs.bench.total import job_steps
@@ -27,7 +30,8 @@ from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
-SIDES = {"sd15": 512, "embedded": 64}
+SIDES = {"sd15": 512, "sdxl": 1024, "embedded": 64}
+FLUX_SIDE, DEPTHS = 1024, (1, 2)  # units of blocks that are timed
 PICTURES = 4  # of the timed trainings
 
 
@@ -40,19 +44,46 @@ class Setting:
 
     @property
     def side(self) -> int:
-        return SIDES[self.bench.size]
+        return SIDES[self.bench.size] // (8 if self.bench.small else 1)
 
     @property
     def model(self) -> Path:
-        return embedded_model() if self.bench.size == "embedded" else bench_inputs.sd15_sized(self.work / "sd15")
+        if self.bench.size == "embedded":
+            return embedded_model()
+        make = sd15_sized if self.bench.size == "sd15" else sdxl_sized
+        return make(self.models / self.bench.size, self.bench.small)
+
+    @property
+    def models(self) -> Path:
+        folder = Path(self.bench.models).resolve() if self.bench.models is not None else self.work
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @property
     def data(self) -> Path:
         return bench_inputs.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
 
+    @property
+    def device(self) -> torch.device:
+        """Where what runs in this process does so, as its own processes choose it."""
+        return best_device()
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """Keys of this trainer's recipe that all parts share."""
+        return {"training__mixed_precision": self.bench.mixed_precision, "training__compile": self.bench.compile}
+
     def ours(self, part: str, steps: int, rows: int | None = None) -> list[str]:
         """`difftune train` for so many steps."""
-        return ours(part, self.model, self.data, self.work, self.side, steps, rows or self.bench.batch_size)
+        rows = rows or self.bench.batch_size
+        return ours(part, self.model, self.data, self.work, self.side, steps, rows, **self.more)
+
+    def peer(self, part: str, data: Path, work: Path, steps: int, rows: int) -> list[str] | None:
+        """diffusers' script for as many; None where it is not there."""
+        script = Path(self.bench.peers or "") / (self.bench.script(part) or "")
+        if self.bench.peers is None or not script.is_file():
+            return None
+        return peer(part, script, self.model, data, work, self.side, steps, rows, self.bench.mixed_precision)
 
     def run(self, command: list[str], name: str) -> Timed:
         return run(command, self.work / name, self.bench.threads)
@@ -61,9 +92,9 @@ class Setting:
 def against_peer(setting: Setting, part: str) -> dict[str, Any]:
     """Steps a second against diffusers' script, ours with warm caches; what filling them cost is told beside."""
     bench, steps = setting.bench, setting.bench.steps + 1
-    assert bench.peers is not None
     mine = setting.ours(part, steps)
-    theirs = peer(part, bench.peers, setting.model, setting.data, setting.work, setting.side, steps, bench.batch_size)
+    theirs = setting.peer(part, setting.data, setting.work, steps, bench.batch_size)
+    assert theirs is not None
     shutil.rmtree(setting.work / "cache", ignore_errors=True)
     one = setting.ours(part, 1)
     cold, warm = setting.run(one, "cold"), setting.run(one, "warm")
@@ -78,6 +109,7 @@ def against_peer(setting: Setting, part: str) -> dict[str, Any]:
             "ours": median(b.first_step or 0.0 for _, b in rounds),
         },
         "peak": {"peer": max(a.peak for a, _ in rounds), "ours": max(b.peak for _, b in rounds)},
+        "device_peak": {"peer": max(a.device_peak for a, _ in rounds), "ours": max(b.device_peak for _, b in rounds)},
         "caching": {"seconds": cold.seconds - warm.seconds, "pictures": PICTURES},
     }
     for clock in ("steps", "cpu"):
@@ -131,15 +163,17 @@ def bank(setting: Setting) -> dict[str, Any]:
 
     if setting.bench.threads is not None:
         torch.set_num_threads(setting.bench.threads)
-    count = 64 if setting.bench.size == "embedded" else 2
-    family = load_family(str(setting.model))
+    on_gpu, dtype = setting.device.type == "cuda", DTYPES[setting.bench.mixed_precision]
+    count = 64 if setting.bench.size == "embedded" else 32 if on_gpu else 2
+    family = load_family(str(setting.model), dtype).to(setting.device)
     request = BankRequest([f"disc {i}" for i in range(count)], count, steps=10, resolution=setting.side)
-    pipe = DiffusionPipeline.from_pretrained(setting.model)
+    pipe = DiffusionPipeline.from_pretrained(setting.model, **in_precision(dtype)).to(setting.device)
     pipe.set_progress_bar_config(disable=True)
+    together = BankConfig().batch_for(setting.side)
 
     def build() -> None:
         shutil.rmtree(setting.work / "timed-bank", ignore_errors=True)
-        KnowledgeBank.build(family, setting.work / "timed-bank", request)
+        KnowledgeBank.build(family, setting.work / "timed-bank", request, batch_size=together)
 
     def loop(together: int) -> Callable[[], None]:
         def draw() -> None:
@@ -168,6 +202,7 @@ def bank(setting: Setting) -> dict[str, Any]:
     return {
         "pictures": count,
         "clock": _clock_name(setting),
+        "a_second": count / median(seconds["bank"]),
         **{
             name: ratio([([a], [b]) for a, b in zip(seconds[name], seconds["bank"])])
             for name in sides
@@ -221,12 +256,42 @@ def total(setting: Setting) -> dict[str, Any]:
     bench, work = setting.bench, setting.work / "total"
     steps, done, rows = job_steps(bench)
     data = bench_inputs.pictures(setting.work / f"pictures-{total_time.PICTURES}", total_time.PICTURES, setting.side)
-    script = Path(bench.peers or "") / PEERS["lora"]
-    theirs = None
-    if bench.peers is not None and script.is_file():
-        theirs = peer("lora", bench.peers, setting.model, data, work, setting.side, done, rows)
-    mine = ours("lora", setting.model, data, work, setting.side, done, rows)
+    theirs = setting.peer("lora", data, work, done, rows)
+    mine = ours("lora", setting.model, data, work, setting.side, done, rows, **setting.more)
     return total_time.Job(steps, done, rows, work, mine, theirs, setting.run).measure(bench.rounds)
+
+
+def flux(setting: Setting) -> dict[str, Any]:
+    """A LoRA's step on FLUX.1's layers at two depths, and what all of its layers would take: the difference of the two
+    is a unit of one double and two single blocks, and there are 19."""
+    bench, side = setting.bench, FLUX_SIDE // (16 if setting.bench.small else 1)
+    data = bench_inputs.pictures(setting.work / f"pictures-{side}", PICTURES, side)
+    found: dict[int, list[Timed]] = {}
+    for number in range(bench.rounds + 1):  # the first round encodes
+        for units in DEPTHS:
+            model = flux_sized(setting.models / f"flux-{units}", units, bench.small)
+            more = setting.more | {"model__quantization": bench.quantization}
+            work = setting.work / f"flux-runs-{units}"
+            command = ours("lora", model, data, work, side, bench.steps + 1, bench.batch_size, **more)
+            timed = setting.run(command, f"flux-{units}-{number}")
+            found.setdefault(units, []).extend([timed] if number else [])
+    seconds = {units: median(median(timed.steps) for timed in runs) for units, runs in found.items()}
+    peaks = {units: max(timed.device_peak or timed.peak for timed in runs) for units, runs in found.items()}
+    few, more_units = DEPTHS
+    return {
+        "units": list(DEPTHS),
+        "seconds": [seconds[units] for units in DEPTHS],
+        "peak": [peaks[units] for units in DEPTHS],
+        "of_units": FLUX_UNITS,
+        "seconds_a_step": added_up(FLUX_UNITS, few, seconds[few], more_units, seconds[more_units]),
+        "peak_in_all": added_up(FLUX_UNITS, few, peaks[few], more_units, peaks[more_units]),
+        "quantization": bench.quantization,
+    }
+
+
+def added_up(units: int, few: int, at_few: float, more: int, at_more: float) -> float:
+    """What so many units take where `few` take `at_few` and `more` take `at_more`, and all units the same."""
+    return at_few + (units - few) * (at_more - at_few) / (more - few)
 
 
 def profile(setting: Setting) -> dict[str, float]:
@@ -244,4 +309,5 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "memory": memory,
     "profile": profile,
     "total": total,
+    "flux": flux,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from difftuning_control.families.hub import best_device
 from difftuning_control.runs.folder import check_folder
 from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.system.durable import write_json
@@ -29,7 +30,7 @@ def bench(settings: Bench, overwrite: bool = False) -> dict[str, Any]:
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings) | {"threads": threads},
         "versions": versions(),
-        "device": describe_device(torch.device("cpu")),
+        "device": describe_device(best_device()),
         "parts": {},
     }
     write_json(work / "bench.json", result)
@@ -61,7 +62,8 @@ def table(result: dict[str, Any]) -> str:
     for name in ("lora", "controlnet"):
         if name in parts:
             part = parts[name]
-            peak = " against ".join(f"{part['peak'][side] / GIB:.1f} GiB" for side in ("ours", "peer"))
+            peaks = part["device_peak"] if part.get("device_peak", {}).get("ours") else part["peak"]
+            peak = " against ".join(f"{peaks[side] / GIB:.1f} GiB" for side in ("ours", "peer"))
             shown = f"{_shown(part['cpu'])} | {_shown(part['wall'])} | {peak}"
             lines.append(f"| {name}: steps/s against diffusers' script | {shown} |")
     if "difftuning" in parts:
@@ -75,6 +77,13 @@ def table(result: dict[str, Any]) -> str:
         part = parts["startup"]
         more.append(
             f"First step {part['seconds']:.1f} s after the command ({part['least']:.1f} to {part['most']:.1f})."
+        )
+    if "flux" in parts:
+        part = parts["flux"]
+        how = part["quantization"] or "unquantised"
+        more.append(
+            f"A LoRA's step on FLUX.1's layers ({how}), added up from {' and '.join(map(str, part['units']))} of "
+            f"{part['of_units']} units: {part['seconds_a_step']:.2f} s, {part['peak_in_all'] / GIB:.1f} GiB."
         )
     if "profile" in parts:
         shares = (f"{name} {share:.1%}" for name, share in parts["profile"].items() if name != "seconds_a_step")

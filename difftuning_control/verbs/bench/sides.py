@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.verbs.bench.settings import PEERS
 
 RANK = 16
 OURS = ["-m", "difftuning_control.cli"]
@@ -22,7 +21,8 @@ OURS = ["-m", "difftuning_control.cli"]
 @dataclass(frozen=True)
 class Timed:
     """One run under the stopwatch: seconds and CPU seconds of every step but the first, seconds to the first step, of
-    the whole command, the most memory that it took, in bytes, and the whole command's CPU seconds."""
+    the whole command, the most memory that it took, in bytes, the whole command's CPU seconds, and the most memory that
+    its tensors took on a GPU, 0 without one."""
 
     steps: list[float]
     cpu: list[float]
@@ -30,6 +30,7 @@ class Timed:
     seconds: float
     peak: int
     cpu_seconds: float
+    device_peak: int = 0
 
 
 def run(command: list[str], folder: Path, threads: int | None) -> Timed:
@@ -56,11 +57,18 @@ def run(command: list[str], folder: Path, threads: int | None) -> Timed:
         found["ended"] - found["started"],
         found["peak"],
         found["cpu"],
+        found["device_peak"],
     )
 
 
-def ours(part: str, model: Path | str, data: Path, work: Path, side: int, steps: int, batch: int) -> list[str]:
-    """`difftune train` as plain fine-tuning, without what the script does not do: no validation, no pictures."""
+def ours(
+    part: str, model: Path | str, data: Path, work: Path, side: int, steps: int, batch: int, **more: Any
+) -> list[str]:
+    """`difftune train` as plain fine-tuning, without what the script does not do: no validation, no pictures.
+
+    Args:
+        more: other keys of the recipe, with __ for their dots.
+    """
     flags: dict[str, Any] = {
         "method": part,
         "model.id": model,
@@ -84,11 +92,22 @@ def ours(part: str, model: Path | str, data: Path, work: Path, side: int, steps:
         flags["adapter.rank"] = RANK
     else:
         flags |= {"control.annotator": "supplied", "control.path": data / "edges", "control.fidelity.every": 0}
+    flags |= {key.replace("__", "."): value for key, value in more.items() if value is not None}
     return [*OURS, "train", *(f"--{k}={v}" for k, v in flags.items()), "--overwrite"]
 
 
-def peer(part: str, peers: str, model: Path, data: Path, work: Path, side: int, steps: int, batch: int) -> list[str]:
-    """diffusers' script on the same pictures, with the same rank, rows and learning rate."""
+def peer(
+    part: str,
+    script: Path,
+    model: Path,
+    data: Path,
+    work: Path,
+    side: int,
+    steps: int,
+    batch: int,
+    precision: str = "no",
+) -> list[str]:
+    """diffusers' script on the same pictures, with the same rank, rows, learning rate and precision."""
     flags: dict[str, Any] = {
         "pretrained_model_name_or_path": model,
         "train_data_dir": data,
@@ -103,12 +122,13 @@ def peer(part: str, peers: str, model: Path, data: Path, work: Path, side: int, 
         "output_dir": work / f"peer-{part}",
         "cache_dir": work / "datasets",
         "caption_column": "text",
+        "mixed_precision": precision,
     }
     if part == "lora":
         flags["rank"] = RANK
     else:
         flags["conditioning_image_column"] = "conditioning_image"
-    return [str(Path(peers) / PEERS[part]), *(f"--{k}={v}" for k, v in flags.items())]
+    return [str(script), *(f"--{k}={v}" for k, v in flags.items())]
 
 
 def ratio(rounds: list[tuple[list[float], list[float]]]) -> dict[str, float]:

@@ -5,7 +5,9 @@
 
 Both sides of a comparison run under it, unchanged, so that they are measured by one watch. RECORD is JSON: `started`
 (the process) and `ended` in seconds since the epoch, `steps` a list of [wall, CPU seconds of the process] at the end of
-every optimizer step, `peak` the largest resident memory in bytes, `cpu` the CPU seconds of the whole process.
+every optimizer step, `peak` the largest resident memory in bytes, `cpu` the CPU seconds of the whole process,
+`device_peak` the most memory of tensors on a GPU, in bytes. On a GPU a step ends when the GPU has done it: the times
+are those of events, for which nobody waits before the end.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -40,7 +43,18 @@ def peak_memory() -> int:
 def main() -> None:
     record, first, *arguments = sys.argv[1:]
     steps: list[tuple[float, float]] = []
-    register_optimizer_step_post_hook(lambda *_: steps.append((time.time(), time.process_time())))
+    events: list[torch.cuda.Event] = []
+
+    def note(*_: Any) -> None:
+        steps.append((time.time(), time.process_time()))
+        if torch.cuda.is_initialized():
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+            if len(events) == 1:
+                torch.cuda.synchronize()  # the first step's wall time, which the others are told from
+                steps[0] = (time.time(), steps[0][1])
+
+    register_optimizer_step_post_hook(note)
     code = 0
     try:
         if first == "-m":
@@ -52,8 +66,15 @@ def main() -> None:
             runpy.run_path(first, run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    times = {"started": psutil.Process().create_time(), "ended": time.time(), "steps": steps}
-    Path(record).write_text(json.dumps(times | {"peak": peak_memory(), "cpu": time.process_time()}))
+    ended, device_peak = time.time(), 0
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        device_peak = torch.cuda.max_memory_allocated()
+    if len(events) == len(steps):
+        steps = [(steps[0][0] + events[0].elapsed_time(e) / 1000, cpu) for e, (_, cpu) in zip(events, steps)]
+    times = {"started": psutil.Process().create_time(), "ended": ended, "steps": steps}
+    more = {"peak": peak_memory(), "cpu": time.process_time(), "device_peak": device_peak}
+    Path(record).write_text(json.dumps(times | more))
     sys.exit(code)
 
 

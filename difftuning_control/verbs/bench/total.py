@@ -1,7 +1,7 @@
 """From the command to the saved LoRA: this trainer plain and with Diff-Tuning, with cold and warm caches and bank, and
 diffusers' script, in turn.
 
-On the embedded model every command runs to its end. At Stable Diffusion 1.5's size each runs a few steps, with a bank
+On the embedded model every command runs to its end. At a real model's size each runs a few steps, with a bank
 of two samples of two steps, and the rest of its steps and of its bank is added at the speed that was measured.
 """
 
