@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -170,6 +169,7 @@ def test_a_signal_ends_a_run_at_once_while_its_bank_grows(recipe: Recipe, tmp_pa
     assert not [p.name for p in (tmp_path / "stopped" / "cache" / "banks").iterdir() if p.name.endswith(".lock")]
 
 
+@pytest.mark.wide
 def test_another_recipe_is_refused_also_where_the_bank_was_not_whole(recipe: Recipe, tmp_path: Path):
     here = into(recipe, tmp_path / "killed")
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
