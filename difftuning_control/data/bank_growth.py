@@ -14,7 +14,8 @@ from types import TracebackType
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.bank_draft import BankDraft
 from difftuning_control.system.durable import alone
-from difftuning_control.system.rows import FilesToCome, StoredFile
+from difftuning_control.system.rows import StoredFile
+from difftuning_control.system.rows_to_come import FilesToCome
 from difftuning_control.system.terminal import phase
 
 

@@ -41,10 +41,10 @@ from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import phase, progress
-from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
+from difftuning_control.training.run_bank import may_grow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -178,15 +178,6 @@ def _retained_bank(
         captions, side = pictures.captions, framing.resolution
         bank = prepare_bank(family, recipe.bank, recipe.data, captions, side, accelerator, tell, size, grow)
     return begin_label_space(family, recipe, pictures.data, bank)
-
-
-def may_grow(recipe: Recipe, processes: int) -> bool:
-    """Whether the bank can be drawn while a run trains: the pretrained model is then still there as it was loaded, and
-    one process steps alone. A run that goes on from a checkpoint has drawn its bank before that."""
-    record = read_run(Path(recipe.output)) if recipe.training.resume else None
-    begins = record is None or not (record.is_complete or checkpoints(Path(recipe.output)))
-    stays = recipe.method != "full" and recipe.tuning.label_space == "own" and not recipe.model.offload
-    return begins and stays and processes == 1 and recipe.training.compile is None
 
 
 def _bank_size(recipe: Recipe, processes: int) -> int:

@@ -22,7 +22,7 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.system.signals import Interrupted, asked, deferred
+from difftuning_control.system.signals import Interrupted, asked
 from difftuning_control.system.terminal import add_phase, duration, phases_are_shown, say
 from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -96,13 +96,13 @@ class TrainingLoop:
         self.bank = RunBank(inputs.bank, self.weights, self.phases)
 
     def run(
-        self, tell: Callable[[str], object] = silent, settle: Callable[[], str] | None = None
+        self, tell: Callable[[str], object] = silent, settle: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, Any], float | None]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
 
         Args:
             tell: is given a line on what is still to come.
-            settle: gives the run's identity once a bank is whole that grows while training begins.
+            settle: called once a bank is whole that grows while training begins, to give `identity` its value.
         """
         measured = self.phases.to_dict()
         first = self._resume()
@@ -128,10 +128,7 @@ class TrainingLoop:
             self.phases("training"),
             StepProgress(self.calendar, self.monitor.seconds, first, self.config.max_steps, main) as shown,
         ):
-            if self.bank.is_growing:
-                self._grow(safe, settle, must=first == self.end)
-            else:
-                safe.enter_context(deferred())
+            self.bank.guard(safe, settle, must=first == self.end)
             while step < self.end:
                 begun = time.time() - self.bank.seconds
                 self.advance(step, more=step + 1 < self.end)
@@ -143,8 +140,7 @@ class TrainingLoop:
                 seconds += taken
                 shown.beside = self.bank.remaining()
                 shown.advance(taken, losses, self.end)
-                if self.bank.is_growing:
-                    self._grow(safe, settle, must=step == self.end or self.calendar.saves(step, self.end))
+                self.bank.guard(safe, settle, must=step == self.end or self.calendar.saves(step, self.end))
                 if due:
                     self._watch(step)
                     self.report.write(step, self.end, shown.remaining(self.end))
@@ -240,14 +236,6 @@ class TrainingLoop:
         assert gathered is not None
         losses, levels, banks = gathered.unbind(1)
         self.budget.update(losses[banks > 0], levels[banks > 0], self.weights.teacher is not None)
-
-    def _grow(self, safe: ExitStack, settle: Callable[[], str] | None, must: bool) -> None:
-        """Make a growing bank whole once all of it is drawn, or `must` be: at the end, and before a checkpoint, whose
-        identity depends on it. Until then there is nothing to go on from, and a signal ends the run at once."""
-        if must or self.bank.has_all:
-            self.bank.finish()
-            self.identity = settle() if settle is not None else self.identity
-            safe.enter_context(deferred())
 
     def _is_asked(self) -> bool:
         """Whether this process alone was asked to end; several answer together where they read anyway."""

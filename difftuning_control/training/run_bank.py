@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import read_run
+from difftuning_control.system.signals import deferred
 from difftuning_control.system.terminal import duration, phases_are_shown, say
+from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.weights import TrainedWeights
+
+
+def may_grow(recipe: Recipe, processes: int) -> bool:
+    """Whether the bank can be drawn while a run trains: the pretrained model is then still there as it was loaded, and
+    one process steps alone. A run that goes on from a checkpoint has drawn its bank before that."""
+    record = read_run(Path(recipe.output)) if recipe.training.resume else None
+    begins = record is None or not (record.is_complete or checkpoints(Path(recipe.output)))
+    stays = recipe.method != "full" and recipe.tuning.label_space == "own" and not recipe.model.offload
+    return begins and stays and processes == 1 and recipe.training.compile is None
 
 
 class RunBank:
@@ -20,7 +34,7 @@ class RunBank:
 
     def __init__(self, bank: KnowledgeBank | None, weights: TrainedWeights, phases: Phases):
         self._growing = bank.growing if bank is not None else None
-        self.weights, self.phases, self._shown = weights, phases, 0
+        self.weights, self.phases, self._shown, self._is_guarded = weights, phases, 0, False
         if self._growing is not None:
             self._growing.around = self._drawing
 
@@ -53,7 +67,24 @@ class RunBank:
         """Seconds that it will still take, as far as is known."""
         return (self.phases.remaining("bank") or 0.0) if self.is_growing else 0.0
 
-    def finish(self) -> None:
+    def guard(self, safe: ExitStack, settle: Callable[[], object], must: bool) -> None:
+        """Let signals wait for the end of a step as soon as there is something to go on from, a whole bank first of
+        all; until then they end the run at once.
+
+        Args:
+            safe: is left after the last step.
+            settle: called once a growing bank is whole, on which the run's identity depends.
+            must: draw all that is left: at the end, and before a checkpoint.
+        """
+        if self._is_guarded or (self.is_growing and not must and not self.has_all):
+            return
+        if self.is_growing:
+            self._finish()
+            settle()
+        self._is_guarded = True
+        safe.enter_context(deferred())
+
+    def _finish(self) -> None:
         """Draw what is left, and make the bank whole."""
         assert self._growing is not None
         with self.phases("bank"):

@@ -148,11 +148,10 @@ def _train(
     if folder is not None:
         _begin(run, prepared, output, folder, session)
 
-    def settle() -> str:
-        run.identity = prepared.settle(accelerator.num_processes)
+    def settle() -> None:
+        loop.identity = run.identity = prepared.settle(accelerator.num_processes)
         if folder is not None:
             run.write(output)
-        return run.identity
 
     begun = time.time()
     try:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from difftuning_control.system.rows import FilesToCome, StoredFile
+from difftuning_control.system.rows import StoredFile
+from difftuning_control.system.rows_to_come import FilesToCome
 from difftuning_control.system.tensors import write_checked
 
 

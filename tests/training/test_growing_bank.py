@@ -22,7 +22,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.signals import Interrupted, watched
-from difftuning_control.training.inputs import may_grow
+from difftuning_control.training.run_bank import may_grow
 from difftuning_control.verbs.train import train
 from support.trainings import interrupted_after, record, resumed, rows
 

@@ -6,8 +6,8 @@ import pytest
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_family
+from difftuning_control.verbs.bench.layers import added_up
 from difftuning_control.verbs.bench.models import flux_sized, sd15_sized, sdxl_sized
-from difftuning_control.verbs.bench.parts import added_up
 from difftuning_control.verbs.bench.settings import PEERS_XL, Bench
 from difftuning_control.verbs.bench.sides import ours, peer
 from difftuning_control.verbs.parse import parse

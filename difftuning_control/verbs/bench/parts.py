@@ -21,7 +21,8 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs.bench import inputs as bench_inputs
 from difftuning_control.verbs.bench import total as total_time
-from difftuning_control.verbs.bench.models import FLUX_UNITS, flux_sized, sd15_sized, sdxl_sized
+from difftuning_control.verbs.bench.layers import flux
+from difftuning_control.verbs.bench.models import sd15_sized, sdxl_sized
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
@@ -31,7 +32,6 @@ from difftuning_control.verbs.parse import parse
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
 SIDES = {"sd15": 512, "sdxl": 1024, "embedded": 64}
-FLUX_SIDE, DEPTHS = 1024, (1, 2)  # units of blocks that are timed
 PICTURES = 4  # of the timed trainings
 
 
@@ -259,39 +259,6 @@ def total(setting: Setting) -> dict[str, Any]:
     theirs = setting.peer("lora", data, work, done, rows)
     mine = ours("lora", setting.model, data, work, setting.side, done, rows, **setting.more)
     return total_time.Job(steps, done, rows, work, mine, theirs, setting.run).measure(bench.rounds)
-
-
-def flux(setting: Setting) -> dict[str, Any]:
-    """A LoRA's step on FLUX.1's layers at two depths, and what all of its layers would take: the difference of the two
-    is a unit of one double and two single blocks, and there are 19."""
-    bench, side = setting.bench, FLUX_SIDE // (16 if setting.bench.small else 1)
-    data = bench_inputs.pictures(setting.work / f"pictures-{side}", PICTURES, side)
-    found: dict[int, list[Timed]] = {}
-    for number in range(bench.rounds + 1):  # the first round encodes
-        for units in DEPTHS:
-            model = flux_sized(setting.models / f"flux-{units}", units, bench.small)
-            more = setting.more | {"model__quantization": bench.quantization}
-            work = setting.work / f"flux-runs-{units}"
-            command = ours("lora", model, data, work, side, bench.steps + 1, bench.batch_size, **more)
-            timed = setting.run(command, f"flux-{units}-{number}")
-            found.setdefault(units, []).extend([timed] if number else [])
-    seconds = {units: median(median(timed.steps) for timed in runs) for units, runs in found.items()}
-    peaks = {units: max(timed.device_peak or timed.peak for timed in runs) for units, runs in found.items()}
-    few, more_units = DEPTHS
-    return {
-        "units": list(DEPTHS),
-        "seconds": [seconds[units] for units in DEPTHS],
-        "peak": [peaks[units] for units in DEPTHS],
-        "of_units": FLUX_UNITS,
-        "seconds_a_step": added_up(FLUX_UNITS, few, seconds[few], more_units, seconds[more_units]),
-        "peak_in_all": added_up(FLUX_UNITS, few, peaks[few], more_units, peaks[more_units]),
-        "quantization": bench.quantization,
-    }
-
-
-def added_up(units: int, few: int, at_few: float, more: int, at_more: float) -> float:
-    """What so many units take where `few` take `at_few` and `more` take `at_more`, and all units the same."""
-    return at_few + (units - few) * (at_more - at_few) / (more - few)
 
 
 def profile(setting: Setting) -> dict[str, float]:
