@@ -115,7 +115,7 @@ def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recip
     assert json.loads((tmp_path / "run" / "run.json").read_text())["phases"] == run.phases
     coming = [line for line in told if line.startswith("still to come")]
     assert len(coming) == 1
-    assert re.fullmatch(r"still to come, about [^:]*: validation [^,]*, training [^,]*", coming[0])
+    assert re.fullmatch(r"still to come, about [^:]*: bank [^,]*, validation [^,]*, training [^,]*", coming[0])
 
     other = replace(recipe, output=str(tmp_path / "broken"))
     with interrupted_after(5), pytest.raises(KeyboardInterrupt):
