@@ -59,6 +59,7 @@ class Sizes:
     quantization: str = "nf4"
     tests: tuple[str, ...] = ("tests",)
     benchmark: bool = True
+    minutes: float = 4.0  # of one benchmark
 
 
 TINY = Sizes(
@@ -72,6 +73,7 @@ TINY = Sizes(
     quantization="",
     tests=("tests/objective/test_noise.py",),
     benchmark=False,
+    minutes=20.0,
 )
 
 
@@ -114,7 +116,7 @@ def _bench(name: str, sizes: Sizes, output: Path, what: str, peers: Path | None 
         **more,
     }
     given = [f"--{key}={value}" for key, value in flags.items() if value != ""]
-    return Part(name, [*CLI, "bench", *given, *sizes.flags, "--overwrite"], 4.0, folder / "bench.json")
+    return Part(name, [*CLI, "bench", *given, *sizes.flags, "--overwrite"], sizes.minutes, folder / "bench.json")
 
 
 def _plain(name: str) -> str:
