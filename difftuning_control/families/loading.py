@@ -241,6 +241,10 @@ def _check_directory(path: str) -> None:
         raise UserError(
             f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
         )
+    if (folder / "modular_model_index.json").exists() and not (folder / "model_index.json").exists():
+        raise UserError(
+            f"the model {path} is a modular pipeline, which cannot be tuned yet; supported: {', '.join(FAMILIES)}."
+        )
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")
     if not folder.exists() and is_path(path):
