@@ -68,6 +68,7 @@ def effects(transformer: Any) -> dict[str, Tensor]:
     return {x.module: x.scale * x.up.flatten(1) @ x.down.flatten(1) for x in lora_layers(transformer, ADAPTER)}
 
 
+@pytest.mark.sample("z_image", "krea2", "ideogram4")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_has_the_names_and_shapes_that_comfyui_has(name):
     pipe = tuned(name)
@@ -82,6 +83,7 @@ def test_a_block_has_the_names_and_shapes_that_comfyui_has(name):
     assert set(NAMED[name]) <= theirs
 
 
+@pytest.mark.sample("krea2")
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name != "chroma"])
 def test_every_layer_has_a_name(name):
     """None is missing in the map, whatever a LoRA is put on; Chroma's distilled guidance layer is never tuned."""
@@ -92,6 +94,7 @@ def test_every_layer_has_a_name(name):
     assert set(plain_layers(transformer)) == set(named)
 
 
+@pytest.mark.sample("krea2")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_is_written_is_read_back(name):
     pipe = tuned(name)
@@ -106,6 +109,7 @@ def test_what_is_written_is_read_back(name):
     torch.testing.assert_close(read, effects(pipe.transformer), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample("flux2_klein")
 @pytest.mark.parametrize("name", READ_BY_DIFFUSERS)
 def test_stock_diffusers_reads_the_file_by_a_map_of_its_own(name, tmp_path, monkeypatch):
     """It knows the published names too, with peft's ends: none is unexpected to it, and layers get what they had."""

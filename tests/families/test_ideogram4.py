@@ -62,6 +62,7 @@ def test_a_share_of_the_adapter_in_the_unconditional_rows_is_refused(family):
         draw(family)
 
 
+@pytest.mark.wide
 def test_an_attached_stock_pipeline_hands_over_to_the_pretrained_model(family):
     base, stock = family_of(tiny_ideogram4()), STOCK["ideogram4"]
     call = CALL | {"num_inference_steps": 2, **stock.guidance(3.0, 2)}
@@ -75,6 +76,7 @@ def test_a_prompt_that_the_pipeline_would_not_cut_is_refused(family):
         family.encode_prompts(["long " * 40])
 
 
+@pytest.mark.wide
 def test_offloading_leaves_the_pipeline_as_it_was(family):
     """Its embeddings are read where it would encode prompts, for the while of drawing only."""
     expected = draw(family)
@@ -83,6 +85,7 @@ def test_offloading_leaves_the_pipeline_as_it_was(family):
     assert "encode_prompt" not in vars(family.pipe)
 
 
+@pytest.mark.wide
 def test_fewer_bits_are_of_both_transformers():
     family = family_of(tiny_ideogram4())
     family.quantise("float8")
@@ -91,6 +94,7 @@ def test_fewer_bits_are_of_both_transformers():
     assert torch.isfinite(draw(family)).all()
 
 
+@pytest.mark.wide
 def test_bfloat16_keeps_rows_and_columns_apart():
     """They are counted from 65,536, where bfloat16 has steps of 512."""
     family = family_of(tiny_ideogram4())
