@@ -130,8 +130,8 @@ class Ideogram4(SquareLatents):
     def _told(self, prompt: list[str], grid_h: int, grid_w: int, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """What the pipeline's `encode_prompt` gives."""
         rows = self.embedding_arguments(list(prompt))
-        found = sequence(rows["prompt_embeds"].float(), rows["prompt_attention_mask"], grid_h, grid_w)
-        return tuple(found.values())
+        told = sequence(rows["prompt_embeds"].float(), rows["prompt_attention_mask"], grid_h, grid_w)
+        return tuple(told.values())
 
     # --- the model --------------------------------------------------------------------------------------------------
 
