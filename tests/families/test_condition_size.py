@@ -1,4 +1,4 @@
-"""Why a ControlNet of Stable Diffusion reads pictures: the stock pipeline takes the picture's size from the condition."""
+"""Why a ControlNet of Stable Diffusion reads pictures: the stock pipeline takes a picture's size from its condition."""
 
 import pytest
 import torch
