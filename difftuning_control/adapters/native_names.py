@@ -57,7 +57,8 @@ class Architecture:
         for names, published in self.outside.items():
             yield from self._there(modules, published, tuple(names.split()), "")
         for ours, (theirs, inside) in self.blocks.items():
-            last = max((int(m.split(".")[1]) for m in modules if m.startswith(f"{ours}.")), default=-1)
+            inner = [m.removeprefix(f"{ours}.") for m in modules if m.startswith(f"{ours}.")]
+            last = max((int(m.split(".")[0]) for m in inner), default=-1)
             for i in range(last + 1):
                 for names, published in inside.items():
                     each = tuple(f"{ours}.{i}.{name}" for name in names.split())
@@ -205,6 +206,44 @@ Z_IMAGE = Architecture(
         "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
     },
 )
+KREA2_BLOCK = {
+    **{f"attn.to_{ours}": f"attn.w{ours}" for ours in ("q", "k", "v")},
+    "attn.to_gate": "attn.gate",
+    "attn.to_out.0": "attn.wo",
+    **{f"ff.{part}": f"mlp.{part}" for part in ("gate", "up", "down")},
+}
+KREA2 = Architecture(
+    {
+        "transformer_blocks": ("blocks", KREA2_BLOCK),
+        "text_fusion.layerwise_blocks": ("txtfusion.layerwise_blocks", KREA2_BLOCK),
+        "text_fusion.refiner_blocks": ("txtfusion.refiner_blocks", KREA2_BLOCK),
+    },
+    {
+        "img_in": "first",
+        "time_embed.linear_1": "tmlp.0",
+        "time_embed.linear_2": "tmlp.2",
+        "time_mod_proj": "tproj.1",
+        "txt_in.linear_1": "txtmlp.1",
+        "txt_in.linear_2": "txtmlp.3",
+        "text_fusion.projector": "txtfusion.projector",
+        "final_layer.linear": "last.linear",
+    },
+)
+IDEOGRAM4_OUTSIDE = ("input_proj", "llm_cond_proj", "t_embedding.mlp_in", "t_embedding.mlp_out", "adaln_proj")
+IDEOGRAM4 = Architecture(
+    {
+        "layers": (
+            "layers",
+            {
+                QKV.replace("attn.", "attention."): "attention.qkv",
+                "attention.to_out.0": "attention.o",
+                **{f"feed_forward.{w}": f"feed_forward.{w}" for w in ("w1", "w2", "w3")},
+                "adaln_modulation": "adaln_modulation",
+            },
+        )
+    },
+    {name: name for name in (*IDEOGRAM4_OUTSIDE, "final_layer.linear", "final_layer.adaln_modulation")},
+)
 PIXART = Architecture(
     {
         "transformer_blocks": (
@@ -237,6 +276,9 @@ TRANSFORMERS = {
     "Lumina2Transformer2DModel": LUMINA2,
     "ZImageTransformer2DModel": Z_IMAGE,
     "PixArtTransformer2DModel": PIXART,
+    "ChromaTransformer2DModel": FLUX,  # whose blocks it has
+    "Krea2Transformer2DModel": KREA2,
+    "Ideogram4Transformer2DModel": IDEOGRAM4,
 }
 AS_IN_DIFFUSERS = ("QwenImageTransformer2DModel",)  # published in diffusers first
 

@@ -26,6 +26,8 @@ class Components(ABC):
     """
 
     component: ClassVar[str]  # of the pipeline, that is tuned: unet or transformer
+    spared: ClassVar[tuple[str, ...]] = ("text_encoder",)  # beginnings of the names of modules that stay on the CPU
+    # with `offload` but for the while that they are needed
     pipe: Any  # diffusers' annotations leave out most of its modules' methods
     controlnet: Any
     offload: bool
@@ -80,11 +82,11 @@ class Components(ABC):
                 module.enable_gradient_checkpointing()
 
     def to(self, device: torch.device | str) -> Self:
-        """Move all modules, with `offload` all but the text encoders."""
+        """Move all modules, with `offload` all but those that are spared."""
         if not self.offload:
             self.pipe.to(device)
         for name, module in self.modules.items() if self.offload else ():
-            module.to("cpu" if name.startswith("text_encoder") else device)
+            module.to("cpu" if name.startswith(self.spared) else device)
         return self
 
     @contextmanager

@@ -22,13 +22,43 @@ from difftuning_control.objective.noise import NoiseProcess
 STEPS = 50  # that the pipelines draw with unless told otherwise: μ of their shift depends on it
 
 
-class Flux2Klein(LatentTransformer):
+class SquareLatents(LatentTransformer):
+    """A transformer on squares of four of the autoencoder's latents, normalised by the statistics of its batch norm."""
+
+    base_density = "logit_normal"
+    patch = 2
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return self.patch * self.pipe.vae_scale_factor
+
+    @property
+    def resolution_step(self) -> int:
+        return self.vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.patch**2 * self.pipe.vae.config.latent_channels
+
+    @property
+    def latent_shift(self) -> Tensor:
+        return self.by_channel(self.pipe.vae.bn.running_mean)
+
+    @property
+    def latent_factor(self) -> Tensor:
+        vae = self.pipe.vae
+        return 1 / torch.sqrt(self.by_channel(vae.bn.running_var) + vae.config.batch_norm_eps)
+
+    def by_channel(self, statistics: Tensor) -> Tensor:
+        """The autoencoder's numbers, one a channel of a token, as (C, 1, 1)."""
+        return statistics.view(-1, 1, 1)
+
+
+class Flux2Klein(SquareLatents):
     """A `Flux2KleinPipeline`. Conditioning: `prompt_embeds` (B, L, 3 D)."""
 
     name = "flux2_klein"
     fit = Fit(batch_size=3)
-    base_density = "logit_normal"
-    patch = 2
     text_length: ClassVar[int] = 512
     chat: ClassVar[dict[str, Any]] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
 
@@ -47,34 +77,11 @@ class Flux2Klein(LatentTransformer):
     def native_resolution(self) -> int:
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
-    @property
-    def vae_scale_factor(self) -> int:
-        return self.patch * self.pipe.vae_scale_factor
-
-    @property
-    def resolution_step(self) -> int:
-        return self.vae_scale_factor
-
     def told(self, process: NoiseProcess) -> NoiseProcess:
         return replace(process, timesteps=process.sigmas)
 
     def shift_of(self, resolution: int) -> float:
         return compute_empirical_mu(self.shift_tokens(resolution), STEPS)
-
-    # --- latents ----------------------------------------------------------------------------------------------------
-
-    @property
-    def latent_channels(self) -> int:
-        return self.patch**2 * self.pipe.vae.config.latent_channels
-
-    @property
-    def latent_shift(self) -> Tensor:
-        return self.pipe.vae.bn.running_mean.view(-1, 1, 1)
-
-    @property
-    def latent_factor(self) -> Tensor:
-        vae = self.pipe.vae
-        return 1 / torch.sqrt(vae.bn.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps)
 
     def drawn_latents(self, drawn: Tensor, resolution: int) -> Tensor:
         """The pipeline gives the autoencoder's own."""

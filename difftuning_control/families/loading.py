@@ -40,6 +40,7 @@ FAMILIES = {
     "Flux2Pipeline": ("flux2", "Flux2"),
     "Krea2Pipeline": ("krea2", "Krea2"),
     "ChromaPipeline": ("chroma", "Chroma"),
+    "Ideogram4Pipeline": ("ideogram4", "Ideogram4"),
 }
 # the first diffusers whose pipeline is the one that is followed here, where older ones are to be met
 SINCE = {
@@ -49,6 +50,7 @@ SINCE = {
     "Flux2Pipeline": "0.36",
     "Krea2Pipeline": "0.39",
     "ChromaPipeline": "0.34",
+    "Ideogram4Pipeline": "0.39",
 }
 
 
@@ -178,7 +180,7 @@ def _left_out(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A ControlNet of the family's class from a directory or the Hub, of Z-Image also a file; safetensors only.
+    """A ControlNet of the family's class from a directory, the Hub or (Z-Image, Qwen-Image) a file; safetensors only.
 
     Raises:
         UserError: if it is not there, or does not fit the model, with the two numbers that differ, or the family has
@@ -238,6 +240,10 @@ def _check_directory(path: str) -> None:
         refuse_pickle(f"the model {path}", path, "checkpoint")
         raise UserError(
             f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
+        )
+    if (folder / "modular_model_index.json").exists() and not (folder / "model_index.json").exists():
+        raise UserError(
+            f"the model {path} is a modular pipeline, which cannot be tuned yet; supported: {', '.join(FAMILIES)}."
         )
     if folder.is_dir() and not (folder / "model_index.json").exists():
         raise UserError(f"the model directory {path} has no model_index.json; expected a saved diffusers pipeline.")

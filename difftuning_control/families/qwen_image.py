@@ -8,6 +8,8 @@ References:
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,6 +22,7 @@ from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.packed import PackedTransformer, pack
 from difftuning_control.families.transformer import FlowTransformer
+from difftuning_control.system.tensors import read_tensors
 
 COPIED_BLOCKS = 5  # that a new ControlNet copies, as many as the class has by default
 
@@ -135,6 +138,28 @@ class QwenImage(PackedTransformer, MaskedTransformer):
         blocks = self._blocks_read(min(COPIED_BLOCKS, self.denoiser.config.num_layers))
         own = {"num_layers": blocks, "extra_condition_channels": 0}
         return self.copied_controlnet(own, ("time_text_embed", "txt_norm", "img_in", "txt_in", "transformer_blocks"))
+
+    def controlnet_of_file(self, path: Path) -> Any:
+        """One of InstantX's, as for ComfyUI: its names are diffusers' own. A Union one has no modes, it is told the
+        picture alone."""
+        state = read_tensors(path) or {}
+        embedder = state.get("controlnet_x_embedder.weight")
+        count = len({name.split(".")[1] for name in state if name.startswith("transformer_blocks.")})
+        if embedder is None or not count:
+            raise UserError(
+                f"the file {path} holds no ControlNet of Qwen-Image that diffusers has a class for (no "
+                "controlnet_x_embedder or no transformer_blocks are in it; Fun and blockwise ones are other "
+                "architectures); give one by InstantX, as a file or a directory."
+            )
+        more = embedder.shape[1] - self.denoiser.config.in_channels
+        own = {"num_layers": count, "extra_condition_channels": max(more, 0)}
+        controlnet = self.controlnet_of_this_size(own)
+        try:
+            controlnet.load_state_dict(state)
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise UserError(f"the ControlNet {path} does not fit this model ({reason}); give another.") from None
+        return controlnet
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         widths = ("num_attention_heads", "attention_head_dim", "joint_attention_dim")

@@ -35,14 +35,20 @@ class LatentTransformer(Family):
     condition_range = (-1.0, 1.0)
     encodes_control = True
 
+    @property
+    def transformers(self) -> list[Any]:
+        """The one that is tuned, and those that the pipeline has beside it."""
+        return [self.denoiser]
+
     def quantise(self, kind: str) -> None:
         """float8 by diffusers' layerwise casting: weights are in `dtype` while their layer computes, and always those
         of norms and of convolutions, whose gradient reads what is stored; the others by `quantised.py`."""
-        if kind == "float8":
-            self.denoiser.enable_layerwise_casting(FLOAT8, self.dtype, skip_modules_classes=(nn.Conv2d,))
-        else:
-            need_bitsandbytes(kind)
-            quantise_linears(self.denoiser, kind, self.dtype)
+        for transformer in self.transformers:
+            if kind == "float8":
+                transformer.enable_layerwise_casting(FLOAT8, self.dtype, skip_modules_classes=(nn.Conv2d,))
+            else:
+                need_bitsandbytes(kind)
+                quantise_linears(transformer, kind, self.dtype)
 
     def mend_adapter(self, path: Path) -> None:
         """Loaded beside weights in 8 bits, a LoRA is rounded to these too; take it from its file again, in `dtype`."""
@@ -88,14 +94,17 @@ class LatentTransformer(Family):
 
         The class's own `from_transformer` writes the ControlNet's settings into the transformer's configuration.
         """
-        known = inspect.signature(self.controlnet_class.__init__).parameters
-        config = {k: v for k, v in self.denoiser.config.items() if k in known} | own
-        controlnet = self.controlnet_class(**config)
+        controlnet = self.controlnet_of_this_size(own)
         for name in copied:
             weights = plain_state(getattr(self.denoiser, name))
             part = getattr(controlnet, name)
             part.load_state_dict({k: weights[k] for k in part.state_dict()})
         return controlnet
+
+    def controlnet_of_this_size(self, own: dict[str, Any]) -> Any:
+        """A ControlNet with the transformer's configuration but for `own`, its weights at random."""
+        known = inspect.signature(self.controlnet_class.__init__).parameters
+        return self.controlnet_class(**{k: v for k, v in self.denoiser.config.items() if k in known} | own)
 
 
 class FlowTransformer(LatentTransformer):

@@ -19,7 +19,12 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = HOME[name] if name in HOME else BY_NAME[name].module
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{module}"), name)
+    except ImportError as error:
+        if name in BY_NAME and BY_NAME[name].stock in str(error):  # an older diffusers, which says so itself
+            raise AttributeError(f"{name} is made of a class that there is not: {error}") from None
+        raise
 
 
 def __dir__() -> list[str]:

@@ -127,13 +127,21 @@ def check_cache(module: Any, component: str) -> None:
         )
 
 
-def check_scale(pipe: Any, guiding: Guiding, scale: float) -> None:
-    """Refuse Domain Guidance where the stock class has no second branch.
+def check_scale(pipe: Any, guiding: Guiding, scale: float, unconditional_strength: float) -> None:
+    """Refuse Domain Guidance where the stock class has no second branch, and where that branch is a transformer of its
+    own (which is the pretrained one always) a share of the adapter in it.
 
     Raises:
-        UserError: in this case.
+        UserError: in these cases.
     """
     name, denoiser = type(pipe).__name__, getattr(pipe, guiding.component)
+    if guiding.rows == "beside":
+        if unconditional_strength > 0:
+            raise UserError(
+                f"a {name} has a transformer of its own for the unconditional rows, which no adapter acts on; leave "
+                "unconditional_strength out."
+            )
+        return
     if guiding.scale is None:
         raise UserError(
             f"domain_guidance needs a second prediction with a scale, and a {name} has none; use hand_over or "

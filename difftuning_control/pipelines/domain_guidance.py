@@ -36,7 +36,7 @@ def check_domain_family(family: Family, option: str) -> None:
         UserError: for a model that is told its guidance (FLUX dev), is distilled, or makes its own of classes.
     """
     guiding = BY_CLASS.get(type(family.pipe).__name__)
-    is_told = guiding is None or guiding.scale is None or guiding.alone or family.pipe.config.get("is_distilled")
+    is_told = guiding is None or guiding.rows == "none" or guiding.alone or family.pipe.config.get("is_distilled")
     if is_told or family.class_conditional:
         raise UserError(
             "Domain Guidance is here for models that are sampled with a second, unconditional prediction, not for a "

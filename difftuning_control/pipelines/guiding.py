@@ -6,6 +6,7 @@
     in turns               the conditional one; where guidance is on, the unconditional one after it
     negative prompt        the same, on where the call has a negative prompt
     none                   the conditional one; the model is told its guidance
+    beside                 the conditional one; a second transformer, which is not tuned, has the unconditional rows
 
 A class that is not in the table is refused: a pipeline with third rows (perturbed attention, InstructPix2Pix) would be
 answered by the wrong weights without anybody noticing.
@@ -22,7 +23,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.guidance import AtForward, Branch
 
-Rows = Literal["unconditional first", "conditional first", "in turns", "negative prompt", "none"]
+Rows = Literal["unconditional first", "conditional first", "in turns", "negative prompt", "none", "beside"]
 Time = Literal["scheduler", "sigma", "clean", "scaled"]
 
 
@@ -169,6 +170,7 @@ GUIDINGS = (
     Guiding(("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"), "in turns", time="sigma"),
     Guiding(_variants("Chroma", "Img2Img", "Inpaint"), "in turns", time="sigma"),
     Guiding(("Krea2Pipeline",), "in turns", neutral=0.0, above=0.0, time="sigma"),
+    Guiding(("Ideogram4Pipeline",), "beside", scale=None, time="clean"),
     Guiding(
         _variants(
             "QwenImage", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint", "Edit", "EditInpaint", "EditPlus"
@@ -206,7 +208,8 @@ def known_class(pipe: Any) -> Any:
     why = "its batches have third rows" if "PAG" in name or "Pix2Pix" in name else "how it does guidance is not known"
     raise UserError(
         f"a {name} cannot take settings of Diff-Tuning: {why}; use the pipeline of diffusers without it, for "
-        "Stable Diffusion, SDXL, SD3, FLUX, FLUX.2, Chroma, Qwen-Image, Z-Image, Krea 2, Lumina 2, PixArt, Sana or DiT."
+        "Stable Diffusion, SDXL, SD3, FLUX, FLUX.2, Chroma, Qwen-Image, Z-Image, Krea 2, Ideogram 4, Lumina 2, PixArt, "
+        "Sana or DiT."
     )
 
 

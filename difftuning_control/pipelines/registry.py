@@ -19,7 +19,7 @@ class DropIn:
         file: the one-line file for `custom_pipeline=`, without its ending.
         auto: the stock class's name in the tables of diffusers' Auto classes; None where these do not know it.
         control: the stock class that a ControlNet makes of the stock one, or itself where it has ControlNets; None
-            where diffusers has none.
+            where there is no drop-in for that.
     """
 
     stock: str
@@ -77,6 +77,17 @@ DROP_INS = (
         "flux-controlnet",
         FLUX_CONTROL,
     ),
+    DropIn("ZImagePipeline", "DiffTuningZImagePipeline", "z_image", "difftuning_z_image", "z-image"),
+    DropIn("QwenImagePipeline", "DiffTuningQwenImagePipeline", "qwen_image", "difftuning_qwen_image", "qwenimage"),
+    DropIn(
+        "Flux2KleinPipeline", "DiffTuningFlux2KleinPipeline", "flux2_klein", "difftuning_flux2_klein", "flux2-klein"
+    ),
+    DropIn("Flux2Pipeline", "DiffTuningFlux2Pipeline", "flux2", "difftuning_flux2", "flux2"),
+    DropIn("Krea2Pipeline", "DiffTuningKrea2Pipeline", "krea2", "difftuning_krea2", "krea2"),
+    DropIn("ChromaPipeline", "DiffTuningChromaPipeline", "chroma", "difftuning_chroma", "chroma"),
+    DropIn("Ideogram4Pipeline", "DiffTuningIdeogram4Pipeline", "ideogram4", "difftuning_ideogram4", "ideogram4"),
+    DropIn("Lumina2Pipeline", "DiffTuningLumina2Pipeline", "lumina2", "difftuning_lumina2", "lumina2"),
+    DropIn("SanaPipeline", "DiffTuningSanaPipeline", "sana", "difftuning_sana", "sana"),
     DropIn("DiTPipeline", "DiffTuningDiTPipeline", "dit", "difftuning_dit"),
 )
 CLASSES = tuple(drop_in.name for drop_in in DROP_INS)

@@ -123,7 +123,7 @@ class Sampling:
         branch: AtForward = lambda inputs, timestep: "tuned"  # noqa: E731
         scale = 1.0 if guiding.scale is None else call[guiding.scale]
         if extras.domain_guidance:
-            check_scale(self.pipe, guiding, scale)
+            check_scale(self.pipe, guiding, scale, extras.unconditional_strength)
         # at the scale that means no guidance the formula is the tuned prediction
         is_guided = extras.domain_guidance and scale > guiding.above
         if is_guided:

@@ -1,12 +1,16 @@
 """ControlNets of Qwen-Image: what the stock pipeline does, piece by piece."""
 
+import inspect
+import json
+
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
-from difftuning_control.families.loading import family_of
+from difftuning_control.families.loading import family_of, load_controlnet
 from support.control_checks import (
     assert_adds_exactly_nothing,
     assert_predicts_as_in_the_stock_pipeline,
@@ -136,3 +140,40 @@ def test_blocks_of_a_controlnet_that_nobody_reads_do_not_train():
     unused = family.unused_parameters(family.controlnet)
     assert still == {n for n, _ in family.controlnet.named_parameters() if n.startswith(unused)}
     assert "controlnet_blocks.4.weight" in still
+
+
+def settings_of(controlnet) -> dict:
+    known = inspect.signature(type(controlnet).__init__).parameters
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in controlnet.config.items() if k in known}
+
+
+@pytest.mark.parametrize("form", ["directory", "file"])
+def test_a_union_controlnet_is_read_and_drawn_with_as_diffusers_does(family, form, tmp_path):
+    """As published: a configuration of an earlier diffusers, without `extra_condition_channels` and with keys that are
+    gone; and its tensors alone, as they are kept for ComfyUI. It has no modes: the picture is all that it is told."""
+    made = family.controlnet
+    made.save_pretrained(tmp_path)
+    config = {k: v for k, v in settings_of(made).items() if k != "extra_condition_channels"}
+    config |= {"_class_name": "QwenImageControlNetModel", "guidance_embeds": False, "pooled_projection_dim": 768}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    found = load_controlnet(family, str(tmp_path if form == "directory" else weights))
+    theirs = type(made).from_pretrained(tmp_path)
+    assert settings_of(found) == settings_of(theirs)
+    torch.testing.assert_close(found.state_dict(), theirs.state_dict(), atol=0, rtol=0)
+    control = conditions(SIDE)
+    family.controlnet = theirs
+    expected = stock_picture(family, control)
+    family.controlnet = found
+    assert_samples_as_the_stock_pipeline(family, expected, control)
+
+
+def test_a_file_of_another_architecture_is_refused(family, tmp_path):
+    for tensors in ({"control_img_in.weight": torch.zeros(2, 2)}, {"controlnet_blocks.0.x_rms.weight": torch.zeros(2)}):
+        save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=r"no controlnet_x_embedder .* Fun and blockwise ones are other architect"):
+            load_controlnet(family, str(tmp_path / "other.safetensors"))
+    state = {n: t.contiguous() for n, t in family.controlnet.state_dict().items()}
+    save_file(state | {"controlnet_x_embedder.weight": torch.zeros(16, 17)}, tmp_path / "mask.safetensors")
+    with pytest.raises(UserError, match="takes 1 channels beside the condition's"):
+        load_controlnet(family, str(tmp_path / "mask.safetensors"))

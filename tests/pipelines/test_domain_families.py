@@ -13,7 +13,7 @@ from support.flow_families import STOCK, need, shorten
 from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
 
 OLDER = {"pixart": tiny_pixart, "sana": tiny_sana, "lumina2": tiny_lumina2}
-GUIDED = [name for name, stock in STOCK.items() if not stock.embedded]
+GUIDED = [name for name, stock in STOCK.items() if not stock.embedded and not stock.beside]
 
 
 def tuned_family(make):

@@ -14,7 +14,15 @@ import torch
 from difftuning_control.families.loading import FAMILIES, SINCE
 from difftuning_control.system.installed import at_least
 from support.drawing import PROMPTS, generators
-from support.tiny_flow import tiny_chroma, tiny_flux2, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
+from support.tiny_flow import (
+    tiny_chroma,
+    tiny_flux2,
+    tiny_flux2_klein,
+    tiny_ideogram4,
+    tiny_krea2,
+    tiny_qwen_image,
+    tiny_z_image,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Stock:
         write: the transformer's first output for a prediction.
         apart: whether the rows of the empty prompt are a second call; else they follow in the same.
         embedded: whether the model is told the scale instead.
+        beside: whether a second transformer has those rows, which is told no prompt.
         side: of the picture, in pixels.
         tokens: of a prompt; fewer than usual, which saves time.
     """
@@ -41,6 +50,7 @@ class Stock:
     write: Callable[[torch.Tensor], Any]
     apart: bool
     embedded: bool = False
+    beside: bool = False
     side: int = 16
     tokens: int = 64
 
@@ -83,6 +93,23 @@ def write_squares(prediction):
     return prediction.flatten(2).transpose(1, 2)
 
 
+def read_ideogram4(args, kwargs, out):
+    """After the text; a token's channels are those of each place in its square in turn."""
+    tokens = (kwargs["hidden_states"][:, 64:], -out[0][:, 64:])
+    rows, count, width = tokens[0].shape
+    side = int(count**0.5)
+    shape = (rows, side, side, 4, width // 4)
+    noisy, found = (t.reshape(shape).permute(0, 4, 3, 1, 2).reshape(rows, width, side, side) for t in tokens)
+    return noisy, kwargs["timestep"], found
+
+
+def write_ideogram4(prediction):
+    rows, channels, height, width = prediction.shape
+    places = prediction.reshape(rows, channels // 4, 4, height, width).permute(0, 3, 4, 2, 1)
+    tokens = places.reshape(rows, height * width, channels)
+    return torch.cat([tokens.new_zeros(rows, 64, channels), -tokens], 1)
+
+
 def told_scale(w, rows):
     return {"guidance_scale": w}
 
@@ -117,6 +144,15 @@ STOCK = {
         apart=True,
     ),
     "chroma": Stock(tiny_chroma, "ChromaPipeline", told_scale, read_packed, packed, apart=True),
+    "ideogram4": Stock(
+        tiny_ideogram4,
+        "Ideogram4Pipeline",
+        lambda w, rows: {"guidance_scale": w, "guidance_schedule": None},
+        read_ideogram4,
+        write_ideogram4,
+        apart=False,
+        beside=True,
+    ),
 }
 
 

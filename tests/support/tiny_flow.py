@@ -67,8 +67,27 @@ def tiny_qwen_image(seed: int = 0, layers: int = 2):
     return QwenImagePipeline(scheduler, tiny_qwen_vae(), encoder, tokenizer, transformer)
 
 
+def tiny_flux2_vae():
+    """An autoencoder that halves pictures, with statistics for each place and channel of a square of four."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.data = torch.randn(16) * 0.2
+    vae.bn.running_var.data = torch.rand(16) + 0.5
+    return vae
+
+
 def tiny_flux2_parts(seed: int, dev: bool) -> dict:
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     torch.manual_seed(seed)
     encoder, tokenizer = tiny_mistral() if dev else tiny_qwen3(layers=27, causal=True)
@@ -83,22 +102,10 @@ def tiny_flux2_parts(seed: int, dev: bool) -> dict:
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=dev,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-    )
-    vae.bn.running_mean.data = torch.randn(16) * 0.2
-    vae.bn.running_var.data = torch.rand(16) + 0.5
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return {
         "scheduler": scheduler,
-        "vae": vae,
+        "vae": tiny_flux2_vae(),
         "text_encoder": encoder,
         "tokenizer": tokenizer,
         "transformer": transformer,
@@ -165,6 +172,28 @@ def tiny_chroma(seed: int = 0):
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return ChromaPipeline(scheduler, tiny_vae(0.06), encoder, tokenizer, transformer)
+
+
+def tiny_ideogram4(seed: int = 0):
+    from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = tiny_qwen3_vl(layers=36, parts=True)
+    conditional, unconditional = (
+        Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            intermediate_size=16,
+            adaln_dim=16,
+            llm_features_dim=13 * 16,
+            mrope_section=(1, 1, 1),
+        )
+        for _ in range(2)
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return Ideogram4Pipeline(scheduler, tiny_flux2_vae(), encoder, tokenizer, conditional, unconditional)
 
 
 def spread(module: torch.nn.Module) -> None:

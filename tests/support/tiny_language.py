@@ -135,16 +135,18 @@ def tiny_mistral(layers: int = 30):
     return Mistral3ForConditionalGeneration(config), processor
 
 
-def tiny_qwen3_vl():
-    """A Qwen3-VL model, which also reads pictures, and its tokenizer."""
+def tiny_qwen3_vl(layers: int = 3, parts: bool = False):
+    """A Qwen3-VL model, which also reads pictures, and its tokenizer; `parts` where messages are lists of parts."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
     tokenizer = tiny_qwen_tokenizer()
+    if parts:
+        tokenizer.chat_template = CHAT.replace("message['content']", "message['content'][0]['text']")
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "intermediate_size": 16,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,

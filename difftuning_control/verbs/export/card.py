@@ -79,8 +79,9 @@ def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: P
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours.file, klass=parts.ours.name)]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
-        guidance = GUIDANCE.replace("guidance_scale", BY_CLASS[parts.ours.stock].scale or "")
-        use += ["", guidance] if has_adapter or request.source_unet != "none" else []
+        scale = BY_CLASS[parts.ours.stock].scale  # None where there is no unconditional branch to be taken
+        if scale is not None and (has_adapter or request.source_unet != "none"):
+            use += ["", GUIDANCE.replace("guidance_scale", scale)]
         use += ["", SCHEDULE] if has_adapter else []
     if despite_gates(request, run):
         use += ["", DESPITE]
@@ -137,7 +138,7 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
         used["difftuning_control"].append("load_source")
         body.append(f'source = load_source(pipe.{parts.component}, f"{{folder}}/source_difference.safetensors")')
         body.append(f"pipe.register_modules(source_{parts.component}=source)")
-    if request.source_unet != "none":
+    if request.source_unet != "none" and parts.ours is not None and BY_CLASS[parts.ours.stock].scale is not None:
         body.append("pipe.set_extras(domain_guidance=True)")
     prompt, image = asked_for(run), run.control.argument if run.control is not None else "image"
     if parts.controlnet is None:

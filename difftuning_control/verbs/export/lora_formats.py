@@ -36,6 +36,7 @@ from difftuning_control.errors import UserError
 
 KOHYA = {
     "FluxTransformer2DModel": ("final_layer",),
+    "ChromaTransformer2DModel": ("final_layer",),
     "SD3Transformer2DModel": (),
     "Lumina2Transformer2DModel": ("x_embedder", "t_embedder", "cap_embedder"),
 }

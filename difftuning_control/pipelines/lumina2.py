@@ -1,0 +1,18 @@
+"""Lumina-Image 2.0: a drop-in for the stock text-to-image pipeline."""
+
+from __future__ import annotations
+
+from diffusers import Lumina2Pipeline
+
+from difftuning_control.pipelines.extras import TunedSampling
+
+
+class DiffTuningLumina2Pipeline(TunedSampling, Lumina2Pipeline, stock=Lumina2Pipeline):
+    """`Lumina2Pipeline` that knows the pretrained model behind a tuned one.
+
+    `domain_guidance`, `unconditional_strength`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings
+    of `set_extras`.
+
+    Args:
+        source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
+    """

@@ -1,0 +1,19 @@
+"""Qwen-Image: a drop-in for the stock text-to-image pipeline."""
+
+from __future__ import annotations
+
+from diffusers import QwenImagePipeline
+
+from difftuning_control.pipelines.extras import TunedSampling
+
+
+class DiffTuningQwenImagePipeline(TunedSampling, QwenImagePipeline, stock=QwenImagePipeline):
+    """`QwenImagePipeline` that knows the pretrained model behind a tuned one.
+
+    `domain_guidance`, `unconditional_strength`, `tuned_adapters`, `adapter_schedule` and `hand_over` are the settings
+    of `set_extras`. The scale of Domain Guidance is the call's `true_cfg_scale`; it needs a negative
+    prompt.
+
+    Args:
+        source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
+    """
