@@ -17,12 +17,14 @@ from difftuning_control.training.weights import TrainedWeights
 
 
 def may_grow(recipe: Recipe, processes: int) -> bool:
-    """Whether the bank can be drawn while a run trains: the pretrained model is then still there as it was loaded, and
-    one process steps alone. A run that goes on from a checkpoint has drawn its bank before that."""
+    """Whether the bank can be drawn while a run trains: the pretrained model is then still there as it was loaded, one
+    process steps alone, and no conditions are made of the samples. A run that goes on from a checkpoint has drawn its
+    bank before that."""
     record = read_run(Path(recipe.output)) if recipe.training.resume else None
     begins = record is None or not (record.is_complete or checkpoints(Path(recipe.output)))
     stays = recipe.method != "full" and recipe.tuning.label_space == "own" and not recipe.model.offload
-    return begins and stays and processes == 1 and recipe.training.compile is None
+    reads_all = recipe.method == "controlnet" and recipe.control.bank_condition == "own"
+    return begins and stays and not reads_all and processes == 1 and recipe.training.compile is None
 
 
 class RunBank:

@@ -537,8 +537,8 @@ def test_a_family_is_one_file_and_one_line():
 
     root = Path(difftuning_control.__file__).parent
     words = ("StableDiffusion", "Flux", "prompt_embeds[", '"prompt_embeds"', "pooled_p", "families.sd", "families.flux")
-    # the names of drop-ins and of other tools' models, a hint for users, the objective's example, and the benchmark
-    # on one model
+    # the names of drop-ins and of other tools' models, a hint for users, the objective's example, and the benchmarks'
+    # models
     named = {
         "__init__.py",
         "discovery.py",
@@ -547,6 +547,7 @@ def test_a_family_is_one_file_and_one_line():
         "verbs/export/lora_formats.py",
         "objective/difftuning.py",
         "verbs/bench/inputs.py",
+        "verbs/bench/models.py",
     }
     folders = ("families", "pipelines")
     places = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py") if p.parent.name not in folders}
