@@ -45,7 +45,7 @@ def test_pictures_have_what_training_finds_wrong_with_them(places):
     with pytest.raises(UserError, match="has no caption"):
         load_images(str(folder))
     page = gallery(places, "photos", list(found.values()), 0, None)
-    assert "2 cannot be trained on as they are" in page
+    assert "1 without a caption, 1 that cannot be read or used" in page
 
 
 def test_copies_are_named_whether_or_not_their_bytes_are_the_same(places):
