@@ -1,8 +1,8 @@
-"""What a run is going to take, told before anything is loaded: forwards by phase, seconds, memory.
+"""What a run is going to take, told before it begins: forwards by phase, seconds, memory.
 
 Forwards follow from the recipe and the number of pictures. Seconds are known where an earlier run of the same model at
-the same resolution says how long a forward takes here. Memory is what the weights, their gradients and the optimizer
-need; activations come on top of it, as many as the batch has rows.
+the same resolution says how long a forward takes here; a small model is loaded and timed. Memory is what the weights,
+their gradients and the optimizer need; activations come on top of it, as many as the batch has rows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from difftuning_control.data.prepare import cache_folder, read_data
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.forgetting import SCHEDULE_BANDS, affordable_rows
 from difftuning_control.families.fitting import fitted
-from difftuning_control.families.loading import FAMILIES, family_class
+from difftuning_control.families.hub import best_device
+from difftuning_control.families.loading import FAMILIES, family_class, load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.inputs import HELD_OUT
@@ -28,6 +31,8 @@ from difftuning_control.training.inputs import SHOWN
 from difftuning_control.training.phases import PHASES, Phases
 from difftuning_control.training.setup import BUDGET_POINTS, BUDGET_ROWS
 from difftuning_control.training.sizes import Memory, memory_of
+
+SMALL = 256 * 2**20  # bytes of weights up to which a model is loaded to time it
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Price:
         memory: None where the model's files are not at hand.
         notes: what was said of the data, and what fits.
         bank_is_kept: whether the bank is that of an earlier run.
-        timed_at: the resolution of the run whose speed the seconds are from.
+        timed_at: the resolution of the run whose speed the seconds are from; None where they were measured now.
     """
 
     recipe: Recipe
@@ -64,7 +69,7 @@ class Price:
 
 
 def price_of(recipe: Recipe, earlier: Sequence[RunRecord] = ()) -> Price:
-    """What a run of a recipe takes, without loading its model.
+    """What a run of a recipe takes, without loading its model unless that is a small one.
 
     Args:
         earlier: records of runs on this machine.
@@ -89,7 +94,10 @@ def price_of(recipe: Recipe, earlier: Sequence[RunRecord] = ()) -> Price:
     timed = next((record for record in alike if record.phases), None)
     seconds = _seconds(forwards, timed.phases if timed is not None else None)
     side = timed.data.resolution if timed is not None else None
-    return Price(recipe, pictures, forwards, seconds, memory_of(recipe, pipeline), tuple(notes), kept, side)
+    memory = memory_of(recipe, pipeline)
+    if not seconds and memory is not None and memory.denoiser + memory.others <= SMALL:
+        seconds = _seconds(forwards, _measured(recipe))
+    return Price(recipe, pictures, forwards, seconds, memory, tuple(notes), kept, side)
 
 
 def pipeline_of(model: str) -> str:
@@ -183,6 +191,21 @@ def _has_bank(record: RunRecord, recipe: Recipe) -> bool:
     )
     size = recipe.bank_size(rows_of_step(recipe, 1))
     return same and bank.size == size and Path(bank.folder).is_relative_to(cache_folder(recipe.data))
+
+
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """What `Phases.to_dict` gives of loading a small model and drawing two pictures in two steps."""
+    counted = Phases()
+    with counted("load"):
+        family = load_base(recipe).to(best_device())
+    side = recipe.data.resolution or family.native_resolution
+    family.check_resolution(side, "data.resolution")
+    for number in range(2):  # the first call is slower than those that follow
+        again = Phases()
+        with again.counting(family.denoiser), again("sampling"):
+            generators = [torch.Generator().manual_seed(number + row) for row in range(2)]
+            family.sample(["", ""], generators, steps=2, guidance_scale=1.0, resolution=side)
+    return counted.to_dict() | again.to_dict()
 
 
 def _seconds(forwards: dict[str, int], phases: dict[str, Any] | None) -> dict[str, float]:

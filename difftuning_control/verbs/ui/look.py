@@ -113,7 +113,7 @@ footer { display: none !important; }
 .studio .keys span.bank::before { border-color: #b86e00; } .studio .keys span { margin-right: 18px; }
 .gradio-container .form, .gradio-container .gr-group, .gradio-container .gr-group > .styler { background: transparent
   !important; border: 0 !important; box-shadow: none !important; }
-.gradio-container .form { gap: 6px; }
+.gradio-container .form { gap: 12px; }
 .gradio-container button.sm { font-size: 13px; max-width: 220px; min-height: 34px; }
 .gradio-container button.sm.secondary { border: 1px solid var(--line); background: transparent; color: var(--ink); }
 .gradio-container button.sm.stop { border: 1px solid var(--line); background: transparent; color: var(--bad); }
@@ -154,6 +154,13 @@ footer { display: none !important; }
 .studio-head button { max-width: 96px; }
 button.tab-nav, .tab-nav button, .tab-container button { font-size: 15px !important; }
 .tab-container button { padding: 0 14px !important; }
+.tab-container button.selected { color: var(--accent) !important; }
+.tab-container button.selected::after { background: var(--accent) !important; }
+.gradio-container .block:has(input[type=range]) { padding-bottom: 10px !important; }
+.gradio-container button.lg.secondary { background: transparent; border: 1px solid var(--line); color: var(--ink);
+  font-weight: 500; }
+.gradio-container .wrap:has(> .error) { display: none; }
+.studio > h2:first-child { margin-top: 0; }
 .gradio-container button.lg { min-height: 42px; font-size: 15px; }
 .gradio-container .label-wrap { padding: 8px 0; border-top: 1px solid var(--line); }
 .gradio-container .label-wrap > span { color: var(--ink); }

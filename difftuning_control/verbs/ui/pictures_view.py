@@ -158,13 +158,13 @@ def gallery(
         side: of the square that they are trained at.
         only: show those alone that training would refuse.
     """
-    real = places.readable(folder)
-    part = to_show(found, only)[page * PAGE : (page + 1) * PAGE]
+    real, found = places.readable(folder), to_show(found, only)
+    part = found[page * PAGE : (page + 1) * PAGE]
     shown = [(p, picture_address(real / p.name, 384) if all(p.size) else None) for p in part]
     return render(
         "pictures",
         shown=shown,
-        count=len(found) if not only else len(to_show(found, only)),
+        count=len(found),
         most=MOST,
         bad=_what_is_wrong(found),
         notes=_what_is_to_see(found, side),

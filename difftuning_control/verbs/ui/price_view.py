@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.system.terminal import duration
+from difftuning_control.verbs.ui.captions import COLUMN
 from difftuning_control.verbs.ui.form import recipe_of_words, train_words
-from difftuning_control.verbs.ui.places import Places
+from difftuning_control.verbs.ui.pictures_view import pictures_of
+from difftuning_control.verbs.ui.places import EMBEDDED, Places
 from difftuning_control.verbs.ui.render import render
 
 WORDS = {
@@ -23,18 +28,20 @@ WORDS = {
 
 
 def price_page(places: Places, preset: str, fields: Mapping[str, str], others: Mapping[str, str]) -> str:
-    """What the training of a form takes.
+    """What the training of a form takes, or what it would refuse before it begins.
 
     Args:
         preset, fields, others: as `train_words` takes them.
-
-    Raises:
-        UserError: for whatever the training would refuse before it loads the model.
     """
     from difftuning_control.training.price import price_of  # saves diffusers until somebody asks
 
-    words, _ = train_words(places, preset, fields, others)
-    found = price_of(recipe_of_words(words), earlier_runs(places))
+    try:
+        words, _ = train_words(places, preset, fields, others)
+        recipe = recipe_of_words(words)
+        refuse_unready(places, recipe)
+        found = price_of(recipe, earlier_runs(places))
+    except UserError as error:
+        return render("text", title=f"It cannot start like this: {error}", good=False, text="")
     names = list(dict.fromkeys([*found.seconds, *found.forwards]))
     rows = [(WORDS[n], found.forwards.get(n), duration(found.seconds[n]) if n in found.seconds else "") for n in WORDS]
     training = found.recipe.training
@@ -48,6 +55,27 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
         batch=training.batch_size,
         memory=_memory(found.memory),
     )
+
+
+def refuse_unready(places: Places, recipe: Recipe) -> None:
+    """Refuse pictures that training would, in the words of the page.
+
+    Raises:
+        UserError: with how many they are.
+    """
+    data = recipe.data
+    if data.skip_bad or data.default_caption is not None or data.classes is not None or data.caption_column != COLUMN:
+        return  # which the Pictures page does not know of
+    if data.path in EMBEDDED or not Path(data.path).is_dir():
+        return
+    found = pictures_of(places, data.path, data.resolution or 8)
+    bad = [picture for picture in found if picture.problems]
+    if bad:
+        named = ", ".join(picture.name for picture in bad[:3]) + (" and others" if len(bad) > 3 else "")
+        raise UserError(
+            f"{len(bad)} of the {len(found)} pictures have no caption or cannot be read ({named}); mend them on the "
+            "Pictures page."
+        )
 
 
 def earlier_runs(places: Places) -> list[RunRecord]:

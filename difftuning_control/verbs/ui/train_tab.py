@@ -15,6 +15,7 @@ from difftuning_control.verbs.ui.form import (
     picture_folders,
     preset_labels,
     preset_values,
+    recipe_of_words,
     sections,
     train_words,
 )
@@ -22,7 +23,7 @@ from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
 from difftuning_control.verbs.ui.look import PICK
 from difftuning_control.verbs.ui.places import EMBEDDED
-from difftuning_control.verbs.ui.price_view import price_page
+from difftuning_control.verbs.ui.price_view import price_page, refuse_unready
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
@@ -84,14 +85,14 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
         ten = dict(zip(fields, texts))
         with mistakes():
             words, output = train_words(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
+            refuse_unready(places, recipe_of_words(words))
             job = studio.jobs.add(words, output)
         return [job.name, free_name(places, output.name), *look(job.name, None)]
 
     def priced(*values: str) -> str:
         texts = [value or "" for value in values]
         ten = dict(zip(fields, texts))
-        with mistakes():
-            return price_page(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
+        return price_page(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
 
     def go_on(name: str | None, up_to: str) -> list[Any]:
         with mistakes():
