@@ -21,6 +21,7 @@ from difftuning_control.verbs.ui.pictures_view import (
     to_show,
 )
 from difftuning_control.verbs.ui.places import EMBEDDED
+from difftuning_control.verbs.ui.render import render
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
@@ -139,7 +140,8 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
                 progress(done / len(bare), f"{done} of {len(bare)} pictures")
 
             made = draft_captions(places, place, bare, captioner, advance)
-        said = f"<p class='studio soft'>{len(made)} drafted. Each becomes a caption when you save it.</p>"
+        said = f"{len(made)} drafted. Each becomes a caption when you save it."
+        said = render("text", title=said, good=True, text="")
         return [*show(place, size, few, name or next(iter(made), None), number), said]
 
     def first(place: str, size: float, few: bool) -> list[Any]:
