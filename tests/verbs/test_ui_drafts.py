@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,13 @@ class Says:
         return self.text
 
 
-def test_a_local_model_says_the_same_of_the_same_picture_every_time(tmp_path):
-    captioner = Captioner(tiny_captioner(tmp_path / "blip"))
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory) -> Path:
+    return tiny_captioner(tmp_path_factory.mktemp("models") / "blip")
+
+
+def test_a_local_model_says_the_same_of_the_same_picture_every_time(blip):
+    captioner = Captioner(blip)
     said = [captioner.caption(Image.new("RGB", (40, 32), colour)) for colour in ("red", "red")]
     assert said[0] == said[1]
     assert all(word in "".join(WORDS) for word in said[0].split())
@@ -104,13 +110,13 @@ def test_a_draft_is_made_of_pictures_of_the_folder_alone(places, tmp_path):
         draft_captions(places, "photos", ["b.png"], Says("a cat"))
 
 
-def test_a_folder_without_a_captioning_model_is_named(tmp_path):
+def test_a_folder_without_a_captioning_model_is_named(tmp_path, blip):
     with pytest.raises(UserError, match="holds no model"):
         Captioner(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="cannot be loaded"):
         Captioner(tmp_path)
-    pickled = tiny_captioner(tmp_path / "blip")
+    pickled = Path(shutil.copytree(blip, tmp_path / "blip"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
         Captioner(pickled)
