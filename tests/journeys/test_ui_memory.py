@@ -79,6 +79,7 @@ def test_an_hour_of_live_updates_takes_no_more_memory(tmp_path):
     words = [sys.executable, "-u", "-c", SERVE, str(tmp_path)]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
     writer = threading.Thread(target=train, daemon=True)
+    writer.start()
     taken: dict[int, int] = {}
     try:
         assert server.stdout is not None
@@ -90,7 +91,6 @@ def test_an_hour_of_live_updates_takes_no_more_memory(tmp_path):
             page.goto(address)
             page.get_by_role("tab", name="Train", exact=True).click()
             page.locator("#progress svg").first.wait_for(timeout=60_000)
-            writer.start()
             for line in lines:
                 if found := re.fullmatch(r"looks (\d+) (\d+)\n", line):
                     taken[int(found[1])] = int(found[2])

@@ -9,10 +9,19 @@ MONO = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono", monospa
 HEAD = '<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">'
 PICK = """
 const items = () => [...element.querySelectorAll('[data-pick]')].filter((one) => one.offsetParent);
+const enlarge = (one, large) => {
+  one.classList.toggle('large', large);
+  element.querySelectorAll('.large-name').forEach((old) => old.remove());
+  if (!large) return;
+  const name = document.createElement('div');
+  name.className = 'large-name'; name.textContent = one.alt; one.after(name);
+};
 const pick = (target) => {
   const found = target.closest('[data-pick]');
   if (!found || !element.contains(found)) return;
-  if (found.tagName === 'IMG' && !found.dataset.vote) { found.classList.toggle('large'); found.focus(); return; }
+  if (found.tagName === 'IMG' && !found.dataset.vote) {
+    enlarge(found, !found.classList.contains('large')); found.focus(); return;
+  }
   trigger('select', {value: found.dataset.pick});
 };
 const middle = (one) => { const b = one.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; };
@@ -30,12 +39,12 @@ element.addEventListener('keydown', (e) => {
   const from = e.target;
   if (!from.dataset || !from.dataset.pick) return;
   if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); pick(from); return; }
-  if (e.key === 'Escape') { from.classList.remove('large'); return; }
+  if (e.key === 'Escape') { enlarge(from, false); return; }
   if (!e.key.startsWith('Arrow')) return;
   const large = from.classList.contains('large');
-  from.classList.remove('large');
+  enlarge(from, false);
   const next = beside(from, e.key);
-  (next || from).classList.toggle('large', large);
+  enlarge(next || from, large);
   if (next) { e.preventDefault(); next.focus(); }
 });
 """  # what has data-pick is chosen by a click, or by the arrows and Enter; a picture of a grid becomes large
@@ -100,17 +109,19 @@ footer { display: none !important; }
 .studio .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 8px 24px; }
 .studio .pair figure { max-width: 620px; }
 .studio .narrow-chart { display: none; }
-.studio svg.lines { display: block; width: 100%; height: auto; --target: #1769aa; --bank: #b86e00; --base: #7a8794; }
-.dark .studio svg.lines { --target: #6cb6f0; --bank: #e0a34a; --base: #8a96a2; }
+.studio { --target: #1769aa; --bank: #b86e00; --base: #7a8794; }
+.dark .studio { --target: #6cb6f0; --bank: #e0a34a; --base: #8a96a2; }
+.studio svg.lines { display: block; width: 100%; height: auto; }
+.studio .who { max-width: 560px; margin-top: 16px; }
 .studio .rule { stroke: var(--line); } .studio .tick { fill: var(--soft); font-size: 12px; }
 .studio .line { fill: none; stroke-width: 2; } .studio .line.faint { stroke-width: 1; opacity: .35; }
 .studio .line.dashed { stroke-dasharray: 5 4; }
 .studio .line.target { stroke: var(--target); } .studio .line.bank { stroke: var(--bank); }
 .studio .line.base { stroke: var(--base); } .studio .dot.target { fill: var(--target); }
 .studio .dot.bank { fill: var(--bank); } .studio .dot.base { fill: var(--base); }
-.studio .keys span::before { content: ""; display: inline-block; width: 16px; border-top: 3px solid #1769aa;
+.studio .keys span::before { content: ""; display: inline-block; width: 16px; border-top: 3px solid var(--target);
   margin: 0 6px 3px 0; }
-.studio .keys span.bank::before { border-color: #b86e00; } .studio .keys span { margin-right: 18px; }
+.studio .keys span.bank::before { border-color: var(--bank); } .studio .keys span { margin-right: 18px; }
 .gradio-container .form, .gradio-container .gr-group, .gradio-container .gr-group > .styler { background: transparent
   !important; border: 0 !important; box-shadow: none !important; }
 .gradio-container .form { gap: 12px; }
@@ -139,11 +150,13 @@ footer { display: none !important; }
 .studio .pictures img { width: clamp(96px, 13vw, 260px); aspect-ratio: 1; object-fit: contain; margin: 0;
   border-radius: 4px; image-rendering: auto; }
 .studio .pictures tr { border: 0 !important; } .studio .pictures td { border: 0; padding: 4px; }
-.studio .pictures th { white-space: normal; border: 0; padding: 4px; }
+.studio .pictures th { white-space: normal; overflow-wrap: break-word; border: 0; padding: 4px; }
 .studio .pictures th[scope=row] { position: sticky; left: 0; background: var(--paper); max-width: 120px; }
 .studio .pictures img[data-pick] { cursor: zoom-in; }
 .studio img.large { position: fixed; inset: 0; z-index: 1000; width: 100vw !important; height: 100vh; padding: 3vmin;
   max-width: none; border-radius: 0 !important; background: rgb(8 11 14 / .94); cursor: zoom-out; }
+.studio .large-name { position: fixed; left: 0; right: 0; bottom: 0; z-index: 1001; padding: 6px; text-align: center;
+  font-size: 14px; color: #e4e9ee; background: rgb(8 11 14 / .8); pointer-events: none; }
 .studio .condition { display: block; width: 72px !important; margin-top: 6px !important; }
 .studio .two { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; max-width: 820px; }
 .studio .two img { width: 100%; border-radius: 6px; margin: 0; cursor: pointer; }
