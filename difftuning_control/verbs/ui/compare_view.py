@@ -68,6 +68,7 @@ def grid(
         conditions: what ControlNets were shown, by side.
     """
     shown = {side: picture_data(condition) for side, condition in (conditions or {}).items()}
+    acting = _who_draws(drawing, conditions or {})
     rows = [(side, [picture_data(p) for p in pictures], shown.get(side)) for side, pictures in found.items()]
     return render(
         "compare",
@@ -76,13 +77,13 @@ def grid(
         drawing=drawing,
         model=model,
         missing=[side for side in drawing.sides if side not in found],
-        chart=_who_draws(drawing, conditions or {}),
-        has_control=bool(shown) and drawing.control_schedule is not None,
+        chart=line_chart(WHO, acting, "noise level u", (0, 1), 460, 200) if acting else "",
+        acting=acting,
     )
 
 
-def _who_draws(drawing: Drawing, conditions: Mapping[str, Image.Image]) -> str:
-    """What acts at each noise level, as lines over u; nothing where all acts everywhere."""
+def _who_draws(drawing: Drawing, conditions: Mapping[str, Image.Image]) -> list[Line]:
+    """What acts at each noise level, as lines over u; none where all acts everywhere."""
     u = [i / 100 for i in range(101)]
     lines = []
     runs = any(side != BASE and side not in conditions for side in drawing.sides)
@@ -91,7 +92,7 @@ def _who_draws(drawing: Drawing, conditions: Mapping[str, Image.Image]) -> str:
         lines.append(Line("the run", u, acts, "target"))
     if conditions and drawing.control_schedule is not None:
         lines.append(Line("the ControlNet", u, [_at(drawing.control_schedule, x) for x in u], "bank"))
-    return line_chart(WHO, lines, "noise level u", (0, 1), 460, 200) if lines else ""
+    return lines
 
 
 def _at(table: Mapping[str, Any] | None, u: float) -> float:

@@ -93,7 +93,7 @@ footer { display: none !important; }
 .studio pre { margin: 0; padding: 10px 12px; background: var(--wash); border: 1px solid var(--line); border-radius: 6px;
   font: 12px/1.5 var(--font-mono); white-space: pre-wrap; max-height: 340px; overflow: auto; color: var(--ink); }
 .studio iframe { width: 100%; height: 72vh; border: 1px solid var(--line); border-radius: 6px; background: #fff; }
-.studio a { color: var(--accent); }
+.studio a { color: var(--accent); padding: 0; }
 .studio .state { display: inline-block; padding: 0 8px; border-radius: 9px; border: 1px solid var(--line); 
   font-size: 12.5px; white-space: nowrap; }
 .studio .facts { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 0 0 12px; }
@@ -152,7 +152,7 @@ footer { display: none !important; }
 .studio .pictures tr { border: 0 !important; } .studio .pictures td { border: 0; padding: 4px; }
 .studio .pictures th { white-space: normal; overflow-wrap: break-word; border: 0; padding: 4px; }
 .studio .pictures th[scope=row] { position: sticky; left: 0; background: var(--paper); max-width: 120px; }
-.studio .pictures img[data-pick] { cursor: zoom-in; }
+.studio .pictures img[data-pick] { cursor: zoom-in; outline: 1px solid var(--line); }
 .studio img.large { position: fixed; inset: 0; z-index: 1000; width: 100vw !important; height: 100vh; padding: 3vmin;
   max-width: none; border-radius: 0 !important; background: rgb(8 11 14 / .94); cursor: zoom-out; }
 .studio .large-name { position: fixed; left: 0; right: 0; bottom: 0; z-index: 1001; padding: 6px; text-align: center;
