@@ -59,6 +59,7 @@ SHOW = """() => {
   const one = document.querySelector('#picture');
   if (window.innerWidth < 900 && one) one.scrollIntoView({behavior: 'smooth', block: 'start'});
 }"""  # where the picture lies below the gallery
+FOLLOW = "() => document.querySelector('#jobs')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
 DARK = "() => { document.body.classList.toggle('dark'); }"
 CSS = (
     f":root, .gradio-container, body {{ --font: {FONT}; --font-mono: {MONO}; }}"

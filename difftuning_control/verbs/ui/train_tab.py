@@ -21,7 +21,7 @@ from difftuning_control.verbs.ui.form import (
 )
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
-from difftuning_control.verbs.ui.look import PICK
+from difftuning_control.verbs.ui.look import FOLLOW, PICK
 from difftuning_control.verbs.ui.places import EMBEDDED
 from difftuning_control.verbs.ui.price_view import price_page, refuse_unready
 from difftuning_control.verbs.ui.saying import mistakes
@@ -126,7 +126,8 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
 
     everything = [*fields.values(), *others.values()]
     ask.click(priced, everything, price)
-    start.click(begin, everything, [chosen, fields["name"], *live], show_progress="hidden")
+    started = start.click(begin, everything, [chosen, fields["name"], *live], show_progress="hidden")
+    started.success(None, None, None, js=FOLLOW)  # which is out of sight, below or far above the button
     resume.click(go_on, [chosen, longer], [chosen, *live], show_progress="hidden")
     stop.click(end, chosen, live, show_progress="hidden")
     table.select(picked, None, [chosen, *live], show_progress="hidden")
