@@ -61,11 +61,11 @@ def redrawn_pictures(
     framed = Image.fromarray(frame(picture, resolution, resolution))
     sizes = {"height", "width"} & inspect.signature(pipe.__call__).parameters.keys()
     pipe.set_progress_bar_config(disable=True)
-    found: list[Image.Image] = []
+    pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         with torch.no_grad():
-            found += pipe(
+            pictures += pipe(
                 **family.prompt_arguments(part),
                 image=[framed] * len(part),
                 strength=change,
@@ -76,4 +76,4 @@ def redrawn_pictures(
                 output_type="pil",
             ).images
         advance(len(part))
-    return found
+    return pictures

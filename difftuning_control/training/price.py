@@ -134,14 +134,14 @@ def planned_forwards(recipe: Recipe, pictures: Pictures, guided: bool = True) ->
     grids = 1 + to_come["sampling"] if training.sample_every else 0
     grid = drawn(pictures.prompts, training.sample_steps, training.sample_guidance_scale)
     probe = drawn(min(watched.size, pictures.held_out), watched.steps, watched.guidance_scale) if follows else 0
-    found = {
+    counts = {
         "bank": drawn(size, recipe.bank.steps, recipe.bank.guidance_scale) if recipe.bank.path is None else 0,
         "analysis": _analysed(recipe, pictures, size, rows),
         "validation": held * BANDS * (1 + to_come["validation"]),
         "training": end * (rows + (retained if tuning.retention == "teacher" else 0)),
         "sampling": grids * grid + (to_come["fidelity"] + 2) * probe,  # once at the start, and once without it
     }
-    return {name: found[name] for name in PHASES if found.get(name)}
+    return {name: counts[name] for name in PHASES if counts.get(name)}
 
 
 def _analysed(recipe: Recipe, pictures: Pictures, bank: int, rows: int) -> int:
@@ -217,6 +217,6 @@ def _seconds(forwards: dict[str, int], phases: dict[str, Any] | None) -> dict[st
     for name, count in forwards.items():
         counted.plan(name, counted.forwards(name) + count)
     left = {name: counted.remaining(name) for name in forwards}
-    found = {name: seconds for name, seconds in left.items() if seconds is not None}
+    known = {name: seconds for name, seconds in left.items() if seconds is not None}
     once = {name: phases[name]["seconds"] for name in ("load", "encode") if name in phases}
-    return once | found
+    return once | known

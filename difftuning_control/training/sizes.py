@@ -82,13 +82,13 @@ def _trained(recipe: Recipe, shapes: Shapes, count: int) -> int | None:
     if adapter.targets == "auto":
         model = str(embedded_model()) if recipe.model.id == "embedded" else recipe.model.id
         named = list(family_class(model).lora_targets)
-    found = 0
+    trained = 0
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if len(shape) > 1 and layer != name and any(layer == t or layer.endswith(f".{t}") for t in named):
             out, into = shape[0], math.prod(shape[1:])
-            found += adapter.full_rank * (out + into) + (out if adapter.kind == "dora" else 0)
-    return found
+            trained += adapter.full_rank * (out + into) + (out if adapter.kind == "dora" else 0)
+    return trained
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -113,10 +113,10 @@ def _shapes(folder: Path, variant: str | None) -> Shapes:
     files = sorted(folder.glob("*.safetensors"))
     named = [f for f in files if variant is not None and f".{variant}" in f.name]
     plain = [f for f in files if not any(f".{kind}" in f.name for kind in ("fp16", "bf16", "non_ema"))]
-    found: Shapes = {}
+    shapes: Shapes = {}
     for file in named or plain or files:
-        found |= metadata_and_shapes(file)[1]
-    return found
+        shapes |= metadata_and_shapes(file)[1]
+    return shapes
 
 
 def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -91,7 +91,7 @@ def draft_captions(
     Raises:
         UserError: naming the first picture that cannot be read; what was drafted before it is kept.
     """
-    real, found = places.writable(folder), dict[str, str]()
+    real, drafts = places.writable(folder), dict[str, str]()
     for name in names:
         try:
             picture = decode_image(read_file(places.readable(real / name), MAX_PIXELS * BYTES_PER_PIXEL))
@@ -101,17 +101,17 @@ def draft_captions(
             raise UserError(f"{name} cannot be read ({error.strerror}).") from None
         text = captioner.caption(picture)
         if text and is_text(text):
-            found[name] = text
+            drafts[name] = text
             _keep(places, real, {name: text})
         advance(1)
-    return found
+    return drafts
 
 
 def drafts_of(places: Places, folder: Path) -> dict[str, str]:
     """The drafts of a folder that no one has seen yet, by picture."""
     try:
-        found = from_json(read_text(places.state / DRAFTS)).get(str(folder), {})
-        return {str(name): str(text) for name, text in found.items()}
+        drafts = from_json(read_text(places.state / DRAFTS)).get(str(folder), {})
+        return {str(name): str(text) for name, text in drafts.items()}
     except (OSError, ValueError, AttributeError):  # there are none, or somebody wrote something else there
         return {}
 

@@ -102,8 +102,8 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
                 done += count
                 progress(done / total, f"{done} of {total} pictures")
 
-            found = painter.draw(drawing, advance, conditions.__setitem__)
-            return [grid(drawing, found, painter.model, conditions), True]
+            pictures = painter.draw(drawing, advance, conditions.__setitem__)
+            return [grid(drawing, pictures, painter.model, conditions), True]
 
     def pose(voted: str | None, other: str, *values: Any) -> list[Any]:
         with mistakes():
@@ -146,32 +146,32 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
 
 def _sliders() -> dict[str, Any]:
     """The settings by the names that `Drawing` has for them; what few people need is folded."""
-    found: dict[str, Any] = {}
-    found["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", elem_id="guidance")
-    found["strength"] = gr.Slider(0, 1, 1, step=0.05, label="Strength of the adapter", elem_id="strength")
+    boxes: dict[str, Any] = {}
+    boxes["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", elem_id="guidance")
+    boxes["strength"] = gr.Slider(0, 1, 1, step=0.05, label="Strength of the adapter", elem_id="strength")
     with gr.Row():
-        found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
-        found["steps"] = gr.Number(15, label="Sampling steps", precision=0, minimum=1, min_width=90)
+        boxes["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90)
+        boxes["steps"] = gr.Number(15, label="Sampling steps", precision=0, minimum=1, min_width=90)
     with gr.Accordion("Over the noise", open=False):
-        found["hand_over"] = gr.Slider(
+        boxes["hand_over"] = gr.Slider(
             0, 1, 0, step=0.05, label="Hand-over u₀", info="below it the base finishes the picture; 0 is never"
         )
-        found["over_noise"] = gr.Textbox(label="Adapter over the noise", info=OVER, elem_id="over-noise")
-        found["domain"] = gr.Checkbox(
+        boxes["over_noise"] = gr.Textbox(label="Adapter over the noise", info=OVER, elem_id="over-noise")
+        boxes["domain"] = gr.Checkbox(
             label="Domain Guidance: runs are guided away from what the base draws without a prompt"
         )
-        found["mixture"] = gr.Slider(
+        boxes["mixture"] = gr.Slider(
             0, 1, 0, step=0.05, label="Mixture", info="adapter in that branch; 1 is ordinary guidance", visible=False
         )
     with gr.Accordion("Control with a photo", open=False):
-        found["photo"] = gr.File(label="Photo", file_types=["image"], height=96, elem_id="photo")
-        found["is_condition"] = gr.Checkbox(label="it is a condition already (edges, depth, …)")
-        found["control"] = gr.Slider(0, 1, 1, step=0.05, label="Strength of the ControlNet")
-        found["control_over_noise"] = gr.Textbox(label="ControlNet over the noise", info=OVER, elem_id="control-over")
+        boxes["photo"] = gr.File(label="Photo", file_types=["image"], height=96, elem_id="photo")
+        boxes["is_condition"] = gr.Checkbox(label="it is a condition already (edges, depth, …)")
+        boxes["control"] = gr.Slider(0, 1, 1, step=0.05, label="Strength of the ControlNet")
+        boxes["control_over_noise"] = gr.Textbox(label="ControlNet over the noise", info=OVER, elem_id="control-over")
     with gr.Accordion("Draw over a picture", open=False):
-        found["begin"] = gr.File(label="Picture", file_types=["image"], height=96, elem_id="begin-picture")
-        found["change"] = gr.Slider(0, 1, 0.6, step=0.05, label="Change", info="1 leaves nothing of it")
-    return found
+        boxes["begin"] = gr.File(label="Picture", file_types=["image"], height=96, elem_id="begin-picture")
+        boxes["change"] = gr.Slider(0, 1, 0.6, step=0.05, label="Change", info="1 leaves nothing of it")
+    return boxes
 
 
 def _file(given: str | None) -> Path | None:

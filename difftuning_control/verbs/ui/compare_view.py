@@ -57,7 +57,7 @@ def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]
 
 def grid(
     drawing: Drawing,
-    found: Mapping[str, Sequence[Image.Image]],
+    drawn: Mapping[str, Sequence[Image.Image]],
     model: str,
     conditions: Mapping[str, Image.Image] | None = None,
 ) -> str:
@@ -69,14 +69,14 @@ def grid(
     """
     shown = {side: picture_data(condition) for side, condition in (conditions or {}).items()}
     acting = _who_draws(drawing, conditions or {})
-    rows = [(side, [picture_data(p) for p in pictures], shown.get(side)) for side, pictures in found.items()]
+    rows = [(side, [picture_data(p) for p in pictures], shown.get(side)) for side, pictures in drawn.items()]
     return render(
         "compare",
         rows=rows,
         prompts=drawing.prompts,
         drawing=drawing,
         model=model,
-        missing=[side for side in drawing.sides if side not in found],
+        missing=[side for side in drawing.sides if side not in drawn],
         chart=line_chart(WHO, acting, "noise level u", (0, 1), 460, 200) if acting else "",
         acting=acting,
     )

@@ -68,16 +68,16 @@ class Painter:
                 side = next((r.data.resolution for r in records.values()), family.native_resolution)
             family.check_resolution(side, "resolution")
             family.check_prompts(list(drawing.prompts))
-            found: dict[str, list[Image.Image]] = {}
+            pictures: dict[str, list[Image.Image]] = {}
             try:
                 for name in drawing.sides:
                     with self._as(family, name, records.get(name)) as drawn, self._halting(drawn):
-                        found[name] = self._pictures(
+                        pictures[name] = self._pictures(
                             family, drawn, name, records.get(name), drawing, side, advance, show
                         )
             except StoppedError:
                 pass
-            return found
+            return pictures
 
     def stop(self) -> None:
         """End what is being drawn, at its next step."""

@@ -39,21 +39,21 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
         words, _ = train_words(places, preset, fields, others)
         recipe = recipe_of_words(words)
         refuse_unready(places, recipe)
-        found = price_of(recipe, earlier_runs(places))
+        price = price_of(recipe, earlier_runs(places))
     except UserError as error:
         return render("text", title=f"It cannot start like this: {error}", good=False, text="")
-    names = list(dict.fromkeys([*found.seconds, *found.forwards]))
-    rows = [(WORDS[n], found.forwards.get(n), duration(found.seconds[n]) if n in found.seconds else "") for n in WORDS]
-    training = found.recipe.training
+    names = list(dict.fromkeys([*price.seconds, *price.forwards]))
+    rows = [(WORDS[n], price.forwards.get(n), duration(price.seconds[n]) if n in price.seconds else "") for n in WORDS]
+    training = price.recipe.training
     return render(
         "price",
         rows=[row for name, row in zip(WORDS, rows) if name in names],
-        total=duration(sum(found.seconds.values())) if found.seconds else None,
-        forwards=sum(found.forwards.values()),
-        price=found,
+        total=duration(sum(price.seconds.values())) if price.seconds else None,
+        forwards=sum(price.forwards.values()),
+        price=price,
         steps=training.max_steps,
         batch=training.batch_size,
-        memory=_memory(found.memory),
+        memory=_memory(price.memory),
     )
 
 
@@ -68,12 +68,12 @@ def refuse_unready(places: Places, recipe: Recipe) -> None:
         return  # which the Pictures page does not know of
     if data.path in EMBEDDED or not Path(data.path).is_dir():
         return
-    found = pictures_of(places, data.path, data.resolution or 8)
-    bad = [picture for picture in found if picture.problems]
+    pictures = pictures_of(places, data.path, data.resolution or 8)
+    bad = [picture for picture in pictures if picture.problems]
     if bad:
         named = ", ".join(picture.name for picture in bad[:3]) + (" and others" if len(bad) > 3 else "")
         raise UserError(
-            f"{len(bad)} of the {len(found)} pictures have no caption or cannot be read ({named}); mend them on the "
+            f"{len(bad)} of the {len(pictures)} pictures have no caption or cannot be read ({named}); mend them on the "
             "Pictures page."
         )
 
