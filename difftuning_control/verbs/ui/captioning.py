@@ -17,6 +17,7 @@ from difftuning_control.families.hub import best_device, quiet_loading
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, from_json, is_text, read_file, read_text
 from difftuning_control.verbs.ui.captions import MOST
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.places import Places
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Captioner:
     """
 
     def __init__(self, folder: str | Path):
+        import_models()
         from transformers import AutoModelForImageTextToText, AutoProcessor  # saves it until a draft is asked for
 
         place = Path(folder).expanduser()

@@ -20,6 +20,7 @@ from difftuning_control.verbs.ui.compare_view import (
     votes_of,
 )
 from difftuning_control.verbs.ui.drawing import BASE, Drawing, points_of
+from difftuning_control.verbs.ui.importing import begin_importing
 from difftuning_control.verbs.ui.look import PICK
 from difftuning_control.verbs.ui.render import render
 from difftuning_control.verbs.ui.saying import mistakes
@@ -55,6 +56,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
     settings = [sides, prompts, *sliders.values()]
 
     def arrive(now: list[str], text: str, voted: str | None, other: str, drawn_before: bool) -> list[Any]:
+        begin_importing()
         known = sides_of(places)
         runs = [side for side in known if side != BASE]
         chosen = [side for side in now if side in known]

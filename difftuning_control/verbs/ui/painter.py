@@ -16,6 +16,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
 from difftuning_control.verbs.ui.drawing import BASE, Drawing
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.places import Places
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Painter:
         Raises:
             UserError: if a run is not finished, a ControlNet has no photo, or the runs are of different models.
         """
+        import_models()
         with self._alone:
             self._halt.clear()
             records = {side: self._record(side, drawing) for side in drawing.sides if side != BASE}

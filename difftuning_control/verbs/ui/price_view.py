@@ -12,6 +12,7 @@ from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.system.terminal import duration
 from difftuning_control.verbs.ui.captions import COLUMN
 from difftuning_control.verbs.ui.form import recipe_of_words, train_words
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.pictures_view import pictures_of
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
 from difftuning_control.verbs.ui.render import render
@@ -33,6 +34,7 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
     Args:
         preset, fields, others: as `train_words` takes them.
     """
+    import_models()
     from difftuning_control.training.price import price_of  # saves diffusers until somebody asks
 
     try:
