@@ -24,7 +24,9 @@ from difftuning_control.verbs.ui.render import render
 
 MOST = 500  # pictures of a folder that are looked at
 PAGE = 24
-ALIKE = 5  # bits of 64 in which the shapes of two copies may differ
+ALIKE = 5  # bits of 64 in which the shapes of two copies may differ,
+SHARE = 0.2  # as a share of the bits that one of them has, since a plain ground has few,
+TINT = 10  # and by how much of 255 the mean red, green or blue
 NO_CAPTION = "has no caption; write one"
 
 
@@ -63,11 +65,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the content of a picture's file says: its size, a digest of its bytes, its shape in bits, or a problem."""
+    """What the content of a picture's file says: its size, a digest of its bytes, its shape in bits, its mean
+    colour, or a problem."""
 
     size: tuple[int, int] = (0, 0)
     digest: str = ""
     shape: int = 0
+    colour: tuple[int, int, int] = (0, 0, 0)
     problem: str | None = None
 
 
@@ -111,9 +115,16 @@ def _with_copies(picture: Picture, facts: Facts, seen: Sequence[tuple[str, Facts
     for name, other in seen:
         if facts.digest and facts.digest == other.digest:
             return replace(picture, notes=(f"the same file as {name}", *picture.notes), copy_of=name)
-        if facts.shape and bin(facts.shape ^ other.shape).count("1") <= ALIKE:
+        if _are_alike(facts, other):
             return replace(picture, notes=(f"looks like {name}", *picture.notes), copy_of=name)
     return picture
+
+
+def _are_alike(one: Facts, other: Facts) -> bool:
+    """Whether two pictures have the same shape and the same mean colour."""
+    differing, all_bits = (bin(bits).count("1") for bits in (one.shape ^ other.shape, one.shape | other.shape))
+    tint = max(abs(a - b) for a, b in zip(one.colour, other.colour))
+    return one.shape != 0 and differing <= min(ALIKE, SHARE * all_bits) and tint <= TINT
 
 
 def _facts_of(path: Path) -> Facts:
@@ -130,7 +141,8 @@ def _facts(path: str, changed: int) -> Facts:
         image = decode_image(content)
     except UserError as error:
         return Facts(problem=str(error))
-    return Facts(image.size, hashlib.sha256(content).hexdigest(), _shape(image))
+    red, green, blue = image.resize((1, 1), Image.Resampling.BOX).tobytes()
+    return Facts(image.size, hashlib.sha256(content).hexdigest(), _shape(image), (red, green, blue))
 
 
 def _shape(image: Image.Image) -> int:
