@@ -8,7 +8,7 @@ their gradients and the optimizer need; activations come on top of it, as many a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,8 @@ def _has_bank(record: RunRecord, recipe: Recipe) -> bool:
     bank, before = record.bank, record.recipe
     if bank is None or recipe.bank.path is not None or not (Path(bank.folder) / "manifest.json").is_file():
         return False
-    same = (before.bank, before.data.path, before.data.default_caption) == (
-        recipe.bank,
-        recipe.data.path,
-        recipe.data.default_caption,
-    )
+    of_both = [replace(data, resolution=None, cache=None) for data in (before.data, recipe.data)]
+    same = before.bank == recipe.bank and of_both[0] == of_both[1]  # its prompts are the captions
     size = recipe.bank_size(rows_of_step(recipe, 1))
     return same and bank.size == size and Path(bank.folder).is_relative_to(cache_folder(recipe.data))
 

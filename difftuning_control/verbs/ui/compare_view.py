@@ -88,7 +88,7 @@ def _who_draws(drawing: Drawing, conditions: Mapping[str, Image.Image]) -> list[
     lines = []
     runs = any(side != BASE and side not in conditions for side in drawing.sides)
     if runs and (drawing.adapter_schedule is not None or drawing.hand_over > 0):
-        acts = [_at(drawing.adapter_schedule, x) if x > drawing.hand_over else 0.0 for x in u]
+        acts = [_at(drawing.adapter_schedule, x) if x > drawing.hand_over or not drawing.hand_over else 0.0 for x in u]
         lines.append(Line("the run", u, acts, "target"))
     if conditions and drawing.control_schedule is not None:
         lines.append(Line("the ControlNet", u, [_at(drawing.control_schedule, x) for x in u], "bank"))
