@@ -46,7 +46,7 @@ def test_the_price_of_other_settings_is_theirs(recipe, tmp_path, kind):
     if kind == "teacher":
         tuning = replace(tuning, retention="teacher")
     elif kind == "auto":
-        tuning, training = replace(tuning, schedule=ScheduleConfig("auto")), replace(training, max_steps=40)
+        tuning, training = replace(tuning, schedule=ScheduleConfig("auto")), replace(training, max_steps=110)
     elif kind == "plain":
         tuning = replace(tuning, retention_ratio=0.0, retention_weight=0.0)
     elif kind == "budget":

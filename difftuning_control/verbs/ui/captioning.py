@@ -5,7 +5,7 @@ A draft lies in the page's own folder and nowhere else, so that training never s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ def forget_draft(places: Places, folder: Path, name: str) -> None:
         _keep(places, folder, {name: None})
 
 
-def _keep(places: Places, folder: Path, changed: dict[str, str | None] | dict[str, str]) -> None:
+def _keep(places: Places, folder: Path, changed: Mapping[str, str | None]) -> None:
     """Write drafts, or take those away that are None."""
     places.state.mkdir(exist_ok=True)
     path = places.state / DRAFTS
