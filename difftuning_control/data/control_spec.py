@@ -254,6 +254,11 @@ class Conditioner:
         return digest_of(values)
 
 
+def condition_rows(condition: Image.Image, count: int) -> torch.Tensor:
+    """One condition for each of so many prompts, (count, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(condition)).permute(2, 0, 1).expand(count, -1, -1, -1)
+
+
 @lru_cache(maxsize=1)
 def _opencv() -> str:
     """The installed package behind `cv2`, which has several names; finding it reads the list of all packages."""

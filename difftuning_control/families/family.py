@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +48,7 @@ class Family(Controlled, Prompting, LatentSpace):
         self._scheduled = NoiseProcess.from_scheduler(pipe.scheduler, self.base_density)
         self.process = self.told(self._scheduled)
         self.controlnet: Any = None
+        self.prepare_control: Callable[[Any], Any] = lambda pipe: pipe  # what `sample` does to its ControlNet pipeline
         self.encodes_in_step = False
         self.offload = False  # whether the text encoders stay on the CPU but for the while of `encoding`
         self._known: dict[str, dict[str, Tensor]] = {}
@@ -199,7 +200,7 @@ class Family(Controlled, Prompting, LatentSpace):
         """
         pipe, options = self.pipe, self.prompt_arguments(prompts)
         if control is not None:
-            pipe = self.control_pipeline()
+            pipe = self.prepare_control(self.control_pipeline())
             condition = to_tensor(control, self.condition_range).to(self.device, self.controlnet.dtype)
             options |= {self.control_argument: condition, "controlnet_conditioning_scale": 1.0}  # as it is trained
         pipe.set_progress_bar_config(disable=True)

@@ -62,23 +62,35 @@ def domain_guided(base: Family, tuned: Family, unconditional_strength: float = 0
 
 
 @contextmanager
-def sampling_with(base: Family, tuned: Family, option: str, **settings: Any) -> Iterator[None]:
+def sampling_with(base: Family, tuned: Family, option: str, pipe: Any = None, **settings: Any) -> Iterator[None]:
     """While open, `tuned` samples with settings of `attach`.
 
     Args:
         base: as in `domain_guided`.
         option: how sentences name what asked for Domain Guidance.
+        pipe: the pipeline that gets the settings, such as one from image to image; that of `tuned` when None.
 
     Raises:
         UserError: as `domain_guided`, where the settings have Domain Guidance.
     """
     if settings.get("domain_guidance"):
         _check_guided(tuned, option)
-    attach(tuned.pipe, **settings, source=base.denoiser if tuned is not base else None)
+    pipe = tuned.pipe if pipe is None else pipe
+    attach(pipe, **settings, source=base.denoiser if tuned is not base else None)
     try:
         yield
     finally:
-        detach(tuned.pipe)
+        detach(pipe)
+
+
+@contextmanager
+def control_sampling_with(family: Family, schedule: Any) -> Iterator[None]:
+    """While open, the family's ControlNet acts with a strength over u, as `attach` takes it, in what it samples."""
+    family.prepare_control = lambda pipe: attach(pipe, control_schedule=schedule)
+    try:
+        yield
+    finally:
+        family.prepare_control = lambda pipe: pipe
 
 
 def _check_guided(tuned: Family, option: str) -> None:

@@ -9,11 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 
-from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.control_spec import Conditioner, ControlSpec, condition_rows
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.labels import begin_as
 from difftuning_control.errors import UserError
@@ -135,7 +134,7 @@ def _draw(
         length, most = family.prompt_tokens(prompt)
         if length > most:
             say(f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out")
-    asked = _rows(condition, len(prompts)) if condition is not None else None
+    asked = condition_rows(condition, len(prompts)) if condition is not None else None
     scale = request.domain_guidance_scale
     drawn_at = settings if scale is None else settings | {"guidance_scale": scale}
     rows: dict[str, list[Image.Image]] = {}
@@ -201,8 +200,3 @@ def _read_picture(path: str) -> Image.Image:
         raise UserError(f"the picture {path} of --control cannot be read; name an image file.") from None
     except UserError as error:
         raise UserError(f"the picture {path} of --control {error}; give another.") from None
-
-
-def _rows(condition: Image.Image, count: int) -> torch.Tensor:
-    """One condition for each of so many prompts, (count, 3, H, W) uint8."""
-    return torch.from_numpy(np.array(condition)).permute(2, 0, 1).expand(count, -1, -1, -1)

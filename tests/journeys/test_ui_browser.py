@@ -82,7 +82,9 @@ def open_tab(page, name: str) -> None:
 def test_the_page_fits_and_fetches_nothing_from_elsewhere(browse, width, scheme):
     page = browse(width, scheme)
     page.locator("#pictures img").first.wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("Train", "Compare", "Why", "Runs", "Pictures"):  # none of them in a menu
+        open_tab(page, name)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
@@ -106,6 +108,17 @@ def test_the_whole_way(browse, studio):
     page.locator("#save").click()
     playwright.expect(card).to_contain_text("a heart")
     assert victim.with_suffix(".txt").read_text() == "a heart"
+
+    # what it will take: pictures without a caption are named in its place
+    bare = sorted((folder / "emoji").glob("*.txt"))[5]
+    text = bare.read_text()
+    bare.unlink()
+    open_tab(page, "Train")
+    page.locator("#ask").click()
+    playwright.expect(page.locator("#price")).to_contain_text("1 of the 8 pictures have no caption", timeout=PATIENCE)
+    bare.write_text(text)
+    page.locator("#ask").click()
+    playwright.expect(page.locator("#price")).to_contain_text("in all", timeout=PATIENCE)
 
     # a training of 20 steps: watched, stopped, gone on with
     open_tab(page, "Train")
@@ -139,6 +152,34 @@ def test_the_whole_way(browse, studio):
     playwright.expect(page.locator("#comparison")).to_contain_text("adapter at 0", timeout=PATIENCE)
     assert page.locator("#comparison img").nth(2).get_attribute("src") != before
     page.locator("#strength input[type=number]").fill("1")
+
+    # a picture large, and the one below it by an arrow
+    page.locator("#comparison img").first.press("Enter")
+    page.keyboard.press("ArrowDown")
+    large = page.locator("#comparison img.large")
+    assert (large.get_attribute("alt") or "").startswith("runs/one: ")
+    page.keyboard.press("Escape")
+    assert large.count() == 0
+
+    # space ends what is being drawn
+    page.get_by_label("Sampling steps").fill("200")
+    page.locator("#draw").click()
+    page.locator("#halt").wait_for()
+    page.locator("#comparison").click()
+    page.keyboard.press("Space")
+    playwright.expect(page.locator("#comparison")).to_contain_text("Stopped; not drawn: ", timeout=PATIENCE)
+    playwright.expect(page.locator("#halt")).to_be_hidden()
+    page.get_by_label("Sampling steps").fill("15")
+
+    # over a picture, with a strength over the noise
+    page.get_by_text("Draw over a picture").click()
+    page.locator("#begin-picture input[type=file]").set_input_files(victim)
+    page.get_by_text("Over the noise").first.click()
+    page.locator("#over-noise").locator("input, textarea").fill("0:0, 0.5:1")
+    page.wait_for_timeout(1000)
+    page.locator("#draw").click()
+    playwright.expect(page.locator("#comparison")).to_contain_text("over the picture", timeout=PATIENCE)
+    assert page.locator("#comparison svg").count() == 1
 
     # a blind vote
     page.get_by_text("Vote blind").click()

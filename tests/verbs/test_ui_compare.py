@@ -16,7 +16,8 @@ from difftuning_control.runs.record_sections import BudgetRecord
 from difftuning_control.runs.votes import Tally
 from difftuning_control.verbs.train import train
 from difftuning_control.verbs.ui.compare_view import LEFT, RIGHT, SAME, Pair, grid, next_pair, sides_of, told, vote
-from difftuning_control.verbs.ui.painter import BASE, Drawing, Painter
+from difftuning_control.verbs.ui.drawing import BASE, Drawing
+from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.why_texts import LANGUAGES, TEXTS
 from difftuning_control.verbs.ui.why_view import report_frame, reports_of, why

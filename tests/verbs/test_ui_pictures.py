@@ -45,7 +45,7 @@ def test_pictures_have_what_training_finds_wrong_with_them(places):
     with pytest.raises(UserError, match="has no caption"):
         load_images(str(folder))
     page = gallery(places, "photos", list(found.values()), 0, None)
-    assert "2 cannot be trained on as they are" in page
+    assert "1 without a caption, 1 that cannot be read or used" in page
 
 
 def test_copies_are_named_whether_or_not_their_bytes_are_the_same(places):
@@ -56,6 +56,17 @@ def test_copies_are_named_whether_or_not_their_bytes_are_the_same(places):
     assert "the same file as a.png" in found["d.png"]
     assert "looks like b.png" in found["e.jpg"]
     assert not any("like" in note or "same" in note for name in ("a.png", "b.png", "c.png") for note in found[name])
+
+
+def test_other_things_on_the_same_ground_are_no_copies(places):
+    folder = places.folder / "photos"
+    ground = Image.new("RGB", (64, 64), (238, 242, 247))
+    for name, colour, box in (("d", (200, 30, 30), (20, 20, 44, 44)), ("e", (30, 60, 200), (20, 22, 44, 42))):
+        ground.paste(colour, box)
+        ground.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    found = {p.name: p.copy_of for p in pictures_of(places, "photos", 32)}
+    assert (found["d.png"], found["e.png"]) == (None, None)
 
 
 def test_the_frame_is_what_a_square_keeps(places):

@@ -60,6 +60,12 @@ def edit_caption(places: Places, folder: Path, name: str, before: str | None, af
             journal.write(json.dumps(entry) + "\n")
 
 
+def has_edits(places: Places) -> bool:
+    """Whether there is an edit to take back."""
+    path = places.state / JOURNAL
+    return path.is_file() and path.stat().st_size > 0
+
+
 def undo_caption(places: Places) -> tuple[Path, str]:
     """Take the last edit back; returns the folder and the picture's name.
 

@@ -7,33 +7,43 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from PIL import Image
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.runs.kept import kept_steps, place_of_run, step_folder
 from difftuning_control.runs.record import read_run
 from difftuning_control.runs.votes import Tally, add_vote, tallies
-from difftuning_control.verbs.ui.painter import BASE, Drawing, Painter
+from difftuning_control.verbs.ui.drawing import BASE, Drawing
+from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 from difftuning_control.verbs.ui.runs_view import runs_of
 
 SHOWN = 512  # pixels of a picture's side
+WHO = "Who draws at each noise level: 1 is pure noise, where the layout is drawn, 0 the finished picture"
 LEFT, RIGHT, SAME = "left", "right", "same"
 
 
 def sides_of(places: Places) -> list[str]:
-    """What can draw: the base, the finished runs but ControlNets, and the steps that they kept."""
+    """What can draw: the base, the finished runs, and the steps that they kept."""
     found = [BASE]
     for row in runs_of(places):
-        if row["state"] == "done" and row["method"] != "controlnet":
+        if row["state"] == "done":
             found.append(row["run"])
             steps = kept_steps(places.folder / row["run"])
             found += [f"{row['run']}/{step_folder(step)}" for step in steps if step != row["steps"]]
     return found
+
+
+def first_sides(places: Places) -> list[str]:
+    """Who draws when the page is opened: the base, and the first run that needs no photo."""
+    rows = [row for row in runs_of(places) if row["state"] == "done" and row["method"] != "controlnet"]
+    return [BASE, *(row["run"] for row in rows[:1])]
 
 
 def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]:
@@ -45,14 +55,53 @@ def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]
     return []
 
 
-def grid(drawing: Drawing, found: Mapping[str, Sequence[Image.Image]], model: str) -> str:
+def grid(
+    drawing: Drawing,
+    drawn: Mapping[str, Sequence[Image.Image]],
+    model: str,
+    conditions: Mapping[str, Image.Image] | None = None,
+) -> str:
     """A row for each side, a column for each prompt.
 
     Args:
         model: the base.
+        conditions: what ControlNets were shown, by side.
     """
-    rows = [(side, [picture_data(p) for p in pictures]) for side, pictures in found.items()]
-    return render("compare", rows=rows, prompts=drawing.prompts, drawing=drawing, model=model)
+    shown = {side: picture_data(condition) for side, condition in (conditions or {}).items()}
+    acting = _who_draws(drawing, conditions or {})
+    rows = [(side, [picture_data(p) for p in pictures], shown.get(side)) for side, pictures in drawn.items()]
+    return render(
+        "compare",
+        rows=rows,
+        prompts=drawing.prompts,
+        drawing=drawing,
+        model=model,
+        missing=[side for side in drawing.sides if side not in drawn],
+        chart=line_chart(WHO, acting, "noise level u", (0, 1), 460, 200) if acting else "",
+        acting=acting,
+    )
+
+
+def _who_draws(drawing: Drawing, conditions: Mapping[str, Image.Image]) -> list[Line]:
+    """What acts at each noise level, as lines over u; none where all acts everywhere."""
+    u = [i / 100 for i in range(101)]
+    lines = []
+    runs = any(side != BASE and side not in conditions for side in drawing.sides)
+    if runs and (drawing.adapter_schedule is not None or drawing.hand_over > 0):
+        acts = [_at(drawing.adapter_schedule, x) if x > drawing.hand_over or not drawing.hand_over else 0.0 for x in u]
+        lines.append(Line("the run", u, acts, "target"))
+    if conditions and drawing.control_schedule is not None:
+        lines.append(Line("the ControlNet", u, [_at(drawing.control_schedule, x) for x in u], "bank"))
+    return lines
+
+
+def _at(table: Mapping[str, Any] | None, u: float) -> float:
+    """The strength of a table at u."""
+    if table is None:
+        return 1.0
+    points = list(zip(table["u"], table["strength"]))
+    (left, low), (right, high) = next(pair for pair in pairwise(points) if u <= pair[1][0])
+    return low + (high - low) * (u - left) / (right - left)
 
 
 def picture_data(picture: Image.Image) -> str:
@@ -97,6 +146,8 @@ def next_pair(painter: Painter, drawing: Drawing, run: str, against: str) -> tup
         drawing, sides=(run, against), prompts=(chance.choice(drawing.prompts),), seed=chance.randrange(MAX_SEED)
     )
     found = painter.draw(one)
+    if len(found) < 2:
+        raise UserError("the pair was stopped; draw another.")
     pair = Pair(run, against, bool(chance.getrandbits(1)), one)
     order = (run, against) if pair.run_is_left else (against, run)
     return pair, render("pair", pictures=[picture_data(found[side][0]) for side in order], prompt=one.prompts[0])
@@ -114,6 +165,7 @@ def vote(places: Places, pair: Pair | None, said: str) -> list[Tally]:
         raise UserError(f"the vote is {said!r}; expected left, right or same.")
     preferred = None if said == SAME else (said == LEFT) == pair.run_is_left
     drawn: dict[str, Any] = {k: v for k, v in vars(pair.drawing).items() if k not in ("sides", "prompts")}
+    drawn |= {name: path.name for name in ("photo", "begin") if (path := drawn[name]) is not None}
     folder, step = place_of_run(places.writable(pair.run))
     drawn |= {"prompt": pair.drawing.prompts[0], "kept_step": step}
     return add_vote(folder, pair.against, preferred, drawn)

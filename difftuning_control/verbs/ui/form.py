@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
 from difftuning_control.system.text import file_stem
 from difftuning_control.verbs.choices import DEFAULTS, flat
-from difftuning_control.verbs.commands import COMMANDS
+from difftuning_control.verbs.commands import COMMANDS, only
 from difftuning_control.verbs.help import argument_texts
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
@@ -63,6 +63,12 @@ def presets() -> dict[str, Path | None]:
     named = {e.name: e.path for e in examples() if e.path.suffix == ".yaml" and "/" not in e.name}
     trains = {n: p for n, p in named.items() if n.endswith(("_lora", "_controlnet", "_dora", "_tlora", "_full"))}
     return {NO_PRESET: None, **trains}
+
+
+def preset_labels() -> list[tuple[str, str]]:
+    """What a list shows for each preset, and its name."""
+    about = {e.name: e.about.rstrip(".") for e in examples()}
+    return [(f"{name}: {about[name]}" if name in about else f"{name}, to try it", name) for name in presets()]
 
 
 def preset_values(name: str) -> dict[str, str]:
@@ -142,6 +148,11 @@ def free_name(places: Places, wanted: str = "mine") -> str:
         number += 1
         name = f"{stem}-{number}"
     return name
+
+
+def recipe_of_words(words: Sequence[str]) -> Recipe:
+    """The recipe that a command trains."""
+    return only(Recipe, parse(list(words))[1])
 
 
 def train_words(

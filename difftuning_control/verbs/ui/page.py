@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from difftuning_control.verbs.ui.compare_tab import compare_tab
-from difftuning_control.verbs.ui.form import embedded_words
-from difftuning_control.verbs.ui.look import DARK
+from difftuning_control.verbs.ui.form import embedded_words, picture_folders
+from difftuning_control.verbs.ui.look import DARK, KEYS
 from difftuning_control.verbs.ui.pictures_tab import pictures_tab
+from difftuning_control.verbs.ui.places import EMBEDDED
 from difftuning_control.verbs.ui.render import render
 from difftuning_control.verbs.ui.runs_tab import runs_tab
 from difftuning_control.verbs.ui.runs_view import runs_of
@@ -22,14 +23,16 @@ from difftuning_control.verbs.ui.why_tab import why_tab
 def build_page(studio: Studio) -> gr.Blocks:
     """All of it, as gradio builds it."""
     with gr.Blocks(analytics_enabled=False, title="difftune", fill_width=True) as page:
-        with gr.Row(elem_classes="head"):
+        with gr.Row(elem_classes="studio-head"):
             gr.HTML(render("header", folder=studio.places.folder))
             dark = gr.Button("dark / light", size="sm", min_width=90, scale=0)
-        with gr.Group(visible=False) as first:
-            gr.HTML(render("first", folder=studio.places.folder))
-            embedded = gr.Button("Try it with the embedded model", variant="primary", size="sm", elem_id="embedded")
         with gr.Tabs() as tabs:
             with gr.Tab("Pictures", id="pictures") as pictures:
+                with gr.Column(visible=False) as first:
+                    steps = gr.HTML()
+                    embedded = gr.Button(
+                        "Nothing at hand? Train the small emoji model", size="sm", elem_id="embedded", min_width=320
+                    )
                 show_pictures = pictures_tab(studio, pictures)
             with gr.Tab("Train", id="train") as train:
                 job = train_tab(studio, train)
@@ -40,16 +43,20 @@ def build_page(studio: Studio) -> gr.Blocks:
             with gr.Tab("Runs", id="runs") as runs:
                 runs_tab(studio, runs)
 
-        def arrive() -> Any:
-            return gr.update(visible=not runs_of(studio.places) and not studio.jobs.all())
+        def arrive() -> list[Any]:
+            is_new = not runs_of(studio.places) and not studio.jobs.all()
+            has_pictures = any(folder not in EMBEDDED for folder in picture_folders(studio.places))
+            return [gr.update(visible=is_new), render("first", has_pictures=has_pictures)]
 
         def try_it() -> list[Any]:
             with mistakes():
                 started = studio.jobs.add(*embedded_words(studio.places))
             return [gr.update(visible=False), gr.update(selected="train"), started.name]
 
-        page.load(arrive, None, first, show_progress="hidden")
+        page.load(arrive, None, [first, steps], show_progress="hidden")
+        pictures.select(arrive, None, [first, steps], show_progress="hidden")
         page.load(**show_pictures, show_progress="hidden")
+        page.load(None, None, None, js=KEYS)
         embedded.click(try_it, None, [first, tabs, job], show_progress="hidden")
         dark.click(None, None, None, js=DARK)
     return page

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
+from difftuning_control.recipe.inputs import ModelConfig
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
+from difftuning_control.verbs.ui.drawing import BASE, Drawing
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.places import Places
 
 if TYPE_CHECKING:
@@ -21,58 +25,11 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.runs.record import RunRecord
 
-BASE = "base"
-MOST_PICTURES = 64  # of a grid
+DOMAIN = "the tick of Domain Guidance"
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """What is drawn, by whom.
-
-    Args:
-        sides: base, names of runs, or of steps that they kept (runs/mine/step-000010).
-        domain: draw runs with Domain Guidance, whose scale is then `guidance`. [at least 1]
-        mixture: under Domain Guidance, strength of the adapter in the unconditional branch, 1 for ordinary guidance. [0
-            to 1]
-        strength: of the adapter of runs. [0 to 1]
-        hand_over: u₀, at and below which the pretrained model finishes the picture; 0 for never. [0 to 1]
-        resolution: side in pixels; the run's own, or the model's, when None.
-    """
-
-    sides: tuple[str, ...]
-    prompts: tuple[str, ...]
-    seed: int = 0
-    steps: int = 15
-    guidance: float = 4.0
-    domain: bool = False
-    mixture: float = 0.0
-    strength: float = 1.0
-    hand_over: float = 0.0
-    resolution: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.prompts or not self.sides:
-            raise UserError("there is nothing to draw; write a prompt, and choose the base or a run.")
-        if len(self.prompts) * len(self.sides) > MOST_PICTURES:
-            raise UserError(
-                f"{len(self.prompts)} prompts of {len(self.sides)} sides are more than {MOST_PICTURES} pictures; take "
-                "fewer."
-            )
-        for name, value, low, high in (
-            ("seed", self.seed, 0, MAX_SEED),
-            ("steps", self.steps, 1, 200),
-            ("guidance", self.guidance, 1 if self.domain else 0, 50),
-            ("mixture", self.mixture, 0, 1),
-            ("strength", self.strength, 0, 1),
-            ("hand-over", self.hand_over, 0, 1),
-        ):
-            if not low <= value <= high:
-                raise UserError(f"{name} is {value:g}; expected {low} to {high}.")
-
-    @property
-    def has_extras(self) -> bool:
-        """Whether a run draws otherwise than the stock pipeline would."""
-        return self.domain or self.strength < 1 or self.hand_over > 0
+class StoppedError(Exception):
+    """Somebody does not want to wait for the rest."""
 
 
 @dataclass
@@ -86,31 +43,47 @@ class Painter:
     places: Places
     model: str = ""
     _alone: threading.Lock = field(default_factory=threading.Lock)
+    _halt: threading.Event = field(default_factory=threading.Event)
     _kept: tuple[Any, Any] | None = None
 
     def draw(
-        self, drawing: Drawing, advance: Callable[[int], object] = lambda count: None
+        self,
+        drawing: Drawing,
+        advance: Callable[[int], object] = lambda count: None,
+        show: Callable[[str, Image.Image], object] = lambda side, condition: None,
     ) -> dict[str, list[Image.Image]]:
-        """The pictures of each side, in the order of the prompts.
+        """The pictures of each side, in the order of the prompts; of what was stopped the sides that were done.
 
         Args:
             advance: is told how many pictures are done.
+            show: is given the condition that a ControlNet draws under.
 
         Raises:
-            UserError: if a run is not finished, is a ControlNet, or the runs are of different models.
+            UserError: if a run is not finished, a ControlNet has no photo, or the runs are of different models.
         """
+        import_models()
         with self._alone:
-            records = {side: self._record(side) for side in drawing.sides if side != BASE}
+            self._halt.clear()
+            records = {side: self._record(side, drawing) for side in drawing.sides if side != BASE}
             family, side = self._family(records), drawing.resolution
             if side is None:
                 side = next((r.data.resolution for r in records.values()), family.native_resolution)
             family.check_resolution(side, "resolution")
             family.check_prompts(list(drawing.prompts))
-            found = {}
-            for name in drawing.sides:
-                with self._as(family, name, records.get(name), drawing) as drawn:
-                    found[name] = _pictures(drawn, drawing, side, advance)
-            return found
+            pictures: dict[str, list[Image.Image]] = {}
+            try:
+                for name in drawing.sides:
+                    with self._as(family, name, records.get(name)) as drawn, self._halting(drawn):
+                        pictures[name] = self._pictures(
+                            family, drawn, name, records.get(name), drawing, side, advance, show
+                        )
+            except StoppedError:
+                pass
+            return pictures
+
+    def stop(self) -> None:
+        """End what is being drawn, at its next step."""
+        self._halt.set()
 
     def forget(self) -> None:
         """Let the model go, unless something is being drawn."""
@@ -127,14 +100,14 @@ class Painter:
             finally:
                 self._alone.release()
 
-    def _record(self, side: str) -> RunRecord:
+    def _record(self, side: str, drawing: Drawing) -> RunRecord:
         from difftuning_control.runs.finished import finished_run  # saves diffusers until something is drawn
 
         record = finished_run(self.places.writable(side))
-        if record.method == "controlnet":
-            raise UserError(
-                f"{side} is a ControlNet, which draws under a condition; difftune sample --control photo.png does."
-            )
+        if record.method == "controlnet" and drawing.photo is None:
+            raise UserError(f"{side} is a ControlNet, which draws under a condition; add a photo to control with.")
+        if record.method == "controlnet" and drawing.begin is not None:
+            raise UserError(f"{side} is a ControlNet, and draws over no picture here; take the picture away.")
         return record
 
     def _family(self, records: dict[str, RunRecord]) -> Family:
@@ -162,46 +135,109 @@ class Painter:
         return self._kept[1]
 
     @contextmanager
-    def _as(self, family: Family, side: str, record: RunRecord | None, drawing: Drawing) -> Iterator[Family]:
+    def _as(self, family: Family, side: str, record: RunRecord | None) -> Iterator[Family]:
         """The model as a side draws with it."""
         if record is None:
             yield family
             return
         from difftuning_control.runs.finished import tuned_model  # as above
 
-        with ExitStack() as stack:
-            tuned = stack.enter_context(tuned_model(family, self.places.writable(side), record))
-            if drawing.has_extras:
-                stack.enter_context(_with_extras(family, tuned, drawing))
+        with tuned_model(family, self.places.writable(side), record) as tuned:
             yield tuned
 
+    @contextmanager
+    def _halting(self, family: Family) -> Iterator[None]:
+        """While open, the denoiser's next forward ends the drawing once it is stopped."""
 
-def _with_extras(base: Family, tuned: Family, drawing: Drawing) -> AbstractContextManager[None]:
-    """While open, `tuned` draws with these settings."""
-    from difftuning_control.pipelines.domain_guidance import sampling_with  # saves diffusers until something is drawn
+        def look(module: Any, given: Any) -> None:
+            if self._halt.is_set():
+                raise StoppedError
 
-    strength = {"kind": "table", "u": [0, 1], "strength": [drawing.strength] * 2} if drawing.strength < 1 else None
-    return sampling_with(
-        base,
-        tuned,
-        "the tick of Domain Guidance",
-        domain_guidance=drawing.domain,
-        unconditional_strength=drawing.mixture if drawing.domain else 0.0,
-        adapter_schedule=strength,
-        hand_over=drawing.hand_over or None,
-    )
+        handle = family.denoiser.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _pictures(
+        self,
+        base: Family,
+        tuned: Family,
+        side: str,
+        record: RunRecord | None,
+        drawing: Drawing,
+        resolution: int,
+        advance: Callable[[int], object],
+        show: Callable[[str, Image.Image], object],
+    ) -> list[Image.Image]:
+        """One picture a prompt, of one side."""
+        from difftuning_control.data.control_spec import condition_rows  # these save diffusers until it draws
+        from difftuning_control.evaluation.drawing import sample_pictures
+        from difftuning_control.evaluation.redrawing import image_pipeline, redrawn_pictures
+        from difftuning_control.pipelines.domain_guidance import control_sampling_with, sampling_with
+
+        common: dict[str, Any] = {
+            "seed": drawing.seed,
+            "steps": drawing.steps,
+            "guidance_scale": drawing.guidance,
+            "resolution": resolution,
+            "batch_size": 4,
+            "advance": advance,
+        }
+        is_control = record is not None and record.method == "controlnet"
+        with ExitStack() as stack:
+            pipe = image_pipeline(tuned) if drawing.begin is not None else None
+            if record is not None and not is_control and drawing.has_extras:
+                extras = {
+                    "domain_guidance": drawing.domain,
+                    "unconditional_strength": drawing.mixture if drawing.domain else 0.0,
+                    "adapter_schedule": drawing.adapter_schedule,
+                    "hand_over": drawing.hand_over or None,
+                }
+                stack.enter_context(sampling_with(base, tuned, DOMAIN, pipe, **extras))
+            if drawing.begin is not None:
+                begin = picture_at(drawing.begin)
+                return redrawn_pictures(tuned, pipe, begin, drawing.prompts, change=drawing.change, **common)
+            if not is_control:
+                return sample_pictures(tuned, drawing.prompts, **common)
+            condition = self._condition(tuned, side, drawing, resolution)
+            show(side, condition)
+            if drawing.control_schedule is not None:
+                stack.enter_context(control_sampling_with(tuned, drawing.control_schedule))
+            return sample_pictures(
+                tuned, drawing.prompts, **common, control=condition_rows(condition, len(drawing.prompts))
+            )
+
+    def _condition(self, family: Family, side: str, drawing: Drawing, resolution: int) -> Image.Image:
+        """What a ControlNet is shown of the photo."""
+        from difftuning_control.data.control_spec import (
+            Conditioner,
+            ControlSpec,
+        )  # saves it where nothing is controlled
+        from difftuning_control.runs.finished import weights_of
+
+        assert drawing.photo is not None
+        spec = ControlSpec.load(weights_of(self.places.writable(side), "controlnet"))
+        if spec.is_function and not drawing.is_condition:
+            raise UserError(
+                f"the conditions of {side} are made by code ({spec.annotator}), which a page does not run; give a "
+                "condition that is made already, or use difftune sample --control."
+            )
+        photo = picture_at(drawing.photo)
+        return Conditioner(spec, family.device).prepare(photo, resolution, resolution, drawing.is_condition)
 
 
-def _pictures(family: Family, drawing: Drawing, side: int, advance: Callable[[int], object]) -> list[Image.Image]:
-    from difftuning_control.evaluation.drawing import sample_pictures  # as above
+def picture_at(path: Path) -> Image.Image:
+    """A picture that was uploaded, or lies in the folder.
 
-    return sample_pictures(
-        family,
-        drawing.prompts,
-        seed=drawing.seed,
-        steps=drawing.steps,
-        guidance_scale=drawing.guidance,
-        resolution=side,
-        batch_size=4,
-        advance=advance,
-    )
+    Raises:
+        UserError: if it cannot be read.
+    """
+    from difftuning_control.data.images import decode_image  # saves it until something is drawn
+
+    try:
+        return decode_image(read_file(path, MAX_PIXELS * BYTES_PER_PIXEL))
+    except OSError:
+        raise UserError(f"the picture {path.name} cannot be read; add it again.") from None
+    except UserError as error:
+        raise UserError(f"the picture {path.name} {error}; add another.") from None

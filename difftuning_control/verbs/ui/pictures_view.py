@@ -17,13 +17,16 @@ from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
 from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
+from difftuning_control.verbs.ui.captioning import drafts_of
 from difftuning_control.verbs.ui.files import picture_address
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 
 MOST = 500  # pictures of a folder that are looked at
 PAGE = 24
-ALIKE = 5  # bits of 64 in which the shapes of two copies may differ
+ALIKE = 5  # bits of 64 in which the shapes of two copies may differ,
+SHARE = 0.2  # as a share of the bits that one of them has, since a plain ground has few,
+TINT = 10  # and by how much of 255 the mean red, green or blue
 NO_CAPTION = "has no caption; write one"
 
 
@@ -33,8 +36,10 @@ class Picture:
 
     Args:
         problems: why training would refuse it, in words; none where it would not.
-        notes: what else there is to see.
+        notes: what else there is to see; of a copy first what it is a copy of.
         frame: left, top, width and height of what a square keeps, in hundredths of the picture.
+        copy_of: the picture before it that it is a copy of.
+        draft: a caption that a model proposed and nobody has seen yet.
     """
 
     name: str
@@ -43,15 +48,30 @@ class Picture:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     frame: tuple[float, float, float, float] = (0, 0, 100, 100)
+    copy_of: str | None = None
+    draft: str | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it would be enlarged."""
+        return any(note.startswith("smaller") for note in self.notes)
+
+    @property
+    def framing(self) -> str:
+        """What a square does to it, in a few words."""
+        cropped = [note.replace("a square leaves out ", "") + " cropped" for note in self.notes if "a square" in note]
+        return ", ".join([*cropped, *(["enlarged"] if self.is_small else [])])
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the content of a picture's file says: its size, a digest of its bytes, its shape in bits, or a problem."""
+    """What the content of a picture's file says: its size, a digest of its bytes, its shape in bits, its mean
+    colour, or a problem."""
 
     size: tuple[int, int] = (0, 0)
     digest: str = ""
     shape: int = 0
+    colour: tuple[int, int, int] = (0, 0, 0)
     problem: str | None = None
 
 
@@ -69,9 +89,11 @@ def pictures_of(places: Places, folder: str, side: int) -> list[Picture]:
         raise UserError(f"{folder} is no folder; choose one with pictures.")
     rows, bad = list_rows(str(real), Columns(), None, None, None)
     found, seen = [Picture(name, None, problems=(why,)) for name, why in bad.items()], list[tuple[str, Facts]]()
+    drafts = drafts_of(places, real)
     for row in rows[:MOST]:
         facts = _facts_of(real / row.name)
-        found.append(_with_copies(_picture(row, facts, side), facts, seen))
+        picture = _with_copies(_picture(row, facts, side), facts, seen)
+        found.append(replace(picture, draft=None if picture.caption else drafts.get(row.name)))
         seen.append((row.name, facts))
     return sorted(found, key=lambda picture: picture.name)
 
@@ -92,10 +114,17 @@ def _picture(row: Row, facts: Facts, side: int) -> Picture:
 def _with_copies(picture: Picture, facts: Facts, seen: Sequence[tuple[str, Facts]]) -> Picture:
     for name, other in seen:
         if facts.digest and facts.digest == other.digest:
-            return replace(picture, notes=(f"the same file as {name}", *picture.notes))
-        if facts.shape and bin(facts.shape ^ other.shape).count("1") <= ALIKE:
-            return replace(picture, notes=(f"looks like {name}", *picture.notes))
+            return replace(picture, notes=(f"the same file as {name}", *picture.notes), copy_of=name)
+        if _are_alike(facts, other):
+            return replace(picture, notes=(f"looks like {name}", *picture.notes), copy_of=name)
     return picture
+
+
+def _are_alike(one: Facts, other: Facts) -> bool:
+    """Whether two pictures have the same shape and the same mean colour."""
+    differing, all_bits = (bin(bits).count("1") for bits in (one.shape ^ other.shape, one.shape | other.shape))
+    tint = max(abs(a - b) for a, b in zip(one.colour, other.colour))
+    return one.shape != 0 and differing <= min(ALIKE, SHARE * all_bits) and tint <= TINT
 
 
 def _facts_of(path: Path) -> Facts:
@@ -112,7 +141,8 @@ def _facts(path: str, changed: int) -> Facts:
         image = decode_image(content)
     except UserError as error:
         return Facts(problem=str(error))
-    return Facts(image.size, hashlib.sha256(content).hexdigest(), _shape(image))
+    red, green, blue = image.resize((1, 1), Image.Resampling.BOX).tobytes()
+    return Facts(image.size, hashlib.sha256(content).hexdigest(), _shape(image), (red, green, blue))
 
 
 def _shape(image: Image.Image) -> int:
@@ -125,23 +155,56 @@ def _shape(image: Image.Image) -> int:
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def gallery(places: Places, folder: str, found: Sequence[Picture], page: int, chosen: str | None) -> str:
-    """A page of the pictures, and what is wrong in all of them."""
-    real = places.readable(folder)
+def gallery(
+    places: Places,
+    folder: str,
+    found: Sequence[Picture],
+    page: int,
+    chosen: str | None,
+    side: int | None = None,
+    only: bool = False,
+) -> str:
+    """A page of the pictures, and what is wrong in all of them.
+
+    Args:
+        side: of the square that they are trained at.
+        only: show those alone that training would refuse.
+    """
+    real, found = places.readable(folder), to_show(found, only)
     part = found[page * PAGE : (page + 1) * PAGE]
     shown = [(p, picture_address(real / p.name, 384) if all(p.size) else None) for p in part]
-    bad, notes = [p for p in found if p.problems], [p for p in found if p.notes]
     return render(
         "pictures",
         shown=shown,
         count=len(found),
         most=MOST,
-        bad=bad,
-        notes=len(notes),
+        bad=_what_is_wrong(found),
+        notes=_what_is_to_see(found, side),
         chosen=chosen,
         page=page,
         size=PAGE,
+        only=only,
+        no_caption=NO_CAPTION,
     )
+
+
+def to_show(found: Sequence[Picture], only: bool) -> list[Picture]:
+    """All pictures, or those alone that training would refuse."""
+    return [picture for picture in found if picture.problems or not only]
+
+
+def _what_is_wrong(found: Sequence[Picture]) -> list[str]:
+    drafted = sum(p.draft is not None for p in found)
+    bare = sum(NO_CAPTION in p.problems for p in found)
+    spoilt = sum(any(text != NO_CAPTION for text in p.problems) for p in found)
+    parts = [f"{bare} without a caption" + (f" ({drafted} drafted)" if drafted else "")] if bare else []
+    return parts + ([f"{spoilt} that cannot be read or used"] if spoilt else [])
+
+
+def _what_is_to_see(found: Sequence[Picture], side: int | None) -> list[str]:
+    copies, small = sum(p.copy_of is not None for p in found), sum(p.is_small for p in found)
+    parts = [f"{copies} like another"] if copies else []
+    return parts + ([f"{small} smaller than {side or 'the square'}"] if small else [])
 
 
 def one_picture(places: Places, folder: str, picture: Picture | None) -> str:

@@ -15,6 +15,7 @@ from difftuning_control.runs.listing import list_runs
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard
 from difftuning_control.verbs.ui.files import report_address
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 
@@ -77,6 +78,7 @@ def verified(places: Places, name: str) -> str:
     Raises:
         UserError: if it is not finished.
     """
+    import_models()
     from difftuning_control.runs.verify import table, verify  # saves diffusers until something is verified
 
     result = verify(VerifyRequest(str(run_folder(places, name))))

@@ -11,6 +11,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.text import harmless
 
+TITLE = "Not done"
+
 
 @contextmanager
 def mistakes() -> Iterator[None]:
@@ -18,10 +20,12 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(plain(str(error)), duration=12, print_exception=False, title="") from None
+        raise gr.Error(plain(str(error)), duration=12, print_exception=False, title=TITLE) from None
     except OSError as error:
         place, reason = error.filename or "a file", error.strerror or error
-        raise gr.Error(plain(f"{place} cannot be read or written ({reason})."), print_exception=False) from None
+        raise gr.Error(
+            plain(f"{place} cannot be read or written ({reason})."), print_exception=False, title=TITLE
+        ) from None
 
 
 def plain(text: str) -> str:

@@ -13,20 +13,28 @@ from difftuning_control.verbs.ui.form import (
     Field,
     free_name,
     picture_folders,
+    preset_labels,
     preset_values,
-    presets,
+    recipe_of_words,
     sections,
     train_words,
 )
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
-from difftuning_control.verbs.ui.look import PICK
+from difftuning_control.verbs.ui.look import FOLLOW, PICK
 from difftuning_control.verbs.ui.places import EMBEDDED
+from difftuning_control.verbs.ui.price_view import price_page, refuse_unready
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
 EVERY = 2.0  # seconds between looks at what trains
-PLACEHOLDERS = {"rank": "16", "steps": "as fits", "batch": "as fits", "rate": "as fits", "side": "the model's own"}
+PLACEHOLDERS = {
+    "rank": "16",
+    "steps": "what fits the model",
+    "batch": "what fits the model",
+    "rate": "what fits the model",
+    "side": "the model's own",
+}
 
 
 def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
@@ -37,21 +45,25 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
             fields = _first_fields(studio)
             with gr.Accordion("Everything else", open=False):
                 others = _other_fields()
-            start = gr.Button("Start", variant="primary", elem_id="start")
+            price = gr.HTML(elem_id="price")
+            with gr.Row():
+                ask = gr.Button("What will it take?", elem_id="ask", min_width=130)
+                start = gr.Button("Start", variant="primary", elem_id="start", min_width=130)
         with gr.Column(scale=3, min_width=300):
             table = gr.HTML(js_on_load=PICK, elem_id="jobs")
-            with gr.Row():
-                stop = gr.Button("Stop", size="sm", min_width=80, elem_id="stop")
-                longer = gr.Textbox(
-                    show_label=False, placeholder="up to step (as it was)", min_width=120, container=False
-                )
-                resume = gr.Button("Go on", size="sm", min_width=80)
-            now = gr.HTML(elem_id="progress")
-            grids = gr.HTML(elem_id="grids")
-            with gr.Accordion("Log", open=True):
-                printed = gr.HTML(elem_id="log")
+            with gr.Column(visible=False) as following:
+                with gr.Row():
+                    stop = gr.Button("Stop", size="sm", min_width=80, elem_id="stop")
+                    resume = gr.Button("Go on", size="sm", min_width=80)
+                    longer = gr.Textbox(
+                        show_label=False, placeholder="up to step (as it was)", min_width=120, container=False
+                    )
+                now = gr.HTML(elem_id="progress")
+                grids = gr.HTML(elem_id="grids")
+                with gr.Accordion("Log", open=True):
+                    printed = gr.HTML(elem_id="log")
     chosen, seen = gr.State(None), gr.State(None)
-    live = [table, now, grids, printed, stop, resume, seen]
+    live = [table, now, grids, printed, stop, resume, seen, following]
 
     def look(name: str | None, before: Any) -> list[Any]:
         jobs = studio.jobs.all()
@@ -62,7 +74,8 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
             return [gr.skip()] * len(live)
         same = before is not None and before[1] == signs[1]
         figures = [gr.skip(), gr.skip()] if same else [progress(places, job), pictures(job)]
-        return [jobs_table(places, jobs, job.name if job else None), *figures, text, *_buttons(job), signs]
+        there = gr.update(visible=job is not None)
+        return [jobs_table(places, jobs, job.name if job else None), *figures, text, *_buttons(job), signs, there]
 
     def look_anew(name: str | None) -> list[Any]:
         return look(name, None)
@@ -72,8 +85,14 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
         ten = dict(zip(fields, texts))
         with mistakes():
             words, output = train_words(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
+            refuse_unready(places, recipe_of_words(words))
             job = studio.jobs.add(words, output)
         return [job.name, free_name(places, output.name), *look(job.name, None)]
+
+    def priced(*values: str) -> str:
+        texts = [value or "" for value in values]
+        ten = dict(zip(fields, texts))
+        return price_page(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
 
     def go_on(name: str | None, up_to: str) -> list[Any]:
         with mistakes():
@@ -106,7 +125,9 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
         return [gr.update(choices=known, value=place), free_name(places, name or "mine") if taken else name]
 
     everything = [*fields.values(), *others.values()]
-    start.click(begin, everything, [chosen, fields["name"], *live], show_progress="hidden")
+    ask.click(priced, everything, price)
+    started = start.click(begin, everything, [chosen, fields["name"], *live], show_progress="hidden")
+    started.success(None, None, None, js=FOLLOW)  # which is out of sight, below or far above the button
     resume.click(go_on, [chosen, longer], [chosen, *live], show_progress="hidden")
     stop.click(end, chosen, live, show_progress="hidden")
     table.select(picked, None, [chosen, *live], show_progress="hidden")
@@ -129,10 +150,12 @@ def _first_fields(studio: Studio) -> dict[str, Any]:
     """The ten by name, and the preset."""
     folders, values = picture_folders(studio.places), preset_values(NO_PRESET)
     found: dict[str, Any] = {}
-    found["preset"] = gr.Dropdown(list(presets()), value=NO_PRESET, label="Begin with the settings of")
+    found["preset"] = gr.Dropdown(preset_labels(), value=NO_PRESET, label="Begin with the settings of")
     found["pictures"] = gr.Dropdown(folders, value=folders[0], label="Pictures", allow_custom_value=True)
     found["model"] = gr.Textbox(
-        values["model"], label="Model", info="embedded, a diffusers folder, or a name of the Hub"
+        values["model"],
+        label="Model",
+        info="embedded (a small one that draws emoji, to try things), a diffusers folder, or a name of the Hub",
     )
     with gr.Row():
         found["trains"] = gr.Dropdown(list(METHODS), value=values["trains"], label="What trains", min_width=120)
@@ -143,7 +166,9 @@ def _first_fields(studio: Studio) -> dict[str, Any]:
     with gr.Row():
         found["rate"] = _short("Learning rate", "rate")
         found["side"] = _short("Resolution", "side")
-    found["prompts"] = gr.Textbox(label="Watch these prompts", lines=2, placeholder="one a line; captions if empty")
+    found["prompts"] = gr.Textbox(
+        label="Prompts to draw while it trains", lines=2, placeholder="one a line; your captions if empty"
+    )
     found["name"] = gr.Textbox(free_name(studio.places), label="Name of the run")
     return found
 

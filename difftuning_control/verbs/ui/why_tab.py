@@ -31,7 +31,10 @@ def why_tab(studio: Studio, tab: gr.Tab) -> None:
         studies = reports_of(places)
         name = name if name in runs else next(iter(runs), None)
         study = study if study in studies else next(iter(studies), None)
-        boxes = [gr.update(choices=runs, value=name), gr.update(choices=studies, value=study)]
+        boxes = [
+            gr.update(choices=choices, value=value, visible=bool(choices))
+            for choices, value in ((runs, name), (studies, study))
+        ]
         return [*boxes, *shown(name, study, spoken)]
 
     asked, quiet = [run, report, language], {"show_progress": "hidden"}
