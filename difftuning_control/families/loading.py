@@ -82,13 +82,22 @@ def _class_of(name: str) -> type[Family]:
     return getattr(importlib.import_module(f"difftuning_control.families.{module}"), family)
 
 
-def family_class(model: str) -> type[Family]:
-    """The family of a directory or of a Hub model, of which only the index is read.
+def pipeline_name(model: str) -> str:
+    """The class of the pipeline of `embedded`, a directory or a Hub model, of which only the index is read.
 
     Raises:
         UserError: as `load_family`.
     """
-    return _class_of(_known_class(model, _read_index(model, model)))
+    return _known_class(model, _read_index(model, str(embedded_model()) if model == "embedded" else model))
+
+
+def family_class(model: str) -> type[Family]:
+    """The family of a model, of which only the index is read.
+
+    Raises:
+        UserError: as `load_family`.
+    """
+    return _class_of(pipeline_name(model))
 
 
 def _read_index(model: str, path: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.forgetting import SCHEDULE_BANDS, affordable_rows
 from difftuning_control.families.fitting import fitted
 from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import FAMILIES, family_class, load_base
+from difftuning_control.families.loading import load_base, pipeline_name
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.inputs import HELD_OUT
@@ -79,7 +79,7 @@ def price_of(recipe: Recipe, earlier: Sequence[RunRecord] = ()) -> Price:
     """
     notes: list[str] = []
     recipe = fitted(recipe, notes.append)
-    pipeline = pipeline_of(recipe.model.id)
+    pipeline = pipeline_name(recipe.model.id)
     if recipe.data.stream:
         raise UserError("how many pictures a stream has is not known before it runs; difftune train says it.")
     data, held_out = read_data(recipe, notes.append)
@@ -98,18 +98,6 @@ def price_of(recipe: Recipe, earlier: Sequence[RunRecord] = ()) -> Price:
     if not seconds and memory is not None and memory.denoiser + memory.others <= SMALL:
         seconds = _seconds(forwards, _measured(recipe))
     return Price(recipe, pictures, forwards, seconds, memory, tuple(notes), kept, side)
-
-
-def pipeline_of(model: str) -> str:
-    """The class of a model's pipeline, of which only the index is read.
-
-    Raises:
-        UserError: as `families.loading.load_family`.
-    """
-    if model == "embedded":
-        return "StableDiffusionPipeline"
-    wanted = family_class(model).__name__
-    return next(name for name, (_, family) in FAMILIES.items() if family == wanted)
 
 
 def planned_forwards(recipe: Recipe, pictures: Pictures, guided: bool = True) -> dict[str, int]:

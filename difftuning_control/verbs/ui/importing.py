@@ -14,10 +14,12 @@ def import_models() -> None:
         import transformers  # noqa: F401
 
         import difftuning_control.evaluation.redrawing
-        import difftuning_control.families.sd
         import difftuning_control.pipelines.domain_guidance
         import difftuning_control.runs.finished
         import difftuning_control.training.price  # noqa: F401
+        from difftuning_control.families.loading import family_class
+
+        family_class("embedded")
 
 
 def begin_importing() -> None:
