@@ -56,7 +56,7 @@ def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
             max_steps=6,
             batch_size=5,
             checkpoint_every=2,
-            validate_every=3,
+            validate_every=0,
             validation_size=2,
             sample_every=0,
             learning_rate=1e-2,

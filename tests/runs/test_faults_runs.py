@@ -292,7 +292,9 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name):
     values, training = METHODS[name]
-    recipe = replace(recipe, **values, training=replace(recipe.training, learning_rate=1e-3, **training))
+    recipe = replace(
+        recipe, **values, training=replace(recipe.training, learning_rate=1e-3, validate_every=3, **training)
+    )
     run, said = train(recipe).record, []
     again = train(longer(recipe, 9), tell=said.append).record
     assert again.steps == 9

@@ -94,7 +94,7 @@ def unreadable(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.ledger = Ledger("bank_loss", masks=True, every=8)
 
 
-@pytest.mark.sample("samples", "teacher")
+@pytest.mark.sample("teacher")
 @pytest.mark.parametrize(
     "tuning",
     [

@@ -182,7 +182,7 @@ def test_an_exported_lora_draws_the_same_by_the_lines_of_its_card(finished, name
         assert all((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
 
-@pytest.mark.sample("difference-flux")
+@pytest.mark.sample("difference-sd3")
 @pytest.mark.parametrize("name", ["sd3", "flux"], indirect=True)
 @pytest.mark.parametrize("source", ["whole", "difference"])
 def test_exported_weights_have_the_base_beside_them(finished, name, source, tmp_path):

@@ -114,6 +114,7 @@ def test_a_bank_that_grows_ends_as_one_drawn_ahead(recipe: Recipe, ahead, tmp_pa
     assert_same(here, there, weights)
 
 
+@pytest.mark.wide
 def test_a_run_killed_while_its_bank_grows_begins_again_with_what_was_drawn(recipe: Recipe, ahead, tmp_path: Path):
     recipe.training.mixed_precision = "bf16"  # as the one above
     there, here = ahead(recipe), into(recipe, tmp_path)

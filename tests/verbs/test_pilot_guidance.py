@@ -90,6 +90,7 @@ def test_ordinary_guidance_at_the_pilots_own_scale_gives_the_pilots_own_figures(
         assert [r["kid"] for r in side["runs"]] == [r["kid"] for r in kept["runs"]]  # the search changes nothing else
 
 
+@pytest.mark.wide
 def test_whole_models_of_later_seeds_go_when_they_are_judged(done):
     folder, result = done
     for side in result.sides:
