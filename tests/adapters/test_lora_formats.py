@@ -196,7 +196,7 @@ def test_stock_diffusers_reads_kohyas_file_too(name, targets, tmp_path):
     layers = lora_layers(unet, ADAPTER)
     save_file(kohya_tensors(layers, unet), tmp_path / "lora.safetensors")
     stock = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
-    state, alphas, *_ = stock.lora_state_dict(tmp_path / "lora.safetensors", unet_config=plain.config)
+    state, alphas, *_ = stock.lora_state_dict(tmp_path, weight_name="lora.safetensors", unet_config=plain.config)
     stock.load_lora_into_unet(state, alphas, plain, adapter_name=ADAPTER)
     assert {layer.module for layer in lora_layers(plain, ADAPTER)} == {layer.module for layer in layers}
     assert_close(merged(plain).state_dict(), merged(unet).state_dict())
