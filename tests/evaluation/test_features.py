@@ -149,7 +149,8 @@ def test_a_clip_directory_gives_the_embeddings_of_pictures(clip_dir):
     found = load_features(str(clip_dir))(drawn)
     model, processor = CLIPModel.from_pretrained(clip_dir).eval(), CLIPImageProcessor.from_pretrained(clip_dir)
     with torch.no_grad():
-        expected = model.get_image_features(**processor(images=drawn, return_tensors="pt")).pooler_output
+        output = model.get_image_features(**processor(images=drawn, return_tensors="pt"))
+    expected = getattr(output, "pooler_output", output)  # a tensor before transformers 5
     assert found.shape == (3, 6)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
