@@ -52,20 +52,6 @@ class _Given(nn.Module):
         return features
 
 
-class _Embeddings(nn.Module):
-    """Gives torchmetrics CLIP's embeddings as tensors; transformers 5 wraps them."""
-
-    def __init__(self, clip: Any):
-        super().__init__()
-        self.clip, self.config = clip, clip.config
-
-    def get_image_features(self, pixels: Tensor) -> Tensor:
-        return self.clip.get_image_features(pixels).pooler_output
-
-    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.clip.get_text_features(ids, mask).pooler_output
-
-
 def fid_warning(real: int, generated: int, dimensions: int) -> str | None:
     """Why an FID of so few pictures misleads, or None."""
     few = min(real, generated)
@@ -208,9 +194,7 @@ def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "op
     Raises:
         UserError: if the model's weights are not to be had.
     """
-    # saves torchmetrics and transformers where there is no CLIP
-    from torchmetrics.functional.multimodal import clip_score as torchmetrics_clip_score
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPModel, CLIPProcessor  # saves it where there is no CLIP
 
     from difftuning_control.families.hub import quiet_loading  # for such models alone
 
@@ -225,7 +209,8 @@ def clip_score(pictures: Sequence[Any], prompts: Sequence[str], model: str = "op
             f"the weights of CLIP ({model}) are not on this machine and could not be downloaded; leave the CLIP score "
             "out, or name a local directory."
         ) from None
-    given: Any = lambda: (_Embeddings(clip), processor)  # noqa: E731
-    arrays = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures]
+    shown = [picture.convert("RGB") for picture in pictures]
+    inputs = processor(text=list(prompts), images=shown, return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
-        return float(torchmetrics_clip_score(arrays, list(prompts), model_name_or_path=given))
+        output = clip(**inputs)
+    return max(100 * float(F.cosine_similarity(output.image_embeds, output.text_embeds).mean()), 0.0)

@@ -5,9 +5,10 @@ import pytest
 from difftuning_control.errors import UserError
 from difftuning_control.families.fit import EMBEDDED
 from difftuning_control.families.fitting import fitted
-from difftuning_control.families.loading import FAMILIES, family_class
+from difftuning_control.families.loading import FAMILIES, SINCE, family_class
 from difftuning_control.recipe.recipe import FITTED, Recipe
 from difftuning_control.system.durable import write_json
+from difftuning_control.system.installed import at_least
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
 
@@ -50,6 +51,8 @@ def test_a_recipe_made_of_dataclasses_is_whole():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_values_for_every_method(tmp_path, name):
     write_json(tmp_path / "model_index.json", {"_class_name": name})
+    if not at_least("diffusers", SINCE.get(name, "0")):
+        pytest.skip(f"needs diffusers {SINCE[name]} or newer")
     assert family_class(str(tmp_path)).fit.batch_size >= 2
     for method in ("lora", "full", "controlnet"):
         training = fitted(of({"id": str(tmp_path)}, method=method)).training

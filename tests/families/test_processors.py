@@ -27,6 +27,10 @@ def quantised(outputs: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("outputs", [8, 32, 64])
 def test_fault_15_00_nf4_is_the_same_with_and_without_avx512bf16(outputs, monkeypatch):
+    import bitsandbytes as bnb
+
+    if not hasattr(bnb.nn.modules, "has_avx512bf16"):
+        pytest.skip("this bitsandbytes has one layout on every processor")
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     found = {}
     for capable in (False, True):
