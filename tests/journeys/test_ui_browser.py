@@ -162,14 +162,14 @@ def test_the_whole_way(browse, studio):
     assert large.count() == 0
 
     # space ends what is being drawn
-    page.get_by_label("Sampling steps").fill("200")
+    page.get_by_role("spinbutton", name="Sampling steps").fill("200")
     page.locator("#draw").click()
     page.locator("#halt").wait_for()
     page.locator("#comparison").click()
     page.keyboard.press("Space")
     playwright.expect(page.locator("#comparison")).to_contain_text("Stopped; not drawn: ", timeout=PATIENCE)
     playwright.expect(page.locator("#halt")).to_be_hidden()
-    page.get_by_label("Sampling steps").fill("15")
+    page.get_by_role("spinbutton", name="Sampling steps").fill("15")
 
     # over a picture, with a strength over the noise
     page.get_by_text("Draw over a picture").click()
