@@ -99,6 +99,7 @@ def test_phases_of_several_runs_add_up_and_are_said_longest_first():
 
 def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recipe: Recipe, tmp_path: Path):
     """Bank: 10 items × 2 steps × 2 branches. Validation: 4 held-out rows × 5 bands, before, after 3 steps, after."""
+    recipe = replace(recipe, training=replace(recipe.training, validate_every=3))
     told: list[str] = []
     run = train(recipe, tell=told.append).record
     assert run.phases is not None
