@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from difftuning_control.data.bank import KnowledgeBank
-from difftuning_control.data.bank_draft import BankDraft
+from difftuning_control.data.bank_draft import MANIFEST, BankDraft
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
 from difftuning_control.data.datasets import Choice
@@ -200,20 +200,21 @@ def prepare_bank(
     show = share.index == 0
     if path is not None and path.is_file():
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
-    if path is not None and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
+    if path is not None and path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
         return _bank_of_pictures(family, path, data, resolution, show, share, tell)
     request = request_of(family, config, path, bank_prompts(family, config, captions), resolution, size)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
-    if family.offload and not (folder / "manifest.json").exists():  # all prompts at once, and not batch by batch
+    draft = BankDraft(family, request, folder, config.batch_for(resolution))
+    if family.offload and not draft.is_whole:  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
     if grow is not None:
-        return grow(BankDraft(family, request, folder, config.batch_for(resolution)))
+        return grow(draft)
     with progress(request.size, "knowledge bank", show) as advance:
         return KnowledgeBank.build(
             family,
             folder,
             request,
-            batch_size=config.batch_for(resolution),
+            batch_size=draft.batch_size,
             advance=advance,
             process_index=share.index,
             num_processes=share.count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,3 +142,17 @@ class Controlled(Components):
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
         """A directory for the ControlNet class's `from_pretrained`."""
         controlnet.save_pretrained(folder, safe_serialization=True)
+
+
+def filled_controlnet(controlnet: Any, state: dict[str, Tensor], path: Path) -> Any:
+    """A ControlNet with the tensors of a file.
+
+    Raises:
+        UserError: if these are not the ControlNet's own, or not all of them.
+    """
+    try:
+        controlnet.load_state_dict(state)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise UserError(f"the ControlNet {path} does not fit this model ({reason}); give another.") from None
+    return controlnet

@@ -8,7 +8,6 @@ References:
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.control import compare_configs
+from difftuning_control.families.control import compare_configs, filled_controlnet
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.packed import PackedTransformer, pack
@@ -153,13 +152,7 @@ class QwenImage(PackedTransformer, MaskedTransformer):
             )
         more = embedder.shape[1] - self.denoiser.config.in_channels
         own = {"num_layers": count, "extra_condition_channels": max(more, 0)}
-        controlnet = self.controlnet_of_this_size(own)
-        try:
-            controlnet.load_state_dict(state)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise UserError(f"the ControlNet {path} does not fit this model ({reason}); give another.") from None
-        return controlnet
+        return filled_controlnet(self.controlnet_of_this_size(own), state, path)
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         widths = ("num_attention_heads", "attention_head_dim", "joint_attention_dim")

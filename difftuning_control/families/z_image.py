@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.control import compare_configs
+from difftuning_control.families.control import compare_configs, filled_controlnet
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.quantised import plain_state
@@ -171,12 +170,7 @@ class ZImage(MaskedTransformer):
             add_control_noise_refiner=refiner,
             **{key: its[key] for key in SHARED},
         )
-        try:
-            controlnet.load_state_dict(state)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")
-            raise UserError(f"the ControlNet {path} does not fit this model ({reason}); give another.") from None
-        return controlnet
+        return filled_controlnet(controlnet, state, path)
 
     def check_controlnet(self, controlnet: Any, name: str) -> None:
         compare_configs(self.denoiser, controlnet, name, ("dim", "n_heads", "n_kv_heads", "qk_norm", "all_patch_size"))

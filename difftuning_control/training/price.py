@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from difftuning_control.data.bank_draft import MANIFEST
 from difftuning_control.data.prepare import cache_folder, read_data
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.forgetting import SCHEDULE_BANDS, affordable_rows
@@ -170,7 +171,7 @@ def _is_alike(record: RunRecord, recipe: Recipe) -> bool:
 def _has_bank(record: RunRecord, recipe: Recipe) -> bool:
     """Whether the recipe's bank is that of a run, which is still there."""
     bank, before = record.bank, record.recipe
-    if bank is None or recipe.bank.path is not None or not (Path(bank.folder) / "manifest.json").is_file():
+    if bank is None or recipe.bank.path is not None or not (Path(bank.folder) / MANIFEST).is_file():
         return False
     of_both = [replace(data, resolution=None, cache=None) for data in (before.data, recipe.data)]
     same = before.bank == recipe.bank and of_both[0] == of_both[1]  # its prompts are the captions

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from difftuning_control.adapters.files import metadata_and_shapes
-from difftuning_control.families.loading import embedded_model, family_class
+from difftuning_control.families.loading import base_dtype, family_class
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.manifest import place_of
 
 QUANTISED = {"float8": 1.0, "int8": 1.0, "nf4": 0.5}  # bytes of a weight
-FULL = {"no": 4.0, "fp16": 2.0, "bf16": 2.0}
 STATE = {"adamw": 8, "adamw8bit": 2}  # bytes of the optimizer's state of a weight
 OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "image_encoder")
 Shapes = dict[str, tuple[int, ...]]
@@ -46,20 +46,20 @@ def memory_of(recipe: Recipe, pipeline: str) -> Memory | None:
     Args:
         pipeline: the class of the model's.
     """
-    place = _place_of(recipe.model.id)
+    place = place_of(recipe.model.id)
     component = BY_CLASS[pipeline].component
     if place is None:
         return None
     shapes = _shapes(place / component, recipe.model.variant)
     if not shapes:
         return None
-    width = 4.0 if recipe.method == "full" else FULL[recipe.training.mixed_precision]
+    width = base_dtype(recipe).itemsize
     count = _numbers(shapes.values())
     trained = _trained(recipe, shapes, count)
     kind = recipe.model.quantization
     return Memory(
         int(count * (QUANTISED[kind] if kind is not None else width)),
-        int(width * sum(_numbers(_shapes(place / name, recipe.model.variant).values()) for name in OTHERS)),
+        width * sum(_numbers(_shapes(place / name, recipe.model.variant).values()) for name in OTHERS),
         trained,
         _training(recipe, trained or 0),
     )
@@ -80,8 +80,7 @@ def _trained(recipe: Recipe, shapes: Shapes, count: int) -> int | None:
         return None
     named = [name.strip() for name in adapter.targets.split(",") if name.strip()]
     if adapter.targets == "auto":
-        model = str(embedded_model()) if recipe.model.id == "embedded" else recipe.model.id
-        named = list(family_class(model).lora_targets)
+        named = list(family_class(recipe.model.id).lora_targets)
     trained = 0
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
@@ -92,20 +91,6 @@ def _trained(recipe: Recipe, shapes: Shapes, count: int) -> int | None:
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _place_of(model: str) -> Path | None:
-    """The directory of a model, as far as it is on this machine."""
-    if model == "embedded":
-        return embedded_model()
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download  # saves it for models that lie in a directory
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (OSError, ValueError):  # it was not downloaded yet
-        return None
 
 
 def _shapes(folder: Path, variant: str | None) -> Shapes:

@@ -34,6 +34,7 @@ from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.setup import auto_schedule, build_objective, make_accelerator
 from difftuning_control.verbs.train import train
+from support.family_runs import FEW_STEPS
 from support.tiny_models import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl
 from support.tiny_sd import tiny_pipeline
 
@@ -85,16 +86,6 @@ def make(tmp_path: Path, models: dict[str, str], shapes: Path):
             "bucket_step": 8,
             "bucket_aspect": 4.0,
         }
-        training = {
-            "max_steps": 4,
-            "batch_size": 5,
-            "checkpoint_every": 2,
-            "validate_every": 0,
-            "validation_size": 2,
-            "sample_every": 0,
-            "learning_rate": 1e-2,
-            "weight_decay": 0.0,
-        }
         control = ControlConfig(
             annotator="supplied", path=f"{shapes}/conditions", bank_condition="blank", fidelity=FidelityConfig(every=0)
         )
@@ -106,7 +97,7 @@ def make(tmp_path: Path, models: dict[str, str], shapes: Path):
             BankConfig(size=10, steps=2, batch_size=4),
             AdapterConfig(rank=2) if method == "lora" else AdapterConfig(),
             control if method == "controlnet" else ControlConfig(),
-            TrainingConfig(**training | changes.get("training", {})),
+            TrainingConfig(**FEW_STEPS | changes.get("training", {})),
             str(tmp_path / name),
         )
 

@@ -49,6 +49,7 @@ from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.train import train
+from support.family_runs import FEW_STEPS
 from support.tiny_models import DIT_CLASSES, tiny_dit
 from support.trainings import interrupted_after, record, resumed, run_record, trained_once
 
@@ -427,17 +428,6 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(root) -> Maker:
-    training = {
-        "max_steps": 4,
-        "batch_size": 5,
-        "checkpoint_every": 2,
-        "validate_every": 0,
-        "validation_size": 2,
-        "sample_every": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-    }
-
     def recipe(name: str, method: str = "lora", model: str = "learned", **sections: dict[str, Any]) -> Recipe:
         tuning = sections.get("tuning", {})
         pictures = "new" if tuning.get("label_space") == "new" else "old"
@@ -449,7 +439,7 @@ def make(root) -> Maker:
             TuningConfig(**tuning),
             BankConfig(**{"size": 10, "steps": 2, "batch_size": 4, **sections.get("bank", {})}),
             AdapterConfig(rank=2, alpha=4.0) if method == "lora" else AdapterConfig(),
-            training=TrainingConfig(**{**training, **sections.get("training", {})}),
+            training=TrainingConfig(**{**FEW_STEPS, **sections.get("training", {})}),
             output=str(root / name),
         )
 

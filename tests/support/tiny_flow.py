@@ -6,6 +6,7 @@ import torch
 
 from support.tiny_language import tiny_mistral, tiny_qwen3, tiny_qwen3_vl, tiny_qwen_vl
 from support.tiny_models import tiny_t5, tiny_vae
+from support.tiny_sd import TINY_VAE
 
 
 def tiny_z_image(seed: int = 0, dynamic: bool = False, layers: int = 3):
@@ -72,14 +73,7 @@ def tiny_flux2_vae():
     from diffusers import AutoencoderKLFlux2
 
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
+        **TINY_VAE,
     )
     vae.bn.running_mean.data = torch.randn(16) * 0.2
     vae.bn.running_var.data = torch.rand(16) + 0.5

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from support.tiny_tokenizers import tiny_tokenizer
+
+TINY_VAE: dict[str, Any] = {  # which halves pictures
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+    "mid_block_add_attention": False,
+}
 
 
 def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon"):
@@ -40,14 +53,7 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon"):
         norm_num_groups=4,
     )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
+        **TINY_VAE,
         scaling_factor=0.7,
     )
     scheduler = DDIMScheduler(
@@ -105,14 +111,7 @@ def tiny_xl_pipeline(seed: int = 0, prediction_type: str = "epsilon"):
         use_linear_projection=True,
     )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
+        **TINY_VAE,
         scaling_factor=0.13,
     )
     scheduler = EulerDiscreteScheduler(

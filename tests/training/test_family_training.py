@@ -43,6 +43,7 @@ from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.train import train
 from support.controls import OUTLINE, write_photos
+from support.family_runs import FEW_STEPS
 from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
 from support.tensors import differing
@@ -84,16 +85,6 @@ def photos(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def make(root: Path, models: dict[str, str], photos: Path) -> Maker:
     """Makes recipes that train a tiny model of a family for four steps, with one cache for all."""
-    training = {
-        "max_steps": 4,
-        "batch_size": 5,
-        "checkpoint_every": 2,
-        "validate_every": 0,
-        "validation_size": 2,
-        "sample_every": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-    }
 
     def recipe(name: str, family: str, method: str = "lora", **sections: dict[str, Any]) -> Recipe:
         control = {"annotator": "family_outlines:outline", **sections.get("control", {})}
@@ -107,7 +98,7 @@ def make(root: Path, models: dict[str, str], photos: Path) -> Maker:
             BankConfig(**{"size": 10, "steps": 2, "batch_size": 4, **sections.get("bank", {})}),
             AdapterConfig(**sections.get("adapter", {"rank": 2, "alpha": 4.0} if method == "lora" else {})),
             ControlConfig(**control) if method == "controlnet" else ControlConfig(),
-            TrainingConfig(**{**training, **sections.get("training", {})}),
+            TrainingConfig(**{**FEW_STEPS, **sections.get("training", {})}),
             str(root / name),
         )
 
