@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
+from zlib import crc32
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny tensors down
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,6 +66,16 @@ def recipe(tmp_path: Path, model_dir: Path, pictures: Path):
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the `wide` instances of each test run one in N, spread evenly",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as `wide` what the `sample` marker of a parametrised test does not name; each name must name something."""
@@ -80,3 +91,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     whole = not any("::" in argument for argument in config.args)
     if stale := [f"{function}: {', '.join(sorted(names))}" for function, names in unused.items() if whole and names]:
         raise pytest.UsageError("the sample marker names no instance: " + "; ".join(stale))
+    keep_a_share(config, items)
+
+
+def keep_a_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out all but one in `--share` of each test's wide instances.
+
+    Which one comes first differs from test to test, so that of every family, adapter and verb some tests are kept.
+    """
+    if (share := config.getoption("share")) < 1:
+        raise pytest.UsageError(f"--share is {share}; it is one in how many: 1 or more")
+    instances: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("wide"):
+            instances.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        item
+        for function, group in instances.items()
+        for item in group[crc32(function.encode()) % share % len(group) :: share]
+    }
+    dropped = [item for group in instances.values() for item in group if item not in kept]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]

@@ -386,7 +386,7 @@ print(table["difftuning-sd"].__name__)
     assert run_code(code) == "DiffTuningPipeline"
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_diffusers_may_be_imported_all_at_once():
     code = """
 import difftuning_control

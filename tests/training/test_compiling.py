@@ -115,7 +115,7 @@ def test_whole_weights_train_compiled_as_without(make, method):
     assert_same_training(make(method, method), "aot_eager")
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_checkpointed_gradients_train_compiled_as_without(make):
     assert_same_training(make("checkpointed", training={"gradient_checkpointing": True}), "aot_eager")
 
@@ -131,7 +131,7 @@ def test_the_real_compiler_trains_as_without(make, method):
     assert_same_training(make(f"inductor-{method}", method), "inductor", atol=0.1 * RATE)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_compiled_run_goes_on_where_it_stopped(make):
     recipe = make("whole", training={"compile": "aot_eager", "max_steps": 4, "checkpoint_every": 2})
     train(recipe)
