@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from difftuning_control.families.tunable import TunableDiT
-from difftuning_control.pipelines.extras import TunedSampling, like
-from difftuning_control.pipelines.strength import Strength
+from difftuning_control.pipelines.extras import SETTINGS, TunedSampling, constructor, like
+
+
+def dit_constructor() -> Callable[..., None]:
+    """As `constructor` makes it, with a DiT that takes adapters accepted and saved as what it is, and names kept."""
+    started = constructor(DiTPipeline, "transformer", SETTINGS)
+
+    @like(started)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 it becomes one
+        started(self, *args, **kwargs)
+        given = inspect.signature(started).bind(self, *args, **kwargs).arguments
+        self.register_to_config(id2label=given.get("id2label"))
+        for name in ("transformer", "source_transformer"):
+            if getattr(self, name) is not None:
+                self.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
+
+    either: Any = DiTTransformer2DModel | TunableDiT  # `from_pipe` compares the very class
+    __init__.__annotations__ |= {"transformer": either, "source_transformer": either | None}
+    return __init__
 
 
 class DiffTuningDiTPipeline(TunedSampling, DiTPipeline, stock=DiTPipeline):
@@ -27,41 +44,14 @@ class DiffTuningDiTPipeline(TunedSampling, DiTPipeline, stock=DiTPipeline):
         source_transformer: the pretrained transformer, where its weights were tuned; not needed for an adapter.
     """
 
-    def __init__(
-        self,
-        transformer: DiTTransformer2DModel | TunableDiT,  # `from_pipe` compares the very class
-        vae: AutoencoderKL,
-        scheduler: KarrasDiffusionSchedulers,
-        id2label: dict | None = None,
-        source_transformer: DiTTransformer2DModel | TunableDiT | None = None,
-        domain_guidance: bool | None = None,
-        unconditional_strength: float | None = None,
-        tuned_adapters: list | None = None,
-        adapter_schedule: dict | str | Strength | Callable | None = None,
-        hand_over: float | None = None,
-        saved_adapters: list | None = None,
-    ):
-        DiTPipeline.__init__(self, transformer, vae, scheduler, id2label)
-        self._start_extras(
-            source_transformer,
-            saved_adapters=saved_adapters,
-            domain_guidance=domain_guidance,
-            unconditional_strength=unconditional_strength,
-            tuned_adapters=tuned_adapters,
-            adapter_schedule=adapter_schedule,
-            hand_over=hand_over,
-        )
-        pipe: Any = self
-        pipe.register_to_config(id2label=id2label)
-        for name in ("transformer", "source_transformer"):
-            if getattr(pipe, name) is not None:  # perhaps a DiT that takes adapters, which is saved as what it is
-                pipe.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
+    __init__ = dit_constructor()
 
     @classmethod
     @like(DiTPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As in `TunedSampling`; class names come along."""
-        pipe = super().from_pipe(pipeline, **kwargs)
-        if "id2label" not in kwargs:
-            pipe.labels = dict(pipeline.labels)
-        return pipe
+        """As in `TunedSampling`; class names come along, which the stock pipeline has as numbers by name."""
+        names: dict[int, list[str]] = {}
+        for name, number in pipeline.labels.items():
+            names.setdefault(number, []).append(name)
+        kwargs.setdefault("id2label", {number: ", ".join(several) for number, several in sorted(names.items())} or None)
+        return super().from_pipe(pipeline, **kwargs)

@@ -243,6 +243,8 @@ def test_class_names_go_along(tmp_path):
     ours.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(str(tmp_path))
     assert again.labels == {"ant": 0, "bee": 1, "wasp": 1}
+    OURS["dit"].from_pipe(again).save_pretrained(tmp_path / "from_pipe")
+    assert DiffusionPipeline.from_pretrained(str(tmp_path / "from_pipe")).labels == again.labels
 
 
 def test_from_pipe_keeps_functions(kind):
