@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.discovery import register
 from difftuning_control.pipelines.registry import CLASSES
+from difftuning_control.system.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from difftuning_control.adapters.attached import unload_adapter
@@ -132,7 +133,6 @@ _HOME = {
     "train": "verbs.train",
     "unload_adapter": "adapters.attached",
 }
-__version__ = "0.1.0"
 register()
 # bitsandbytes, which peft imports, warns on some processors that it could not fetch a kernel; nobody asked it to
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))

@@ -26,7 +26,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +34,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import AUDIT, sync_folder
 from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
+from difftuning_control.system.version import VERSION
 
 fcntl: Any = import_module("fcntl") if find_spec("fcntl") is not None else None  # not of Windows
 
@@ -196,7 +196,7 @@ def append(
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "who": who(),
             "command": command(),
-            "version": version("difftuning-control"),
+            "version": VERSION,
             "outcome": outcome,
             "said": said,
             "recipe": recipe,

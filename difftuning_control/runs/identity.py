@@ -14,12 +14,14 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_text
+from difftuning_control.system.version import VERSION
 
-PACKAGES = ("difftuning-control", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    own = {"python": platform.python_version(), "difftuning-control": VERSION}
+    return own | {name: version(name) for name in PACKAGES}
 
 
 def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:

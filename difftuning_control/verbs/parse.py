@@ -24,6 +24,7 @@ from difftuning_control.recipe.recipe import FITTED, Recipe
 from difftuning_control.system.home import at_home
 from difftuning_control.system.terminal import say
 from difftuning_control.system.untrusted import is_text
+from difftuning_control.system.version import VERSION
 from difftuning_control.verbs.choices import as_flags, flat, left_out
 from difftuning_control.verbs.commands import COMMANDS
 from difftuning_control.verbs.help import HELP, HELP_ALL, USAGE, help_page
@@ -86,7 +87,7 @@ def make_parser(verb: str) -> Any:
     import jsonargparse  # as in parse
 
     parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=ABOUT, exit_on_error=False)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
         usage = f"{PROGRAM} {name} {USAGE.get(name, '[options]')}"
@@ -99,12 +100,6 @@ def make_parser(verb: str) -> Any:
                 sub.add_argument(f"--{short}", help=key)
         verbs.add_subcommand(name, sub, help=_first_line(command))
     return parser
-
-
-def _version() -> str:
-    from difftuning_control import __version__  # the package itself, which is being imported where this module is
-
-    return __version__
 
 
 def _show_page(arguments: list[str]) -> None:

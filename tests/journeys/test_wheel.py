@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from difftuning_control import __version__
 from support.marks import needs
 from support.pictures import write_pictures
 
@@ -52,6 +53,7 @@ def test_the_wheel_has_the_code_and_what_users_copy(tmp_path):
     assert len(beside) > 20
     assert {path.relative_to(ROOT).as_posix() for path in beside} <= names
     assert not [name for name in names if name.startswith(("tests/", "examples/", "pipelines/"))]
+    assert f"\nVersion: {__version__}\n" in metadata
     assert "Requires-Python: >=3.10" in metadata
     assert "License-Expression: Apache-2.0" in metadata
 
