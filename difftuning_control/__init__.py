@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.discovery import register
 from difftuning_control.pipelines.registry import CLASSES
-from difftuning_control.system.version import VERSION as __version__
+from difftuning_control.system.version import VERSION
 
 if TYPE_CHECKING:
     from difftuning_control.adapters.attached import unload_adapter
@@ -133,6 +133,7 @@ _HOME = {
     "train": "verbs.train",
     "unload_adapter": "adapters.attached",
 }
+__version__ = VERSION
 register()
 # bitsandbytes, which peft imports, warns on some processors that it could not fetch a kernel; nobody asked it to
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))

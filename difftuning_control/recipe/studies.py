@@ -95,7 +95,10 @@ class PilotConfig(SeededDrawSettings):
             or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
-        lengths: steps at which every run is judged, read off one run each; its last step when empty. [steps, ≥ 1]
+        widen: while a side's best learning rate is the lowest or the highest tried, try one more beyond it, at most so
+            many times. [≥ 0]
+        lengths: steps at which every run is judged, read off one run each; its last step when empty. A side's best one
+            is chosen on the prompts of the search. [steps, ≥ 1]
         pictures: generated pictures a run and length. [pictures, ≥ 5]
         guidance_scale: scale of classifier-free guidance of all sides. [≥ 0]
         guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
@@ -105,6 +108,7 @@ class PilotConfig(SeededDrawSettings):
 
     sides: list[str] = field(default_factory=lambda: list(DEFAULT_SIDES))
     learning_rates: list[float] = field(default_factory=list)
+    widen: int = 0
     lengths: list[int] = field(default_factory=list)
     pictures: int = field(default=48, kw_only=True)
     steps: int = field(default=15, kw_only=True)
@@ -123,11 +127,9 @@ class PilotConfig(SeededDrawSettings):
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")
         self.check_drawing("pilot.", least_seeds=2)
-        check_least("pilot.", self, {"batch_size": 1})
+        check_least("pilot.", self, {"batch_size": 1, "widen": 0})
         if len(set(self.lengths)) < len(self.lengths) or any(length < 1 for length in self.lengths):
             raise UserError(f"pilot.lengths is {self.lengths}; expected different numbers of steps of at least 1.")
-        if not all(0 < rate < math.inf for rate in self.learning_rates):
-            raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise UserError(f"pilot.learning_rates is {self.learning_rates}; expected finite numbers above 0.")
         scales = self.guidance_scales

@@ -105,10 +105,11 @@ def test_the_figures_and_pictures_named_are_on_disk(done):
     assert {Image.open(folder / f).size for f in files} == {(16, 16)}
 
 
-def test_a_sides_best_length_is_that_of_the_lowest_mean_kid(done):
+def test_a_sides_best_length_is_that_of_the_lowest_mean_kid_on_the_prompts_of_the_search(done):
     for side in done[1].sides:
-        means = {n: side["summary"][n]["kid"]["mean"] for n in side["summary"]}
-        assert means[str(side["best_length"])] == min(means.values())
+        found = {n: [r["search"]["kid"] for r in side["runs"] if r["steps"] == n] for n in (2, 4)}
+        assert [len(values) for values in found.values()] == [2, 2]
+        assert sum(found[side["best_length"]]) == min(sum(values) for values in found.values())
 
 
 def test_the_learning_rate_is_the_one_whose_search_found_the_lowest_kid(done):

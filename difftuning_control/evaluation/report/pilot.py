@@ -86,6 +86,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         settings=[*flatten(pilot.settings, "pilot."), *flatten(pilot.recipe_values or {})],
         steps=next_steps(pilot, best, by_name, bool(pictures)),
         searched=_measured([row for s in sides for row in s["search"]]),
+        at_the_end=[s for s in sides if _at_the_end(s)],
         judge=base.get("domain_judge"),
         guidance=_guidance(sides, pilot.settings.get("lengths", [])),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
@@ -128,6 +129,12 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
         if any(seed_values(row, m) for table in tables for row in table["rows"])
     ]
     return {"sides": tables, "metrics": metrics} if tables else None
+
+
+def _at_the_end(side: Mapping[str, Any]) -> bool:
+    """Whether the chosen learning rate is the lowest or the highest of several that were tried."""
+    tried = sorted({row["learning_rate"] for row in side["search"]}.union(side.get("diverged", ())))
+    return len(tried) > 1 and side["learning_rate"] in (tried[0], tried[-1])
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:

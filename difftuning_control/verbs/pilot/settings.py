@@ -17,7 +17,8 @@ from difftuning_control.training.phases import Phases
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
-    return digest_of([deciding_settings(recipe), vars(config)])
+    asked = {name: value for name, value in vars(config).items() if name != "widen"}  # adds runs, and changes none
+    return digest_of([deciding_settings(recipe), asked])
 
 
 def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:

@@ -65,16 +65,8 @@ class SideRuns:
     def side(self, name: str) -> dict[str, Any]:
         """The search, and the final runs with the winner."""
         first, *others = self.config.seeds
-        tried = {rate: rows for rate in self.rates if (rows := self._try(name, rate, first)) is not None}
-        if not tried:
-            raise UserError(
-                f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in self.rates)}); give lower "
-                "ones with --pilot.learning_rates."
-            )
-        chosen = next(iter(tried))
-        if len(tried) > 1:
-            figures = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
-            chosen = self._best(figures, lambda pair: pair[1])[0]
+        tried, diverged = self.search_rates(name, first)
+        chosen = self._winner(tried)
         rows = list(tried[chosen])
         guided = [self._guided(name, chosen, first, None)] if self.config.guidance_scales else []
         for seed in others:
@@ -92,19 +84,55 @@ class SideRuns:
             if row["search"] is not None
         ]
         summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
-        best = self._best(self.lengths, lambda n: summary[str(n)][self.primary]["mean"])
         return {
             "name": name,
             "tuning": self.recipe_of(name, chosen, first).to_dict()["tuning"],
             "learning_rate": chosen,
             "search": search,
-            "diverged": [rate for rate in self.rates if rate not in tried],
+            "diverged": diverged,
             "runs": rows,
             "summary": summary,
-            "best_length": best,
+            "best_length": self.best_length(rows),
             "guidance": guidance_of(guided) if guided else None,
             "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
+
+    def search_rates(self, name: str, seed: int) -> tuple[dict[float, list[dict[str, Any]]], list[float]]:
+        """The rows of every learning rate tried with one seed, and the rates that diverged."""
+        tried: dict[float, list[dict[str, Any]]] = {}
+        rates, diverged, more = list(self.rates), [], self.config.widen
+        while rates:
+            rate = rates.pop(0)
+            rows = self._try(name, rate, seed)
+            if rows is None:
+                diverged.append(rate)
+            else:
+                tried[rate] = rows
+            if not rates and tried and more:
+                rates, more = beyond(self._winner(tried), [*tried, *diverged]), more - 1
+        if not tried:
+            raise UserError(
+                f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in diverged)}); give lower "
+                "ones with --pilot.learning_rates."
+            )
+        return tried, diverged
+
+    def _winner(self, tried: dict[float, list[dict[str, Any]]]) -> float:
+        """The learning rate with the best figure on the prompts of the search, at whichever length."""
+        if len(tried) == 1:
+            return next(iter(tried))
+        figures = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
+        return self._best(figures, lambda pair: pair[1])[0]
+
+    def best_length(self, rows: list[dict[str, Any]]) -> int:
+        """The length with the best figure, over the seeds, on prompts that the final figures do not use."""
+        if len(self.lengths) == 1:
+            return self.lengths[0]
+        means = {
+            length: mean_of([row["search"][self.primary] for row in rows if row["steps"] == length])
+            for length in self.lengths
+        }
+        return self._best(means, means.__getitem__)
 
     def _best(self, candidates: Iterable[Any], value: Callable[[Any], Any]) -> Any:
         """The candidate whose value of the primary figure is the best."""
@@ -138,10 +166,11 @@ class SideRuns:
         recipe = self.recipe_of(side, rate, seed)
         folder = Path(recipe.output)
         identity = pilot_identity(recipe, self.config)
+        searching = len(self.lengths) > 1 or (len(self.rates) > 1 and seed == self.config.seeds[0])
         done = folder / "figures.json"
         if done.exists():
             kept = json.loads(done.read_text(encoding="utf-8"))
-            if kept["identity"] == identity:
+            if kept["identity"] == identity and not (searching and any(row["search"] is None for row in kept["rows"])):
                 return kept["rows"]
         record = self._train(recipe)
         rows = []
@@ -153,7 +182,6 @@ class SideRuns:
                 tuned_model(self.family, folder, record, None if last else length) as tuned,
                 phases.counting(tuned.denoiser),
             ):
-                searching = len(self.rates) > 1 and seed == self.config.seeds[0]
                 search = self.judge.figures(tuned, seed, False)[0] if searching else None
                 final, pictures = self.judge.figures(tuned, seed, True)
             save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
@@ -219,6 +247,15 @@ class SideRuns:
             return train(recipe, overwrite=gone).record
         finally:
             self.family.to(device)
+
+
+def beyond(best: float, rates: list[float]) -> list[float]:
+    """The next learning rate past the end at which the best one lies, as far as the last two are apart; none within."""
+    ordered = sorted(rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return []
+    neighbour = ordered[1] if best == ordered[0] else ordered[-2]
+    return [float(f"{best * best / neighbour:.3g}")]
 
 
 def _seconds(record: RunRecord) -> float:

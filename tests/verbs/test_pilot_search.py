@@ -1,0 +1,79 @@
+"""The search for a side's learning rate and length in a pilot."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.verbs.pilot.settings import pilot_identity
+from difftuning_control.verbs.pilot.side_runs import SideRuns, beyond
+
+
+@pytest.mark.parametrize(
+    ("best", "rates", "further"),
+    [
+        (4e-3, [1e-3, 2e-3, 4e-3], [8e-3]),
+        (1e-3, [1e-3, 2e-3, 4e-3], [5e-4]),
+        (1e-3, [4e-3, 1e-3], [2.5e-4]),
+        (2e-3, [1e-3, 2e-3, 4e-3], []),
+        (1e-3, [1e-3], []),
+    ],
+)
+def test_the_next_rate_is_as_far_beyond_the_end_as_the_last_two_are_apart(best, rates, further):
+    assert beyond(best, rates) == further
+
+
+class Curve(SideRuns):
+    """A pilot's runs whose KID at each learning rate and length is known; rates of 0.1 and more diverge."""
+
+    kid = staticmethod(lambda rate, steps: abs(rate - 8e-3) + abs(steps - 4))
+
+    def train(self, side, rate, seed):
+        if rate >= 0.1:
+            raise NonFiniteLossError("the loss is infinite")
+        return [{"steps": n, "seed": seed, "search": {"kid": self.kid(rate, n)}} for n in self.lengths]
+
+
+def curve(rates: list[float], widen: int, lengths: tuple[int, ...] = (4,)) -> Curve:
+    config, told = PilotConfig(widen=widen, lengths=list(lengths)), []
+    return Curve(None, config, Path(), None, None, "kid", rates, list(lengths), Path(), None, told.append)
+
+
+def test_a_search_goes_on_until_its_best_lies_within_or_its_tries_are_used_up():
+    assert list(curve([1e-3, 2e-3], 0).search_rates("plain", 0)[0]) == [1e-3, 2e-3]
+    assert list(curve([1e-3, 2e-3], 1).search_rates("plain", 0)[0]) == [1e-3, 2e-3, 4e-3]
+    assert list(curve([1e-3, 2e-3], 9).search_rates("plain", 0)[0]) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert list(curve([6.4e-2, 3.2e-2], 9).search_rates("plain", 0)[0]) == [6.4e-2, 3.2e-2, 1.6e-2, 8e-3, 4e-3]
+
+
+def test_a_rate_that_diverged_is_an_end_that_was_tried():
+    search = curve([5e-2, 1e-1], 9)
+    search.kid = lambda rate, steps: -rate
+    assert search.search_rates("plain", 0) == (
+        {5e-2: search.train("", 5e-2, 0), 2.5e-2: search.train("", 2.5e-2, 0)},
+        [0.1],
+    )
+
+
+def test_a_side_that_diverges_at_every_rate_is_told():
+    with pytest.raises(UserError, match=r"plain diverged at every learning rate \(0\.1, 0\.2\)"):
+        curve([0.1, 0.2], 3).search_rates("plain", 0)
+
+
+def test_the_length_is_the_best_over_the_seeds_on_the_prompts_of_the_search():
+    search = curve([1e-3], 0, (2, 4, 8))
+    rows = [row | {"kid": -row["steps"]} for seed in (0, 1) for row in search.train("plain", 1e-3, seed)]
+    assert search.best_length(rows) == 4  # the final figures would say 8
+
+
+def test_a_pilot_that_is_widened_goes_on_in_its_folder(recipe):
+    config = PilotConfig()
+    assert pilot_identity(recipe, replace(config, widen=2)) == pilot_identity(recipe, config)
+    assert pilot_identity(recipe, replace(config, pictures=9)) != pilot_identity(recipe, config)
+
+
+def test_a_negative_number_of_further_rates_is_refused():
+    with pytest.raises(UserError, match=r"pilot\.widen"):
+        PilotConfig(widen=-1)
