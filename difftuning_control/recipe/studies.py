@@ -101,7 +101,7 @@ class PilotConfig(SeededDrawSettings):
             is chosen on the prompts of the search. [steps, ≥ 1]
         pictures: generated pictures a run and length. [pictures, ≥ 5]
         guidance_scale: scale of classifier-free guidance of all sides. [≥ 0]
-        guidance_scales: of each side's final weights ordinary and Domain Guidance (SD, SDXL, SD3) are tried at these
+        guidance_scales: of each side's weights at its best length ordinary and Domain Guidance are tried at these
             scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
         batch_size: pictures drawn at once. [pictures, ≥ 1]
     """

@@ -122,7 +122,7 @@ def test_guidance_that_was_lost_is_judged_again_with_the_same_result(done, study
 
 @pytest.mark.wide
 def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, config, tmp_path, monkeypatch):
-    """The weights of earlier lengths are gone by then, and it needs the last ones alone."""
+    """The weights of the best length are there until then, and of no length but the last afterwards."""
     trained: list[str] = []
 
     def counting(recipe: Recipe, **kwargs: bool) -> TrainingResult:
@@ -134,6 +134,11 @@ def test_guidance_trains_nothing_again_where_several_lengths_were_judged(study, 
     result = pilot(replace(study, output=str(tmp_path / "out")), several, "en", False, tell=lambda text: None)
     assert len(trained) == len(set(trained)) == 4
     assert [len(side["guidance"]["ways"]["domain"]["runs"]) for side in result.sides] == [2, 2]
+    for side in result.sides:
+        assert side["guidance"]["steps"] == side["best_length"]
+        at_best = [run["kid"] for run in side["runs"] if run["steps"] == side["best_length"]]
+        assert [run["kid"] for run in side["guidance"]["ways"]["ordinary"]["runs"]] == at_best  # both at the scale 2
+    assert not list((tmp_path / "out").rglob("step-*"))
 
 
 def test_the_report_shows_it(done):

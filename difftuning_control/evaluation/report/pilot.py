@@ -119,8 +119,9 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
             continue
         rows: list[dict[str, Any]] = []
         for way, drawn in side["guidance"]["ways"].items():
-            runs = [row | {"steps": max(lengths)} for row in drawn["runs"]]
-            row = {"name": way, "way": way, "scale": drawn["scale"], "runs": runs, "best_length": max(lengths)}
+            steps = side["guidance"].get("steps", max(lengths))
+            runs = [row | {"steps": steps} for row in drawn["runs"]]
+            row = {"name": way, "way": way, "scale": drawn["scale"], "runs": runs, "best_length": steps}
             rows.append(row | {"against": compare_sides(row, rows[0], "kid", len(sides)) if rows else None})
         tables.append({"name": side["name"], "rows": rows})
     metrics = [

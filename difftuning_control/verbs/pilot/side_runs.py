@@ -19,6 +19,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import GatesConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
+from difftuning_control.runs.kept import step_folder
 from difftuning_control.runs.pilot_files import settle
 from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
@@ -68,14 +69,16 @@ class SideRuns:
         tried, diverged = self.search_rates(name, first)
         chosen = self._winner(tried)
         rows = list(tried[chosen])
-        guided = [self._guided(name, chosen, first, None)] if self.config.guidance_scales else []
         for seed in others:
             rows += self.train(name, chosen, seed)
-            if guided:
-                guided.append(self._guided(name, chosen, seed, guided[0]["scales"]))
-            self._drop_weights(self.recipe_of(name, chosen, seed))
+        best = self.best_length(rows)
+        guided: list[dict[str, Any]] = []
+        for seed in self.config.seeds if self.config.guidance_scales else []:
+            guided.append(self._guided(name, chosen, seed, best, guided[0]["scales"] if guided else None))
         for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
-            settle(Path(self.recipe_of(name, rate, seed).output))
+            recipe = self.recipe_of(name, rate, seed)
+            self._drop_weights(recipe, keep_result=seed == first)
+            settle(Path(recipe.output))
         search = [
             {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
             | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
@@ -92,8 +95,8 @@ class SideRuns:
             "diverged": diverged,
             "runs": rows,
             "summary": summary,
-            "best_length": self.best_length(rows),
-            "guidance": guidance_of(guided) if guided else None,
+            "best_length": best,
+            "guidance": {"steps": best} | guidance_of(guided) if guided else None,
             "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
 
@@ -185,7 +188,7 @@ class SideRuns:
                 search = self.judge.figures(tuned, seed, False)[0] if searching else None
                 final, pictures = self.judge.figures(tuned, seed, True)
             save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
-            kept = folder / f"step-{length:06d}" / "losses.json"
+            kept = folder / step_folder(length) / "losses.json"
             losses = record.losses if last else json.loads(kept.read_text(encoding="utf-8"))
             rows.append(
                 {"seed": seed, "steps": length, "folder": folder.relative_to(self.output).as_posix()}
@@ -194,32 +197,36 @@ class SideRuns:
                 | {"losses": losses}
             )
         write_json(done, {"identity": identity, "rows": rows})
-        for kept in folder.glob("step-*"):
-            shutil.rmtree(kept)
+        if not self.config.guidance_scales:  # which are tried on the weights of the best length
+            self._drop_weights(recipe, keep_result=seed == self.config.seeds[0])
         self.clock.spent()
         return rows
 
-    def _drop_weights(self, recipe: Recipe) -> None:
-        """Whole models that were judged are large; those of the first seed stay."""
-        for name in (FullTuning.result, ControlNetTuning.result):
+    def _drop_weights(self, recipe: Recipe, keep_result: bool) -> None:
+        """What was judged goes: of every run the weights of earlier lengths, and whole models, which are large."""
+        for kept in Path(recipe.output).glob("step-*"):
+            shutil.rmtree(kept)
+        for name in () if keep_result else (FullTuning.result, ControlNetTuning.result):
             shutil.rmtree(Path(recipe.output) / name, ignore_errors=True)
 
-    def _guided(self, side: str, rate: float, seed: int, scales: dict[str, float] | None) -> dict[str, Any]:
-        """Figures of a run's final weights under each way of guidance at its scale; without scales they are sought."""
+    def _guided(
+        self, side: str, rate: float, seed: int, length: int, scales: dict[str, float] | None
+    ) -> dict[str, Any]:
+        """Figures of a run's weights at a length, each way of guidance at its scale; without scales they are sought."""
         recipe = self.recipe_of(side, rate, seed)
-        folder = Path(recipe.output)
-        done, identity = folder / "guidance.json", [pilot_identity(recipe, self.config), scales]
+        folder, step = Path(recipe.output), None if length == self.lengths[-1] else length
+        done, identity = folder / "guidance.json", [pilot_identity(recipe, self.config), scales, length]
         if done.exists():
             kept = json.loads(done.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 return kept
-        if not (folder / result_of(recipe)).exists():
+        if not (folder / (result_of(recipe) if step is None else step_folder(step))).exists():
             (folder / "figures.json").unlink()  # or it would not be trained and judged again
             self.train(side, rate, seed)
         phases = self.clock.phases
         with (
             phases("sampling"),
-            tuned_model(self.family, folder, finished_run(folder)) as tuned,
+            tuned_model(self.family, folder, finished_run(folder), step) as tuned,
             phases.counting(tuned.denoiser),
         ):
             searched = []
@@ -236,7 +243,7 @@ class SideRuns:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
         folder = Path(recipe.output)
         weights = [folder / result_of(recipe)]
-        weights += [folder / f"step-{step:06d}" for step in recipe.training.save_at]
+        weights += [folder / step_folder(step) for step in recipe.training.save_at]
         run = read_run(folder)
         gone = run is not None and run.is_complete and not all(p.exists() for p in weights)
         if gone:
