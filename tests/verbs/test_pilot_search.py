@@ -7,6 +7,7 @@ import pytest
 
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.verbs.pilot.pilot import Pilot
 from difftuning_control.verbs.pilot.settings import pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns, beyond
 
@@ -77,3 +78,9 @@ def test_a_pilot_that_is_widened_goes_on_in_its_folder(recipe):
 def test_a_negative_number_of_further_rates_is_refused():
     with pytest.raises(UserError, match=r"pilot\.widen"):
         PilotConfig(widen=-1)
+
+
+def test_a_bank_too_small_to_judge_by_is_refused_before_any_work(recipe):
+    with pytest.raises(UserError, match=r"bank\.size is 4, but .* give at least 5, or auto"):
+        Pilot(replace(recipe, bank=replace(recipe.bank, size=4)), PilotConfig(), Path(recipe.output))
+    assert not Path(recipe.output).exists()

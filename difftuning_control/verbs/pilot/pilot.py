@@ -47,7 +47,7 @@ from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
-from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_teachers
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
 
 PRIMARY = "kid"
 
@@ -75,7 +75,7 @@ class Pilot:
                 "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
                 "them out."
             )
-        check_teachers(recipe, config.sides)
+        check_sides(recipe, config.sides)
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
         self.config, self.output, self.tell = config, output, tell

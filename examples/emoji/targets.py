@@ -1,0 +1,238 @@
+"""Eight targets: a pilot on each style, with 8 and with 24 pictures, and what the sides differ by over all of them.
+
+    python examples/emoji/targets.py --work build/targets --worker 0 --workers 2           # one of two processes
+    python examples/emoji/targets.py --work build/targets --collect examples/emoji/targets.json
+    python examples/emoji/targets.py --table examples/emoji/targets.json                   # the tables
+
+Of every side the learning rate, the length, and the way and scale of guidance are chosen on prompts that the figures do
+not use. An effect is the mean over targets of log(KID of a side / KID of another), each a mean over seeds; its interval
+is a bootstrap that draws targets, and in each of them seeds, with replacement. A cell that is done is not done again,
+and one that was interrupted goes on. The styles come from npm, by styles.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from bank_cost import data_of
+from styles import STYLES
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
+from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.pilot import pilot
+
+HERE = Path(__file__).parent
+DEFAULT = "difftuning_tau0.3"  # the package's own, "difftuning" among the rows
+RIVALS = ("prior", "teacher_empty", "teacher_own")  # that have no schedule
+FULL_RATES = [3e-4, 6e-4]
+FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
+DRAWS = 10_000  # of the bootstrap
+
+
+class Cell(NamedTuple):
+    """One pilot."""
+
+    target: str
+    images: int
+    adapter: str
+
+    @property
+    def folder(self) -> str:
+        return f"{self.target}-{self.images}-{self.adapter}"
+
+
+CELLS = [
+    *(Cell(target, images, "lora") for images in (8, 24) for target in STYLES),
+    *(Cell(target, 24, "full") for target in ("icons", "flat")),
+]
+
+
+def run(cell: Cell, work: Path, flags: Sequence[str]) -> None:
+    """The pilot of a cell, or what is left of it."""
+    tuned_on, held_out = data_of(cell.target, work)
+    own = {
+        "method": cell.adapter,
+        "data.path": tuned_on,
+        "data.validation_path": held_out,
+        "data.holdout": 0,
+        "data.limit": cell.images,
+        "data.cache": work / "cache",
+        "output": work / cell.folder,
+    }
+    if cell.adapter == "full":
+        own["pilot.learning_rates"] = FULL_RATES
+    words = ["pilot", f"--config={HERE / 'targets.yaml'}", *(f"--{k}={v}" for k, v in own.items()), *flags]
+    _, command = parse(words)
+    recipe = only(Recipe, command)
+    pilot(recipe, command.pilot, "en", False)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
+    """A row a side and seed, each side at what its search chose; the base's first."""
+    name = {"target": cell.target, "n_images": cell.images, "adapter": cell.adapter}
+    base = {figure: record.base[figure] for figure in FIGURES}
+    yield {**name, "method": "base", "seed": None, "steps": 0, "guidance": record.settings["guidance_scale"]} | base
+    for side in record.sides:
+        length, guidance = side["best_length"], side["guidance"]
+        way = min(guidance["search"], key=lambda row: row["kid"])["way"]
+        chosen = guidance["ways"][way]
+        for seed, drawn in zip((r["seed"] for r in chosen["runs"]), chosen["runs"]):
+            trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
+            kept = trained["losses"]["bank"]
+            yield {
+                **name,
+                "method": "difftuning" if side["name"] == DEFAULT else side["name"],
+                "seed": seed,
+                "learning_rate": side["learning_rate"],
+                "steps": length,
+                "guidance": chosen["scale"],
+                "way": way,
+                **{figure: drawn[figure] for figure in FIGURES},
+                "forgetting": mean(kept["tuned"]["loss"]) / mean(kept["base"]["loss"]) - 1,
+            }
+
+
+def collect(work: Path) -> dict[str, Any]:
+    """The rows of every finished cell, and what each took."""
+    found = {cell: read_pilot(work / cell.folder) for cell in CELLS}
+    records = {cell: record for cell, record in found.items() if record is not None}
+    if not records:
+        raise SystemExit(f"{work} holds no finished pilot; run the study first.")
+    some = next(iter(records.values()))
+    settings = {k: v for k, v in some.settings.items() if k not in ("method", "learning_rates")}
+    cost = {cell.folder: {"seconds": r.cost.seconds, "device": r.cost.device} for cell, r in records.items()}
+    rows = [row for cell, record in records.items() for row in rows_of(cell, record)]
+    return {"settings": settings, "versions": some.versions, "cost": cost, "rows": rows}
+
+
+# --- effects --------------------------------------------------------------------------------------------------------
+
+
+def by_target(rows: Sequence[Mapping[str, Any]], method: str, figure: str) -> dict[tuple, dict[int, float]]:
+    """A side's figure by target, number of pictures and adapter, and by seed."""
+    values: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        if row["method"] == method:
+            values.setdefault((row["target"], row["n_images"], row["adapter"]), {})[row["seed"]] = row[figure]
+    return values
+
+
+def effect(
+    rows: Sequence[Mapping[str, Any]],
+    method: str,
+    against: str,
+    figure: str = "kid",
+    ratio: bool = True,
+    draws: int = DRAWS,
+) -> tuple[float, float, float]:
+    """Mean over targets of a side's relative (or absolute) difference to another, and its 95 % interval.
+
+    The relative one is exp(mean over targets of log(mean over seeds / mean over seeds)) − 1. Cells of one target are
+    drawn together, since they share its pictures.
+    """
+    ours, theirs = (by_target(rows, name, figure) for name in (method, against))
+    cells = sorted(set(ours) & set(theirs))
+    if not cells:
+        return math.nan, math.nan, math.nan
+    pairs = {c: np.array([(ours[c][s], theirs[c][s]) for s in sorted(set(ours[c]) & set(theirs[c]))]) for c in cells}
+    targets = sorted({c[0] for c in cells})
+    cells_of = [[pairs[c] for c in cells if c[0] == target] for target in targets]
+
+    def one(found: np.ndarray) -> float:
+        mine, other = found.mean(0)
+        return math.log(max(mine, 1e-6) / max(other, 1e-6)) if ratio else mine - other
+
+    generator = np.random.default_rng(0)
+    drawn = np.empty(draws)
+    for i in range(draws):
+        chosen = (cells_of[j] for j in generator.integers(len(cells_of), size=len(cells_of)))
+        drawn[i] = np.mean([one(f[generator.integers(len(f), size=len(f))]) for several in chosen for f in several])
+    middle = float(np.mean([one(f) for f in pairs.values()]))
+    values = [middle, *np.quantile(drawn, (0.025, 0.975))]
+    low, mid, high = sorted(math.expm1(v) if ratio else v for v in values)
+    return mid, low, high
+
+
+def seeds_needed(rows: Sequence[Mapping[str, Any]], difference: float = 0.1) -> float:
+    """Pairs of runs after which a relative difference in KID is told from chance (5 %, power 80 %).
+
+    From the spread over the seeds of log(KID / KID of plain), pooled over cells and sides: 7.85 s² / difference².
+    """
+    plain, spread = by_target(rows, "plain", "kid"), []
+    for method in {row["method"] for row in rows} - {"plain", "base"}:
+        for cell, seeds in by_target(rows, method, "kid").items():
+            logs = [math.log(kid / plain[cell][seed]) for seed, kid in seeds.items() if seed in plain.get(cell, {})]
+            spread += [stdev(logs) ** 2] if len(logs) > 1 else []
+    return (1.96 + 0.84) ** 2 * mean(spread) / difference**2 if spread else math.nan
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """KID × 1000 of every cell and side, and the effects over targets, as Markdown."""
+    rows = result["rows"]
+    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "base"]
+    lines = ["| target, pictures | base | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    for cell in dict.fromkeys((row["target"], row["n_images"], row["adapter"]) for row in rows):
+        found = {m: by_target(rows, m, "kid").get(cell, {}) for m in methods}
+        base = by_target(rows, "base", "kid")[cell][None]
+        shown = [f"{1000 * mean(v.values()):.0f} ± {_spread([*v.values()]):.0f}" if v else "" for v in found.values()]
+        lines.append(f"| {cell[0]}, {cell[1]}, {cell[2]} | {1000 * base:.0f} | {' | '.join(shown)} |")
+    lines += ["", "| against plain | KID | in the new style | memorisation | forgetting |", "|---|---|---|---|---|"]
+    for method in (m for m in methods if m != "plain"):
+        kid = effect(rows, method, "plain")
+        points = [
+            effect(rows, method, "plain", name, ratio=False) for name in ("domain_hit", "memorisation", "forgetting")
+        ]
+        lines.append(f"| {method} | {' | '.join(_interval(v) for v in (kid, *points))} |")
+    rivals = {name: effect(rows, "difftuning", name) for name in RIVALS if name in methods}
+    lines += ["", *(f"difftuning against {name}: KID {_interval(found)}" for name, found in rivals.items())]
+    targets = len({row["target"] for row in rows})
+    lines.append(
+        f"{targets} targets; {seeds_needed(rows):.0f} pairs of runs tell a difference of 10 % in KID from chance."
+    )
+    return "\n".join(lines)
+
+
+def _interval(found: tuple[float, float, float]) -> str:
+    return "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return 1000 * stdev(values) if len(values) > 1 else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/targets"))
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--targets", nargs="+", choices=list(STYLES), default=list(STYLES))
+    parser.add_argument("--table", type=Path, help="only print the tables of this file")
+    parser.add_argument("--collect", type=Path, help="only write the rows of the finished pilots to this file")
+    args, flags = parser.parse_known_args()  # what is left goes to every pilot: --pilot.pictures=40
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())))
+    elif args.collect is not None:
+        write_json(args.collect, collect(args.work))
+    else:
+        for cell in [cell for cell in CELLS if cell.target in args.targets][args.worker :: args.workers]:
+            run(cell, args.work, flags)
+
+
+if __name__ == "__main__":
+    main()

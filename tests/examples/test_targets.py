@@ -1,0 +1,144 @@
+"""The study of eight targets: rows of a pilot's sides, effects over targets, and the pilots' settings."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.pilot_record import PilotRecord
+
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    monkeypatch.syspath_prepend(str(EMOJI))
+    for name in ("styles", "bank_cost", "targets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import targets
+
+    return targets
+
+
+def row(target: str, method: str, seed: int, kid: float, **others) -> dict:
+    settings = {"n_images": 8, "adapter": "lora", "domain_hit": 0.5, "memorisation": 0.1, "forgetting": 0.2}
+    return {"target": target, "method": method, "seed": seed, "kid": kid, **settings, **others}
+
+
+def made(ratio: float, noise: float, count: int = 8) -> list[dict]:
+    """Targets of very different KID, on each of which one side has so much of the other's."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        for seed in range(3):
+            plain, ours = 0.01 * (number + 1) * np.exp(noise * rng.normal(size=2))
+            rows += [row(f"t{number}", "plain", seed, plain), row(f"t{number}", "difftuning", seed, ratio * ours)]
+    return rows
+
+
+def test_an_effect_is_the_mean_ratio_over_targets_whatever_their_size(targets):
+    middle, low, high = targets.effect(made(0.75, 0.0), "difftuning", "plain", draws=200)
+    assert np.allclose([middle, low, high], -0.25)
+    middle, low, high = targets.effect(made(0.75, 0.1), "difftuning", "plain", draws=2000)
+    assert low < middle < high < 0
+    assert abs(middle + 0.25) < 0.05
+    _, low, high = targets.effect(made(1.0, 0.1), "difftuning", "plain", draws=2000)
+    assert low < 0 < high
+
+
+def test_a_wider_spread_over_targets_is_a_wider_interval(targets):
+    same = [row(f"t{i}", m, s, k) for i in range(8) for s in range(3) for m, k in (("plain", 1.0), ("difftuning", 0.8))]
+    mixed = [r | {"kid": r["kid"] * (1.3 if r["target"] < "t4" and r["method"] != "plain" else 1)} for r in same]
+    widths = []
+    for rows in (same, mixed):
+        _, low, high = targets.effect(rows, "difftuning", "plain", draws=500)
+        widths.append(high - low)
+    assert widths[0] < 1e-9 < widths[1]
+
+
+def test_an_absolute_effect_is_a_difference(targets):
+    rows = [row("a", "plain", s, 1.0, domain_hit=0.5) for s in range(2)]
+    rows += [row("a", "prior", s, 1.0, domain_hit=0.7) for s in range(2)]
+    assert np.allclose(targets.effect(rows, "prior", "plain", "domain_hit", ratio=False, draws=50), 0.2)
+    assert all(map(math.isnan, targets.effect(rows, "difftuning", "plain")))
+
+
+def test_the_runs_that_are_needed_follow_from_the_spread_over_the_seeds(targets):
+    rows = [row("a", "plain", s, 1.0) for s in range(3)]
+    rows += [row("a", "prior", s, math.exp(d)) for s, d in enumerate((-0.1, 0.0, 0.1))]
+    assert targets.seeds_needed(rows) == pytest.approx(2.8**2 * 0.1**2 / 0.1**2)
+    assert targets.seeds_needed(rows, 0.2) == pytest.approx(2.8**2 / 4)
+
+
+def side(name: str) -> dict:
+    def drawn(kid):
+        return [
+            {"seed": s, **dict.fromkeys(("domain_hit", "pair_similarity", "memorisation"), 0.4), "kid": kid + s}
+            for s in (0, 1)
+        ]
+
+    losses = {"bank": {"base": {"loss": [0.1, 0.3]}, "tuned": {"loss": [0.2, 0.3]}}}
+    return {
+        "name": name,
+        "learning_rate": 5e-3,
+        "best_length": 60,
+        "runs": [{"seed": s, "steps": n, "losses": losses} for s in (0, 1) for n in (60, 120)],
+        "guidance": {
+            "steps": 60,
+            "search": [{"way": "ordinary", "scale": 2.0, "kid": 3.0}, {"way": "domain", "scale": 4.0, "kid": 2.0}],
+            "ways": {"ordinary": {"scale": 2.0, "runs": drawn(1.0)}, "domain": {"scale": 4.0, "runs": drawn(7.0)}},
+        },
+    }
+
+
+def test_a_row_is_a_side_at_what_its_search_chose(targets):
+    """By the prompts of the search, though ordinary guidance has the better figures."""
+    base = dict.fromkeys(targets.FIGURES, 0.5)
+    record = PilotRecord(settings={"guidance_scale": 2.0}, base=base, sides=[side("plain"), side("difftuning_tau0.3")])
+    rows = list(targets.rows_of(targets.Cell("game", 24, "lora"), record))
+    assert [(r["method"], r["seed"]) for r in rows] == [
+        ("base", None), ("plain", 0), ("plain", 1), ("difftuning", 0), ("difftuning", 1),
+    ]  # fmt: skip
+    assert {(r["way"], r["guidance"], r["steps"]) for r in rows[1:]} == {("domain", 4.0, 60)}
+    assert [r["kid"] for r in rows] == [0.5, 7.0, 8.0, 7.0, 8.0]
+    assert rows[1]["forgetting"] == pytest.approx(0.25)
+    needed = {"target", "n_images", "method", "adapter", "seed", "steps", "guidance", "kid", "domain_hit"}
+    assert needed | {"pair_similarity", "memorisation", "forgetting"} <= set(rows[1])
+    assert "| game, 24, lora | 500 | 7500 ± 707 | 7500 ± 707 |" in targets.table({"rows": rows})
+
+
+def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypatch):
+    """Eight styles with 8 and 24 pictures, and full weights on two; the default schedule is among the sides."""
+    asked = []
+    monkeypatch.setattr(targets, "pilot", lambda recipe, config, *others: asked.append((recipe, config)))
+    monkeypatch.setattr(targets, "data_of", lambda target, work: (f"{work}/{target}/tune", f"{work}/{target}/eval"))
+    for cell in targets.CELLS:
+        targets.run(cell, tmp_path, ["--pilot.pictures=40"])
+    assert len({recipe.output for recipe, _ in asked}) == len(asked) == 18
+    assert {(r.method, r.data.limit) for r, _ in asked} == {("lora", 8), ("lora", 24), ("full", 24)}
+    assert all(config.pictures == 40 and targets.DEFAULT in config.sides for _, config in asked)
+    assert f"difftuning_tau{Recipe().tuning.schedule.build(1000).tau:g}" == targets.DEFAULT
+
+
+def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):
+    with pytest.raises(SystemExit, match="holds no finished pilot"):
+        targets.collect(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_pilot_on_a_style_gives_rows_and_a_table(targets, tmp_path, monkeypatch):
+    tiny = {"max_steps": 2, "batch_size": 5, "validation_size": 4}
+    flags = [f"--training.{k}={v}" for k, v in tiny.items()]
+    flags += ["--pilot.lengths=[1, 2]", "--pilot.seeds=[0, 1]", "--pilot.pictures=6", "--pilot.steps=1"]
+    flags += ["--pilot.guidance_scales=[2.0]", "--pilot.widen=0", '--pilot.sides=["plain", "difftuning_tau0.3"]']
+    flags += ["--bank.size=6", "--bank.steps=1", "--bank.batch_size=4"]
+    cell = targets.Cell("flat", 8, "lora")
+    targets.run(cell, tmp_path, flags)
+    result = targets.collect(tmp_path)
+    assert [r["method"] for r in result["rows"]] == ["base", "plain", "plain", "difftuning", "difftuning"]
+    assert all(math.isfinite(r["kid"]) for r in result["rows"])
+    assert "flat, 8, lora" in targets.table(json.loads(json.dumps(result)))
