@@ -25,29 +25,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from difftuning_control.evaluation.fidelity_record import Convergence
+
 LEAST = 5
 CHANCE = 0.01
 SUDDEN = 0.25
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """A rise of fidelity (a fall where lower is better), in training steps and in the curve's own units.
-
-    Args:
-        start, end: measured steps between which it happens; two neighbours where it is as sharp as can be seen, and
-            `end` is the last step where the curve is still rising.
-        step: their midpoint, by which half of the rise is done: the step of sudden convergence.
-        before, after: the levels.
-        sudden: the rise takes at most a quarter of the steps measured.
-    """
-
-    start: float
-    end: float
-    step: float
-    before: float
-    after: float
-    sudden: bool
 
 
 @dataclass(frozen=True)
@@ -146,7 +128,14 @@ def find_convergence(
     start, end = float(s[fits.first[k]]), float(s[fits.last[k]])
     before, rise = float(fits.before[k]), float(fits.rise[k])
     sudden = end - start <= SUDDEN * float(s[-1] - s[0])
-    return Convergence(start, end, (start + end) / 2, sign * before, sign * (before + rise), sudden)
+    return Convergence(
+        start=start,
+        end=end,
+        step=(start + end) / 2,
+        before=sign * before,
+        after=sign * (before + rise),
+        sudden=sudden,
+    )
 
 
 def has_settled(

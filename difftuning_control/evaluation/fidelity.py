@@ -22,6 +22,7 @@ from difftuning_control.data.images import frame
 from difftuning_control.evaluation.condition_figures import MAIN, fidelity
 from difftuning_control.evaluation.convergence import find_convergence, has_settled
 from difftuning_control.evaluation.drawing import sample_pictures
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.families.control import to_tensor
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.tensors import digest_of_tensors
@@ -78,24 +79,22 @@ class FidelityCurve:
             self.asked = len(self.steps)
         return None if self.settled is None else self.settled + after
 
-    def describe(self) -> dict[str, Any]:
-        """The curve and its change point, as a run's record and `fidelity.json` hold them."""
-        convergence = find_convergence(self.steps, self.values, MAIN[self.kind][1])
-        return {
-            "kind": self.kind,
-            "main": self.main,
-            "higher_is_better": MAIN[self.kind][1],
-            "without": self.without,
-            "steps": self.steps,
-            "figures": {name: [row[name] for row in self.rows] for name in self.without},
-            "convergence": None if convergence is None else vars(convergence),
-        }
+    def describe(self) -> FidelityRecord:
+        """The curve and its change point."""
+        return FidelityRecord(
+            kind=self.kind,
+            main=self.main,
+            higher_is_better=MAIN[self.kind][1],
+            without=self.without,
+            steps=self.steps,
+            figures={name: [row[name] for row in self.rows] for name in self.without},
+            convergence=find_convergence(self.steps, self.values, MAIN[self.kind][1]),
+        )
 
-    def load_description(self, described: dict[str, Any]) -> None:
+    def load_description(self, described: FidelityRecord) -> None:
         """Go on from a curve as `describe` gave it."""
-        figures, count = described["figures"], len(described["steps"])
-        rows = [{name: values[i] for name, values in figures.items()} for i in range(count)]
-        self.load_state_dict({"without": described["without"], "steps": described["steps"], "rows": rows})
+        rows = [described.row(i) for i in range(len(described.steps))]
+        self.load_state_dict({"without": described.without, "steps": described.steps, "rows": rows})
 
     def state_dict(self) -> dict[str, Any]:
         return {"without": self.without, "steps": self.steps, "rows": self.rows}

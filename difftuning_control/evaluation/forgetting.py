@@ -33,6 +33,7 @@ from difftuning_control.evaluation.losses import BandValidator
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import ConstantSchedule, TabulatedSchedule
+from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 
 if TYPE_CHECKING:
     from difftuning_control.data.bank import KnowledgeBank
@@ -183,10 +184,17 @@ def measure_schedule(
     embeddings: PromptEmbeddings,
     rows: int,
     seed: int = 0,
-) -> tuple[TabulatedSchedule, dict[str, Any]]:
-    """The schedule of the pretrained model on these data, and what was measured, as `schedule.json` holds it."""
+) -> MeasuredSchedule:
+    """The schedule of the pretrained model on these data, with what was measured."""
     measured = loss_rows(family, target, part_of(bank, bank.prompts), embeddings, rows=rows, seed=seed)
     gap, losses = transfer_gap(measured, family.model)
-    schedule = fit_schedule(gap.u, gap.mean)
-    record = schedule.to_dict() | {"gap": gap.to_dict(), "losses": losses, "advice": advice(gap), "rows": rows}
-    return schedule, record
+    fitted = fit_schedule(gap.u, gap.mean)
+    return MeasuredSchedule(
+        u=list(fitted.u),
+        psi=list(fitted.psi_values),
+        xi=list(fitted.xi_values),
+        gap=gap.to_dict(),
+        losses=losses,
+        advice=advice(gap),
+        rows=rows,
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.evaluation.band_losses import BandLosses
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -19,21 +20,6 @@ from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-
-@dataclass(frozen=True)
-class BandLosses:
-    """Mean ℓ over the rows in each of the equally wide bands of u, from nearly clean to pure noise."""
-
-    centres: list[float]
-    losses: list[float]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-    def to_dict(self) -> dict[str, list[float]]:
-        return {"u": self.centres, "loss": self.losses}
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,7 @@ class BandValidator:
 
     def measure(self, denoiser: nn.Module) -> BandLosses:
         """The losses of the given denoiser; dropout is off while they are measured."""
-        return BandLosses(self.centres, self.rows(denoiser).double().mean(0).tolist())
+        return BandLosses(centres=self.centres, losses=self.rows(denoiser).double().mean(0).tolist())
 
     @torch.no_grad()
     def rows(self, denoiser: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from difftuning_control.errors import UserError
-from difftuning_control.objective.schedules import KINDS, Schedule, TabulatedSchedule, schedule_from_dict
+from difftuning_control.objective.schedules import KINDS, Schedule, schedule_from_dict
 from difftuning_control.recipe.training import ScheduleConfig
 
 EXPECTED = (
@@ -96,8 +96,8 @@ def psi_of_run(run: str | Path) -> Schedule:
     if Path(run).is_file():
         return ScheduleConfig("measured", path=str(run)).build(1000)
     record = finished_run(run)
-    if (measured := record.schedule) is not None:
-        return TabulatedSchedule(measured["u"], measured["psi"], measured["xi"])
+    if record.schedule is not None:
+        return record.schedule.build()
     return record.recipe.tuning.schedule.build(1000)
 
 

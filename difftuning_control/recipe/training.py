@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.drawing import SeededDrawSettings
 from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.recipe.measured_schedule import measured_from
 from difftuning_control.system.functions import named_function
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import from_json, read_text
@@ -89,8 +90,7 @@ class ScheduleConfig:
         try:
             if self.kind == "measured":
                 assert self.path is not None
-                table = from_json(read_text(Path(self.path)))
-                return schedule_from_dict({"kind": "measured", **{k: table[k] for k in ("u", "psi", "xi")}})
+                return measured_from(from_json(read_text(Path(self.path)))).build()
             if self.kind == "function":
                 from difftuning_control.objective.schedules import tabulate  # as above
 

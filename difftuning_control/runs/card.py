@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from difftuning_control.data.label_space import LabelSpace
+from difftuning_control.evaluation.band_losses import LossChanges
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.gate_results import GateResults
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.record_sections import Change
 from difftuning_control.system.text import plain_markdown, python_text
@@ -152,23 +154,23 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
     return [*start, "", *load, call]
 
 
-def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
+def _fidelity_lines(curve: FidelityRecord | None) -> list[str]:
     if curve is None:
         return []
-    names = list(curve["without"])
-    rows = [("without control", curve["without"])]
-    rows += [(f"step {step}", {n: curve["figures"][n][i] for n in names}) for i, step in enumerate(curve["steps"])]
+    names = list(curve.without)
+    rows = [("without control", curve.without)]
+    rows += [(f"step {step}", curve.row(i)) for i, step in enumerate(curve.steps)]
     shown = rows[:1] + rows[1:][:: max(1, len(rows) // 8)]
     shown += [rows[-1]] if rows[-1] not in shown else []
-    change = curve["convergence"]
+    change = curve.convergence
     said = "No convergence can be told from noise."
     if change is not None:
-        way = "sudden" if change["sudden"] else "gradual"
-        said = f"Convergence: {way}, at step {change['step']:.0f} (from {change['start']:.0f} to {change['end']:.0f})."
+        way = "sudden" if change.sudden else "gradual"
+        said = f"Convergence: {way}, at step {change.step:.0f} (from {change.start:.0f} to {change.end:.0f})."
     return [
         "## Fidelity to held-out conditions",
         "",
-        f"Compared as {curve['kind']}. {said}",
+        f"Compared as {curve.kind}. {said}",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -177,29 +179,26 @@ def _fidelity_lines(curve: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _gate_lines(judged: dict[str, Any] | None) -> list[str]:
+def _gate_lines(judged: GateResults | None) -> list[str]:
     """The limits that the run was judged by, and whether it keeps them."""
     if judged is None:
         return []
     rows = [
-        f"| {name} | {'unknown' if g['value'] is None else format(g['value'], '.4g')} | at {g['at']} {g['limit']:g} | "
-        f"{'yes' if g['passed'] else '**no**'}{', within the noise' if g.get('clear') is False else ''} |"
-        for name, g in judged["figures"].items()
+        f"| {name} | {gate.shown} | at {gate.at} {gate.limit:g} | "
+        f"{'yes' if gate.passed else '**no**'}{', within the noise' if gate.is_within_noise else ''} |"
+        for name, gate in judged.figures.items()
     ]
-    said = "The run passes its gates." if judged["passed"] else "**The run fails its gates.**"
+    said = "The run passes its gates." if judged.passed else "**The run fails its gates.**"
     return ["## Quality gates", "", said, "", "| | measured | asked | passed |", "|---|---|---|---|", *rows, ""]
 
 
-def _loss_table(losses: dict[str, Any]) -> list[str]:
+def _loss_table(losses: LossChanges) -> list[str]:
     if not losses:
         return ["Not measured: no pictures were held out and there was no bank."]
-    rows = [
-        "| noise band (centre u) | " + " | ".join(f"{role}, {when}" for role in losses for when in ("base", "tuned"))
-    ]
-    rows[0] += " |"
+    rows = ["| noise band (centre u) | " + " | ".join(f"{role}, base | {role}, tuned" for role in losses) + " |"]
     rows.append("|---" * (1 + 2 * len(losses)) + "|")
-    centres = next(iter(losses.values()))["base"]["u"]
+    centres = next(iter(losses.values())).base.centres
     for i, centre in enumerate(centres):
-        values = [losses[role][when]["loss"][i] for role in losses for when in ("base", "tuned")]
+        values = [bands.losses[i] for change in losses.values() for bands in (change.base, change.tuned)]
         rows.append(f"| {centre:.1f} | " + " | ".join(f"{v:.4f}" for v in values) + " |")
     return rows

@@ -10,61 +10,62 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import GatesFailedError, UserError
+from difftuning_control.evaluation.band_losses import LossChanges
 from difftuning_control.evaluation.comparison import threshold
 from difftuning_control.evaluation.metric_table import is_upper_limit
 from difftuning_control.recipe.training import GatesConfig
+from difftuning_control.runs.gate_results import GateResult, GateResults
 from difftuning_control.runs.record import RunRecord
 
 FIDELITY = ("f1", "cosine", "rmse", "miou", "ssim")  # the main figure of each kind, before those that it has besides
 
 
-def judge(gates: GatesConfig, side: dict[str, Any]) -> dict[str, Any]:
-    """Each limit against a side's figures: `passed` (all of them), `figures` (each with value, limit, at, passed and
-    clear), and the `asked` gates.
-
-    `clear` is whether the figure is apart from its limit by more than noise: that of the seeds, or of the rows behind a
-    loss; None where it was measured once, so that the noise is not known.
+def judge(gates: GatesConfig, side: Mapping[str, Any], losses: LossChanges | None = None) -> GateResults:
+    """Each limit against a side's figures.
 
     Args:
-        side: with a `summary` and perhaps `forgetting` as in evaluation.json, or `losses` as in a run's record.
+        side: with a `summary` and perhaps `forgetting`, as in evaluation.json.
+        losses: of the run, which say what it forgot where `forgetting` does not.
     """
-    figures = {}
+    results = {}
     for name, limit in gates.limits.items():
-        value, at_most = figure(name, side), is_upper_limit(_metric_of(name, side))
+        value, at_most = figure(name, side, losses), is_upper_limit(_metric_of(name, side))
         known = value is not None and math.isfinite(value)
         passed = value is not None and known and (value <= limit if at_most else value >= limit)
         clear = is_clear(name, side, limit) if known else None
         at = "most" if at_most else "least"
-        figures[name] = {"value": value, "limit": limit, "at": at, "passed": passed, "clear": clear}
-    passed = all(judged["passed"] for judged in figures.values())
-    return {"passed": passed, "figures": figures, "asked": dataclasses.asdict(gates)}
+        results[name] = GateResult(value=value, limit=limit, at=at, passed=passed, clear=clear)
+    passed = all(gate.passed for gate in results.values())
+    return GateResults(passed=passed, figures=results, asked=dataclasses.asdict(gates))
 
 
-def figure(name: str, side: dict[str, Any]) -> float | None:
+def figure(name: str, side: Mapping[str, Any], losses: LossChanges | None = None) -> float | None:
     """A gate's figure; None where it was not measured."""
     if name == "retention_loss":
-        return retention_loss(side)
+        return retention_loss(losses or {}, side.get("forgetting"))
     summary = _summary_of(name, side)
     return summary["mean"] if summary is not None else None
 
 
-def _summary_of(name: str, side: dict[str, Any]) -> dict[str, Any] | None:
+def _summary_of(name: str, side: Mapping[str, Any]) -> dict[str, Any] | None:
     """Mean, spread and number of runs of a gate's figure."""
-    return side["summary"].get(_metric_of(name, side))
+    summary: dict[str, Any] | None = side["summary"].get(_metric_of(name, side))
+    return summary
 
 
-def _metric_of(name: str, side: dict[str, Any]) -> str:
+def _metric_of(name: str, side: Mapping[str, Any]) -> str:
     """The metric that a gate is on: of fidelity the main figure of the run's conditions."""
     if name != "fidelity":
         return name
     return next((main for main in FIDELITY if main in side["summary"]), FIDELITY[0])
 
 
-def is_clear(name: str, side: dict[str, Any], limit: float) -> bool | None:
+def is_clear(name: str, side: Mapping[str, Any], limit: float) -> bool | None:
     """Whether a gate's figure is beyond its limit, on either side, by more than noise; None where that is not known."""
     if name == "retention_loss":
         low, high = (side.get("forgetting", {}).get(end) for end in ("low", "high"))
@@ -76,33 +77,23 @@ def is_clear(name: str, side: dict[str, Any], limit: float) -> bool | None:
     return abs(summary["mean"] - limit) > threshold(summary["runs"], 1) * summary["spread"] / math.sqrt(summary["runs"])
 
 
-def retention_loss(side: dict[str, Any]) -> float | None:
-    """The rise of the loss on held-out bank samples over the base's, the mean over the noise bands."""
-    rises: list[float] = side.get("forgetting", {}).get("mean", [])
-    bank = side.get("losses", {}).get("bank")
-    if not rises and bank is not None:
-        rises = [after / before - 1 for before, after in zip(bank["base"]["loss"], bank["tuned"]["loss"])]
+def retention_loss(losses: LossChanges, forgetting: Mapping[str, Any] | None = None) -> float | None:
+    """The rise of the loss on held-out bank samples over the base's, the mean over the noise bands.
+
+    Args:
+        losses: of the run.
+        forgetting: as in evaluation.json, which is measured on more rows and comes first.
+    """
+    rises: list[float] = (forgetting or {}).get("mean", [])
+    if not rises and "bank" in losses:
+        rises = losses["bank"].rises
     return sum(rises) / len(rises) if rises else None
 
 
-def failed(judged: dict[str, Any]) -> str:
-    """The gates that a run fails, in words: `kid is 0.21, at most 0.1 asked`; empty where it passes."""
-    return ", ".join(line for name, line in gate_lines(judged).items() if not judged["figures"][name]["passed"])
-
-
-def gate_lines(judged: dict[str, Any]) -> dict[str, str]:
-    """Each gate in words."""
-    return {
-        name: f"{name} is {'unknown' if entry['value'] is None else format(entry['value'], '.4g')}, at "
-        f"{entry['at']} {entry['limit']:g} asked{' (within the noise)' if entry.get('clear') is False else ''}"
-        for name, entry in judged["figures"].items()
-    }
-
-
-def stop_if_failed(judged: dict[str, Any] | None, run: str | Path) -> None:
+def stop_if_failed(judged: GateResults | None, run: str | Path) -> None:
     """Raises GatesFailedError: if the run was judged and fails."""
-    if judged is not None and not judged["passed"]:
-        raise GatesFailedError(f"{run} fails its gates ({failed(judged)}); it is marked, and not exported unasked.")
+    if judged is not None and not judged.passed:
+        raise GatesFailedError(f"{run} fails its gates ({judged.failed}); it is marked, and not exported unasked.")
 
 
 def check_passed(record: RunRecord, run: str | Path) -> None:
@@ -112,9 +103,9 @@ def check_passed(record: RunRecord, run: str | Path) -> None:
         UserError: naming what fails.
     """
     judged = record.gates
-    if judged is not None and not judged["passed"]:
+    if judged is not None and not judged.passed:
         raise UserError(
-            f"the run {run} fails its gates ({failed(judged)}); tune it better, or say --despite-gates, which is "
+            f"the run {run} fails its gates ({judged.failed}); tune it better, or say --despite-gates, which is "
             "written down."
         )
     if judged is None and record.recipe.gates.limits:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import LossChanges, read_losses
 from difftuning_control.runs.record import RECORD, RunRecord
 from difftuning_control.system.digests import digest_of
 
@@ -35,6 +35,16 @@ def kept_steps(run: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match is not None)
 
 
+def read_kept_losses(folder: Path) -> LossChanges:
+    """The losses beside kept weights.
+
+    Raises:
+        ValueError, TypeError or AttributeError: if the file holds something else.
+    """
+    found: LossChanges = read_losses(json.loads((folder / LOSSES).read_text(encoding="utf-8")))
+    return found
+
+
 def record_at(record: RunRecord, run: Path, step: int) -> RunRecord:
     """The record of a run as if it had ended after a step that it kept; the run itself need not be finished.
 
@@ -47,18 +57,11 @@ def record_at(record: RunRecord, run: Path, step: int) -> RunRecord:
     if not (folder / LOSSES).is_file():
         raise UserError(f"the run {run} kept no weights after {step} steps; name a step of its training.save_at.")
     try:
-        losses = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
-    except ValueError:
+        losses = read_kept_losses(folder)
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{folder / LOSSES} cannot be read; name another step of the run.") from None
     prefix = f"{step_folder(step)}/"
     files = {n.removeprefix(prefix): h for n, h in (record.files or {}).items() if n.startswith(prefix)}
     outputs = {n: h for n, h in files.items() if n != LOSSES}
-    curve = None if record.fidelity is None else _until(record.fidelity, step)
+    curve = None if record.fidelity is None else record.fidelity.until(step)
     return record.after(step, digest_of([record.identity, step]), losses, outputs, curve)
-
-
-def _until(curve: dict[str, Any], step: int) -> dict[str, Any]:
-    """A fidelity curve as it was after a step."""
-    count = sum(at <= step for at in curve["steps"])
-    figures = {name: values[:count] for name, values in curve["figures"].items()}
-    return curve | {"steps": curve["steps"][:count], "figures": figures, "convergence": None}

@@ -83,21 +83,21 @@ def _described(record: RunRecord, place: Path) -> dict[str, Any]:
     state = STATES[record.status]
     if state == "interrupted" and _is_locked(place):
         state = "running"
-    figures = {name: entry["value"] for name, entry in (judged or {"figures": {}})["figures"].items()}
+    figures = {name: gate.value for name, gate in judged.figures.items()} if judged is not None else {}
     target = record.losses.get("target")
     adapter = record.adapter_kind if record.method == "lora" else None
-    fidelity = curve["figures"][curve["main"]][-1] if curve and curve["steps"] else None
+    fidelity = curve.values[-1] if curve is not None and curve.values else None
     return {
         "state": state,
         "model": record.model_id,
         "method": adapter or record.method,
         "steps": record.steps or _last_step(place),
-        "target_loss": _mean(target["tuned"]["loss"]) if target is not None else None,
-        "retention_loss": figures.get("retention_loss", retention_loss({"losses": record.losses})),
+        "target_loss": _mean(target.tuned.losses) if target is not None else None,
+        "retention_loss": figures.get("retention_loss", retention_loss(record.losses)),
         "fidelity": figures.get("fidelity", fidelity),
         "kid": figures.get("kid"),
         "memorisation": figures.get("memorisation"),
-        "gates": None if judged is None else "passed" if judged["passed"] else "failed",
+        "gates": None if judged is None else "passed" if judged.passed else "failed",
     }
 
 

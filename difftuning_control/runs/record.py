@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from difftuning_control.data.label_space import LabelSpace
+from difftuning_control.evaluation.band_losses import LossChanges, read_losses
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
+from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.gate_results import GateResults
 from difftuning_control.runs.record_sections import (
     BankRecord,
     BudgetRecord,
@@ -58,21 +62,21 @@ class RunRecord(Section):
         processes: that shared the work.
         rows_per_step: of an optimizer step, over all processes; None in earlier records.
         seed: of the training.
-        schedule: ψ and ξ by u as `schedule.json` holds them, where they were measured.
+        schedule: ψ and ξ by u, where they were measured.
         sources: the files that were read beside data and bank; None in earlier records.
         inputs: the SHA-256 of `inputs.jsonl`; None in earlier records.
         error: why it failed.
-        losses: by role, before and after, by noise band; as in a kept step's `losses.json`.
+        losses: by role, before and after, by noise band.
         steps_per_second: None where no step was left to do.
         budget: how a forgetting budget was kept.
         steps: that were done; 0 of a run that is not complete.
-        fidelity: the curve as `fidelity.json` holds it.
+        fidelity: of a ControlNet, the curve over its steps.
         frozen: the denoiser beside a ControlNet.
         timings: how long it took.
         phases: seconds of each phase, and the rows that went through the denoiser in it; None in earlier records.
         outputs: the SHA-256 of each file of the result.
         files: the SHA-256 of all else in the folder; None in earlier records.
-        gates: as `gates.judge` gives it; None where the run was not judged.
+        gates: what came of judging it; None where the run was not judged.
         discarded: outputs that a pilot took away once they were judged.
     """
 
@@ -101,10 +105,14 @@ class RunRecord(Section):
         "bank": BankRecord.from_dict,
         "classes": LabelSpace.from_dict,
         "control": ControlRecord.from_dict,
+        "schedule": MeasuredSchedule.from_dict,
         "sources": dict_of(Source),
+        "losses": read_losses,
         "budget": BudgetRecord.from_dict,
+        "fidelity": FidelityRecord.from_dict,
         "frozen": Frozen.from_dict,
         "timings": Timings.from_dict,
+        "gates": GateResults.from_dict,
     }
     KEYS: ClassVar = {"recipe_values": "recipe"}
 
@@ -128,21 +136,21 @@ class RunRecord(Section):
     processes: int = 1
     rows_per_step: int | None = None
     seed: int = 0
-    schedule: dict[str, Any] | None = None
+    schedule: MeasuredSchedule | None = None
     sources: dict[str, Source] | None = None
     inputs: str | None = None
     error: str | None = None
-    losses: dict[str, Any] = field(default_factory=dict)
+    losses: LossChanges = field(default_factory=dict)
     steps_per_second: float | None = None
     budget: BudgetRecord | None = None
     steps: int = 0
-    fidelity: dict[str, Any] | None = None
+    fidelity: FidelityRecord | None = None
     frozen: Frozen | None = None
     timings: Timings | None = None
     phases: dict[str, dict[str, float]] | None = None
     outputs: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] | None = None
-    gates: dict[str, Any] | None = None
+    gates: GateResults | None = None
     discarded: list[str] | None = None
 
     def is_always_written(self, name: str) -> bool:
@@ -192,9 +200,9 @@ class RunRecord(Section):
         self,
         step: int,
         identity: str,
-        losses: dict[str, Any],
+        losses: LossChanges,
         outputs: dict[str, str],
-        fidelity: dict[str, Any] | None,
+        fidelity: FidelityRecord | None,
     ) -> RunRecord:
         """The record as if the run had ended after a step that it kept, without what is of the final weights alone."""
         return replace(

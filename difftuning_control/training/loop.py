@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difftuning_control.data.batches import TrainingRows
 from difftuning_control.data.prepare import silent
+from difftuning_control.evaluation.band_losses import LossChanges
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.budget import ForgettingBudget
@@ -97,7 +98,7 @@ class TrainingLoop:
 
     def run(
         self, tell: Callable[[str], object] = silent, settle: Callable[[], object] = lambda: None
-    ) -> tuple[dict[str, Any], float | None]:
+    ) -> tuple[LossChanges, float | None]:
         """Train to the end; returns the losses by role, before and after, and the optimizer steps a second.
 
         Args:

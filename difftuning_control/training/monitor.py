@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from difftuning_control.evaluation.band_losses import BandLosses, LossChange, LossChanges
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.fidelity import FidelityCurve
-from difftuning_control.evaluation.losses import BandLosses
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import add_phase, phase
@@ -93,9 +93,9 @@ class Baseline:
             pictures = gauge.pictures(controlled=False)
         return cls(losses, pictures, seconds | {"sampling": time.monotonic() - begun})
 
-    def beside(self, tuned: dict[str, BandLosses]) -> dict[str, Any]:
+    def beside(self, tuned: dict[str, BandLosses]) -> LossChanges:
         """Its losses and those of tuned weights, by role."""
-        return {role: {"base": base.to_dict(), "tuned": tuned[role].to_dict()} for role, base in self.losses.items()}
+        return {role: LossChange(base=base, tuned=tuned[role]) for role, base in self.losses.items()}
 
 
 class Monitor:
@@ -167,7 +167,7 @@ class Monitor:
         self.curve.add(step, with_control)
         self.log.write(step, {f"fidelity/{name}": value for name, value in with_control.items()})
         if self.accelerator.is_main_process:
-            write_json(self.output / "fidelity.json", self.curve.describe())
+            write_json(self.output / "fidelity.json", self.curve.describe().to_dict())
 
     def planned_end(self, done: int) -> int:
         """The step at which the run will end, as far as can be said after `done` steps."""

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
 from difftuning_control.data.prepare import resolution_of, silent
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
-from difftuning_control.objective.schedules import schedule_from_dict, with_flat_retention
+from difftuning_control.objective.schedules import with_flat_retention
+from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.changes import Resumption, continued, resumption
 from difftuning_control.runs.identity import recipe_identity
@@ -27,8 +28,6 @@ from difftuning_control.training.setup import attach_controlnet, auto_schedule, 
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-TABLE = ("kind", "u", "psi", "xi")  # of a measured schedule, what the objective takes
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class MeasuredObjective:
-    """The objective with what is measured on the pretrained weights: `schedule` as `schedule.json` holds it, where the
-    recipe says `auto`, and the budget where it names one."""
+    """The objective with what is measured on the pretrained weights: the schedule where the recipe says `auto`, and the
+    budget where it names one."""
 
     objective: DiffTuningObjective
-    schedule: dict[str, Any] | None
+    schedule: MeasuredSchedule | None
     budget: ForgettingBudget | None
 
 
@@ -155,7 +154,7 @@ def measure_objective(run: PreparedRun, output: Path, processes: int) -> Measure
     schedule = budget = None
     if recipe.tuning.schedule.kind == "auto":
         schedule = auto_schedule(recipe, run.family, run.inputs, output, processes)
-        objective = replace(objective, schedule=schedule_from_dict({k: schedule[k] for k in TABLE}))
+        objective = replace(objective, schedule=schedule.build())
     if recipe.tuning.forgetting_budget is not None:
         budget = measured_budget(recipe, run.family, run.inputs)
         objective = replace(objective, schedule=with_flat_retention(objective.schedule, objective.process.u))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
-from difftuning_control.evaluation.losses import BandLosses
+from difftuning_control.evaluation.band_losses import BandLosses
 from difftuning_control.evaluation.report.page import flatten
 from difftuning_control.evaluation.report.training import RunFacts, write_training_report
 from difftuning_control.recipe.recipe import Recipe
@@ -35,7 +35,7 @@ class RunReport:
             end=recipe.training.max_steps,
             remaining=None,
             error=None,
-            base={role: bands.to_dict() for role, bands in monitor.baseline.losses.items()},
+            base=monitor.baseline.losses,
             phases={},
             model=recipe.model.id,
             family=family.name,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.latents import Part, part_of
 from difftuning_control.data.prepare import cache_folder, encoded, resolution_of
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import LossChanges
 from difftuning_control.evaluation.forgetting import affordable_rows, measure_schedule, row_validator
 from difftuning_control.families.loading import load_controlnet
 from difftuning_control.objective.budget import ForgettingBudget, spread_budget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record_sections import BudgetRecord, Fingerprints, Frozen
@@ -132,11 +134,11 @@ def build_objective(recipe: Recipe, process: NoiseProcess) -> DiffTuningObjectiv
 
 def auto_schedule(
     recipe: Recipe, family: Family, inputs: TrainingInputs, output: Path, processes: int
-) -> dict[str, Any]:
-    """What `schedule.json` holds: measured on the pretrained weights, or read back where a run is resumed."""
+) -> MeasuredSchedule:
+    """The schedule of `schedule.json`: measured on the pretrained weights, or read back where a run is resumed."""
     kept = output / "schedule.json"
     if recipe.training.resume and kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return MeasuredSchedule.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     assert inputs.bank is not None
     targets, batch = inputs.targets, rows_of_step(recipe, processes)
     count = len(targets) if inputs.buckets is None else len(inputs.data)
@@ -147,8 +149,9 @@ def auto_schedule(
     else:
         sizes = targets.sizes[:, 0] if targets.sizes is not None else None
         target = Part(targets.moments.first_views(family.scale_latents), targets.captions, sizes)
-    measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)[1]
-    return broadcast_object_list([measured])[0]  # processes may differ by rounding, their schedules must not
+    measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)
+    agreed: MeasuredSchedule = broadcast_object_list([measured])[0]  # processes may differ by rounding, schedules not
+    return agreed
 
 
 def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> ForgettingBudget:
@@ -169,14 +172,13 @@ def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> F
     return ForgettingBudget(allowed, base.centres, base.losses, recipe.tuning.retention_weight)
 
 
-def describe_budget(budget: ForgettingBudget, losses: dict[str, Any]) -> BudgetRecord:
+def describe_budget(budget: ForgettingBudget, losses: LossChanges) -> BudgetRecord:
     """Band by band on bank samples that were held out: what was allowed, what the loss rose by, was it kept.
 
     Without a bank the rise is that on the rows of the last steps.
     """
     if "bank" in losses:
-        base, tuned = losses["bank"]["base"]["loss"], losses["bank"]["tuned"]["loss"]
-        rise, u = [after / before - 1 for before, after in zip(base, tuned)], losses["bank"]["base"]["u"]
+        rise, u = losses["bank"].rises, losses["bank"].base.centres
     else:
         rise, count = np.nan_to_num(budget.rise).tolist(), len(budget.allowed)
         u = [(band + 0.5) / count for band in range(count)]

@@ -16,6 +16,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
+from difftuning_control.evaluation.band_losses import LossChanges, plain_losses
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import NoisedBatch
@@ -224,12 +225,12 @@ class TrainedWeights:
                     raise
         return partial
 
-    def keep(self, step: int, losses: dict[str, Any]) -> None:
+    def keep(self, step: int, losses: LossChanges) -> None:
         """The weights after `step` steps, loadable like the result, with their losses by noise band."""
         partial, folder = self._write(), self.output / f"step-{step:06d}"
         if not self.accelerator.is_main_process:
             return
-        write_json(partial / "losses.json", losses)
+        write_json(partial / "losses.json", plain_losses(losses))
         if folder.exists():  # of a run that broke off since
             discard(folder)
         place(partial, folder)

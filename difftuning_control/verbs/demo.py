@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.families.loading import embedded_model
@@ -73,13 +74,13 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
 def loss_table(record: PilotRecord) -> list[dict[str, Any]]:
     """One row for each role and noise band: the base's loss, and each side's mean over the seeds."""
     rows = []
-    runs = {side["name"]: [r["losses"] for r in side["runs"]] for side in record.sides}
+    runs = {side["name"]: [losses_of(r) for r in side["runs"]] for side in record.sides}
     for role in ("target", "bank"):
-        base = runs["plain"][0][role]["base"]
-        for i, u in enumerate(base["u"]):
-            row = {"rows": role, "u": u, "base": base["loss"][i]}
+        base = runs["plain"][0][role].base
+        for i, u in enumerate(base.centres):
+            row = {"rows": role, "u": u, "base": base.losses[i]}
             for side, records in runs.items():
-                values = [losses[role]["tuned"]["loss"][i] for losses in records]
+                values = [losses[role].tuned.losses[i] for losses in records]
                 row[side] = sum(values) / len(values)
             rows.append(row)
     return rows

@@ -130,7 +130,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
             side["forgetting"] = {"u": curve.u, **curve.to_dict()}
     for run, side in zip(records, sides):
         if recipes[run].gates.limits:
-            side["gates"] = judge(recipes[run].gates, {"losses": records[run].losses, **side})
+            side["gates"] = judge(recipes[run].gates, side, records[run].losses).to_dict()
     warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
     result: dict[str, Any] = {
         "status": "complete",

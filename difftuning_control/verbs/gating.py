@@ -12,7 +12,8 @@ import torch
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.audit import Session, read_audit
-from difftuning_control.runs.gates import failed, judge
+from difftuning_control.runs.gate_results import GateResults
+from difftuning_control.runs.gates import judge
 from difftuning_control.runs.identity import write_recipe
 from difftuning_control.runs.manifest import write_record
 from difftuning_control.runs.record import RECORD, RunRecord
@@ -22,13 +23,13 @@ from difftuning_control.verbs.evaluate import evaluate
 FOLDER = "gates"  # in the run's own: the evaluation that its gates were judged by
 
 
-def judge_run(run: RunRecord, recipe: Recipe, output: Path) -> dict[str, Any]:
+def judge_run(run: RunRecord, recipe: Recipe, output: Path) -> GateResults:
     """The `gates` of the record of a finished run in its folder; pictures are drawn where they must be.
 
     Raises:
         UserError: if its pictures, its bank or its base are no longer there.
     """
-    side: dict[str, Any] = {"losses": run.losses}
+    side: dict[str, Any] = {}
     gates = recipe.gates
     if gates.draws:
         gc.collect()  # the evaluation loads models of its own
@@ -45,8 +46,8 @@ def judge_run(run: RunRecord, recipe: Recipe, output: Path) -> dict[str, Any]:
             guidance_scale=gates.guidance_scale,
             output=str(output / FOLDER),
         )
-        side |= evaluate(request)["sides"][0]
-    return judge(gates, side)
+        side = evaluate(request)["sides"][0]
+    return judge(gates, side, run.losses)
 
 
 def judge_and_vouch(run: RunRecord, written: Recipe, recipe: Recipe, output: Path, session: Session) -> None:
@@ -57,7 +58,7 @@ def judge_and_vouch(run: RunRecord, written: Recipe, recipe: Recipe, output: Pat
         recipe: the same with paths as they are found from here.
     """
     judged = run.gates
-    if recipe.gates.limits and (judged is None or judged["asked"] != dataclasses.asdict(recipe.gates)):
+    if recipe.gates.limits and (judged is None or judged.asked != dataclasses.asdict(recipe.gates)):
         if not session.number:
             session.begin()
         run.gates = judge_run(run, recipe, output)
@@ -65,7 +66,7 @@ def judge_and_vouch(run: RunRecord, written: Recipe, recipe: Recipe, output: Pat
         write_recipe(output, written)
         write_record(run, written, output)
     if run.gates is not None:
-        session.said = failed(run.gates) or None
+        session.said = run.gates.failed or None
     if not session.number and read_audit(output).is_ended:
         return
     if not session.number:  # the power went between the record and the line that vouches for it

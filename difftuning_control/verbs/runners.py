@@ -17,7 +17,8 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
-from difftuning_control.runs.gates import gate_lines, stop_if_failed
+from difftuning_control.runs.gate_results import GateResults, gates_of
+from difftuning_control.runs.gates import stop_if_failed
 from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 from difftuning_control.runs.record import RunRecord
@@ -71,8 +72,7 @@ def _print_run(run: RunRecord, output: str) -> None:
         return
     say(f"done: {output} ({run.status})")
     for role, losses in run.losses.items():
-        base, tuned = (sum(losses[w]["loss"]) / len(losses[w]["loss"]) for w in ("base", "tuned"))
-        say(f"  validation loss on {role}: base {base:.4f}, tuned {tuned:.4f}")
+        say(f"  validation loss on {role}: base {losses.base.mean:.4f}, tuned {losses.tuned.mean:.4f}")
     if run.phases is not None:
         say(f"  {spent_line(run.phases)}")
     _print_control(run)
@@ -81,10 +81,10 @@ def _print_run(run: RunRecord, output: str) -> None:
     stop_if_failed(run.gates, output)
 
 
-def _print_gates(judged: dict[str, Any] | None) -> None:
+def _print_gates(judged: GateResults | None) -> None:
     if judged is not None:
-        for name, line in gate_lines(judged).items():
-            say(f"  gate {'passed' if judged['figures'][name]['passed'] else 'FAILED'}: {line}")
+        for name, line in judged.lines.items():
+            say(f"  gate {'passed' if judged.figures[name].passed else 'FAILED'}: {line}")
 
 
 def _print_control(run: RunRecord) -> None:
@@ -98,14 +98,14 @@ def _print_control(run: RunRecord) -> None:
     curve = run.fidelity
     if curve is None:
         return
-    name, change = curve["main"], curve["convergence"]
+    name, change = curve.main, curve.convergence
     said = "no convergence that can be told from noise"
     if change is not None:
-        way = "suddenly" if change["sudden"] else "gradually"
-        said = f"converged {way} at step {change['step']:.0f} (from {change['start']:.0f} to {change['end']:.0f})"
+        way = "suddenly" if change.sudden else "gradually"
+        said = f"converged {way} at step {change.step:.0f} (from {change.start:.0f} to {change.end:.0f})"
     say(
-        f"  fidelity on held-out conditions ({curve['kind']}, {name}): without control {curve['without'][name]:.3f}, "
-        f"after {curve['steps'][-1]} steps {curve['figures'][name][-1]:.3f}; {said}"
+        f"  fidelity on held-out conditions ({curve.kind}, {name}): without control {curve.without[name]:.3f}, "
+        f"after {curve.steps[-1]} steps {curve.values[-1]:.3f}; {said}"
     )
 
 
@@ -187,10 +187,11 @@ def run_evaluate(command: EvaluateCommand) -> None:
     for warning in result["warnings"]:
         say(f"note: {warning}")
     say(f"done: {command.output}/evaluation.json, grid.png")
-    for side in result["sides"]:
-        _print_gates(side.get("gates"))
-    for side in result["sides"]:
-        stop_if_failed(side.get("gates"), side["name"])
+    judged = [(side["name"], gates_of(side)) for side in result["sides"]]
+    for _, gates in judged:
+        _print_gates(gates)
+    for name, gates in judged:
+        stop_if_failed(gates, name)
 
 
 def run_export(command: ExportCommand) -> None:

@@ -193,7 +193,7 @@ def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFo
     write_recipe(output, prepared.written)
     session.begin(digest_of_file(output / "recipe.yaml"), " ".join(prepared.going.said) or None)
     if run.schedule is not None:
-        write_json(output / "schedule.json", run.schedule)
+        write_json(output / "schedule.json", run.schedule.to_dict())
 
 
 def _forget_checkpoints(output: Path) -> None:

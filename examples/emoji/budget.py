@@ -60,13 +60,12 @@ def main() -> None:
     rows = []
     for name, tuning in sides.items():
         runs = [train(recipe(args.work, name.replace(" ", "-"), s, tuning, args.steps)).record for s in args.seeds]
-        bands = [[r.losses["bank"][k]["loss"] for k in ("base", "tuned")] for r in runs]
-        rises = [[after / before - 1 for before, after in zip(*pair)] for pair in bands]
-        targets = [mean(r.losses["target"]["tuned"]["loss"]) for r in runs]
+        rises = [r.losses["bank"].rises for r in runs]
+        targets = [mean(r.losses["target"].tuned.losses) for r in runs]
         rows.append(
             {
                 "side": name,
-                "u": runs[0].losses["bank"]["base"]["u"],
+                "u": runs[0].losses["bank"].base.centres,
                 "rise": [mean(c) for c in zip(*rises)],
                 "rise_spread": [stdev(c) for c in zip(*rises)] if len(runs) > 1 else None,
                 "bands_kept": sum(mean(c) <= ALLOWED for c in zip(*rises)),

@@ -212,7 +212,7 @@ def rows_of(condition: str, work: Path) -> tuple[list[dict[str, Any]], list[dict
                 "seed": seed,
                 "chosen": candidate == rate,
                 "steps_per_second": round(record.steps_per_second or 0.0, 3),
-                "fidelity": record.fidelity,
+                "fidelity": record.fidelity.to_dict() if record.fidelity is not None else None,
             }
             if row["chosen"]:
                 done = run / "figures.json"

@@ -575,7 +575,7 @@ def test_the_losses_of_a_run_are_those_of_its_saved_adapter(recipe, kind, tmp_pa
     trained = short(recipe, kind, tmp_path / "run")
     record = train(trained).record
     found = analyze(trained, AnalysisConfig(rows=4, draws=1), str(tmp_path / "run"))
-    base, tuned = record.losses["bank"]["base"]["loss"], record.losses["bank"]["tuned"]["loss"]
+    base, tuned = record.losses["bank"].base.losses, record.losses["bank"].tuned.losses
     expected = [after / before - 1 for before, after in zip(base, tuned)]
     np.testing.assert_allclose(found["forgetting"]["mean"], expected, atol=1e-4)
 

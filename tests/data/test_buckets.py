@@ -415,5 +415,5 @@ def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path):
     recipe = make("auto", tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 4000})
     loop = loop_of(replace(recipe, tuning=TuningConfig()))
     measured = auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
-    assert measured["rows"] == len(loop.inputs.bank)
-    assert len(measured["psi"]) == len(measured["u"])
+    assert measured.rows == len(loop.inputs.bank)
+    assert len(measured.psi) == len(measured.u)

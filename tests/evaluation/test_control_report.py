@@ -18,8 +18,9 @@ from PIL import Image
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.condition_figures import MAIN
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.evaluation.report import chart, charts
-from difftuning_control.evaluation.report.control import control_verdict
+from difftuning_control.evaluation.report.control import control_verdict as verdict_on
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import write_recipe
@@ -35,6 +36,10 @@ def draw_grid(folder: Path, step: int, width: int = 700, colour: str = "navy") -
 
 def text_of(run: dict[str, Any], folder: Path, language: str = "en") -> str:
     return Page(control_page(run, folder, language)).text.replace("‑", "-")
+
+
+def control_verdict(curve: dict[str, Any] | None) -> dict[str, Any]:
+    return verdict_on(FidelityRecord.from_dict(curve) if curve is not None else None)
 
 
 def commands(page: Page) -> list[str]:
@@ -248,7 +253,7 @@ def test_same_input_same_bytes(tmp_path, language):
 
 def test_the_chart_marks_the_rise_on_the_main_figure_alone():
     t, curve = load_texts("en"), CURVES["sudden"]
-    main, other = (charts.fidelity_chart(curve, m, t) for m in ("f1", "ssim"))
+    main, other = (charts.fidelity_chart(FidelityRecord.from_dict(curve), m, t) for m in ("f1", "ssim"))
     step = f"half of it done: step {curve['convergence']['step']:.0f}"
     assert step in main
     assert chart.BANK in main
@@ -257,7 +262,8 @@ def test_the_chart_marks_the_rise_on_the_main_figure_alone():
     for svg in (main, other):
         assert "without control" in svg
         assert ElementTree.fromstring(svg).get("aria-label") in ("F1", "SSIM")
-    dots = [charts.fidelity_chart(curve_of(ramp(150, 175, count=n)), "f1", t).count("<use") for n in (21, 31, 400)]
+    curves = [FidelityRecord.from_dict(curve_of(ramp(150, 175, count=n))) for n in (21, 31, 400)]
+    dots = [charts.fidelity_chart(curve, "f1", t).count("<use") for curve in curves]
     assert dots[1] == dots[0] + 10
     assert dots[2] < dots[0]  # so many dots would hide the curve
 

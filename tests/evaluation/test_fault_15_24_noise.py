@@ -10,11 +10,12 @@ import torch
 from difftuning_control.evaluation.comparison import clear_sign, domain_bar, improves_to_the_end
 from difftuning_control.evaluation.condition_figures import MAIN, fidelity
 from difftuning_control.evaluation.curve import Curve, advice, against_limits
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.control import control_verdict
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.recipe.training import GatesConfig
-from difftuning_control.runs.gates import gate_lines, judge
+from difftuning_control.runs.gates import judge
 from support import report_samples as samples
 from support.pages import LANGUAGES, Page
 from support.report_samples import pilot_report, verdict_of
@@ -171,7 +172,8 @@ def test_fault_15_24_a_controlnet_ends_better_only_beyond_noise(last, code):
     values = [(0.31 if s < 150 else 0.7) + n for s, n in zip(steps, noise)][:-1] + [last]
     rise = {"start": 125, "end": 150, "step": 137.5, "before": 0.31, "after": 0.7, "sudden": True}
     curve = {"main": "f1", "higher_is_better": True, "without": {"f1": 0.31}, "steps": steps, "convergence": rise}
-    assert control_verdict(curve | {"figures": {"f1": values}})["code"] == code
+    found = FidelityRecord.from_dict(curve | {"figures": {"f1": values}})
+    assert control_verdict(found)["code"] == code
 
 
 @pytest.mark.parametrize(
@@ -179,16 +181,16 @@ def test_fault_15_24_a_controlnet_ends_better_only_beyond_noise(last, code):
 )
 def test_fault_15_24_a_gate_says_where_it_is_within_the_noise(mean, spread, runs, clear):
     judged = judge(GatesConfig(kid=0.1), {"summary": {"kid": {"mean": mean, "spread": spread, "runs": runs}}})
-    assert judged["passed"]
-    assert judged["figures"]["kid"]["clear"] is clear
-    assert ("(within the noise)" in gate_lines(judged)["kid"]) == (clear is False)
+    assert judged.passed
+    assert judged.figures["kid"].clear is clear
+    assert ("(within the noise)" in judged.lines["kid"]) == (clear is False)
 
 
 @pytest.mark.parametrize(("low", "high", "clear"), [(0.01, 0.05, True), (0.01, 0.2, False), (0.2, 0.3, True)])
 def test_fault_15_24_a_gate_on_the_loss_takes_the_interval_of_its_rows(low, high, clear):
     forgetting = {"mean": [(low + high) / 2] * 5, "low": [low] * 5, "high": [high] * 5}
     judged = judge(GatesConfig(retention_loss=0.1), {"summary": {}, "forgetting": forgetting})
-    assert judged["figures"]["retention_loss"]["clear"] is clear
+    assert judged.figures["retention_loss"].clear is clear
 
 
 @pytest.mark.parametrize("kind", MAIN)
@@ -199,7 +201,7 @@ def test_a_gate_on_fidelity_is_on_the_main_figure_of_each_kind(kind):
         name: {"mean": float(values.mean()), "spread": None, "runs": 1}
         for name, values in fidelity(kind, picture, picture).items()
     }
-    found = judge(GatesConfig(fidelity=0.5), {"summary": summary})["figures"]["fidelity"]
+    found = judge(GatesConfig(fidelity=0.5), {"summary": summary}).figures["fidelity"]
     main, higher = MAIN[kind]
-    assert (found["value"], found["at"]) == (summary[main]["mean"], "least" if higher else "most")
-    assert found["passed"]
+    assert (found.value, found.at) == (summary[main]["mean"], "least" if higher else "most")
+    assert found.passed

@@ -229,8 +229,8 @@ def test_what_was_measured_is_recorded_beside_the_schedule(family, tmp_path):
     embeddings = cached_embeddings(family, ["a"], tmp_path, lambda count: None)
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     bank = KnowledgeBank(latents.flip(0), ["a"] * 6)
-    schedule, record = measure_schedule(family, Part(latents, ["a"] * 6), bank, embeddings, rows=5)
-    assert record["kind"] == "measured"
-    assert record["psi"] == list(schedule.psi_values)
-    assert record["rows"] == 5
-    assert len(record["gap"]["mean"]) == len(record["losses"]["bank"]) == SCHEDULE_BANDS
+    measured = measure_schedule(family, Part(latents, ["a"] * 6), bank, embeddings, rows=5)
+    assert list(measured.to_dict()) == ["kind", "u", "psi", "xi", "gap", "losses", "advice", "rows"]
+    assert (measured.kind, measured.rows) == ("measured", 5)
+    assert measured.build() == fit_schedule(measured.u, measured.gap["mean"])
+    assert len(measured.gap["mean"]) == len(measured.losses["bank"]) == SCHEDULE_BANDS

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from difftuning_control.evaluation.band_losses import BandLosses
 from difftuning_control.evaluation.drawing import grid_cells, save_grid
 from difftuning_control.evaluation.report.lines import Line, line_chart, ticks
 from difftuning_control.evaluation.report.training import MOST_STEPS, RunFacts, write_training_report
 
-BASE = {role: {"u": [0.1, 0.3, 0.5, 0.7, 0.9], "loss": [0.5, 0.4, 0.3, 0.2, 0.1]} for role in ("target", "bank")}
+BANDS = BandLosses(centres=[0.1, 0.3, 0.5, 0.7, 0.9], losses=[0.5, 0.4, 0.3, 0.2, 0.1])
+BASE = {"target": BANDS, "bank": BANDS}
 FACTS = RunFacts(
     status="running",
     step=40,
@@ -45,7 +47,7 @@ def colour(shade: int, side: int = 96) -> Image.Image:
 
 def run_folder(folder: Path, steps: list[int]) -> Path:
     rows = [{"step": s, "loss": 1.0, "target_loss": 1 / s, "bank_loss": 0.5} for s in range(1, 41)]
-    bands = {f"validation/{role}_{u:.1f}": 0.1 for role in BASE for u in BASE[role]["u"]}
+    bands = {f"validation/{role}_{u:.1f}": 0.1 for role in BASE for u in BASE[role].centres}
     lines = [json.dumps(r) for r in [*rows, {"step": 40, **bands}]]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 41, "target_')
     shown = {"base": [colour(0), colour(250)]}

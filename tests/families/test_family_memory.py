@@ -106,7 +106,7 @@ def test_an_offloaded_run_draws_bank_and_grids_from_what_was_encoded_for_trainin
     _, encoders = found
     assert encoders.swaps == 2  # the bank's prompts, then all of them
     for role, bands in run.losses.items():
-        torch.testing.assert_close(other.losses[role]["tuned"]["loss"], bands["tuned"]["loss"], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(other.losses[role].tuned.losses, bands.tuned.losses, atol=1e-4, rtol=1e-3)
     assert (tmp_path / "b" / "samples" / "step-000003.png").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_run_on_a_base_in_8_bits_is_drawn_on_the_same(make, method, recipe, tm
     )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
     record = train(run).record
-    assert record.losses["target"]["tuned"]["loss"] != record.losses["target"]["base"]["loss"]
+    assert record.losses["target"].tuned.losses != record.losses["target"].base.losses
     family = load_base(run)
     kept = {p.dtype for p in family.denoiser.parameters()}
     assert kept == {FLOAT8, torch.bfloat16}

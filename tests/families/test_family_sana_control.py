@@ -196,7 +196,7 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, ro
     recipe = finished(settings)
     run = run_record(recipe)
     assert run.frozen.denoiser_before == run.frozen.denoiser_after
-    assert run.fidelity["steps"] == [0, 4]
+    assert run.fidelity.steps == [0, 4]
     assert run.control.classes == ["SanaControlNetModel", "SanaControlNetPipeline"]
     controlnet = SanaControlNetModel.from_pretrained(f"{recipe.output}/controlnet")
     pipe = SanaControlNetPipeline.from_pretrained(recipe.model.id, controlnet=controlnet)
@@ -261,7 +261,7 @@ def test_a_run_in_bf16_and_in_8_bits_ends(make, tmp_path):
     recipe = make("", training={"mixed_precision": "bf16"}, model={"quantization": "float8"})
     run = train(replace(recipe, output=str(tmp_path))).record
     assert run.frozen.denoiser_before == run.frozen.denoiser_after
-    assert np.isfinite(run.losses["target"]["tuned"]["loss"]).all()
+    assert np.isfinite(run.losses["target"].tuned.losses).all()
 
 
 @pytest.mark.wide

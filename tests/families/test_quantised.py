@@ -78,7 +78,7 @@ def test_a_run_on_a_quantised_base_is_drawn_on_the_same(name, kind, method, reci
     )
     run.control.fidelity.every = 0 if method == "controlnet" else 50
     record = train(run).record
-    assert record.losses["target"]["tuned"]["loss"] != record.losses["target"]["base"]["loss"]
+    assert record.losses["target"].tuned.losses != record.losses["target"].base.losses
     family = load_base(run)
     assert family.fingerprints == record.fingerprints.base
     settings = {"seed": 0, "steps": 2, "guidance_scale": 3.0, "resolution": side}

@@ -104,7 +104,7 @@ def test_a_run_gives_the_psi_that_it_was_trained_with(recipe):
     auto = replace(recipe, output=recipe.output + "-auto", tuning=tuning, training=longer)
     record = train(auto).record
     measured = as_strength(auto.output)
-    assert measured.values["psi"] == record.schedule["psi"]
+    assert measured.values["psi"] == record.schedule.psi
     assert as_strength(f"{auto.output}/schedule.json")(0.4) == pytest.approx(measured(0.4))
 
 

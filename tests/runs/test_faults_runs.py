@@ -302,13 +302,13 @@ def test_fault_15_10_a_finished_run_is_made_longer_from_its_result(recipe, name)
     assert "fresh" in said[1]
     assert list(lines(Path(recipe.output), "loss")) == list(range(1, 10))
     # what the first part came to is where the second began
-    base = torch.tensor(run.losses["target"]["base"]["loss"])
-    assert torch.tensor(again.losses["target"]["base"]["loss"]).equal(base)
+    base = torch.tensor(run.losses["target"].base.losses)
+    assert torch.tensor(again.losses["target"].base.losses).equal(base)
     validated = lines(Path(recipe.output), "validation/target_0.5")
     assert sorted(validated) == [3, 6, 9]
     assert verify(VerifyRequest(recipe.output))["status"] == "same"
     if name == "controlnet":
-        assert again.fidelity["steps"] == [0, 3, 6, 9]
+        assert again.fidelity.steps == [0, 3, 6, 9]
 
 
 @pytest.mark.sample("pissa")
@@ -325,9 +325,9 @@ def test_fault_15_10_a_new_run_begins_where_another_ended(recipe, tmp_path, name
     run = train(second).record
     for role, losses in first.losses.items():
         found = run.losses[role]
-        assert found["base"]["loss"] == pytest.approx(losses["base"]["loss"], rel=1e-5)
-        assert found["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
-    assert first.losses["target"]["tuned"]["loss"] != pytest.approx(first.losses["target"]["base"]["loss"], rel=1e-4)
+        assert found.base.losses == pytest.approx(losses.base.losses, rel=1e-5)
+        assert found.tuned.losses == pytest.approx(losses.tuned.losses, rel=1e-4)
+    assert first.losses["target"].tuned.losses != pytest.approx(first.losses["target"].base.losses, rel=1e-4)
     assert run.identity != first.identity
     found = verify(VerifyRequest(second.output))
     assert (found["status"], found["unchecked"]) == ("same", [])

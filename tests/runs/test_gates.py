@@ -12,6 +12,7 @@ import pytest
 
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import read_losses
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
@@ -116,9 +117,9 @@ def test_gates_are_judged_by_the_numbers_of_an_evaluation(failed, root, capsys):
 def test_the_loss_of_the_run_is_the_one_that_the_evaluation_measures(failed):
     """So a gate on it alone needs no picture."""
     record = record_of(failed)
-    of_losses = judge(GatesConfig(retention_loss=0), {"losses": record["losses"]})
+    of_losses = judge(GatesConfig(retention_loss=0), {}, read_losses(record["losses"]))
     of_both = record["gates"]["figures"]["retention_loss"]
-    assert of_losses["figures"]["retention_loss"]["value"] == pytest.approx(of_both["value"], rel=1e-4, abs=1e-6)
+    assert of_losses.figures["retention_loss"].value == pytest.approx(of_both["value"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.wide
@@ -204,9 +205,9 @@ def test_a_controlnet_is_judged_by_how_it_follows_and_its_report_says_so(recipe,
         output=recipe.output,
     )
     judged = train(made).record.gates
-    found = judged["figures"]["fidelity"]
-    assert (found["at"], found["passed"]) == ("least", False)
-    assert 0 <= found["value"] < 1
+    found = judged.figures["fidelity"]
+    assert (found.at, found.passed) == ("least", False)
+    assert 0 <= found.value < 1
     report = (Path(recipe.output) / "report.html").read_text()
     assert "Quality gates" in report
     assert "at least 1" in report
@@ -218,13 +219,13 @@ def test_a_controlnet_is_judged_by_how_it_follows_and_its_report_says_so(recipe,
 def test_a_limit_is_kept_up_to_itself_and_depth_is_judged_the_other_way(value, passed):
     side = {"summary": {"kid": {"mean": value}, "rmse": {"mean": value}}}
     found = judge(GatesConfig(kid=0.2, fidelity=0.2), side)
-    assert [found["figures"][n]["passed"] for n in ("kid", "fidelity")] == [passed, passed]
-    assert found["figures"]["fidelity"]["at"] == "most"
+    assert [found.figures[n].passed for n in ("kid", "fidelity")] == [passed, passed]
+    assert found.figures["fidelity"].at == "most"
 
 
 def test_a_figure_that_was_not_measured_fails(recipe):
     found = judge(GatesConfig(retention_loss=0.1, kid=1), {"summary": {}})
-    assert [g["passed"] for g in found["figures"].values()] == [False, False]
+    assert [gate.passed for gate in found.figures.values()] == [False, False]
 
 
 # --- refused before training ----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def curve_of(points, kind: str = "edges", without: float = 0.31, others: tuple[s
         "without": {main: without} | dict.fromkeys(others, 0.52),
         "steps": steps,
         "figures": figures,
-        "convergence": None if found is None else vars(found),
+        "convergence": None if found is None else found.to_dict(),
     }
 
 

@@ -116,7 +116,7 @@ def assert_measured_and_judged(make: Callable[..., Recipe], name: str, root: Pat
     measured = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
     data = replace(measured.data, holdout=0.0, validation_path=str(held_out))
     measured = replace(measured, data=data, bank=replace(measured.bank, size=10), output=str(tmp_path / "run"))
-    assert len(train(measured).record.schedule["xi"]) == 10
+    assert len(train(measured).record.schedule.xi) == 10
     settings = {"pictures": 6, "steps": 2, "guidance_scale": 2.0, "features": features}
     found = analyze(Recipe(), AnalysisConfig(rows=6, draws=1, staged=True, u0=[0.0, 1.0], **settings), measured.output)
     staged = found["staged"]

@@ -90,7 +90,7 @@ def assert_same_training(recipe: Recipe, backend: str, atol: float = 5e-6) -> No
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for role, losses in eager.losses.items():
-        assert compiled.losses[role]["tuned"]["loss"] == pytest.approx(losses["tuned"]["loss"], rel=1e-4)
+        assert compiled.losses[role].tuned.losses == pytest.approx(losses.tuned.losses, rel=1e-4)
 
 
 @pytest.mark.wide

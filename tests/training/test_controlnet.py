@@ -261,7 +261,7 @@ def test_first_the_zero_convolutions_move_and_then_all_weights(make, tmp_path):
     assert differing(last, start) == set(start)
     assert_equal(weights(recipe), last)
     assert ControlSpec.load(tmp_path / "step-000001") == ControlSpec.load(tmp_path / "controlnet")
-    assert set(run.losses["target"]["tuned"]) == {"u", "loss"}
+    assert set(run.losses["target"].tuned.to_dict()) == {"u", "loss"}
 
 
 @pytest.mark.wide
@@ -727,7 +727,7 @@ def test_a_run_whose_curve_never_settles_goes_on_to_the_end(make, tmp_path, monk
     plant(monkeypatch, [0.1] * 9)
     recipe = make(**{**STOPPING, "training": {**STOPPING["training"], "max_steps": 8, "stop_after": 0}})
     run = train(replace(recipe, output=str(tmp_path))).record
-    assert (run.steps, run.fidelity["convergence"], run.fidelity["steps"]) == (8, None, list(range(9)))
+    assert (run.steps, run.fidelity.convergence, run.fidelity.steps) == (8, None, list(range(9)))
 
 
 def test_how_fidelity_is_measured_decides_a_run_that_stops_by_it(make, stopped):
@@ -862,10 +862,10 @@ def test_a_run_can_start_from_an_earlier_controlnet_and_starts_with_exactly_its_
     recipe = replace(make(**variant), output=str(tmp_path))
     run = train(recipe).record
     assert run.fingerprints.controlnet == digest_of_tensors(weights(earlier))
-    assert run.losses["target"]["base"]["loss"] == pytest.approx(
+    assert run.losses["target"].base.losses == pytest.approx(
         record(earlier)["losses"]["target"]["tuned"]["loss"], rel=1e-5
     )
-    assert run.fidelity["figures"]["ssim"][0] == pytest.approx(curve_of(earlier)["figures"]["ssim"][-1], abs=1e-5)
+    assert run.fidelity.figures["ssim"][0] == pytest.approx(curve_of(earlier)["figures"]["ssim"][-1], abs=1e-5)
     changed = differing(weights(recipe), weights(earlier))
     assert changed == {n for n in weights(earlier) if name == "whole" or trained_by_lora(n)}
 
@@ -916,7 +916,7 @@ def test_bfloat16_trains_float32_weights_beside_a_bfloat16_model(make, finished,
     exact = record(finished({}))
     for role, losses in run.losses.items():
         for when in ("base", "tuned"):
-            assert losses[when]["loss"] == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
+            assert getattr(losses, when).losses == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
     assert differing(weights(recipe), weights(finished({})))
 
 
@@ -932,7 +932,7 @@ def test_supplied_conditions_train_beside_a_bank_with_blank_ones(make, photos, t
     assert batch.conditioning["control"][~batch.is_retention].flatten(1).any(1).all()
     assert not batch.conditioning["control"][batch.is_retention].any()
     run = train(recipe).record
-    assert (run.status, run.fidelity["kind"], run.fidelity["main"]) == ("complete", "edges", "f1")
+    assert (run.status, run.fidelity.kind, run.fidelity.main) == ("complete", "edges", "f1")
     assert ControlSpec.load(tmp_path / "run" / "controlnet") == ControlSpec("supplied", resolution=16, resize="box")
     probe = loop.inputs.control.probe
     truth = [e.load() for e in loop.inputs.held_out.examples]
@@ -971,4 +971,4 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pho
     training = {"max_steps": 40, "batch_size": 16, "checkpoint_every": 100}
     recipe = make(**PLAIN, data=data, training=training, control={"fidelity": {"every": 0}})
     losses = train(replace(recipe, output=str(tmp_path))).record.losses["target"]
-    assert all(tuned < base for tuned, base in zip(losses["tuned"]["loss"], losses["base"]["loss"]))
+    assert all(tuned < base for tuned, base in zip(losses.tuned.losses, losses.base.losses))

@@ -492,7 +492,7 @@ def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_
     features = str(save_tiny_dinov2(root / "features" / name))
     if name == "sdxl":
         auto = make("", name, tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 30, "batch_size": 20})
-        assert len(train(replace(auto, output=str(tmp_path / "auto"))).record.schedule["xi"]) == 10
+        assert len(train(replace(auto, output=str(tmp_path / "auto"))).record.schedule.xi) == 10
     held_out = write_photos(root / "held", 12, seed=9)
     plain = make("", name, data={"holdout": 0.0, "validation_path": str(held_out)})
     plain = replace(plain, output=str(tmp_path / "plain"))

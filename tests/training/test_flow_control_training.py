@@ -101,7 +101,7 @@ def test_a_controlnet_reloads_in_stock_diffusers_and_draws_the_same(finished, na
     recipe, stock = finished({"family": name, **settings}), STOCK[name]
     run = run_record(recipe)
     assert run.frozen.denoiser_before == run.frozen.denoiser_after
-    assert run.fidelity["steps"] == [0, 4]
+    assert run.fidelity.steps == [0, 4]
     assert list(run.control.classes) == list(CLASSES[name])
     controlnet_class, pipeline_class = (getattr(diffusers, c) for c in CLASSES[name])
     controlnet = controlnet_class.from_pretrained(f"{recipe.output}/controlnet")
@@ -170,7 +170,7 @@ def test_a_run_in_bf16_and_in_8_bits_goes_on_from_a_controlnet(make, finished, n
     more = {"training": {"mixed_precision": "bf16"}, "model": {"quantization": "float8"}, "control": {"init": init}}
     run = train(replace(make("", name, **more), output=str(tmp_path))).record
     assert run.frozen.denoiser_before == run.frozen.denoiser_after
-    assert np.isfinite(run.losses["target"]["tuned"]["loss"]).all()
+    assert np.isfinite(run.losses["target"].tuned.losses).all()
     assert differing(load_file(tmp_path / WEIGHTS), load_file(f"{init}/diffusion_pytorch_model.safetensors"))
 
 

@@ -509,7 +509,7 @@ def test_overfitting_four_pictures_lowers_the_loss_in_every_noise_band(make, pic
     training = {"max_steps": 60, "batch_size": 16, "checkpoint_every": 100, "validate_every": 0}
     recipe = replace(make("", "full", **PLAIN, data=data, training=training), output=str(tmp_path))
     losses = train(recipe).record.losses["target"]
-    assert all(tuned < base for tuned, base in zip(losses["tuned"]["loss"], losses["base"]["loss"]))
+    assert all(tuned < base for tuned, base in zip(losses.tuned.losses, losses.base.losses))
     logged = [r["target_loss"] for r in rows(recipe) if "loss" in r]
     assert sum(logged[-10:]) < 0.9 * sum(logged[:10])
 
@@ -523,7 +523,7 @@ def test_bfloat16_trains_float32_weights(make, finished, tmp_path, method):
     exact = record(finished({"method": method}))
     for role, losses in run.losses.items():
         for when in ("base", "tuned"):
-            assert losses[when]["loss"] == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
+            assert getattr(losses, when).losses == pytest.approx(exact["losses"][role][when]["loss"], rel=0.05)
     assert not all(torch.equal(w, weights(finished({"method": method}))[n]) for n, w in weights(recipe).items())
 
 

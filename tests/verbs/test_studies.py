@@ -245,7 +245,7 @@ def test_auto_measures_records_and_resumes_with_the_same_schedule(study, tmp_pat
     kept = json.loads((tmp_path / "auto" / "schedule.json").read_text())
     schedule = schedule_from_dict({k: kept[k] for k in ("kind", "u", "psi", "xi")})
     assert schedule.psi_values[-1] == 1.0
-    assert run.schedule["psi"] == kept["psi"]
+    assert run.schedule.psi == kept["psi"]
     named = replace(
         recipe,
         output=str(tmp_path / "named"),
@@ -275,7 +275,7 @@ def budgeted(study: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_a_budgeted_run_says_band_by_band_whether_it_was_kept(budgeted):
     budget, losses = budgeted[1].budget, budgeted[1].losses
     assert budget.allowed == spread_budget(BUDGET)
-    base, tuned = (losses["bank"][k]["loss"] for k in ("base", "tuned"))
+    base, tuned = losses["bank"].base.losses, losses["bank"].tuned.losses
     assert budget.rise == [t / b - 1 for b, t in zip(base, tuned)]
     assert budget.kept == [r <= a for r, a in zip(budget.rise, BUDGET)]
 

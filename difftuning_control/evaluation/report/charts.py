@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from difftuning_control.evaluation.comparison import is_number, mean_spread, seed_values
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.evaluation.report.chart import (
     BANK,
     BUDGET,
@@ -213,22 +214,22 @@ def length_chart(sides: Sequence[Mapping[str, Any]], metric: str, t: Texts) -> s
 
 
 @mpl.rc_context(STYLE)
-def fidelity_chart(curve: Mapping[str, Any], metric: str, t: Texts) -> str:
+def fidelity_chart(curve: FidelityRecord, metric: str, t: Texts) -> str:
     """A figure of a ControlNet's fidelity over its steps, and of the model without it; on the main figure the rise."""
-    points = [(s, v) for s, v in zip(curve["steps"], curve["figures"][metric]) if is_number(v)]
+    points = [(s, v) for s, v in zip(curve.steps, curve.figures[metric]) if is_number(v)]
     marker = "o" if len(points) <= 60 else None  # more would hide the curve
-    without, rise = curve["without"].get(metric), curve["convergence"] if metric == curve["main"] else None
+    without, rise = curve.without.get(metric), curve.convergence if metric == curve.main else None
     entries: list[Entry] = [(t["chart.controlled"], TARGET, marker, "-")]
     if is_number(without):
         entries.append((t["chart.uncontrolled"], SIDE_STYLES["base"][0], None, "--"))
     if rise is not None:
         entries.append((t["chart.rise"], BANK, None, "band"))
-        entries.append((t["chart.half_step"].format(step=f"{rise['step']:.0f}"), INK, None, ":"))
+        entries.append((t["chart.half_step"].format(step=f"{rise.step:.0f}"), INK, None, ":"))
     chart = Chart(entries, metric_label(metric, t))
     axes = chart.axes
     if rise is not None:
-        axes.axvspan(rise["start"], rise["end"], color=BANK, alpha=0.2, linewidth=0)
-        axes.axvline(rise["step"], color=INK, linestyle=":", linewidth=1.4)
+        axes.axvspan(rise.start, rise.end, color=BANK, alpha=0.2, linewidth=0)
+        axes.axvline(rise.step, color=INK, linestyle=":", linewidth=1.4)
     if is_number(without):
         axes.axhline(without, color=SIDE_STYLES["base"][0], linestyle="--", linewidth=1.4)
     axes.plot([s for s, _ in points], [v for _, v in points], color=TARGET, marker=marker, markersize=4)

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 from difftuning_control.data.control_spec import SUPPLIED
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import LossChanges
 from difftuning_control.evaluation.comparison import is_number, mean_spread, threshold
 from difftuning_control.evaluation.convergence import LEAST
+from difftuning_control.evaluation.fidelity_record import FidelityRecord
 from difftuning_control.evaluation.metric_table import METRICS
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.loss_tables import loss_tables
@@ -37,13 +39,13 @@ class ControlRun(Protocol):
     control: Any
     versions: dict[str, str]
     device: str
-    losses: dict[str, Any]
+    losses: LossChanges
     steps_per_second: float | None
     steps: int
-    fidelity: dict[str, Any] | None
+    fidelity: FidelityRecord | None
     frozen: Any
     timings: Any
-    gates: dict[str, Any] | None
+    gates: Any
 
 
 def write_control_report(run: ControlRun, folder: Path, language: str = "en") -> Path:
@@ -65,14 +67,13 @@ def write_control_report(run: ControlRun, folder: Path, language: str = "en") ->
 
     curve, told = run.fidelity, control_verdict(run.fidelity)
     drawn, rows, grid = [], [], _last_grid(folder)
-    if curve and told["code"] != "unmeasured":
-        figures = sorted((m for m in curve["figures"] if m in METRICS), key=lambda m: m != curve["main"])
+    if curve is not None and told["code"] != "unmeasured":
+        figures = sorted((m for m in curve.figures if m in METRICS), key=lambda m: m != curve.main)
         drawn = [(charts.fidelity_chart(curve, m, texts), m) for m in figures]
         rows = [
-            {"step": curve["steps"][i], **{m: curve["figures"][m][i] for m in figures}}
-            for i in _spread_out(len(curve["steps"]), ROWS)
+            {"step": curve.steps[i], **{m: curve.figures[m][i] for m in figures}}
+            for i in _spread_out(len(curve.steps), ROWS)
         ]
-    tuned = {"name": "tuned", "best_length": None, "runs": [{"steps": None, "losses": run.losses}]}
     timings = [run.timings.preparation, run.timings.training] if run.timings is not None else []
     timings = [seconds for seconds in timings if is_number(seconds)]
     return write_page(
@@ -87,7 +88,7 @@ def write_control_report(run: ControlRun, folder: Path, language: str = "en") ->
         rows=rows,
         grid=grid,
         losses=loss_chart(folder, 760),
-        bands=loss_tables([tuned]),
+        bands=loss_tables({"tuned": [run.losses]}),
         steps=_next_steps(run, told, folder, grid is not None),
         every=recipe["control"]["fidelity"]["every"],
         seconds=sum(timings) if timings else None,
@@ -99,8 +100,8 @@ def write_control_report(run: ControlRun, folder: Path, language: str = "en") ->
     )
 
 
-def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Whether pictures follow their conditions, by a fidelity curve as `fidelity.json` holds it.
+def control_verdict(curve: FidelityRecord | None) -> dict[str, Any]:
+    """Whether pictures follow their conditions, by a fidelity curve.
 
     The code is unmeasured; short (too few measurements); none (no rise beyond noise); worse (at the end not better than
     without control by more than the noise between measurements); rising (at most one measurement after the rise);
@@ -111,16 +112,16 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     within it. Measurements that are not finite are left out.
     """
     points = _points(curve)
-    if curve is None or not points or not is_number(curve["without"].get(curve["main"])):
+    if curve is None or not points or not is_number(curve.without.get(curve.main)):
         return {"code": "unmeasured", "good": False}
-    higher, main, rise = curve["higher_is_better"], curve["main"], curve["convergence"]
+    higher, rise = curve.higher_is_better, curve.convergence
     steps, values = zip(*points)
-    without = curve["without"][main]
+    without = curve.without[curve.main]
     gains = [(v - without) * (1 if higher else -1) for v in values]
     distance = abs((1.0 if higher else 0.0) - without)
     share = gains[-1] / distance if distance else None
     mean, spread = mean_spread(gains)
-    settled = rise is None or rise["end"] <= steps[-min(3, len(steps))]  # one measurement after a rise is no plateau
+    settled = rise is None or rise.end <= steps[-min(3, len(steps))]  # one measurement after a rise is no plateau
     already = rise is None and min(gains) > 0 and (mean or 0) > 3 * (spread or 0)
     better = already or (rise is not None and gains[-1] > _noise(values))
     if len(values) < LEAST:
@@ -136,7 +137,7 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
     elif rise is None:
         code = "already"
     else:
-        code = "sudden" if rise["sudden"] else "gradual"
+        code = "sudden" if rise.sudden else "gradual"
     return {
         "code": code,
         "good": code in ("sudden", "gradual", "already"),
@@ -147,15 +148,13 @@ def control_verdict(curve: Mapping[str, Any] | None) -> dict[str, Any]:
         "without": without,
         "count": len(values),
         "settled": settled,
-        "rise": None if rise is None else {k: f"{rise[k]:.0f}" for k in ("start", "end", "step")},
+        "rise": None if rise is None else {k: f"{getattr(rise, k):.0f}" for k in ("start", "end", "step")},
     }
 
 
-def _points(curve: Mapping[str, Any] | None) -> list[tuple[int, float]]:
+def _points(curve: FidelityRecord | None) -> list[tuple[int, float]]:
     """Steps and values of the main figure, where it is a number."""
-    if not curve:
-        return []
-    return [(s, v) for s, v in zip(curve["steps"], curve["figures"].get(curve["main"], [])) if is_number(v)]
+    return [] if curve is None else [(s, v) for s, v in zip(curve.steps, curve.values) if is_number(v)]
 
 
 def _noise(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from difftuning_control.evaluation.band_losses import losses_at_best
 from difftuning_control.evaluation.comparison import clear_sign, compare_sides, is_number, mean_spread
 from difftuning_control.evaluation.curve import Curve, advice, against_limits
 
@@ -86,11 +87,11 @@ def loss_change(side: Mapping[str, Any], role: str) -> dict[str, Any] | None:
     `seeds` holds the values of each band, one a seed; a band without any has NaN for a mean.
     """
     rows, u = [], None
-    for row in side["runs"]:
-        losses = (row.get("losses") or {}).get(role)
-        if row["steps"] == side["best_length"] and losses:
-            u = losses["base"]["u"]
-            rows.append([_ratio(t, b) for t, b in zip(losses["tuned"]["loss"], losses["base"]["loss"])])
+    for losses in losses_at_best(side):
+        if role in losses:
+            base, tuned = losses[role].base, losses[role].tuned
+            u = base.centres
+            rows.append([_ratio(t, b) for t, b in zip(tuned.losses, base.losses)])
     columns = [[v for v in column if v is not None] for column in zip(*rows)]
     if u is None or not any(columns):
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import losses_at_best
 from difftuning_control.evaluation.comparison import PLAIN, compare_sides, is_number, seed_values, verdict
 from difftuning_control.evaluation.metric_table import METRICS
 from difftuning_control.evaluation.report import findings
@@ -82,7 +83,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         analysis=analysis,
         budget=budget,
         limits=limits,
-        bands=loss_tables(sides),
+        bands=loss_tables({s["name"]: losses_at_best(s) for s in sides}),
         settings=[*flatten(pilot.settings, "pilot."), *flatten(pilot.recipe_values or {})],
         steps=next_steps(pilot, best, by_name, bool(pictures)),
         searched=_measured([row for s in sides for row in s["search"]]),

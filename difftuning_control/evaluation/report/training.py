@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from difftuning_control.evaluation.band_losses import BandLosses
 from difftuning_control.evaluation.drawing import grid_cells
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.lines import Line, line_chart
@@ -37,7 +38,7 @@ class RunFacts:
         step, end: the steps that are done, and all.
         remaining: seconds until the end, where they can be told.
         error: what ended a failed run.
-        base: the pretrained model's losses by role, each `{"u": …, "loss": …}`.
+        base: the pretrained model's losses by role.
         phases: seconds by phase.
         pictures: to tune on; None of a stream.
         prompts, side: of the sample grids, and their pictures' side in pixels.
@@ -50,7 +51,7 @@ class RunFacts:
     end: int
     remaining: float | None
     error: str | None
-    base: Mapping[str, Mapping[str, Sequence[float]]]
+    base: Mapping[str, BandLosses]
     phases: Mapping[str, float]
     model: str
     family: str
@@ -170,12 +171,10 @@ def _validations(rows: Sequence[Mapping[str, Any]], role: str) -> dict[int, list
     return by_step
 
 
-def _band_chart(
-    role: str, base: Mapping[str, Sequence[float]], by_step: Mapping[int, Sequence[float]]
-) -> dict[str, Any]:
+def _band_chart(role: str, base: BandLosses, by_step: Mapping[int, Sequence[float]]) -> dict[str, Any]:
     """The losses by noise level: the base dashed, earlier steps faint, the last one full."""
-    u, steps = base["u"], list(by_step)
-    lines = [Line("pretrained", u, base["loss"], "base", dashed=True, marked=True)]
+    u, steps = base.centres, list(by_step)
+    lines = [Line("pretrained", u, base.losses, "base", dashed=True, marked=True)]
     lines += [Line(f"step {step}", u, by_step[step], role, faint=True) for step in steps[:-1]]
     lines += [Line(f"step {step}", u, by_step[step], role, marked=True) for step in steps[-1:]]
     title, u_axis = f"loss by noise level on {ROLES[role]}", "noise level u"
@@ -187,18 +186,18 @@ def _band_chart(
 
 
 def _band_table(
-    base: Mapping[str, Mapping[str, Sequence[float]]], by_role: Mapping[str, Mapping[int, Sequence[float]]]
+    base: Mapping[str, BandLosses], by_role: Mapping[str, Mapping[int, Sequence[float]]]
 ) -> list[dict[str, Any]]:
     """The mean loss by step and role, with its change against the pretrained model."""
     steps = sorted({step for by_step in by_role.values() for step in by_step})
     rows: list[dict[str, Any]] = []
     if base:
-        rows.append({"step": 0, **{role: (_mean(b["loss"]), None) for role, b in base.items()}})
+        rows.append({"step": 0, **{role: (b.mean, None) for role, b in base.items()}})
     for step in steps[-12:]:
         row: dict[str, Any] = {"step": step}
         for role, by_step in by_role.items():
             if step in by_step:
-                before, after = _mean(base[role]["loss"]), _mean(by_step[step])
+                before, after = base[role].mean, _mean(by_step[step])
                 row[role] = (after, after / before - 1 if before else None)
         rows.append(row)
     return rows

@@ -177,7 +177,7 @@ def _write_marker(request: ExportRequest, record: RunRecord, recipe: Recipe, par
                 "fingerprints": record.fingerprints.base,
             },
             "settings": {name: getattr(request, name) for name in settings},
-            "gates": {k: v for k, v in record.gates.items() if k != "asked"} if record.gates else None,
+            "gates": {k: v for k, v in record.gates.to_dict().items() if k != "asked"} if record.gates else None,
             "despite_gates": despite_gates(request, record),
             "pipeline": parts.stock,
             "schedule": _schedule(request.run),

@@ -24,6 +24,7 @@ from difftuning_control.data.framing import Framing
 from difftuning_control.data.prepare import copies_held_out, read_data, resolution_of
 from difftuning_control.data.study_inputs import Materials, materials
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
@@ -46,7 +47,7 @@ from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure, read_multipliers
 from difftuning_control.verbs.pilot.judge import Judge, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
-from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, mean_of, save_pictures
+from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, save_pictures
 from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
 
 PRIMARY = "kid"
@@ -130,8 +131,8 @@ class Pilot:
             sides.append(trained.side(side))
         cost = self._cost(sides)
         self.tell(spent_line(cost.phases or {}))
-        losses = sides[0]["runs"][0]["losses"]
-        base |= {f"{role}_loss": mean_of(bands["base"]["loss"]) for role, bands in losses.items()}
+        losses = losses_of(sides[0]["runs"][0])
+        base |= {f"{role}_loss": change.base.mean for role, change in losses.items()}
         record = PilotRecord(
             status=COMPLETE,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -241,13 +242,12 @@ class Pilot:
             return None
         side, length = by_name[BUDGET], by_name[BUDGET]["best_length"]
         rows = [r for r in side["runs"] if r["steps"] == length]
-        bands = [[r["losses"]["bank"][k]["loss"] for k in ("base", "tuned")] for r in rows]
-        rises = [[after / before - 1 for before, after in zip(*pair)] for pair in bands]
+        rises = [losses_of(row)["bank"].rises for row in rows]
         loss, plain = (by_name[n]["summary"][str(length)]["target_loss"]["mean"] for n in (BUDGET, "plain"))
         return {
             "side": BUDGET,
             "allowed": spread_budget(side["tuning"]["forgetting_budget"]),
-            "rise": [mean_of(list(column)) for column in zip(*rises)],
+            "rise": [sum(column) / len(column) for column in zip(*rises)],
             "multipliers": read_multipliers(self.output / rows[0]["folder"]),
             "target_cost": loss / plain - 1,
         }

@@ -13,13 +13,14 @@ from PIL import Image
 
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.errors import NonFiniteLossError, UserError
+from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.metric_table import lower_is_better
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import GatesConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
-from difftuning_control.runs.kept import step_folder
+from difftuning_control.runs.kept import read_kept_losses, step_folder
 from difftuning_control.runs.pilot_files import settle
 from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
@@ -188,13 +189,12 @@ class SideRuns:
                 search = self.judge.figures(tuned, seed, False)[0] if searching else None
                 final, pictures = self.judge.figures(tuned, seed, True)
             save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
-            kept = folder / step_folder(length) / "losses.json"
-            losses = record.losses if last else json.loads(kept.read_text(encoding="utf-8"))
+            losses = record.losses if last else read_kept_losses(folder / step_folder(length))
             rows.append(
                 {"seed": seed, "steps": length, "folder": folder.relative_to(self.output).as_posix()}
                 | {"seconds": _seconds(record) * length / self.lengths[-1], "search": search, **final}
-                | {f"{role}_loss": mean_of(bands["tuned"]["loss"]) for role, bands in losses.items()}
-                | {"losses": losses}
+                | {f"{role}_loss": change.tuned.mean for role, change in losses.items()}
+                | {"losses": plain_losses(losses)}
             )
         write_json(done, {"identity": identity, "rows": rows})
         if not self.config.guidance_scales:  # which are tried on the weights of the best length
@@ -268,10 +268,6 @@ def beyond(best: float, rates: list[float]) -> list[float]:
 def _seconds(record: RunRecord) -> float:
     """Of the training itself."""
     return (record.timings.training if record.timings is not None else None) or 0.0
-
-
-def mean_of(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def save_pictures(pictures: list[Image.Image], folder: Path) -> None:

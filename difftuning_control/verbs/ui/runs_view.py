@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.requests import ExportRequest, VerifyRequest
-from difftuning_control.runs.gates import gate_lines
+from difftuning_control.runs.gate_results import GateResults
 from difftuning_control.runs.kept import kept_steps
 from difftuning_control.runs.listing import list_runs
 from difftuning_control.runs.record import RECORD, read_run
@@ -60,13 +60,12 @@ def run_details(places: Places, name: str) -> str:
     """
     folder = run_folder(places, name)
     record, report = read_run(folder), folder / "report.html"
-    gates = [] if record is None or record.gates is None else list(gate_lines(record.gates).items())
-    passed = {} if record is None or record.gates is None else record.gates["figures"]
+    judged = record.gates if record is not None and record.gates is not None else GateResults()
     return render(
         "run",
         name=name,
         record=record,
-        gates=[(line, passed[gate]["passed"]) for gate, line in gates],
+        gates=[(line, judged.figures[gate].passed) for gate, line in judged.lines.items()],
         kept=kept_steps(folder),
         report=report_address(report) if report.is_file() else None,
     )

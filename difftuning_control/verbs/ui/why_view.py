@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.band_losses import LossChange
 from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.verbs.ui.files import report_address
@@ -48,14 +48,14 @@ def why(places: Places, run: str | None, language: str) -> str:
 BUDGET = ("u", "allowed", "rise", "kept")
 
 
-def _chain(losses: Mapping[str, Any], role: str, texts: Mapping[str, str]) -> dict[str, str]:
+def _chain(losses: LossChange, role: str, texts: Mapping[str, str]) -> dict[str, str]:
     """The chart of a role, and what changed in all of it."""
-    base, tuned = losses["base"], losses["tuned"]
+    base, tuned = losses.base, losses.tuned
     lines = [
-        Line("base", base["u"], base["loss"], "base", dashed=True, marked=True),
-        Line("tuned", tuned["u"], tuned["loss"], role, marked=True),
+        Line("base", base.centres, base.losses, "base", dashed=True, marked=True),
+        Line("tuned", tuned.centres, tuned.losses, role, marked=True),
     ]
-    before, after = sum(base["loss"]), sum(tuned["loss"])
+    before, after = sum(base.losses), sum(tuned.losses)
     change = f"{after / before - 1:+.1%}".replace("-", "−") if before else "?"
     chart = line_chart(texts[role], lines, texts["u"], None, WIDE, HIGH)
     return {"title": texts[role], "chart": chart, "said": texts[ROLES[role]].format(change=change)}
@@ -65,7 +65,7 @@ def _schedule(record: RunRecord, texts: Mapping[str, str]) -> str:
     """ψ and ξ over u; nothing of a schedule that is code, or that is measured and no longer there."""
     u = [i / (POINTS - 1) for i in range(POINTS)]
     if record.schedule is not None:
-        u, psi, xi = (list(record.schedule[name]) for name in ("u", "psi", "xi"))
+        u, psi, xi = record.schedule.u, record.schedule.psi, record.schedule.xi
     elif (config := record.recipe.tuning.schedule).kind in ("power", "paper", "constant"):
         import torch  # saves it where nothing is computed
 
