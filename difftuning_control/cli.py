@@ -16,7 +16,7 @@ from pathlib import Path
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.runs import audit
 from difftuning_control.system.signals import Interrupted, watched
-from difftuning_control.system.terminal import Record, crashed, phase, phases, shown
+from difftuning_control.system.terminal import Record, activity, crashed, showing_activities, shown
 from difftuning_control.verbs.commands import check_named
 from difftuning_control.verbs.parse import PROGRAM, parse
 from difftuning_control.verbs.runners import RUNNERS
@@ -86,7 +86,7 @@ def _import_trainer() -> None:
     cycles pass by the hundreds of thousands of objects that stay from then on: it takes a seventh of that time."""
     gc.disable()
     try:
-        with phases(sys.stdout.isatty()), phase("starting"):
+        with showing_activities(sys.stdout.isatty()), activity("starting"):
             import_module(TRAINER)
         gc.freeze()
     finally:

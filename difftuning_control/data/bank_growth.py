@@ -16,7 +16,7 @@ from difftuning_control.data.bank_draft import BankDraft
 from difftuning_control.system.durable import alone
 from difftuning_control.system.rows import StoredFile
 from difftuning_control.system.rows_to_come import FilesToCome
-from difftuning_control.system.terminal import phase
+from difftuning_control.system.terminal import activity
 
 
 class GrowingBank:
@@ -96,7 +96,7 @@ class GrowingBank:
             items = self.draft.shards[shard]
             begun = time.monotonic()
             detail = f"{items.start + 1} to {items.stop} of {self.draft.request.size}"
-            with phase("knowledge bank", self.show, detail), self.around():
+            with activity("knowledge bank", self.show, detail), self.around():
                 self.draft.draw(shard)
             self.seconds += time.monotonic() - begun
             self.drawn += len(items)

@@ -13,7 +13,7 @@ from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import family_class
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.system.terminal import phase
+from difftuning_control.system.terminal import activity
 
 
 def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) -> Recipe:
@@ -46,7 +46,7 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
 def _fit_of(model: str) -> Fit:
     if model == "embedded":
         return EMBEDDED
-    with phase("looking up", os.environ.get("RANK", "0") == "0", model):
+    with activity("looking up", os.environ.get("RANK", "0") == "0", model):
         return family_class(model).fit
 
 

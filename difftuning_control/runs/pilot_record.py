@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from difftuning_control.runs.record_sections import PhaseCosts, read_phases
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.sections import Section
 
@@ -22,12 +23,13 @@ class PilotCost(Section):
         training_seconds: of the longest runs.
         runs: how many were trained.
         device: that they were trained on, in words.
-        phases: seconds and forwards of each phase, of the runs and beside them; None in earlier records.
+        phases: what each phase took, of the runs and beside them; None in earlier records.
     """
 
     SOMETIMES: ClassVar = ("phases",)
+    READERS: ClassVar = {"phases": read_phases}
 
-    phases: dict[str, dict[str, float]] | None = None
+    phases: PhaseCosts | None = None
     seconds: float | None = None
     training_seconds: float | None = None
     runs: int | None = None
@@ -115,11 +117,12 @@ class PilotSettings(Section):
     """
 
     SOMETIMES: ClassVar = ("inputs", "seconds", "phases")
+    READERS: ClassVar = {"phases": read_phases}
 
     identity: str = ""
     inputs: list[str] | None = None
     seconds: float = 0.0
-    phases: dict[str, dict[str, float]] | None = None
+    phases: PhaseCosts | None = None
 
     def write(self, output: Path) -> None:
         """Write `pilot-settings.json` in the pilot's folder, whole or not at all."""

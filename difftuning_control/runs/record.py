@@ -24,8 +24,10 @@ from difftuning_control.runs.record_sections import (
     DataRecord,
     Fingerprints,
     Frozen,
+    PhaseCosts,
     Source,
     Timings,
+    read_phases,
 )
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.sections import Section, dict_of, list_of
@@ -73,7 +75,7 @@ class RunRecord(Section):
         fidelity: of a ControlNet, the curve over its steps.
         frozen: the denoiser beside a ControlNet.
         timings: how long it took.
-        phases: seconds of each phase, and the rows that went through the denoiser in it; None in earlier records.
+        phases: what each phase took; None in earlier records.
         outputs: the SHA-256 of each file of the result.
         files: the SHA-256 of all else in the folder; None in earlier records.
         gates: what came of judging it; None where the run was not judged.
@@ -112,6 +114,7 @@ class RunRecord(Section):
         "fidelity": FidelityRecord.from_dict,
         "frozen": Frozen.from_dict,
         "timings": Timings.from_dict,
+        "phases": read_phases,
         "gates": GateResults.from_dict,
     }
     KEYS: ClassVar = {"recipe_values": "recipe"}
@@ -147,7 +150,7 @@ class RunRecord(Section):
     fidelity: FidelityRecord | None = None
     frozen: Frozen | None = None
     timings: Timings | None = None
-    phases: dict[str, dict[str, float]] | None = None
+    phases: PhaseCosts | None = None
     outputs: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] | None = None
     gates: GateResults | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
-from difftuning_control.system.sections import Section
+from difftuning_control.system.sections import Section, dict_of
 
 KEPT, ANEW = "kept", "anew"  # what became of the optimizer's state
 
@@ -159,6 +159,24 @@ class Frozen(Section):
 
     denoiser_before: str = ""
     denoiser_after: str = ""
+
+
+@dataclass(kw_only=True)
+class PhaseCost(Section):
+    """What one phase of a run took.
+
+    Args:
+        seconds: without those of phases within it.
+        forwards: rows that went through the denoiser.
+    """
+
+    seconds: float = 0.0
+    forwards: int = 0
+
+
+PhaseCosts: TypeAlias = dict[str, PhaseCost]  # by phase, in the order of `training/phases.py`
+
+read_phases = dict_of(PhaseCost)  # of what a JSON file holds
 
 
 @dataclass(kw_only=True)

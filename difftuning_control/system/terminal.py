@@ -1,4 +1,4 @@
-"""The terminal: safe lines, progress bars, and the phases of a long command with their seconds."""
+"""The terminal: safe lines, progress bars, and a line for each activity of a long command with its seconds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
 
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.text import harmless
 
-
-@dataclass(frozen=True)
-class _Phases:
-    seconds: dict[str, float]
-    show: bool
-
-
-_PHASES: ContextVar[_Phases] = ContextVar("phases")
+_SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 
 
 def say(text: str) -> None:
@@ -48,36 +40,31 @@ class Record(logging.LogRecord):
 
 
 @contextmanager
-def phases(show: bool = True) -> Iterator[dict[str, float]]:
-    """Inside, the seconds of each `phase` and `progress` are added up here by name.
+def showing_activities(show: bool = True) -> Iterator[None]:
+    """Inside, each `activity` and `progress` prints its line.
 
     Args:
-        show: print a line for each; also done where it encloses others that would not.
+        show: off changes nothing, so that what encloses others decides for them.
     """
-    shown_phases = _Phases({}, show or phases_are_shown())
-    token = _PHASES.set(shown_phases)
+    token = _SHOWN.set(show or activities_are_shown())
     try:
-        yield shown_phases.seconds
+        yield
     finally:
-        _PHASES.reset(token)
+        _SHOWN.reset(token)
 
 
-def phases_are_shown() -> bool:
-    return _current().show
-
-
-def _current() -> _Phases:
-    return _PHASES.get(None) or _Phases({}, False)
+def activities_are_shown() -> bool:
+    return _SHOWN.get()
 
 
 @contextmanager
-def phase(text: str, show: bool = True, detail: str = "") -> Iterator[None]:
+def activity(text: str, show: bool = True, detail: str = "") -> Iterator[None]:
     """A part of the work that cannot be counted: named when it begins, with its seconds when it is over.
 
     Args:
         detail: what is shown behind the name.
     """
-    show = show and phases_are_shown()
+    show = show and activities_are_shown()
     if show:
         print(shown(f"{text}{detail and f' {detail}'} … "), end="", flush=True)
     begun = time.monotonic()
@@ -87,21 +74,8 @@ def phase(text: str, show: bool = True, detail: str = "") -> Iterator[None]:
         if show:
             print(flush=True)
         raise
-    seconds = add_phase(text, time.monotonic() - begun)
     if show:
-        print(duration(seconds), flush=True)
-
-
-def add_phase(text: str, seconds: float) -> float:
-    """Count seconds to a phase; returns them."""
-    totals = _current().seconds
-    totals[text] = totals.get(text, 0.0) + seconds
-    return seconds
-
-
-def phase_seconds() -> dict[str, float]:
-    """The seconds of the phases so far."""
-    return dict(_current().seconds)
+        print(duration(time.monotonic() - begun), flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -121,6 +95,5 @@ def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int
     begun = time.monotonic()
     with tqdm(total=total, desc=text, disable=not show, mininterval=1.0, delay=0.5, leave=False) as bar:
         yield bar.update
-    seconds = add_phase(text, time.monotonic() - begun)
-    if show and phases_are_shown():
-        print(shown(f"{text} … {total} in {duration(seconds)}"), flush=True)
+    if show and activities_are_shown():
+        print(shown(f"{text} … {total} in {duration(time.monotonic() - begun)}"), flush=True)

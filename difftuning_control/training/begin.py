@@ -7,6 +7,7 @@ that trains by a LoRA begins from the other's weights as a whole.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from difftuning_control.runs.start import Start
 from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text
 from difftuning_control.training.checkpoint import TrainingState, enter_schedule, save_checkpoint
+from difftuning_control.training.phases import Phases
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -240,5 +242,7 @@ def reopen(output: Path, record: RunRecord, state: TrainingState, main: bool) ->
         state.budget.load_state_dict(state.budget.state_dict() | {"multipliers": multipliers})
     if state.fidelity is not None and record.fidelity is not None:
         state.fidelity.load_description(record.fidelity)
+    before = Phases()  # what this session took until now is counted when it ends
+    before.add(record.phases or {})
     if main or state.sharded:
-        save_checkpoint(output, record.steps, state, record.identity)
+        save_checkpoint(output, record.steps, replace(state, phases=before), record.identity)

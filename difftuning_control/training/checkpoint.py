@@ -25,6 +25,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import read_tensors, write_tensors
+from difftuning_control.training.phases import Phases
 
 NAME = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER = re.compile(r"\d{6}\.\w+")  # the optimizer's name of one of its tensors: of which parameter, and what
@@ -44,7 +45,7 @@ class TrainingState:
     fidelity: Any | None = None
     sharded: bool = False
     logged: int = 0  # lines of metrics.jsonl
-    phases: Any | None = None  # what the run has taken so far, with the sessions before
+    phases: Phases | None = None  # what the run has taken so far, with the sessions before
 
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights, under the names that a checkpoint has for them."""
@@ -108,7 +109,7 @@ def _values(step: int, state: TrainingState, identity: str, scalars: dict[str, A
     if state.fidelity is not None:
         values["fidelity"] = state.fidelity.state_dict()
     if state.phases is not None:
-        values["phases"] = state.phases.to_dict()
+        values["phases"] = state.phases.state_dict()
     return values
 
 
@@ -186,7 +187,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str, earlier: 
     if state.fidelity is not None:
         state.fidelity.load_state_dict(values["fidelity"])
     if state.phases is not None:
-        state.phases.add(values.get("phases", {}))
+        state.phases.load_state_dict(values.get("phases", {}))
     state.logged = values["logged"]
     return int(values["step"])
 

@@ -40,7 +40,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.processes import Share
-from difftuning_control.system.terminal import phase, progress
+from difftuning_control.system.terminal import activity, progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
@@ -106,7 +106,7 @@ def prepare_inputs(
     with phases("encode"):
         size = _bank_size(recipe, accelerator.num_processes)
         said: list[str] = []
-        with phase("reading pictures", accelerator.is_main_process):
+        with activity("reading pictures", accelerator.is_main_process):
             pictures = read_pictures(recipe, family, said.append, size)
         for line in said:  # not into the middle of a line
             tell(line)

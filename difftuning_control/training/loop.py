@@ -24,7 +24,7 @@ from difftuning_control.objective.rows import moved, sums_by_role
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.signals import Interrupted, asked
-from difftuning_control.system.terminal import add_phase, duration, phases_are_shown, say
+from difftuning_control.system.terminal import activities_are_shown, duration, say
 from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from difftuning_control.training.inputs import TrainingInputs
@@ -105,7 +105,7 @@ class TrainingLoop:
             tell: is given a line on what is still to come.
             settle: called once a bank is whole that grows while training begins, to give `identity` its value.
         """
-        measured = self.phases.to_dict()
+        measured = self.phases.costs()
         first = self._resume()
         if self.bank.is_growing and self.inputs.stream is None:
             self.source.rows(first)  # draws what the first step needs, of which what is to come can be told
@@ -121,7 +121,7 @@ class TrainingLoop:
         if (line := planned_line(self.phases)) is not None:
             tell(line)
         seconds, step, losses = 0.0, first, dict[str, float]()
-        began, spent = time.monotonic(), self.monitor.spent() + self.bank.seconds
+        began = time.monotonic()
         main = self.accelerator.is_main_process
         self.report.write(first, self.end)
         with (
@@ -149,9 +149,8 @@ class TrainingLoop:
             tuned = self.monitor.validate(step)
             with self.phases("saving"):
                 self.weights.save()  # after the last step a signal lets the run end: that is as fast as a checkpoint
-        add_phase("training", time.monotonic() - began - (self.monitor.spent() + self.bank.seconds - spent))
         done = step - first
-        if main and done and phases_are_shown():
+        if main and done and activities_are_shown():
             say(f"training … {done} steps in {duration(time.monotonic() - began)}")
         self.report.write(step, self.end, tuned=tuned)
         return self.monitor.baseline.beside(tuned), done / seconds if done else None

@@ -22,7 +22,7 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.fidelity import FidelityCurve
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
-from difftuning_control.system.terminal import add_phase, phase
+from difftuning_control.system.terminal import activity
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.metrics_log import MetricsLog
 from difftuning_control.training.phases import Phases
@@ -83,13 +83,13 @@ class Baseline:
         """Of the model as it is loaded, to which nothing is attached yet."""
         show = gauge.accelerator.is_main_process
         begun = time.monotonic()
-        with phase("validation", show, "of the pretrained model"):
+        with activity("validation", show, "of the pretrained model"):
             losses = gauge.losses(gauge.family.model)
         seconds = {"validation": time.monotonic() - begun}
         if not gauge.recipe.training.sample_every:
             return cls(losses, [], seconds)
         begun = time.monotonic()
-        with phase("sampling", show, "the pretrained model's pictures"):
+        with activity("sampling", show, "the pretrained model's pictures"):
             pictures = gauge.pictures(controlled=False)
         return cls(losses, pictures, seconds | {"sampling": time.monotonic() - begun})
 
@@ -108,18 +108,17 @@ class Monitor:
         self.inputs, self.accelerator, self.config = gauge.inputs, gauge.accelerator, gauge.recipe.training
         self.output = Path(gauge.recipe.output)
         self.seconds = dict(baseline.seconds)  # of each kind of measurement, the last one's
-        self._spent = 0.0
 
-    def spent(self) -> float:
-        """The seconds of all measurements so far, but for those of the pretrained model."""
-        return self._spent
+    @property
+    def phases(self) -> Phases:
+        """What the phases of the run have taken."""
+        return self.gauge.phases
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
         begun = time.monotonic()
         yield
-        self.seconds[kind] = add_phase(kind, time.monotonic() - begun)
-        self._spent += self.seconds[kind]
+        self.seconds[kind] = time.monotonic() - begun
 
     def validate(self, step: int) -> dict[str, BandLosses]:
         """The losses by role and noise band."""

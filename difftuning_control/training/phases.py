@@ -1,5 +1,8 @@
 """The phases of a run: the seconds and the forwards of the denoiser that each has taken, and will take.
 
+The record, the run's page, the price of the next run, and the lines on what is to come and on what was spent have
+them from here alone.
+
 A forward is one row through the denoiser: drawing a bank's item in 15 steps at a guidance above 1 is 30 of them. Phases
 lie within each other; what an inner one takes is not the outer one's.
 """
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from difftuning_control.runs.record_sections import PhaseCost, PhaseCosts, read_phases
 from difftuning_control.system.terminal import duration
 
 PHASES = ("load", "encode", "bank", "analysis", "validation", "training", "sampling", "saving")
@@ -39,7 +43,7 @@ class Phases:
             phases.plan("bank", 720)
             with phases("bank"):
                 ...
-        phases.to_dict()                  # {"bank": {"seconds": 21.3, "forwards": 720}}
+        phases.costs()                    # {"bank": PhaseCost(seconds=21.3, forwards=720)}
 
     Args:
         now: a clock, in seconds.
@@ -113,20 +117,28 @@ class Phases:
         work = sum(p.forwards * weights[n] for n, p in known.items())
         return weights[name] * sum(p.seconds for p in known.values()) / work if work else None
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
+    def costs(self) -> PhaseCosts:
         """Seconds and forwards of every phase that took any, in their order."""
         self._passed()
         return {
-            name: {"seconds": round(p.seconds, 3), "forwards": p.forwards}
+            name: PhaseCost(seconds=round(p.seconds, 3), forwards=p.forwards)
             for name, p in self._found.items()
             if p.seconds or p.forwards
         }
 
-    def add(self, others: dict[str, dict[str, float]]) -> None:
-        """Count what `to_dict` gave of another run, or of this one before it broke off."""
-        for name, values in others.items():
-            self._found[name].seconds += values["seconds"]
-            self._found[name].forwards += int(values["forwards"])
+    def add(self, others: PhaseCosts) -> None:
+        """Count what another run took, or this one before it broke off."""
+        for name, cost in others.items():
+            self._found[name].seconds += cost.seconds
+            self._found[name].forwards += int(cost.forwards)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {name: cost.to_dict() for name, cost in self.costs().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint: what was taken since it was loaded counts too."""
+        self.add(read_phases(state))
 
     def _passed(self) -> None:
         """Give the time since the last call to the phase that is open; a device finishes its work in it."""
@@ -138,15 +150,15 @@ class Phases:
         self._since = now
 
 
-def added(*found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What `Phases.to_dict` gave of several runs, together."""
+def added(*costs: PhaseCosts) -> PhaseCosts:
+    """What several runs took together."""
     together = Phases()
-    for one in found:
+    for one in costs:
         together.add(one)
-    return together.to_dict()
+    return together.costs()
 
 
-def plan_run(phases: Phases, once: dict[str, dict[str, float]], to_come: dict[str, int], training: int) -> None:
+def plan_run(phases: Phases, once: PhaseCosts, to_come: dict[str, int], training: int) -> None:
     """Say how many forwards each phase of a run will take, before its first step.
 
     Args:
@@ -155,7 +167,7 @@ def plan_run(phases: Phases, once: dict[str, dict[str, float]], to_come: dict[st
         training: forwards of all steps.
     """
     names = ["validation"] if to_come["fidelity"] else ["validation", "sampling"]
-    forwards = {name: to_come[name] * int(once.get(name, {}).get("forwards", 0)) for name in names}
+    forwards = {name: to_come[name] * once.get(name, PhaseCost()).forwards for name in names}
     for name, count in (forwards | {"training": training}).items():
         phases.plan(name, phases.forwards(name) + count)
 
@@ -175,12 +187,12 @@ def planned_line(phases: Phases) -> str | None:
     return f"still to come, about {duration(sum(p[0] for p in parts))}: {', '.join(p[1] for p in parts)}"
 
 
-def spent_line(found: dict[str, dict[str, float]]) -> str:
-    """Where the time went, from what `Phases.to_dict` gives: the longest phase first."""
+def spent_line(costs: PhaseCosts) -> str:
+    """Where the time went: the longest phase first."""
     parts = []
-    for name, values in sorted(found.items(), key=lambda item: -item[1]["seconds"]):
-        if values["seconds"] < LEAST and not values["forwards"]:
+    for name, cost in sorted(costs.items(), key=lambda item: -item[1].seconds):
+        if cost.seconds < LEAST and not cost.forwards:
             continue
-        forwards = f" ({int(values['forwards']):,} forwards)" if values["forwards"] else ""
-        parts.append(f"{name} {duration(values['seconds'])}{forwards}")
-    return f"{duration(sum(v['seconds'] for v in found.values()))} in all: {', '.join(parts)}"
+        forwards = f" ({int(cost.forwards):,} forwards)" if cost.forwards else ""
+        parts.append(f"{name} {duration(cost.seconds)}{forwards}")
+    return f"{duration(sum(cost.seconds for cost in costs.values()))} in all: {', '.join(parts)}"

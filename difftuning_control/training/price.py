@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from difftuning_control.recipe.inputs import HELD_OUT
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import RunRecord
+from difftuning_control.runs.record_sections import PhaseCosts
 from difftuning_control.training.calendar import Calendar
 from difftuning_control.training.inputs import SHOWN
 from difftuning_control.training.phases import PHASES, Phases
@@ -179,8 +179,8 @@ def _has_bank(record: RunRecord, recipe: Recipe) -> bool:
     return same and bank.size == size and Path(bank.folder).is_relative_to(cache_folder(recipe.data))
 
 
-def _measured(recipe: Recipe) -> dict[str, Any]:
-    """What `Phases.to_dict` gives of loading a small model and drawing two pictures in two steps."""
+def _measured(recipe: Recipe) -> PhaseCosts:
+    """What it takes to load a small model, and to draw two pictures in two steps."""
     counted = Phases()
     with counted("load"):
         family = load_base(recipe).to(best_device())
@@ -191,10 +191,10 @@ def _measured(recipe: Recipe) -> dict[str, Any]:
         with again.counting(family.denoiser), again("sampling"):
             generators = [torch.Generator().manual_seed(number + row) for row in range(2)]
             family.sample(["", ""], generators, steps=2, guidance_scale=1.0, resolution=side)
-    return counted.to_dict() | again.to_dict()
+    return counted.costs() | again.costs()
 
 
-def _seconds(forwards: dict[str, int], phases: dict[str, Any] | None) -> dict[str, float]:
+def _seconds(forwards: dict[str, int], phases: PhaseCosts | None) -> dict[str, float]:
     """How long so many forwards take at the speed of an earlier run, by phase; loading as long as it took."""
     if not phases:
         return {}
@@ -204,5 +204,5 @@ def _seconds(forwards: dict[str, int], phases: dict[str, Any] | None) -> dict[st
         counted.plan(name, counted.forwards(name) + count)
     left = {name: counted.remaining(name) for name in forwards}
     known = {name: seconds for name, seconds in left.items() if seconds is not None}
-    once = {name: phases[name]["seconds"] for name in ("load", "encode") if name in phases}
+    once = {name: phases[name].seconds for name in ("load", "encode") if name in phases}
     return once | known

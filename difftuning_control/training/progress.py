@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from difftuning_control.system.terminal import duration, phases_are_shown, say
+from difftuning_control.system.terminal import activities_are_shown, duration, say
 from difftuning_control.training.calendar import Calendar
 
 EVERY = 60.0  # seconds between lines in a log
@@ -80,7 +80,7 @@ class StepProgress:
         self._bar.set_postfix(said, refresh=False)
         self._bar.update(1)
         now = time.monotonic()
-        if self.show and phases_are_shown() and self._bar.disable and now - self._said > EVERY:
+        if self.show and activities_are_shown() and self._bar.disable and now - self._said > EVERY:
             self._said = now
             figures = ", ".join(f"loss on {name} {value}" for name, value in said.items())
             say(f"training: step {self.done} of {end}, {figures}; {self._bar.remaining} to go")

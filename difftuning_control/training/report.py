@@ -12,7 +12,6 @@ from difftuning_control.evaluation.report.page import flatten
 from difftuning_control.evaluation.report.training import RunFacts, write_training_report
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import describe_device
-from difftuning_control.system.terminal import phase_seconds
 from difftuning_control.training.inputs import TrainingInputs
 from difftuning_control.training.monitor import Monitor
 
@@ -79,6 +78,6 @@ class RunReport:
             end=end,
             remaining=remaining,
             error=error,
-            phases=phase_seconds(),
+            phases={name: cost.seconds for name, cost in self.monitor.phases.costs().items()},
         )
         write_training_report(self.monitor.output, facts)

@@ -10,7 +10,7 @@ from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import read_run
 from difftuning_control.system.signals import deferred
-from difftuning_control.system.terminal import duration, phases_are_shown, say
+from difftuning_control.system.terminal import activities_are_shown, duration, say
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.weights import TrainedWeights
@@ -91,7 +91,7 @@ class RunBank:
         assert self._growing is not None
         with self.phases("bank"):
             self._growing.finish()
-        if phases_are_shown() and self._growing.drawn > self._shown:
+        if activities_are_shown() and self._growing.drawn > self._shown:
             say(f"knowledge bank … {len(self._growing.bank)} in {duration(self.seconds)}")
 
     @contextmanager

@@ -23,7 +23,7 @@ from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.system.terminal import phases, say
+from difftuning_control.system.terminal import say, showing_activities
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.commands import (
     AnalyzeCommand,
@@ -48,7 +48,7 @@ from difftuning_control.verbs.ui.settings import UiSettings
 def run_train(command: TrainCommand) -> None:
     from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
-    with phases():
+    with showing_activities():
         result = train(only(Recipe, command), command.overwrite, say)
     _print_run(result.record, command.output)
 
@@ -57,7 +57,7 @@ def run_resume(command: ResumeCommand) -> None:
     from difftuning_control.verbs.train import train  # saves torch for --help and for `runs`
 
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
-    with phases():
+    with showing_activities():
         result = train(written, False, say, here)
     _print_run(result.record, command.run)
 

@@ -28,13 +28,13 @@ from difftuning_control.runs.record_sections import Timings
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import discard, sweep, write_json
 from difftuning_control.system.processes import check_shared, ending_together
-from difftuning_control.system.terminal import phase, phases
+from difftuning_control.system.terminal import activity
 from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.training.phases import Phases
-from difftuning_control.training.preparation import PreparedRun, measure_objective, prepare_run
+from difftuning_control.training.preparation import MeasuredObjective, PreparedRun, measure_objective, prepare_run
 from difftuning_control.training.result import TrainingResult
 from difftuning_control.training.setup import check_bank_rows, check_frozen, describe_budget, make_accelerator
 from difftuning_control.verbs.gating import judge_and_vouch
@@ -73,7 +73,7 @@ def train(
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
-        with ending_together(accelerator), phases(show=False), Session(output) as session, ExitStack() as kept:
+        with ending_together(accelerator), Session(output) as session, ExitStack() as kept:
             check_bank_rows(recipe, accelerator.num_processes)
             if accelerator.is_main_process:
                 folder = OutputFolder(output, recipe.training.resume, overwrite)
@@ -81,12 +81,12 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
-            count = Phases()
-            with count("load"), phase("loading", folder is not None, recipe.model.id):
+            phases = Phases()
+            with phases("load"), activity("loading", folder is not None, recipe.model.id):
                 family = load_base(recipe).to(accelerator.device)
-            with count.counting(family.denoiser):
+            with phases.counting(family.denoiser):
                 record, written, recipe = _train(
-                    written, recipe, family, accelerator, count, output, folder, session, tell, kept
+                    written, recipe, family, accelerator, phases, output, folder, session, tell, kept
                 )
             if folder is not None:
                 judge_and_vouch(record, written, recipe, output, session)
@@ -103,7 +103,7 @@ def _train(
     recipe: Recipe,
     family: Family,
     accelerator: Accelerator,
-    count: Phases,
+    phases: Phases,
     output: Path,
     folder: OutputFolder | None,
     session: Session,
@@ -112,21 +112,17 @@ def _train(
 ) -> tuple[RunRecord, Recipe, Recipe]:
     """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
     process's, and `kept` keeps open what draws a growing bank."""
-    started = time.time() - count.seconds("load")
+    started = time.time() - phases.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
-    prepared = prepare_run(written, recipe, family, accelerator, count, said, kept)
+    prepared = prepare_run(written, recipe, family, accelerator, phases, said, kept)
     recipe, going = prepared.recipe, prepared.going
     if going.finished is not None:
         if folder is not None:
             _forget_checkpoints(output)  # killed at its very end, a run has not done so
         return going.finished, prepared.written, prepared.recipe
-    if recipe.tuning.schedule.kind == "function":
-        said(f"note: the schedule {recipe.tuning.schedule.path} is code, and was run")
-    for line in going.said if folder is not None else ():
-        tell(f"note: {line}")
-    if folder is not None and prepared.inputs.bucketing is not None:
-        tell(bucket_line(prepared.inputs.bucketing))
-    with count("analysis"):
+    for line in _notes(prepared):
+        said(line)
+    with phases("analysis"):
         measured = measure_objective(prepared, output, accelerator.num_processes)
     loop = TrainingLoop(
         recipe,
@@ -138,7 +134,7 @@ def _train(
         measured.budget,
         prepared.start,
         going.earlier,
-        count,
+        phases,
     )
     if going.reopened is not None:
         reopen(output, going.reopened, loop.state, folder is not None)
@@ -161,19 +157,11 @@ def _train(
             replace(run, status=FAILED, error=str(error)).write(output)
         loop.report.write(loop.done, loop.end, error=str(error))
         raise
-    if measured.budget is not None:
-        run.budget = describe_budget(measured.budget, run.losses)
-    run.steps = loop.end
-    if prepared.inputs.stream is not None:
-        run.data.notes = prepared.inputs.stream.notes()
-        for line in run.data.notes:
-            said(line)
-    if loop.curve is not None:
-        run.fidelity = loop.curve.describe()
-    if recipe.method == "controlnet":
-        run.frozen = check_frozen(prepared.family, prepared.fingerprints)
+    _add_figures(run, prepared, measured, loop)
+    for line in run.data.notes or ():
+        said(line)
     run.timings = Timings(preparation=begun - started, training=time.time() - begun)
-    run.phases = count.to_dict()
+    run.phases = phases.costs()
     run.status = COMPLETE
     if folder is not None:
         run.outputs = _hash_outputs(output, output / result_of(recipe))
@@ -194,6 +182,27 @@ def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFo
     session.begin(digest_of_file(output / "recipe.yaml"), " ".join(prepared.going.said) or None)
     if run.schedule is not None:
         write_json(output / "schedule.json", run.schedule.to_dict())
+
+
+def _notes(prepared: PreparedRun) -> list[str]:
+    """What is said before the first step of how the run goes on, and of what it trains with."""
+    schedule, bucketing = prepared.recipe.tuning.schedule, prepared.inputs.bucketing
+    code = [f"note: the schedule {schedule.path} is code, and was run"] if schedule.kind == "function" else []
+    buckets = [bucket_line(bucketing)] if bucketing is not None else []
+    return [*code, *(f"note: {line}" for line in prepared.going.said), *buckets]
+
+
+def _add_figures(run: RunRecord, prepared: PreparedRun, measured: MeasuredObjective, loop: TrainingLoop) -> None:
+    """What was measured on the way, beside the losses."""
+    run.steps = loop.end
+    if measured.budget is not None:
+        run.budget = describe_budget(measured.budget, run.losses)
+    if prepared.inputs.stream is not None:
+        run.data.notes = prepared.inputs.stream.notes()
+    if loop.curve is not None:
+        run.fidelity = loop.curve.describe()
+    if run.method == "controlnet":
+        run.frozen = check_frozen(prepared.family, prepared.fingerprints)
 
 
 def _forget_checkpoints(output: Path) -> None:

@@ -176,7 +176,7 @@ class Yardstick:
             after = {name: rows.measure(tuned.model).losses for name, rows in self.rows.items()}
         rises = {name: [b / a - 1 for a, b in zip(self.base[name], after[name])] for name in after}
         kept = {name: found[name] for name in FIGURES}
-        return kept | {"rise": rises, "phases": record.phases}
+        return kept | {"rise": rises, "phases": {name: cost.to_dict() for name, cost in (record.phases or {}).items()}}
 
 
 def jobs(seeds: list[int], targets: list[str]) -> Iterator[tuple[int, str, Cell]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record_sections import PhaseCost
 from difftuning_control.training.phases import Phases, added, planned_line, spent_line
 from difftuning_control.verbs.train import train
 from support.trainings import interrupted_after, resumed
@@ -35,7 +36,7 @@ def test_what_an_inner_phase_takes_is_not_the_outer_ones():
             clock.now += 5
         clock.now += 4
     clock.now += 50
-    found = {name: values["seconds"] for name, values in phases.to_dict().items()}
+    found = {name: cost.seconds for name, cost in phases.costs().items()}
     assert found == {"validation": 5, "training": 7}
 
 
@@ -89,11 +90,11 @@ def test_what_is_to_come_follows_from_the_speed_of_the_first_forwards():
 
 
 def test_phases_of_several_runs_add_up_and_are_said_longest_first():
-    one = {"bank": {"seconds": 2.5, "forwards": 10}}
-    two = {"bank": {"seconds": 1.0, "forwards": 5}, "load": {"seconds": 80.0, "forwards": 0}}
+    one = {"bank": PhaseCost(seconds=2.5, forwards=10)}
+    two = {"bank": PhaseCost(seconds=1.0, forwards=5), "load": PhaseCost(seconds=80.0)}
     found = added(one, two)
-    assert found == {"load": {"seconds": 80.0, "forwards": 0}, "bank": {"seconds": 3.5, "forwards": 15}}
-    found["saving"] = {"seconds": 0.04, "forwards": 0}
+    assert found == {"load": PhaseCost(seconds=80.0), "bank": PhaseCost(seconds=3.5, forwards=15)}
+    found["saving"] = PhaseCost(seconds=0.04)
     assert spent_line(found) == "1 min 24 s in all: load 1 min 20 s, bank 3.5 s (15 forwards)"
 
 
@@ -104,16 +105,20 @@ def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recip
     run = train(recipe, tell=told.append).record
     assert run.phases is not None
     assert run.timings is not None
-    found = {name: values["forwards"] for name, values in run.phases.items()}
+    found = {name: cost.forwards for name, cost in run.phases.items()}
     held = run.data.held_out + 2
     assert found["bank"] == 10 * 2 * 2
     assert found["validation"] == 3 * held * 5
     assert found["training"] == 6 * 5
     assert found["load"] == found["encode"] == 0
     assert "sampling" not in found  # sample_every is 0
-    seconds = sum(values["seconds"] for values in run.phases.values())
+    seconds = sum(cost.seconds for cost in run.phases.values())
     assert seconds <= run.timings.preparation + run.timings.training + 0.01
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["phases"] == run.phases
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["phases"]
+    assert kept == {name: {"seconds": cost.seconds, "forwards": cost.forwards} for name, cost in run.phases.items()}
+    page = (tmp_path / "run" / "report.html").read_text()
+    named = re.findall(r'<div class="phase"><span>([^<]*)</span>', page)
+    assert named == list(run.phases)  # the page has the same phases, which are all that take time
     coming = [line for line in told if line.startswith("still to come")]
     assert len(coming) == 1
     assert re.fullmatch(r"still to come, about [^:]*: bank [^,]*, validation [^,]*, training [^,]*", coming[0])
@@ -122,7 +127,19 @@ def test_a_run_counts_its_forwards_and_goes_on_counting_when_it_is_resumed(recip
     with interrupted_after(5), pytest.raises(KeyboardInterrupt):
         train(other)
     again = train(resumed(other)).record
-    counted = {name: values["forwards"] for name, values in again.phases.items()}
+    counted = {name: cost.forwards for name, cost in again.phases.items()}
     assert counted["bank"] == 0  # it was there
     assert counted["training"] == 6 * 5  # 4 steps from the checkpoint, and the last 2
     assert counted["validation"] == 4 * held * 5  # the pretrained model is measured again
+
+
+def test_a_finished_run_that_goes_on_has_what_both_sessions_took_once(recipe: Recipe):
+    run = train(recipe).record
+    longer = train(resumed(recipe, max_steps=8)).record
+    assert run.phases is not None
+    assert longer.phases is not None
+    held = run.data.held_out + 2
+    assert longer.phases["bank"].forwards == run.phases["bank"].forwards
+    assert longer.phases["training"].forwards == 8 * 5
+    assert longer.phases["validation"].forwards == run.phases["validation"].forwards + 2 * held * 5
+    assert run.phases["load"].seconds < longer.phases["load"].seconds

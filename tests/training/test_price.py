@@ -18,7 +18,7 @@ from difftuning_control.verbs.train import train
 
 
 def forwards(record) -> dict[str, int]:
-    return {name: int(found["forwards"]) for name, found in record.phases.items() if found["forwards"]}
+    return {name: cost.forwards for name, cost in record.phases.items() if cost.forwards}
 
 
 def test_the_price_is_what_the_run_takes(recipe, tmp_path):
@@ -36,7 +36,7 @@ def test_the_price_is_what_the_run_takes(recipe, tmp_path):
     again = price_of(recipe, [record])
     assert again.bank_is_kept
     assert "bank" not in again.forwards
-    assert again.seconds["training"] == pytest.approx(record.phases["training"]["seconds"], rel=0.2)
+    assert again.seconds["training"] == pytest.approx(record.phases["training"].seconds, rel=0.2)
 
 
 @pytest.mark.wide  # each trains

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_report_and_verifies(made):
     page = (made / "report.html").read_text(encoding="utf-8")
     assert '<small class="complete">' in page
     assert re.findall(r'<th scope="row">([^<]*)</th>', page) == ["pretrained", "step 20", "step 2"]
-    for phase in ("loading", "encoding pictures", "knowledge bank", "validation", "sampling", "training"):
+    for phase in ("load", "encode", "bank", "validation", "training", "sampling", "saving"):
         assert f"<span>{phase}</span>" in page
     assert verify(VerifyRequest(str(made)))["status"] == "same"
 

@@ -248,7 +248,7 @@ def test_without_a_bank_none_is_drawn_and_that_is_said(make, tmp_path):
     run = train(recipe, tell=told.append).record
     assert run.bank is None
     assert "bank" not in run.losses
-    assert run.phases["bank"]["forwards"] == 0
+    assert run.phases["bank"].forwards == 0
     assert not (tmp_path / "cache" / "banks").exists()
     assert any(line.startswith("no bank is drawn") for line in told)
 
@@ -302,7 +302,7 @@ def test_pictures_in_buckets_are_retained_in_the_bucket_of_their_step(make, tmp_
     recipe = make(tuning=PICTURES, data={"buckets": True, "bucket_step": 8})
     run = train(recipe).record
     assert run.is_complete
-    assert run.phases["training"]["forwards"] == 6 * (5 + 1)  # five rows trained, one of them asked of the teacher
+    assert run.phases["training"].forwards == 6 * (5 + 1)  # five rows trained, one of them asked of the teacher
 
 
 # --- what does not go together --------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def test_sides_with_a_teacher_are_trained_and_measured_on_one_bank(study, tmp_pa
     assert {record.bank.size for record in records} == {64}  # one bank, as large as what is judged needs it
     assert len({record.fingerprints.bank for record in records}) == 1
     phases = result.cost.phases
-    assert phases["bank"]["forwards"] == 64 * 1 * 2  # drawn once, by the pilot
-    trained = sum(record.phases["training"]["forwards"] for record in records)
-    assert phases["training"]["forwards"] == trained == 8 * 2 * 5 + 6 * 2 * 1  # with a row asked of the teacher
+    assert phases["bank"].forwards == 64 * 1 * 2  # drawn once, by the pilot
+    trained = sum(record.phases["training"].forwards for record in records)
+    assert phases["training"].forwards == trained == 8 * 2 * 5 + 6 * 2 * 1  # with a row asked of the teacher
     assert any(" in all: " in line for line in told)
     assert "Teacher on the bank" in (Path(study.output) / "report.html").read_text(encoding="utf-8")
 

@@ -39,7 +39,7 @@ class RunFacts:
         remaining: seconds until the end, where they can be told.
         error: what ended a failed run.
         base: the pretrained model's losses by role.
-        phases: seconds by phase.
+        phases: seconds by phase, with those of the sessions before.
         pictures: to tune on; None of a stream.
         prompts, side: of the sample grids, and their pictures' side in pixels.
         first_row: what a grid shows above the base's pictures.

@@ -16,6 +16,7 @@ from typing import Any
 
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record_sections import PhaseCost, PhaseCosts
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import Timed
 
@@ -66,7 +67,7 @@ class Job:
     def measure(self, rounds: int) -> dict[str, Any]:
         """Wall and CPU seconds of every side, round by round, and where those of this trainer went."""
         found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES if self.peer or side != SIDES[-1]}
-        phases = {}
+        phases: dict[str, PhaseCosts] = {}
         for number in range(rounds):
             for side in found:
                 if side == SIDES[-1]:
@@ -90,26 +91,26 @@ class Job:
                 clock: {f"{a} / {b}": median(x / y for x, y in zip(its[a], its[b])) for a, b in PAIRS if a in its}
                 for clock, its in seconds.items()
             },
-            "phases": phases,
+            "phases": {side: {name: cost.to_dict() for name, cost in its.items()} for side, its in phases.items()},
         }
 
-    def _phases(self) -> dict[str, Any]:
+    def _phases(self) -> PhaseCosts:
         output = next(flag.partition("=")[2] for flag in self.command if flag.startswith("--output="))
         record = read_run(Path(output))
         return (record.phases if record is not None else None) or {}
 
-    def _in_all(self, timed: Timed, phases: dict[str, Any]) -> tuple[float, float]:
+    def _in_all(self, timed: Timed, phases: PhaseCosts) -> tuple[float, float]:
         """Wall and CPU seconds of the whole, with what was left out at the speed of what was done."""
         if self.whole:
             return timed.seconds, timed.cpu_seconds
         left = self.steps - self.done
         wall, cpu = timed.seconds + left * median(timed.steps), timed.cpu_seconds + left * median(timed.cpu)
-        drawn = phases.get("bank", {}).get("forwards", 0)
-        if drawn:
+        drawn = phases.get("bank", PhaseCost())
+        if drawn.forwards:
             bank = BankConfig()
             branches = 2 if bank.guidance_scale > 1 else 1
             items = bank.size_for(self.steps * int(self.rows * 0.2))
-            more = (items * bank.steps * branches / drawn - 1) * phases["bank"]["seconds"]
+            more = (items * bank.steps * branches / drawn.forwards - 1) * drawn.seconds
             wall, cpu = wall + more, cpu + more * timed.cpu_seconds / timed.seconds
         return wall, cpu
 

@@ -182,7 +182,7 @@ class Pilot:
         spent = [run.phases or {} for folder in folders if (run := read_run(self.output / folder)) is not None]
         return PilotCost(
             seconds=self.clock.spent(),
-            phases=added(self.clock.phases.to_dict(), *spent),
+            phases=added(self.clock.phases.costs(), *spent),
             training_seconds=sum(row["seconds"] for row in rows if row["steps"] == self.lengths[-1]),
             runs=len(folders),
             device=describe_device(self.family.device),

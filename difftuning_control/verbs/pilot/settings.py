@@ -58,7 +58,7 @@ class Clock:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""
         settings, now = read_settings(self.output), time.time()
         settings.seconds += now - self.since
-        settings.phases = self.phases.to_dict()
+        settings.phases = self.phases.costs()
         self.since = now
         settings.write(self.output)
         return settings.seconds

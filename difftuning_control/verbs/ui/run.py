@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from difftuning_control.errors import UserError
-from difftuning_control.system.terminal import phase, phases
+from difftuning_control.system.terminal import activity, showing_activities
 from difftuning_control.verbs.ui.guard import Access
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.settings import UiSettings
@@ -35,7 +35,7 @@ def serve(settings: UiSettings, tell: Callable[[str], object]) -> None:
     access, lines = access_of(settings, port)
     with listening, tempfile.TemporaryDirectory(prefix="difftune-ui-") as scratch:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        with phases(), phase("starting"):
+        with showing_activities(), activity("starting"):
             import uvicorn  # these after the variables, which they read when they are imported
 
             from difftuning_control.verbs.ui.application import make_application

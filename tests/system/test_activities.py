@@ -1,41 +1,38 @@
-"""The phases of a command: named with their seconds where that is wanted, silent where not, and added up."""
+"""The activities of a command: named with their seconds where that is wanted, silent where not."""
 
 import pytest
 
-from difftuning_control.system.terminal import duration, phase, phase_seconds, phases, progress
+from difftuning_control.system.terminal import activity, duration, progress, showing_activities
 
 
-def test_phases_are_named_and_added_up(capsys):
-    with phases() as seconds:
-        with phase("loading", detail="a/model"):
+def test_activities_are_named_with_their_seconds(capsys):
+    with showing_activities():
+        with activity("loading", detail="a/model"):
             assert capsys.readouterr().out == "loading a/model … "  # before it is over
         with progress(7, "encoding") as advance:
             advance(7)
-        with phase("loading", detail="another"):
+        with activity("loading", detail="another"):
             pass
-        assert phase_seconds() == seconds
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["0.0 s", "encoding … 7 in 0.0 s", "loading another … 0.0 s"]
-    assert list(seconds) == ["loading", "encoding"]
 
 
 def test_nothing_is_said_unless_it_is_wanted(capsys):
-    with phase("loading"), progress(3, "encoding"):
+    with activity("loading"), progress(3, "encoding"):
         pass
-    with phases(show=False) as seconds, phase("loading"):
+    with showing_activities(False), activity("loading"):
         pass
     assert capsys.readouterr().out == ""
-    assert list(seconds) == ["loading"]
 
 
 def test_what_encloses_decides_for_what_is_inside(capsys):
-    with phases(), phases(show=False), phase("loading"):
+    with showing_activities(), showing_activities(False), activity("loading"):
         pass
     assert "loading" in capsys.readouterr().out
 
 
-def test_a_phase_that_fails_ends_its_line(capsys):
-    with phases(), pytest.raises(ValueError, match="x"), phase("loading\x1b[31m"):
+def test_an_activity_that_fails_ends_its_line(capsys):
+    with showing_activities(), pytest.raises(ValueError, match="x"), activity("loading\x1b[31m"):
         raise ValueError("x")
     said = capsys.readouterr().out
     assert said.endswith(" … \n")
