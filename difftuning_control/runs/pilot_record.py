@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from difftuning_control.evaluation.pilot_figures import PilotBudget, PilotPictures
 from difftuning_control.runs.record_sections import PhaseCosts, read_phases
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.sections import Section
@@ -61,7 +62,11 @@ class PilotRecord(Section):
     """
 
     SOMETIMES: ClassVar = ("files", "records")
-    READERS: ClassVar = {"cost": PilotCost.from_dict}
+    READERS: ClassVar = {
+        "cost": PilotCost.from_dict,
+        "pictures": PilotPictures.from_dict,
+        "budget": PilotBudget.from_dict,
+    }
     KEYS: ClassVar = {"recipe_values": "recipe"}
 
     status: str = ""
@@ -77,8 +82,8 @@ class PilotRecord(Section):
     base: dict[str, Any] = field(default_factory=dict)
     sides: list[dict[str, Any]] = field(default_factory=list)
     analysis: dict[str, Any] | None = None
-    pictures: dict[str, Any] | None = None
-    budget: dict[str, Any] | None = None
+    pictures: PilotPictures | None = None
+    budget: PilotBudget | None = None
     files: dict[str, str] | None = None
     records: dict[str, str] | None = None
 

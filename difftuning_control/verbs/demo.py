@@ -10,6 +10,7 @@ from PIL import Image
 from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.evaluation.drawing import save_grid
+from difftuning_control.evaluation.pilot_figures import PilotPictures
 from difftuning_control.families.loading import embedded_model
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -60,11 +61,11 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
     recipe, config = demo_study(output, steps, seed)
     print(f"Diff-Tuning and plain fine-tuning, {steps} steps on 8 line icons, three seeds each", flush=True)
     record = pilot(recipe, config, language, overwrite)
-    pictures = record.pictures or {"rows": [], "prompts": []}
-    rows = {LABELS[r["name"]]: [Image.open(output / f) for f in r["files"]] for r in pictures["rows"]}
+    pictures = record.pictures or PilotPictures()
+    rows = {LABELS[row.name]: [Image.open(output / f) for f in row.files] for row in pictures.rows}
     table = loss_table(record)
     with noted(output) as artefacts:
-        save_grid(output / "grid.png", rows, pictures["prompts"])
+        save_grid(output / "grid.png", rows, pictures.prompts)
         write_json(output / "summary.json", {"verdict": verdict(record), "table": table, "steps": steps, "seed": seed})
         artefacts |= {name: digest_of_file(output / name) for name in DEMO}
     _print_summary(output, record, table)

@@ -13,6 +13,7 @@ from typing import Any
 
 from difftuning_control.errors import ChangedError, UserError
 from difftuning_control.recipe.inputs import MAX_SEED, DataConfig
+from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
@@ -227,13 +228,14 @@ def run_analyze(command: AnalyzeCommand) -> None:
         report = write_analysis(result, Path(command.output), command.language)
         artefacts["analysis.json"] = digest_of_file(Path(command.output) / "analysis.json")
     say(f"  {'u':>5}{'target':>10}{'bank':>10}{'gap':>8}{'psi':>7}{'xi':>7}")
+    schedule = MeasuredSchedule.from_dict(result["schedule"])
     columns = (
         result["u"],
         result["target"]["loss"],
         result["bank"]["loss"],
         result["gap"]["mean"],
-        result["schedule"]["psi"],
-        result["schedule"]["xi"],
+        schedule.psi,
+        schedule.xi,
     )
     for u, target, bank, gap, psi, xi in zip(*columns):
         say(f"  {u:>5.2f}{target:>10.4f}{bank:>10.4f}{gap:>8.0%}{psi:>7.2f}{xi:>7.2f}")

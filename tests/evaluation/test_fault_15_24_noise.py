@@ -11,6 +11,7 @@ from difftuning_control.evaluation.comparison import clear_sign, domain_bar, imp
 from difftuning_control.evaluation.condition_figures import MAIN, fidelity
 from difftuning_control.evaluation.curve import Curve, advice, against_limits
 from difftuning_control.evaluation.fidelity_record import FidelityRecord
+from difftuning_control.evaluation.pilot_figures import PilotBudget
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.control import control_verdict
 from difftuning_control.evaluation.report.language import load_texts
@@ -138,7 +139,7 @@ def test_fault_15_24_a_budget_within_noise_is_neither_kept_nor_exceeded():
         losses = {"base": {"u": [0.2, 0.5, 0.8], "loss": [1.0] * 3}, "tuned": {"loss": [1 + c for c in change]}}
         tuned["runs"].append({"seed": seed, "steps": 1, "losses": {"bank": losses}})
     budget = {"allowed": [0.02] * 3, "rise": [0.005, 0.0201, 0.04]}
-    rows = findings.budget_of_pilot(budget, tuned)
+    rows = findings.budget_of_pilot(PilotBudget.from_dict(budget), tuned)
     assert [row["finding"] for row in rows] == ["kept", "unclear", "exceeded"]
     assert [said["code"] for said in findings.budget_sentences(rows)] == ["budget.exceeded", "budget.unclear"]
     curve = Curve([0.2, 0.5, 0.8], [0.005, 0.0201, 0.04], [0.0, 0.01, 0.03], [0.01, 0.03, 0.05])

@@ -252,10 +252,21 @@ def test_a_recipe_of_another_version_is_refused_in_a_sentence():
 
 # --- who knows the keys ---------------------------------------------------------------------------------------------
 
-RECORDS = ("record", "run", "before", "today", "theirs")  # names that records go by
+RECORDS = ("record", "run", "before", "today", "theirs", "budget")  # names that records go by
 
 
-FIGURE_KEYS = ("tuned", "convergence", "higher_is_better", "sudden", "passed", "asked", "forwards")  # of figures alone
+FIGURE_KEYS = (  # that figures alone have
+    "tuned",
+    "convergence",
+    "higher_is_better",
+    "sudden",
+    "passed",
+    "asked",
+    "psi",
+    "xi",
+    "forwards",
+    "target_cost",
+)
 
 
 def record_keys(source: str) -> list[int]:

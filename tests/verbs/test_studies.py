@@ -100,8 +100,8 @@ def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
 def test_the_figures_and_pictures_named_are_on_disk(done):
     folder, result = done
     assert json.loads((folder / "pilot.json").read_text())["sides"] == json.loads(json.dumps(result.sides))
-    files = [f for row in result.pictures["rows"] for f in row["files"]]
-    assert len(files) == len(result.pictures["prompts"]) * (2 + len(result.sides))
+    files = [f for row in result.pictures.rows for f in row.files]
+    assert len(files) == len(result.pictures.prompts) * (2 + len(result.sides))
     assert {Image.open(folder / f).size for f in files} == {(16, 16)}
 
 
@@ -130,9 +130,9 @@ def test_the_budgets_side_is_summed_up(done):
     budget, side = done[1].budget, done[1].sides[-1]
     losses = [r["losses"]["bank"] for r in side["runs"] if r["steps"] == side["best_length"]]
     rises = [sum(x["tuned"]["loss"][0] / x["base"]["loss"][0] - 1 for x in losses) / len(losses)]
-    assert budget["rise"][:1] == pytest.approx(rises)
-    assert budget["allowed"] == [0.1] * 5
-    assert len(budget["multipliers"]["step"]) == 4
+    assert budget.rise[:1] == pytest.approx(rises)
+    assert budget.allowed == [0.1] * 5
+    assert len(budget.multipliers["step"]) == 4
 
 
 @pytest.mark.wide

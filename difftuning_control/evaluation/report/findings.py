@@ -13,6 +13,7 @@ from typing import Any
 from difftuning_control.evaluation.band_losses import losses_at_best
 from difftuning_control.evaluation.comparison import clear_sign, compare_sides, is_number, mean_spread
 from difftuning_control.evaluation.curve import Curve, advice, against_limits
+from difftuning_control.evaluation.pilot_figures import PilotBudget
 
 Sentence = dict[str, Any]  # code: a key of the language files; values: what fills it, still numbers
 
@@ -152,9 +153,9 @@ def budget_of_run(forgetting: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def budget_of_pilot(budget: Mapping[str, Any], side: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def budget_of_pilot(budget: PilotBudget, side: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Of each band of a pilot's budget: u, allowed, rise and finding, by the noise of the seeds of its side."""
-    allowed, rise = budget["allowed"], budget["rise"]
+    allowed, rise = budget.allowed, budget.rise
     change = loss_change(side, "bank") if side is not None else None
     seeds = change["seeds"] if change is not None and len(change["seeds"]) == len(allowed) else [[]] * len(allowed)
     rows = []

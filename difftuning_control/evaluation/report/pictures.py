@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.pilot_figures import PilotPictures
 from difftuning_control.system.text import harmless
 
 LARGEST = 320  # side of a picture in the report, in pixels
 COLUMNS = 8  # pictures in a row
 
 
-def picture_blocks(pictures: Mapping[str, Any] | None, folder: Path) -> list[dict[str, Any]]:
+def picture_blocks(pictures: PilotPictures | None, folder: Path) -> list[dict[str, Any]]:
     """Blocks of at most COLUMNS prompts, with the rows of each as data URIs."""
-    if not pictures or not pictures.get("rows"):
+    if pictures is None or not pictures.rows:
         return []
-    prompts = pictures["prompts"]
-    rows = [{"name": r["name"], "uris": [data_uri(folder, f) for f in r["files"]]} for r in pictures["rows"]]
+    prompts = pictures.prompts
+    rows = [{"name": row.name, "uris": [data_uri(folder, f) for f in row.files]} for row in pictures.rows]
     return [
         {"prompts": prompts[i : i + COLUMNS], "rows": [r | {"uris": r["uris"][i : i + COLUMNS]} for r in rows]}
         for i in range(0, len(prompts), COLUMNS)

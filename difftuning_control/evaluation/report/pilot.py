@@ -44,18 +44,18 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         "forgetting": None,
     }
     if rises:
-        allowed = budget["allowed"] if budget and len(budget["allowed"]) == len(rises[0]["u"]) else None
+        allowed = budget.allowed if budget is not None and len(budget.allowed) == len(rises[0]["u"]) else None
         drawn["forgetting"] = charts.forgetting_chart(rises, allowed, texts)
     limits: dict[str, Any] | None = None
-    if budget:
-        limited = by_name.get(budget["side"])
+    if budget is not None:
+        limited = by_name.get(budget.side)
         rows = findings.budget_of_pilot(budget, limited)
-        cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.get("target_cost"), len(sides) - 1)
+        cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.target_cost, len(sides) - 1)
         limits = {"rows": rows, "sentences": [*findings.budget_sentences(rows), *filter(None, [cost])]}
-        if budget.get("multipliers"):
-            count = len(budget["allowed"])
+        if budget.multipliers:
+            count = len(budget.allowed)
             u = [(i + 0.5) / count for i in range(count)]
-            drawn["multipliers"] = charts.multipliers_chart({"u": u, **budget["multipliers"]}, texts)
+            drawn["multipliers"] = charts.multipliers_chart({"u": u, **budget.multipliers}, texts)
     if analysis:
         drawn |= analysis_charts(analysis, texts)
     chosen = by_name.get(best["side"])

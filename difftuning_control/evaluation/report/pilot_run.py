@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from difftuning_control.evaluation.comparison import Compared
+from difftuning_control.evaluation.pilot_figures import PilotBudget, PilotPictures
 
 
 class PilotRun(Compared, Protocol):
@@ -20,5 +21,5 @@ class PilotRun(Compared, Protocol):
     versions: dict[str, str] | None
     recipe_values: dict[str, Any] | None
     analysis: dict[str, Any] | None
-    pictures: dict[str, Any] | None
-    budget: dict[str, Any] | None
+    pictures: PilotPictures | None
+    budget: PilotBudget | None

@@ -28,6 +28,7 @@ from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
+from difftuning_control.evaluation.pilot_figures import PictureRow, PilotBudget, PilotPictures
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.budget import spread_budget
@@ -147,7 +148,7 @@ class Pilot:
             base=base,
             sides=[{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
             analysis=analysis,
-            pictures={"prompts": judge.final.prompts[:SHOWN], "rows": pictures + _shown(sides, judge)},
+            pictures=PilotPictures(prompts=judge.final.prompts[:SHOWN], rows=pictures + _shown(sides, judge)),
             budget=self._budget(sides),
         )
         write_pilot(record, self.output)
@@ -216,7 +217,7 @@ class Pilot:
         write_json(path, analysis)
         return analysis
 
-    def _base(self, inputs: Materials, judge: Judge) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _base(self, inputs: Materials, judge: Judge) -> tuple[dict[str, Any], list[PictureRow]]:
         """Figures of the pretrained model, and the rows of true and base pictures."""
         folder = self.output / "base"
         runs, rows = [], []
@@ -232,10 +233,10 @@ class Pilot:
         chosen = replace(inputs.held_out, examples=[true[p] for p in prompts])
         save_pictures(through_autoencoder(self.family, chosen, inputs.resolution), self.output / "truth")
         for name, place in (("truth", "truth"), ("base", f"base/seed-{self.config.seeds[0]}")):
-            rows.append({"name": name, "files": [f"{place}/{i}.png" for i in range(len(prompts))]})
+            rows.append(PictureRow(name=name, files=[f"{place}/{i}.png" for i in range(len(prompts))]))
         return {name: value["mean"] for name, value in summarise(runs).items()} | {"runs": runs}, rows
 
-    def _budget(self, sides: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _budget(self, sides: list[dict[str, Any]]) -> PilotBudget | None:
         """Of the side with a forgetting budget: was it kept, and what did it cost on the target against plain."""
         by_name = {s["name"]: s for s in sides}
         if BUDGET not in by_name:
@@ -244,23 +245,23 @@ class Pilot:
         rows = [r for r in side["runs"] if r["steps"] == length]
         rises = [losses_of(row)["bank"].rises for row in rows]
         loss, plain = (by_name[n]["summary"][str(length)]["target_loss"]["mean"] for n in (BUDGET, "plain"))
-        return {
-            "side": BUDGET,
-            "allowed": spread_budget(side["tuning"]["forgetting_budget"]),
-            "rise": [sum(column) / len(column) for column in zip(*rises)],
-            "multipliers": read_multipliers(self.output / rows[0]["folder"]),
-            "target_cost": loss / plain - 1,
-        }
+        return PilotBudget(
+            side=BUDGET,
+            allowed=spread_budget(side["tuning"]["forgetting_budget"]),
+            rise=[sum(column) / len(column) for column in zip(*rises)],
+            multipliers=read_multipliers(self.output / rows[0]["folder"]),
+            target_cost=loss / plain - 1,
+        )
 
 
-def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
+def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[PictureRow]:
     """The rows of each side's pictures, of its first run at its best length."""
     rows = []
     for side in sides:
         first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
         place = f"{first['folder']}/pictures-{first['steps']}"
         count = min(SHOWN, len(judge.final.prompts))
-        rows.append({"name": side["name"], "files": [f"{place}/{i}.png" for i in range(count)]})
+        rows.append(PictureRow(name=side["name"], files=[f"{place}/{i}.png" for i in range(count)]))
     return rows
 
 

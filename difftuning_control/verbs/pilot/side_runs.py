@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -133,7 +134,7 @@ class SideRuns:
         if len(self.lengths) == 1:
             return self.lengths[0]
         means = {
-            length: mean_of([row["search"][self.primary] for row in rows if row["steps"] == length])
+            length: fmean([row["search"][self.primary] for row in rows if row["steps"] == length])
             for length in self.lengths
         }
         return self._best(means, means.__getitem__)

@@ -1,0 +1,55 @@
+"""What a pilot's record holds beside the figures of its sides: its pictures, and the side with a forgetting budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from difftuning_control.system.sections import Section, list_of
+
+
+@dataclass(kw_only=True)
+class PilotBudget(Section):
+    """How the side with a forgetting budget kept it, by noise band, as the mean over its seeds.
+
+    Args:
+        side: its name.
+        allowed: the rise of the loss on the bank that was allowed.
+        rise: the rise that was measured.
+        multipliers: of the bank rows over the steps of its first run; None where none were logged.
+        target_cost: the rise of the loss on the target over that of plain fine-tuning; None in earlier records.
+    """
+
+    side: str = ""
+    allowed: list[float] = field(default_factory=list)
+    rise: list[float] = field(default_factory=list)
+    multipliers: dict[str, Any] | None = None
+    target_cost: float | None = None
+
+
+@dataclass(kw_only=True)
+class PictureRow(Section):
+    """The pictures of one side, of the base, or the true ones.
+
+    Args:
+        name: of the side; base, or truth.
+        files: in the pilot's folder, one a prompt.
+    """
+
+    name: str = ""
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class PilotPictures(Section):
+    """The pictures that a report shows.
+
+    Args:
+        prompts: that they were drawn for.
+        rows: of pictures.
+    """
+
+    READERS: ClassVar = {"rows": list_of(PictureRow)}
+
+    prompts: list[str] = field(default_factory=list)
+    rows: list[PictureRow] = field(default_factory=list)
