@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -32,21 +29,17 @@ from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import (
     MOST,
     MOST_REAL,
-    Reference,
-    Sampling,
     build_reference,
     check_held_out,
     decoded,
-    figures,
     reconstructed,
-    summarise,
 )
 from difftuning_control.evaluation.forgetting import relative_change, row_validator
-from difftuning_control.evaluation.metrics import diversity, fid_warning
+from difftuning_control.evaluation.metrics import fid_warning
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
-from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
+from difftuning_control.pipelines.domain_guidance import check_domain_method
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model, weights_of
 from difftuning_control.runs.gates import judge
@@ -54,6 +47,7 @@ from difftuning_control.runs.places import need_places
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
+from difftuning_control.verbs.evaluated_sides import judge_sides, side_drawing
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -86,35 +80,14 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     """
     records = {run: finished_run(run, request.moved) for run in request.runs}
     recipes = {run: record.recipe for run, record in records.items()}
-    domain = request.domain_guidance_scale
-    for run, its in recipes.items() if domain is not None else ():
+    for run, its in recipes.items() if request.domain_guidance_scale is not None else ():
         check_domain_method(run, its.method)
-    recipe, resolution = recipes[request.runs[0]], records[request.runs[0]].data.resolution
-    roles = ("model", "data", "validation", "control", "control_validation")
-    need_places(records[request.runs[0]], request.runs[0], roles)
-    # as the first run's fingerprints were taken
-    family = load_base(recipe)
-    family.to(best_device())
-    family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
-    for run, record in records.items():
-        check_base(family, record, run)
-        if record.data.resolution != resolution:
-            raise UserError(f"{run} was tuned at another resolution than {request.runs[0]}; evaluate them apart.")
+    first = request.runs[0]
+    recipe, resolution = recipes[first], records[first].data.resolution
+    need_places(records[first], first, ("model", "data", "validation", "control", "control_validation"))
+    family = _base(records, recipes, first)
     features = load_features(request.features, family.device)
-    training, held_out = read_data(recipe)
-    real = held_out
-    if request.data is not None:
-        real = load_images(
-            request.data, max_pixels=recipe.data.max_pixels, choice=Choice(None, FOR_JUDGING, "a folder")
-        )
-    for run, record in records.items():
-        _check_data(run, record, request.runs[0], training, real)
-        if recipes[run].tuning.label_space != recipe.tuning.label_space:
-            raise UserError(f"{run} was tuned in another label space than {request.runs[0]}; evaluate them apart.")
-    for line in real.notes:
-        tell(line)
-    check_held_out(real)
-    real = real.sample(MOST_REAL)
+    training, real = _pictures(request, records, recipes, tell)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
     old = _old_domain(request, recipe, family, features, bank, resolution, tell)
     chosen = real.sample(request.pictures)
@@ -122,8 +95,8 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
         reference = build_reference(family, features, real=real, training=training, source=old, resolution=resolution)
     probe = _probe(records, chosen, family.device)
     outside = request.outside or _outside(family, recipe, training)
-    drawing = _drawing(request, [e.caption for e in chosen.examples], outside, resolution, reference, probe)
-    base, sides = _judge_all(request, family, records, drawing)
+    drawing = side_drawing(request, [e.caption for e in chosen.examples], outside, resolution, reference, probe)
+    base, sides = judge_sides(request, family, records, drawing)
     measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
     if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
         for side, curve in zip(sides, _forgetting(family, records, recipe, bank)):
@@ -135,17 +108,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     result: dict[str, Any] = {
         "status": "complete",
         "model": recipe.model.id,
-        "settings": {
-            "features": features.name,
-            "pictures": len(chosen),
-            "real": len(reference.real),
-            "seeds": request.seeds,
-            "steps": request.steps,
-            "guidance_scale": request.guidance_scale,
-            "domain_guidance_scale": domain,
-            "unconditional_strength": request.unconditional_strength,
-            "outside": outside,
-        },
+        "settings": _settings(request, features, len(chosen), len(reference.real), outside),
         "base": base,
         "sides": sides,
         "warnings": [warning] if warning else [],
@@ -154,80 +117,82 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     return result
 
 
-# --- pictures of every side -----------------------------------------------------------------------------------------
+def _settings(
+    request: Evaluation, features: Features, pictures: int, real: int, outside: Sequence[str]
+) -> dict[str, Any]:
+    """What all sides have in common, as `evaluation.json` holds it."""
+    return {
+        "features": features.name,
+        "pictures": pictures,
+        "real": real,
+        "seeds": request.seeds,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "domain_guidance_scale": request.domain_guidance_scale,
+        "unconditional_strength": request.unconditional_strength,
+        "outside": outside,
+    }
 
 
-@dataclass
-class _Drawing:
-    """What every side draws, and what it is judged by; keeps what sides are compared by.
+# --- the runs and their base ----------------------------------------------------------------------------------------
 
-    Args:
-        within: prompts of the new domain.
-        outside: prompts outside it, of which the features alone are wanted.
-        grid: the first pictures of each side.
-        drawn: features of each side's pictures outside the domain.
+
+def _base(records: dict[str, RunRecord], recipes: dict[str, Recipe], first: str) -> Family:
+    """The model that all runs tuned, loaded as the first one's fingerprints were taken.
+
+    Raises:
+        UserError: if a run tuned another one, or at another resolution.
     """
-
-    within: Sampling
-    outside: Sampling
-    reference: Reference
-    probe: FidelityProbe | None
-    grid: dict[str, list[Image.Image]] = field(default_factory=dict)
-    drawn: dict[str, Tensor] = field(default_factory=dict)
-
-    def side(self, name: str, model: Family, scale: float, advance: Callable[[int], object]) -> dict[str, Any]:
-        """Figures of a model's pictures by seed, and their summary."""
-        features = self.reference.features
-        pictures = replace(self.within, guidance_scale=scale).draw(model, advance)
-        self.grid[name] = pictures[:8]
-        self.drawn[name] = features(replace(self.outside, guidance_scale=scale).draw(model, advance))
-        each, runs = len(self.within.prompts), []
-        of_pictures = features(pictures)
-        for i, seed in enumerate(self.within.seeds):
-            rows = slice(i * each, (i + 1) * each)
-            row = {"seed": seed} | figures(pictures[rows], self.within.prompts, self.reference, of_pictures[rows])
-            runs.append(row | (self.probe.judge_pictures(pictures[rows]) if self.probe is not None else {}))
-        within = diversity(of_pictures, self.within.repeated_prompts)
-        return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
-
-    def apart(self, name: str) -> float:
-        """How far a side's pictures outside the domain are from the base's: the mean of 1 − cosine."""
-        return float((1 - F.cosine_similarity(self.drawn["base"].double(), self.drawn[name].double())).mean())
+    family = load_base(recipes[first])
+    family.to(best_device())
+    family.encodes_in_step = any(r.adapter.text_encoder for r in recipes.values())
+    for run, record in records.items():
+        check_base(family, record, run)
+        if record.data.resolution != records[first].data.resolution:
+            raise UserError(f"{run} was tuned at another resolution than {first}; evaluate them apart.")
+    return family
 
 
-def _drawing(
-    request: Evaluation,
-    captions: list[str],
-    outside: list[str],
-    resolution: int,
-    reference: Reference,
-    probe: FidelityProbe | None,
-) -> _Drawing:
-    control = probe.control if probe is not None else None
-    blank = torch.zeros_like(control[:1]).expand(len(outside), -1, -1, -1) if control is not None else None
-    within = Sampling(
-        captions, request.seeds, request.steps, request.guidance_scale, resolution, request.batch_size, control
-    )
-    far = replace(within, prompts=outside, seeds=request.seeds[:1], control=blank)
-    return _Drawing(within, far, reference, probe)
+def _pictures(
+    request: Evaluation, records: dict[str, RunRecord], recipes: dict[str, Recipe], tell: Callable[[str], object]
+) -> tuple[ImageData, ImageData]:
+    """The pictures that the runs were tuned on, and real ones that they were not: those given, or those held out.
+
+    Raises:
+        UserError: if the runs were tuned on different pictures or labels, or too few are left to judge with.
+    """
+    first = request.runs[0]
+    recipe = recipes[first]
+    training, real = read_data(recipe)
+    if request.data is not None:
+        real = load_images(
+            request.data, max_pixels=recipe.data.max_pixels, choice=Choice(None, FOR_JUDGING, "a folder")
+        )
+    for run, record in records.items():
+        _check_data(run, record, first, training, real)
+        if recipes[run].tuning.label_space != recipe.tuning.label_space:
+            raise UserError(f"{run} was tuned in another label space than {first}; evaluate them apart.")
+    for line in real.notes:
+        tell(line)
+    check_held_out(real)
+    return training, real.sample(MOST_REAL)
 
 
-def _judge_all(
-    request: Evaluation, family: Family, records: dict[str, RunRecord], drawing: _Drawing
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The base, and every run."""
-    domain, strength, sides = request.domain_guidance_scale, request.unconditional_strength or 0.0, []
-    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
-    with progress(total, "sampling") as advance:
-        base = drawing.side("base", family, request.guidance_scale, advance)
-        for run, record in records.items():
-            with (
-                tuned_model(family, run, record) as tuned,
-                domain_guided(family, tuned, strength) if domain is not None else nullcontext(),
-            ):
-                side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
-            sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})
-    return base, sides
+def _check_data(run: str, record: RunRecord, first: str, training: ImageData, real: ImageData) -> None:
+    """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
+
+    Raises:
+        UserError: in these cases.
+    """
+    if record.fingerprints.data != training.fingerprint:
+        what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
+        raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
+    shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}
+    if shared:
+        raise UserError(
+            f"{len(shared)} of the {len(real)} pictures to judge with were tuned on; give pictures that were not, with "
+            "--data."
+        )
 
 
 # --- what they are judged by ----------------------------------------------------------------------------------------
@@ -274,23 +239,6 @@ def _outside(family: Family, recipe: Recipe, training: ImageData) -> list[str]:
     tuned = class_names(training)
     others = [name for name in bank_classes(family, "classes") if name not in tuned]
     return others[:: -(-len(others) // 8)] if others else [""]
-
-
-def _check_data(run: str, record: RunRecord, first: str, training: ImageData, real: ImageData) -> None:
-    """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
-
-    Raises:
-        UserError: in these cases.
-    """
-    if record.fingerprints.data != training.fingerprint:
-        what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
-        raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
-    shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}
-    if shared:
-        raise UserError(
-            f"{len(shared)} of the {len(real)} pictures to judge with were tuned on; give pictures that were not, with "
-            "--data."
-        )
 
 
 def _probe(records: dict[str, RunRecord], chosen: ImageData, device: torch.device) -> FidelityProbe | None:

@@ -1,0 +1,105 @@
+"""The pictures of an evaluation: drawn by the base and by every run alike, with their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from difftuning_control.evaluation.fidelity import FidelityProbe
+from difftuning_control.evaluation.figures import Reference, Sampling, figures, summarise
+from difftuning_control.evaluation.metrics import diversity
+from difftuning_control.pipelines.domain_guidance import domain_guided
+from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.runs.finished import tuned_model
+from difftuning_control.runs.record import RunRecord
+from difftuning_control.system.terminal import progress
+
+if TYPE_CHECKING:
+    from difftuning_control.families.family import Family
+
+
+@dataclass
+class SideDrawing:
+    """What every side draws, and what it is judged by; keeps what sides are compared by.
+
+    Args:
+        within: prompts of the new domain.
+        outside: prompts outside it, of which the features alone are wanted.
+        grid: the first pictures of each side.
+        drawn: features of each side's pictures outside the domain.
+    """
+
+    within: Sampling
+    outside: Sampling
+    reference: Reference
+    probe: FidelityProbe | None
+    grid: dict[str, list[Image.Image]] = field(default_factory=dict)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+
+    def side(self, name: str, model: Family, scale: float, advance: Callable[[int], object]) -> dict[str, Any]:
+        """Figures of a model's pictures by seed, and their summary."""
+        features = self.reference.features
+        pictures = replace(self.within, guidance_scale=scale).draw(model, advance)
+        self.grid[name] = pictures[:8]
+        self.drawn[name] = features(replace(self.outside, guidance_scale=scale).draw(model, advance))
+        each, runs = len(self.within.prompts), []
+        of_pictures = features(pictures)
+        for i, seed in enumerate(self.within.seeds):
+            rows = slice(i * each, (i + 1) * each)
+            row = {"seed": seed} | figures(pictures[rows], self.within.prompts, self.reference, of_pictures[rows])
+            runs.append(row | (self.probe.judge_pictures(pictures[rows]) if self.probe is not None else {}))
+        within = diversity(of_pictures, self.within.repeated_prompts)
+        return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
+
+    def apart(self, name: str) -> float:
+        """How far a side's pictures outside the domain are from the base's: the mean of 1 − cosine."""
+        return float((1 - F.cosine_similarity(self.drawn["base"].double(), self.drawn[name].double())).mean())
+
+
+def side_drawing(
+    request: Evaluation,
+    captions: list[str],
+    outside: list[str],
+    resolution: int,
+    reference: Reference,
+    probe: FidelityProbe | None,
+) -> SideDrawing:
+    """What an evaluation asked for.
+
+    Args:
+        captions: of the real pictures, which are the prompts of the new domain.
+        outside: prompts outside it.
+        probe: of ControlNets, whose conditions are drawn.
+    """
+    control = probe.control if probe is not None else None
+    blank = torch.zeros_like(control[:1]).expand(len(outside), -1, -1, -1) if control is not None else None
+    within = Sampling(
+        captions, request.seeds, request.steps, request.guidance_scale, resolution, request.batch_size, control
+    )
+    far = replace(within, prompts=outside, seeds=request.seeds[:1], control=blank)
+    return SideDrawing(within, far, reference, probe)
+
+
+def judge_sides(
+    request: Evaluation, family: Family, records: dict[str, RunRecord], drawing: SideDrawing
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The base, and every run."""
+    domain, strength, sides = request.domain_guidance_scale, request.unconditional_strength or 0.0, []
+    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
+    with progress(total, "sampling") as advance:
+        base = drawing.side("base", family, request.guidance_scale, advance)
+        for run, record in records.items():
+            with (
+                tuned_model(family, run, record) as tuned,
+                domain_guided(family, tuned, strength) if domain is not None else nullcontext(),
+            ):
+                side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
+            sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})
+    return base, sides
