@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 import typing
 from functools import partial
@@ -18,11 +17,10 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest, RunsRequest, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs import audit
-from difftuning_control.runs.gate_results import GateResults, gates_of
+from difftuning_control.runs.gate_results import gates_of
 from difftuning_control.runs.gates import stop_if_failed
 from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.listing import as_csv, as_json, list_runs, print_table
-from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.terminal import say, showing_activities
 from difftuning_control.verbs.bench.settings import Bench
@@ -43,6 +41,7 @@ from difftuning_control.verbs.commands import (
     only,
 )
 from difftuning_control.verbs.resume import recipes_of_resumption
+from difftuning_control.verbs.run_lines import print_gates, print_run
 from difftuning_control.verbs.ui.settings import UiSettings
 
 
@@ -51,7 +50,7 @@ def run_train(command: TrainCommand) -> None:
 
     with showing_activities():
         result = train(only(Recipe, command), command.overwrite, say)
-    _print_run(result.record, command.output)
+    print_run(result.record, command.output)
 
 
 def run_resume(command: ResumeCommand) -> None:
@@ -60,65 +59,7 @@ def run_resume(command: ResumeCommand) -> None:
     written, here = recipes_of_resumption(only(Recipe, command), command.run)
     with showing_activities():
         result = train(written, False, say, here)
-    _print_run(result.record, command.run)
-
-
-def _print_run(run: RunRecord, output: str) -> None:
-    """What came of a training, and whether it passes its gates."""
-    from accelerate import PartialState  # saves torch for the verbs that train nothing
-
-    from difftuning_control.training.phases import spent_line
-
-    if not PartialState().is_main_process:
-        return
-    say(f"done: {output} ({run.status})")
-    for role, losses in run.losses.items():
-        say(f"  validation loss on {role}: base {losses.base.mean:.4f}, tuned {losses.tuned.mean:.4f}")
-    if run.phases is not None:
-        say(f"  {spent_line(run.phases)}")
-    _print_control(run)
-    _print_places(run, output)
-    _print_gates(run.gates)
-    stop_if_failed(run.gates, output)
-
-
-def _print_gates(judged: GateResults | None) -> None:
-    if judged is not None:
-        for name, line in judged.lines.items():
-            say(f"  gate {'passed' if judged.figures[name].passed else 'FAILED'}: {line}")
-
-
-def _print_control(run: RunRecord) -> None:
-    """How well a ControlNet follows its conditions, and on which pictures nothing was found."""
-    if run.control is None:
-        return
-    blank = run.control.blank
-    if blank:
-        names = ", ".join(blank[:5]) + (", …" if len(blank) > 5 else "")
-        say(f"note: the annotator found nothing on {len(blank)} of {run.data.pictures} pictures: {names}")
-    curve = run.fidelity
-    if curve is None:
-        return
-    name, change = curve.main, curve.convergence
-    said = "no convergence that can be told from noise"
-    if change is not None:
-        way = "suddenly" if change.sudden else "gradually"
-        said = f"converged {way} at step {change.step:.0f} (from {change.start:.0f} to {change.end:.0f})"
-    say(
-        f"  fidelity on held-out conditions ({curve.kind}, {name}): without control {curve.without[name]:.3f}, "
-        f"after {curve.steps[-1]} steps {curve.values[-1]:.3f}; {said}"
-    )
-
-
-def _print_places(run: RunRecord, output: str) -> None:
-    """Where to look, and what to do next."""
-    samples = Path(output) / "samples"
-    if samples.is_dir():
-        say(f"  pictures: {samples}")
-    say(f"  report: {Path(output) / 'report.html'}")
-    prompt = shlex.quote(run.prompts[0]) if run.prompts else '"a prompt"'
-    control = " --control photo.png" if run.control is not None else ""
-    say(f"next: difftune sample {shlex.quote(output)} {prompt}{control} --compare")
+    print_run(result.record, command.run)
 
 
 def run_bank(asked: BankCommand) -> None:
@@ -190,7 +131,7 @@ def run_evaluate(command: EvaluateCommand) -> None:
     say(f"done: {command.output}/evaluation.json, grid.png")
     judged = [(side["name"], gates_of(side)) for side in result["sides"]]
     for _, gates in judged:
-        _print_gates(gates)
+        print_gates(gates)
     for name, gates in judged:
         stop_if_failed(gates, name)
 
