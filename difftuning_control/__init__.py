@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from difftuning_control.pipelines.files import pipeline_path
     from difftuning_control.pipelines.guider import DomainGuidance
     from difftuning_control.recipe.adapter import AdapterConfig
+    from difftuning_control.recipe.gates import GatesConfig
     from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig, ModelConfig
     from difftuning_control.recipe.recipe import Recipe
     from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
-    from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
+    from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
     from difftuning_control.runs.record import RunRecord, read_run
     from difftuning_control.training.result import TrainingResult
     from difftuning_control.verbs.train import train

@@ -1,6 +1,7 @@
 """What can be asked for, as dataclasses that check their ranges; nothing here imports torch."""
 
 from difftuning_control.recipe.adapter import DEFAULT_RANK, AdapterConfig
+from difftuning_control.recipe.gates import DRAWN, GATES, GatesConfig
 from difftuning_control.recipe.inputs import (
     MAX_SEED,
     BankConfig,
@@ -12,9 +13,6 @@ from difftuning_control.recipe.inputs import (
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import (
     DEFAULT_TAU,
-    DRAWN,
-    GATES,
-    GatesConfig,
     ScheduleConfig,
     TrainingConfig,
     TuningConfig,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.adapter_kinds import KINDS
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.inputs import (
     MOST_SAMPLES,
     MOST_UNMEASURED,
@@ -21,7 +22,7 @@ from difftuning_control.recipe.inputs import (
     ModelConfig,
 )
 from difftuning_control.recipe.reading import build, keys_of, read_recipe
-from difftuning_control.recipe.training import GatesConfig, ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.home import expand_paths
 
 FITTED = (  # what fits the model where a recipe names none

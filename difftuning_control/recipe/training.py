@@ -1,8 +1,7 @@
-"""The sections of a recipe that say how it is trained and judged: schedule, objective, optimization, gates."""
+"""The sections of a recipe that say how it is trained: schedule, objective, optimization."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.recipe.drawing import SeededDrawSettings
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.recipe.measured_schedule import measured_from
 from difftuning_control.system.functions import named_function
@@ -20,8 +18,6 @@ from difftuning_control.system.untrusted import from_json, read_text
 if TYPE_CHECKING:
     from difftuning_control.objective.schedules import Schedule
 
-GATES = ("kid", "retention_loss", "fidelity", "memorisation")
-DRAWN = {"features": "lite0", "pictures": 64, "seeds": [0, 1, 2], "steps": 20, "guidance_scale": 4.0}
 DEFAULT_TAU = 0.3
 SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "power": ("tau", "retention_tau"),
@@ -338,50 +334,3 @@ class TrainingConfig:
             raise UserError("training.stop_after is given without training.stop_when; say when: converged.")
         for step in self.save_at:
             need(1 <= step <= self.max_steps, "training.save_at", step, f"steps from 1 to max_steps, {self.max_steps}")
-
-
-@dataclass
-class GatesConfig(SeededDrawSettings):
-    """Limits that a finished run is judged by; one that fails them is marked, and not exported unasked.
-
-    Args:
-        kid: highest KID on held-out pictures (the KID itself, of which tables show × 1000). [≥ 0]
-        retention_loss: highest rise of the loss on held-out bank samples over the base's (0.1 is 10 %). [≥ -1]
-        fidelity: lowest main figure of a ControlNet on held-out conditions; for depth, whose figure is the RMSE, the
-            highest. [0 to 1]
-        memorisation: highest mean cosine to the nearest training picture. [-1 to 1]
-    """
-
-    kid: float | None = None
-    retention_loss: float | None = None
-    fidelity: float | None = None
-    memorisation: float | None = None
-
-    def __post_init__(self) -> None:
-        expand_paths(self, "features")
-        for name, low, high in (
-            ("kid", 0, math.inf),
-            ("retention_loss", -1, math.inf),
-            ("fidelity", 0, 1),
-            ("memorisation", -1, 1),
-        ):
-            value = getattr(self, name)
-            expected = f"{low} to {high}" if high < math.inf else f"a finite number of at least {low}"
-            need(value is None or (low <= value <= high and value < math.inf), f"gates.{name}", value, expected)
-        self.check_drawing("gates.")
-        drawn = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in GATES}
-        if not self.draws and drawn != DRAWN:
-            raise UserError(
-                "gates has settings of the pictures to draw, but no limit on kid, fidelity or memorisation; give one, "
-                "or leave them out."
-            )
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set."""
-        return {name: getattr(self, name) for name in GATES if getattr(self, name) is not None}
-
-    @property
-    def draws(self) -> bool:
-        """Whether pictures must be drawn to judge by these."""
-        return any(name != "retention_loss" for name in self.limits)

@@ -18,7 +18,7 @@ from difftuning_control.errors import GatesFailedError, UserError
 from difftuning_control.evaluation.band_losses import LossChanges
 from difftuning_control.evaluation.comparison import threshold
 from difftuning_control.evaluation.metric_table import is_upper_limit
-from difftuning_control.recipe.training import GatesConfig
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.runs.gate_results import GateResult, GateResults
 from difftuning_control.runs.record import RunRecord
 

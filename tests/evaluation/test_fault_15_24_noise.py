@@ -15,7 +15,7 @@ from difftuning_control.evaluation.pilot_figures import PilotBudget
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.control import control_verdict
 from difftuning_control.evaluation.report.language import load_texts
-from difftuning_control.recipe.training import GatesConfig
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.runs.gates import judge
 from support import report_samples as samples
 from support.pages import LANGUAGES, Page

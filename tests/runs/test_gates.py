@@ -13,10 +13,11 @@ import pytest
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import read_losses
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.inputs import BankConfig, ControlConfig, DataConfig, FidelityConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
-from difftuning_control.recipe.training import GatesConfig, TuningConfig
+from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.gates import judge
 from difftuning_control.runs.verify import verify

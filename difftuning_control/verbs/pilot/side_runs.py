@@ -17,9 +17,9 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.metric_table import lower_is_better
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.recipe.training import GatesConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.kept import read_kept_losses, step_folder
 from difftuning_control.runs.pilot_files import settle
