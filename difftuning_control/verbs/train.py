@@ -124,18 +124,7 @@ def _train(
         said(line)
     with phases("analysis"):
         measured = measure_objective(prepared, output, accelerator.num_processes)
-    loop = TrainingLoop(
-        recipe,
-        prepared.family,
-        measured.objective,
-        prepared.inputs,
-        accelerator,
-        going.identity,
-        measured.budget,
-        prepared.start,
-        going.earlier,
-        phases,
-    )
+    loop = _loop(prepared, measured, accelerator, phases)
     if going.reopened is not None:
         reopen(output, going.reopened, loop.state, folder is not None)
         accelerator.wait_for_everyone()
@@ -168,6 +157,22 @@ def _train(
         write_record(run, prepared.written, output)
         _forget_checkpoints(output)  # only now is the result on disk and recorded
     return run, prepared.written, prepared.recipe
+
+
+def _loop(prepared: PreparedRun, measured: MeasuredObjective, accelerator: Accelerator, phases: Phases) -> TrainingLoop:
+    """The steps of the run; the pretrained model is measured here, before anything is attached to it."""
+    return TrainingLoop(
+        prepared.recipe,
+        prepared.family,
+        measured.objective,
+        prepared.inputs,
+        accelerator,
+        prepared.going.identity,
+        measured.budget,
+        prepared.start,
+        prepared.going.earlier,
+        phases,
+    )
 
 
 def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:

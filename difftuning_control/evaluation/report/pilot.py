@@ -10,6 +10,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import losses_at_best
 from difftuning_control.evaluation.comparison import PLAIN, compare_sides, is_number, seed_values, verdict
 from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.evaluation.pilot_figures import PilotBudget
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.analysis import analysis_charts
 from difftuning_control.evaluation.report.language import load_texts
@@ -28,36 +29,11 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
     """
     texts = load_texts(language)
     _need_complete(pilot)
-    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
-
     sides, best = list(pilot.sides), verdict(pilot)
     by_name = {s["name"]: s for s in sides}
     rises = [r for s in sides if (r := findings.loss_change(s, "bank")) is not None]
     lengths = sorted({r["steps"] for s in sides for r in s["runs"]})
-    analysis, budget = pilot.analysis, pilot.budget
-    primary, base = pilot.primary, pilot.base
-    shown = [primary, *(m for m in ("domain_hit", "pair_similarity", "bank_loss") if m != primary)]
-    shown = [m for m in shown if any(seed_values(s, m) for s in sides)]
-    drawn: dict[str, Any] = {
-        "sides": [(charts.sides_chart(sides, m, texts, base.get(m)), m) for m in shown],
-        "lengths": [(charts.length_chart(sides, m, texts), m) for m in shown[:2]] if len(lengths) > 1 else [],
-        "forgetting": None,
-    }
-    if rises:
-        allowed = budget.allowed if budget is not None and len(budget.allowed) == len(rises[0]["u"]) else None
-        drawn["forgetting"] = charts.forgetting_chart(rises, allowed, texts)
-    limits: dict[str, Any] | None = None
-    if budget is not None:
-        limited = by_name.get(budget.side)
-        rows = findings.budget_of_pilot(budget, limited)
-        cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.target_cost, len(sides) - 1)
-        limits = {"rows": rows, "sentences": [*findings.budget_sentences(rows), *filter(None, [cost])]}
-        if budget.multipliers:
-            count = len(budget.allowed)
-            u = [(i + 0.5) / count for i in range(count)]
-            drawn["multipliers"] = charts.multipliers_chart({"u": u, **budget.multipliers}, texts)
-    if analysis:
-        drawn |= analysis_charts(analysis, texts)
+    analysis, budget, base = pilot.analysis, pilot.budget, pilot.base
     chosen = by_name.get(best["side"])
     gap = findings.gap_bands(analysis) if analysis else []
     told = [r for r in rises if r["label"] in (PLAIN, best["side"])]
@@ -71,7 +47,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         verdict=best,
         chosen=chosen,
         by_name=by_name,
-        charts=drawn,
+        charts=_charts(pilot, rises, len(lengths) > 1, texts),
         lengths=lengths,
         rises=rises,
         rise={r["label"]: findings.mean_change(r) for r in rises},
@@ -82,7 +58,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         pictures=pictures,
         analysis=analysis,
         budget=budget,
-        limits=limits,
+        limits=_limits(budget, by_name) if budget is not None else None,
         bands=loss_tables({s["name"]: losses_at_best(s) for s in sides}),
         settings=[*flatten(pilot.settings, "pilot."), *flatten(pilot.recipe_values or {})],
         steps=next_steps(pilot, best, by_name, bool(pictures)),
@@ -92,6 +68,43 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         guidance=_guidance(sides, pilot.settings.get("lengths", [])),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
     )
+
+
+def _charts(
+    pilot: PilotRun, rises: Sequence[Mapping[str, Any]], by_length: bool, texts: Mapping[str, str]
+) -> dict[str, Any]:
+    """The charts of the page, as SVG.
+
+    Args:
+        rises: what each side forgot, by `findings.loss_change`.
+        by_length: also the figures over the lengths of the runs.
+    """
+    from difftuning_control.evaluation.report import charts  # brings matplotlib, which nothing else here needs
+
+    sides, primary, budget = list(pilot.sides), pilot.primary, pilot.budget
+    shown = [primary, *(m for m in ("domain_hit", "pair_similarity", "bank_loss") if m != primary)]
+    shown = [m for m in shown if any(seed_values(s, m) for s in sides)]
+    drawn: dict[str, Any] = {
+        "sides": [(charts.sides_chart(sides, m, texts, pilot.base.get(m)), m) for m in shown],
+        "lengths": [(charts.length_chart(sides, m, texts), m) for m in shown[:2]] if by_length else [],
+        "forgetting": None,
+    }
+    if rises:
+        allowed = budget.allowed if budget is not None and len(budget.allowed) == len(rises[0]["u"]) else None
+        drawn["forgetting"] = charts.forgetting_chart(rises, allowed, texts)
+    if budget is not None and budget.multipliers:
+        count = len(budget.allowed)
+        u = [(i + 0.5) / count for i in range(count)]
+        drawn["multipliers"] = charts.multipliers_chart({"u": u, **budget.multipliers}, texts)
+    return drawn | (analysis_charts(pilot.analysis, texts) if pilot.analysis else {})
+
+
+def _limits(budget: PilotBudget, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether the budget was kept, band by band, and what it cost."""
+    limited = by_name.get(budget.side)
+    rows = findings.budget_of_pilot(budget, limited)
+    cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.target_cost, len(by_name) - 1)
+    return {"rows": rows, "sentences": [*findings.budget_sentences(rows), *filter(None, [cost])]}
 
 
 def _need_complete(pilot: PilotRun) -> None:
