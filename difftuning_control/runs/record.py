@@ -68,7 +68,8 @@ class RunRecord(Section):
         sources: the files that were read beside data and bank; None in earlier records.
         inputs: the SHA-256 of `inputs.jsonl`; None in earlier records.
         error: why it failed.
-        losses: by role, before and after, by noise band.
+        losses: by role (target, bank) those of the base and of the tuned weights, each by noise band:
+            `losses["bank"].tuned.losses`.
         steps_per_second: None where no step was left to do.
         budget: how a forgetting budget was kept.
         steps: that were done; 0 of a run that is not complete.
