@@ -16,15 +16,15 @@ from difftuning_control.training.reader import RowReader
 from difftuning_control.training.setup import build_objective, make_accelerator
 
 Loop = TypeVar("Loop", bound=TrainingLoop)
-PHASES = ("rows", "forward", "backward", "optimizer")
+STAGES = ("rows", "forward", "backward", "optimizer")
 
 
 class ProfiledLoop(TrainingLoop):
-    """A loop that adds up the CPU seconds of its phases; the first step is left out."""
+    """A loop that adds up the CPU seconds of the stages of its steps; the first step is left out."""
 
     def measure(self, steps: int) -> dict[str, float]:
-        """Share of each phase in the CPU time of the steps; `rest` is what belongs to none."""
-        spent = dict.fromkeys(PHASES, 0.0)
+        """Share of each stage in the CPU time of the steps; `rest` is what belongs to none."""
+        spent = dict.fromkeys(STAGES, 0.0)
         denoiser = self.denoiser
 
         def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ class ProfiledLoop(TrainingLoop):
         self.optimizer.step = timed("optimizer", self.optimizer.step)
         denoiser.train()
         self.step(0)
-        spent.update(dict.fromkeys(PHASES, 0.0))
+        spent.update(dict.fromkeys(STAGES, 0.0))
         begun = time.process_time()
         for step in range(1, steps + 1):
             self.step(step)
