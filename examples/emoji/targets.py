@@ -24,6 +24,7 @@ import numpy as np
 from bank_cost import data_of
 from styles import STYLES
 
+from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
 from difftuning_control.system.durable import write_json
@@ -91,7 +92,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
         chosen = guidance["ways"][way]
         for seed, drawn in zip((r["seed"] for r in chosen["runs"]), chosen["runs"]):
             trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
-            kept = trained["losses"]["bank"]
+            bank = losses_of(trained)["bank"]
             yield {
                 **name,
                 "method": "difftuning" if side["name"] == DEFAULT else side["name"],
@@ -101,7 +102,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "guidance": chosen["scale"],
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
-                "forgetting": mean(kept["tuned"]["loss"]) / mean(kept["base"]["loss"]) - 1,
+                "forgetting": bank.tuned.mean / bank.base.mean - 1,
             }
 
 
