@@ -109,7 +109,8 @@ def _attached_class(stock: Any, attachment: _Attachment) -> Any:
     @like(run)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 it becomes one
         sampling = Sampling(self, attachment.extras, source, set_by="attach(pipe, ")
-        if source is not None and attachment.extras.acts_on_weights:
+        is_spread = getattr(self, "hf_device_map", None) is not None  # over devices, each module on its own
+        if source is not None and attachment.extras.acts_on_weights and not is_spread:
             check_place(source, self._execution_device, sampling.component)
         try:
             return sampling.run(run, args, kwargs)
@@ -123,7 +124,7 @@ def _attached_class(stock: Any, attachment: _Attachment) -> Any:
         denoiser = getattr(self, guiding_of(self).component)
         before = denoiser.device, denoiser.dtype
         stock.to(self, *args, **kwargs)
-        if (denoiser.device, denoiser.dtype) != before:
+        if (denoiser.device, denoiser.dtype) != before and not getattr(source, "is_quantized", False):
             source.to(device=denoiser.device, dtype=denoiser.dtype)
         return self
 
