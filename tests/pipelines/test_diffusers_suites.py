@@ -55,10 +55,6 @@ REASONS: dict[str, dict[str, str]] = {
         "test_stable_diffusion_lcm": DISTILLED,
         "test_stable_diffusion_lcm_custom_timesteps": DISTILLED,
         "test_stable_diffusion_ays": DISTILLED,
-        "test_ip_adapter": "a source without the IP-Adapter would not see its picture, and is refused",
-        "test_ip_adapter_cfg": "the same",
-        "test_ip_adapter_masks": "the same",
-        "test_ip_adapter_faceid": "the same",
     },
 }
 """What a side fails and the stock class does not, by the test's name, and why that is meant."""
