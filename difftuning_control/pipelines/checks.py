@@ -56,8 +56,9 @@ def check_source(denoiser: Any, source: Any, component: str) -> None:
         raise UserError(
             f"source_{component} is the {name} that was tuned; give a second one, as it was before it was tuned."
         )
+    config: Any = source.config
     for key in SHAPES:
-        ours, its = denoiser.config.get(key), source.config.get(key)
+        ours, its = denoiser.config.get(key), config.get(key)
         if ours != its:
             raise UserError(
                 f"source_{component} does not belong to this model: its {key} is {its}, the {name}'s {ours}; give the "
