@@ -1,8 +1,9 @@
 """How diffusers finds the drop-in classes once this package is imported, before or after diffusers.
 
-`DiffusionPipeline.from_pretrained` looks a class up by name in the module `diffusers`, and `AutoPipelineForText2Image`
-in its own tables. Both are filled on the import of the module in question, and the classes are only made when somebody
-asks for them: importing this package imports neither diffusers nor torch.
+`DiffusionPipeline.from_pretrained` looks a class up by name in the module `diffusers`, other tools of diffusers in
+`diffusers.pipelines`, and `AutoPipelineForText2Image` in its own tables. All are filled on the import of the module in
+question, and the classes are only made when somebody asks for them: importing this package imports neither diffusers
+nor torch.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def _add_to_tables(module: Any) -> None:
 
 WANTED: dict[str, Callable[[Any], None]] = {
     "diffusers": _add_names,
+    "diffusers.pipelines": _add_names,  # where diffusers' own tools look for a class's source
     TABLES: _add_to_tables,
 }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.checks import check_source
+from difftuning_control.pipelines.checks import check_place, check_source
 from difftuning_control.pipelines.control_strength import ControlUse
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.pipelines.guiding import guiding_of
@@ -49,7 +49,8 @@ def attach(
         domain_guidance, unconditional_strength, tuned_adapters, adapter_schedule, hand_over: as `set_extras` takes
             them.
         control_schedule: strength over u of the pipeline's ControlNets, or a list with one for each.
-        source: the pretrained denoiser, where the denoiser's own weights were tuned; not needed for an adapter.
+        source: the pretrained denoiser, where the denoiser's own weights were tuned; not needed for an adapter. It
+            goes where `pipe.to(…)` moves the pipeline, but is offloaded with it nowhere.
 
     Returns:
         The same object.
@@ -95,18 +96,50 @@ def attachment_of(pipe: Any) -> _Attachment | None:
     return vars(type(pipe)).get("attachment")
 
 
+def attached(stock: Any, attachment: _Attachment) -> Any:
+    """A pipeline without its state: what `pickle` and `copy` begin with."""
+    return stock.__new__(_attached_class(stock, attachment))
+
+
 def _attached_class(stock: Any, attachment: _Attachment) -> Any:
     """A subclass that is called like the stock class, by which diffusers and users know it."""
     run: Callable[..., Any] = stock.__call__
+    source = attachment.source
 
     @like(run)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 it becomes one
-        sampling = Sampling(self, attachment.extras, attachment.source, set_by="attach(pipe, ")
+        sampling = Sampling(self, attachment.extras, source, set_by="attach(pipe, ")
+        is_spread = getattr(self, "hf_device_map", None) is not None  # over devices, each module on its own
+        if source is not None and attachment.extras.acts_on_weights and not is_spread:
+            check_place(source, self._execution_device, sampling.component)
         try:
             return sampling.run(run, args, kwargs)
         finally:
             attachment.control_use = sampling.control_use
 
-    kept = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    use = property(lambda self: attachment.control_use)
-    return type(stock.__name__, (stock,), {**kept, "__call__": __call__, "attachment": attachment, "control_use": use})
+    @like(stock.to)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if source is None:
+            return stock.to(self, *args, **kwargs)
+        denoiser = getattr(self, guiding_of(self).component)
+        before = denoiser.device, denoiser.dtype
+        stock.to(self, *args, **kwargs)
+        if (denoiser.device, denoiser.dtype) != before and not getattr(source, "is_quantized", False):
+            source.to(device=denoiser.device, dtype=denoiser.dtype)
+        return self
+
+    def __reduce__(self: Any) -> Any:  # noqa: N807 `pickle` would look for the stock class and find another
+        return attached, (stock, attachment), vars(self)
+
+    return type(
+        stock.__name__,
+        (stock,),
+        {
+            **{name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")},
+            "__call__": __call__,
+            "__reduce__": __reduce__,
+            "to": to,
+            "attachment": attachment,
+            "control_use": property(lambda self: attachment.control_use),
+        },
+    )

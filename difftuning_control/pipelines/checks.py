@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusers.utils.torch_utils import is_compiled_module
+import torch
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
 from difftuning_control.adapters.difffit import TrainedWhole
@@ -39,20 +40,65 @@ SHAPES = (
 """Of a denoiser's configuration, where it has them: what the pretrained one must have too."""
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def check_source(denoiser: Any, source: Any, component: str) -> None:
-    """Refuse a source of another shape.
+    """Refuse a source that is no model, the denoiser itself, or of another shape.
 
     Raises:
-        UserError: with the two values that differ.
+        UserError: with what was found, or the two values that differ.
     """
     name = NAMES[component]
+    if not isinstance(source, nn.Module):
+        raise UserError(f"source_{component} is a {type(source).__name__}; expected the pretrained {name}, loaded.")
+    if unwrap_module(source) is unwrap_module(denoiser):
+        raise UserError(
+            f"source_{component} is the {name} that was tuned; give a second one, as it was before it was tuned."
+        )
+    config: Any = source.config
     for key in SHAPES:
-        ours, its = denoiser.config.get(key), source.config.get(key)
+        ours, its = denoiser.config.get(key), config.get(key)
         if ours != its:
             raise UserError(
                 f"source_{component} does not belong to this model: its {key} is {its}, the {name}'s {ours}; give the "
                 f"{name} that was tuned, as it was before."
             )
+
+
+def check_beside(denoiser: Any, source: Any, component: str) -> None:
+    """Refuse a source that computes in another precision than the denoiser, of which torch would tell nothing clear.
+
+    Raises:
+        UserError: with both.
+    """
+    ours, its = denoiser.dtype, source.dtype
+    if ours == its or not {ours, its} <= set(FLOATS) or torch.is_autocast_enabled(denoiser.device.type):
+        return
+    if any(getattr(module, "is_quantized", False) for module in (denoiser, source)):
+        return  # whose parameters do not tell what they compute in
+    raise UserError(
+        f"source_{component} is in {_word(its)} and the {NAMES[component]} in {_word(ours)}; make them alike: "
+        f"source.to({ours})."
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_place(source: Any, device: torch.device, component: str) -> None:
+    """Refuse a source on another device than the pipeline computes on; one that is moved for each forward is no matter.
+
+    Raises:
+        UserError: with both.
+    """
+    is_moved = hasattr(source, "_hf_hook") or hasattr(source, "_diffusers_hook")
+    if not is_moved and source.device != device:
+        raise UserError(
+            f"source_{component} is on {source.device} and the pipeline computes on {device}; move it: "
+            f'source.to("{device}").'
+        )
 
 
 def check_ip_adapter(denoiser: Any, source: Any, component: str) -> None:

@@ -25,6 +25,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -140,14 +141,24 @@ class SamplingHook(ModelHook):
         super().__init__()
         self.fn_ref: Any
         self.is_paused = False
+        self.thread = get_ident()
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         if self.is_paused:
             return self.fn_ref.original_forward(*args, **kwargs)
+        if get_ident() != self.thread:  # of a pipeline that may know nothing of the settings
+            raise _at_once(module)
         return self.forward(module, *args, **kwargs)
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+def _at_once(module: nn.Module) -> UserError:
+    return UserError(
+        f"another call is sampling with this {type(module).__name__} and its extras; draw one after the other, or "
+        "give each pipeline a copy."
+    )
 
 
 def pausing(callback: Callable[..., Any], hooks: Sequence[SamplingHook]) -> Callable[..., Any]:
@@ -320,10 +331,7 @@ def hooked(module: nn.Module, hook: SamplingHook, name: str) -> Iterator[Samplin
     had_registry, own_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if any(isinstance(other, SamplingHook) and not other.is_paused for other in registry.hooks.values()):
-        raise UserError(
-            f"another call is sampling with this {type(module).__name__} and its extras; draw one after the other, or "
-            "give each pipeline a copy."
-        )
+        raise _at_once(module)
     if name in registry.hooks:
         name = f"{name}_{len(registry.hooks)}"  # beside that of a paused call
     registry.register_hook(hook, name)

@@ -17,6 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
     NAMES,
+    check_beside,
     check_cache,
     check_compiled,
     check_ip_adapter,
@@ -42,6 +43,7 @@ from difftuning_control.pipelines.settings import Extras
 from difftuning_control.pipelines.strength import Strength
 
 DIFFUSERS_CALLBACKS = (PipelineCallback, MultiPipelineCallbacks)  # known by their class; they draw nothing
+CALLBACKS = {"callback_on_step_end", "callback"}  # the second is deprecated, and of Stable Diffusion in its `**kwargs`
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 logger = logging.get_logger(__name__)
 
@@ -105,9 +107,10 @@ class Sampling:
             hooks = self._controls_hooked(stack) if self.extras.control_schedule is not None else []
             if self.extras.acts_on_weights:
                 hooks.append(stack.enter_context(self._weights_hooked(call.arguments)))
-            callback = call.arguments.get("callback_on_step_end")
-            if callback is not None and not isinstance(callback, DIFFUSERS_CALLBACKS):
-                call.arguments["callback_on_step_end"] = pausing(callback, hooks)
+            for given in (call.arguments, call.arguments.get("kwargs", {})):
+                for name in CALLBACKS & given.keys():
+                    if given[name] is not None and not isinstance(given[name], DIFFUSERS_CALLBACKS):
+                        given[name] = pausing(given[name], hooks)
             output = stock(*call.args, **call.kwargs)
         if self.extras.control_schedule is not None:
             for i, use in enumerate(self.control_use):
@@ -193,6 +196,7 @@ class Sampling:
             )
         weights = TunedWeights(tuner_layers(self.denoiser), adapters, self.source)
         if self.source is not None:
+            check_beside(self.denoiser, self.source, self.component)
             check_ip_adapter(self.denoiser, self.source, self.component)
         return weights
 

@@ -61,11 +61,11 @@ def tiny_t5_tokenizer():
     return transformers.T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512)
 
 
-def tiny_gemma_tokenizer():
+def tiny_gemma_tokenizer(words: list[str] = GEMMA_WORDS):
     """Gemma's, of single letters."""
     import transformers  # saves it in tests that make no model
 
-    vocabulary = {word: i for i, word in enumerate(GEMMA_WORDS)}
+    vocabulary = {word: i for i, word in enumerate(words)}
     settings = {"model_max_length": 2048, "add_bos_token": True}
     if TAKE_VOCABULARIES:
         return transformers.GemmaTokenizer(vocab=vocabulary, merges=[], **settings)
