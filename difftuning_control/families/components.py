@@ -101,8 +101,9 @@ class Components(ABC):
     def placed(self, pipe: Any) -> Any:
         """A pipeline of these modules, the same object: with `offload` it draws on the denoiser's device, although
         text encoders of its lie on the CPU."""
-        if self.offload and "device" not in vars(type(pipe)):
-            pipe.__class__ = _computing_with_vae(type(pipe))
+        kind: Any = type(pipe)
+        if self.offload and "device" not in vars(kind):
+            pipe.__class__ = _computing_with_vae(kind)
         return pipe
 
     @contextmanager

@@ -24,6 +24,8 @@ def test_a_fused_optimizer_stays_fused_and_heeds_its_mark_after_a_checkpoint_of_
     for stop, moves in ((1.0, False), (0.0, True)):
         for parameter in loaded.parameters.values():
             parameter.grad = torch.ones_like(parameter)
+        for group in loaded.optimizer.param_groups:
+            group["lr"] = 0.1  # it warms up from 0
         loaded.optimizer.found_inf = torch.tensor(stop)  # which an optimizer that is not fused refuses
         loaded.optimizer.step()
         assert all(torch.equal(before[n], p) != moves for n, p in loaded.parameters.items())
