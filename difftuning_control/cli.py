@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(_fail(error, str(error), 3))
         except GatesFailedError as error:
             sys.exit(_fail(error, str(error), 4))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            sys.exit(_fail(error, _no_memory(error), 2))
         except OSError as error:  # no space, no permission, a file where a folder should be
             place, reason = error.filename2 or error.filename or "a file", error.strerror or error
             said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
@@ -79,6 +83,16 @@ def _again(interrupted: Interrupted) -> str:
     if interrupted.saved is not None or (record is not None and record.status == RUNNING):
         return f"go on with difftune resume {shlex.quote(folder)}"
     return "nothing was written yet; run the same command again"
+
+
+def _no_memory(error: BaseException) -> str:
+    """What to change where a GPU's memory does not suffice."""
+    reason = " ".join(str(error).split()).split(" Of the allocated memory")[0]
+    return (
+        f"the GPU has too little memory ({reason.rstrip('.')}); say --training.gradient_checkpointing true, "
+        "--model.offload true or, for a LoRA of a transformer, --model.quantization nf4, lower training.batch_size, "
+        "bank.batch_size or data.resolution, or end what else uses the GPU."
+    )
 
 
 def _import_trainer() -> None:

@@ -86,7 +86,7 @@ class RankMask:
                 raise ValueError(f"a T-LoRA layer has {len(output)} rows, the denoiser's timestep {len(gate)}.")
             gate = gate[:1]  # a part of a batch whose rows have one timestep, as under Domain Guidance
         gate = gate.view(len(gate), *[1] * (output.ndim - 2), -1)
-        return output * (gate if gate.dtype == output.dtype else gate.to(output.dtype))
+        return output * gate.to(output)  # a timestep that is a plain number has its gate on the CPU
 
 
 def orthogonal_start(shapes: list[tuple[int, int]], rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import BANDS
+from difftuning_control.recipe.inputs import PIXELS_AT_ONCE
 from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class BandValidator:
     Args:
         batch: the rows; noise and levels of row r in band b depend on (seed, b, r) alone, so two batches share them.
         seed: of the noise.
+        batch_size: rows at once; of large pictures fewer.
         bands: equally wide bands of u.
         draws: noise levels a row and band, spread evenly over the band; its centre when 1.
     """
@@ -68,9 +70,11 @@ class BandValidator:
         level = int(torch.searchsorted(grid, torch.tensor(u)).clamp(max=len(grid) - 1))
         shape = self.batch.latents.shape[1:]
         place = (band,) if draw == 0 else (band, draw)
+        pixels = self.family.vae_scale_factor**2 * shape[1] * shape[2]
+        size = max(1, min(self.batch_size, 2 * PIXELS_AT_ONCE // pixels))  # as when a bank is drawn, with guidance
         parts = []
-        for start in range(0, len(self.batch), self.batch_size):
-            rows = self.batch.rows(slice(start, start + self.batch_size))
+        for start in range(0, len(self.batch), size):
+            rows = self.batch.rows(slice(start, start + size))
             seeds = [step_seed(self.seed, *place, start + r) for r in range(len(rows))]
             noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
             rows = rows.to(self.family.device, self.family.dtype)

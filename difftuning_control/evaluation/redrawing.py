@@ -26,7 +26,7 @@ def image_pipeline(family: Family) -> Any:
     from diffusers import AutoPipelineForImage2Image  # the list of all such pipelines, for who draws over a picture
 
     try:
-        return AutoPipelineForImage2Image.from_pipe(family.pipe)
+        return family.placed(AutoPipelineForImage2Image.from_pipe(family.pipe))
     except ValueError:
         name = type(family.pipe).__name__
         raise UserError(f"diffusers draws over no picture with a {name}; take the picture away.") from None

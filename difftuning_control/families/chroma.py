@@ -69,6 +69,6 @@ class Chroma(PackedTransformer, MaskedTransformer):
             "timestep": timesteps,
             "encoder_hidden_states": embeds,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
-            "img_ids": image_ids(height, width).to(embeds),
+            "img_ids": image_ids(height, width, embeds.device).to(embeds),
             "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], 1),
         }

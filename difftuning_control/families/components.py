@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +17,14 @@ from difftuning_control.system.tensors import digest_of_module
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@cache
+def _computing_with_vae(kind: type) -> type:
+    """A pipeline class that computes where its autoencoder lies; saved under its own name. diffusers before 0.40
+    computes where the first component by name lies, which is a text encoder."""
+    place = property(lambda pipe: pipe.vae.device)
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "device": place})
 
 
 class Components(ABC):
@@ -85,9 +93,18 @@ class Components(ABC):
         """Move all modules, with `offload` all but those that are spared."""
         if not self.offload:
             self.pipe.to(device)
+        self.placed(self.pipe)
         for name, module in self.modules.items() if self.offload else ():
             module.to("cpu" if name.startswith(self.spared) else device)
         return self
+
+    def placed(self, pipe: Any) -> Any:
+        """A pipeline of these modules, the same object: with `offload` it draws on the denoiser's device, although
+        text encoders of its lie on the CPU."""
+        kind: Any = type(pipe)
+        if self.offload and "device" not in vars(kind):
+            pipe.__class__ = _computing_with_vae(kind)
+        return pipe
 
     @contextmanager
     def encoding(self) -> Iterator[None]:

@@ -200,7 +200,7 @@ class Family(Controlled, Prompting, LatentSpace):
         """
         pipe, options = self.pipe, self.prompt_arguments(prompts)
         if control is not None:
-            pipe = self.prepare_control(self.control_pipeline())
+            pipe = self.prepare_control(self.placed(self.control_pipeline()))
             condition = to_tensor(control, self.condition_range).to(self.device, self.controlnet.dtype)
             options |= {self.control_argument: condition, "controlnet_conditioning_scale": 1.0}  # as it is trained
         pipe.set_progress_bar_config(disable=True)

@@ -64,7 +64,7 @@ class Flux(PackedTransformer, FlowTransformer):
             "pooled_projections": conditioning["pooled_prompt_embeds"],
             "encoder_hidden_states": embeds,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
-            "img_ids": image_ids(height, width).to(embeds),
+            "img_ids": image_ids(height, width, embeds.device).to(embeds),
         }
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:

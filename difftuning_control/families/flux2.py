@@ -7,6 +7,7 @@ ordinary guidance; the distilled klein has none; dev is distilled from guidance 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -40,14 +41,15 @@ class SquareLatents(LatentTransformer):
     def latent_channels(self) -> int:
         return self.patch**2 * self.pipe.vae.config.latent_channels
 
-    @property
+    @cached_property
     def latent_shift(self) -> Tensor:
-        return self.by_channel(self.pipe.vae.bn.running_mean)
+        """On the CPU, where the rows of every step are scaled: those who read ahead would wait for the GPU."""
+        return self.by_channel(self.pipe.vae.bn.running_mean.cpu())
 
-    @property
+    @cached_property
     def latent_factor(self) -> Tensor:
         vae = self.pipe.vae
-        return 1 / torch.sqrt(self.by_channel(vae.bn.running_var) + vae.config.batch_norm_eps)
+        return 1 / torch.sqrt(self.by_channel(vae.bn.running_var.cpu()) + vae.config.batch_norm_eps)
 
     def by_channel(self, statistics: Tensor) -> Tensor:
         """The autoencoder's numbers, one a channel of a token, as (C, 1, 1)."""

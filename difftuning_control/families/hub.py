@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,16 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nobody uses any more: each refers to itself, so that they stay, on a GPU too,
+    until Python looks for such cycles, which too little memory there does not make it do."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def in_precision(dtype: Any) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class Ideogram4(SquareLatents):
 def sequence(embeds: Tensor, mask: Tensor, height: int, width: int) -> dict[str, Tensor]:
     """Text (B, L, D) and its mask, and a picture of so many tokens after it, as the transformer is told them: features,
     places in text, rows and columns, which tokens see each other, and what each holds."""
-    places = image_ids(2 * height, 2 * width).to(mask) + PICTURE_PLACES
+    places = image_ids(2 * height, 2 * width, mask.device).to(mask) + PICTURE_PLACES
     text, picture = (mask.cumsum(1) - 1) * mask, mask.new_ones(len(mask), len(places))
     return {
         "encoder_hidden_states": torch.cat([embeds, embeds.new_zeros(len(mask), len(places), embeds.shape[2])], 1),

@@ -73,7 +73,7 @@ class Krea2(QwenImage):
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> dict[str, Any]:
         embeds = conditioning["prompt_embeds"]
-        places = image_ids(*noisy_model_input.shape[2:]).to(embeds.device, torch.float32)
+        places = image_ids(*noisy_model_input.shape[2:], embeds.device).float()
         return {
             "hidden_states": pack(noisy_model_input),
             "timestep": timesteps,

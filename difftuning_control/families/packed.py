@@ -45,7 +45,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def image_ids(height: int, width: int) -> Tensor:
-    """Row and column of each token of latents of this size, (h/2 · w/2, 3); the first of the three is 0."""
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each token of latents of this size, (h/2 · w/2, 3) long; the first of the three is 0. They are
+    made on the device: a copy to it would wait until it has nothing left to do."""
+    sides = (torch.arange(side // 2, device=device) for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)

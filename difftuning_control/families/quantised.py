@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -64,10 +65,34 @@ def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
         packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         packed.support_avx512bf16_for_cpu = False  # one road on every processor
     else:
-        packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
+        packed = _linear8bit()(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
         packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     packed.bias = layer.bias
     return packed.requires_grad_(False).to("cpu")
+
+
+@cache
+def _linear8bit() -> Any:
+    """bitsandbytes' layer in 8 bits, which can be moved once it is quantised."""
+    import bitsandbytes as bnb  # as above
+
+    class Linear8bitLt(bnb.nn.Linear8bitLt):
+        """Its weight in 8 bits and the factors of its rows go where the module around it goes: bitsandbytes moves them
+        only where `to` of the layer itself is called, and else leaves those that it computes with on the CPU."""
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            weight: Any = self.weight
+            holder = self.state if weight.CB is None else weight  # the state's from the first forward on
+            factors = holder.SCB
+            super()._apply(fn, recurse)
+            weight = self.weight
+            if factors is None:  # this is what quantises it
+                return self
+            holder = self.state if holder is self.state else weight
+            holder.CB, holder.SCB = weight.data, factors.to(weight.device)
+            return self
+
+    return Linear8bitLt
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

@@ -165,7 +165,8 @@ class QwenImage(PackedTransformer, MaskedTransformer):
 
 
 def told_of(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Embeddings and their mask up to the longest prompt's end; no mask where it masks nothing."""
-    longest = int(mask.sum(1).max())
-    embeds, mask = embeds[:, :longest], mask[:, :longest]
-    return embeds, None if mask.all() else mask
+    """Embeddings and their mask up to the longest prompt's end; no mask where it masks nothing. Padding is at prompts'
+    ends, so that one read of the device tells both."""
+    lengths = mask.sum(1).tolist()
+    longest = max(lengths)
+    return embeds[:, :longest], None if min(lengths) == longest else mask[:, :longest]

@@ -53,8 +53,7 @@ class Sana(MaskedTransformer):
     def resolution_step(self) -> int:
         return math.lcm(SIDES, super().resolution_step)
 
-    @torch.no_grad()
-    def encode_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def moments_of(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """This autoencoder has no spread."""
         latents = self.pipe.vae.encode(pixels.to(self.device, self.dtype)).latent.float()
         return latents, torch.zeros_like(latents)

@@ -156,7 +156,7 @@ class NoiseProcess:
 
 def looked_up(table: Tensor, levels: Tensor, device: torch.device) -> Tensor:
     """Entries (B,) of a table at levels (B,), on a device: looked up where the levels are, which nobody waits for."""
-    return table.to(levels.device)[levels].to(device, non_blocking=levels.device.type == "cpu")
+    return table.to(levels.device)[levels].to(device, non_blocking=device.type == "cuda")
 
 
 def _flow_sigmas(config: Any) -> Tensor:

@@ -59,8 +59,9 @@ def check_same_shape(**parts: Tensor) -> None:
 
 
 def moved(values: Tensor, like: Tensor) -> Tensor:
-    """Values on the device of another tensor; nobody waits for the copy from the CPU."""
-    return values.to(like.device, non_blocking=values.device.type == "cpu")
+    """Values on the device of another tensor; nobody waits for the copy from the CPU to a GPU. Apple's would read
+    memory that others have by then."""
+    return values.to(like.device, non_blocking=values.device.type == "cpu" and like.device.type == "cuda")
 
 
 def sums_by_role(values: Tensor, is_retention: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def _posterior(process: NoiseProcess, levels: Tensor, like: Tensor) -> tuple[Ten
     of_clean = betas * before.sqrt() / (1 - kept)
     of_noisy = (1 - betas).sqrt() * (1 - before) / (1 - kept)
     tables = (smallest.log(), betas.log(), of_clean, of_noisy)
-    a, b, c, d = (_at(table, levels, like) for table in tables)
+    a, b, c, d = (_at(table.float(), levels, like) for table in tables)  # not every device has float64
     return a, b, c, d
 
 

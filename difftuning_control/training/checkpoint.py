@@ -169,7 +169,7 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str, earlier: 
         raise UserError(f"{folder} is damaged ({', '.join(damaged)}); {DELETE}.")
     read = _read_shards if state.sharded or values.get("sharded") else _read_files
     merged = _merge(read(folder, state), values["optimizer"])
-    groups = values["param_groups"]
+    groups = _as_here(values["param_groups"], state.optimizer)
     if values["identity"] == identity:
         state.optimizer.load_state_dict({"state": merged, "param_groups": groups})
         state.lr_scheduler.load_state_dict(values["lr_scheduler"] | {"lr_lambdas": [None] * len(groups)})
@@ -190,6 +190,12 @@ def load_checkpoint(folder: Path, state: TrainingState, identity: str, earlier: 
         state.phases.load_state_dict(values.get("phases", {}))
     state.logged = values["logged"]
     return int(values["step"])
+
+
+def _as_here(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """An optimizer's groups as they were saved, with how this one computes: fused on a GPU, and not elsewhere."""
+    how = [{k: g[k] for k in ("fused", "foreach", "capturable") if k in g} for g in optimizer.param_groups]
+    return [group | here for group, here in zip(groups, how)]
 
 
 def enter_schedule(scheduler: Any, step: int) -> None:

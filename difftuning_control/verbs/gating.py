@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.audit import Session, read_audit
@@ -32,9 +30,7 @@ def judge_run(run: RunRecord, recipe: Recipe, output: Path) -> GateResults:
     side: dict[str, Any] = {}
     gates = recipe.gates
     if gates.draws:
-        gc.collect()  # the evaluation loads models of its own
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()  # the evaluation loads models of its own
         source = run.bank.folder if run.bank is not None and run.bank.pictures else None
         request = Evaluation(
             [str(output)],

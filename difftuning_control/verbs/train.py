@@ -16,6 +16,7 @@ from difftuning_control.data.buckets import bucket_line
 from difftuning_control.data.prepare import cache_folder, silent
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.families.fitting import fitted
+from difftuning_control.families.hub import free_memory
 from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
@@ -81,6 +82,8 @@ def train(
                     tell(f"note: there is no run in {output} to go on with; one begins")
             check_shared(accelerator, output, "output")
             check_shared(accelerator, cache_folder(recipe.data), "data.cache")
+            if accelerator.device.type != "cpu":
+                free_memory()  # of an earlier run's model in this process
             phases = Phases()
             with phases("load"), activity("loading", folder is not None, recipe.model.id):
                 family = load_base(recipe).to(accelerator.device)

@@ -207,7 +207,7 @@ def test_packing_and_ids_of_flux_are_the_stock_pipelines():
     assert torch.equal(unpack(packed, 6, 10), latents)
     assert torch.equal(unpack(packed, 6, 10), pipe._unpack_latents(packed, 12, 20, 2))
     ids = pipe._prepare_latent_image_ids(3, 3, 5, torch.device("cpu"), torch.float32)
-    assert torch.equal(image_ids(6, 10).float(), ids)
+    assert torch.equal(image_ids(6, 10, torch.device("cpu")).float(), ids)
 
 
 @pytest.mark.wide

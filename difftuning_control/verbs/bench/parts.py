@@ -150,8 +150,8 @@ def _loop(setting: Setting, command: list[str], kind: type[Loop]) -> Loop:
 
 
 def _clock_name(setting: Setting) -> str:
-    """On one thread CPU time, which other jobs disturb less."""
-    return "cpu" if setting.bench.threads == 1 else "wall"
+    """On one thread CPU time, which other jobs disturb less; it is not a GPU's."""
+    return "cpu" if setting.bench.threads == 1 and setting.device.type == "cpu" else "wall"
 
 
 def _clock(setting: Setting) -> Callable[[], float]:
@@ -258,7 +258,8 @@ def total(setting: Setting) -> dict[str, Any]:
     data = bench_inputs.pictures(setting.work / f"pictures-{total_time.PICTURES}", total_time.PICTURES, setting.side)
     theirs = setting.peer("lora", data, work, done, rows)
     mine = ours("lora", setting.model, data, work, setting.side, done, rows, **setting.more)
-    return total_time.Job(steps, done, rows, work, mine, theirs, setting.run).measure(bench.rounds)
+    few = total_time.FEW if setting.device.type == "cpu" else total_time.FEW_ON_GPU
+    return total_time.Job(steps, done, rows, work, mine, theirs, setting.run, few).measure(bench.rounds)
 
 
 def profile(setting: Setting) -> dict[str, float]:

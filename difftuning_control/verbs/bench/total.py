@@ -2,14 +2,14 @@
 diffusers' script, in turn.
 
 On the embedded model every command runs to its end. At a real model's size each runs a few steps, with a bank
-of two samples of two steps, and the rest of its steps and of its bank is added at the speed that was measured.
+of few samples of few steps, and the rest of its steps and of its bank is added at the speed that was measured.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ from difftuning_control.verbs.bench.sides import Timed
 
 PICTURES = 24
 FEW = {"bank.size": 2, "bank.steps": 2}  # of the bank where the rest is added up
+FEW_ON_GPU = {"bank.size": 16, "bank.steps": 8}  # whose first forward takes as long as many that follow
 SIDES = ("plain, cold", "plain, warm", "Diff-Tuning, cold", "Diff-Tuning, warm", "diffusers' script")
 PAIRS = (
     ("Diff-Tuning, cold", "plain, cold"),
@@ -43,6 +44,7 @@ class Job:
         command: `difftune train` for the steps that are run, plain.
         peer: diffusers' script for as many, if it is there.
         run: runs one under the stopwatch.
+        few: of the bank, where the rest is added up.
     """
 
     steps: int
@@ -52,6 +54,7 @@ class Job:
     command: list[str]
     peer: list[str] | None
     run: Callable[[list[str], str], Timed]
+    few: dict[str, int] = field(default_factory=lambda: FEW)
 
     @property
     def whole(self) -> bool:
@@ -60,7 +63,7 @@ class Job:
     @property
     def tuned(self) -> list[str]:
         """The same command with Diff-Tuning as it is by default."""
-        retention = {"tuning.retention_ratio": 0.2, "tuning.retention_weight": 0.1} | ({} if self.whole else FEW)
+        retention = {"tuning.retention_ratio": 0.2, "tuning.retention_weight": 0.1} | ({} if self.whole else self.few)
         kept = [flag for flag in self.command if not flag.startswith("--tuning.")]
         return [*kept, *(f"--{name}={value}" for name, value in retention.items())]
 

@@ -17,6 +17,7 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.metric_table import lower_is_better
+from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
@@ -254,6 +255,8 @@ class SideRuns:
         try:
             return train(recipe, overwrite=gone).record
         finally:
+            if device.type != "cpu":
+                free_memory()  # of the run's model, before this one takes its place
             self.family.to(device)
 
 

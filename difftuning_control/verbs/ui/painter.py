@@ -90,13 +90,9 @@ class Painter:
         if self._alone.acquire(blocking=False):
             try:
                 self._kept = None
-                import gc  # these for what is let go now
+                from difftuning_control.families.hub import free_memory  # for what is let go now
 
-                import torch
-
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory()
             finally:
                 self._alone.release()
 
@@ -115,7 +111,7 @@ class Painter:
         import torch  # saves these until something is drawn
 
         from difftuning_control.data.labels import begin_as
-        from difftuning_control.families.hub import best_device
+        from difftuning_control.families.hub import best_device, free_memory
         from difftuning_control.families.loading import load_model
 
         models = {side: (record.recipe.model, record.dtype_name) for side, record in records.items()}
@@ -128,6 +124,7 @@ class Painter:
         key = (config, dtype, spaces if any(spaces.values()) else None)
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # before the next is loaded
+            free_memory()
             family = load_model(config, getattr(torch, dtype)).to(best_device())
             for record in records.values():
                 begin_as(family, record.classes, record.seed)
