@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.recipe.drawing import SeededDrawSettings
+from difftuning_control.recipe.drawing import USUAL_GUIDANCE, SeededDrawSettings
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.system.functions import named_function
 from difftuning_control.system.home import expand_paths
@@ -352,6 +352,8 @@ class GatesConfig(SeededDrawSettings):
         memorisation: highest mean cosine to the nearest training picture. [-1 to 1]
     """
 
+    steps: int = field(default=20, kw_only=True)  # both are filled in with the recipe
+    guidance_scale: float = field(default=USUAL_GUIDANCE, kw_only=True)
     kid: float | None = None
     retention_loss: float | None = None
     fidelity: float | None = None

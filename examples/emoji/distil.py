@@ -65,15 +65,21 @@ class Trajectories:
     def draw(cls, family: Family, folder: Path, count: int) -> Trajectories:
         """`count` of them by DPM-Solver++ and the stock pipeline, kept on disk in shards."""
         folder.mkdir(parents=True, exist_ok=True)
-        prompts, parts = prompts_of(count), []
+        prompts = prompts_of(count)
         for start in range(0, count, SHARD):
             path = folder / f"{start:05d}.pt"
-            if (part := load_state(path)) is None:
-                part = _drawn(family, prompts[start : start + SHARD], start)
-                save_state(path, **part)
-                print(f"trajectories: {min(start + SHARD, count)} of {count}", flush=True)
-            parts.append(part)
-        return cls(torch.cat([p["noisy"] for p in parts]), torch.cat([p["ends"] for p in parts]), prompts)
+            if load_state(path) is None:
+                asked = prompts[start : start + SHARD]
+                save_state(path, **_drawn(family, asked, start), prompts=asked)
+                print(f"trajectories: {start + len(asked)} of {count}", flush=True)
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trajectories:
+        """Those that were drawn."""
+        parts = [state for path in sorted(folder.glob("*.pt")) if (state := load_state(path)) is not None]
+        noisy, ends = (torch.cat([part[name] for part in parts]) for name in ("noisy", "ends"))
+        return cls(noisy, ends, [prompt for part in parts for prompt in part["prompts"]])
 
 
 def _drawn(family: Family, prompts: list[str], first: int) -> dict[str, Tensor]:
