@@ -160,6 +160,13 @@ class Family(Controlled, Prompting, LatentSpace):
         name = str(pipe.config.get("_name_or_path") or "")
         return self.few_steps_by(Configs(name, pipe.config, scheduler, self.denoiser.config))
 
+    def few_step_arguments(self) -> dict[str, Any]:
+        """What the stock pipeline's call is given where this model was distilled; nothing where it was not."""
+        few = self.few_steps
+        return (
+            {} if few is None else {"num_inference_steps": few.steps, **self.guidance_arguments(few.guidance_scale, 1)}
+        )
+
     def suited(self, settings: Settings) -> Settings:
         """Settings with the steps and the guidance that they leave out as this model draws."""
         few = self.few_steps

@@ -83,6 +83,7 @@ def _on_few_steps(recipe: Recipe, few: FewSteps, drawn: dict[str, Any]) -> list[
         for key, value in named.items()
         if value > (TOO_MANY * few.steps if key.endswith("steps") else few.guidance_scale)
     ]
+    odd += [f"bank.solver is {recipe.bank.solver}"] if recipe.bank.solver != "own" else []
     if odd:
         lines.append(
             f"note: {model} draws in {few}, and {', '.join(odd)}; leave out what is not meant so, and it fits the model"

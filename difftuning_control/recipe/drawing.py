@@ -19,9 +19,8 @@ class SamplerSettings:
     """How a picture is drawn.
 
     Args:
-        steps: sampling steps of a picture; as it suits the model when empty: 20, or the few that it was distilled to.
-            [steps, ≥ 1]
-        guidance_scale: scale of classifier-free guidance; when empty 4, or 1 of a model that was distilled. [≥ 0]
+        steps: sampling steps of a picture (when empty 20, or the few that the model was distilled to). [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance (when empty 4, or 1 of a model that was distilled). [≥ 0]
     """
 
     usual_steps: ClassVar[int] = 20

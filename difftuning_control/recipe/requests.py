@@ -60,7 +60,7 @@ class SampleRequest(SamplerSettings):
         compare: also draw the base's pictures and put both into one grid.
         kept: with --compare, also draw with the weights of every step that training.save_at kept.
         output: folder of the pictures.
-        steps: sampling steps; as it suits the model when empty: 25, or the few that it was distilled to.
+        steps: sampling steps (when empty 25, or the few that the model was distilled to).
         domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
         unconditional_strength: in [0, 1], with domain_guidance_scale; of the adapter in the unconditional branch, 0 for
             the pretrained model and 1 for ordinary guidance.

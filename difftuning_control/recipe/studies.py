@@ -64,8 +64,7 @@ class AnalysisConfig(DrawSettings):
         staged: also hand over between the tuned and the pretrained model at every u0 (needs a run).
         u0: noise coordinates at which to hand over. [u, 0 to 1]
         pictures: pictures that are drawn at every u0. [pictures, ≥ 5]
-        steps: sampling steps of a picture; as it suits the model when empty: 15, or the few that it was distilled to.
-            [steps, ≥ 1]
+        steps: sampling steps of a picture (when empty 15, or the few that the model was distilled to). [steps, ≥ 1]
         seed: seed of the noise. [≥ 0]
         batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
@@ -104,10 +103,9 @@ class PilotConfig(SeededDrawSettings):
         lengths: steps at which every run is judged, read off one run each; its last step when empty. A side's best one
             is chosen on the prompts of the search. [steps, ≥ 1]
         pictures: generated pictures a run and length. [pictures, ≥ 5]
-        steps: sampling steps of a picture; as it suits the model when empty: 15, or the few that it was distilled to.
-            [steps, ≥ 1]
-        guidance_scale: scale of classifier-free guidance of all sides; when empty 4, or 1 of a model that was
-            distilled. [≥ 0]
+        steps: sampling steps of a picture (when empty 15, or the few that the model was distilled to). [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance of all sides (when empty 4, or 1 of a model that was
+            distilled). [≥ 0]
         guidance_scales: of each side's weights at its best length ordinary and Domain Guidance are tried at these
             scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
         batch_size: pictures drawn at once. [pictures, ≥ 1]

@@ -77,7 +77,13 @@ SIDES = [
     Side(
         "teacher_own",  # guidance 1 never asks the empty prompt, so it is the bank's own that are to be retained
         "turbo",
-        replace(DIFFTUNING, retention="teacher", retention_prompts="own", retention_weight=1.0),
+        TuningConfig(  # and at all noise levels alike, since few steps are most of them at high ones
+            ScheduleConfig("constant", xi=1.0),
+            retention_ratio=0.2,
+            retention_weight=1.0,
+            retention="teacher",
+            retention_prompts="own",
+        ),
         (FOUR, EIGHT, ONE),
     ),
     Side("plain", "base", PLAIN, (FOUR, EIGHT, ONE, BASE)),
@@ -88,7 +94,7 @@ NAMES = {
     "plain": "plain",
     "difftuning": "Diff-Tuning, own bank",
     "teacher": "teacher on the bank, empty prompt",
-    "teacher_own": "teacher on the bank, own prompts, λ = 1",
+    "teacher_own": "teacher on the bank, own prompts, ψ = ξ = λ = 1",
 }
 
 

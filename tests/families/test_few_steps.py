@@ -109,10 +109,10 @@ def test_what_draws_with_a_distilled_model_fits_it_and_is_said(tmp_path):
 def test_what_is_named_stays_and_what_does_not_suit_is_said(tmp_path):
     model, said = model_of(tmp_path / "mine", "StableDiffusionPipeline", {"_class_name": "LCMScheduler"}), []
     named = {"sample_steps": 8, "sample_guidance_scale": 1.5}
-    recipe = fitted(recipe_of(model, bank={"steps": 15}, training=named), said.append)
+    recipe = fitted(recipe_of(model, bank={"steps": 15, "solver": "dpmsolver++"}, training=named), said.append)
     assert (recipe.bank.steps, recipe.bank.guidance_scale) == (15, 1.0)
     assert (recipe.training.sample_steps, recipe.training.sample_guidance_scale) == (8, 1.5)
-    assert "bank.steps is 15, training.sample_guidance_scale is 1.5;" in said[2]
+    assert "bank.steps is 15, training.sample_guidance_scale is 1.5, bank.solver is dpmsolver++;" in said[2]
     assert "sample_steps" not in said[2]
 
 
@@ -169,13 +169,16 @@ def test_a_run_draws_bank_samples_and_pictures_in_the_models_steps(turbo, pictur
     assert written["bank"] | {"steps": 4, "guidance_scale": 1.0} == written["bank"]
     assert (written["training"]["sample_steps"], written["training"]["sample_guidance_scale"]) == (4, 1.0)
     assert any("draws in 4 steps without guidance" in line for line in said)
+    assert "num_inference_steps=4, guidance_scale=1.0).images[0]" in (tmp_path / "run" / "README.md").read_text()
     sample_to_folder(SampleRequest(["red"], str(tmp_path / "run"), output=str(tmp_path / "drawn")))
     drawn = json.loads((tmp_path / "drawn" / "samples.json").read_text())
     assert (drawn["steps"], drawn["guidance_scale"]) == (4, 1.0)
 
 
 def test_a_loaded_model_knows_what_its_folder_says(turbo, model_dir):
-    assert load_family(str(turbo)).few_steps == few_steps_of(str(turbo)) == FewSteps(4, 1.0, "its scheduler, LCMScheduler")
+    assert (
+        load_family(str(turbo)).few_steps == few_steps_of(str(turbo)) == FewSteps(4, 1.0, "its scheduler, LCMScheduler")
+    )
     assert load_family(str(model_dir)).few_steps is few_steps_of(str(model_dir)) is None
 
 
