@@ -131,6 +131,7 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
     output = python_text(folder)
     prompt, few = prompt_of(run), few_steps_of(run)
     if run.control is not None:
+        scale = f"controlnet_conditioning_scale=1.0{few}"
         place, (controlnet, pipeline) = python_text(f"{folder}/controlnet"), run.control.classes
         return [
             f"from diffusers import {controlnet}, {pipeline}",
@@ -140,7 +141,7 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
             f"controlnet = {controlnet}.from_pretrained({place})",
             f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, {run.control.argument}=condition, controlnet_conditioning_scale=1.0{few}).images[0]",
+            f"image = pipe({prompt}, {run.control.argument}=condition, {scale}).images[0]",
         ]
     call = f"image = pipe({asked_for(run)}{few}).images[0]"
     if recipe.method == "full":

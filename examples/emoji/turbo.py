@@ -39,7 +39,7 @@ from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.train import train
 
 TARGETS, SEEDS = (*CARRIED, "streamline"), (0, 1, 2)
-ROWS, RATE, LENGTHS, PICTURES = 16, 5e-3, (40, 120), 48
+ROWS, RATE, LENGTHS, PICTURES = 16, 5e-3, (40, 80), 32
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 PLAIN = TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
 DIFFTUNING = TuningConfig(ScheduleConfig("power", tau=0.3), retention_ratio=0.2, retention_weight=0.1)
@@ -73,7 +73,6 @@ class Side:
 SIDES = [
     Side("plain", "turbo", PLAIN, (FOUR, EIGHT, ONE)),
     Side("difftuning", "turbo", DIFFTUNING, (FOUR, EIGHT, ONE)),
-    Side("teacher", "turbo", replace(DIFFTUNING, retention="teacher"), (FOUR, EIGHT, ONE)),
     Side(
         "teacher_own",  # guidance 1 never asks the empty prompt, so it is the bank's own that are to be retained
         "turbo",
@@ -88,6 +87,7 @@ SIDES = [
     ),
     Side("plain", "base", PLAIN, (FOUR, EIGHT, ONE, BASE)),
     Side("difftuning", "base", DIFFTUNING, (FOUR, EIGHT, ONE, BASE)),
+    Side("teacher", "turbo", replace(DIFFTUNING, retention="teacher"), (FOUR, EIGHT, ONE)),
 ]
 NAMES = {
     "untuned": "not tuned",
@@ -184,8 +184,10 @@ class Bench:
 
 
 def jobs(seeds: list[int], targets: list[str]) -> Iterator[tuple[int, str, Side | None]]:
-    """All of it; None for both models as they are."""
-    return ((seed, target, side) for seed in seeds for target in targets for side in (None, *SIDES))
+    """All of it; None for both models as they are. The last side comes after the others of all targets."""
+    for seed in seeds:
+        yield from ((seed, target, side) for target in targets for side in (None, *SIDES[:-1]))
+        yield from ((seed, target, SIDES[-1]) for target in targets)
 
 
 def run(

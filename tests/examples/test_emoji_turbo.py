@@ -74,7 +74,7 @@ def test_a_small_study_runs_from_end_to_end_and_is_not_done_again(turbo, tmp_pat
     import distil
 
     monkeypatch.setattr(distil, "JUDGED", 6)
-    monkeypatch.setattr(turbo, "SIDES", [turbo.SIDES[3], turbo.SIDES[5]])
+    monkeypatch.setattr(turbo, "SIDES", [turbo.SIDES[2], turbo.SIDES[4]])
     folder = distil.make_turbo(tmp_path, trajectories=8, steps=1)
     assert type(load_family(str(folder)).pipe.scheduler).__name__ == "LCMScheduler"
     for _ in range(2):
