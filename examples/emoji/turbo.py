@@ -26,7 +26,7 @@ from distil import Trajectories, make_turbo
 from difftuning_control.data.prepare import read_data
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import load_features
-from difftuning_control.evaluation.figures import MOST, Sampling, build_reference, decoded, figures
+from difftuning_control.evaluation.figures import Sampling, build_reference, decoded, figures
 from difftuning_control.families.family import Family
 from difftuning_control.families.loading import load_family
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
@@ -40,6 +40,7 @@ from difftuning_control.verbs.train import train
 
 TARGETS, SEEDS = (*CARRIED, "streamline"), (0, 1, 2)
 ROWS, RATE, LENGTHS, PICTURES = 16, 5e-3, (40, 80), 32
+JUDGED_BY = 160  # real pictures, and samples of the base
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 PLAIN = TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
 DIFFTUNING = TuningConfig(ScheduleConfig("power", tau=0.3), retention_ratio=0.2, retention_weight=0.1)
@@ -126,22 +127,29 @@ def recipe_for(side: Side, target: str, seed: int, work: Path, lengths: tuple[in
     )
 
 
+class Models:
+    """The base and the turbo model, and features of the base's own samples."""
+
+    def __init__(self, work: Path):
+        self.base, self.turbo = load_family("embedded"), load_family(str(work / "turbo"))
+        self.features = load_features("lite0")
+        ends = Trajectories.load(work / "trajectories").ends[:JUDGED_BY]
+        self.source = self.features(decoded(self.base, ends))
+
+
 class Bench:
     """Both models, what pictures of a target are judged against, and the names of the search and of the figures."""
 
-    def __init__(self, target: str, work: Path, pictures: int = PICTURES):
-        self.models = {"base": load_family("embedded"), "turbo": load_family(str(work / "turbo"))}
-        self.target, base = target, self.models["base"]
-        self.resolution = base.native_resolution
-        features = load_features("lite0")
+    def __init__(self, target: str, work: Path, models: Models, pictures: int = PICTURES):
+        self.models = {"base": models.base, "turbo": models.turbo}
+        self.target, self.resolution = target, models.base.native_resolution
         tuned_on, held_out = read_data(recipe_for(SIDES[0], target, 0, work))
-        ends = Trajectories.load(work / "trajectories").ends[:MOST]  # the base's own samples
         self.reference = build_reference(
-            base,
-            features,
-            real=held_out.sample(MOST),
+            models.base,
+            models.features,
+            real=held_out.sample(JUDGED_BY),
             training=tuned_on,
-            source=features(decoded(base, ends)),
+            source=models.source,
             resolution=self.resolution,
         )
         names = [e.caption for e in held_out.sample(2 * pictures).examples]
@@ -195,6 +203,7 @@ def run(
     work: Path, seeds: list[int], targets: list[str], lengths: tuple[int, ...] = LENGTHS, pictures: int = PICTURES
 ) -> None:
     benches: dict[str, Bench] = {}
+    models: Models | None = None
     for seed, target, side in jobs(seeds, targets):
         place = work / target / (f"{side.model}-{side.name}" if side else "untuned") / f"seed-{seed}"
         if (place / "judged.json").exists():
@@ -204,8 +213,9 @@ def run(
             record = read_run(place)
             if record is None or not record.is_complete:
                 train(recipe)
+        models = models or Models(work)
         if target not in benches:
-            benches = {target: Bench(target, work, pictures)}
+            benches[target] = Bench(target, work, models, pictures)
         bench = benches[target]
         rows = bench.judge_untuned(seed) if side is None else bench.judge_run(side, place, seed, lengths)
         place.mkdir(parents=True, exist_ok=True)
