@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.autoencoder import LatentSpace
 from difftuning_control.families.control import Controlled, ControlledDenoiser, to_tensor
+from difftuning_control.families.few_steps import USUAL_STEPS, Configs, FewSteps, by_name, by_scheduler
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.older_form import write_older_form
 from difftuning_control.families.prompts import PromptEmbeddings, Prompting
 from difftuning_control.families.tunable import save_transformer_lora
 from difftuning_control.objective.noise import BaseDensity, NoiseProcess
+from difftuning_control.recipe.drawing import Settings
 from difftuning_control.recipe.inputs import Solver
 
 
@@ -39,6 +41,7 @@ class Family(Controlled, Prompting, LatentSpace):
     text_lora_targets: ClassVar[tuple[str, ...]] = ()  # empty where no text encoder is trained
     base_density: ClassVar[BaseDensity] = "uniform"  # how often the family trains at each noise level
     fit: ClassVar[Fit] = Fit()
+    distilled_steps: ClassVar[int] = USUAL_STEPS  # of the family's models that were distilled
     class_conditional: ClassVar[bool] = False  # told a class, and has its names for prompts; see `dit`
     takes_sizes: ClassVar[bool] = False  # whether `conditioning` may hold `sizes`, see `Framing.sizes`
 
@@ -143,6 +146,31 @@ class Family(Controlled, Prompting, LatentSpace):
         return
 
     # --- sampling ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
+        """How a model of this family draws that was distilled to few steps; None of one that was not."""
+        return by_scheduler(configs, cls.distilled_steps) or by_name(configs, cls.distilled_steps)
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """The same of this model."""
+        pipe = self.pipe
+        scheduler = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
+        name = str(pipe.config.get("_name_or_path") or "")
+        return self.few_steps_by(Configs(name, pipe.config, scheduler, self.denoiser.config))
+
+    def few_step_arguments(self) -> dict[str, Any]:
+        """What the stock pipeline's call is given where this model was distilled; nothing where it was not."""
+        few = self.few_steps
+        return (
+            {} if few is None else {"num_inference_steps": few.steps, **self.guidance_arguments(few.guidance_scale, 1)}
+        )
+
+    def suited(self, settings: Settings) -> Settings:
+        """Settings with the steps and the guidance that they leave out as this model draws."""
+        few = self.few_steps
+        return settings.for_model(None if few is None else few.drawn)
 
     def scheduler_of(self, solver: Solver) -> Any:
         """The scheduler of a solver, for the model's own process.

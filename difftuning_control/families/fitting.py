@@ -9,45 +9,102 @@ from typing import Any
 
 import torch
 
+from difftuning_control.families.few_steps import FewSteps
 from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import family_class
+from difftuning_control.families.loading import family_class, few_steps_of
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.terminal import activity
+
+TOO_MANY = 2  # times the steps of a distilled model, where more bring it nothing
 
 
 def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) -> Recipe:
     """The recipe with what its text leaves open (`Recipe.left_open`) as it fits the model; what it names stays.
 
     Args:
-        tell: is given a line that names what was filled in, once of several processes.
+        tell: is given, once of several processes, a line that names what was filled in, one on how a model draws that
+            was distilled to few steps, and one on what is named and does not suit that.
 
     Raises:
         UserError: if the model is not to be had, or of no supported family.
     """
     if not recipe.left_open:
         return recipe
-    fits = _values(recipe, _fit_of(recipe.model.id))
-    sections: dict[str, dict[str, Any]] = {"training": {}, "tuning": {}}
-    for key, value in fits.items():
-        section, name = key.split(".")
-        sections[section][name] = value
-    done = dataclasses.replace(
-        recipe,
-        training=dataclasses.replace(recipe.training, **sections["training"]),
-        tuning=dataclasses.replace(recipe.tuning, **sections["tuning"]),
-    )
-    if fits and os.environ.get("RANK", "0") == "0":
+    fit, few = _fit_of(recipe.model.id)
+    fits, drawn = _values(recipe, fit), _draws(recipe, few)
+    done = _with(recipe, fits | {key: value for key, value in drawn.items() if key in recipe.left_open})
+    if os.environ.get("RANK", "0") != "0":
+        return done
+    if fits:
         said = ", ".join(f"{key.partition('.')[2]} {_shown(value)}" for key, value in fits.items())
         tell(f"not given, and so as it fits {recipe.model.id} with method {recipe.method}: {said}")
+    for line in _on_few_steps(recipe, few, drawn) if few is not None else ():
+        tell(line)
     return done
 
 
-def _fit_of(model: str) -> Fit:
+def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with values by dotted key, and nothing left open."""
+    recipe = dataclasses.replace(recipe)
+    for key, value in values.items():
+        section, name = key.split(".", 1)
+        part = getattr(recipe, section)
+        inner, _, leaf = name.rpartition(".")
+        if inner:
+            value, name = dataclasses.replace(getattr(part, inner), **{leaf: value}), inner
+        recipe = dataclasses.replace(recipe, **{section: dataclasses.replace(part, **{name: value})})
+    return recipe
+
+
+def _draws(recipe: Recipe, few: FewSteps | None) -> dict[str, Any]:
+    """The steps and scales, by dotted key, of all that a run of this recipe draws with a model of few steps."""
+    if few is None:
+        return {}
+    sections = {
+        "bank.": True,
+        "training.sample_": True,
+        "control.fidelity.": recipe.method == "controlnet",
+        "gates.": recipe.gates.draws,
+    }
+    drawn = {name: is_drawn for name, is_drawn in sections.items() if is_drawn}
+    return {f"{name}{k}": getattr(few, k) for name in drawn for k in ("steps", "guidance_scale")}
+
+
+def _on_few_steps(recipe: Recipe, few: FewSteps, drawn: dict[str, Any]) -> list[str]:
+    """What to say of a model that was distilled."""
+    lines, model = [], recipe.model.id
+    said = [f"{key} {_shown(value)}" for key, value in drawn.items() if key in recipe.left_open]
+    if said:
+        lines.append(f"{model} draws in {few}, and so, where it is not given: {', '.join(said)}")
+    named = {key: _at(recipe, key) for key in drawn if key not in recipe.left_open}
+    odd = [
+        f"{key} is {_shown(value)}"
+        for key, value in named.items()
+        if value > (TOO_MANY * few.steps if key.endswith("steps") else few.guidance_scale)
+    ]
+    odd += [f"bank.solver is {recipe.bank.solver}"] if recipe.bank.solver != "own" else []
+    if odd:
+        lines.append(
+            f"note: {model} draws in {few}, and {', '.join(odd)}; leave out what is not meant so, and it fits the model"
+        )
+    return lines
+
+
+def _at(recipe: Recipe, key: str) -> Any:
+    """The recipe's value of a dotted key."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _fit_of(model: str) -> tuple[Fit, FewSteps | None]:
+    """What fits the model's family, and how it draws if it was distilled."""
     if model == "embedded":
-        return EMBEDDED
+        return EMBEDDED, None
     with activity("looking up", os.environ.get("RANK", "0") == "0", model):
-        return family_class(model).fit
+        return family_class(model).fit, few_steps_of(model)
 
 
 def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:

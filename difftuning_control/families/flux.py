@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
+from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.packed import PackedTransformer, image_ids, pack
 from difftuning_control.families.transformer import FlowTransformer
@@ -66,6 +67,15 @@ class Flux(PackedTransformer, FlowTransformer):
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device, dtype=embeds.dtype),
             "img_ids": image_ids(height, width, embeds.device).to(embeds),
         }
+
+    @classmethod
+    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
+        """Of schnell, which is not told its guidance and draws at the same levels at all sizes."""
+        told = configs.denoiser.get("guidance_embeds", True)
+        shifted = configs.scheduler.get("use_dynamic_shifting", True)
+        if not told and not shifted:
+            return FewSteps(cls.distilled_steps, 1.0, "its transformer, which is not told the guidance")
+        return super().few_steps_by(configs)
 
     def unused_parameters(self, module: Any) -> tuple[str, ...]:
         """In a ControlNet without single blocks all that leads to the prompt's stream after the last double block."""

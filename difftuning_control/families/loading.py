@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.hub import in_precision, quiet_loading, why_not
 from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.inputs import ModelConfig
@@ -98,6 +99,33 @@ def family_class(model: str) -> type[Family]:
         UserError: as `load_family`.
     """
     return _class_of(pipeline_name(model))
+
+
+def few_steps_of(model: str) -> FewSteps | None:
+    """How a model draws that was distilled to few steps, by its configurations; None of one that was not.
+
+    Raises:
+        UserError: as `load_family`.
+    """
+    if model == "embedded":
+        return None
+    index = _read_index(model, model)
+    family = _class_of(_known_class(model, index))
+    from diffusers import DDIMScheduler, UNet2DConditionModel  # as in _read_index
+
+    # of other classes too: a configuration is read by its place alone
+    parts = ((DDIMScheduler, "scheduler"), (UNet2DConditionModel, family.component))
+    scheduler, denoiser = (_read_part(kind, model, folder) for kind, folder in parts)
+    return family.few_steps_by(Configs(model, index, scheduler, denoiser))
+
+
+def _read_part(kind: Any, model: str, folder: str) -> dict[str, Any]:
+    """The configuration of a part of a pipeline; empty where it cannot be read, which loading will tell of."""
+    try:
+        with hub_or_cache(model), quiet_loading():
+            return kind.load_config(model, subfolder=folder)
+    except Exception:
+        return {}
 
 
 def _read_index(model: str, path: str) -> dict[str, Any]:

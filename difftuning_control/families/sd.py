@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.family import Family
+from difftuning_control.families.few_steps import Configs, FewSteps
 
+TOLD_GUIDANCE = 8.0  # of UNets that are told it: in the middle of what latent consistency models were distilled at
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
 
 
@@ -74,15 +76,39 @@ class StableDiffusion(Family):
     def denoiser_inputs(
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> dict[str, Any]:
-        inputs = {"sample": noisy_model_input, "timestep": timesteps}
+        inputs = {"sample": noisy_model_input, "timestep": timesteps, **self._told_guidance(noisy_model_input)}
         if "prompt_ids" in conditioning:
             return inputs | {"prompt_ids": conditioning["prompt_ids"]}
         return inputs | {"encoder_hidden_states": conditioning["prompt_embeds"]}
 
+    def _told_guidance(self, noisy_model_input: Tensor) -> dict[str, Any]:
+        """The embedded guidance of a UNet that is told it, by the stock pipeline's convention scale − 1."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        scales = torch.full((len(noisy_model_input),), TOLD_GUIDANCE - 1)
+        embedded = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+        return {"timestep_cond": embedded.to(noisy_model_input)}
+
+    @classmethod
+    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
+        """Of SD-Turbo and SDXL-Turbo, and what was distilled like them, an Euler scheduler with trailing timesteps and
+        ordinary noise is the sign."""
+        if configs.denoiser.get("time_cond_proj_dim") is not None:
+            return FewSteps(cls.distilled_steps, TOLD_GUIDANCE, "its UNet, which is told the guidance")
+        found, its = super().few_steps_by(configs), configs.scheduler
+        is_euler = configs.scheduler_class in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+        ordinary = its.get("prediction_type", "epsilon") == "epsilon" and not its.get("rescale_betas_zero_snr", False)
+        if found is None and is_euler and ordinary and its.get("timestep_spacing") == "trailing":
+            known_by = f"its scheduler, {configs.scheduler_class} with trailing timesteps"
+            return FewSteps(cls.distilled_steps, 1.0, known_by)
+        return found
+
     # --- control ----------------------------------------------------------------------------------------------------
 
     def residuals(self, controlnet: Any, control: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        down, mid = controlnet(**inputs, controlnet_cond=control)
+        told = {name: value for name, value in inputs.items() if name != "timestep_cond"}  # which the UNet alone takes
+        down, mid = controlnet(**told, controlnet_cond=control)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
     def control_pipeline(self) -> Any:

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs, filled_controlnet
+from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.quantised import plain_state
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.system.tensors import read_tensors
 
+TURBO_SHIFT = 3.0  # of the scheduler; the base's is 6
 SIDE = 1024  # that the pipeline draws at unless told otherwise
 CONTROL_EVERY = 5  # of the transformer's layers one that a new ControlNet copies, as in the first published one
 LENT = (
@@ -56,6 +58,7 @@ class ZImage(MaskedTransformer):
 
     name = "z_image"
     fit = Fit(batch_size=3)
+    distilled_steps = 8
     base_density = "logit_normal"
     text_length = 512
     call_settings: ClassVar[dict[str, Any]] = {}
@@ -78,6 +81,12 @@ class ZImage(MaskedTransformer):
 
     def told(self, process: NoiseProcess) -> NoiseProcess:
         return replace(process, timesteps=1 - process.sigmas)
+
+    @classmethod
+    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
+        if configs.scheduler.get("shift") == TURBO_SHIFT:
+            return FewSteps(cls.distilled_steps, 1.0, f"its scheduler, whose shift is {TURBO_SHIFT:g}")
+        return super().few_steps_by(configs)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

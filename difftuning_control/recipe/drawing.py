@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeVar
 
 from difftuning_control.errors import UserError
+
+USUAL_GUIDANCE = 4.0
+
+
+Settings = TypeVar("Settings", bound="SamplerSettings")
 
 
 @dataclass(kw_only=True)
@@ -13,12 +19,30 @@ class SamplerSettings:
     """How a picture is drawn.
 
     Args:
-        steps: sampling steps of a picture. [steps, ≥ 1]
-        guidance_scale: scale of classifier-free guidance. [≥ 0]
+        steps: sampling steps of a picture (when empty 20, or the few that the model was distilled to). [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance (when empty 4, or 1 of a model that was distilled). [≥ 0]
     """
 
-    steps: int = 20
-    guidance_scale: float = 4.0
+    usual_steps: ClassVar[int] = 20
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+    def for_model(self: Settings, few: tuple[int, float] | None) -> Settings:
+        """These with the steps and the scale that are left out: those of a model that was distilled, or the usual."""
+        steps, scale = (self.usual_steps, USUAL_GUIDANCE) if few is None else few
+        return replace(
+            self,
+            steps=steps if self.steps is None else self.steps,
+            guidance_scale=scale if self.guidance_scale is None else self.guidance_scale,
+        )
+
+    @property
+    def drawn(self) -> tuple[int, float]:
+        """Steps and guidance, once they are known."""
+        assert self.steps is not None
+        assert self.guidance_scale is not None
+        return self.steps, self.guidance_scale
 
 
 @dataclass(kw_only=True)
@@ -62,13 +86,15 @@ class SeededDrawSettings(DrawSettings):
 
 
 def check_least(section: str, values: object, least: dict[str, int]) -> None:
-    """Refuse values that are not finite or below the least.
+    """Refuse values that are given, and not finite or below the least.
 
     Raises:
         UserError: naming the first.
     """
     for name, lowest in least.items():
         value = getattr(values, name)
+        if value is None:  # as it suits the model
+            continue
         if not lowest <= value < math.inf:
             raise UserError(f"{section}{name} is {value}; expected at least {lowest}.")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from difftuning_control.errors import UserError, need
-from difftuning_control.recipe.drawing import SeededDrawSettings
+from difftuning_control.recipe.drawing import USUAL_GUIDANCE, SeededDrawSettings
 from difftuning_control.system.home import expand_paths
 
 GATES = ("kid", "retention_loss", "fidelity", "memorisation")
@@ -26,6 +26,8 @@ class GatesConfig(SeededDrawSettings):
         memorisation: highest mean cosine to the nearest training picture. [-1 to 1]
     """
 
+    steps: int = field(default=20, kw_only=True)  # both are filled in with the recipe
+    guidance_scale: float = field(default=USUAL_GUIDANCE, kw_only=True)
     kid: float | None = None
     retention_loss: float | None = None
     fidelity: float | None = None

@@ -131,8 +131,10 @@ class BankConfig:
         prompts: what the samples are drawn for: captions (those of the data), empty, or a text file with one prompt a
             line; of a model that is told classes also classes (all that it has), or both (its classes and the empty one
             by turns).
-        guidance_scale: scale of classifier-free guidance while the samples are drawn. [≥ 0]
-        steps: sampling steps of a sample. [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance while the samples are drawn; where none is named, a model that
+            was distilled to few steps draws with none. [≥ 0]
+        steps: sampling steps of a sample; where none are named, a model that was distilled draws in its few. [steps, ≥
+            1]
         solver: what draws them: own is the model's own scheduler, dpmsolver++ DPM-Solver++, for models that predict
             noise or v.
         batch_size: samples drawn at once, or auto: as many as have two megapixels together, at most 32. The first step

@@ -31,6 +31,14 @@ FITTED = (  # what fits the model where a recipe names none
     "training.batch_size",
     "training.mixed_precision",
     "tuning.retention_ratio",
+    "bank.steps",
+    "bank.guidance_scale",
+    "training.sample_steps",
+    "training.sample_guidance_scale",
+    "control.fidelity.steps",
+    "control.fidelity.guidance_scale",
+    "gates.steps",
+    "gates.guidance_scale",
 )
 
 
@@ -239,8 +247,8 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """A recipe from its sections as dictionaries: `{"model": {"id": "embedded"}, "training": {"max_steps": 30}}`.
 
-        Learning rate, steps, batch size and precision that are left out fit the model once it is known; the data must
-        be named.
+        Learning rate, steps, batch size and precision that are left out fit the model once it is known, and so do the
+        sampling steps and guidance of one that was distilled to few steps; the data must be named.
 
         Raises:
             UserError: if a key is unknown, or a value is of another type or out of its range.
@@ -284,6 +292,10 @@ class Recipe:
 
 def _names(values: Mapping[str, Any], key: str) -> bool:
     """Whether nested values, of dictionaries or of dataclasses, say something of a dotted key."""
-    section, name = key.split(".")
-    part = values.get(section, {})
-    return not isinstance(part, Mapping) or name in part
+    part: Any = values
+    *sections, name = key.split(".")
+    for section in sections:
+        part = part.get(section, {})
+        if not isinstance(part, Mapping):
+            return True
+    return name in part

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.drawing import SamplerSettings, check_domain_scale
+from difftuning_control.recipe.drawing import SamplerSettings, check_domain_scale, check_least
 from difftuning_control.recipe.inputs import MAX_SEED, ModelConfig
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.text import harmless
@@ -61,7 +60,7 @@ class SampleRequest(SamplerSettings):
         compare: also draw the base's pictures and put both into one grid.
         kept: with --compare, also draw with the weights of every step that training.save_at kept.
         output: folder of the pictures.
-        steps: sampling steps.
+        steps: sampling steps (when empty 25, or the few that the model was distilled to).
         domain_guidance_scale: the run draws at this scale (1 or more) with Domain Guidance instead, the base as before.
         unconditional_strength: in [0, 1], with domain_guidance_scale; of the adapter in the unconditional branch, 0 for
             the pretrained model and 1 for ordinary guidance.
@@ -69,6 +68,8 @@ class SampleRequest(SamplerSettings):
         seed: of the noise.
         moved: where the run's inputs lie now, if they were moved.
     """
+
+    usual_steps: ClassVar[int] = 25
 
     prompts: list[str] = field(default_factory=list)
     run: str | None = None
@@ -78,7 +79,6 @@ class SampleRequest(SamplerSettings):
     compare: bool = False
     kept: bool = False
     output: str = "runs/samples"
-    steps: int = field(default=25, kw_only=True)
     domain_guidance_scale: float | None = None
     unconditional_strength: float | None = None
     resolution: int | None = None
@@ -89,10 +89,7 @@ class SampleRequest(SamplerSettings):
         expand_paths(self, "run", "control", "output")
         if not self.prompts:
             raise UserError('there is no prompt; give one: difftune sample RUN "red apple".')
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; expected at least 1.")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale is {self.guidance_scale}; expected at least 0.")
+        check_least("", self, {"steps": 1, "guidance_scale": 0})
         check_domain_scale(self.domain_guidance_scale, self.unconditional_strength)
         if self.domain_guidance_scale is not None and self.run is None:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_domain_scale, check_least
@@ -63,16 +64,18 @@ class AnalysisConfig(DrawSettings):
         staged: also hand over between the tuned and the pretrained model at every u0 (needs a run).
         u0: noise coordinates at which to hand over. [u, 0 to 1]
         pictures: pictures that are drawn at every u0. [pictures, ≥ 5]
+        steps: sampling steps of a picture (when empty 15, or the few that the model was distilled to). [steps, ≥ 1]
         seed: seed of the noise. [≥ 0]
         batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
+
+    usual_steps: ClassVar[int] = 15
 
     rows: int = 64
     draws: int = 2
     staged: bool = False
     u0: list[float] = field(default_factory=lambda: list(U0))
     pictures: int = field(default=48, kw_only=True)
-    steps: int = field(default=15, kw_only=True)
     seed: int = 0
     batch_size: int = 16
 
@@ -100,18 +103,21 @@ class PilotConfig(SeededDrawSettings):
         lengths: steps at which every run is judged, read off one run each; its last step when empty. A side's best one
             is chosen on the prompts of the search. [steps, ≥ 1]
         pictures: generated pictures a run and length. [pictures, ≥ 5]
-        guidance_scale: scale of classifier-free guidance of all sides. [≥ 0]
+        steps: sampling steps of a picture (when empty 15, or the few that the model was distilled to). [steps, ≥ 1]
+        guidance_scale: scale of classifier-free guidance of all sides (when empty 4, or 1 of a model that was
+            distilled). [≥ 0]
         guidance_scales: of each side's weights at its best length ordinary and Domain Guidance are tried at these
             scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
         batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
+
+    usual_steps: ClassVar[int] = 15
 
     sides: list[str] = field(default_factory=lambda: list(DEFAULT_SIDES))
     learning_rates: list[float] = field(default_factory=list)
     widen: int = 0
     lengths: list[int] = field(default_factory=list)
     pictures: int = field(default=48, kw_only=True)
-    steps: int = field(default=15, kw_only=True)
     guidance_scales: list[float] = field(default_factory=list)
     batch_size: int = 16
 

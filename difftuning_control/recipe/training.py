@@ -268,8 +268,10 @@ class TrainingConfig:
         validation_size: rows of target and of bank in a validation. [rows, ≥ 1]
         sample_every: optimizer steps between sample grids; 0 for none. [optimizer steps, ≥ 0]
         sample_prompts: prompts of the sample grids; captions of the data when empty.
-        sample_steps: sampling steps of the sample grids. [steps, ≥ 1]
-        sample_guidance_scale: scale of classifier-free guidance of the sample grids. [≥ 0]
+        sample_steps: sampling steps of the sample grids; where none are named, a model that was distilled draws in its
+            few. [steps, ≥ 1]
+        sample_guidance_scale: scale of classifier-free guidance of the sample grids; where none is named, a model that
+            was distilled draws with none. [≥ 0]
         trackers: where figures and grids are also sent: any of tensorboard, wandb.
         stop_when: end before max_steps: converged (once a ControlNet's fidelity has risen and settled); never when
             empty.

@@ -120,14 +120,20 @@ def asked_for(run: RunRecord) -> str:
     return f"pipe.get_label_ids([{prompt}])" if run.classes.named else f"[{(run.prompts or [''])[0]}]"
 
 
+def few_steps_of(run: RunRecord) -> str:
+    """What the call of a base that was distilled is given beside, in Python, with a comma before it."""
+    return "".join(f", {name}={value!r}" for name, value in run.few_steps.items())
+
+
 def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     places = run.places  # absolute, so that the lines run from any folder
     base = python_text(run.base_path if recipe.model.id == "embedded" else places.get("model", recipe.model.id))
     folder = places.get("run", recipe.output)
     output = python_text(folder)
-    prompt = prompt_of(run)
+    prompt, few = prompt_of(run), few_steps_of(run)
     if run.control is not None:
+        scale = f"controlnet_conditioning_scale=1.0{few}"
         place, (controlnet, pipeline) = python_text(f"{folder}/controlnet"), run.control.classes
         return [
             f"from diffusers import {controlnet}, {pipeline}",
@@ -137,9 +143,9 @@ def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
             f"controlnet = {controlnet}.from_pretrained({place})",
             f"pipe = {pipeline}.from_pretrained({base}, controlnet=controlnet)",
             f'condition = Conditioner(ControlSpec.load({place})).prepare(Image.open("photo.png"))',
-            f"image = pipe({prompt}, {run.control.argument}=condition, controlnet_conditioning_scale=1.0).images[0]",
+            f"image = pipe({prompt}, {run.control.argument}=condition, {scale}).images[0]",
         ]
-    call = f"image = pipe({asked_for(run)}).images[0]"
+    call = f"image = pipe({asked_for(run)}{few}).images[0]"
     if recipe.method == "full":
         load = [f"pipe = DiffusionPipeline.from_pretrained({python_text(f'{folder}/pipeline')})"]
         return ["from diffusers import DiffusionPipeline", "", *load, call]

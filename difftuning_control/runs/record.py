@@ -54,6 +54,7 @@ class RunRecord(Section):
         fingerprints: digests of the inputs.
         dtype: of the base while it was tuned, `torch.float32`; None in earlier records.
         loads_lora: see `stock_loads_lora`.
+        few_steps: what the stock pipeline's call is given where the base was distilled to few steps.
         data: the pictures.
         bank: the knowledge bank; None without one.
         classes: which number each class has; None of a model that takes prompts.
@@ -85,6 +86,7 @@ class RunRecord(Section):
 
     SOMETIMES: ClassVar = (
         "changes",
+        "few_steps",
         "sources",
         "inputs",
         "error",
@@ -130,6 +132,7 @@ class RunRecord(Section):
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
     dtype: str | None = None
     loads_lora: bool | None = None
+    few_steps: dict[str, Any] = field(default_factory=dict)
     data: DataRecord = field(default_factory=DataRecord)
     bank: BankRecord | None = None
     classes: LabelSpace | None = None

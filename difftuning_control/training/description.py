@@ -30,6 +30,7 @@ def describe_run(prepared: PreparedRun, accelerator: Accelerator) -> RunRecord:
         fingerprints=prepared.fingerprints,
         dtype=str(family.dtype),
         loads_lora=hasattr(family.pipe, "load_lora_weights"),
+        few_steps=family.few_step_arguments(),
         data=_describe_data(prepared),
         bank=bank,
         classes=label_space_of(family, recipe, inputs.data),

@@ -215,9 +215,7 @@ def staged_sampling(
     reference = reference_of(family, features, inputs)
     captions = [e.caption for e in inputs.held_out.sample(config.pictures).examples]
     prompts = [captions[i % len(captions)] for i in range(config.pictures)]
-    sampling = Sampling(
-        prompts, [config.seed], config.steps, config.guidance_scale, inputs.resolution, config.batch_size
-    )
+    sampling = Sampling(prompts, [config.seed], *family.suited(config).drawn, inputs.resolution, config.batch_size)
     result: dict[str, Any] = {"u0": config.u0, "tuned_above": {}, "tuned_below": {}, "pictures": len(prompts)}
     with (
         progress(2 * len(config.u0) * len(prompts), "staged sampling") as advance,

@@ -86,6 +86,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     recipe, resolution = recipes[first], records[first].data.resolution
     need_places(records[first], first, ("model", "data", "validation", "control", "control_validation"))
     family = _base(records, recipes, first)
+    request = family.suited(request)
     features = load_features(request.features, family.device)
     training, real = _pictures(request, records, recipes, tell)
     bank = begin_label_space(family, recipe, training, _bank(family, records))

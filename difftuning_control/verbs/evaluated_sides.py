@@ -80,9 +80,7 @@ def side_drawing(
     """
     control = probe.control if probe is not None else None
     blank = torch.zeros_like(control[:1]).expand(len(outside), -1, -1, -1) if control is not None else None
-    within = Sampling(
-        captions, request.seeds, request.steps, request.guidance_scale, resolution, request.batch_size, control
-    )
+    within = Sampling(captions, request.seeds, *request.drawn, resolution, request.batch_size, control)
     far = replace(within, prompts=outside, seeds=request.seeds[:1], control=blank)
     return SideDrawing(within, far, reference, probe)
 
@@ -92,14 +90,15 @@ def judge_sides(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The base, and every run."""
     domain, strength, sides = request.domain_guidance_scale, request.unconditional_strength or 0.0, []
+    _, scale = request.drawn
     total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
     with progress(total, "sampling") as advance:
-        base = drawing.side("base", family, request.guidance_scale, advance)
+        base = drawing.side("base", family, scale, advance)
         for run, record in records.items():
             with (
                 tuned_model(family, run, record) as tuned,
                 domain_guided(family, tuned, strength) if domain is not None else nullcontext(),
             ):
-                side = drawing.side(run, tuned, request.guidance_scale if domain is None else domain, advance)
+                side = drawing.side(run, tuned, scale if domain is None else domain, advance)
             sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})
     return base, sides

@@ -114,10 +114,11 @@ def _settings(request: SampleRequest, family: Family, record: RunRecord | None) 
     """What the base and the tuned model draw with."""
     side = request.resolution or (record.data.resolution if record is not None else family.native_resolution)
     family.check_resolution(side, "resolution")
+    steps, scale = family.suited(request).drawn
     return {
         "seed": request.seed,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
+        "steps": steps,
+        "guidance_scale": scale,
         "resolution": side,
     }
 

@@ -39,7 +39,16 @@ def test_the_embedded_model_keeps_the_defaults_of_the_dataclass():
 
 def test_what_is_named_stays(model_dir):
     named = {"learning_rate": 3e-3, "max_steps": 2, "batch_size": 7, "mixed_precision": "no"}
-    recipe = of({"id": str(model_dir)}, training=named, tuning={"retention_ratio": 0.4})
+    drawn = {"steps": 9, "guidance_scale": 2.0}
+    recipe = of(
+        {"id": str(model_dir)},
+        training=named | {"sample_steps": 9, "sample_guidance_scale": 2.0},
+        tuning={"retention_ratio": 0.4},
+        bank=drawn,
+        control={"fidelity": drawn},
+        gates=drawn | {"kid": 0.1},
+        method="controlnet",
+    )
     assert recipe.left_open == ()
     assert fitted(recipe) is recipe
 

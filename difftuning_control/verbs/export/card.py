@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.adapter_kinds import KINDS
-from difftuning_control.runs.card import asked_for, model_card
+from difftuning_control.runs.card import asked_for, few_steps_of, model_card
 from difftuning_control.runs.gates import check_passed
 from difftuning_control.system.text import plain_markdown, python_text
 
@@ -140,18 +140,19 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
         body.append(f"pipe.register_modules(source_{parts.component}=source)")
     if request.source_unet != "none" and parts.ours is not None and BY_CLASS[parts.ours.stock].scale is not None:
         body.append("pipe.set_extras(domain_guidance=True)")
+    few = few_steps_of(run)
     prompt, image = asked_for(run), run.control.argument if run.control is not None else "image"
     if parts.controlnet is None:
-        body.append(f"image = pipe({prompt}).images[0]")
+        body.append(f"image = pipe({prompt}{few}).images[0]")
     elif parts.ours is not None:
         used["PIL"].append("Image")
-        body.append(f'image = pipe({prompt}, {image}=Image.open("photo.png"), preprocess=True).images[0]')
+        body.append(f'image = pipe({prompt}, {image}=Image.open("photo.png"), preprocess=True{few}).images[0]')
     else:
         used["PIL"].append("Image")
         used["difftuning_control"] += ["Conditioner", "ControlSpec"]
         spec = 'ControlSpec.load(f"{folder}/controlnet")'
         body.append(f'condition = Conditioner({spec}).prepare(Image.open("photo.png"))')
-        body.append(f"image = pipe({prompt}, {image}=condition, controlnet_conditioning_scale=1.0).images[0]")
+        body.append(f"image = pipe({prompt}, {image}=condition, controlnet_conditioning_scale=1.0{few}).images[0]")
     return [*(f"from {module} import {', '.join(sorted(names))}" for module, names in used.items() if names), "", *body]
 
 

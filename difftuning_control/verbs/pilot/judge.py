@@ -74,8 +74,7 @@ def judge_of(
         Sampling(
             prompts[i],
             [0],
-            config.steps,
-            config.guidance_scale,
+            *config.drawn,
             inputs.resolution,
             config.batch_size,
             probes[bool(i)].control if probes is not None else None,

@@ -30,7 +30,7 @@ from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
 from difftuning_control.evaluation.pilot_figures import PictureRow, PilotBudget, PilotPictures
 from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import load_base
+from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.pipelines.domain_guidance import check_domain_family
 from difftuning_control.recipe.recipe import Recipe
@@ -106,6 +106,7 @@ class Pilot:
                 "judged on pictures that were not tuned on."
             )
         self.family = load_base(recipe).to(best_device())
+        self.config = self.family.suited(config)
         if config.guidance_scales:
             check_domain_family(self.family, "pilot.guidance_scales")
         self.conditioner, self.primary = None, PRIMARY
@@ -191,6 +192,7 @@ class Pilot:
 
     def _settings(self) -> dict[str, Any]:
         config, training = self.config, self.recipe.training
+        steps, scale = config.drawn
         return {
             "method": self.recipe.method,
             "steps": training.max_steps,
@@ -199,8 +201,8 @@ class Pilot:
             "seeds": config.seeds,
             "learning_rates": self.rates,
             "pictures": config.pictures,
-            "guidance_scale": config.guidance_scale,
-            "sampling_steps": config.steps,
+            "guidance_scale": scale,
+            "sampling_steps": steps,
             "features": config.features,
             "guidance_scales": config.guidance_scales,
         }
@@ -278,6 +280,8 @@ def pilot(
     output = Path(recipe.output)
     for option, place in written_places(recipe).items():
         refuse_among_data(place, data_places(recipe), option)
+    few = few_steps_of(recipe.model.id)
+    config = config.for_model(None if few is None else few.drawn)
     marker, identity = output / SETTINGS, pilot_identity(recipe, config)
     refuse_unwritable(output)
     if output.exists() and not is_empty(output):
