@@ -6,9 +6,9 @@ solver, and against the pretrained model's own prediction as the target of reten
     python examples/emoji/bank_cost.py --table examples/emoji/bank_cost.json                     # the tables
 
 LoRA on 8 pictures, 48 steps of 10 rows, of which 2 are for retention, λ = 0.1, ψ = u^0.3. Cells differ in retention
-alone; a seed has the same bank on all targets, and another than the other seeds. Every cell is judged on names that were
-never trained on, drawn with the same noise, and what it forgot on one bank that no run has trained on. Every cell has its
-first seed on all targets before any has its second, and what is done is not done again.
+alone; a seed has the same bank on all targets, and another than the other seeds. Every cell is judged on names that
+were never trained on, drawn with the same noise, and what it forgot on one bank that no run has trained on. Every cell
+has its first seed on all targets before any has its second, and what is done is not done again.
 """
 
 from __future__ import annotations
