@@ -26,6 +26,27 @@ def test_only_difftuning_pays_for_the_bank():
     assert whole == {"plain": 207.0, "Diff-Tuning": 357.0}
 
 
+def test_the_table_says_the_parts_and_what_they_add_up_to():
+    part = {
+        "clock": "cpu",
+        "steps": 800,
+        "rows": 5,
+        "pictures": 24,
+        "timed_rows": 2,
+        "seconds": {"picture": 7, "forward": {"2": 9.5, "4": 9}, "row": {"plain": 26, "Diff-Tuning": 26.5}},
+        "bank_forwards": 960,
+        "whole": {"plain": 104168, "Diff-Tuning": 114808},
+        "ratio": 1.10214,
+    }
+    assert table({"settings": {"threads": 1}, "parts": {"price": part}}).strip().split("\n") == [
+        "Added up from parts, cpu time, without start-up, validation and saving: 24 pictures, 800 steps of 5 rows, "
+        "960 forwards of the bank: plain 104,168 s, Diff-Tuning 114,808 s, 1.102 times.",
+        "Parts: a picture encoded 7.00 s; a row's forward 9.50 s in a batch of 2, 9.00 s in a batch of 4; a row of a step "
+        "26.00 s plain and 26.50 s Diff-Tuning, in steps of 2 rows.",
+    ]
+
+
+@pytest.mark.wide
 def test_the_whole_follows_from_the_parts_that_were_measured(tmp_path: Path):
     settings = Bench(
         parts=["price"],

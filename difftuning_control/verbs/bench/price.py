@@ -18,7 +18,6 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.loading import DTYPES, load_family
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.training.loop import TrainingLoop
-from difftuning_control.verbs.bench.step_profile import step_in_turn
 from difftuning_control.verbs.bench.total import PICTURES, RETENTION, bank_forwards, job_steps
 
 if TYPE_CHECKING:
@@ -78,14 +77,15 @@ def _encoding_and_drawing(setting: Setting) -> tuple[float, dict[str, float]]:
         seeds = [torch.Generator().manual_seed(i) for i in range(samples)]
         family.sample([""] * samples, seeds, steps=1, guidance_scale=guidance, resolution=setting.side)
 
-    picture = _timed(setting, encode)
-    return picture, {str(2 * n): _timed(setting, lambda n=n: draw(n)) / (2 * n) for n in SAMPLES}
+    rounds = setting.bench.rounds
+    picture = _timed(setting, encode, rounds)
+    return picture, {str(2 * n): _timed(setting, lambda n=n: draw(n), rounds) / (2 * n) for n in SAMPLES}
 
 
-def _timed(setting: Setting, work: Callable[[], object]) -> float:
-    """The median over the rounds of what one call takes, in seconds."""
+def _timed(setting: Setting, work: Callable[[], object], times: int) -> float:
+    """The median of what so many calls take, in seconds."""
     found = []
-    for _ in range(setting.bench.rounds):
+    for _ in range(times):
         begun = setting.clock()
         work()
         found.append(setting.clock() - begun)
@@ -100,9 +100,11 @@ def _row(setting: Setting, rows: int, tuned: bool) -> float:
         more = retention | DRAWN | {"bank.path": setting.work / "price-bank"}
         kept = [flag for flag in command if not flag.startswith("--tuning.")]
         command = [*kept, *(f"--{name}={value}" for name, value in more.items())]
-    seconds = step_in_turn([setting.loop(command, TrainingLoop)], setting.bench.steps, setting.clock)[0]
-    gc.collect()  # a model of this size twice would not fit everywhere
-    return median(seconds) / rows
+    gc.collect()  # what was loaded before: a model of this size twice would not fit everywhere
+    loop = setting.loop(command, TrainingLoop)
+    loop.denoiser.train()
+    steps = iter(range(setting.bench.steps))  # so long that the first needs no other before it
+    return _timed(setting, lambda: loop.step(next(steps)), setting.bench.steps) / rows
 
 
 def lines(part: dict[str, Any]) -> list[str]:
