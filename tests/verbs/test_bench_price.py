@@ -41,8 +41,8 @@ def test_the_table_says_the_parts_and_what_they_add_up_to():
     assert table({"settings": {"threads": 1}, "parts": {"price": part}}).strip().split("\n") == [
         "Added up from parts, cpu time, without start-up, validation and saving: 24 pictures, 800 steps of 5 rows, "
         "960 forwards of the bank: plain 104,168 s, Diff-Tuning 114,808 s, 1.102 times.",
-        "Parts: a picture encoded 7.00 s; a row's forward 9.50 s in a batch of 2, 9.00 s in a batch of 4; a row of a step "
-        "26.00 s plain and 26.50 s Diff-Tuning, in steps of 2 rows.",
+        "Parts: a picture encoded 7.00 s; a row's forward 9.50 s in a batch of 2, 9.00 s in a batch of 4; a row of a "
+        "step 26.00 s plain and 26.50 s Diff-Tuning, in steps of 2 rows.",
     ]
 
 
