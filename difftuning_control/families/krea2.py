@@ -81,7 +81,8 @@ class Krea2(QwenImage):
         self, noisy_model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
     ) -> dict[str, Any]:
         embeds = conditioning["prompt_embeds"]
-        places = image_ids(*noisy_model_input.shape[2:], embeds.device).float()
+        height, width = noisy_model_input.shape[2:]
+        places = image_ids(height, width, embeds.device).float()
         return {
             "hidden_states": pack(noisy_model_input),
             "timestep": timesteps,

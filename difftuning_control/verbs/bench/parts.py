@@ -23,6 +23,7 @@ from difftuning_control.verbs.bench import inputs as bench_inputs
 from difftuning_control.verbs.bench import total as total_time
 from difftuning_control.verbs.bench.layers import flux
 from difftuning_control.verbs.bench.models import sd15_sized, sdxl_sized
+from difftuning_control.verbs.bench.price import price
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
 from difftuning_control.verbs.bench.step_profile import ProfiledLoop, loop_of, step_in_turn
@@ -88,6 +89,22 @@ class Setting:
     def run(self, command: list[str], name: str) -> Timed:
         return run(command, self.work / name, self.bench.threads)
 
+    def loop(self, command: list[str], kind: type[Loop]) -> Loop:
+        """The training loop of a `difftune train` command, in this process."""
+        if self.bench.threads is not None:
+            torch.set_num_threads(self.bench.threads)
+        _, found = parse(command[len(OURS) :])
+        return loop_of(only(Recipe, found), kind)
+
+    @property
+    def clock_name(self) -> str:
+        """On one thread CPU time, which other jobs disturb less; it is not a GPU's."""
+        return "cpu" if self.bench.threads == 1 and self.device.type == "cpu" else "wall"
+
+    def clock(self) -> float:
+        """Seconds by that clock."""
+        return time.process_time() if self.clock_name == "cpu" else time.perf_counter()
+
 
 def against_peer(setting: Setting, part: str) -> dict[str, Any]:
     """Steps a second against diffusers' script, ours with warm caches; what filling them cost is told beside."""
@@ -133,29 +150,11 @@ def difftuning(setting: Setting) -> dict[str, Any]:
     }
     shared = [flag for flag in plain if not flag.startswith("--tuning.")]
     tuned = [*shared, *(f"--{k}={v}" for k, v in bank.items()), '--tuning.schedule={"kind": "power", "tau": 1.0}']
-    loops = [_loop(setting, command, TrainingLoop) for command in (plain, tuned)]
+    loops = [setting.loop(command, TrainingLoop) for command in (plain, tuned)]
     each = bench.steps
-    by_plain, by_tuned = step_in_turn(loops, bench.rounds * each, _clock(setting))
+    by_plain, by_tuned = step_in_turn(loops, bench.rounds * each, setting.clock)
     parts = [slice(n * each, (n + 1) * each) for n in range(bench.rounds)]
-    return {"clock": _clock_name(setting), "rows": rows, **ratio([(by_plain[p], by_tuned[p]) for p in parts])}
-
-
-def _loop(setting: Setting, command: list[str], kind: type[Loop]) -> Loop:
-    """The training loop of a `difftune train` command, in this process."""
-
-    if setting.bench.threads is not None:
-        torch.set_num_threads(setting.bench.threads)
-    _, found = parse(command[len(OURS) :])
-    return loop_of(only(Recipe, found), kind)
-
-
-def _clock_name(setting: Setting) -> str:
-    """On one thread CPU time, which other jobs disturb less; it is not a GPU's."""
-    return "cpu" if setting.bench.threads == 1 and setting.device.type == "cpu" else "wall"
-
-
-def _clock(setting: Setting) -> Callable[[], float]:
-    return time.process_time if _clock_name(setting) == "cpu" else time.perf_counter
+    return {"clock": setting.clock_name, "rows": rows, **ratio([(by_plain[p], by_tuned[p]) for p in parts])}
 
 
 def bank(setting: Setting) -> dict[str, Any]:
@@ -191,17 +190,16 @@ def bank(setting: Setting) -> dict[str, Any]:
 
     sides = {"bank": build, "loop of 1": loop(1), "loop of 4": loop(4)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    clock = _clock(setting)
     for number in range(setting.bench.rounds + 1):
         for name, draw in sides.items():
-            begun = clock()
+            begun = setting.clock()
             draw()
-            ended = clock()
+            ended = setting.clock()
             if number:  # the first round warms up
                 seconds[name].append(ended - begun)
     return {
         "pictures": count,
-        "clock": _clock_name(setting),
+        "clock": setting.clock_name,
         "a_second": count / median(seconds["bank"]),
         **{
             name: ratio([([a], [b]) for a, b in zip(seconds[name], seconds["bank"])])
@@ -265,7 +263,7 @@ def total(setting: Setting) -> dict[str, Any]:
 def profile(setting: Setting) -> dict[str, float]:
     """Where the time of a LoRA's step goes, in shares of its CPU time."""
 
-    return _loop(setting, setting.ours("lora", 1), ProfiledLoop).measure(setting.bench.steps)
+    return setting.loop(setting.ours("lora", 1), ProfiledLoop).measure(setting.bench.steps)
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
@@ -277,5 +275,6 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "memory": memory,
     "profile": profile,
     "total": total,
+    "price": price,
     "flux": flux,
 }

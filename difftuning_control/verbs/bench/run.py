@@ -13,6 +13,7 @@ from difftuning_control.runs.folder import check_folder
 from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.bench.parts import PARTS, Setting
+from difftuning_control.verbs.bench.price import lines as price_lines
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.total import lines as total_lines
 
@@ -91,6 +92,8 @@ def table(result: dict[str, Any]) -> str:
     if "total" in parts:
         one_thread = result["settings"]["threads"] == 1  # CPU time then, which other jobs disturb less
         more += total_lines(parts["total"], "cpu" if one_thread else "wall")
+    if "price" in parts:
+        more += price_lines(parts["price"])
     for command, peaks in parts.get("memory", {}).items():
         shown = ", ".join(f"{peak / GIB:.2f} GiB on {count} pictures" for count, peak in peaks.items())
         more.append(f"Peak memory of `{command}`: {shown}.")

@@ -9,7 +9,7 @@ from typing import Literal
 from difftuning_control.errors import UserError
 from difftuning_control.system.home import expand_paths
 
-Part = Literal["lora", "controlnet", "difftuning", "bank", "startup", "memory", "profile", "total", "flux"]
+Part = Literal["lora", "controlnet", "difftuning", "bank", "startup", "memory", "profile", "total", "price", "flux"]
 PEERS = {"lora": "train_text_to_image_lora.py", "controlnet": "train_controlnet.py"}
 PEERS_XL = {"lora": "train_text_to_image_lora_sdxl.py", "controlnet": "train_controlnet_sdxl.py"}
 
@@ -21,7 +21,8 @@ class Bench:
     Args:
         parts: lora and controlnet stand against diffusers' scripts, difftuning against plain tuning, bank against a
             loop over the stock pipeline, startup against the script; memory compares 10 pictures with many, profile
-            says where a step's time goes, and total compares whole commands, with the script where peers has it. flux
+            says where a step's time goes, and total compares whole commands, with the script where peers has it. price
+            adds a whole run up from parts that are timed one by one, for a model too large for total on a CPU. flux
             times FLUX.1's layers, at two depths, and adds up what all of them take.
         peers: folder with train_text_to_image_lora.py and train_controlnet.py of diffusers' examples, or their sdxl
             siblings; you fetch them.
@@ -35,7 +36,7 @@ class Bench:
         steps: optimizer steps that are timed in a round, after one that is not.
         batch_size: rows of a step.
         pictures: of the larger data set of `memory`.
-        total_steps: of the trainings of `total`; when empty 200 of 10 rows (embedded), or 800 of 5 rows (sd15).
+        total_steps: of the trainings of total and price; when empty 200 of 10 rows (embedded), or 800 of 5 rows (sd15).
         threads: of torch, for all sides; its own choice when empty.
         models: folder of the models that are made, for several benchmarks; output when empty.
         output: folder of bench.json and of the runs.

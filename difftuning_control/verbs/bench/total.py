@@ -21,6 +21,7 @@ from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import Timed
 
 PICTURES = 24
+RETENTION = 0.2  # of a step's rows
 FEW = {"bank.size": 2, "bank.steps": 2}  # of the bank where the rest is added up
 FEW_ON_GPU = {"bank.size": 16, "bank.steps": 8}  # whose first forward takes as long as many that follow
 SIDES = ("plain, cold", "plain, warm", "Diff-Tuning, cold", "Diff-Tuning, warm", "diffusers' script")
@@ -63,7 +64,8 @@ class Job:
     @property
     def tuned(self) -> list[str]:
         """The same command with Diff-Tuning as it is by default."""
-        retention = {"tuning.retention_ratio": 0.2, "tuning.retention_weight": 0.1} | ({} if self.whole else self.few)
+        retention = {"tuning.retention_ratio": RETENTION, "tuning.retention_weight": 0.1}
+        retention |= {} if self.whole else self.few
         kept = [flag for flag in self.command if not flag.startswith("--tuning.")]
         return [*kept, *(f"--{name}={value}" for name, value in retention.items())]
 
@@ -110,15 +112,19 @@ class Job:
         wall, cpu = timed.seconds + left * median(timed.steps), timed.cpu_seconds + left * median(timed.cpu)
         drawn = phases.get("bank", PhaseCost())
         if drawn.forwards:
-            bank = BankConfig()
-            branches = 2 if bank.guidance_scale > 1 else 1
-            items = bank.size_for(self.steps * int(self.rows * 0.2))
-            more = (items * bank.steps * branches / drawn.forwards - 1) * drawn.seconds
+            more = (bank_forwards(self.steps, self.rows) / drawn.forwards - 1) * drawn.seconds
             wall, cpu = wall + more, cpu + more * timed.cpu_seconds / timed.seconds
         return wall, cpu
 
 
 CLOCKS = ("wall", "cpu")
+
+
+def bank_forwards(steps: int, rows: int) -> int:
+    """Forwards of a row that draw the bank of a run with the defaults."""
+    bank = BankConfig()
+    items = bank.size_for(steps * int(rows * RETENTION))
+    return items * bank.steps * (2 if bank.guidance_scale > 1 else 1)
 
 
 def job_steps(bench: Bench) -> tuple[int, int, int]:
