@@ -175,6 +175,7 @@ def load_family(
     path = str(embedded_model()) if model == "embedded" else model
     index = _read_index(model, path)
     _known_class(model, index)
+    _refuse_code(model, Path(path), index)
     from diffusers import DiffusionPipeline  # as in _read_index
 
     try:
@@ -191,6 +192,23 @@ def load_family(
     if quantization is not None:
         family.quantise(quantization)
     return family
+
+
+def _refuse_code(model: str, folder: Path, index: dict[str, Any]) -> None:
+    """Refuse a directory whose classes are code of its own, which diffusers before 0.36 runs without being told to.
+
+    Raises:
+        UserError: naming the file.
+    """
+    parts = {name: value[0] for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
+    files = [folder / name / f"{module}.py" for name, module in parts.items() if isinstance(module, str)]
+    if isinstance(name := index.get("_class_name"), list):
+        files.append(folder / f"{name[0]}.py")
+    if found := [file for file in files if file.is_file()]:
+        raise UserError(
+            f"{model} names a class in its own file {found[0].relative_to(folder)}, and code of a model is never run; "
+            "give one that consists of diffusers' and transformers' classes."
+        )
 
 
 def _need_pipeline(model: str, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as SCALED
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from difftuning_control.system.tensors import read_tensors, write_tensors
 WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
 CLASSES_FILE = "class_embeddings.safetensors"
 NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
+for _kind in WITHOUT_ADAPTERS:  # as every transformer has it from diffusers 0.36 on: no strength of its own per block
+    SCALED.setdefault(_kind.__name__, lambda model, weights: weights)
 
 
 @cache

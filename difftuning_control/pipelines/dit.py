@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union
 
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from difftuning_control.families.tunable import TunableDiT
-from difftuning_control.pipelines.extras import SETTINGS, TunedSampling, constructor, like
+from difftuning_control.pipelines.extras import SETTINGS, TunedSampling, annotate, constructor, like
 
 
 def dit_constructor() -> Callable[..., None]:
@@ -25,8 +25,13 @@ def dit_constructor() -> Callable[..., None]:
             if getattr(self, name) is not None:
                 self.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
 
-    either: Any = DiTTransformer2DModel | TunableDiT  # `from_pipe` compares the very class
-    __init__.__annotations__ |= {"transformer": either, "source_transformer": either | None}
+    # `from_pipe` compares the very class
+    either: dict[str, Any] = {
+        "transformer": Union[DiTTransformer2DModel, TunableDiT],  # noqa: UP007 as `annotate` says
+        "source_transformer": Union[DiTTransformer2DModel, TunableDiT, None],  # noqa: UP007
+    }
+    __init__.__annotations__ |= either
+    annotate(__init__, **either)
     return __init__
 
 

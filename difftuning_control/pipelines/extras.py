@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Union, get_type_hints
 
 from diffusers import DiffusionPipeline
 
@@ -63,7 +63,16 @@ def constructor(stock: Any, component: str, settings: dict[str, Any]) -> Callabl
         self._start_extras(own.pop(source), **own)
 
     __init__.__annotations__ = {**hints, **added}
+    annotate(__init__, **{source: Union[hints[component], None]})  # noqa: UP007 as `annotate` says
     return __init__
+
+
+def annotate(constructor: Any, **hints: Any) -> None:
+    """Give parameters of a constructor's signature their types, by which diffusers before 0.36 decides in `from_pipe`
+    what a new pipeline takes over; it reads classes, and of unions those of `typing` alone."""
+    signature = inspect.signature(constructor)
+    given = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
+    constructor.__signature__ = signature.replace(parameters=given)
 
 
 class TunedSampling:
