@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as SCALED
+from diffusers.loaders import peft as diffusers_peft
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from difftuning_control.system.tensors import read_tensors, write_tensors
 WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
 CLASSES_FILE = "class_embeddings.safetensors"
 NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
-for _kind in WITHOUT_ADAPTERS:  # as every transformer has it from diffusers 0.36 on: no strength of its own per block
-    SCALED.setdefault(_kind.__name__, lambda model, weights: weights)
+scales_of: Any = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING
+for _kind in WITHOUT_ADAPTERS:  # as every transformer is there from diffusers 0.36 on: no strength of its own per block
+    scales_of.setdefault(_kind.__name__, lambda model, weights: weights)
 
 
 @cache

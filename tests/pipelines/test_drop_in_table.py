@@ -15,6 +15,7 @@ import pytest
 import difftuning_control
 from difftuning_control import pipelines
 from difftuning_control.pipelines.registry import DROP_INS
+from support.marks import need_pipeline
 
 ROOT = Path(difftuning_control.__file__).parents[1]
 each = pytest.mark.parametrize("row", DROP_INS, ids=lambda row: row.name)
@@ -22,6 +23,7 @@ each = pytest.mark.parametrize("row", DROP_INS, ids=lambda row: row.name)
 
 @each
 def test_a_row_is_what_the_classes_are(row):
+    need_pipeline(row.stock)
     ours = getattr(pipelines, row.name)
     assert ours.__name__ == row.name
     assert ours.__module__ == f"difftuning_control.pipelines.{row.module}"
@@ -31,6 +33,7 @@ def test_a_row_is_what_the_classes_are(row):
 
 @each
 def test_a_row_names_its_place_in_diffusers_tables(row):
+    need_pipeline(row.stock)
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as TABLE
 
     rows = {name for name, value in TABLE.items() if value is getattr(diffusers, row.stock)}

@@ -18,6 +18,7 @@ import difftuning_control
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import in_precision
 from difftuning_control.pipelines.registry import DROP_INS
+from support.marks import needs_asking
 from support.pipeline_samples import (
     EVERY,
     FILES,
@@ -110,6 +111,7 @@ def test_the_files_are_one_line_with_a_name_each():
     assert all(len(f.read_text().strip().splitlines()) == 1 for f in files)
 
 
+@needs_asking
 @pytest.mark.sample("sd")
 def test_a_file_is_not_loaded_without_trust(saved, kind):
     """Not implied by anything of ours; the class itself needs none."""
@@ -142,6 +144,7 @@ def test_without_a_source_none_is_written(tmp_path, kind):
     assert OURS[kind].from_pretrained(str(tmp_path)).source is None
 
 
+@needs_asking
 @pytest.mark.sample("sd", "flux-control", "dit")
 @every
 def test_the_class_that_is_named_may_lie_in_the_directory(tmp_path, kind):
@@ -253,6 +256,7 @@ def test_from_pipe_keeps_functions(kind):
     assert OURS[kind].from_pipe(ours, adapter_schedule=None).extras.adapter_schedule is None
 
 
+@needs_asking
 @pytest.mark.sample("sd")
 @every
 def test_diffusers_own_from_pipe_takes_the_file(kind):

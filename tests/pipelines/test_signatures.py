@@ -10,11 +10,13 @@ import torch
 
 from difftuning_control import pipelines
 from difftuning_control.pipelines.registry import DROP_INS
+from support.marks import need_pipeline
 from support.pipeline_samples import EVERY, add_adapter, drop_in, stock
 
 
 @pytest.mark.parametrize("row", DROP_INS, ids=lambda row: row.name)
 def test_fault_15_13_every_public_method_has_the_stock_signature(row):
+    need_pipeline(row.stock)
     ours, theirs = getattr(pipelines, row.name), getattr(diffusers, row.stock)
     overridden = [
         name

@@ -13,6 +13,7 @@ from difftuning_control.pipelines.domain_guidance import check_domain_family, do
 from difftuning_control.recipe.drawing import check_domain_scale
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.verbs.parse import parse
+from support.marks import need_pipeline
 from support.pipeline_samples import add_adapter, stock
 from support.tiny_flow import tiny_chroma, tiny_flux2_klein, tiny_krea2, tiny_qwen_image, tiny_z_image
 from support.tiny_models import tiny_lumina2, tiny_pixart, tiny_sana
@@ -31,9 +32,20 @@ MAKERS: dict[str, Any] = {
 }
 
 
+NEWER = {
+    "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline",
+    "klein": "Flux2KleinPipeline",
+    "krea2": "Krea2Pipeline",
+    "chroma": "ChromaPipeline",
+}
+
+
 @pytest.mark.sample("sd", "lumina2", "z-image", "qwen-image")
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_family_draws_between_domain_and_ordinary_guidance(kind):
+    if kind in NEWER:
+        need_pipeline(NEWER[kind])
     family = family_of(MAKERS[kind]())
     family.denoiser.eval()
     add_adapter(family.denoiser, "tuned", 1, ["to_q", "to_v"])
@@ -62,6 +74,7 @@ def test_a_family_with_another_argument_for_its_scale_is_refused():
 @pytest.mark.parametrize(("scale", "is_refused"), [(1.0, False), (1.5, True), (3.0, False)])
 def test_z_image_s_scale_is_one_less_and_its_pipeline_guides_above_one_only(scale, is_refused):
     """At 1 that is the tuned model alone; between them its pipeline has no second branch."""
+    need_pipeline("ZImagePipeline")
     family = family_of(tiny_z_image())
     family.denoiser.eval()
     add_adapter(family.denoiser, "tuned", 1, ["to_q", "to_v"])
@@ -80,6 +93,7 @@ def test_z_image_s_scale_is_one_less_and_its_pipeline_guides_above_one_only(scal
 
 
 def test_a_distilled_model_is_refused():
+    need_pipeline("Flux2KleinPipeline")
     with pytest.raises(UserError, match="not for a Flux2KleinPipeline; leave out pilot"):
         check_domain_family(family_of(tiny_flux2_klein(distilled=True)), "pilot.guidance_scales")
 

@@ -25,6 +25,7 @@ from difftuning_control.runs.verify import verify
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.command_line import flags, settings
+from support.marks import needs
 from support.pictures import write_pictures
 from support.refusals import assert_refused
 from support.tiny_sd import tiny_pipeline
@@ -105,6 +106,7 @@ def test_fault_15_09_the_recipe_stays_as_it_was_written_and_the_record_says_wher
     assert found["places"] == {name: str(project / place) for name, place in expected.items()}
 
 
+@needs("diffusers", "0.36")  # before it a LoRA is loaded offline by the name of its file alone
 def test_fault_15_09_the_lines_of_the_card_run_from_any_folder(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = (project / "runs" / "one" / "README.md").read_text()

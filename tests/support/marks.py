@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 
+import diffusers
 import pytest
 
+from difftuning_control.families.loading import SINCE
 from difftuning_control.system.installed import at_least
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+needs_asking = pytest.mark.skipif(
+    "trust_remote_code" not in inspect.getsource(diffusers.DiffusionPipeline.from_pretrained),
+    reason=f"diffusers {diffusers.__version__} runs code of a directory without being told to",
+)
+
+
+def need_pipeline(name: str) -> None:
+    """Skip the rest of a test where the installed diffusers does not have a pipeline as it is needed."""
+    if not hasattr(diffusers, name) or not at_least("diffusers", SINCE.get(name, "0")):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name} as it is needed")
 
 
 def needs(package: str, version: str) -> pytest.MarkDecorator:
