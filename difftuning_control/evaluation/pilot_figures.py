@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -53,3 +54,13 @@ class PilotPictures(Section):
 
     prompts: list[str] = field(default_factory=list)
     rows: list[PictureRow] = field(default_factory=list)
+
+
+def picture_rows(sides: Sequence[Mapping[str, Any]], count: int) -> list[PictureRow]:
+    """The rows of each side's pictures, of its first run at its best length."""
+    rows = []
+    for side in sides:
+        first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
+        place = f"{first['folder']}/pictures-{first['steps']}"
+        rows.append(PictureRow(name=side["name"], files=[f"{place}/{i}.png" for i in range(count)]))
+    return rows

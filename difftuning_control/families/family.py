@@ -155,17 +155,15 @@ class Family(Controlled, Prompting, LatentSpace):
     @property
     def few_steps(self) -> FewSteps | None:
         """The same of this model."""
-        pipe = self.pipe
-        scheduler = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
-        name = str(pipe.config.get("_name_or_path") or "")
-        return self.few_steps_by(Configs(name, pipe.config, scheduler, self.denoiser.config))
+        config, scheduler = self.pipe.config, self.pipe.scheduler
+        its = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        return self.few_steps_by(Configs(str(config.get("_name_or_path") or ""), config, its, self.denoiser.config))
 
     def few_step_arguments(self) -> dict[str, Any]:
         """What the stock pipeline's call is given where this model was distilled; nothing where it was not."""
-        few = self.few_steps
-        return (
-            {} if few is None else {"num_inference_steps": few.steps, **self.guidance_arguments(few.guidance_scale, 1)}
-        )
+        if (few := self.few_steps) is None:
+            return {}
+        return {"num_inference_steps": few.steps, **self.guidance_arguments(few.guidance_scale, 1)}
 
     def suited(self, settings: Settings) -> Settings:
         """Settings with the steps and the guidance that they leave out as this model draws."""

@@ -292,10 +292,9 @@ class Recipe:
 
 def _names(values: Mapping[str, Any], key: str) -> bool:
     """Whether nested values, of dictionaries or of dataclasses, say something of a dotted key."""
-    part: Any = values
-    *sections, name = key.split(".")
+    part, (*sections, name) = values, key.split(".")
     for section in sections:
         part = part.get(section, {})
-        if not isinstance(part, Mapping):
+        if not isinstance(part, Mapping):  # a whole one
             return True
     return name in part

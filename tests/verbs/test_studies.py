@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 import torch
@@ -387,7 +386,7 @@ def test_an_unknown_language_is_said_before_the_work(verb, tmp_path, capsys):
 def test_every_study_is_documented_key_by_key():
     for study in (AnalysisConfig, Evaluation, PilotConfig):
         documented = "\n".join(kind.__doc__ or "" for kind in study.__mro__)
-        assert all(f"        {name}: " in documented for name in get_type_hints(study))
+        assert all(f"        {name}: " in documented for name in (field.name for field in fields(study)))
 
 
 # --- what a review found ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
-from difftuning_control.evaluation.pilot_figures import PictureRow, PilotBudget, PilotPictures
+from difftuning_control.evaluation.pilot_figures import PictureRow, PilotBudget, PilotPictures, picture_rows
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.objective.budget import spread_budget
@@ -149,7 +149,10 @@ class Pilot:
             base=base,
             sides=[{k: v for k, v in s.items() if k != "all_runs"} for s in sides],
             analysis=analysis,
-            pictures=PilotPictures(prompts=judge.final.prompts[:SHOWN], rows=pictures + _shown(sides, judge)),
+            pictures=PilotPictures(
+                prompts=judge.final.prompts[:SHOWN],
+                rows=pictures + picture_rows(sides, min(SHOWN, len(judge.final.prompts))),
+            ),
             budget=self._budget(sides),
         )
         write_pilot(record, self.output)
@@ -254,17 +257,6 @@ class Pilot:
             multipliers=read_multipliers(self.output / rows[0]["folder"]),
             target_cost=loss / plain - 1,
         )
-
-
-def _shown(sides: list[dict[str, Any]], judge: Judge) -> list[PictureRow]:
-    """The rows of each side's pictures, of its first run at its best length."""
-    rows = []
-    for side in sides:
-        first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
-        place = f"{first['folder']}/pictures-{first['steps']}"
-        count = min(SHOWN, len(judge.final.prompts))
-        rows.append(PictureRow(name=side["name"], files=[f"{place}/{i}.png" for i in range(count)]))
-    return rows
 
 
 def pilot(
