@@ -5,6 +5,7 @@ import pytest
 from difftuning_control import __version__
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import FITTED
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.spelling import SECTIONS, SHORT
 
@@ -17,7 +18,9 @@ def test_short_names_mean_the_dotted_keys():
     short, long = parse(words)[1], parse(dotted)[1]
     assert short == long
     assert (short.model.id, short.data.path, short.training.learning_rate) == ("org/model", "pics", 1e-4)
-    assert short.left_open == long.left_open == ("training.mixed_precision", "tuning.retention_ratio")
+    assert short.left_open == long.left_open
+    named = {"training.learning_rate", "training.max_steps", "training.batch_size"}
+    assert set(FITTED) - set(short.left_open) == named
 
 
 def test_a_section_can_still_be_given_whole():
