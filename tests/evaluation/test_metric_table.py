@@ -10,7 +10,7 @@ from difftuning_control.evaluation.metric_table import METRICS, is_upper_limit, 
 from difftuning_control.evaluation.report.chart import is_share
 from difftuning_control.evaluation.report.language import languages, load_texts
 from difftuning_control.evaluation.report.tables import table_rows
-from difftuning_control.recipe.training import GATES
+from difftuning_control.recipe.gates import GATES
 
 SHOWN = [name for name in METRICS if name != "retention_loss"]  # which is a gate's alone
 
