@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from difftuning_control.adapters.lora_start import Down, factors, subtract_start
 from difftuning_control.adapters.tlora import RankMask, orthogonal_start, rank_limits
 from difftuning_control.errors import UserError
+from difftuning_control.families.tunable import make_tunable
 from difftuning_control.recipe.adapter_kinds import KINDS, LORA_KINDS
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def attach(
     Raises:
         UserError: if the targets are not there or do not fit the kind.
     """
+    make_tunable(module)
     names, layers = target_layers(module, config, default)
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

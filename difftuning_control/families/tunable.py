@@ -1,4 +1,4 @@
-"""diffusers' transformers without adapter support (DiT, PixArt), extended so that peft adapters attach to them."""
+"""diffusers' models without adapter support (DiT, PixArt, ControlNets before 0.37), extended to take peft's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import ControlNetModel, DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders import peft as diffusers_peft
 from diffusers.models.embeddings import LabelEmbedding
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.system.tensors import read_tensors, write_tensors
 
-WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel)
+WITHOUT_ADAPTERS = (DiTTransformer2DModel, PixArtTransformer2DModel, ControlNetModel)
 CLASSES_FILE = "class_embeddings.safetensors"
 NAMES = "id2label"  # in that file's header, and in a pipeline's model_index.json
 scales_of: Any = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING
@@ -38,10 +38,10 @@ else:
     TunableDiT = _tunable(DiTTransformer2DModel)
 
 
-def make_tunable(transformer: Any) -> None:
-    """Give a DiT or PixArt these methods; it stays the same object."""
-    if isinstance(transformer, WITHOUT_ADAPTERS) and not isinstance(transformer, PeftAdapterMixin):
-        transformer.__class__ = _tunable(type(transformer))
+def make_tunable(model: Any) -> None:
+    """Give a model of these classes the methods; it stays the same object."""
+    if isinstance(model, WITHOUT_ADAPTERS) and not isinstance(model, PeftAdapterMixin):
+        model.__class__ = _tunable(type(model))
 
 
 def save_transformer_lora(folder: Path, layers: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ compiled anew. Results are equal up to rounding.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch._dynamo
 from torch import nn
@@ -40,8 +41,9 @@ def compile_blocks(module: nn.Module, backend: str) -> int:
     Each shape is compiled by itself: blocks of one class differ in width and resolution, which PyTorch would take for
     sizes that vary, and compile into slower code or not at all.
     """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, MOST_SHAPES)
+    limits: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(limits, name, max(getattr(limits, name), MOST_SHAPES))
     count = 0
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:

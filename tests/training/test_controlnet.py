@@ -333,7 +333,7 @@ def test_what_a_lora_saves_is_the_weights_and_its_update_together(family, tmp_pa
             expected[name] = adapted[name]
     assert any(not torch.equal(expected[n], start[n]) for n in start if ".to_q." in n)
     found = merged(family.controlnet)
-    assert type(found) is ControlNetModel
+    assert isinstance(found, ControlNetModel)
     torch.testing.assert_close(dict(found.state_dict()), expected, atol=1e-6, rtol=0)
     untouched = [name for name in start if not trained_by_lora(name)]
     assert all(torch.equal(found.state_dict()[name], start[name]) for name in untouched)

@@ -52,6 +52,7 @@ from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.controls import OUTLINE, write_photos
 from support.feature_models import save_tiny_dinov2
+from support.marks import needs, needs_asking
 from support.pictures import write_pictures
 from support.refusals import assert_refused, refusal, snapshot
 from support.tiny_sd import tiny_pipeline
@@ -930,6 +931,7 @@ def test_a_controlnet_directory_opens_as_our_class_and_makes_its_conditions(cont
     assert pipe.control_spec() == ControlSpec.load(Path(controlnet.output) / "controlnet")
 
 
+@needs_asking
 @pytest.mark.parametrize("opened_by", [DiffusionPipeline, StableDiffusionPipeline])
 def test_our_class_is_not_run_untrusted(lora, to, opened_by):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -994,6 +996,7 @@ def test_the_cards_lines_draw(run, to, root, tmp_path, monkeypatch, method, sett
         assert found["pipe"].source_unet is not None
 
 
+@needs("diffusers", "0.36")  # before it a LoRA is loaded offline by the name of its file alone
 def test_the_embedded_base_is_found_by_whoever_has_the_package(root, tmp_path, monkeypatch):
     recipe = Recipe(
         model=ModelConfig("embedded"),
