@@ -69,7 +69,7 @@ def test_the_teachers_levels_are_those_of_the_few_step_scheduler(turbo):
     assert torch.equal(drawn["noisy"][1, 0], noise)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_small_study_runs_from_end_to_end_and_is_not_done_again(turbo, tmp_path, monkeypatch):
     import distil
 
