@@ -16,7 +16,7 @@ from difftuning_control.families.loss import compute_loss
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import BANDS
-from difftuning_control.recipe.inputs import PIXELS_AT_ONCE
+from difftuning_control.recipe.inputs import pictures_at_once
 from difftuning_control.system.seeds import step_seed
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class BandValidator:
         shape = self.batch.latents.shape[1:]
         place = (band,) if draw == 0 else (band, draw)
         pixels = self.family.vae_scale_factor**2 * shape[1] * shape[2]
-        size = max(1, min(self.batch_size, 2 * PIXELS_AT_ONCE // pixels))  # as when a bank is drawn, with guidance
+        size = min(self.batch_size, pictures_at_once(pixels // 2))  # rows as when a bank is drawn, with guidance
         parts = []
         for start in range(0, len(self.batch), size):
             rows = self.batch.rows(slice(start, start + size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -64,3 +64,9 @@ def picture_rows(sides: Sequence[Mapping[str, Any]], count: int) -> list[Picture
         place = f"{first['folder']}/pictures-{first['steps']}"
         rows.append(PictureRow(name=side["name"], files=[f"{place}/{i}.png" for i in range(count)]))
     return rows
+
+
+def is_at_an_end(rate: float, tried: Iterable[float]) -> bool:
+    """Whether a learning rate is the lowest or the highest of several that were tried."""
+    ordered = sorted(tried)
+    return len(ordered) > 1 and rate in (ordered[0], ordered[-1])

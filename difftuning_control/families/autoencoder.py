@@ -11,7 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.components import Components
-from difftuning_control.recipe.inputs import PIXELS_AT_ONCE
+from difftuning_control.recipe.inputs import pictures_at_once
 
 
 class LatentSpace(Components):
@@ -54,7 +54,7 @@ class LatentSpace(Components):
         Args:
             pixels: (B, 3, H, W) in [-1, 1]; of large pictures few are encoded at once.
         """
-        parts = [self.moments_of(part) for part in pixels.split(_at_once(*pixels.shape[2:]))]
+        parts = [self.moments_of(part) for part in pixels.split(pictures_at_once(pixels.shape[2:].numel()))]
         means, stds = zip(*parts)
         return torch.cat(means), torch.cat(stds)
 
@@ -86,8 +86,8 @@ class LatentSpace(Components):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) float32 in [-1, 1] of the denoiser's latents; of large ones few are decoded at once."""
-        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
-        return torch.cat([self._pictures_of(part) for part in latents.split(_at_once(height, width))])
+        pixels = self.vae_scale_factor**2 * latents.shape[2:].numel()
+        return torch.cat([self._pictures_of(part) for part in latents.split(pictures_at_once(pixels))])
 
     def _pictures_of(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.device, self.dtype)
@@ -95,11 +95,6 @@ class LatentSpace(Components):
         latents = pixel_shuffle(latents, self.patch)
         pixels = self.pipe.vae.decode(latents.unsqueeze(2) if self.is_video else latents).sample
         return (pixels[:, :, 0] if self.is_video else pixels).float().clamp(-1, 1)
-
-
-def _at_once(height: int, width: int) -> int:
-    """How many pictures of so many pixels the autoencoder takes at once: at 1024 pixels a side each takes gigabytes."""
-    return max(1, PIXELS_AT_ONCE // (height * width))
 
 
 def like(value: Any, latents: Tensor) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.autoencoder import LatentSpace
 from difftuning_control.families.control import Controlled, ControlledDenoiser, to_tensor
-from difftuning_control.families.few_steps import USUAL_STEPS, Configs, FewSteps, by_name, by_scheduler
+from difftuning_control.families.few_steps import USUAL_STEPS, Configs, FewSteps, by_index, by_name, by_scheduler
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.older_form import write_older_form
 from difftuning_control.families.prompts import PromptEmbeddings, Prompting
@@ -150,7 +150,8 @@ class Family(Controlled, Prompting, LatentSpace):
     @classmethod
     def few_steps_by(cls, configs: Configs) -> FewSteps | None:
         """How a model of this family draws that was distilled to few steps; None of one that was not."""
-        return by_scheduler(configs, cls.distilled_steps) or by_name(configs, cls.distilled_steps)
+        steps = cls.distilled_steps
+        return by_index(configs, steps) or by_scheduler(configs, steps) or by_name(configs, steps)
 
     @property
     def few_steps(self) -> FewSteps | None:

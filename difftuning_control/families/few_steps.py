@@ -65,6 +65,11 @@ class Configs:
         return str(self.scheduler.get("_class_name", ""))
 
 
+def by_index(configs: Configs, steps: int) -> FewSteps | None:
+    """A model whose pipeline says so."""
+    return FewSteps(steps, 1.0, "is_distilled of its pipeline") if configs.index.get("is_distilled") else None
+
+
 def by_scheduler(configs: Configs, steps: int) -> FewSteps | None:
     """A model whose scheduler is one of consistency models."""
     name = configs.scheduler_class

@@ -15,7 +15,6 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
-from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux import TRAINING_GUIDANCE
 from difftuning_control.families.transformer import FlowTransformer, LatentTransformer
@@ -104,12 +103,6 @@ class Flux2Klein(SquareLatents):
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         return super().prompt_arguments(prompts) | {"max_sequence_length": self.text_length}
-
-    @classmethod
-    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
-        if configs.index.get("is_distilled"):
-            return FewSteps(cls.distilled_steps, 1.0, "is_distilled of its pipeline")
-        return super().few_steps_by(configs)
 
     def guidance_arguments(self, scale: float, rows: int) -> dict[str, Any]:
         """None for the distilled one, which would leave it aside."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.packed import image_ids, pack
 from difftuning_control.families.qwen_image import QwenImage
@@ -49,12 +48,6 @@ class Krea2(QwenImage):
 
     def shift_of(self, resolution: int) -> float:
         return DISTILLED_SHIFT if self.pipe.config.is_distilled else super().shift_of(resolution)
-
-    @classmethod
-    def few_steps_by(cls, configs: Configs) -> FewSteps | None:
-        if configs.index.get("is_distilled"):
-            return FewSteps(cls.distilled_steps, 1.0, "is_distilled of its pipeline")
-        return super().few_steps_by(configs)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -25,13 +25,8 @@ def dit_constructor() -> Callable[..., None]:
             if getattr(self, name) is not None:
                 self.register_to_config(**{name: ("diffusers", DiTTransformer2DModel.__name__)})
 
-    # `from_pipe` compares the very class
-    either: dict[str, Any] = {
-        "transformer": Union[DiTTransformer2DModel, TunableDiT],  # noqa: UP007 as `annotate` says
-        "source_transformer": Union[DiTTransformer2DModel, TunableDiT, None],  # noqa: UP007
-    }
-    __init__.__annotations__ |= either
-    annotate(__init__, **either)
+    either = Union[DiTTransformer2DModel, TunableDiT]  # noqa: UP007 as `annotate` says; `from_pipe` compares the very class
+    annotate(__init__, transformer=either, source_transformer=Union[either, None])  # noqa: UP007
     return __init__
 
 

@@ -68,8 +68,9 @@ def constructor(stock: Any, component: str, settings: dict[str, Any]) -> Callabl
 
 
 def annotate(constructor: Any, **hints: Any) -> None:
-    """Give parameters of a constructor's signature their types, by which diffusers before 0.36 decides in `from_pipe`
-    what a new pipeline takes over; it reads classes, and of unions those of `typing` alone."""
+    """Give parameters of a constructor their types, in its signature too, by which diffusers before 0.36 decides in
+    `from_pipe` what a new pipeline takes over; it reads classes, and of unions those of `typing` alone."""
+    constructor.__annotations__ |= hints
     signature = inspect.signature(constructor)
     given = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
     constructor.__signature__ = signature.replace(parameters=given)

@@ -13,9 +13,14 @@ from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 MAX_SEED = 2**31 - 1
 LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought nothing, see docs/results.md
 MOST_UNMEASURED = 256  # where that was not measured
-MOST_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # of its samples: beyond that a GPU is no faster, and memory runs out
+MOST_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # of samples: beyond that a GPU is no faster, and memory runs out
 Solver = Literal["own", "dpmsolver++"]
 HELD_OUT = 5  # one in so many of a bank's samples only validation sees
+
+
+def pictures_at_once(pixels: int) -> int:
+    """How many pictures of so many pixels go through a model at once: at 1024 a side each takes gigabytes."""
+    return max(1, PIXELS_AT_ONCE // pixels)
 
 
 @dataclass
@@ -164,7 +169,7 @@ class BankConfig:
         """How many samples of a side in pixels are drawn at once."""
         if self.batch_size != "auto":
             return self.batch_size
-        return max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // resolution**2))
+        return min(MOST_AT_ONCE, pictures_at_once(resolution**2))
 
     def size_for(self, draws: int, most: int = MOST_SAMPLES) -> int:
         """How many samples the bank of a run has that draws so many of them."""

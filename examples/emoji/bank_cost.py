@@ -18,11 +18,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from styles import make
+from common import spread
+from styles import CARRIED, data_of
 from torch import Tensor
 
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
@@ -46,7 +47,6 @@ from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
 
 HERE = Path(__file__).parent
-CARRIED = ("icons", "flat")  # by the package
 TARGETS, SEEDS = (*CARRIED, "streamline"), (0, 1, 2)
 STEPS, ROWS, RATIO = 48, 10, 0.2
 PICTURES, SAMPLING_STEPS, GUIDANCE = 40, 8, 4.0
@@ -97,14 +97,6 @@ CELLS = [
     Cell("teacher, own prompt", teacher="own"),
     Cell("64 of 15", 64),
 ]
-
-
-def data_of(target: str, work: Path) -> tuple[str, str]:
-    """Where a style's pictures lie: those to tune on, and the others."""
-    if target in CARRIED:
-        return f"embedded/{target}", f"embedded/{target}-eval"
-    folder = make(target, work / "styles")
-    return str(folder / "tune"), str(folder / "eval")
 
 
 def recipe_for(cell: Cell, target: str, seed: int, work: Path) -> Recipe:
@@ -246,21 +238,16 @@ def table(result: dict[str, Any]) -> str:
                 continue
             empty, new = ([mean(r["rise"][n]) for r in rows] for n in ("bank_empty", "target"))
             cells = [
-                _spread([1000 * r["kid"] for r in rows], "{:.0f}"),
-                _spread([100 * r["domain_hit"] for r in rows], "{:.0f}"),
-                _spread([r["pair_similarity"] for r in rows], "{:.3f}"),
-                _spread([100 * v for v in empty], "{:+.1f}"),
-                _spread([100 * _worst(r, "bank_empty") for r in rows], "{:+.1f}"),
-                _spread([100 * v for v in new], "{:+.1f}"),
+                spread([1000 * r["kid"] for r in rows], "{:.0f}"),
+                spread([100 * r["domain_hit"] for r in rows], "{:.0f}"),
+                spread([r["pair_similarity"] for r in rows], "{:.3f}"),
+                spread([100 * v for v in empty], "{:+.1f}"),
+                spread([100 * _worst(r, "bank_empty") for r in rows], "{:+.1f}"),
+                spread([100 * v for v in new], "{:+.1f}"),
             ]
             lines.append(f"| {cell.name} | {cell.forwards:,} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _spread(values: list[float], form: str) -> str:
-    around = f" ± {form.replace('+', '').format(stdev(values))}" if len(values) > 1 else ""
-    return f"{form.format(mean(values))}{around}"
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -25,6 +27,14 @@ def load_base(work: Path, held_out: bool = False) -> tuple[torch.Tensor, list[di
 def to_unit(images: torch.Tensor) -> torch.Tensor:
     """uint8 → float in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Mean ± standard deviation, which has no sign; of one value the value, of none nothing."""
+    if not values:
+        return ""
+    around = f" ± {form.replace('+', '').format(stdev(values))}" if len(values) > 1 else ""
+    return f"{form.format(mean(values))}{around}"
 
 
 class Log:

@@ -20,11 +20,12 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from common import spread
 from PIL import Image
 
 from difftuning_control.data.conditions import conditions_of
@@ -238,11 +239,6 @@ def collect(work: Path) -> dict[str, Any]:
     settings = {k: recipe[k] for k in ("data", "tuning", "bank", "training")} | {"rates": RATES, "seeds": SEEDS}
     settings["data"].pop("cache")
     return {"settings": settings, "versions": versions(), "base": bases, "rows": rows}
-
-
-def spread(values: list[float], form: str = "{:.2f}") -> str:
-    shown = form.format(mean(values))
-    return shown if len(values) < 2 else f"{shown} ± {form.format(stdev(values))}"
 
 
 def first_reach(steps: list[int], values: list[float], level: float) -> float | None:

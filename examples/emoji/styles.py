@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 ASSETS = Path(__file__).parents[2] / "difftuning_control" / "assets"
+CARRIED = ("icons", "flat")  # by the package
 SEED, TUNE_SIZE, LEAST = 20250, 32, 150
 
 
@@ -141,6 +142,14 @@ def check_licence(style: Style, folder: Path) -> None:
     info = json.loads((folder / style.package / "info.json").read_text(encoding="utf-8"))
     if (licence := info["license"]["spdx"]) != style.licence:
         raise SystemExit(f"{style.package} is under {licence}; expected {style.licence}.")
+
+
+def data_of(target: str, work: Path) -> tuple[str, str]:
+    """Where a style's pictures lie: those to tune on, and the others."""
+    if target in CARRIED:
+        return f"embedded/{target}", f"embedded/{target}-eval"
+    folder = make(target, work / "styles")
+    return str(folder / "tune"), str(folder / "eval")
 
 
 def make(name: str, work: Path) -> Path:

@@ -21,8 +21,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from bank_cost import data_of
-from styles import STYLES
+from styles import STYLES, data_of
 
 from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.recipe.recipe import Recipe

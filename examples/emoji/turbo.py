@@ -17,11 +17,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from bank_cost import CARRIED, data_of
+from common import spread
 from distil import Trajectories, make_turbo
+from styles import CARRIED, data_of
 
 from difftuning_control.data.prepare import read_data
 from difftuning_control.evaluation.drawing import save_grid
@@ -261,18 +261,13 @@ def tables(result: dict[str, Any]) -> str:
                 if (row["tuned"], row["side"], row["model"]) == (tuned, side, model):
                     by_steps.setdefault(row["steps"], []).append(row)
             main = by_steps[4 if model == "turbo" else 15]
-            cells = [_spread(main, "kid", 1000, 0), _spread(main, "domain_hit", 100, 0)]
-            cells += [_spread(main, "pair_similarity", 1, 3)]
-            cells += [_spread(by_steps[n], "kid", 1000, 0) if n in by_steps else "" for n in (8, 1)]
+            cells = [spread([1000 * r["kid"] for r in main], "{:.0f}")]
+            cells += [spread([100 * r["domain_hit"] for r in main], "{:.0f}")]
+            cells += [spread([r["pair_similarity"] for r in main], "{:.3f}")]
+            cells += [spread([1000 * r["kid"] for r in by_steps.get(n, [])], "{:.0f}") for n in (8, 1)]
             drawn = "turbo, 4 steps, guidance 1" if model == "turbo" else "base, 15 steps, guidance 4"
             lines.append(f"| {tuned} | {NAMES[side]} | {drawn} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _spread(rows: list[dict[str, Any]], name: str, factor: float, digits: int) -> str:
-    values = [factor * row[name] for row in rows]
-    around = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{around}"
 
 
 def main() -> None:

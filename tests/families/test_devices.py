@@ -8,15 +8,14 @@ from torch import nn
 
 from difftuning_control import cli
 from difftuning_control.adapters.tlora import RankMask
-from difftuning_control.evaluation import losses as band_losses
 from difftuning_control.evaluation.losses import BandValidator
-from difftuning_control.families import autoencoder
 from difftuning_control.families.loading import family_of
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess, looked_up
 from difftuning_control.objective.rows import moved
 from difftuning_control.objective.variance import variational_bound
+from difftuning_control.recipe import inputs
 from difftuning_control.verbs.runners import RUNNERS
 from support.marks import needs_bitsandbytes
 from support.other_device import DEVICE, Watch
@@ -140,11 +139,11 @@ def test_few_large_pictures_are_encoded_and_decoded_at_once(family, monkeypatch)
         monkeypatch.setattr(
             family.pipe.vae, name, lambda x, *a, original=original, **k: seen.append(len(x)) or original(x, *a, **k)
         )
-    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr(inputs, "PIXELS_AT_ONCE", 2 * 16 * 16)
     torch.testing.assert_close(family.encode_moments(pixels), (mean, std))
     torch.testing.assert_close(family.decode(mean), drawn)
     assert seen == [2, 2, 1] * 2
-    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(inputs, "PIXELS_AT_ONCE", 1)
     assert len(family.encode_moments(pixels)[0]) == 5
 
 
@@ -155,7 +154,7 @@ def test_few_rows_of_large_pictures_are_measured_at_once(family, monkeypatch):
     validator, seen = BandValidator(family, objective, batch, bands=2), []
     expected = validator.rows(family.denoiser)
     family.denoiser.register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
-    monkeypatch.setattr(band_losses, "PIXELS_AT_ONCE", family.vae_scale_factor**2 * 64)
+    monkeypatch.setattr(inputs, "PIXELS_AT_ONCE", family.vae_scale_factor**2 * 64)
     torch.testing.assert_close(validator.rows(family.denoiser), expected)
     assert seen == [2, 2, 1] * 2
 

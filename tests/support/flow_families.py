@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import pytest
 import torch
 
-from difftuning_control.families.loading import FAMILIES, SINCE
-from difftuning_control.system.installed import at_least
+from difftuning_control.families.loading import FAMILIES
 from support.drawing import PROMPTS, generators
+from support.marks import need_pipeline
 from support.tiny_flow import (
     tiny_chroma,
     tiny_flux2,
@@ -167,9 +166,7 @@ def shorten(monkeypatch) -> None:
 
 def need(name: str) -> None:
     """Skip the test of a family where the installed diffusers does not have it."""
-    pipeline = STOCK[name].pipeline
-    if not hasattr(diffusers, pipeline) or not at_least("diffusers", SINCE[pipeline]):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {pipeline} as it is needed; {SINCE[pipeline]} has")
+    need_pipeline(STOCK[name].pipeline)
 
 
 def recorded(stock: Stock, pipe, steps: int, scale: float, prompts=PROMPTS, **settings):

@@ -22,8 +22,9 @@ needs_asking = pytest.mark.skipif(
 
 def need_pipeline(name: str) -> None:
     """Skip the rest of a test where the installed diffusers does not have a pipeline as it is needed."""
-    if not hasattr(diffusers, name) or not at_least("diffusers", SINCE.get(name, "0")):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name} as it is needed")
+    since = SINCE.get(name, "0")
+    if not hasattr(diffusers, name) or not at_least("diffusers", since):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name} as it is needed; {since} has")
 
 
 def needs(package: str, version: str) -> pytest.MarkDecorator:

@@ -10,7 +10,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import losses_at_best
 from difftuning_control.evaluation.comparison import PLAIN, compare_sides, is_number, seed_values, verdict
 from difftuning_control.evaluation.metric_table import METRICS
-from difftuning_control.evaluation.pilot_figures import PilotBudget
+from difftuning_control.evaluation.pilot_figures import PilotBudget, is_at_an_end
 from difftuning_control.evaluation.report import findings
 from difftuning_control.evaluation.report.analysis import analysis_charts
 from difftuning_control.evaluation.report.language import load_texts
@@ -148,8 +148,8 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
 
 def _at_the_end(side: Mapping[str, Any]) -> bool:
     """Whether the chosen learning rate is the lowest or the highest of several that were tried."""
-    tried = sorted({row["learning_rate"] for row in side["search"]}.union(side.get("diverged", ())))
-    return len(tried) > 1 and side["learning_rate"] in (tried[0], tried[-1])
+    tried = {row["learning_rate"] for row in side["search"]}.union(side.get("diverged", ()))
+    return is_at_an_end(side["learning_rate"], tried)
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:

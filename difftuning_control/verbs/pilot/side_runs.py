@@ -17,6 +17,7 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.metric_table import lower_is_better
+from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -262,9 +263,9 @@ class SideRuns:
 
 def beyond(best: float, rates: list[float]) -> list[float]:
     """The next learning rate past the end at which the best one lies, as far as the last two are apart; none within."""
-    ordered = sorted(rates)
-    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+    if not is_at_an_end(best, rates):
         return []
+    ordered = sorted(rates)
     neighbour = ordered[1] if best == ordered[0] else ordered[-2]
     return [float(f"{best * best / neighbour:.3g}")]
 
