@@ -89,6 +89,7 @@ def _linear8bit() -> Any:
             if factors is None:  # this is what quantises it
                 return self
             holder = self.state if holder is self.state else weight
+            weight.CB = weight.SCB = None  # an older one has rounded again what was rounded, with other factors
             holder.CB, holder.SCB = weight.data, factors.to(weight.device)
             return self
 

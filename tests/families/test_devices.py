@@ -17,7 +17,7 @@ from difftuning_control.objective.rows import moved
 from difftuning_control.objective.variance import variational_bound
 from difftuning_control.recipe import inputs
 from difftuning_control.verbs.runners import RUNNERS
-from support.marks import needs_bitsandbytes
+from support.marks import need_pipeline, needs_bitsandbytes
 from support.other_device import DEVICE, Watch
 from support.tiny_flow import tiny_chroma, tiny_flux2_klein, tiny_krea2
 from support.tiny_models import tiny_dit, tiny_flux, tiny_pixart, tiny_sd3, tiny_sdxl
@@ -52,6 +52,7 @@ def test_a_pipeline_whose_text_encoders_stay_on_the_cpu_draws_on_the_device(name
     assert type(family.pipe).__name__ == kind.__name__
 
 
+@needs_bitsandbytes
 @needs_bitsandbytes
 def test_weights_in_8_bits_move_with_the_module_around_them():
     from difftuning_control.families.quantised import quantise_linears
@@ -104,6 +105,7 @@ def test_nothing_is_copied_to_the_device_in_a_forward(name):
 
 
 def test_rows_are_scaled_by_numbers_that_lie_on_the_cpu():
+    need_pipeline("Flux2KleinPipeline")
     family = family_of(tiny_flux2_klein())
     latents = torch.randn(1, family.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
     expected = family.scale_latents(latents)

@@ -21,6 +21,7 @@ from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotC
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.sample import sample_to_folder
 from difftuning_control.verbs.train import train
+from support.marks import need_pipeline
 from support.tiny_sd import tiny_pipeline
 
 ANCESTRAL = {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon"}
@@ -67,6 +68,7 @@ def model_of(
     ],
 )
 def test_a_distilled_model_is_known_by_its_configurations(tmp_path, pipeline, configs, steps):
+    need_pipeline(pipeline)
     found = few_steps_of(model_of(tmp_path / "mine", pipeline, **configs))
     assert (found and found.drawn) == (steps and (steps, 1.0))
 

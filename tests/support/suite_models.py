@@ -5,6 +5,7 @@ They lie in a folder that has the layout of the Hub's cache, so that the tests f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def _t5(folder: Path) -> None:
 
 def _gemma(folder: Path) -> None:
     tiny_gemma_tokenizer([*GEMMA_WORDS[:5], "a", "b", "c"]).save_pretrained(folder)  # their model knows eight words
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma"}))  # by which AutoTokenizer knows its class
 
 
 def _qwen(folder: Path) -> None:
