@@ -49,7 +49,9 @@ for step in range(args.steps):
     timesteps = objective.sample_timesteps(is_retention)  # + instead of torch.randint(0, 1000, (batch_size,))
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-    loss = F.mse_loss(model_pred.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
+    is_epsilon = noise_scheduler.config.prediction_type == "epsilon"
+    target = noise if is_epsilon else noise_scheduler.get_velocity(latents, noise, timesteps)
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = objective.reduce(loss, timesteps, is_retention)  # + instead of loss.mean()
     loss.backward()
     optimizer.step()

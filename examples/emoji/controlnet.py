@@ -115,7 +115,7 @@ def chosen_rate(condition: str, side: str, work: Path) -> float | None:
     runs = {rate: finished("canny", side, rate, SEEDS[0], work) for rate in RATES}
     if any(run is None for run in runs.values()):
         return None
-    curve = {r: run.fidelity["figures"][run.fidelity["main"]] for r, run in runs.items() if run is not None}
+    curve = {r: run.fidelity.values for r, run in runs.items() if run is not None and run.fidelity is not None}
     return max(RATES, key=lambda rate: mean(curve[rate]))
 
 

@@ -114,6 +114,7 @@ def distil(family: Family, found: Trajectories, work: Path, steps: int) -> None:
     used = torch.isin(timesteps, scheduler.timesteps)
     chance = torch.where(used, 0.6 / used.sum(), 0.4 / (~used).sum())  # the levels of four steps more often
     alphas, sigmas = process.alphas[timesteps], process.sigmas[timesteps]
+    of_velocity = scheduler.config.prediction_type == "v_prediction"
     embeddings = family.encode_prompts(list(dict.fromkeys(found.prompts)))["prompt_embeds"]
     row_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(found.prompts))}
     own = torch.tensor([row_of[prompt] for prompt in found.prompts])
@@ -131,9 +132,11 @@ def distil(family: Family, found: Trajectories, work: Path, steps: int) -> None:
         levels = torch.multinomial(chance, ROWS, replacement=True, generator=generator)
         alpha, sigma = alphas[levels].view(-1, 1, 1, 1), sigmas[levels].view(-1, 1, 1, 1)
         noisy = found.noisy[rows, levels]
-        noise_pred = unet(noisy, timesteps[levels], embeddings[own[rows]]).sample
-        error = ((noisy - sigma * noise_pred) / alpha - found.ends[rows]).square().mean((1, 2, 3))
-        weight = (alpha / sigma).clamp(max=1).flatten()  # every level pulls equally at the prediction
+        model_pred = unet(noisy, timesteps[levels], embeddings[own[rows]]).sample
+        ends = alpha * noisy - sigma * model_pred if of_velocity else (noisy - sigma * model_pred) / alpha
+        error = (ends - found.ends[rows]).square().mean((1, 2, 3))
+        magnified = sigma if of_velocity else sigma / alpha  # an error of the prediction in the picture
+        weight = (1 / magnified).clamp(max=1).flatten()  # every level pulls equally at the prediction
         loss = (weight * (error + 1e-3).sqrt()).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -198,9 +198,9 @@ def table(result: Mapping[str, Any]) -> str:
         points = [
             effect(rows, method, "plain", name, ratio=False) for name in ("domain_hit", "memorisation", "forgetting")
         ]
-        lines.append(f"| {method} | {' | '.join(_interval(v) for v in (kid, *points))} |")
+        lines.append(f"| {method} | {' | '.join(interval(v) for v in (kid, *points))} |")
     rivals = {name: effect(rows, "difftuning", name) for name in RIVALS if name in methods}
-    lines += ["", *(f"difftuning against {name}: KID {_interval(found)}" for name, found in rivals.items())]
+    lines += ["", *(f"difftuning against {name}: KID {interval(found)}" for name, found in rivals.items())]
     targets = len({row["target"] for row in rows})
     lines.append(
         f"{targets} targets; {seeds_needed(rows):.0f} pairs of runs tell a difference of 10 % in KID from chance."
@@ -208,7 +208,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval(found: tuple[float, float, float]) -> str:
+def interval(found: tuple[float, float, float]) -> str:
     return "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
 
 

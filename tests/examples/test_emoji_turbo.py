@@ -59,13 +59,15 @@ def test_the_teachers_levels_are_those_of_the_few_step_scheduler(turbo):
 
     family = load_family("embedded")
     drawn = distil._drawn(family, distil.prompts_of(2), 0)
-    assert drawn["noisy"].shape == (2, distil.LEVELS, 12, 8, 8)
+    assert drawn["noisy"].shape == (2, distil.LEVELS, family.latent_channels, 8, 8)
     own = LCMScheduler.from_config(family.pipe.scheduler.config, original_inference_steps=distil.LEVELS)
     own.set_timesteps(distil.LEVELS)
     with family.solved_by("dpmsolver++"):
         family.pipe.scheduler.set_timesteps(distil.LEVELS)
         assert torch.equal(family.pipe.scheduler.timesteps, own.timesteps)
-    noise = torch.randn(12, 8, 8, generator=torch.Generator().manual_seed(distil.step_seed(distil.SEED, 1)))
+    noise = torch.randn(
+        family.latent_channels, 8, 8, generator=torch.Generator().manual_seed(distil.step_seed(distil.SEED, 1))
+    )
     assert torch.equal(drawn["noisy"][1, 0], noise)
 
 

@@ -1,0 +1,225 @@
+"""Five conditions: after how many steps a ControlNet follows them, plain and with what Diff-Tuning changes.
+
+    python examples/emoji/control_tasks.py --work build/control_tasks         # trains; a second process shares the work
+    python examples/emoji/control_tasks.py --work build/control_tasks --collect examples/emoji/control_tasks.json
+    python examples/emoji/control_tasks.py --table examples/emoji/control_tasks.json
+
+Edges, line drawings, silhouettes, blocks of colour, and the negative, whose right answer is known in every pixel. The
+sides are plain training, Diff-Tuning's noise levels alone, and those with its bank. A run follows its condition
+half-way where fidelity on held-out conditions has risen by half of what plain training rises by in the end; one that
+does not get there counts with its whole length, and is said. The learning rate of every side has the highest mean
+fidelity over the curve, for a seed that the figures do not use, and the search doubles or halves it until the best is
+not at an edge. All sides have the same data, steps, rows, searches and seeds. A run that is done is not done again, and
+one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from common import spread
+from controlnet import half_way
+from targets import effect, interval
+
+from difftuning_control.errors import UserError
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.identity import versions
+from difftuning_control.runs.record import RunRecord, read_run
+from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.train import train
+
+HERE = Path(__file__).parent
+NONE = {"tuning.retention_ratio": 0.0, "tuning.retention_weight": 0.0}
+TASKS: dict[str, dict[str, Any]] = {
+    "canny": {"control.annotator": "canny", "control.params": {"low_threshold": 100, "high_threshold": 200}},
+    "lineart": {
+        "control.annotator": "lineart_standard",
+        "control.params": {"guassian_sigma": 2.0, "intensity_threshold": 8},  # its own spelling
+    },
+    "silhouette": {"control.annotator": "conditions:silhouette"},
+    "colours": {"control.annotator": "conditions:colours"},
+    "negative": {"control.annotator": "conditions:negative"},
+}
+SIDES: dict[str, dict[str, Any]] = {
+    "plain": {"tuning.schedule": {"kind": "constant", "tau": None}, **NONE},
+    "levels": {"tuning.schedule": {"kind": "power", "tau": 1.0}, **NONE},
+    "difftuning": {"tuning.schedule": {"kind": "power", "tau": 1.0}},
+}
+SAID = {"plain": "plain", "levels": "ψ = u alone", "difftuning": "ψ = u and bank"}
+RATES = (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)
+WIDENED = 3  # times at most, by a factor of two
+SEARCHED, SEEDS = 100, (0, 1, 2, 3, 4)
+LAST = 5  # measurements that "in the end" is the mean of
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    task: str
+    side: str
+    rate: float
+    seed: int
+
+
+def recipe_of(job: Job, work: Path, flags: Sequence[str]) -> Recipe:
+    own = {
+        **TASKS[job.task],
+        **SIDES[job.side],
+        "training.learning_rate": job.rate,
+        "training.seed": job.seed,
+        "data.cache": work / "cache",
+        "output": work / job.task / job.side / f"lr-{job.rate:g}" / f"seed-{job.seed}",
+    }
+    given = [f"--{k}={v if isinstance(v, (str, Path)) else json.dumps(v)}" for k, v in own.items()]
+    _, command = parse(["train", f"--config={HERE / 'control_tasks.yaml'}", *given, *flags])
+    return only(Recipe, command)
+
+
+class Study:
+    """The runs below a folder.
+
+    Args:
+        flags: for every run, such as `--training.max_steps=20`.
+    """
+
+    def __init__(self, work: Path, flags: Sequence[str] = ()):
+        self.work, self.flags, self.seen = work, flags, dict[Job, RunRecord]()
+
+    def record(self, job: Job) -> RunRecord | None:
+        """Of a run that is done."""
+        if job not in self.seen:
+            run = read_run(Path(recipe_of(job, self.work, self.flags).output))
+            if run is None or not run.is_complete or run.fidelity is None:
+                return None
+            self.seen[job] = run
+        return self.seen[job]
+
+    def score(self, job: Job) -> float | None:
+        """Mean fidelity over the curve of a run that is done."""
+        record = self.record(job)
+        return mean(record.fidelity.values) if record is not None and record.fidelity is not None else None
+
+    def search(self, task: str, side: str) -> tuple[list[Job], float | None]:
+        """The runs that the search asks for so far, and the rate that it has chosen once they are done."""
+        rates = list(RATES)
+        for widened in range(WIDENED + 1):
+            runs = [Job(task, side, rate, SEARCHED) for rate in rates]
+            scores = [self.score(job) for job in runs]
+            if None in scores:
+                return runs, None
+            best = rates[scores.index(max(score for score in scores if score is not None))]
+            if widened == WIDENED or best not in (rates[0], rates[-1]):
+                break
+            rates = [rates[0] / 2, *rates] if best == rates[0] else [*rates, 2 * rates[-1]]
+        return runs, best
+
+    def jobs(self) -> list[Job]:
+        """What can be trained now: the searches first, then seed after seed."""
+        found: list[Job] = []
+        for task in TASKS:
+            for side in SIDES:
+                runs, rate = self.search(task, side)
+                found += runs if rate is None else [Job(task, side, rate, seed) for seed in SEEDS]
+        found.sort(key=lambda job: (list(TASKS).index(job.task), job.seed != SEARCHED, job.seed))
+        return [job for job in found if self.record(job) is None]
+
+    def work_through(self) -> None:
+        """Train what is not trained; a job that another process is at is left to it."""
+        while open_jobs := self.jobs():
+            for job in open_jobs:
+                try:
+                    train(recipe_of(job, self.work, self.flags))
+                    print(*job, flush=True)
+                    break
+                except UserError as error:
+                    if "in use by another run" not in str(error):
+                        raise
+            else:
+                time.sleep(10)  # all that is left is being trained, or waits for it
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a finished run of the figures, for every task of which each side has one, and its search."""
+        found = []
+        for task in TASKS:
+            chosen = {side: self.search(task, side) for side in SIDES}
+            if any(rate is None for _, rate in chosen.values()):
+                continue
+            for side, (runs, rate) in chosen.items():
+                searched = {f"{job.rate:g}": self.score(job) for job in runs}
+                for seed in SEEDS:
+                    record = self.record(Job(task, side, rate or 0.0, seed))
+                    if record is not None and record.fidelity is not None:
+                        row = {"target": task, "method": side, "seed": seed, "learning_rate": rate}
+                        found.append(row | {"searched": searched, "fidelity": record.fidelity.to_dict()})
+        return found
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the steps to half-way, whether they were reached, and the mean of the curve and its end."""
+    found = []
+    for task in dict.fromkeys(row["target"] for row in rows):
+        own = [(row, row["fidelity"]["figures"][row["fidelity"]["main"]]) for row in rows if row["target"] == task]
+        without = mean(row["fidelity"]["without"][row["fidelity"]["main"]] for row, _ in own)
+        ends = [mean(curve[-LAST:]) for row, curve in own if row["method"] == "plain"]
+        level = (without + mean(ends)) / 2
+        for row, curve in own:
+            steps = row["fidelity"]["steps"]
+            reached = half_way(steps, curve, level)
+            figures = {"half_way": steps[-1] if reached is None else reached, "reached": reached is not None}
+            figures |= {"mean": mean(curve), "end": mean(curve[-LAST:]), "without": without}
+            found.append(row | figures | {"n_images": 0, "adapter": "controlnet"})
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every condition and side, and the effects over the conditions with their intervals, as Markdown."""
+    rows = measured(result["rows"])
+    head = "condition | side | learning rate | steps to half-way | reached | fidelity, mean of the curve | in the end"
+    lines = [f"| {head} |", "|---" * 7 + "|"]
+    for task in dict.fromkeys(row["target"] for row in rows):
+        for side in SIDES:
+            own = [row for row in rows if (row["target"], row["method"]) == (task, side)]
+            if not own:
+                continue
+            cells = [spread([row["half_way"] for row in own], "{:.0f}"), f"{sum(r['reached'] for r in own)}/{len(own)}"]
+            cells += [spread([row[name] for row in own], "{:.3f}") for name in ("mean", "end")]
+            name = f"{task} ({own[0]['without']:.2f}) | {SAID[side]} | {own[0]['learning_rate']:g}"
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    head = "against plain | steps to half-way | fidelity, mean of the curve | in the end"
+    lines += ["", f"| {head} |", "|---" * 4 + "|"]
+    for side in (side for side in SIDES if side != "plain"):
+        parts = [effect(rows, side, "plain", name) for name in ("half_way", "mean", "end")]
+        lines.append(f"| {SAID[side]} | {' | '.join(interval(part) for part in parts)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/control_tasks"))
+    parser.add_argument("--table", type=Path, help="only print the tables of this file")
+    parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
+    args, flags = parser.parse_known_args()  # what is left goes to every run: --training.max_steps=20
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+    elif args.collect is not None:
+        rows = Study(args.work, flags).rows()
+        if not rows:
+            raise SystemExit(f"{args.work} holds no condition of which every side is searched and trained.")
+        write_json(args.collect, {"versions": versions(), "rows": rows})
+    else:
+        Study(args.work, flags).work_through()
+
+
+if __name__ == "__main__":
+    main()
