@@ -12,8 +12,11 @@ from PIL import Image
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import ControlConfig, FidelityConfig
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import TrainingConfig
+from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.train import train
-from difftuning_control.verbs.ui.compare_view import first_sides, grid, sides_of
+from difftuning_control.verbs.ui.compare_view import first_sides, grid, sampling_of, sides_of
 from difftuning_control.verbs.ui.drawing import BASE, Drawing, points_of, schedule_of
 from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
@@ -65,6 +68,15 @@ def test_the_page_shows_who_draws_at_each_noise_level():
 def test_what_was_stopped_is_said():
     page = grid(replace(ONE, sides=(BASE, "runs/one")), {BASE: [Image.new("RGB", (8, 8))]}, "embedded")
     assert "Stopped; not drawn: runs/one." in page
+
+
+def test_a_comparison_begins_with_the_steps_and_guidance_of_the_first_runs_own_grids(tmp_path):
+    """Which are few, without guidance, of a distilled model."""
+    places = Places.of(tmp_path)
+    assert sampling_of(places, [BASE]) == (Drawing.steps, Drawing.guidance)
+    few = Recipe(training=TrainingConfig(sample_steps=4, sample_guidance_scale=1.0))
+    RunRecord(status="complete", recipe_values=few.to_dict()).write(tmp_path / "runs" / "turbo")
+    assert sampling_of(places, [BASE, "runs/turbo"]) == (4, 1.0)
 
 
 # --- drawn ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from difftuning_control.verbs.ui.compare_view import (
     grid,
     next_pair,
     prompts_of,
+    sampling_of,
     sides_of,
     told,
     vote,
@@ -68,7 +69,9 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
         updates = [gr.update(choices=choices, value=value) for choices, value in boxes]
         page = gr.skip() if drawn_before else render("nothing_drawn", has_runs=bool(runs))
         can_vote = gr.update(visible=bool(runs))
-        return [updates[0], text, updates[1], updates[2], votes_of(places, mine) if mine else "", page, can_vote]
+        sampling = [gr.skip()] * 2 if drawn_before else sampling_of(places, chosen)
+        votes = votes_of(places, mine) if mine else ""
+        return [updates[0], text, updates[1], updates[2], votes, page, can_vote, *sampling]
 
     def asked(names: list[str], text: str, *values: Any) -> Drawing:
         given = dict(zip(sliders, values))
@@ -77,7 +80,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
             tuple(names),
             lines,
             seed=int(given["seed"] or 0),
-            steps=int(given["steps"] or 15),
+            steps=int(given["steps"] or Drawing.steps),
             guidance=float(given["guidance"]),
             domain=bool(given["domain"]),
             mixture=float(given["mixture"]),
@@ -135,7 +138,8 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
 
     asking = [pair, pair_shown, same, result]
     met = [sides, prompts, run, against, has_drawn]
-    tab.select(arrive, met, [sides, prompts, run, against, result, shown, voting], **quiet)
+    arrived = [sides, prompts, run, against, result, shown, voting, sliders["steps"], sliders["guidance"]]
+    tab.select(arrive, met, arrived, **quiet)
     sliders["domain"].change(lambda on: gr.update(visible=on), sliders["domain"], sliders["mixture"], **quiet)
     draws(draw.click)
     for name in ("guidance", "mixture", "strength", "hand_over", "control", "change"):

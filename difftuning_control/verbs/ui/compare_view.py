@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.runs.kept import kept_steps, place_of_run, step_folder
-from difftuning_control.runs.record import read_run
+from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.runs.votes import Tally, add_vote, tallies
 from difftuning_control.verbs.ui.drawing import BASE, Drawing
 from difftuning_control.verbs.ui.painter import Painter
@@ -48,11 +48,22 @@ def first_sides(places: Places) -> list[str]:
 
 def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]:
     """Prompts to begin with: those of the first run's sample grids."""
+    return next((record.prompts[:most] for record in _records(places, sides) if record.prompts), [])
+
+
+def sampling_of(places: Places, sides: Sequence[str]) -> tuple[int, float]:
+    """Steps and guidance to begin with: those of the first run's sample grids, which are few of a distilled model."""
+    for record in _records(places, sides):
+        training = record.recipe.training
+        return training.sample_steps, training.sample_guidance_scale
+    return Drawing.steps, Drawing.guidance
+
+
+def _records(places: Places, sides: Sequence[str]) -> Iterator[RunRecord]:
     for side in sides:
         record = read_run(place_of_run(places.folder / side)[0]) if side != BASE else None
-        if record is not None and record.prompts:
-            return record.prompts[:most]
-    return []
+        if record is not None:
+            yield record
 
 
 def grid(
