@@ -41,6 +41,12 @@ def adapter_names(denoiser: Any) -> set[str]:
     return set(peft) | set(own)
 
 
+def names_on(pipe: Any) -> set[str]:
+    """Of the adapters on a pipeline, whether they are on its denoiser or on a text encoder alone."""
+    _, denoiser = denoiser_of(pipe)
+    return adapter_names(denoiser).union(*(getattr(encoder, "peft_config", {}) for encoder in encoders_of(pipe)))
+
+
 def unload_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
     """Take an adapter off again: the pipeline is as it was before `load_adapter`, bit for bit.
 
@@ -48,7 +54,7 @@ def unload_adapter(pipe: Any, adapter_name: str = ADAPTER) -> None:
         UserError: if there is none of this name.
     """
     _, denoiser = denoiser_of(pipe)
-    if adapter_name not in adapter_names(denoiser):
+    if adapter_name not in names_on(pipe):
         raise UserError(f"the pipeline has no adapter {adapter_name}.")
     remove_adapter(pipe, denoiser, adapter_name)
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from difftuning_control.adapters.kinds import ADAPTER, lora_state, own_parts
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import write_json
-from difftuning_control.system.tensors import set_metadata, write_tensors
+from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
 from difftuning_control.system.untrusted import from_json, refuse_pickle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -69,6 +70,8 @@ def save_lora(module: Any, text_encoder: Any, write: Callable[..., None], folder
 
 def find_adapter(path: Path) -> Path:
     """The adapter's file, or its peft directory."""
+    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():  # which has its scale
+        return path.parent
     if path.is_file() and path.suffix == ".safetensors":
         return path
     if path.is_dir():
@@ -83,8 +86,13 @@ def find_adapter(path: Path) -> Path:
         raise UserError(f"{path} holds a ControlNet and no adapter; add_control(pipe, {str(path)!r}) takes it.")
     raise UserError(
         f"{path} holds no adapter; expected the output folder of a run, a folder with {LORA_FILE}, {DIFFFIT_FILE} or "
-        f"{PEFT_CONFIG}, or a safetensors file."
+        f"{PEFT_CONFIG}, or a .safetensors file{_files_in(path)}."
     )
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(p.name for p in folder.glob("*.safetensors")) if folder.is_dir() else []
+    return f" such as {folder / names[0]} ({len(names)} lie there)" if names else ""
 
 
 def metadata_and_shapes(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
@@ -95,6 +103,24 @@ def metadata_and_shapes(path: Path) -> tuple[dict[str, str], dict[str, tuple[int
             return file.metadata() or {}, shapes
     except (OSError, SafetensorError):
         raise UserError(f"{path} is damaged or no safetensors file; give a whole one.") from None
+
+
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file.
+
+    Raises:
+        UserError: if it is damaged, or has values that are not finite.
+    """
+    tensors = read_tensors(path)
+    if tensors is None:
+        raise UserError(f"{path} is damaged or no safetensors file; give a whole one.")
+    broken = next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None)
+    if broken is not None:
+        raise UserError(
+            f"{path} has values that are not finite, such as in {broken}: what it is of had diverged; give another "
+            "file, or an earlier step."
+        )
+    return tensors
 
 
 def read_header(path: Path) -> dict[str, Any]:

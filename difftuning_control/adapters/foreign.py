@@ -1,23 +1,25 @@
 """LoRA files of other tools, kohya's sd-scripts and ComfyUI among them, read under diffusers' names.
 
-A key is a prefix, a layer's name in one of the forms below, and the part of the LoRA:
+A key is perhaps some prefixes, a layer's name, by diffusers or as published, with . or _, and the part of the LoRA:
 
-    lora_unet_, lora_transformer_     diffusers' or the published name, with _ for .
-    diffusion_model.                  the published name
-    lora_te_, lora_te1_, …            a text encoder's name, with _ for .
-    text_encoders.clip_l.transformer. a text encoder's name
+    lora_unet_, lora_transformer_, lycoris_     kohya, LyCORIS
+    diffusion_model., model.diffusion_model.    ComfyUI
+    base_model.model., transformer., unet.      peft, diffusers
+    lora_te_, lora_te1_, …                      a text encoder's, kohya
+    text_encoders.clip_l.transformer.           a text encoder's, ComfyUI
 
 Of a published layer that is several of diffusers', each gets its rows of `up`, and of the rank what these rows use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from difftuning_control.adapters.lora_keys import OtherFormError, parts_of
 from difftuning_control.adapters.native_names import (
     Published,
     encoder_layer,
@@ -27,86 +29,55 @@ from difftuning_control.adapters.native_names import (
 )
 from difftuning_control.errors import UserError
 
-PARTS = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".alpha": "alpha",
-}
+BEFORE = ("lora_unet_", "lora_transformer_", "lycoris_", "base_model_model_", "diffusion_model_", "model_", "_")
+"""What tools put before a denoiser's layer, with _ for ., beside the denoiser's own name."""
 
 
-PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te", "diffusion_model.", "text_encoders.")
-
-
-def is_foreign(keys: Iterable[str]) -> bool:
-    """Whether a file has another tool's names."""
-    return all(key.startswith(PREFIXES) for key in keys)
-
-
-def read_foreign(tensors: dict[str, Tensor], pipe: Any, component: str) -> dict[str, Tensor] | None:
-    """A LoRA under diffusers' names, `unet.<module>.lora_A.weight`, with its scales made part of B.
+def read_foreign(tensors: dict[str, Tensor], pipe: Any, component: str) -> dict[str, Tensor]:
+    """A LoRA under diffusers' names, `unet.<module>.lora_A.weight`, float32, with its scales made part of B.
 
     Args:
         tensors: of the file, under another tool's names.
         pipe: the pipeline that it is for.
         component: the denoiser's name in it.
 
-    Returns:
-        None for a file of another form, or with layers that this model has not; diffusers may know it.
+    Raises:
+        OtherFormError: if it is no plain LoRA, or not of this model.
     """
-    parts = _parts(tensors)
-    names = dict(_names(pipe, component)) if parts is not None else {}
-    if parts is None or not parts.keys() <= names.keys():
-        return None
+    parts, names = parts_of(tensors), _Names(pipe, component)
+    layers = {prefix: plain_layers(getattr(pipe, prefix)) for prefix in names.modules}
     pairs: dict[str, Tensor] = {}
     for key, its in parts.items():
-        prefix, published = names[key]
-        if not {"down", "up"} <= its.keys():
-            return None
+        prefix, published = names.find(key)
         down, up = its["down"].float(), its["up"].float()
+        if "mid" in its:
+            down = torch.einsum("rshw,si->rihw", its["mid"].float(), down.flatten(1))
         scale = float(its["alpha"]) / len(down) if "alpha" in its else 1.0
-        sizes = plain_layers(getattr(pipe, prefix))
-        rows = [sizes[name].weight.shape[0] for name in published.modules]
+        rows = [_rows(layers[prefix][name]) for name in published.modules]
         if len(rows) > 1 and sum(rows) != len(up):
-            return None
+            raise OtherFormError(
+                f"does not fit this model: it was made for {key} of {len(up)} rows, here it has {sum(rows)}"
+            )
         for name, a, b in _split(published, rows, down, up * scale):
-            pairs[f"{prefix}.{name}.lora_A.weight"], pairs[f"{prefix}.{name}.lora_B.weight"] = a, b
+            a, b = _shaped(a, b, layers[prefix][name])
+            place = f"{prefix}.{name}"
+            if f"{place}.lora_A.weight" in pairs:
+                raise OtherFormError(f"has more than one LoRA for {place}; give a file with one")
+            pairs[f"{place}.lora_A.weight"], pairs[f"{place}.lora_B.weight"] = a.contiguous(), b.contiguous()
     return pairs
 
 
-def _parts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
-    """The tensors of each layer; None where some are no plain LoRA's."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        end = next((end for end in PARTS if key.endswith(end)), None)
-        if end is None:
-            return None
-        layers.setdefault(key.removesuffix(end), {})[PARTS[end]] = tensor
-    return layers
+def _rows(layer: Any) -> int:
+    """Of its weight; that of a quantised one is packed."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
 
 
-def _names(pipe: Any, component: str) -> Iterator[tuple[str, tuple[str, Published]]]:
-    """Every name that a layer of the pipeline may have in a file; which module it is in, and which layers it is."""
-    denoiser = getattr(pipe, component)
-    wanted = list(plain_layers(denoiser))
-    try:
-        published = known_layers(denoiser)
-    except UserError:  # a model that no other tool knows
-        published = []
-    for name in wanted:
-        own = Published(name, (name,))
-        for prefix in ("lora_unet", "lora_transformer"):
-            yield f"{prefix}_{name.replace('.', '_')}", (component, own)
-    for layer in published:
-        yield f"lora_unet_{layer.name.replace('.', '_')}", (component, layer)
-        yield f"diffusion_model.{layer.name}", (component, layer)
-    for part, (kohya, comfyui) in encoder_names(pipe).items():
-        encoder = getattr(pipe, part, None)
-        for name in plain_layers(encoder) if encoder is not None else ():
-            theirs, own = encoder_layer(encoder, name), Published(name, (name,))
-            yield f"{kohya}_{theirs.replace('.', '_')}", (part, own)
-            yield f"text_encoders.{comfyui}.transformer.{theirs}", (part, own)
+def _shaped(a: Tensor, b: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B of a 1×1 convolution as a linear layer has them, or the other way round, as the layer here is."""
+    if isinstance(layer, nn.Linear):
+        is_small = a.shape[2:].numel() == b.shape[2:].numel() == 1
+        return (a.flatten(1), b.flatten(1)) if is_small else (a, b)
+    return tuple(t if t.ndim == 4 else t[:, :, None, None] for t in (a, b))  # type: ignore[return-value]
 
 
 def _split(published: Published, rows: list[int], down: Tensor, up: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -120,3 +91,68 @@ def _split(published: Published, rows: list[int], down: Tensor, up: Tensor) -> I
         used = b.flatten(1).any(0) if b.ndim == 2 else torch.ones(b.shape[1], dtype=torch.bool)
         if bool(used.any()):
             yield name, down[used].contiguous(), b[:, used].contiguous()
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+class _Names:
+    """Every name, with _ for ., that a layer of a pipeline may have in a file."""
+
+    def __init__(self, pipe: Any, component: str):
+        self.component, denoiser = component, getattr(pipe, component)
+        self.denoiser = {_flat(name): Published(name, (name,)) for name in plain_layers(denoiser)}
+        for name in plain_layers(denoiser):  # as attention processors had them
+            processor = name.replace(".to_out.0", ".to_out").replace(".to_", ".processor.to_")
+            self.denoiser.setdefault(_flat(processor), Published(name, (name,)))
+        try:
+            published = known_layers(denoiser)
+        except UserError:  # a model that no other tool knows
+            published = []
+        for layer in published:
+            self.denoiser.setdefault(_flat(layer.name), layer)
+        self.encoders = dict(_encoder_layers(pipe))
+        self.modules = dict.fromkeys([component, *(part for part, _ in self.encoders.values())])
+
+    def find(self, key: str) -> tuple[str, Published]:
+        """Which module of the pipeline a layer is in, and which layers it is.
+
+        Raises:
+            OtherFormError: if it is none.
+        """
+        name = _flat(key)
+        while name:
+            if name in self.denoiser:
+                return self.component, self.denoiser[name]
+            if name in self.encoders:
+                return self.encoders[name]
+            before = (p for p in (*BEFORE, f"{self.component}_") if name.startswith(p))
+            name = name.removeprefix(next(before, name))
+        raise OtherFormError(f"does not fit this model: it has weights for {key}, which is no layer")
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _encoder_layers(pipe: Any) -> Iterator[tuple[str, tuple[str, Published]]]:
+    """A text encoder's layers by their names in files; which encoder it is, and which layer."""
+    named = encoder_names(pipe)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder, tools = getattr(pipe, part, None), named.get(part)
+        if encoder is None:
+            continue
+        prefixes = [part]
+        if tools is not None:
+            prefixes += [tools[0], f"text_encoders_{tools[1]}_transformer"]
+            prefixes += ["lora_te1"] if tools[0] == "lora_te" else []
+        for name in plain_layers(encoder):
+            theirs, own = encoder_layer(encoder, name), Published(name, (name,))
+            for spelled in {theirs, name, *(_older_projections(n) for n in (theirs, name))}:
+                yield from ((_flat(f"{prefix}_{spelled}"), (part, own)) for prefix in prefixes)
+
+
+def _older_projections(name: str) -> str:
+    """A projection of CLIP's attention as diffusers called it before peft: `to_q`."""
+    head, _, last = name.rpartition(".")
+    return f"{head}.to_{last.removesuffix('_proj')}" if head.endswith("self_attn") else name

@@ -10,9 +10,16 @@ from typing import Any
 import peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
-from difftuning_control.adapters.attached import adapter_names, denoiser_of, encoders_of, layers_of, remove_adapter
+from difftuning_control.adapters.attached import (
+    adapter_names,
+    denoiser_of,
+    encoders_of,
+    layers_of,
+    names_on,
+    remove_adapter,
+)
 from difftuning_control.adapters.difffit import DiffFit
 from difftuning_control.adapters.files import (
     DIFFFIT_FILE,
@@ -21,16 +28,18 @@ from difftuning_control.adapters.files import (
     PEFT_PREFIX,
     find_adapter,
     metadata_and_shapes,
+    read_adapter,
     read_header,
 )
-from difftuning_control.adapters.foreign import is_foreign, read_foreign
+from difftuning_control.adapters.foreign import read_foreign
 from difftuning_control.adapters.kinds import ADAPTER, BESIDE, keep_part, mask_ranks, own_parts
+from difftuning_control.adapters.lora_keys import OtherFormError, is_native, read_by_diffusers
+from difftuning_control.adapters.native_names import plain_layers
 from difftuning_control.adapters.new_classes import NewClasses
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.families.tunable import CLASSES_FILE, make_tunable
 from difftuning_control.recipe.adapter_kinds import KINDS, Kind, kind_of_peft
-from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text
 
 
@@ -50,7 +59,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
     component, denoiser = denoiser_of(pipe)
     if not (math.isfinite(strength) and strength >= 0):
         raise UserError(f"strength is {strength}; expected a finite number of at least 0.")
-    if adapter_name in adapter_names(denoiser):
+    if adapter_name in names_on(pipe):
         raise UserError(f"the pipeline has an adapter {adapter_name} already; unload it or give another adapter_name.")
     with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,7 +81,7 @@ def load_adapter(pipe: Any, path: str | Path, adapter_name: str = ADAPTER, stren
 
 def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, strength: float) -> None:
     (metadata, shapes), header = metadata_and_shapes(path), read_header(path)
-    dora = any("magnitude" in key or "dora_scale" in key for key in shapes)
+    dora, tensors = any("magnitude" in key for key in shapes), read_adapter(path)
     _check_strength("dora" if dora else "lora", strength)
     try:
         config = dict(from_json(metadata.get("lora_adapter_metadata", "{}")))
@@ -82,12 +91,15 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     uneven = next((key for key, shape in shapes.items() if ".lora_A." in key and shape[0] % rank), None)
     if uneven is not None:
         raise UserError(f"the adapter {path} is no T-LoRA of rank {rank}: {uneven} has {shapes[uneven][0]} rows.")
-    foreign = None
-    if is_foreign(shapes):  # other names are diffusers' to translate
-        foreign = read_foreign(read_tensors(path) or {}, pipe, component)
-    if foreign is not None:
+    foreign, layers = None, plain_layers(denoiser)
+    translated = hasattr(pipe, "load_lora_weights") and component != "unet" and read_by_diffusers(shapes, layers)
+    if not translated and not is_native(shapes, component, layers):
+        try:
+            foreign = read_foreign(tensors, pipe, component)
+        except OtherFormError as error:
+            raise UserError(f"the adapter {path} {error}.") from None
         shapes, config = {key: tuple(value.shape) for key, value in foreign.items()}, {}
-    if foreign is not None or (any(".lora_A." in key for key in shapes) and not is_foreign(shapes)):
+    if not translated:
         _check_lora(pipe, component, shapes, config, path)
     _free(denoiser, path)
     try:
@@ -103,10 +115,13 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
         elif hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
         else:
-            denoiser.load_lora_adapter(read_tensors(path), prefix=component, adapter_name=name, metadata=config)
+            denoiser.load_lora_adapter(tensors, prefix=component, adapter_name=name, metadata=config)
     except Exception as error:  # whatever diffusers finds wrong with it
         remove_adapter(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
+    if translated and (left := left_out(tensors, denoiser, name)):
+        remove_adapter(pipe, denoiser, name)
+        raise UserError(f"the adapter {path} does not fit this model: diffusers leaves out {left} of its values.")
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
     if strength != 1:
@@ -153,6 +168,15 @@ def _check_lora(
             raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - layers)} are missing.")
 
 
+def left_out(tensors: dict[str, Tensor], denoiser: Any, name: str) -> int:
+    """How many of the values of a file's ups and Kronecker factors are in no layer of an adapter."""
+    ups = ("lora1.up.weight", "lora2.up.weight")
+    given = sum(value.numel() for key, value in tensors.items() if key.endswith(ups) or ".lokr_" in key)
+    parts = (part for layer in layers_of(denoiser, name) for part in layer.named_parameters())
+    mine = (value for key, value in parts if ("lora_B" in key or "lokr_" in key) and name in key.split("."))
+    return given - sum(value.numel() for value in mine)
+
+
 def _plain_modules(model: nn.Module) -> dict[str, Any]:
     """A model's layers by the names that they have without adapters."""
     modules: dict[str, Any] = {}
@@ -171,10 +195,14 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
         raise UserError(
             f"{folder / PEFT_CONFIG} cannot be read as an adapter of {', '.join(classes)} ({error!r})."
         ) from None
-    tensors = read_tensors(folder / PEFT_FILE)
-    if tensors is None:
-        raise UserError(f"{folder} has no whole {PEFT_FILE}; adapters are read from safetensors files only.")
-    tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()}
+    if not (folder / PEFT_FILE).is_file():
+        raise UserError(f"{folder} has no {PEFT_FILE}; adapters are read from safetensors files only.")
+    if values.get("modules_to_save") or values.get("bias", "none") != "none":
+        raise UserError(
+            f"{folder / PEFT_CONFIG} trains layers or biases of the model itself (modules_to_save, bias), which would "
+            "stay when the adapter is taken off; give an adapter without them."
+        )
+    tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in read_adapter(folder / PEFT_FILE).items()}
     _check_strength("dora" if values.get("use_dora") else kind_of_peft(kind), strength)
     if kind == "LORA":
         config.init_lora_weights = True
@@ -193,7 +221,7 @@ def _load_peft(denoiser: Any, folder: Path, name: str, strength: float) -> None:
 
 
 def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None:
-    shapes = metadata_and_shapes(path)[1]
+    shapes, tensors = metadata_and_shapes(path)[1], read_adapter(path)
     if adapter_names(denoiser):
         raise UserError("the pipeline has an adapter already, beside which a DiffFit cannot be put; unload it first.")
     try:
@@ -201,7 +229,7 @@ def _load_difffit(denoiser: Any, path: Path, name: str, strength: float) -> None
     except ValueError as error:
         raise _does_not_fit(path, error) from None
     own = DiffFit(denoiser, name)
-    own.set(read_tensors(path) or {}, strength)
+    own.set(tensors, strength)
     keep_part(denoiser, name, own)
 
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difftuning_control.adapters.difffit import TrainedWhole
+from difftuning_control.adapters.files import read_adapter
 from difftuning_control.errors import UserError
 from difftuning_control.families.tunable import NAMES, tables_of, unknown
-from difftuning_control.system.tensors import read_tensors
 
 
 class NewClasses(TrainedWhole):
@@ -55,4 +55,4 @@ def _read(path: Path) -> tuple[list[str], dict[str, Tensor]]:
             names = json.loads((file.metadata() or {})[NAMES])
     except (OSError, SafetensorError, KeyError, ValueError):
         raise UserError(f"{path} is damaged, or its header names no classes; give a whole one.") from None
-    return names, read_tensors(path) or {}
+    return names, read_adapter(path)

@@ -252,17 +252,21 @@ def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float3
 
 
 def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) -> Any:
-    """A ControlNet of a class from a directory or the Hub, all of its tensors there; safetensors only.
+    """A ControlNet of a class from a directory or the Hub, all of its tensors there and no others; safetensors only.
 
     Raises:
-        UserError: if it is not there or not whole.
+        UserError: if it is not there, not whole or of another class.
     """
     try:
         with hub_or_cache(path), quiet_loading():
-            controlnet = controlnet_class.from_pretrained(path, use_safetensors=True, **in_precision(dtype))
+            settings = {"use_safetensors": True, "output_loading_info": True, **in_precision(dtype)}
+            controlnet, loaded = controlnet_class.from_pretrained(path, **settings)
         absent = [name for name, parameter in controlnet.named_parameters() if parameter.is_meta]
         if absent:
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
+        if beyond := sorted(loaded["unexpected_keys"]):  # of a Union one; without them it is another
+            name = controlnet_class.__name__
+            raise KeyError(f"{len(beyond)} of its tensors are none of a {name}, such as {beyond[0]}")
     except Exception as error:
         refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
         expected = "a directory with config.json and safetensors weights"
@@ -293,8 +297,10 @@ def _check_directory(path: str) -> None:
     folder = Path(path)
     if folder.is_file():
         refuse_pickle(f"the model {path}", path, "checkpoint")
+        way = "a checkpoint as one file is opened by its pipeline's from_single_file and written by save_pretrained"
+        more = f"; {way}, and a LoRA is named by --from" if folder.suffix == ".safetensors" else ""
         raise UserError(
-            f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id."
+            f"the model {path} is a file; expected a diffusers directory (with model_index.json) or a Hub id{more}."
         )
     if (folder / "modular_model_index.json").exists() and not (folder / "model_index.json").exists():
         raise UserError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftuning_control.adapters.attached import denoiser_of, unload_adapter
 from difftuning_control.adapters.files import (
@@ -24,18 +24,20 @@ from difftuning_control.adapters.files import (
     PEFT_FILE,
     PEFT_PREFIX,
     metadata_and_shapes,
+    read_adapter,
 )
-from difftuning_control.adapters.foreign import is_foreign
 from difftuning_control.adapters.kinds import ADAPTER, own_parts
 from difftuning_control.adapters.loading import load_adapter
+from difftuning_control.adapters.lora_keys import is_native
 from difftuning_control.adapters.lora_start import Down, factors
+from difftuning_control.adapters.native_names import plain_layers
+from difftuning_control.adapters.snapshot import tuned_modules
 from difftuning_control.adapters.tuning import AdapterTuning, ControlNetTuning, FullTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.recipe.adapter_kinds import LORA_KINDS
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.start import Start
-from difftuning_control.system.tensors import read_tensors
 from difftuning_control.system.untrusted import from_json, read_text
 from difftuning_control.training.checkpoint import TrainingState, enter_schedule, save_checkpoint
 from difftuning_control.training.phases import Phases
@@ -89,16 +91,15 @@ class Beginning:
 
     def _read_lora(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
         """By component the tensors under peft's names, and the one scale of all."""
-        tensors = read_tensors(path)
-        if tensors is None:
-            raise UserError(f"{path} is damaged or no safetensors file; give a whole one.")
+        tensors = read_adapter(path)
         header = metadata_and_shapes(path)[0]
         try:
             config = dict(from_json(header.get("lora_adapter_metadata", "{}")))
         except (TypeError, ValueError) as error:
             raise UserError(f"the header of {path} cannot be read (lora_adapter_metadata: {error}).") from None
         uneven = any(value for key, value in config.items() if key.endswith(("rank_pattern", "alpha_pattern")))
-        if uneven or is_foreign(tensors) or not any(".lora_A." in key for key in tensors):
+        component, denoiser = denoiser_of(self.family.pipe)
+        if uneven or not is_native(tensors, component, plain_layers(denoiser)):
             return self._read_others(path)
         loras: dict[str, tuple[dict[str, Tensor], float]] = {}
         for prefix in dict.fromkeys(key.partition(".")[0] for key in tensors):
@@ -115,10 +116,9 @@ class Beginning:
         pipe = self.family.pipe
         load_adapter(pipe, path, OTHERS)
         adapters = {}
-        component, denoiser = denoiser_of(pipe)
-        for prefix, module in ((component, denoiser), ("text_encoder", getattr(pipe, "text_encoder", None))):
+        for prefix, module in tuned_modules(pipe).items():
             tensors = {}
-            for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+            for name, layer in module.named_modules():
                 if isinstance(layer, LoraLayer) and OTHERS in layer.lora_A:
                     a, b = factors(layer, OTHERS)
                     tensors[f"{name}.{PARTS[0]}"] = a.float().clone()
@@ -151,7 +151,7 @@ class Beginning:
                 self._fill_lora(module, *self.lora.get(name, ({}, 1.0)))
         elif kind == "difffit":
             own = own_parts(denoiser)[ADAPTER].parameters
-            self._copy(own, read_tensors(weights) or {} if weights.name == DIFFFIT_FILE else {})
+            self._copy(own, read_adapter(weights) if weights.name == DIFFFIT_FILE else {})
         else:
             self._fill_peft(denoiser, weights)
 
@@ -213,7 +213,7 @@ class Beginning:
         differing = [f"{k} is {a} there and {str(b).split('.')[-1]} here" for k, (a, b) in pairs.items() if a != b]
         if differing:
             raise UserError(f"training cannot begin from {folder}: {'; '.join(differing)}; give the same.")
-        tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in (read_tensors(folder / PEFT_FILE) or {}).items()}
+        tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in read_adapter(folder / PEFT_FILE).items()}
         self._copy(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER), tensors)
 
     def _copy(self, targets: dict[str, Any], tensors: dict[str, Tensor]) -> None:
