@@ -138,14 +138,14 @@ def _flat(name: str) -> str:
 def _encoder_layers(pipe: Any) -> Iterator[tuple[str, tuple[str, Published]]]:
     """A text encoder's layers by their names in files; which encoder it is, and which layer."""
     named = encoder_names(pipe)
-    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for i, part in enumerate(("text_encoder", "text_encoder_2", "text_encoder_3"), 1):
         encoder, tools = getattr(pipe, part, None), named.get(part)
         if encoder is None:
             continue
         prefixes = [part]
         if tools is not None:
             prefixes += [tools[0], f"text_encoders_{tools[1]}_transformer"]
-            prefixes += ["lora_te1"] if tools[0] == "lora_te" else []
+            prefixes += {("lora_te", 1): ["lora_te1"], ("lora_te3", 2): ["lora_te2"]}.get((tools[0], i), [])
         for name in plain_layers(encoder):
             theirs, own = encoder_layer(encoder, name), Published(name, (name,))
             for spelled in {theirs, name, *(_older_projections(n) for n in (theirs, name))}:

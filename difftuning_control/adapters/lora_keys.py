@@ -48,19 +48,20 @@ class OtherFormError(ValueError):
 
 
 def is_native(keys: Iterable[str], component: str, layers: Iterable[str]) -> bool:
-    """Whether a file has diffusers' own names.
+    """Whether a file has diffusers' own names; with magnitudes or biases in peft's form none of other tools.
 
     Args:
         component: the denoiser's name in the pipeline.
         layers: the denoiser's layers.
     """
     known, given = set(layers), list(keys)
+    only_native = any(re.search(r"lora_magnitude_vector|lora_B\.bias", key) for key in given)
     for key in given:
         found = NATIVE.fullmatch(key)
         if found is None:
             return False
-        is_known = found["layer"] in known if found["module"] == component else "text_encoder" in found["module"]
-        if not is_known:
+        is_known = only_native or found["layer"] in known
+        if not (is_known if found["module"] == component else found["module"].startswith("text_encoder")):
             return False
     return bool(given)
 

@@ -29,6 +29,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.tunable import save_classes, save_transformer_lora
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import set_metadata
+from difftuning_control.system.text import is_device
 from difftuning_control.system.untrusted import from_json, read_text
 
 IN_USE = "in_use.json"
@@ -98,13 +99,24 @@ def save_adapters(pipe: Any, names: Sequence[str], folder: Path) -> None:
         raise UserError(f"{folder} is there already and of no saved pipeline; save into another folder, or remove it.")
     if not names:
         return
-    plain = re.compile(r"[A-Za-z0-9_-]+")
-    folders = {name: name if plain.fullmatch(name) else f"{i}-adapter" for i, name in enumerate(names)}
+    folders = _folders_of(names)
     for name in names:
         (folder / folders[name]).mkdir(parents=True)
         _save_adapter(pipe, name, folder / folders[name])
     used = {part: _use_of(module, names) for part, module in tuned_modules(pipe).items()}
     write_json(folder / IN_USE, {"folders": folders, "modules": {part: use for part, use in used.items() if use}})
+
+
+def _folders_of(names: Sequence[str]) -> dict[str, str]:
+    """Each adapter's folder: its own name, unless a system could not have it, or not beside the others."""
+    folders: dict[str, str] = {}
+    for i, name in enumerate(names):
+        taken = {folder.lower() for folder in folders.values()}
+        folder = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) and not is_device(name) else f"{i}-adapter"
+        while folder.lower() in taken:
+            folder += "-"
+        folders[name] = folder
+    return folders
 
 
 def _save_adapter(pipe: Any, name: str, folder: Path) -> None:

@@ -36,6 +36,17 @@ def file_stem(text: str, most: int = 60) -> str:
     return re.sub(r"-+", "-", "".join(kept)).strip("-")[:most].strip("-") or "empty"
 
 
+def portable_name(name: str) -> str:
+    """A file's name that every system takes: what Windows forbids becomes a hyphen."""
+    kept = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "-", name).rstrip(". ") or "empty"
+    return f"{kept}-" if is_device(kept) else kept
+
+
+def is_device(name: str) -> bool:
+    """Whether Windows has a device of this name, whatever stands after a dot."""
+    return re.fullmatch(r"(con|prn|aux|nul|(com|lpt)[1-9])(\..*)?", name.lower()) is not None
+
+
 def plain_markdown(text: str) -> str:
     """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
     return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", harmless(text)), quote=False)

@@ -69,6 +69,8 @@ class Beginning:
             family.controlnet.load_state_dict(controlnet.state_dict())
         elif start.weights.suffix == ".safetensors" and start.weights.name != DIFFFIT_FILE:
             self.lora = self._read_lora(start.weights)
+        elif start.record is None and _is_peft_lora(start.weights):
+            self.lora = self._read_others(start.weights)
 
     def fill(self, tuning: AdapterTuning | FullTuning | ControlNetTuning) -> None:
         """Put the weights into what trains.
@@ -112,7 +114,7 @@ class Beginning:
         return loras
 
     def _read_others(self, path: Path) -> dict[str, tuple[dict[str, Tensor], float]]:
-        """A file of another tool's, as diffusers reads it; scales are made part of B."""
+        """A file of another tool's, or a peft directory, as it acts; scales are made part of B."""
         pipe = self.family.pipe
         load_adapter(pipe, path, OTHERS)
         adapters = {}
@@ -120,6 +122,12 @@ class Beginning:
             tensors = {}
             for name, layer in module.named_modules():
                 if isinstance(layer, LoraLayer) and OTHERS in layer.lora_A:
+                    if layer.use_dora.get(OTHERS, False) or layer.lora_bias.get(OTHERS, False):
+                        unload_adapter(pipe, OTHERS)
+                        raise UserError(
+                            f"{path} has more than A and B (a DoRA's magnitudes, or biases), which training cannot "
+                            "begin from in this form; give a LoRA, or the run that it is of."
+                        )
                     a, b = factors(layer, OTHERS)
                     tensors[f"{name}.{PARTS[0]}"] = a.float().clone()
                     tensors[f"{name}.{PARTS[1]}"] = b.float() * layer.scaling[OTHERS]
@@ -134,7 +142,8 @@ class Beginning:
         if kind in LORA_KINDS:
             if not self.lora:
                 raise UserError(f"{weights} is no LoRA, and adapter.kind is {kind}; give the kind that it is.")
-            header = from_json(metadata_and_shapes(weights)[0].get(HEADER, "{}"))
+            written = {} if weights.is_dir() else metadata_and_shapes(weights)[0]
+            header = from_json(written.get(HEADER, "{}"))
             if (header.get("kind") == "tlora") != (kind == "tlora"):
                 there = header.get("kind", "lora")
                 raise UserError(f"adapter.kind is {kind}, and {weights} is a {there}; give --adapter.kind {there}.")
@@ -223,6 +232,13 @@ class Beginning:
             )
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def _is_peft_lora(folder: Path) -> bool:
+    """Whether a folder is peft's of a LoRA; what is wrong with its configuration, loading tells."""
+    if not (folder / PEFT_CONFIG).is_file():
+        return False
+    return '"LORA"' in read_text(folder / PEFT_CONFIG)
 
 
 def reopen(output: Path, record: RunRecord, state: TrainingState, main: bool) -> None:

@@ -445,7 +445,7 @@ def test_fault_15_10_weights_that_do_not_fit_are_refused_with_both_values(recipe
     with pytest.raises(UserError, match=r"there is nothing at .* to begin from"):
         train(replace(wide, training=replace(begun, begin_from=str(tmp_path / "gone"))))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="has x, which is no part of a LoRA"):
         train(replace(wide, training=replace(begun, begin_from=str(tmp_path / "x.safetensors"))))
     assert not (tmp_path / "second" / "run.json").exists()
 

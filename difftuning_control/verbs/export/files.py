@@ -28,6 +28,7 @@ from difftuning_control.runs.kept import place_of_run, step_folder
 from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json, write_text
 from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
+from difftuning_control.system.text import portable_name
 from difftuning_control.verbs.export.card import Parts
 from difftuning_control.verbs.export.lora_formats import (
     comfyui_tensors,
@@ -101,7 +102,7 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     tensors = (kohya_tensors if kohya else comfyui_tensors)(layers, base.denoiser)
     tensors |= encoder_tensors(encoders, base.pipe, kohya)
     place, step = place_of_run(Path(request.run).resolve())
-    name = f"{place.name}{'' if step is None else f'-{step_folder(step)}'}.safetensors"
+    name = portable_name(f"{place.name}{'' if step is None else f'-{step_folder(step)}'}") + ".safetensors"
     dtype = request.torch_dtype or torch.float32
     write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
     return Parts(type(base.pipe).__name__, None, None, name, base.component)
