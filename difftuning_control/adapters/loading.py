@@ -119,9 +119,9 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     except Exception as error:  # whatever diffusers finds wrong with it
         remove_adapter(pipe, denoiser, name)
         raise _does_not_fit(path, error) from None
-    if translated and (left := left_out(tensors, denoiser, name)):
+    if (left := _left_out(tensors, denoiser, name) if translated else _passed_over(shapes, pipe, name)) is not None:
         remove_adapter(pipe, denoiser, name)
-        raise UserError(f"the adapter {path} does not fit this model: diffusers leaves out {left} of its values.")
+        raise UserError(f"the adapter {path} cannot be had on a {type(pipe).__name__}: diffusers leaves out {left}.")
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
     if strength != 1:
@@ -168,13 +168,21 @@ def _check_lora(
             raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - layers)} are missing.")
 
 
-def left_out(tensors: dict[str, Tensor], denoiser: Any, name: str) -> int:
+def _passed_over(shapes: dict[str, tuple[int, ...]], pipe: Any, name: str) -> str | None:
+    """Of the layers of a file those in a module that has none of the adapter, as FLUX's second text encoder."""
+    modules = dict.fromkeys(key.partition(".")[0] for key in shapes)
+    bare = [module for module in modules if not layers_of(getattr(pipe, module), name)]
+    return f"the layers of its {bare[0]}" if bare else None
+
+
+def _left_out(tensors: dict[str, Tensor], denoiser: Any, name: str) -> str | None:
     """How many of the values of a file's ups and Kronecker factors are in no layer of an adapter."""
     ups = ("lora1.up.weight", "lora2.up.weight")
     given = sum(value.numel() for key, value in tensors.items() if key.endswith(ups) or ".lokr_" in key)
     parts = (part for layer in layers_of(denoiser, name) for part in layer.named_parameters())
     mine = (value for key, value in parts if ("lora_B" in key or "lokr_" in key) and name in key.split("."))
-    return given - sum(value.numel() for value in mine)
+    left = given - sum(value.numel() for value in mine)
+    return f"{left} of its values" if left > 0 else None
 
 
 def _plain_modules(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 NATIVE = re.compile(
-    r"(?P<module>unet|transformer|text_encoder\w*)\.(?P<layer>.+)"
+    r"(?P<module>unet|transformer|text_encoder(_\d)?)\.(?P<layer>.+)"
     r"\.(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
 )
 PART = re.compile(
@@ -35,7 +35,7 @@ FORMS = {
     r"\.diff(_b)?$|\.set_weight|\.[wb]_norm": "a LoRA with changes of whole weights beside it",
     r"\.(lora_B|lora_up)\.bias": "a LoRA with biases",
     r"lora_controlnet|(query|key)_norm\.scale": "a Control LoRA",
-    r"_lora\d?\.(down|up)\.weight": "a LoRA of XLabs",
+    r"_lora\d\.(down|up)\.weight": "a LoRA of XLabs",
     r"^(clip_[lg]|t5xxl|emb_params|<.*>)$": "a textual inversion",
     r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
 }

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from difftuning_control.errors import UserError
 from difftuning_control.system.digests import DIGEST
 from difftuning_control.system.durable import beside
 
@@ -77,6 +78,18 @@ def set_metadata(path: Path, values: dict[str, str]) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors stay aligned
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])  # in a folder yet to be placed
+
+
+def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another precision.
+
+    Raises:
+        UserError: if a value is too large for it.
+    """
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if (large := next((name for name, tensor in cast.items() if not tensor.isfinite().all()), None)) is not None:
+        raise UserError(f"{large} has values that are too large for {dtype}; give --dtype bfloat16, or leave it out.")
+    return cast
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

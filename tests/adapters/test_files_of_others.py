@@ -203,6 +203,16 @@ def test_both_text_encoders_of_sdxl_are_read(tmp_path):
     merge_adapter(pipe)
 
 
+def test_a_text_encoder_that_diffusers_would_pass_over_is_told(tmp_path):
+    """FLUX's T5, by the names of sd-scripts and of OneTrainer."""
+    pipe = pipe_of("flux")
+    lora = spelled(random_lora(pipe.transformer), "kohya", "transformer")
+    for prefix in ("lora_te3", "lora_te2"):
+        key = f"{prefix}_encoder_block_0_layer_0_SelfAttention_q"
+        more = {f"{key}.lora_down.weight": torch.ones(2, 32), f"{key}.lora_up.weight": torch.ones(16, 2)}
+        assert_refused(pipe, written(lora | more, tmp_path), "diffusers leaves out the layers of its text_encoder_2")
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -414,4 +424,4 @@ def test_a_file_of_xlabs_is_read_or_refused_where_diffusers_would_leave_a_part_o
     torch.testing.assert_close(found, tensors[f"{key}.up.weight"] @ tensors[f"{key}.down.weight"])
     unload_adapter(pipe)
     beyond = {k.replace("blocks.0", "blocks.7"): v for k, v in tensors.items()}
-    assert_refused(pipe, written(tensors | beyond, tmp_path), "does not fit this model")
+    assert_refused(pipe, written(tensors | beyond, tmp_path), "does not fit this model|diffusers leaves out")

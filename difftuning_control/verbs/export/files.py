@@ -27,7 +27,7 @@ from difftuning_control.runs.finished import check_base, weights_of
 from difftuning_control.runs.kept import place_of_run, step_folder
 from difftuning_control.runs.places import need_places
 from difftuning_control.system.durable import write_json, write_text
-from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
+from difftuning_control.system.tensors import cast_tensors, read_tensors, set_metadata, write_tensors
 from difftuning_control.system.text import portable_name
 from difftuning_control.verbs.export.card import Parts
 from difftuning_control.verbs.export.lora_formats import (
@@ -104,7 +104,8 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     place, step = place_of_run(Path(request.run).resolve())
     name = portable_name(f"{place.name}{'' if step is None else f'-{step_folder(step)}'}") + ".safetensors"
     dtype = request.torch_dtype or torch.float32
-    write_tensors(folder / name, {k: v.to(dtype) if v.ndim else v for k, v in tensors.items()}, {"format": "pt"})
+    scaled = cast_tensors({k: v for k, v in tensors.items() if v.ndim}, dtype)
+    write_tensors(folder / name, tensors | scaled, {"format": "pt"})
     return Parts(type(base.pipe).__name__, None, None, name, base.component)
 
 
@@ -186,7 +187,7 @@ def _cast_file(source: Path, target: Path, dtype: torch.dtype) -> None:
     assert tensors is not None
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
-    write_tensors(target, {k: v.to(dtype) for k, v in tensors.items()}, metadata)
+    write_tensors(target, cast_tensors(tensors, dtype), metadata)
     set_metadata(target, {})
 
 
