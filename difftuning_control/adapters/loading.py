@@ -108,10 +108,6 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
                 pipe.load_lora_weights(foreign, adapter_name=name)
             else:
                 denoiser.load_lora_adapter(foreign, prefix=component, adapter_name=name)
-            for module in (denoiser, *encoders_of(pipe)):  # scales are in B, and ranks may differ
-                for layer in layers_of(module, name):
-                    layer.lora_alpha[name] = layer.r[name]
-                    layer.set_scale(name, 1.0)
         elif hasattr(pipe, "load_lora_weights"):
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, use_safetensors=True)
         else:
@@ -122,6 +118,9 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     if (left := _left_out(tensors, denoiser, name) if translated else _passed_over(shapes, pipe, name)) is not None:
         remove_adapter(pipe, denoiser, name)
         raise UserError(f"the adapter {path} cannot be had on a {type(pipe).__name__}: diffusers leaves out {left}.")
+    if not translated and not config:
+        for module in (denoiser, *encoders_of(pipe)):
+            _without_alpha(module, name)
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
     if strength != 1:
@@ -166,6 +165,16 @@ def _check_lora(
         wanted = {n for n in modules for t in targets if n == t or n.endswith(f".{t}")}
         if wanted - layers:
             raise UserError(f"the adapter {path} is not whole: weights of {min(wanted - layers)} are missing.")
+
+
+def _without_alpha(module: Any, name: str) -> None:
+    """Let a LoRA whose file has no alpha, or has it in B, add B A, and be saved so: older diffusers give all
+    layers one alpha, whatever their ranks."""
+    for layer in layers_of(module, name):
+        layer.lora_alpha[name] = layer.r[name]
+        layer.set_scale(name, 1.0)
+    if (config := getattr(module, "peft_config", {}).get(name)) is not None:
+        config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
 
 
 def _passed_over(shapes: dict[str, tuple[int, ...]], pipe: Any, name: str) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from difftuning_control.adapters.attached import denoiser_of, merge_adapter, unload_adapter
 from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.native_names import known_layers, plain_layers
+from difftuning_control.adapters.snapshot import save_adapters
 from difftuning_control.errors import UserError
 from support.lora_files import PEFT, SPELLINGS, Layers, expected, random_lora, spelled, updates, written
 from support.tiny_flow import tiny_flux2_klein, tiny_qwen_image, tiny_z_image
@@ -134,6 +135,21 @@ def test_factors_of_a_linear_layer_may_be_written_as_convolutions(tmp_path):
         for n, (a, b) in lora.items()
     }
     assert_adds(pipe, written(spelled(other, "kohya", "unet"), tmp_path), expected(lora))
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "native"])
+def test_different_ranks_keep_their_scale_when_saved_again(spelling, tmp_path):
+    pipe, other = pipe_of("sd"), tiny_pipeline()
+    lora = random_lora(pipe.unet)
+    native = {f"unet.{n}.{end}": t for n, its in lora.items() for end, t in zip(PEFT, its)}
+    tensors, alpha = (native, None) if spelling == "native" else (spelled(lora, "kohya", "unet", 3.0), 3.0)
+    load_adapter(pipe, written(tensors, tmp_path))
+    save_adapters(pipe, ["default"], tmp_path / "kept")
+    unload_adapter(pipe)
+    other.load_lora_weights(tmp_path / "kept" / "default", adapter_name="default")
+    other.set_adapters(["default"], [0.5])
+    halves = {name: 0.5 * change for name, change in expected(lora, alpha).items()}
+    torch.testing.assert_close(updates(other.unet), halves, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 0.05), ("bfloat16", 0.3), ("float8_e4m3fn", 3.0)])
