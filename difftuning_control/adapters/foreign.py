@@ -64,6 +64,8 @@ def read_foreign(tensors: dict[str, Tensor], pipe: Any, component: str) -> dict[
             if f"{place}.lora_A.weight" in pairs:
                 raise OtherFormError(f"has more than one LoRA for {place}; give a file with one")
             pairs[f"{place}.lora_A.weight"], pairs[f"{place}.lora_B.weight"] = a.contiguous(), b.contiguous()
+    if not pairs:
+        raise OtherFormError("adds nothing, since every B in it is zero; give one that has trained")
     return pairs
 
 

@@ -332,6 +332,12 @@ def test_factors_of_impossible_shapes_are_told(shapes, tmp_path):
     assert_refused(pipe_of("sd"), path, r"has A and B of .* of shapes .*; expected \(r, in\) and \(out, r\)")
 
 
+def test_a_fused_layer_s_lora_of_zeros_is_told(tmp_path):
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 32), f"{key}.lora_up.weight": torch.zeros(96, 2)}
+    assert_refused(pipe_of("flux"), written(tensors, tmp_path), "adds nothing, since every B in it is zero")
+
+
 def test_two_loras_of_one_layer_are_told(tmp_path):
     pipe = pipe_of("sd")
     lora = random_lora(pipe.unet)
