@@ -41,7 +41,7 @@ def _csv_rows(text: str) -> list[dict[str, Any]]:
         raise ValueError(f"the column {twice!r} stands twice")
     rows = []
     for row in table:
-        if None in row:
+        if any(row.get(None) or ()):  # empty ones, as spreadsheets write them, are none
             raise ValueError(
                 f"line {table.line_num} has {len(heads) + len(row[None])} values for {len(heads)} columns; put those "
                 "with a comma in quotes"

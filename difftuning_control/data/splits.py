@@ -41,6 +41,8 @@ def is_hidden(path: Path | PurePosixPath, folder: Path | None = None) -> bool:
 
 def below(folder: Path, place: Path) -> Path:
     """A place in a folder, as one that begins with the folder: it may be named in full where the folder is not."""
+    if "\0" in str(place):  # which no file has in its name
+        return folder / place.name
     if place.is_relative_to(folder) or leads_outside(place, folder) is not None:
         return place
     return folder / os.path.relpath(os.path.realpath(place), os.path.realpath(folder))

@@ -47,7 +47,9 @@ def test_a_table_whose_quotes_or_commas_do_not_fit_is_refused_and_no_caption_cut
 
 
 def test_a_table_may_have_quotes_commas_and_lines_in_its_captions(folder):
-    (folder / "metadata.csv").write_text('file_name,text\r\n0.png,"a red, ""round""\nball"\r\n1.png,a 5" nail\r\n\r\n')
+    (folder / "metadata.csv").write_text(
+        'file_name,text\r\n0.png,"a red, ""round""\nball"\r\n1.png,a 5" nail,,\r\n\r\n'
+    )
     assert captions(folder) == ['a red, "round"\nball', 'a 5" nail']
 
 
@@ -98,6 +100,9 @@ def test_metadata_may_name_pictures_in_full_where_the_folder_is_not_and_by_a_way
         assert not any("file_name" in note for note in data.notes)
     stream = Stream(DataConfig("set/train", stream=True), 0, 0)
     assert {e.caption for step in range(9) for e in stream.pictures(step, range(1), 1, map)} <= set(names)
+    (tmp_path / "set" / "train" / "metadata.jsonl").write_text('{"file_name": "/a\\u0000b.png", "text": "x"}')
+    with pytest.raises(UserError, match=r"is named by metadata\.jsonl but does not exist"):
+        load_images("set/train")
     (tmp_path / "private.png").write_bytes(png(tmp_path / "set" / "train"))
     (tmp_path / "set" / "train" / "metadata.jsonl").write_text(rows[0].replace("/set/train/0", "/private"))
     with pytest.raises(UserError, match=r"private\.png in set is named by metadata\.jsonl but lies outside the folder"):
