@@ -50,6 +50,7 @@ ATTACHED = (
 TOO_LARGE = ("test_pipeline_accept_tuple_type_unet_sample_size",)  # makes a UNet of full size, for a model of the Hub
 DISTILLED = "the model is told its guidance and has no unconditional rows, which domain_guidance says instead of acting"
 BESIDE = "the copy of the denoiser would not see the picture, which is said; with an adapter as the tuned part it works"
+ALONE = "at a scale of 1 there is no guidance, which domain_guidance says instead of doing nothing"
 REASONS: dict[str, dict[str, str]] = {
     "drop-in": {},
     "attached": {
@@ -58,8 +59,12 @@ REASONS: dict[str, dict[str, str]] = {
         "test_stable_diffusion_ays": DISTILLED,
         "test_stable_diffusion_xl_euler_lcm": DISTILLED,
         "test_stable_diffusion_xl_euler_lcm_custom_timesteps": DISTILLED,
+        "test_stable_diffusion_inpaint_lcm": DISTILLED,
+        "test_stable_diffusion_inpaint_lcm_custom_timesteps": DISTILLED,
+        "test_controlnet_sdxl_lcm": DISTILLED,
         "test_controlnet_lcm": DISTILLED,
         "test_controlnet_lcm_custom_timesteps": DISTILLED,
+        "test_cfg": ALONE,  # of Z-Image
         "test_ip_adapter": BESIDE,
         "test_ip_adapter_cfg": BESIDE,
         "test_ip_adapter_masks": BESIDE,
