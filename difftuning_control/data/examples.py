@@ -36,6 +36,23 @@ class Row:
         """The caption as it is trained with, or the default where there is none."""
         return (self.caption or "").strip() or default
 
+    def usable_caption(self, default: str | None) -> str:
+        """The same, of what can be trained with.
+
+        Raises:
+            UserError: where there is none, or it is no text.
+        """
+        if self.caption is not None and not isinstance(self.caption, str):
+            raise UserError(f"has a {type(self.caption).__name__} for a caption; expected text")
+        caption = self.caption_or(default)
+        if caption is None:
+            raise UserError("has no caption; write one, or give one for all with --data.default_caption")
+        if not is_text(caption):
+            raise UserError("has a caption with halves of characters (lone surrogates); expected Unicode text")
+        if "\0" in caption:
+            raise UserError("has a caption with a NUL, as UTF-16 text has that is read as UTF-8; expected Unicode text")
+        return caption
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -158,16 +175,10 @@ class Checker:
 
     def example(self, row: Row) -> Example | None:
         """The row as an example; None where it cannot be used, and `bad` then says why."""
-        caption = row.caption
-        if caption is not None and not isinstance(caption, str):
-            self.bad[row.name] = f"has a {type(caption).__name__} for a caption; expected text"
-            return None
-        caption = row.caption_or(self.default_caption)
-        if caption is None:
-            self.bad[row.name] = "has no caption; write one, or give one for all with --data.default_caption"
-            return None
-        if not is_text(caption):
-            self.bad[row.name] = "has a caption with halves of characters (lone surrogates); expected Unicode text"
+        try:
+            caption = row.usable_caption(self.default_caption)
+        except UserError as error:
+            self.bad[row.name] = str(error)
             return None
         picture = self._picture(row.name, row.read)
         if picture is None:

@@ -1,6 +1,7 @@
-"""Pictures as files hold them, made 8-bit RGB, upright and framed; what cannot be used rightly is refused.
+"""Pictures as files hold them, made 8-bit sRGB, upright and framed; what cannot be used rightly is refused.
 
-EXIF rotation is applied, transparency laid on white, and CMYK, palette and 16-bit pictures are converted.
+EXIF rotation and colour profiles are applied, transparency laid on white, and CMYK, palette and 16-bit pictures are
+converted.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
 from torch import Tensor
 
+from difftuning_control.data.profiles import in_srgb
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 # what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the latter
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
@@ -56,10 +59,12 @@ def _too_large(pixels: int, allowed: int) -> UserError:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB: upright, on white where it is transparent, 16 bits scaled to 8."""
+    """Any picture as 8-bit sRGB: upright, on white where it is transparent, 16 bits scaled to 8."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, which an upright copy no longer has
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _to_eight_bit(image)
+        image = _to_eight_bit(image, tags.get(BITS, (16,))[0], tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+    image = in_srgb(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, "white")
@@ -68,20 +73,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit and float greys; Pillow's own `convert` clips them instead of scaling.
+def _to_eight_bit(image: Image.Image, bits: int, is_negative: bool) -> Image.Image:
+    """16-bit, 12-bit and float greys; Pillow's own `convert` clips them instead of scaling.
+
+    Args:
+        bits: that each value of the file has.
+        is_negative: whether 0 stands for white, which Pillow heeds in 8-bit pictures alone.
 
     Raises:
-        UserError: if floats lie outside of 0 to 255: depth in metres or normals in −1 to 1 must be scaled first.
+        UserError: if values lie outside of what a picture has: depth in metres or normals in −1 to 1 must be scaled
+            first.
     """
     values = np.asarray(image).astype(np.float64)
-    if image.mode == "F" and values.size and not (values.min() >= 0 and values.max() <= 255):
-        raise UserError(f"has values from {values.min():g} to {values.max():g}; expected 0 to 1 or 0 to 255")
-    if not image.mode.startswith("I"):
-        full = 1.0 if values.max(initial=0) <= 1 else 255.0
+    most, ranges = (255, "0 to 1 or 0 to 255") if image.mode == "F" else (65535, "0 to 255 or 0 to 65535")
+    if values.size and not (values.min() >= 0 and values.max() <= most):
+        raise UserError(f"has values from {values.min():g} to {values.max():g}; expected {ranges}")
+    highest = values.max(initial=0)
+    if image.mode == "F":
+        full = 1.0 if highest <= 1 else 255.0
+    elif image.mode.startswith("I;16"):
+        full = 4095.0 if bits == 12 else 65535.0
     else:
-        full = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-    return Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
+        full = 65535.0 if highest > 255 else 255.0
+    scaled = (values / full * 255).round().clip(0, 255).astype(np.uint8)
+    grey = Image.fromarray(255 - scaled if is_negative else scaled)
+    if isinstance(transparent := image.info.get("transparency"), int):  # a value that stands for no colour
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def frame(
@@ -97,9 +115,13 @@ def frame(
         crop: relative position (x, y) of the frame within what is left over, each in [0, 1]; the middle by default.
     """
     size, left, top = placed(image.size, height, width, crop)
-    if size != image.size:
-        image = image.resize(size, resample)
-    return np.array(image.crop((left, top, left + width, top + height)))  # a copy that may be written to
+    if size == image.size or size[0] * size[1] <= MAX_PIXELS:
+        resized = image.resize(size, resample) if size != image.size else image
+        return np.array(resized.crop((left, top, left + width, top + height)))  # a copy that may be written to
+    # of a narrow strip, whose ends would fill the memory only to be cut off
+    across, down = image.width / size[0], image.height / size[1]
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    return np.array(image.resize((width, height), resample, (left * across, top * down, right, bottom)))
 
 
 def placed(

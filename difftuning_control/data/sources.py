@@ -6,25 +6,28 @@ A folder holds pictures with a `.txt` file beside each, or a `metadata.jsonl` or
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
-from difftuning_control.data.examples import CONDITION, Checker, Columns, ImageData, Row, listed
+from difftuning_control.data.examples import Checker, Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS
-from difftuning_control.data.splits import ALL, TRAIN, chosen, is_hidden, splits_of_pictures, taken, visible_files
+from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
+from difftuning_control.data.splits import (
+    ALL,
+    TRAIN,
+    chosen,
+    splits_of_pictures,
+    taken,
+    visible_files,
+)
 from difftuning_control.errors import UserError
 from difftuning_control.system.home import is_path
-from difftuning_control.system.untrusted import MAX_PIXELS, from_json, leads_outside, read_file, read_text
+from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 
@@ -188,13 +191,6 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
     return paired, len(extra)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or has a NUL
-        return False
-
-
 def _folder_rows(
     folder: Path, files: set[Path], others: set[Path], columns: Columns, checker: Checker
 ) -> tuple[list[Row], int]:
@@ -204,22 +200,40 @@ def _folder_rows(
         files: those of the chosen split; where there are several splits, each may have metadata of its own.
         others: those of other splits, or of none.
     """
-    metadata = _metadata_of(folder, files)
+    metadata = metadata_of(folder, files)
     if metadata:
-        named = [pair for path in metadata for pair in _metadata_rows(path, folder, others, columns, checker)]
-        return [row for row, _ in named], len(files.difference(metadata, *(used for _, used in named)))
+        named = [pair for path in metadata for pair in metadata_rows(path, folder, others, columns, checker)]
+        rest = files.difference(metadata, *(used for _, used in named))
+        wrong = {os.path.normpath(folder / name) for name in checker.bad}
+        unnamed = sorted(p for p in rest if p.suffix.lower() in EXTENSIONS and str(p) not in wrong)
+        if unnamed:
+            checker.notes.append(
+                f"left out of {folder}: {len(unnamed)} pictures that no file_name of {metadata[0].name} names: "
+                f"{listed(p.relative_to(folder).as_posix() for p in unnamed)}"
+            )
+        return [row for row, _ in named], len(rest)
     if columns.condition is not None:
         raise UserError(f"{folder} has no metadata, so no column {columns.condition!r}; name a folder of conditions.")
     rows: list[Row] = []
     used: set[Path] = set()
+    texts = {p.with_suffix(".txt"): p for p in sorted(files) if p.suffix.lower() == ".txt"}
+    tables = {p.parent: p for p in files if p.name in METADATA}  # which are read at the top, or of a split
     for path in sorted(p for p in files if p.suffix.lower() in EXTENSIONS or p.is_dir()):
         name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
+        beside = texts.get(beside, beside)
         used |= {path, beside}
         if (target := leads_outside(path, folder) or leads_outside(beside, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif not path.is_dir():
             try:
                 text = read_text(beside) if beside.exists() else None
+                table = next((tables[p] for p in path.parents if p in tables), None)
+                if text is None and table is not None and checker.default_caption != "":
+                    checker.bad[name] = (
+                        f"has no caption but in {table.relative_to(folder)}, and metadata are read at the top of the "
+                        f"folder that is given; give {table.parent}"
+                    )
+                    continue
             except OSError as error:
                 checker.bad[name] = f"has a caption, {beside.name}, that cannot be read ({error.strerror})"
                 continue
@@ -228,21 +242,6 @@ def _folder_rows(
                 continue
             rows.append(Row(name, partial(read_file, path), text))
     return rows, len(files - used)
-
-
-def _metadata_of(folder: Path, files: set[Path]) -> list[Path]:
-    """The metadata of a folder, or those of its split's own folders.
-
-    Raises:
-        UserError: if one of them has two kinds.
-    """
-    tables = [p for n in METADATA if (p := folder / n).exists()]
-    if not tables:
-        beside = sorted(p for p in files if p.name in METADATA)
-        tables = beside if splits_of_pictures(folder, visible_files(folder)) else []
-    if len({p.parent for p in tables}) < len(tables):
-        raise UserError(f"{tables[0].parent} has both metadata.jsonl and metadata.csv; keep one.")
-    return tables
 
 
 def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: Checker) -> tuple[list[Row], int]:
@@ -281,64 +280,3 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
 def _and_more(names: list[str]) -> str:
     """All but the first of these names, for the end of a sentence about it."""
     return f" (nor has {listed(names[1:])})" if len(names) > 1 else ""
-
-
-def _metadata_rows(
-    path: Path, folder: Path, others: set[Path], names: Columns, checker: Checker
-) -> Iterable[tuple[Row, set[Path]]]:
-    """Each row of a metadata file, and the files that it uses.
-
-    Args:
-        folder: of all the data, of which the file may describe a part.
-        others: files of other splits, whose rows are passed over.
-    """
-    if (target := leads_outside(path, folder)) is not None:
-        raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
-    try:
-        text = read_text(path)
-        if path.suffix == ".csv":
-            table = csv.DictReader(io.StringIO(text))
-            heads = list(table.fieldnames or ())
-            if twice := next((head for head in heads if head and heads.count(head) > 1), None):
-                raise ValueError(f"the column {twice!r} stands twice")
-            rows: list[dict[str, Any]] = list(table)
-        else:
-            rows = [from_json(line) for line in text.split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(
-            f"{path} cannot be read: {str(error).partition('; use sys')[0]}; expected one JSON object a line, or CSV."
-        ) from None
-    columns = sorted({key for row in rows if isinstance(row, dict) for key in row if key})
-    if not rows or not all(isinstance(row, dict) and row.get("file_name") for row in rows):
-        raise UserError(f"{path} needs a file_name in every row; found the columns {', '.join(columns) or 'none'}.")
-    if names.caption not in columns and checker.default_caption is None:
-        raise UserError(
-            f"{path} has no column {names.caption!r}, only {', '.join(columns)}; name it with --data.caption_column."
-        )
-    if names.condition is not None and names.condition not in columns:
-        raise UserError(
-            f"{path} has no column {names.condition!r}, only {', '.join(columns)}; name it with --control.column."
-        )
-    for number, row in enumerate(rows, 1):
-        file_name = row["file_name"]
-        if not isinstance(file_name, str):
-            checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
-            continue
-        used = {"": path.parent / file_name}
-        name = file_name if path.parent == folder else (path.parent / file_name).relative_to(folder).as_posix()
-        if Path(os.path.normpath(used[""])) in others:
-            continue
-        if names.condition is not None:
-            used[CONDITION] = path.parent / str(row.get(names.condition) or "")
-        for what, file in used.items():
-            if leads_outside(file, folder) is not None:
-                checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"
-            elif not _is_file(file):
-                checker.bad[name] = f"{what}is named by {path.name} but does not exist"
-            elif is_hidden(file, folder):
-                checker.bad[name] = f"{what}is named by {path.name} but is hidden (a dot begins its path)"
-        if name not in checker.bad:
-            picture, *condition = (partial(read_file, file) for file in used.values())
-            yield Row(name, picture, names.caption_of(row.get(names.caption)), *condition), set(used.values())

@@ -8,13 +8,14 @@ train and others in one for another split: a picture called `test 3.png` is no l
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from difftuning_control.errors import UserError
-from difftuning_control.system.untrusted import read_text
+from difftuning_control.system.untrusted import leads_outside, read_text
 
 TRAIN, ALL = "train", "all"
 FOR_TRAINING, FOR_JUDGING = (TRAIN,), ("validation", "test", TRAIN)  # what is taken unless a split is named
@@ -36,6 +37,15 @@ def is_hidden(path: Path | PurePosixPath, folder: Path | None = None) -> bool:
     """Whether a part of a path begins with a dot, below the folder where one is given."""
     parts = path.parts if folder is None else path.relative_to(folder).parts
     return any(part.startswith(".") and part not in (".", "..") for part in parts)
+
+
+def below(folder: Path, place: Path) -> Path:
+    """A place in a folder, as one that begins with the folder: it may be named in full where the folder is not."""
+    if "\0" in str(place):  # which no file has in its name
+        return folder / place.name
+    if place.is_relative_to(folder) or leads_outside(place, folder) is not None:
+        return place
+    return folder / os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
 
 
 def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

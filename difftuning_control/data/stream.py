@@ -27,6 +27,7 @@ from difftuning_control.data.sources import place_of_data
 from difftuning_control.data.splits import (
     ALL,
     TRAIN,
+    below,
     chosen,
     is_hidden,
     is_of_split,
@@ -38,7 +39,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.system.untrusted import BYTES_PER_PIXEL, is_text, leads_outside, read_file
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, as_lines, leads_outside, read_file
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
@@ -63,6 +64,7 @@ class Collection:
         choice = Choice(config.split)
         self.kind, paths = self._find(choice) if self.folder.is_dir() else ("", [])
         self.places = [path.parent for path in paths]
+        self.names = [path.relative_to(self.folder).as_posix() for path in paths]
         names: Any = {"path": config.path, "split": config.split or TRAIN}
         if paths:
             names = {"path": self.kind, "data_files": {TRAIN: [escape(literal(p)) for p in paths]}, "split": TRAIN}
@@ -129,15 +131,32 @@ class Collection:
         )
 
     def rows(self, file: int, start: int = 0) -> Iterator[Row]:
-        """The rows of a file, from row `start` on."""
-        for number, row in enumerate(self.data.shard(self.files, file)):
+        """The rows of a file, from row `start` on.
+
+        Raises:
+            UserError: where it cannot be read to its end.
+        """
+        number = -1
+        stored = iter(self.data.shard(self.files, file))
+        while True:
+            try:
+                row = next(stored)
+            except StopIteration:
+                return
+            except Exception as error:  # of tarfile, pyarrow and datasets, of many kinds
+                place = f"file {file}" if file >= len(self.names) else self.names[file]
+                raise UserError(
+                    f"{place} of {self.config.path} cannot be read from row {number + 1} on ({type(error).__name__}); "
+                    "mend that, or take the file out."
+                ) from None
+            number += 1
             if number >= start and not self._passed_over(row, file):
                 yield Row(self._name(row, file, number), self._reader(row[self.image], file), self._caption(row))
 
     def _passed_over(self, row: dict[str, Any], file: int) -> bool:
         """Whether a row is of a hidden file in a shard, or of another split than the one that is wanted."""
         if self.split is not None:
-            place = self.places[file] / str(row[self.image])
+            place = below(self.folder, self.places[file] / str(row[self.image]))
             return leads_outside(place, self.folder) is None and not is_of_split(self.folder, place, self.split)
         return self.kind == "webdataset" and is_hidden(PurePosixPath(str(row.get("__key__") or "")))
 
@@ -147,14 +166,15 @@ class Collection:
     def _caption(self, row: dict[str, Any]) -> Any:
         for value in (row.get(self.config.caption_column), row.get("txt")):
             if value is not None:
-                return value
+                is_file = self.kind == "webdataset" and isinstance(value, str)  # as it lies beside other pictures
+                return as_lines(value.removeprefix("\ufeff")) if is_file else value
         beside = row.get("json")
         return beside.get(self.config.caption_column) if isinstance(beside, dict) else None
 
     def _reader(self, cell: Any, file: int) -> Read:
         def read(most: int) -> bytes:
             if self.kind == "json":
-                path = self.places[file] / str(cell)
+                path = below(self.folder, self.places[file] / str(cell))
                 if leads_outside(path, self.folder) is not None:
                     raise UserError("is named by metadata.jsonl but lies outside the folder")
                 if is_hidden(path, self.folder):
@@ -289,11 +309,7 @@ class Stream:
         bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
-                caption = self._caption_of(row)
-                if caption is None:
-                    raise UserError("has no caption; write one, or give one for all with --data.default_caption")
-                if not is_text(caption):
-                    raise UserError("has a caption that is no text")
+                caption = row.usable_caption(self.config.default_caption)
                 content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
                 return _decoded(row.name, caption, content, self.config.max_pixels), bad
             except (UserError, OSError) as error:

@@ -104,6 +104,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "path", "validation_path", "cache")
+        need(self.validation_path != "", "data.validation_path", "empty", "a folder or a data set, or null")
+        need(self.cache != "", "data.cache", "empty", "a folder, or null")
         need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
         need(
             self.bucket_step is None or self.bucket_step >= 8, "data.bucket_step", self.bucket_step, "at least 8 pixels"
@@ -159,6 +161,7 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "path", "prompts")
+        need(self.path != "", "bank.path", "empty", "a folder, or null")
         need(self.size == "auto" or self.size >= 1, "bank.size", self.size, "at least 1")
         need(self.steps >= 1, "bank.steps", self.steps, "at least 1")
         need(self.batch_size == "auto" or self.batch_size >= 1, "bank.batch_size", self.batch_size, "at least 1")
@@ -237,6 +240,8 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "weights", "path", "validation_path", "init")
+        for name in ("weights", "path", "validation_path", "init"):
+            need(getattr(self, name) != "", f"control.{name}", "empty", "a path, or null")
         need(0 <= self.dropout <= 1, "control.dropout", self.dropout, "0 to 1")
         need(self.workers is None or 1 <= self.workers <= 256, "control.workers", self.workers, "1 to 256")
         places = [name for name in ("path", "column") if getattr(self, name) is not None]

@@ -281,7 +281,7 @@ def read_audit(folder: Path) -> Chain:
     """The folder's audit file, each line checked against its own hash and against the line before."""
     try:
         content = (folder / FILE).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Chain(faults=[f"there is no {FILE}"])
     *lines, rest = content.split(b"\n")
     chain, last = Chain(torn=int(bool(rest))), FIRST

@@ -58,7 +58,15 @@ def read_text(path: str | Path) -> str:
     Raises:
         OSError, UnicodeDecodeError: if it is none.
     """
-    return read_file(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    content = read_file(path)
+    if (place := content.find(b"\0")) >= 0:  # UTF-16 without a mark, which is valid UTF-8 and no text
+        raise UnicodeDecodeError("utf-8", content, place, place + 1, "a NUL, which no text has")
+    return as_lines(content.decode("utf-8-sig"))
+
+
+def as_lines(text: str) -> str:
+    """Text with any kind of line end as \\n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def from_json(text: str) -> Any:

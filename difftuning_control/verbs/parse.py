@@ -32,6 +32,7 @@ from difftuning_control.verbs.resume import recipe_to_begin, recipe_to_resume
 from difftuning_control.verbs.spelling import SHORT, Option, spelled
 
 PROGRAM = "difftune"
+MODE = "recipe"  # of jsonargparse: how it reads values
 ABOUT = "From a recipe to a tuned model, and what was gained. A mistake is one sentence and exit code 2."
 
 
@@ -85,13 +86,16 @@ def make_parser(verb: str) -> Any:
         verb: whose options it has; of `*` all have theirs, which takes seconds to put together.
     """
     import jsonargparse  # as in parse
+    import yaml  # as jsonargparse does
 
-    parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=ABOUT, exit_on_error=False)
+    jsonargparse.set_loader(MODE, _from_yaml, (yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(prog=PROGRAM, description=ABOUT, exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = parser.add_subcommands(dest="verb", required=True)
     for name, command in COMMANDS.items():
         usage = f"{PROGRAM} {name} {USAGE.get(name, '[options]')}"
-        sub = jsonargparse.ArgumentParser(description=_first_line(command), exit_on_error=False, usage=usage)
+        about = _first_line(command)
+        sub = jsonargparse.ArgumentParser(description=about, exit_on_error=False, usage=usage, parser_mode=MODE)
         if verb in (name, "*"):
             sub.add_argument("--config", action="config", help="a recipe in YAML; other flags override its values")
             sub.add_class_arguments(command, as_group=False)
@@ -100,6 +104,14 @@ def make_parser(verb: str) -> Any:
                 sub.add_argument(f"--{short}", help=key)
         verbs.add_subcommand(name, sub, help=_first_line(command))
     return parser
+
+
+def _from_yaml(text: str) -> Any:
+    """A value as jsonargparse reads YAML; what begins with # is text, and no comment where nothing else is there."""
+    import jsonargparse  # as in parse
+
+    value = jsonargparse.get_loader("yaml")(text)
+    return text if value is None and text.lstrip().startswith("#") else value
 
 
 def _show_page(arguments: list[str]) -> None:

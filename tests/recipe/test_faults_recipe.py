@@ -54,7 +54,9 @@ def test_fault_15_04_so_is_one_in_json_and_in_the_head_of_a_table(tmp_path):
     with pytest.raises(ValueError, match=r"the key 'text' stands twice"):
         from_json('{"file_name": "a.png", "text": "one", "text": "two"}')
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one", "text": "two"}')
-    with pytest.raises(UserError, match=r"metadata.jsonl cannot be read: the key 'text' stands twice; expected"):
+    with pytest.raises(
+        UserError, match=r"metadata.jsonl cannot be read: line 1: the key 'text' stands twice; expected"
+    ):
         load_images(str(tmp_path))
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,text,text\na.png,one,two\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from difftuning_control.data.sources import METADATA
+from difftuning_control.data.metadata import METADATA
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
 from difftuning_control.system.untrusted import from_json, is_text, read_text
