@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data.examples import Example
-from difftuning_control.data.images import frame, placed
+from difftuning_control.data.images import READING, frame, placed
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
@@ -63,8 +63,9 @@ class Framing:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the views depend on, for the keys of caches; a square's is what it was before there were others."""
-        return {k: v for k, v in vars(self.settled()).items() if k != "shape" or v is not None}
+        """What the views depend on, for the keys of caches."""
+        own = {k: v for k, v in vars(self.settled()).items() if k != "shape" or v is not None}
+        return own | {"reading": READING}
 
     def places(self, example: Example) -> list[tuple[float, float]]:
         """Where the frame lies in what is left over, for each crop."""

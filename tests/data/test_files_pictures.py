@@ -193,3 +193,11 @@ def test_a_strip_is_framed_like_the_middle_that_is_left_of_it():
     strip = Image.fromarray(rng.integers(0, 256, (2, 300_000, 3), np.uint8))  # 5 million by 32 pixels
     part = strip.crop((149_900, 0, 150_100, 2))
     assert np.abs(frame(strip, 32, 32).astype(int) - frame(part, 32, 32)).max() <= 1
+
+
+def test_what_was_kept_of_pictures_that_were_read_otherwise_is_made_anew(monkeypatch):
+    from difftuning_control.data import framing
+
+    now = framing.Framing(64).identity
+    monkeypatch.setattr(framing, "READING", framing.READING + 1)
+    assert framing.Framing(64).identity != now
