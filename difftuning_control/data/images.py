@@ -17,8 +17,8 @@ from difftuning_control.data.profiles import in_srgb
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
-# what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
 READING = 2  # how files become pixels, for the keys of caches: since 2 by their colour profiles
+# what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the latter
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
