@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
+from support.marks import need_pipeline
 from support.tiny_flow import tiny_z_image
 from support.tiny_sd import tiny_xl_pipeline
 
@@ -27,6 +28,7 @@ def test_a_union_controlnet_of_sdxl_is_not_taken_for_one_without_its_parts(tmp_p
 
 
 def test_a_damaged_file_is_not_called_another_architecture(tmp_path):
+    need_pipeline("ZImagePipeline")
     path = tmp_path / "union.safetensors"
     save_file({"control_layers.0.weight": torch.ones(64)}, path)
     path.write_bytes(path.read_bytes()[:-9])
