@@ -22,7 +22,7 @@ from torch import Tensor
 from difftuning_control.adapters.kinds import ADAPTER, lora_state, own_parts
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import write_json
-from difftuning_control.system.tensors import read_tensors, set_metadata, write_tensors
+from difftuning_control.system.tensors import set_metadata, whole_tensors, write_tensors
 from difftuning_control.system.untrusted import from_json, refuse_pickle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -111,9 +111,7 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is damaged, or has values that are not finite.
     """
-    tensors = read_tensors(path)
-    if tensors is None:
-        raise UserError(f"{path} is damaged or no safetensors file; give a whole one.")
+    tensors = whole_tensors(path)
     broken = next((name for name, tensor in tensors.items() if not tensor.float().isfinite().all()), None)
     if broken is not None:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -27,20 +28,20 @@ def in_srgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     transform = _transform(content, image.mode) if image.mode in ("RGB", "RGBA", "CMYK") else None
     if transform is None:
-        return _without_profile(image)
+        plain = image.copy()
+        plain.info = _other_info(image)
+        return plain
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     managed = transform.apply(image if image.mode == "CMYK" else image.convert("RGB"))
     if alpha is not None:
         managed.putalpha(alpha)
-    managed.info = dict(image.info)
-    return _without_profile(managed)
+    managed.info = _other_info(image)
+    return managed
 
 
-def _without_profile(image: Image.Image) -> Image.Image:
-    """It must not be applied twice, nor be saved with colours that are no longer its own."""
-    image = image.copy()
-    image.info.pop(PROFILE, None)
-    return image
+def _other_info(image: Image.Image) -> dict[str | tuple[int, int], Any]:
+    """What is said of a picture but its profile, which must not be applied twice, nor saved with other colours."""
+    return {key: value for key, value in image.info.items() if key != PROFILE}
 
 
 @lru_cache(16)  # the pictures of a set have few profiles, and a transform is slow to make

@@ -16,14 +16,7 @@ from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dat
 from difftuning_control.data.examples import Checker, Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
-from difftuning_control.data.splits import (
-    ALL,
-    TRAIN,
-    chosen,
-    splits_of_pictures,
-    taken,
-    visible_files,
-)
+from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 from difftuning_control.families.components import Components
 from difftuning_control.families.hub import quiet_loading
-from difftuning_control.system.tensors import read_tensors
 
 
 class ControlledDenoiser(nn.Module):
@@ -143,18 +142,6 @@ class Controlled(Components):
     def save_controlnet(self, folder: Path, controlnet: Any) -> None:
         """A directory for the ControlNet class's `from_pretrained`."""
         controlnet.save_pretrained(folder, safe_serialization=True)
-
-
-def controlnet_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ControlNet's file.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    tensors = read_tensors(path)
-    if tensors is None:
-        raise UserError(f"the ControlNet {path} is damaged or no safetensors file; give a whole one.")
-    return tensors
 
 
 def filled_controlnet(controlnet: Any, state: dict[str, Tensor], path: Path) -> Any:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.control import compare_configs, controlnet_tensors, filled_controlnet
+from difftuning_control.families.control import compare_configs, filled_controlnet
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.packed import PackedTransformer, pack
 from difftuning_control.families.transformer import FlowTransformer
+from difftuning_control.system.tensors import whole_tensors
 
 COPIED_BLOCKS = 5  # that a new ControlNet copies, as many as the class has by default
 
@@ -140,7 +141,7 @@ class QwenImage(PackedTransformer, MaskedTransformer):
     def controlnet_of_file(self, path: Path) -> Any:
         """One of InstantX's, as for ComfyUI: its names are diffusers' own. A Union one has no modes, it is told the
         picture alone."""
-        state = controlnet_tensors(path)
+        state = whole_tensors(path, "the ControlNet ")
         embedder = state.get("controlnet_x_embedder.weight")
         count = len({name.split(".")[1] for name in state if name.startswith("transformer_blocks.")})
         if embedder is None or not count:

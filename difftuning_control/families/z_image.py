@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
-from difftuning_control.families.control import compare_configs, controlnet_tensors, filled_controlnet
+from difftuning_control.families.control import compare_configs, filled_controlnet
 from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer, padded, ragged
 from difftuning_control.families.quantised import plain_state
 from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.system.tensors import whole_tensors
 
 TURBO_SHIFT = 3.0  # of the scheduler; the base's is 6
 SIDE = 1024  # that the pipeline draws at unless told otherwise
@@ -158,7 +159,7 @@ class ZImage(MaskedTransformer):
 
     def controlnet_of_file(self, path: Path) -> Any:
         """The published Union ones, 1.0 to 2.1, whose names are diffusers' own; which one it is, its tensors tell."""
-        state, its = controlnet_tensors(path), self.denoiser.config
+        state, its = whole_tensors(path, "the ControlNet "), self.denoiser.config
         embedder = state.get(f"control_all_x_embedder.{its.all_patch_size[0]}-{its.all_f_patch_size[0]}.weight")
         count = len({name.split(".")[1] for name in state if name.startswith("control_layers.")})
         if embedder is None or not 0 < count <= its.n_layers:

@@ -100,6 +100,21 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def whole_tensors(path: Path, what: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file that must be there.
+
+    Args:
+        what: stands before its place in the refusal.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    tensors = read_tensors(path)
+    if tensors is None:
+        raise UserError(f"{what}{path} is damaged or no safetensors file; give a whole one.")
+    return tensors
+
+
 def write_checked(path: Path, tensors: dict[str, Tensor]) -> None:
     """Like `write_tensors`, with a digest of the tensors beside them, which `rows.open_checked` asks for."""
     write_tensors(path, tensors, {DIGEST: digest_of_tensors(tensors)})

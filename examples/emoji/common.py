@@ -1,18 +1,20 @@
-"""What the scripts of this folder share: data, exact resume, and the lite0 features."""
+"""What the scripts of this folder share: data, sharing work, exact resume, and the lite0 features."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import Lite0 as PackagedLite0
 
 
@@ -35,6 +37,26 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
         return ""
     around = f" ± {form.replace('+', '').format(stdev(values))}" if len(values) > 1 else ""
     return f"{form.format(mean(values))}{around}"
+
+
+def work_through(open_jobs: Callable[[], Sequence[Any]], train: Callable[[Any], object]) -> None:
+    """Train what is not trained; a job that another process is at is left to it.
+
+    Args:
+        open_jobs: what can be trained now; more may follow from what was.
+        train: one of these, which a UserError says another process is at.
+    """
+    while jobs := open_jobs():
+        for job in jobs:
+            try:
+                train(job)
+                print(*job, flush=True)
+                break
+            except UserError as error:
+                if "in use by another run" not in str(error):
+                    raise
+        else:
+            time.sleep(10)  # all that is left is being trained, or waits for it
 
 
 class Log:

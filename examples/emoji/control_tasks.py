@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from common import spread
+from common import spread, work_through
 from controlnet import half_way
 from targets import effect, interval
 
-from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import versions
 from difftuning_control.runs.record import RunRecord, read_run
@@ -132,18 +130,8 @@ class Study:
         return [job for job in found if self.record(job) is None]
 
     def work_through(self) -> None:
-        """Train what is not trained; a job that another process is at is left to it."""
-        while open_jobs := self.jobs():
-            for job in open_jobs:
-                try:
-                    train(recipe_of(job, self.work, self.flags))
-                    print(*job, flush=True)
-                    break
-                except UserError as error:
-                    if "in use by another run" not in str(error):
-                        raise
-            else:
-                time.sleep(10)  # all that is left is being trained, or waits for it
+        """Train what is not trained; a second process shares it."""
+        work_through(self.jobs, lambda job: train(recipe_of(job, self.work, self.flags)))
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a finished run of the figures, for every task of which each side has one, and its search."""

@@ -18,20 +18,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from common import spread
+from common import spread, work_through
 from PIL import Image
 
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.prepare import read_data
-from difftuning_control.errors import UserError
 from difftuning_control.evaluation import metrics
 from difftuning_control.evaluation.convergence import find_convergence
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
@@ -131,21 +129,6 @@ def jobs(work: Path) -> list[tuple[str, str, float, int]]:
         ]
     found.sort(key=lambda job: job[1] not in ("plain", "τ = 1"))  # the main comparison first
     return [job for job in dict.fromkeys(found) if finished(*job, work) is None]
-
-
-def work_through(work: Path) -> None:
-    """Train what is not trained; a job that another process is at is left to it."""
-    while open_jobs := jobs(work):
-        for job in open_jobs:
-            try:
-                train(recipe_of(*job, work))
-                print(*job, flush=True)
-                break
-            except UserError as error:
-                if "in use by another run" not in str(error):
-                    raise
-        else:
-            time.sleep(10)  # all that is left is being trained, or waits for it
 
 
 # --- figures at the end ---------------------------------------------------------------------------------------------
@@ -391,7 +374,7 @@ def command() -> None:
     elif args.chart is not None:
         chart(json.loads(args.chart[0].read_text(encoding="utf-8")), args.chart[1])
     else:
-        work_through(args.work)
+        work_through(lambda: jobs(args.work), lambda job: train(recipe_of(*job, args.work)))
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ def prompts_of(places: Places, sides: Sequence[str], most: int = 4) -> list[str]
 
 def sampling_of(places: Places, sides: Sequence[str]) -> tuple[int, float]:
     """Steps and guidance to begin with: those of the first run's sample grids, which are few of a distilled model."""
-    for record in _records(places, sides):
-        training = record.recipe.training
-        return training.sample_steps, training.sample_guidance_scale
-    return Drawing.steps, Drawing.guidance
+    record = next(_records(places, sides), None)
+    if record is None:
+        return Drawing.steps, Drawing.guidance
+    training = record.recipe.training
+    return training.sample_steps, training.sample_guidance_scale
 
 
 def _records(places: Places, sides: Sequence[str]) -> Iterator[RunRecord]:
