@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from difftuning_control.system.annotations import fits
 from difftuning_control.system.sections import Section
 
 
@@ -28,6 +30,14 @@ class Convergence(Section):
     sudden: bool = False
 
 
+def _measured(values: dict[str, list[float | None]]) -> dict[str, list[float]]:
+    """Figures by name; null, which other tools write of what is not a number, is one."""
+    figures = {name: [math.nan if value is None else value for value in row] for name, row in values.items()}
+    if not fits(figures, dict[str, list[float]]):
+        raise TypeError("the figures of the fidelity are no lists of numbers")
+    return figures
+
+
 @dataclass(kw_only=True)
 class FidelityRecord(Section):
     """The figures of every measurement, and the rise that can be told from noise.
@@ -42,7 +52,7 @@ class FidelityRecord(Section):
         convergence: None where the curve does not rise beyond noise.
     """
 
-    READERS: ClassVar = {"convergence": Convergence.from_dict}
+    READERS: ClassVar = {"convergence": Convergence.from_dict, "figures": _measured}
 
     kind: str = ""
     main: str = ""

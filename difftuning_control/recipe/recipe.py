@@ -23,6 +23,7 @@ from difftuning_control.recipe.inputs import (
 )
 from difftuning_control.recipe.reading import build, keys_of, read_recipe
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.system.annotations import check_fields
 from difftuning_control.system.home import expand_paths
 
 FITTED = (  # what fits the model where a recipe names none
@@ -272,7 +273,7 @@ class Recipe:
             control = dict(values.get("control", {}))
             if control:
                 control["fidelity"] = FidelityConfig(**control["fidelity"])
-            return cls(
+            recipe = cls(
                 method=values["method"],
                 model=ModelConfig(**values["model"]),
                 data=DataConfig(**values["data"]),
@@ -284,6 +285,8 @@ class Recipe:
                 gates=GatesConfig(**values.get("gates", {})),
                 output=values["output"],
             )
+            check_fields(recipe)
+            return recipe
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"a recorded recipe cannot be read ({error}); it is of a newer version of this package, or was edited."

@@ -16,8 +16,9 @@ from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.runs.folder import data_places
 from difftuning_control.runs.kept import place_of_run, record_at, step_folder
 from difftuning_control.runs.places import absolute, located
-from difftuning_control.runs.record import RECORD, RunRecord, read_run
+from difftuning_control.runs.record import RECORD, RunRecord, need_run
 from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -35,14 +36,18 @@ def finished_run(run: str | Path, moved: Moved | None = None) -> RunRecord:
         UserError: if there is no run, or it is not finished.
     """
     folder, step = place_of_run(run)
-    record = read_run(folder)
-    if record is None and not folder.exists():
+    try:
+        record = need_run(folder)
+    except (OSError, ValueError) as error:
+        if not folder.exists():
+            raise UserError(
+                f"there is no folder {run} (looked for at {absolute(run)}); if the run was moved, give its new place "
+                "as --run, or to evaluate as --runs."
+            ) from None
+        said = "" if isinstance(error, OSError) else f": {harmless(str(error))}"
         raise UserError(
-            f"there is no folder {run} (looked for at {absolute(run)}); if the run was moved, give its new place as "
-            "--run, or to evaluate as --runs."
-        )
-    if record is None:
-        raise UserError(f"{run} holds no run (no readable {RECORD}); give the output folder of difftune train.")
+            f"{run} holds no run (no readable {RECORD}{said}); give the output folder of difftune train."
+        ) from None
     if step is not None:
         return record_at(located(record, folder, moved), folder, step)
     if not record.is_complete:

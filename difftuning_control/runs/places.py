@@ -108,10 +108,11 @@ def places_now(record: RunRecord, run: str | Path, moved: Moved | None = None) -
         moved: new places that the user names.
     """
     here, places = absolute(place_of_run(run)[0]), {}
+    before = record.places.get(RUN, here)
     for role, place in record.places.items():
         if role in KEYS:  # others are the run itself, and roles of newer versions
             written = value_of(record.recipe_values, KEYS[role])
-            places[role] = _place_now(place, record.places[RUN], here, written if isinstance(written, str) else None)
+            places[role] = _place_now(place, before, here, written if isinstance(written, str) else None)
     named = {} if moved is None else {name: place for name, place in vars(moved).items() if place is not None}
     return places | {name: absolute(place) for name, place in named.items()}
 

@@ -35,6 +35,7 @@ from difftuning_control.system.untrusted import from_json, read_text
 
 RECORD = "run.json"
 COMPLETE, RUNNING, FAILED = "complete", "running", "failed"
+DTYPES = (None, "torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 RESULT = ("losses", "steps_per_second", "steps", "timings")  # of every complete run
 OF_THE_END = ("gates", "budget", "timings", "phases", "steps_per_second", "discarded")  # of the final weights alone
 
@@ -160,6 +161,10 @@ class RunRecord(Section):
     gates: GateResults | None = None
     discarded: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(filter(None, DTYPES))}")
+
     def is_always_written(self, name: str) -> bool:
         return super().is_always_written(name) or (self.is_complete and name in RESULT)
 
@@ -237,9 +242,22 @@ class RunRecord(Section):
 def read_run(output: str | Path) -> RunRecord | None:
     """The record in an output folder; None where there is none that can be read."""
     try:
-        return record_from(from_json(read_text(Path(output) / RECORD)))
-    except (OSError, ValueError, TypeError, AttributeError):
+        return need_run(output)
+    except (OSError, ValueError):
         return None
+
+
+def need_run(output: str | Path) -> RunRecord:
+    """The record in an output folder.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it cannot be read, saying why.
+    """
+    try:
+        return record_from(from_json(read_text(Path(output) / RECORD)))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def record_from(values: Any) -> RunRecord:

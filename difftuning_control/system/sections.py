@@ -6,9 +6,12 @@ newer version added, which is no field here, is kept in its place.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from difftuning_control.system.annotations import fits
 
 S = TypeVar("S", bound="Section")
 Reader = Callable[[Any], Any]
@@ -36,12 +39,13 @@ class Section:
         """What a file holds.
 
         Raises:
-            TypeError: if it holds a value of another kind than the field's default.
+            TypeError: if it holds a value of another kind than its field's.
         """
         if not isinstance(values, dict):
             raise TypeError(f"expected an object, found {type(values).__name__}")
         by_key = {cls.KEYS.get(of.name, of.name): of for of in _fields(cls)}
-        read = {of.name: _read(cls, of, values[key]) for key, of in by_key.items() if key in values}
+        hints = get_type_hints(cls)
+        read = {of.name: _read(cls, of, values[key], hints[of.name]) for key, of in by_key.items() if key in values}
         return cls(original=values, **read)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,9 +81,11 @@ def _default(of: Field[Any]) -> Any:
     return of.default if of.default_factory is MISSING else of.default_factory()
 
 
-def _read(section: type[Section], of: Field[Any], value: Any) -> Any:
+def _read(section: type[Section], of: Field[Any], value: Any, annotation: Any) -> Any:
     read, default = section.READERS.get(of.name), _default(of)
-    if isinstance(default, (str, dict, list)) and not isinstance(value, type(default)):
+    if read is None and not fits(value, annotation):
+        raise TypeError(f"{of.name} is {reprlib.repr(value)}, expected {of.type}")
+    if read is not None and isinstance(default, (dict, list)) and not isinstance(value, type(default)):
         raise TypeError(f"{of.name} is {type(value).__name__}, expected {type(default).__name__}")
     return value if read is None or (value is None and default is None) else read(value)
 
