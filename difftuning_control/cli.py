@@ -48,10 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(_fail(error, str(error), 3))
         except GatesFailedError as error:
             sys.exit(_fail(error, str(error), 4))
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except (RuntimeError, MemoryError) as error:
+            said = _no_memory(error)
+            if said is None:
                 raise
-            sys.exit(_fail(error, _no_memory(error), 2))
+            sys.exit(_fail(error, said, 2))
         except OSError as error:  # no space, no permission, a file where a folder should be
             place, reason = error.filename2 or error.filename or "a file", error.strerror or error
             said = f"{place} cannot be read or written ({reason}); mend that, or choose another place."
@@ -85,9 +86,17 @@ def _again(interrupted: Interrupted) -> str:
     return "nothing was written yet; run the same command again"
 
 
-def _no_memory(error: BaseException) -> str:
-    """What to change where a GPU's memory does not suffice."""
+def _no_memory(error: BaseException) -> str | None:
+    """What to change where memory does not suffice; None of another error."""
     reason = " ".join(str(error).split()).split(" Of the allocated memory")[0]
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
+        where = reason.partition("DefaultCPUAllocator: ")[2] or reason or "an allocation failed"
+        return (
+            f"the computer has too little memory ({where.rstrip('.')}); lower training.batch_size, bank.batch_size or "
+            "data.resolution, or end what else uses it."
+        )
+    if type(error).__name__ != "OutOfMemoryError" and "MPS backend out of memory" not in reason:
+        return None  # torch's own, which is not imported here; that of Apple's GPUs has no class of its own
     return (
         f"the GPU has too little memory ({reason.rstrip('.')}); say --training.gradient_checkpointing true, "
         "--model.offload true or, for a LoRA of a transformer, --model.quantization nf4, lower training.batch_size, "

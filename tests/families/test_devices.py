@@ -177,3 +177,24 @@ def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(RUNNERS, "recipes", lambda command: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         cli.main(["recipes"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (lambda: torch.empty(1 << 58), "the computer has too little memory (can't allocate memory"),
+        (lambda: bytearray(1 << 62), "the computer has too little memory (an allocation failed); lower"),
+        (
+            lambda: (_ for _ in ()).throw(RuntimeError("MPS backend out of memory (9 GB)")),
+            "the GPU has too little memory",
+        ),
+    ],
+)
+def test_so_is_too_little_of_other_memory(raised, said, monkeypatch, capsys):
+    monkeypatch.setitem(RUNNERS, "recipes", lambda command: raised())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["recipes"])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert said in line
