@@ -16,7 +16,8 @@ from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT
 
 REPORT = "report.html"
-VOUCHED = (RESULT, REPORT)  # by the pilot's audit; the settings go on changing
+VOTE = "vote.html"
+VOUCHED = (RESULT, REPORT, VOTE)  # by the pilot's audit; the settings go on changing
 DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
 

@@ -45,10 +45,11 @@ class Page(HTMLParser):
         return [a[attribute] or "" for _, a in self.tags if attribute in a]
 
 
-def check_self_contained(page: Page) -> None:
+def check_self_contained(page: Page, scripts: int = 0) -> None:
     assert not page.open
     tags = {t for t, _ in page.tags}
-    assert not tags & {"script", "iframe", "object", "embed", "link", "base", "form"}
+    assert [t for t, _ in page.tags].count("script") == scripts
+    assert not tags & {"iframe", "object", "embed", "link", "base", "form"}
     assert not [k for _, a in page.tags for k in a if k.startswith("on")]
     for value in page.values("src"):
         assert value.startswith("data:image/png;base64,")

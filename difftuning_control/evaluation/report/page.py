@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 MOST_WORDS = 90  # characters of a caption shown
 
 
-def write_page(folder: Path, template: str, language: str, texts: Mapping[str, str], **values: Any) -> Path:
+def write_page(
+    folder: Path, template: str, language: str, texts: Mapping[str, str], file: str = "report.html", **values: Any
+) -> Path:
     filled = _environment(tuple(texts.items())).get_template(template)
     page = filled.render(language=language, t=texts, folder=folder, **values)
-    path = folder / "report.html"
+    path = folder / file
     write_text(path, page)
     return path
 

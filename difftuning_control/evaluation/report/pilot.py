@@ -19,10 +19,11 @@ from difftuning_control.evaluation.report.page import flatten, quoted, write_pag
 from difftuning_control.evaluation.report.pictures import picture_blocks
 from difftuning_control.evaluation.report.pilot_run import PilotRun
 from difftuning_control.evaluation.report.pilot_steps import next_steps
+from difftuning_control.evaluation.report.vote import write_vote_page
 
 
 def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> Path:
-    """`report.html` of a pilot in its folder, which holds the pictures that its record names.
+    """`report.html` of a pilot in its folder, which holds the pictures that its record names, and `vote.html`.
 
     Raises:
         UserError: if the pilot is not finished, a picture is missing, or the language is unknown.
@@ -38,6 +39,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
     gap = findings.gap_bands(analysis) if analysis else []
     told = [r for r in rises if r["label"] in (PLAIN, best["side"])]
     pictures = picture_blocks(pilot.pictures, folder)
+    voting = write_vote_page(pilot, folder, language)
     return write_page(
         folder,
         "pilot.html.j2",
@@ -56,6 +58,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         advice=findings.advice_of(analysis) if analysis else [],
         metrics=_measured([base, *(r for s in sides for r in s["runs"])]),
         pictures=pictures,
+        vote=None if voting is None else voting.name,
         analysis=analysis,
         budget=budget,
         limits=_limits(budget, by_name) if budget is not None else None,
