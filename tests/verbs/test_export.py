@@ -419,7 +419,12 @@ def test_stock_diffusers_draws_with_the_kohya_file(lora, to):
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui"])
 def test_a_file_for_another_program_has_the_runs_layers_at_its_scale(lora, to, format):
-    found = load_file(to(lora, format=format) / "icons.safetensors")
+    file = to(lora, format=format) / "icons.safetensors"
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["ss_base_model_version"] == "sd_v1"
+        assert opened.metadata()["ss_network_dim"] == str(lora.adapter.rank)
+        assert lora.output not in str(opened.metadata())
+    found = load_file(file)
     own = load_file(Path(lora.output) / LORA_FILE)
     assert {t.item() for k, t in found.items() if k.endswith(".alpha")} == {6.0}
     for theirs, ours in (("lora_down", "lora_A"), ("lora_up", "lora_B")):

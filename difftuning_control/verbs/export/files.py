@@ -36,6 +36,7 @@ from difftuning_control.verbs.export.lora_formats import (
     kohya_tensors,
     lora_layers,
 )
+from difftuning_control.verbs.export.tool_metadata import tool_metadata
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -106,6 +107,7 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     dtype = request.torch_dtype or torch.float32
     scaled = cast_tensors({k: v for k, v in tensors.items() if v.ndim}, dtype)
     write_tensors(folder / name, tensors | scaled, {"format": "pt"})
+    set_metadata(folder / name, tool_metadata(base, record, tensors, Path(name).stem))
     return Parts(type(base.pipe).__name__, None, None, name, base.component)
 
 
