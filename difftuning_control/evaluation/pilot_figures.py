@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from difftuning_control.system.sections import Section, list_of
 
+VOTE = "vote.html"  # beside a pilot's report
+
 
 @dataclass(kw_only=True)
 class PilotBudget(Section):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from difftuning_control.evaluation.pilot_figures import VOTE
 from difftuning_control.runs.audit import Session, read_audit
 from difftuning_control.runs.manifest import files_of_run
 from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord
@@ -16,7 +17,6 @@ from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT
 
 REPORT = "report.html"
-VOTE = "vote.html"
 VOUCHED = (RESULT, REPORT, VOTE)  # by the pilot's audit; the settings go on changing
 DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run

@@ -9,9 +9,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
-from difftuning_control.system.annotations import fits
+from difftuning_control.system.annotations import fits, hints_of
 
 S = TypeVar("S", bound="Section")
 Reader = Callable[[Any], Any]
@@ -44,7 +44,7 @@ class Section:
         if not isinstance(values, dict):
             raise TypeError(f"expected an object, found {type(values).__name__}")
         by_key = {cls.KEYS.get(of.name, of.name): of for of in _fields(cls)}
-        hints = get_type_hints(cls)
+        hints = hints_of(cls)
         read = {of.name: _read(cls, of, values[key], hints[of.name]) for key, of in by_key.items() if key in values}
         return cls(original=values, **read)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from difftuning_control.evaluation.comparison import PLAIN, lower_is_better, seed_values, verdict
+from difftuning_control.evaluation.pilot_figures import VOTE
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.page import write_page
 from difftuning_control.evaluation.report.pictures import data_uri
 from difftuning_control.evaluation.report.pilot_run import PilotRun
 from difftuning_control.system.text import harmless
 
-VOTE = "vote.html"
 SEED = 0  # of the order of pairs, and of left and right
 
 
@@ -22,12 +23,12 @@ def rival_of(pilot: PilotRun) -> str | None:
     """The side that is shown beside plain fine-tuning: the verdict's, or where that is plain the best of the others;
     None where plain fine-tuning has nothing beside it."""
     sides = {side["name"]: side for side in pilot.sides}
+    if PLAIN not in sides:
+        return None
     named = verdict(pilot)["side"]
-    if PLAIN not in sides or (named is not None and named != PLAIN):
-        return named if PLAIN in sides else None
-    means = {
-        n: sum(v.values()) / len(v) for n, s in sides.items() if n != PLAIN and (v := seed_values(s, pilot.primary))
-    }
+    if named not in (None, PLAIN):
+        return str(named)
+    means = {n: fmean(v.values()) for n, s in sides.items() if n != PLAIN and (v := seed_values(s, pilot.primary))}
     best = min if lower_is_better(pilot.primary) else max
     return best(means, key=lambda name: means[name]) if means else None
 
@@ -45,6 +46,7 @@ def vote_pairs(pilot: PilotRun, folder: Path, rival: str) -> list[dict[str, Any]
     if pictures is None:
         return []
     truth = next((row.files for row in pictures.rows if row.name == "truth"), None)
+    true = [data_uri(folder, file) for file in truth] if truth is not None else [None] * len(pictures.prompts)
     sides = {side["name"]: side for side in pilot.sides}
     places = [_places(sides[name]) for name in (PLAIN, rival)]
     chance, pairs = random.Random(SEED), []
@@ -54,8 +56,7 @@ def vote_pairs(pilot: PilotRun, folder: Path, rival: str) -> list[dict[str, Any]
             drawn = [data_uri(folder, f"{place[seed]}/{i}.png") for place in places]
             first = chance.random() < 0.5
             left, right = drawn if first else reversed(drawn)
-            true = data_uri(folder, truth[i]) if truth is not None else None
-            pairs.append({"prompt": harmless(prompt), "true": true, "left": left, "right": right, "first": first})
+            pairs.append({"prompt": harmless(prompt), "true": true[i], "left": left, "right": right, "first": first})
     chance.shuffle(pairs)
     return pairs
 

@@ -32,7 +32,7 @@ class Published:
     """How tools name a model.
 
     Args:
-        version: sd-scripts' `ss_base_model_version`.
+        version: sd-scripts' `ss_base_model_version`, which of Stable Diffusion 3 is here more than the size alone.
         architecture: ModelSpec's.
         implementation: whose code the names of the layers are of.
         network: the module of sd-scripts that trains such a LoRA.
