@@ -1,4 +1,4 @@
-"""Metrics as pure functions of features (N, D); torchmetrics computes those that it has.
+"""Metrics as pure functions of features (N, D).
 
     fid                |μ_r − μ_g|² + tr(Σ_r + Σ_g − 2 (Σ_r Σ_g)^½)               lower is better
     kid                unbiased MMD² with the kernel (x·y / D + 1)³              lower is better, fair to few pictures
@@ -66,18 +66,22 @@ def fid_warning(real: int, generated: int, dimensions: int) -> str | None:
 def fid(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to the features, at least 0; warns under 5 D pictures.
 
+    With rows A and B that are centred and divided by √(N − 1), tr (Σ_r Σ_g)^½ is the sum of the singular values of
+    A Bᵀ, pictures by pictures. Eigenvalues of the D × D product, as in torchmetrics, take a hundred times as long for
+    some dozens of pictures.
+
     Raises:
         UserError: with fewer than 2 pictures on a side.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance  # saves torchmetrics where none is computed
-
     real, generated = _need(real, 2, "FID", "real"), _need(generated, 2, "FID", "generated")
     if (warning := fid_warning(len(real), len(generated), real.shape[1])) is not None:
         warnings.warn(warning, stacklevel=2)
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return float(metric.compute())
+    means = real.mean(0), generated.mean(0)
+    rows = [(x - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((real, generated), means)]
+    a, b = (torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x for x in rows)  # the same covariance, D rows
+    shared = torch.linalg.svdvals(a @ b.T).sum()
+    distance = (means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+    return max(0.0, float(distance))
 
 
 def kid(
