@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs.verify import verify
 from difftuning_control.training.result import TrainingResult
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.train import train
@@ -108,6 +111,26 @@ def test_the_same_command_draws_nothing_again(done, study, config):
     assert len(stamps) == 4
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("guidance.json")} == stamps
     assert again.sides == json.loads(json.dumps(result.sides))
+
+
+@pytest.mark.wide
+def test_a_side_and_a_seed_that_are_added_later_give_what_all_at_once_would(done, study, config, tmp_path):
+    more = replace(config, sides=["plain", "prior", "difftuning_tau1"], seeds=[0, 1, 2])
+    folder = tmp_path / "out"
+    shutil.copytree(done[0], folder)
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")}
+    added = pilot(replace(study, output=str(folder)), more, "en", False, tell=lambda text: None)
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    fresh = pilot(replace(study, output=str(tmp_path / "fresh")), more, "en", False, tell=lambda text: None)
+    assert [side["name"] for side in added.sides] == more.sides
+    for ours, theirs in zip(added.sides, fresh.sides):
+        assert len(ours["runs"]) == 3
+        assert [row["kid"] for row in ours["runs"]] == [row["kid"] for row in theirs["runs"]]
+        for summary in (ours["summary"]["3"], theirs["summary"]["3"]):
+            summary.pop("seconds")
+        assert ours["summary"] == theirs["summary"]
+        assert ours["guidance"] == theirs["guidance"]
+    assert verify(VerifyRequest(str(folder), strict=True))["status"] == "same"
 
 
 @pytest.mark.wide

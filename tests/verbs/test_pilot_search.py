@@ -69,9 +69,12 @@ def test_the_length_is_the_best_over_the_seeds_on_the_prompts_of_the_search():
     assert search.best_length(rows) == 4  # the final figures would say 8
 
 
-def test_a_pilot_that_is_widened_goes_on_in_its_folder(recipe):
+def test_a_pilot_that_is_widened_or_gets_further_sides_or_seeds_goes_on_in_its_folder(recipe):
     config = PilotConfig()
     assert pilot_identity(recipe, replace(config, widen=2)) == pilot_identity(recipe, config)
+    assert pilot_identity(recipe, replace(config, sides=["plain", "teacher_own"])) == pilot_identity(recipe, config)
+    assert pilot_identity(recipe, replace(config, seeds=[0, 1, 2, 7])) == pilot_identity(recipe, config)
+    assert pilot_identity(recipe, replace(config, seeds=[1, 0, 2])) != pilot_identity(recipe, config)
     assert pilot_identity(recipe, replace(config, pictures=9)) != pilot_identity(recipe, config)
 
 

@@ -16,9 +16,12 @@ from difftuning_control.training.phases import Phases
 
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
-    """A digest of the settings that the figures depend on: not of where they lie, nor of what only watches."""
-    asked = {name: value for name, value in vars(config).items() if name != "widen"}  # adds runs, and changes none
-    return digest_of([deciding_settings(recipe), asked])
+    """A digest of the settings that the figures of a run depend on: not of where they lie, nor of what only watches.
+
+    Further sides and seeds, and a longer search, add runs and change none; the first seed is that of every search.
+    """
+    asked = {name: value for name, value in vars(config).items() if name not in ("widen", "sides", "seeds")}
+    return digest_of([deciding_settings(recipe), asked | {"seed": config.seeds[0]}])
 
 
 def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:
