@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 OLDEST := .venv-oldest
 
-.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults test-oldest lint bench gpu-pack benchmark benchmark-controlnet benchmark-adapters benchmark-dit benchmark-guidance embedded-model clean
+.PHONY: demo docs recipe-reference test test-all test-wide test-slow test-faults test-oldest lint bench gpu-pack embedded-model results clean
 
 demo: $(STAMP)
 	$(BIN)/difftune demo --output runs/demo --overwrite
@@ -58,45 +58,25 @@ docs: $(DOCS_STAMP)
 recipe-reference: $(STAMP)
 	$(BIN)/python docs/generate_recipe_reference.py
 
-# The figures of the README: two processes of one thread each are faster on two cores than one of two.
-benchmark: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/benchmark.py --work build/benchmark --worker 0 --workers 2 & \
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/benchmark.py --work build/benchmark --worker 1 --workers 2 && wait $$!
-	$(BIN)/python examples/emoji/benchmark.py --work build/benchmark --collect examples/emoji/benchmark.json
-
-benchmark-controlnet: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/controlnet.py --work build/controlnet & \
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/controlnet.py --work build/controlnet && wait $$!
-	$(BIN)/python examples/emoji/controlnet.py --work build/controlnet --collect examples/emoji/controlnet.json
-	$(BIN)/python examples/emoji/controlnet.py --table examples/emoji/controlnet.json
-
-benchmark-adapters: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 0 --workers 2 & \
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/adapters.py --work build/adapters --worker 1 --workers 2 && wait $$!
-	$(BIN)/python examples/emoji/adapters.py --work build/adapters --collect examples/emoji/adapters.json
-	$(BIN)/python examples/emoji/adapters.py --table examples/emoji/adapters.json
-
-benchmark-dit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --source
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --worker 0 --workers 2 & \
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/dit.py --work build/dit --worker 1 --workers 2 && wait $$!
-	$(BIN)/python examples/emoji/dit.py --work build/dit --collect examples/emoji/dit.json
-	$(BIN)/python examples/emoji/dit.py --table examples/emoji/dit.json
-
-# The figures of the drop-in pipelines: trains, then samples.
-benchmark-guidance: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/guidance.py --work build/guidance
-	$(BIN)/python examples/emoji/guidance.py --work build/guidance --collect examples/emoji/guidance.json
-	$(BIN)/python examples/emoji/guidance.py --table examples/emoji/guidance.json
-
-# Rebuilds the embedded model and its picture sets from the npm packages; hours on two cores, resumable.
+# Rebuilds the embedded model and its picture sets from the npm packages; half a day on one core, resumable at any step.
+EMOJI := OMP_NUM_THREADS=1 $(BIN)/python examples/emoji
 embedded-model: $(STAMP)
 	$(BIN)/python -m pip install -q -e '.[emoji]'
-	$(BIN)/python examples/emoji/prepare.py --work build/emoji --assets difftuning_control/assets
-	$(BIN)/python examples/emoji/train_vae.py --work build/emoji
-	$(BIN)/python examples/emoji/train_unet.py --work build/emoji
-	$(BIN)/python examples/emoji/train_unet.py --work build/emoji --export difftuning_control/assets/embedded
-	$(BIN)/python examples/emoji/evaluate_base.py --work build/emoji
+	$(EMOJI)/prepare.py --work build/emoji --assets difftuning_control/assets
+	$(EMOJI)/build_bank.py --work build/emoji pictures
+	$(EMOJI)/train_vae.py --work build/emoji
+	$(EMOJI)/build_bank.py --work build/emoji latents
+	$(EMOJI)/build_bank.py --work build/emoji maps
+	$(EMOJI)/train_unet.py --work build/emoji
+	$(EMOJI)/train_unet.py --work build/emoji --export difftuning_control/assets/embedded
+	$(EMOJI)/evaluate_base.py --work build/emoji
+	$(EMOJI)/survival.py --work build/emoji
+
+# Makes anew whatever the repository shows of the embedded model; many hours on two cores, what is done is not done again.
+# make results STAGES="base demo" makes only these.
+results: $(STAMP)
+	$(BIN)/python -m pip install -q -e '.[emoji]'
+	$(BIN)/python examples/emoji/results.py $(if $(STAGES),--stages $(STAGES))
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'

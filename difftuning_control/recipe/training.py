@@ -36,7 +36,7 @@ class ScheduleConfig:
     Args:
         kind: shape of ψ and ξ: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured
             (from path), auto (measured as the run begins), or function (yours, by path).
-        tau: τ; when empty 0.3 of power (better than 1 in every cell of the benchmark), 1 of paper. [> 0]
+        tau: τ; when empty 0.3 of power, 1 of paper. [> 0]
         retention_tau: τ of ξ alone, of power and paper; that of ψ when empty. [> 0]
         psi: ψ of constant; 1 when empty. [> 0]
         xi: ξ of constant; 0 when empty. [≥ 0]

@@ -18,7 +18,6 @@ from difftuning_control.system.durable import AUDIT
 
 REPORT = "report.html"
 VOUCHED = (RESULT, REPORT, VOTE)  # by the pilot's audit; the settings go on changing
-DEMO = ("summary.json", "grid.png")  # by the audit too, where a demo drew them from the pilot
 ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
 
 
@@ -53,7 +52,7 @@ def files_of_pilot(output: Path) -> dict[str, Path]:
     files = {}
     for folder, names in _walk(output):
         for name in names:
-            if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED, *DEMO)):
+            if not name.startswith(".") and not (folder == output and name in (SETTINGS, AUDIT, *VOUCHED)):
                 files[(folder / name).relative_to(output).as_posix()] = folder / name
     return files
 

@@ -15,7 +15,7 @@ from typing import Any
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.requests import Moved, VerifyRequest
 from difftuning_control.runs.audit import FILE, Chain, read_audit
-from difftuning_control.runs.pilot_files import DEMO, VOUCHED, files_of_pilot, records_of
+from difftuning_control.runs.pilot_files import VOUCHED, files_of_pilot, records_of
 from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord, read_pilot
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.runs.verify_run import EARLIER, Part, audit_part, compare_files, verify_run
@@ -87,7 +87,7 @@ def verify_pilot(
         UserError: if the pilot is not finished.
     """
     chain, record = read_audit(output), Part("record")
-    vouched = {name: chain.last_hash_of(name) for name in (*VOUCHED, *DEMO)}
+    vouched = {name: chain.last_hash_of(name) for name in VOUCHED}
     for name, digest in vouched.items():
         if digest is not None:
             record.checked += 1
@@ -107,9 +107,6 @@ def verify_pilot(
         record.unchecked = outputs.unchecked = EARLIER.replace("the run", "the pilot")
     else:
         compare_files(outputs, pilot.files, files_of_pilot(output))
-        for name in DEMO:
-            if vouched[name] is None and (output / name).exists():
-                outputs.find(name, "added")
     runs = _runs(output, pilot, skip, outputs, moved)
     return [record, audit_part(chain, head), outputs, *runs], chain
 

@@ -132,7 +132,7 @@ class PilotCommand(Recipe):
 
 @dataclass
 class DemoCommand:
-    """Plain fine-tuning and Diff-Tuning side by side on the embedded model, with a report.
+    """Plain fine-tuning and Diff-Tuning side by side on a far and a near style, on the embedded model, with a report.
 
     Args:
         output: folder of the demo.
@@ -143,7 +143,7 @@ class DemoCommand:
     """
 
     output: str = "runs/demo"
-    steps: int = 120
+    steps: int = 40
     seed: int = 0
     language: str = "en"
     overwrite: bool = False

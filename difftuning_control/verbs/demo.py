@@ -1,12 +1,14 @@
-"""`difftune demo`: a small pilot on the embedded model, plain fine-tuning against Diff-Tuning, with its report."""
+"""`difftune demo`: plain fine-tuning against Diff-Tuning on a far and a near style, with the embedded model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.evaluation.drawing import save_grid
@@ -16,60 +18,90 @@ from difftuning_control.recipe.inputs import BankConfig, DataConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig
-from difftuning_control.runs.audit import noted
-from difftuning_control.runs.pilot_files import DEMO
+from difftuning_control.runs.pilot_files import REPORT
 from difftuning_control.runs.pilot_record import PilotRecord
-from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
+from difftuning_control.system.text import harmless
 from difftuning_control.verbs.pilot.pilot import pilot
 
-COMPARED = {"plain": "plain", "difftuning_measured": "Diff-Tuning"}
-LABELS = {"truth": "true icon", "base": "base"} | COMPARED
+COMPARED = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
+LABELS = {"truth": "true picture", "base": "base"} | COMPARED
+TARGETS = {"icons": "far", "flat": "near"}  # sets that the package carries, as the base sees them
+RATES = {"icons": 5e-3, "flat": 2.5e-3}  # at twice its rate a near style ends further from the new one than untuned
+GRID, SUMMARY = "grid.png", "summary.json"
 
 
-def demo_study(output: Path, steps: int, seed: int) -> tuple[Recipe, PilotConfig]:
-    """The demo's recipe, in which the sides differ in `tuning` alone, and what is compared."""
+def demo_study(output: Path, target: str, steps: int, seed: int) -> tuple[Recipe, PilotConfig]:
+    """The demo's recipe on a target, in which the sides differ in `tuning` alone, and what is compared."""
     recipe = Recipe(
         data=DataConfig(
-            "embedded/icons", holdout=0.0, validation_path="embedded/icons-eval", limit=8, cache=str(output / "cache")
+            f"embedded/{target}",
+            holdout=0.0,
+            validation_path=f"embedded/{target}-eval",
+            limit=8,
+            cache=str(output / "cache"),
         ),
-        bank=BankConfig(size=128, steps=15, batch_size=64, path=str(output / "bank")),
+        bank=BankConfig(size=24, steps=10, batch_size=24),
         training=TrainingConfig(
             max_steps=steps,
-            batch_size=16,
-            learning_rate=5e-3,
+            batch_size=10,
+            learning_rate=RATES[target],
             lr_scheduler="constant",
             ema_decay=0.999,
-            validation_size=48,
+            validation_size=8,
             checkpoint_every=max(steps, 1),
             seed=seed,
         ),
-        output=str(output),
+        output=str(output / target),
     )
     seeds = [seed, seed + 1, seed + 2]
     return recipe, PilotConfig(
-        list(COMPARED), seeds=seeds, learning_rates=[5e-3], pictures=32, steps=15, guidance_scale=4.0
+        list(COMPARED), seeds=seeds, learning_rates=[RATES[target]], pictures=16, steps=8, guidance_scale=3.0
     )
 
 
-def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) -> PilotRecord:
-    """The pilot, a grid of names that were never trained on, a table on the screen.
+def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) -> dict[str, PilotRecord]:
+    """A pilot on each target in a folder of its own, a page and a grid of both, a table on the screen.
 
     Raises:
         UserError: if the output holds something else, or a demo with other settings without `overwrite`.
     """
-    recipe, config = demo_study(output, steps, seed)
-    print(f"Diff-Tuning and plain fine-tuning, {steps} steps on 8 line icons, three seeds each", flush=True)
-    record = pilot(recipe, config, language, overwrite)
-    pictures = record.pictures or PilotPictures()
-    rows = {LABELS[row.name]: [Image.open(output / f) for f in row.files] for row in pictures.rows}
-    table = loss_table(record)
-    with noted(output) as artefacts:
-        save_grid(output / "grid.png", rows, pictures.prompts)
-        write_json(output / "summary.json", {"verdict": verdict(record), "table": table, "steps": steps, "seed": seed})
-        artefacts |= {name: digest_of_file(output / name) for name in DEMO}
-    _print_summary(output, record, table)
-    return record
+    from difftuning_control.evaluation.report.demo import write_demo_report  # read at its end, after the pilots
+
+    _refuse_foreign(output)
+    records = {}
+    for target, distance in TARGETS.items():
+        print(f"\n{target}, a {distance} style: {steps} steps on 8 pictures, three seeds a side", flush=True)
+        records[target] = pilot(*demo_study(output, target, steps, seed), language, overwrite)
+    save_grid(output / GRID, *_grid(output, records))
+    write_demo_report(records, output, language)
+    targets = {name: {"verdict": verdict(r), "table": loss_table(r)} for name, r in records.items()}
+    write_json(output / SUMMARY, {"targets": targets, "steps": steps, "seed": seed})
+    _print_summary(output, records)
+    return records
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raises UserError where the folder holds anything that no demo wrote, since parts of it would be overwritten."""
+    known = {*TARGETS, "cache", GRID, SUMMARY, REPORT}
+    foreign = sorted(entry.name for entry in output.iterdir() if entry.name not in known) if output.is_dir() else []
+    if foreign:
+        raise UserError(
+            f"the output {output} holds {harmless(foreign[0])}, which no demo writes; choose another "
+            "folder, or empty it."
+        )
+
+
+def _grid(output: Path, records: Mapping[str, PilotRecord]) -> tuple[dict[str, list[Image.Image]], list[str]]:
+    """Rows of both targets, and the names above them where both drew the same."""
+    rows: dict[str, list[Image.Image]] = {}
+    names = []
+    for target, record in records.items():
+        pictures = record.pictures or PilotPictures()
+        names.append(pictures.prompts)
+        for row in pictures.rows:
+            rows[f"{TARGETS[target]}: {LABELS[row.name]}"] = [Image.open(output / target / f) for f in row.files]
+    return rows, ["/".join(dict.fromkeys(each)) for each in zip(*names)]
 
 
 def loss_table(record: PilotRecord) -> list[dict[str, Any]]:
@@ -87,32 +119,30 @@ def loss_table(record: PilotRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def _print_summary(output: Path, record: PilotRecord, table: list[dict[str, Any]]) -> None:
-    print("\nPictures of names that were never trained on, mean ± standard deviation of three seeds")
-    print(f"  {'':<14}{'KID ×1000':>16}{'in the new style':>20}{'like the true icon':>22}")
+def _print_summary(output: Path, records: Mapping[str, PilotRecord]) -> None:
     figures = (("kid", 1000, 1), ("domain_hit", 100, 0), ("pair_similarity", 1, 3))
-    base = [f"{factor * record.base[metric]:.{digits}f}" for metric, factor, digits in figures]
-    print(f"  {'base':<14}{base[0]:>16}{base[1]:>20}{base[2]:>22}")
-    for side in record.sides:
-        cells = []
-        for metric, factor, digits in figures:
-            value = side["summary"][str(side["best_length"])][metric]
-            cells.append(f"{factor * value['mean']:.{digits}f} ± {factor * value['spread']:.{digits}f}")
-        print(f"  {COMPARED[side['name']]:<14}{cells[0]:>16}{cells[1]:>20}{cells[2]:>22}")
-    print("\nLoss by noise band (u: 0 clean, 1 pure noise); target: held-out icons, bank: held-out samples of the base")
-    print(f"  {'rows':<8}{'u':>5}{'base':>10}{'plain':>10}{'Diff-Tuning':>13}")
-    for row in table:
-        print(
-            f"  {row['rows']:<8}{row['u']:>5.1f}"
-            + "".join(
-                f"{row[name]:>{width}.4f}" for name, width in (("base", 10), ("plain", 10), ("difftuning_measured", 13))
-            )
-        )
-    best = next(s for s in record.sides if s["name"] != "plain")["runs"][0]["folder"]
-    print(f"\nReport: {output / 'report.html'}   pictures: {output / 'grid.png'}   {record.cost.seconds or 0:.0f} s")
+    print("\nPictures of names that were never trained on, mean ± standard deviation of three seeds; the bank's loss")
+    print("against the pretrained model's is what was forgotten")
+    for target, record in records.items():
+        print(f"\n  {f'{target} ({TARGETS[target]})':<14}{'KID ×1000':>14}{'in the new style, %':>21}", end="")
+        print(f"{'like the true one':>19}{'forgotten':>11}")
+        base = [f"{factor * record.base[metric]:.{digits}f}" for metric, factor, digits in figures]
+        print(f"  {'base':<14}{base[0]:>14}{base[1]:>21}{base[2]:>19}")
+        for side in record.sides:
+            found = side["summary"][str(side["best_length"])]
+            cells = [
+                f"{factor * found[metric]['mean']:.{digits}f} ± {factor * found[metric]['spread']:.{digits}f}"
+                for metric, factor, digits in figures
+            ]
+            rise = found["bank_loss"]["mean"] / record.base["bank_loss"] - 1
+            print(f"  {COMPARED[side['name']]:<14}{cells[0]:>14}{cells[1]:>21}{cells[2]:>19}{rise:>+11.0%}")
+    target, record = next(iter(records.items()))
+    tuned = next(s for s in record.sides if s["name"] != "plain")["runs"][0]["folder"]
+    seconds = sum(r.cost.seconds or 0 for r in records.values())
+    print(f"\nReport: {output / REPORT}   pictures: {output / GRID}   {seconds:.0f} s")
     print("\nUse it in stock diffusers:")
     print("  from diffusers import DiffusionPipeline")
     print(f'  pipe = DiffusionPipeline.from_pretrained("{embedded_model()}")')
-    print(f'  pipe.load_lora_weights("{output / best}")')
+    print(f'  pipe.load_lora_weights("{output / target / tuned}")')
     print("\nNext, your own pictures (a folder with captions) on your own model:")
     print("  difftune train my_pictures --model stable-diffusion-v1-5/stable-diffusion-v1-5 --out runs/mine")

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmark import COLUMNS
-
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
@@ -26,6 +24,7 @@ from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.pilot.pilot import Pilot
 
 HERE = Path(__file__).parent
+COLUMNS = ("kid", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "target_loss", "bank_loss")
 KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
 SIDES = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
 IMAGES = (1, 4, 8)
@@ -53,7 +52,7 @@ def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
         "output": work / f"{kind}-{images}",
     }
     given = [f"--adapter={json.dumps({'kind': kind, 'rank': 16})}", *(f"--{k}={v}" for k, v in flags.items()), *changes]
-    _, command = parse(["pilot", f"--config={HERE / 'benchmark.yaml'}", *given])
+    _, command = parse(["pilot", f"--config={HERE / 'adapters.yaml'}", *given])
     recipe = only(Recipe, command)
     FewPictures(recipe, command.pilot, Path(recipe.output)).run()
 

@@ -1,4 +1,7 @@
-"""What the scripts of this folder share: data, sharing work, exact resume, and the lite0 features."""
+"""What the scripts of this folder share: pictures, sharing work, exact resume, the lite0 features, and drawing.
+
+Whatever of the package's own modules the scripts need to draw pictures is imported here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,43 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.features import Lite0 as PackagedLite0
+from difftuning_control.families.family import Family
+from difftuning_control.families.loading import family_of
+
+_PROMPTS = (
+    "red heart, pizza, dog face, red apple, cat face, birthday cake, soccer ball, guitar, sunflower, "
+    "hot dog, fish, butterfly, banana, christmas tree, trophy, key, balloon, rabbit face, strawberry, "
+    "teacup without handle, light bulb, envelope, turtle, mushroom"
+)
+PROMPTS = tuple(_PROMPTS.split(", "))
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """Premultiplied pictures (N, 128, 128, 4) uint8 on a white ground, (N, 64, 64, 3) uint8."""
+    n, height, width, _ = rgba.shape
+    found = np.empty((n, height // 2, width // 2, 3), np.uint8)
+    for i, picture in enumerate(rgba.astype(np.uint16)):
+        pixels = picture[..., :3] + (255 - picture[..., 3:])
+        found[i] = (pixels.reshape(height // 2, 2, width // 2, 2, 3).sum((1, 3)) + 2) // 4
+    return found
+
+
+def load_rgba(work: Path) -> tuple[np.ndarray, list[dict]]:
+    """Every base picture, premultiplied RGBA (N, 128, 128, 4) uint8, and its record."""
+    return np.load(work / "base.npz")["images"], json.loads((work / "base.json").read_text())
 
 
 def load_base(work: Path, held_out: bool = False) -> tuple[torch.Tensor, list[dict]]:
     """The base pictures, uint8 (N, 3, 64, 64), and their records; those of the held-out names only on request."""
-    images = np.load(work / "base.npz")["images"]
-    records = json.loads((work / "base.json").read_text())
+    images, records = load_rgba(work)
     keep = [i for i, record in enumerate(records) if record["held_out"] == held_out]
-    return torch.from_numpy(images[keep]).permute(0, 3, 1, 2).contiguous(), [records[i] for i in keep]
+    return torch.from_numpy(on_white(images[keep])).permute(0, 3, 1, 2).contiguous(), [records[i] for i in keep]
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -63,11 +92,12 @@ class Log:
     """One JSON line a report, on screen and in a file."""
 
     def __init__(self, path: Path):
-        self.path, self.start = path, time.time()
+        self.path, self.start, self.cpu = path, time.time(), time.process_time()
 
     def __call__(self, **row) -> None:
         row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
         row["seconds"] = round(time.time() - self.start, 1)
+        row["cpu_seconds"] = round(time.process_time() - self.cpu, 1)
         line = json.dumps(row)
         print(line, flush=True)
         with self.path.open("a") as file:
@@ -81,7 +111,7 @@ def save_state(path: Path, **state) -> None:
 
 
 def load_state(path: Path) -> dict | None:
-    return torch.load(path, weights_only=True) if path.exists() else None
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -92,15 +122,55 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 class Lite0(PackagedLite0):
     """The package's lite0 with the maps of its first blocks; pictures here are in [-1, 1]."""
 
-    def shallow(self, images: torch.Tensor, blocks: int = 5) -> list[torch.Tensor]:
-        """Channel-normalised maps of the first blocks (strides 2 to 8) of images (B, 3, H, W)."""
-        x, maps = self.stem((images + 1) / 2), []
-        for block in self.net._blocks[:blocks]:
+    def maps(self, images: torch.Tensor, blocks: tuple[int, ...] = (0, 2, 4), side: int | None = None) -> list:
+        """Channel-normalised maps of some blocks (of 16, strides 2 to 32) of images (B, 3, H, W), resized to `side`."""
+        x = (images + 1) / 2
+        if side is not None:
+            x = F.interpolate(x, size=(side, side), mode="bilinear")
+        x, found = self.stem(x), []
+        for block in self.net._blocks[: max(blocks) + 1]:
             x = block(x)
-            maps.append(F.normalize(x, dim=1, eps=1e-4))
-        return [maps[0], maps[2], maps[4]]
+            found.append(x)
+        return [F.normalize(found[i], dim=1, eps=1e-4) for i in blocks]
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, batch: int = 32) -> torch.Tensor:
         """Pooled features (N, 1280), each of length 1."""
         return torch.cat([F.normalize(self((part + 1) / 2), dim=1) for part in images.split(batch)])
+
+
+def load_model(folder: Path | str) -> Family:
+    return family_of(StableDiffusionPipeline.from_pretrained(folder))
+
+
+def draw(family: Family, prompts: list[str], **settings) -> torch.Tensor:
+    """A picture a prompt, (N, 3, 64, 64) in [-1, 1]; the settings are those of `sample_pictures`."""
+    drawn = sample_pictures(family, prompts, **{"seed": 0, "resolution": 64, "batch_size": 64} | settings)
+    return to_unit(torch.stack([torch.from_numpy(np.array(p)) for p in drawn]).permute(0, 3, 1, 2))
+
+
+def save_pictures(path: Path, rows: dict[str, torch.Tensor], columns: list[str]) -> None:
+    """A labelled grid of pictures (N, 3, 64, 64) in [-1, 1]."""
+    arrays = {k: ((v + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for k, v in rows.items()}
+    save_grid(path, {k: [Image.fromarray(a) for a in v] for k, v in arrays.items()}, columns)
+
+
+def prompt_grid(family: Family, path: Path, style: str = "noto", guidance: float = 4.0, steps: int = 25) -> None:
+    """PROMPTS in two rows with the style's name and two without."""
+    settings = {"seed": 0, "steps": steps, "guidance_scale": guidance, "resolution": 64, "batch_size": 24}
+    rows = {}
+    for label, prompts in (("with style", [f"{style} emoji {p}" for p in PROMPTS]), ("name alone", list(PROMPTS))):
+        drawn = sample_pictures(family, prompts, **settings)
+        rows[label + " "], rows[label] = drawn[:12], drawn[12:]
+    save_grid(path, rows, ["/".join(pair) for pair in zip(PROMPTS[:12], PROMPTS[12:])])
+
+
+def rank_of_truth(features: torch.Tensor, truth: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Rank (0 is nearest) of each row's true picture among all the true ones, by cosine similarity."""
+    similarity = features @ truth.T
+    return (similarity > similarity.gather(1, own.view(-1, 1))).sum(1)
+
+
+def shares(ranks: torch.Tensor) -> dict[str, float]:
+    """How often the true picture is the nearest, and among the five nearest."""
+    return {"top1": round(float((ranks == 0).float().mean()), 3), "top5": round(float((ranks < 5).float().mean()), 3)}

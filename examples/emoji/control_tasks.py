@@ -3,6 +3,7 @@
     python examples/emoji/control_tasks.py --work build/control_tasks         # trains; a second process shares the work
     python examples/emoji/control_tasks.py --work build/control_tasks --collect examples/emoji/control_tasks.json
     python examples/emoji/control_tasks.py --table examples/emoji/control_tasks.json
+    python examples/emoji/control_tasks.py --work build/control_tasks --grid grid.png     # pictures by step
 
 Edges, line drawings, silhouettes, blocks of colour, and the negative, whose right answer is known in every pixel. The
 sides are plain training, Diff-Tuning's noise levels alone, and those with its bank. A run follows its condition
@@ -22,11 +23,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import numpy as np
 from common import spread, work_through
-from controlnet import half_way
+from PIL import Image
 from targets import effect, interval
 
+from difftuning_control.data.conditions import conditions_of
+from difftuning_control.data.control_spec import Conditioner, ControlSpec
+from difftuning_control.data.prepare import read_data
+from difftuning_control.evaluation.convergence import find_convergence
+from difftuning_control.evaluation.drawing import sample_pictures, save_grid
+from difftuning_control.families.loading import load_family
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.finished import tuned_model
 from difftuning_control.runs.identity import versions
 from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
@@ -51,10 +60,12 @@ SIDES: dict[str, dict[str, Any]] = {
     "levels": {"tuning.schedule": {"kind": "power", "tau": 1.0}, **NONE},
     "difftuning": {"tuning.schedule": {"kind": "power", "tau": 1.0}},
 }
+IN_GRID = {"plain": "plain", "levels": "noise levels"}  # the grid's font has no Greek
 SAID = {"plain": "plain", "levels": "ψ = u alone", "difftuning": "ψ = u and bank"}
 RATES = (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)
 WIDENED = 3  # times at most, by a factor of two
 SEARCHED, SEEDS = 100, (0, 1, 2, 3, 4)
+GRID_TASK, GRID_STEPS = "lineart", (100, 200, 300)  # shown of the first seed
 LAST = 5  # measurements that "in the end" is the mean of
 
 
@@ -73,6 +84,7 @@ def recipe_of(job: Job, work: Path, flags: Sequence[str]) -> Recipe:
         **SIDES[job.side],
         "training.learning_rate": job.rate,
         "training.seed": job.seed,
+        "training.save_at": list(GRID_STEPS) if (job.task, job.seed) == (GRID_TASK, SEEDS[0]) else [],
         "data.cache": work / "cache",
         "output": work / job.task / job.side / f"lr-{job.rate:g}" / f"seed-{job.seed}",
     }
@@ -153,6 +165,33 @@ class Study:
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
+def first_reach(steps: list[int], values: list[float], level: float) -> float | None:
+    """The first step at which the curve reaches `level` and stays there; None if it never does.
+
+    A measurement counts if it is at or beyond the level and so is the mean of it and the next one: a single spike does
+    not count unless it lies farther beyond the level than its successor falls short. The step is interpolated between
+    that measurement and the one before.
+    """
+    s, v = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    held = np.flatnonzero((v[:-1] >= level) & (v[:-1] + v[1:] >= 2 * level))
+    if not len(held):
+        return None
+    k = int(held[0])
+    if k == 0:
+        return float(s[0])
+    share = (level - v[k - 1]) / (v[k] - v[k - 1])  # the one before is below, or it would have counted itself
+    return float(s[k - 1] + share * (s[k] - s[k - 1]))
+
+
+def half_way(steps: list[int], values: list[float], level: float) -> float | None:
+    """When a curve that rises at all first reaches the level; a crossing before its rise is noise."""
+    found = find_convergence(steps, values)
+    if found is None:
+        return None
+    kept = [i for i, step in enumerate(steps) if step >= found.start]
+    return first_reach([steps[i] for i in kept], [values[i] for i in kept], level)
+
+
 def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the steps to half-way, whether they were reached, and the mean of the curve and its end."""
     found = []
@@ -192,11 +231,35 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def grid(study: Study, path: Path, count: int = 8) -> None:
+    """Condition, true picture, and what plain training and the noise levels alone draw by step, first seed."""
+    family, rows = load_family("embedded"), {}
+    sides = ("plain", "levels")
+    for side in sides:
+        job = Job(GRID_TASK, side, study.search(GRID_TASK, side)[1] or 0.0, SEEDS[0])
+        record, recipe = study.record(job), recipe_of(job, study.work, study.flags)
+        if record is None:
+            raise SystemExit(f"{study.work} has no finished run of {GRID_TASK}, {side}; run the study first.")
+        run, data = Path(recipe.output), read_data(recipe)[1].sample(count)
+        conditioner = Conditioner(ControlSpec.load(run / "controlnet"))
+        control = conditions_of(conditioner, data, family.native_resolution, lambda n: None)
+        prompts = [e.caption for e in data.examples]
+        rows["condition"] = [Image.fromarray(c) for c in control.permute(0, 2, 3, 1).numpy()]
+        rows["true picture"] = [e.load() for e in data.examples]
+        settings = {"steps": 20, "guidance_scale": 2.0, "resolution": family.native_resolution, "seed": 0}
+        for step in GRID_STEPS:
+            with tuned_model(family, run, record, step) as tuned:
+                rows[f"{IN_GRID[side]}, {step} steps"] = sample_pictures(tuned, prompts, **settings, control=control)
+    later = [f"{IN_GRID[side]}, {step} steps" for step in GRID_STEPS for side in sides]
+    save_grid(path, {name: rows[name] for name in ("condition", "true picture", *later)}, prompts, 96)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/control_tasks"))
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
     parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
+    parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
     args, flags = parser.parse_known_args()  # what is left goes to every run: --training.max_steps=20
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
@@ -205,6 +268,8 @@ def main() -> None:
         if not rows:
             raise SystemExit(f"{args.work} holds no condition of which every side is searched and trained.")
         write_json(args.collect, {"versions": versions(), "rows": rows})
+    elif args.grid is not None:
+        grid(Study(args.work, flags), args.grid)
     else:
         Study(args.work, flags).work_through()
 

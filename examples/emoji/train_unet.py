@@ -1,42 +1,47 @@
-"""Train the embedded model's denoiser and its small text model, jointly, on the autoencoder's latents.
+"""Train the embedded model's denoiser and its small text model, jointly, on the bank of latents.
 
-    python examples/emoji/train_unet.py --work build/emoji --steps 10000
+    python examples/emoji/train_unet.py --work build/emoji --steps 17000
     python examples/emoji/train_unet.py --work build/emoji --export difftuning_control/assets/embedded
 
-ε-prediction on Stable Diffusion's noise schedule with min-SNR weights (arXiv:2303.09556). Captions are
-"<style> emoji <name>", one in five the name alone, one in ten empty. The learning rate is constant after a warm-up and
-falls to nothing over the last fifth, so a run can be exported or lengthened at any point.
-Resumable: run the same command again. `--export` writes the averaged weights as a StableDiffusionPipeline directory.
+v-prediction (arXiv:2202.00512) on Stable Diffusion's noise schedule with min-SNR weights (arXiv:2303.09556); beside it,
+maps of the picture as an ImageNet network sees it are read out of the denoiser's middle (arXiv:2410.06940). A third of
+the rows are base pictures as they are, the others their variants, whose captions say what was done to them; one caption
+in four leaves the style out, one in ten is empty. The learning rate is constant after a warm-up and falls to nothing
+over the last part of `--steps` (`--decay`), so that a run can be exported or lengthened at any point before that.
+Resumable: run the same command again. A signal to end (TERM) saves first. `--export` writes the averaged weights as a
+StableDiffusionPipeline directory.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import re
+import signal
 from pathlib import Path
 
+import numpy as np
 import torch
-from common import Log, load_base, load_state, save_state, step_generator, to_unit
+import torch.nn.functional as F
+from build_bank import MAP_SHAPE
+from common import Log, family_of, load_state, prompt_grid, save_state, step_generator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from text_model import TEXT_LENGTH, WIDTH, build_text_model, kept_tokenizer
+from transformers import CLIPTokenizer
+from variants import caption
 
 from difftuning_control.families.older_form import write_older_form
 
-TEXT_LENGTH = 32
 UNET = {
     "sample_size": 8,
-    "in_channels": 12,
-    "out_channels": 12,
-    "block_out_channels": (80, 160),
+    "in_channels": 16,
+    "out_channels": 16,
+    "block_out_channels": (96, 192),
     "layers_per_block": 1,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 128,
-    "attention_head_dim": (5, 5),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": (3, 6),  # the numbers of heads, of 32 channels each
     "norm_num_groups": 16,
 }
 SCHEDULER = {
@@ -50,162 +55,187 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
 }
 MIN_SNR_GAMMA = 5.0
-
-
-def train_tokenizer(captions: list[str], vocabulary: int = 2048) -> CLIPTokenizer:
-    """A CLIP tokenizer with a byte-level BPE vocabulary of its own."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[a-z]+|[0-9]|[^\sa-z0-9]+"), "removed", invert=True),
-            pre_tokenizers.ByteLevel(False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 514, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([re.sub(r"\s+", " ", caption.lower()) for caption in captions], trainer)
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TEXT_LENGTH)
-
-
-def build_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
-def captions_of(records: list[dict], chance: torch.Tensor) -> list[str]:
-    texts = []
-    for record, p in zip(records, chance.tolist()):
-        full = f"{record['style']} emoji {record['name']}"
-        texts.append("" if p < 0.1 else record["name"] if p < 0.3 else full)
-    return texts
-
-
-@torch.no_grad()
-def latent_moments(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    posteriors = [vae.encode(to_unit(part)).latent_dist for part in images.split(64)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+LEAST_WEIGHT = 0.25  # at the noisiest levels, where min-SNR leaves next to nothing and what is drawn is decided
+UNCHANGED = 0.35  # share of the rows that are base pictures as they are
 
 
 class Model(torch.nn.Module):
+    """Text model and denoiser, and what reads maps of the picture out of the denoiser's middle; only trained with."""
+
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
         self.text, self.unet = build_text_model(tokenizer), UNet2DConditionModel(**UNET)
+        width, channels = UNET["block_out_channels"][-1], MAP_SHAPE[0]
+        self.reader = torch.nn.Sequential(
+            torch.nn.Conv2d(width, 2 * width, 1), torch.nn.SiLU(), torch.nn.Conv2d(2 * width, channels, 1)
+        )
+        self.unet.mid_block.register_forward_hook(lambda module, args, output: setattr(self, "middle", output))
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    return peak * min(1.0, (step + 1) / 300, (steps - step) / (0.2 * steps))
+class Bank:
+    """Latents (records, variants, C, H, W) float16 and the parts of their captions."""
+
+    def __init__(self, work: Path):
+        self.latents = torch.from_numpy(np.load(work / "latents.npy"))
+        self.maps = torch.from_numpy(np.load(work / "maps.npy"))
+        self.parts = json.loads((work / "bank.json").read_text())
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """Latents, maps and captions of a batch."""
+        records, count = self.latents.shape[:2]
+        rows = torch.randint(records, (size,), generator=generator)
+        columns = torch.randint(1, count, (size,), generator=generator)
+        columns[torch.rand(size, generator=generator) < UNCHANGED] = 0
+        texts = []
+        for row, column, chance in zip(rows, columns, torch.rand(size, generator=generator).tolist()):
+            texts.append("" if chance < 0.1 else caption(self.parts[row][column], with_style=chance > 0.35))
+        return self.latents[rows, columns].float(), self.maps[rows, columns].float(), texts
 
 
-def train(args: argparse.Namespace, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer) -> None:
-    log, checkpoint = Log(args.work / "unet.log"), args.work / "unet.ckpt"
-    images, records = load_base(args.work)
-    mean, std = latent_moments(AutoencoderKL.from_pretrained(args.work / "vae").eval(), images)
-    scheduler = DDIMScheduler(**SCHEDULER)
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=1e-3, fused=True)
-    first = 0
-    if state := load_state(checkpoint):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    total = []
-    for step in range(first, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.learning_rate)
-        generator = step_generator(args.seed, step)
-        rows = torch.randint(len(records), (args.batch_size,), generator=generator)
-        texts = captions_of([records[i] for i in rows], torch.rand(args.batch_size, generator=generator))
-        latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        strata = (torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=generator)) / args.batch_size
-        timesteps = (strata * 1000).long().clamp(max=999)
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-        hidden = model.text(ids.input_ids)[0]
-        model_pred = model.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
-        per_sample = (model_pred - noise).square().mean((1, 2, 3))
-        loss = (weights[timesteps] * per_sample).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.step(model.parameters())
-        total.append(torch.stack([loss.detach(), per_sample.mean().detach()]))
-        if (step + 1) % 50 == 0:
-            weighted, plain = torch.stack(total).mean(0).tolist()
-            log(step=step + 1, weighted_loss=weighted, loss=plain)
-            total = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(
-                checkpoint,
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                ema=ema.state_dict(),
-                step=step + 1,
-            )
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    return args.learning_rate * min(1.0, (step + 1) / 500, (args.steps - step) / (args.decay * args.steps))
 
 
-def export(work: Path, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    averaged = copy.deepcopy(model)
+def targets(scheduler: DDIMScheduler, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple:
+    """What the denoiser should predict, and each row's weight: min-SNR's, at least LEAST_WEIGHT."""
+    signal_power = scheduler.alphas_cumprod.to(latents.device)[t]
+    snr = signal_power / (1 - signal_power)
+    if scheduler.config.prediction_type == "epsilon":
+        return noise, snr.clamp(max=MIN_SNR_GAMMA) / snr
+    weights = (snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)).clamp(min=LEAST_WEIGHT)
+    return scheduler.get_velocity(latents, noise, t), weights
+
+
+class Training:
+    """Model, optimizer and average, as they stand after `step` steps."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer):
+        self.args, self.model, self.ema, self.tokenizer = args, model.to(args.device), ema, tokenizer
+        model.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+        ema.to(args.device)
+        self.scheduler = DDIMScheduler(**SCHEDULER, prediction_type=args.prediction)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
+        )
+        self.bank, self.step, self.totals = Bank(args.work), 0, []
+        if state := load_state(args.work / "unet.ckpt"):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.totals = state["step"], list(state["totals"])
+
+    def save(self) -> None:
+        parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save_state(self.args.work / "unet.ckpt", step=self.step, totals=self.totals, **states)
+
+    def take_step(self) -> None:
+        args, device = self.args, self.args.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, args)
+        generator = step_generator(args.seed, self.step)
+        latents, maps, texts = self.bank.draw(args.batch_size, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        strata = torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=generator)
+        t = (strata / args.batch_size * 1000).long().clamp(max=999).to(device)
+        latents = latents.to(device)
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+        noisy_latents = self.scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
+        target, weights = targets(self.scheduler, latents, noise, t)
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            hidden = self.model.text(ids.input_ids.to(device))[0]
+            model_pred = self.model.unet(noisy_latents, t, hidden).sample
+        per_sample = (model_pred.float() - target).square().mean((1, 2, 3))
+        loss = (weights * per_sample).mean()
+        apart = 1 - F.cosine_similarity(self.model.reader(self.model.middle).float(), maps.to(device)).mean()
+        self.optimizer.zero_grad()
+        (loss + args.align * apart).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.step(self.model.parameters())
+        self.totals.append([loss.item(), per_sample.mean().item(), apart.item()])
+        self.step += 1
+
+
+def train(training: Training) -> None:
+    args, log = training.args, Log(training.args.work / "unet.log")
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    while training.step < args.steps and not ended:
+        training.take_step()
+        if training.step % 50 == 0:
+            weighted, plain, apart = np.mean(training.totals, 0).tolist()
+            log(step=training.step, weighted_loss=weighted, loss=plain, apart=apart)
+            training.totals = []
+        if training.step % args.save_every == 0:
+            training.save()
+        if training.step % args.grid_every == 0:
+            pipe = assemble(args.work, training.model.cpu(), training.ema, training.tokenizer, args.prediction)
+            prompt_grid(family_of(pipe), args.work / "grids" / f"{training.step:06d}.png")
+            training.model.to(args.device)
+    training.save()
+
+
+def assemble(work: Path, model: Model, ema: EMAModel, tokenizer: CLIPTokenizer, prediction: str):
+    """The pipeline with the averaged weights, on the CPU."""
+    averaged = Model(tokenizer)
+    averaged.load_state_dict(model.state_dict())
     ema.copy_to(averaged.parameters())
-    pipe = StableDiffusionPipeline(
+    averaged.eval()
+    return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=averaged.text,
         tokenizer=tokenizer,
         unet=averaged.unet,
-        scheduler=DDIMScheduler(**SCHEDULER),
+        scheduler=DDIMScheduler(**SCHEDULER, prediction_type=prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
     pipe.to(torch.float16).save_pretrained(folder)
     write_older_form(folder)
     # transformers loads what the configuration names, diffusers float32: without this a stock load mixes the two
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    print(f"{folder}: {size / 1e6:.1f} MB of weights")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--export", type=Path, default=None)
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=17000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.4e-3)
+    parser.add_argument("--decay", type=float, default=0.6, help="share of the steps over which the rate falls")
+    parser.add_argument("--weight-decay", type=float, default=1e-2)
+    parser.add_argument("--align", type=float, default=0.7, help="weight of the maps read out of the middle")
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+    parser.add_argument("--ema-decay", type=float, default=0.9995)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200)
-    args = parser.parse_args()
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--grid-every", type=int, default=1000)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where it is safe")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(args.seed)
-    _, records = load_base(args.work)
-    _, held_out = load_base(args.work, held_out=True)
-    names = sorted({r["name"] for r in records + held_out})
-    styles = ["noto emoji", "twemoji emoji", "emojione emoji", "fxemoji emoji"]
-    tokenizer = train_tokenizer(names + styles * 20 + ["line icon", "flat icon", "black and white", "a photo of the"])
+    names = sorted({r["name"] for r in json.loads((args.work / "base.json").read_text())})
+    tokenizer = kept_tokenizer(args.work / "tokenizer", names)
     model = Model(tokenizer)
-    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     if state := load_state(args.work / "unet.ckpt"):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
     if args.export:
-        export(args.work, model, ema, tokenizer, args.export)
+        export(assemble(args.work, model, ema, tokenizer, args.prediction), args.export)
     else:
-        train(args, model, ema, tokenizer)
+        train(Training(args, model, ema, tokenizer))
 
 
 if __name__ == "__main__":

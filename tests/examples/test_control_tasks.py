@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
 
@@ -16,7 +17,7 @@ EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 @pytest.fixture
 def tasks(monkeypatch):
     monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("common", "styles", "targets", "controlnet", "conditions", "control_tasks"):
+    for name in ("common", "styles", "targets", "conditions", "control_tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("control_tasks")
 
@@ -73,6 +74,8 @@ def test_the_search_goes_on_until_the_best_rate_is_not_at_an_edge(tasks, tmp_pat
     monkeypatch.setattr(tasks, "TASKS", {"silhouette": tasks.TASKS["silhouette"]})
     monkeypatch.setattr(tasks, "RATES", (1e-3, 2e-3))
     monkeypatch.setattr(tasks, "SEEDS", (0, 1))
+    monkeypatch.setattr(tasks, "GRID_TASK", "silhouette")
+    monkeypatch.setattr(tasks, "GRID_STEPS", (2, 4))
     flags = ["--training.max_steps=4", "--control.fidelity.every=1", "--control.fidelity.size=2", "--bank.size=2"]
     flags += ["--control.fidelity.steps=1", "--training.batch_size=5", "--bank.steps=2"]
     study = tasks.Study(tmp_path, flags)
@@ -86,3 +89,6 @@ def test_the_search_goes_on_until_the_best_rate_is_not_at_an_edge(tasks, tmp_pat
     rows = json.loads(json.dumps(study.rows()))
     assert [(row["method"], row["seed"]) for row in rows] == [(side, seed) for side in tasks.SIDES for seed in (0, 1)]
     assert "| silhouette (" in tasks.table({"rows": rows})
+    tasks.grid(study, tmp_path / "grid.png", 2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.height > 6 * 96

@@ -74,6 +74,28 @@ def test_the_runs_that_are_needed_follow_from_the_spread_over_the_seeds(targets)
     assert targets.seeds_needed(rows, 0.2) == pytest.approx(2.8**2 / 4)
 
 
+def test_the_gap_says_beforehand_which_side_to_take_where_it_goes_with_the_gain(targets):
+    def study(gap_of):
+        found = []
+        for number in range(8):
+            better = number >= 4  # on the far half the side halves KID, on the near half it doubles it
+            kinds = (("plain", 1.0), ("difftuning", 0.5 if better else 2.0))
+            found += [row(f"t{number}", m, s, k, gap=gap_of(number)) for s in range(3) for m, k in kinds]
+        return found
+
+    seen = targets.foresight(study(lambda number: number + 10 * (number >= 4)))
+    assert seen == pytest.approx((2**-0.5 - 1, 0.0, 2**-0.5 - 1))
+    assert "each target left out of the threshold: KID -29%; difftuning always " in targets.table(
+        {
+            "rows": [row(f"t{i}", "base", None, 1.0) for i in range(8)]
+            + study(lambda number: number + 10 * (number >= 4))
+        }
+    )
+    blind = targets.foresight(study(lambda number: number * 5 % 8))  # a gap that says nothing
+    assert blind.foreseen > seen.foreseen + 0.1
+    assert targets.foresight(study(lambda number: None)) is None
+
+
 def side(name: str) -> dict:
     def drawn(kid):
         return [

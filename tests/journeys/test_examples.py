@@ -13,10 +13,13 @@ EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 @pytest.fixture
 def first_reach(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EMOJI)
-    import controlnet
+    before = set(sys.modules)
+    import control_tasks
 
-    yield controlnet.first_reach
-    sys.modules.pop("controlnet")
+    yield control_tasks.first_reach
+    for name in set(sys.modules) - before:
+        if str(EMOJI) in str(getattr(sys.modules[name], "__file__", None)):
+            sys.modules.pop(name)
 
 
 def test_first_reach_interpolates(first_reach):

@@ -14,11 +14,10 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.runs.audit import FILE, noted, read_audit
+from difftuning_control.runs.audit import FILE, read_audit
 from difftuning_control.runs.finished import check_outputs, finished_run
 from difftuning_control.runs.pilot_files import settle
 from difftuning_control.runs.verify import verify
-from difftuning_control.system.digests import digest_of_file
 from difftuning_control.verbs.pilot.pilot import pilot
 from support.damages import flip
 from support.feature_models import save_tiny_dinov2
@@ -208,14 +207,3 @@ def test_a_pilot_of_an_earlier_version_says_so(root):
     path.write_text(json.dumps({k: v for k, v in result.items() if k not in ("files", "records")}))
     (root / "pilot" / FILE).unlink()
     assert verify(VerifyRequest("pilot"))["unchecked"] == ["record", "outputs"]
-
-
-def test_what_a_demo_draws_from_its_pilot_is_vouched_for(root):
-    grid = Path("pilot/grid.png")
-    grid.write_bytes(b"drawn")
-    assert found() == {"outputs": [("added", "grid.png")]}
-    with noted("pilot") as artefacts:
-        artefacts["grid.png"] = digest_of_file(grid)
-    assert found() == {}
-    grid.write_bytes(b"drawn otherwise")
-    assert found() == {"record": [("changed", "grid.png")]}
