@@ -27,7 +27,7 @@ from difftuning_control.verbs.pilot.pilot import pilot
 COMPARED = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
 LABELS = {"truth": "true picture", "base": "base"} | COMPARED
 TARGETS = {"icons": "far", "flat": "near"}  # sets that the package carries, as the base sees them
-RATES = {"icons": 5e-3, "flat": 2.5e-3}  # at twice its rate a near style ends further from the new one than untuned
+RATES = {"icons": 5e-3, "flat": 2.5e-3}  # a near style asks for less change
 GRID, SUMMARY = "grid.png", "summary.json"
 
 
@@ -56,7 +56,12 @@ def demo_study(output: Path, target: str, steps: int, seed: int) -> tuple[Recipe
     )
     seeds = [seed, seed + 1, seed + 2]
     return recipe, PilotConfig(
-        list(COMPARED), seeds=seeds, learning_rates=[RATES[target]], pictures=16, steps=8, guidance_scale=3.0
+        list(COMPARED),
+        seeds=seeds,
+        learning_rates=[recipe.training.learning_rate],
+        pictures=16,
+        steps=8,
+        guidance_scale=3.0,
     )
 
 
@@ -71,8 +76,10 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
     _refuse_foreign(output)
     records = {}
     for target, distance in TARGETS.items():
-        print(f"\n{target}, a {distance} style: {steps} steps on 8 pictures, three seeds a side", flush=True)
-        records[target] = pilot(*demo_study(output, target, steps, seed), language, overwrite)
+        recipe, study = demo_study(output, target, steps, seed)
+        told = f"{steps} steps on {recipe.data.limit} pictures, {len(study.seeds)} seeds a side"
+        print(f"\n{target}, a {distance} style: {told}", flush=True)
+        records[target] = pilot(recipe, study, language, overwrite)
     save_grid(output / GRID, *_grid(output, records))
     write_demo_report(records, output, language)
     targets = {name: {"verdict": verdict(r), "table": loss_table(r)} for name, r in records.items()}

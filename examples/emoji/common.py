@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from difftuning_control.errors import UserError
@@ -110,6 +111,13 @@ def save_state(path: Path, **state) -> None:
     os.replace(temporary, path)
 
 
+def when_ended() -> list[int]:
+    """Empty until the process is asked to end (TERM), so that a loop can save first."""
+    found: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: found.append(number))
+    return found
+
+
 def load_state(path: Path) -> dict | None:
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
 
@@ -141,6 +149,13 @@ class Lite0(PackagedLite0):
 
 def load_model(folder: Path | str) -> Family:
     return family_of(StableDiffusionPipeline.from_pretrained(folder))
+
+
+@torch.no_grad()
+def pass_through(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] after the autoencoder."""
+    parts = [vae.decode(vae.encode(part).latent_dist.mean).sample for part in pictures.split(64)]
+    return torch.cat(parts).clamp(-1, 1)
 
 
 def draw(family: Family, prompts: list[str], **settings) -> torch.Tensor:

@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Lite0, draw, load_base, load_model, load_rgba, prompt_grid, rank_of_truth, shares, to_unit
+from common import (
+    Lite0,
+    draw,
+    load_base,
+    load_model,
+    load_rgba,
+    pass_through,
+    prompt_grid,
+    rank_of_truth,
+    shares,
+    to_unit,
+)
 from variants import COLOURS, HELD_PAIRS, on_ground, recolour
 
 WHITE = (1.0, 1.0, 1.0)
@@ -30,13 +41,6 @@ CANDIDATES = 100
 
 def as_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     return to_unit(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
-
-
-@torch.no_grad()
-def pass_through(vae, truth: torch.Tensor) -> torch.Tensor:
-    """Pictures after the autoencoder."""
-    parts = [vae.decode(vae.encode(part).latent_dist.mean).sample for part in truth.split(64)]
-    return torch.cat(parts).clamp(-1, 1)
 
 
 def recoloured(family, lite0: Lite0, work: Path, style: str, settings: dict) -> dict:

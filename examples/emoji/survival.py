@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Lite0, draw, load_model, rank_of_truth, save_pictures, shares, step_generator, to_unit
+from common import Lite0, draw, load_model, pass_through, rank_of_truth, save_pictures, shares, step_generator, to_unit
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 
@@ -82,9 +82,7 @@ def measure(args: argparse.Namespace, style: str, lite0: Lite0) -> dict:
     features = lite0.features(truth)
     prompts = [names[i] for i in asked]
     settings = {"steps": args.sampling_steps, "guidance_scale": args.guidance}
-    with torch.no_grad():
-        through = family.pipe.vae.decode(family.pipe.vae.encode(truth[asked]).latent_dist.mean).sample.clamp(-1, 1)
-    drawn = {"autoencoder": through, "before": draw(family, prompts, **settings)}
+    drawn = {"autoencoder": pass_through(family.pipe.vae, truth[asked]), "before": draw(family, prompts, **settings)}
     tune(family, truth[tuned], [names[i] for i in tuned], args)
     drawn["after"] = draw(family, prompts, **settings)
     report = {"style": style, "model": str(args.model), "candidates": len(names), "names": len(asked)}

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from build_bank import MAP_SHAPE
-from common import Log, family_of, load_state, prompt_grid, save_state, step_generator
+from common import Log, family_of, load_state, prompt_grid, save_state, step_generator, when_ended
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from text_model import TEXT_LENGTH, WIDTH, build_text_model, kept_tokenizer
@@ -157,8 +156,7 @@ class Training:
 
 def train(training: Training) -> None:
     args, log = training.args, Log(training.args.work / "unet.log")
-    ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    ended = when_ended()
     while training.step < args.steps and not ended:
         training.take_step()
         if training.step % 50 == 0:

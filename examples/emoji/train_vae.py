@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Lite0, Log, load_base, load_state, save_state, step_generator, to_unit
+from common import Lite0, Log, load_base, load_state, pass_through, save_state, step_generator, to_unit, when_ended
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -129,7 +128,7 @@ def start_from(vae: AutoencoderKL, folder: Path) -> None:
 def save_passed(vae: AutoencoderKL, images: torch.Tensor, path: Path) -> None:
     """Pictures over what the autoencoder makes of them."""
     x = to_unit(images).to(vae.device)
-    both = torch.cat([x, vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)], 2)
+    both = torch.cat([x, pass_through(vae, x)], 2)
     pixels = ((torch.cat(list(both), 2) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels).resize((2 * pixels.shape[1], 2 * pixels.shape[0]), Image.Resampling.NEAREST).save(path)
@@ -140,13 +139,12 @@ def train(args: argparse.Namespace, vae: AutoencoderKL) -> bool:
     log, checkpoint = Log(args.work / "vae.log"), args.work / "vae.ckpt"
     pictures, lite0 = Pictures(args.work), Lite0().to(args.device)
     optimizer = torch.optim.AdamW(vae.parameters(), args.learning_rate, weight_decay=1e-4, fused=True)
-    step, ended = 0, []
+    step, ended = 0, when_ended()
     if state := load_state(checkpoint):
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     shown = load_base(args.work)[0][::131][:16]
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     while step < args.steps and not ended:
         rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:

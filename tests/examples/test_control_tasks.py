@@ -42,6 +42,24 @@ def test_conditions_are_what_the_pixels_give(tasks, picture):
     assert {tuple(pixel) for pixel in shifted[16:24].reshape(-1, 3)} == {(255,) * 3, (228, 128, 128), (200, 0, 0)}
 
 
+def test_first_reach_interpolates(tasks):
+    assert tasks.first_reach([0, 10, 20, 30], [0.0, 0.2, 0.6, 0.7], 0.5) == pytest.approx(17.5)
+    assert tasks.first_reach([5, 10, 20], [0.6, 0.7, 0.7], 0.5) == 5
+    assert tasks.first_reach([5, 10, 20], [0.4, 0.5, 0.5], 0.5) == 10
+
+
+def test_first_reach_is_not_misled_by_a_spike(tasks):
+    values = [0.1, 0.1, 0.6, 0.1, 0.1, 0.4, 0.8, 0.8]
+    assert tasks.first_reach(list(range(8)), values, 0.5) == pytest.approx(5.25)
+    assert tasks.first_reach(list(range(8)), [0.1, 0.1, 0.6] + [0.1] * 5, 0.5) is None
+
+
+def test_first_reach_of_a_level_that_is_not_reached(tasks):
+    assert tasks.first_reach([1, 2, 3], [0.1, 0.2, 0.3], 0.5) is None
+    assert tasks.first_reach([1, 2, 3], [0.1, 0.2, 0.9], 0.5) is None  # nothing confirms it yet
+    assert tasks.first_reach([], [], 0.5) is None
+
+
 def curve(rise: int, task: str, side: str, seed: int) -> dict:
     """Fidelity that goes from 0.2 to 0.8 at once before step `rise`, never where that is 0."""
     steps = list(range(0, 320, 20))
