@@ -5,6 +5,7 @@ Whatever of the package's own modules the scripts need to draw pictures is impor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.evaluation.features import Lite0 as PackagedLite0
 from difftuning_control.families.family import Family
-from difftuning_control.families.loading import family_of
+from difftuning_control.families.loading import embedded_model, family_of
 
 _PROMPTS = (
     "red heart, pizza, dog face, red apple, cat face, birthday cake, soccer ball, guitar, sunflower, "
@@ -145,6 +146,14 @@ class Lite0(PackagedLite0):
     def features(self, images: torch.Tensor, batch: int = 32) -> torch.Tensor:
         """Pooled features (N, 1280), each of length 1."""
         return torch.cat([F.normalize(self((part + 1) / 2), dim=1) for part in images.split(batch)])
+
+
+def digest_of_model() -> str:
+    """Of the weights of the embedded model; figures with other weights do not compare."""
+    whole = hashlib.sha256()
+    for path in sorted(embedded_model().rglob("*.safetensors")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:12]
 
 
 def load_model(folder: Path | str) -> Family:

@@ -13,13 +13,14 @@ that is left: the first page of the demo's report in a browser, 1200 pixels wide
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from common import digest_of_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -92,15 +93,6 @@ STAGES = {
     "adapters": study("adapters"),
     "dit": study("dit", first=["dit.py --work {work} --source"]),
 }
-
-
-def digest_of_model() -> str:
-    from difftuning_control.families.loading import embedded_model
-
-    whole = hashlib.sha256()
-    for path in sorted(embedded_model().rglob("*.safetensors")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()[:12]
 
 
 def start(command: str, work: Path, worker: int = 0, **settings) -> subprocess.Popen:

@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import digest_of_model
 from styles import STYLES, data_of
 
 from difftuning_control.evaluation.band_losses import losses_of
@@ -105,6 +106,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
                 "forgetting": bank.tuned.mean / bank.base.mean - 1,
+                "kid_by_length": {str(r["steps"]): r["kid"] for r in side["runs"] if r["seed"] == seed},
             }
 
 
@@ -116,9 +118,41 @@ def collect(work: Path) -> dict[str, Any]:
         raise SystemExit(f"{work} holds no finished pilot; run the study first.")
     some = next(iter(records.values()))
     settings = {k: v for k, v in some.settings.items() if k not in ("method", "learning_rates")}
-    cost = {cell.folder: {"seconds": r.cost.seconds, "device": r.cost.device} for cell, r in records.items()}
+    settings["model"] = digest_of_model()
+    cost = [
+        {
+            "cell": cell.folder,
+            "sides": [side["name"] for side in record.sides],
+            "seconds": record.cost.seconds,
+            "device": record.cost.device,
+        }
+        for cell, record in records.items()
+    ]
     rows = [row for cell, record in records.items() for row in rows_of(cell, record)]
     return {"settings": settings, "versions": some.versions, "cost": cost, "rows": rows}
+
+
+def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier collection holds beside a new one: other cells, and other sides of the same cells.
+
+    Raises:
+        SystemExit: if their settings differ, so that their rows could not stand in one table.
+    """
+    differing = [k for k, v in new["settings"].items() if earlier["settings"].get(k) != v]
+    if differing:
+        raise SystemExit(
+            f"the earlier rows were made with other settings ({', '.join(differing)}); collect into another file."
+        )
+
+    def side(row: Mapping[str, Any]) -> tuple:
+        return row["target"], row["n_images"], row["adapter"], row["method"]
+
+    replaced = {side(row) for row in new["rows"]}
+    order = [(cell.target, cell.images, cell.adapter) for cell in CELLS]
+    rows = [row for row in earlier["rows"] if side(row) not in replaced] + new["rows"]
+    sides = {entry["cell"]: set(entry["sides"]) for entry in new["cost"]}
+    cost = [entry for entry in earlier["cost"] if not set(entry["sides"]) <= sides.get(entry["cell"], set())]
+    return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: order.index(side(row)[:3]))}
 
 
 # --- effects --------------------------------------------------------------------------------------------------------
@@ -228,6 +262,18 @@ def foresight(rows: Sequence[Mapping[str, Any]], method: str = "difftuning") -> 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
+def overrun(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
+    """A side's KID at each length, relative to that of plain fine-tuning at the same one; both at ordinary guidance.
+
+    The geometric mean over cells, each at the learning rate that its search chose.
+    """
+    found: dict[str, float] = {}
+    for length in rows[-1].get("kid_by_length", {}):
+        at = [{**row, "kid": row["kid_by_length"][length]} for row in rows if row.get("kid_by_length")]
+        found[length] = effect(at, method, "plain", draws=1)[0]
+    return found
+
+
 def table(result: Mapping[str, Any]) -> str:
     """KID × 1000 of every cell and side, and the effects over targets, as Markdown."""
     rows = result["rows"]
@@ -274,12 +320,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--targets", nargs="+", choices=list(STYLES), default=list(STYLES))
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
-    parser.add_argument("--collect", type=Path, help="only write the rows of the finished pilots to this file")
+    parser.add_argument("--collect", type=Path, help="only add the rows of the finished pilots to this file")
     args, flags = parser.parse_known_args()  # what is left goes to every pilot: --pilot.pictures=40
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
     elif args.collect is not None:
-        write_json(args.collect, collect(args.work))
+        rows = collect(args.work)
+        write_json(args.collect, joined(json.loads(args.collect.read_text()), rows) if args.collect.exists() else rows)
     else:
         for cell in [cell for cell in CELLS if cell.target in args.targets][args.worker :: args.workers]:
             run(cell, args.work, flags)

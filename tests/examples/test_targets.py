@@ -17,7 +17,7 @@ EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 @pytest.fixture
 def targets(monkeypatch):
     monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("styles", "bank_cost", "targets"):
+    for name in ("common", "styles", "bank_cost", "targets"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import targets
 
@@ -149,6 +149,27 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
 def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):
     with pytest.raises(SystemExit, match="holds no finished pilot"):
         targets.collect(tmp_path)
+
+
+def collection(target: str, *methods: str, **settings) -> dict:
+    rows = [{**row(target, m, 0, 0.05), "kid": len(methods)} for m in methods]
+    cost = [{"cell": f"{target}-8-lora", "sides": [*methods], "seconds": 1.0, "device": "cpu"}]
+    return {"settings": {"steps": 120, "model": "a"} | settings, "versions": {}, "cost": cost, "rows": rows}
+
+
+def test_a_collection_joins_what_was_collected_before(targets):
+    """Other cells and other sides stay, the same sides are replaced, and rows are in the order of the cells."""
+    earlier = targets.joined(collection("flat", "plain"), collection("icons", "plain", "prior"))
+    found = targets.joined(earlier, collection("icons", "plain", "difftuning", "prior"))
+    assert [(r["target"], r["method"], r["kid"]) for r in found["rows"]] == [
+        ("icons", "plain", 3), ("icons", "difftuning", 3), ("icons", "prior", 3), ("flat", "plain", 1),
+    ]  # fmt: skip
+    assert [entry["cell"] for entry in found["cost"]] == ["flat-8-lora", "icons-8-lora"]
+    further = targets.joined(found, collection("icons", "teacher_own"))
+    assert [r["method"] for r in further["rows"][:4]] == ["plain", "difftuning", "prior", "teacher_own"]
+    assert len(further["cost"]) == 3
+    with pytest.raises(SystemExit, match=r"other settings .model.; collect into another file"):
+        targets.joined(found, collection("icons", "plain", model="b"))
 
 
 @pytest.mark.slow
