@@ -5,25 +5,22 @@
     python examples/emoji/targets.py --table examples/emoji/targets.json                   # the tables
 
 Of every side the learning rate, the length, and the way and scale of guidance are chosen on prompts that the figures do
-not use. An effect is the mean over targets of log(KID of a side / KID of another), each a mean over seeds; its interval
-is a bootstrap that draws targets, and in each of them seeds, with replacement. A cell that is done is not done again,
-and one that was interrupted goes on. The styles come from npm, by styles.py.
+not use. A cell that is done is not done again, and one that was interrupted goes on. The styles come from npm, by
+styles.py; what an effect is says target_effects.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
 from common import digest_of_model
 from styles import STYLES, data_of
+from target_effects import at_end, by_target, by_way, effect, foresight, seeds_needed
 
 from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.recipe.recipe import Recipe
@@ -31,6 +28,7 @@ from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent
@@ -38,7 +36,6 @@ DEFAULT = "difftuning_tau0.3"  # the package's own, "difftuning" among the rows
 RIVALS = ("prior", "teacher_empty", "teacher_own")  # that have no schedule
 FULL_RATES = [3e-4, 6e-4]
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
-DRAWS = 10_000  # of the bootstrap
 
 
 class Cell(NamedTuple):
@@ -82,6 +79,11 @@ def run(cell: Cell, work: Path, flags: Sequence[str]) -> None:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
+def by_name(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    """The cell that a row is of."""
+    return row["target"], row["n_images"], row["adapter"]
+
+
 def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
     """A row a side and seed, each side at what its search chose; the base's first."""
     name = {"target": cell.target, "n_images": cell.images, "adapter": cell.adapter}
@@ -106,6 +108,10 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
                 "forgetting": bank.tuned.mean / bank.base.mean - 1,
+                "kid_by_way": {
+                    name: next(r["kid"] for r in found["runs"] if r["seed"] == seed)
+                    for name, found in guidance["ways"].items()
+                },
                 "kid_by_length": {str(r["steps"]): r["kid"] for r in side["runs"] if r["seed"] == seed},
             }
 
@@ -145,154 +151,27 @@ def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         )
 
     def side(row: Mapping[str, Any]) -> tuple:
-        return row["target"], row["n_images"], row["adapter"], row["method"]
+        return *by_name(row), row["method"]
 
     replaced = {side(row) for row in new["rows"]}
     order = [(cell.target, cell.images, cell.adapter) for cell in CELLS]
     rows = [row for row in earlier["rows"] if side(row) not in replaced] + new["rows"]
     sides = {entry["cell"]: set(entry["sides"]) for entry in new["cost"]}
     cost = [entry for entry in earlier["cost"] if not set(entry["sides"]) <= sides.get(entry["cell"], set())]
-    return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: order.index(side(row)[:3]))}
-
-
-# --- effects --------------------------------------------------------------------------------------------------------
-
-
-def by_target(rows: Sequence[Mapping[str, Any]], method: str, figure: str) -> dict[tuple, dict[int, float]]:
-    """A side's figure by target, number of pictures and adapter, and by seed."""
-    values: dict[tuple, dict[int, float]] = {}
-    for row in rows:
-        if row["method"] == method:
-            values.setdefault((row["target"], row["n_images"], row["adapter"]), {})[row["seed"]] = row[figure]
-    return values
-
-
-def effect(
-    rows: Sequence[Mapping[str, Any]],
-    method: str,
-    against: str,
-    figure: str = "kid",
-    ratio: bool = True,
-    draws: int = DRAWS,
-) -> tuple[float, float, float]:
-    """Mean over targets of a side's relative (or absolute) difference to another, and its 95 % interval.
-
-    The relative one is exp(mean over targets of log(mean over seeds / mean over seeds)) − 1. Cells of one target are
-    drawn together, since they share its pictures.
-    """
-    ours, theirs = (by_target(rows, name, figure) for name in (method, against))
-    cells = sorted(set(ours) & set(theirs))
-    if not cells:
-        return math.nan, math.nan, math.nan
-    pairs = {c: np.array([(ours[c][s], theirs[c][s]) for s in sorted(set(ours[c]) & set(theirs[c]))]) for c in cells}
-    targets = sorted({c[0] for c in cells})
-    cells_of = [[pairs[c] for c in cells if c[0] == target] for target in targets]
-
-    def one(found: np.ndarray) -> float:
-        mine, other = found.mean(0)
-        return math.log(max(mine, 1e-6) / max(other, 1e-6)) if ratio else mine - other
-
-    generator = np.random.default_rng(0)
-    drawn = np.empty(draws)
-    for i in range(draws):
-        chosen = (cells_of[j] for j in generator.integers(len(cells_of), size=len(cells_of)))
-        drawn[i] = np.mean([one(f[generator.integers(len(f), size=len(f))]) for several in chosen for f in several])
-    middle = float(np.mean([one(f) for f in pairs.values()]))
-    values = [middle, *np.quantile(drawn, (0.025, 0.975))]
-    low, mid, high = sorted(math.expm1(v) if ratio else v for v in values)
-    return mid, low, high
-
-
-def seeds_needed(rows: Sequence[Mapping[str, Any]], difference: float = 0.1) -> float:
-    """Pairs of runs after which a relative difference in KID is told from chance (5 %, power 80 %).
-
-    From the spread over the seeds of log(KID / KID of plain), pooled over cells and sides: 7.85 s² / difference².
-    """
-    plain, spread = by_target(rows, "plain", "kid"), []
-    for method in {row["method"] for row in rows} - {"plain", "base"}:
-        for cell, seeds in by_target(rows, method, "kid").items():
-            logs = [math.log(kid / plain[cell][seed]) for seed, kid in seeds.items() if seed in plain.get(cell, {})]
-            spread += [stdev(logs) ** 2] if len(logs) > 1 else []
-    return (1.96 + 0.84) ** 2 * mean(spread) / difference**2 if spread else math.nan
-
-
-class Foresight(NamedTuple):
-    """Mean relative difference in KID to plain fine-tuning, over cells.
-
-    Args:
-        foreseen: of the side that the transfer gap called for, by a threshold found without the cell's target.
-        always: of the one side everywhere.
-        hindsight: of the better of both in each cell.
-    """
-
-    foreseen: float
-    always: float
-    hindsight: float
-
-
-def foresight(rows: Sequence[Mapping[str, Any]], method: str = "difftuning") -> Foresight | None:
-    """Does the transfer gap of the pretrained model, measured before any training, say where a side beats plain?
-
-    A threshold on the mean gap over the noise bands, beyond which the side is taken and else plain fine-tuning; each
-    target is judged by the threshold that is best for all others. None where no gap was measured.
-    """
-    ours, plain = by_target(rows, method, "kid"), by_target(rows, "plain", "kid")
-    gaps = {(r["target"], r["n_images"], r["adapter"]): r.get("gap") for r in rows}
-    gain = {
-        c: math.log(mean(ours[c].values()) / mean(plain[c].values()))
-        for c in set(ours) & set(plain)
-        if gaps[c] is not None
-    }
-    if not gain:
-        return None
-
-    def total(cells: Sequence[tuple], threshold: float) -> float:
-        return sum(gain[c] for c in cells if gaps[c] >= threshold)
-
-    cells, found = sorted(gain), 0.0
-    for target in {c[0] for c in cells}:
-        others, own = [c for c in cells if c[0] != target], [c for c in cells if c[0] == target]
-        values = sorted(gaps[c] for c in others)
-        candidates = [-math.inf, *((a + b) / 2 for a, b in pairwise(values)), math.inf]
-        found += total(own, min(candidates, key=lambda threshold: total(others, threshold)))
-    sums = (found, sum(gain.values()), sum(min(v, 0.0) for v in gain.values()))
-    return Foresight(*(math.expm1(v / len(cells)) for v in sums))
+    return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: order.index(by_name(row)))}
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def overrun(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
-    """A side's KID at each length, relative to that of plain fine-tuning at the same one; both at ordinary guidance.
-
-    The geometric mean over cells, each at the learning rate that its search chose.
-    """
-    found: dict[str, float] = {}
-    for length in rows[-1].get("kid_by_length", {}):
-        at = [{**row, "kid": row["kid_by_length"][length]} for row in rows if row.get("kid_by_length")]
-        found[length] = effect(at, method, "plain", draws=1)[0]
-    return found
 
 
 def table(result: Mapping[str, Any]) -> str:
     """KID × 1000 of every cell and side, and the effects over targets, as Markdown."""
     rows = result["rows"]
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "base"]
-    lines = ["| target, pictures | base | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
-    for cell in dict.fromkeys((row["target"], row["n_images"], row["adapter"]) for row in rows):
-        found = {m: by_target(rows, m, "kid").get(cell, {}) for m in methods}
-        base = by_target(rows, "base", "kid")[cell][None]
-        shown = [f"{1000 * mean(v.values()):.0f} ± {_spread([*v.values()]):.0f}" if v else "" for v in found.values()]
-        lines.append(f"| {cell[0]}, {cell[1]}, {cell[2]} | {1000 * base:.0f} | {' | '.join(shown)} |")
-    lines += ["", "| against plain | KID | in the new style | memorisation | forgetting |", "|---|---|---|---|---|"]
-    for method in (m for m in methods if m != "plain"):
-        kid = effect(rows, method, "plain")
-        points = [
-            effect(rows, method, "plain", name, ratio=False) for name in ("domain_hit", "memorisation", "forgetting")
-        ]
-        lines.append(f"| {method} | {' | '.join(interval(v) for v in (kid, *points))} |")
+    highest = max(result["settings"]["guidance_scales"])
+    lines = [*cells_table(rows, methods), "", *plain_table(rows, methods), "", *ways_table(rows, methods, highest), ""]
     rivals = {name: effect(rows, "difftuning", name) for name in RIVALS if name in methods}
-    lines += ["", *(f"difftuning against {name}: KID {interval(found)}" for name, found in rivals.items())]
+    lines += [f"difftuning against {name}: KID {interval(found)}" for name, found in rivals.items()]
     if (seen := foresight(rows)) is not None:
         lines.append(
             f"difftuning or plain by the transfer gap, each target left out of the threshold: KID {seen.foreseen:+.0%};"
@@ -305,12 +184,52 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cells_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """The transfer gap, and KID × 1000 of each side at its best; D where Domain Guidance was."""
+    lines = ["| target, pictures | gap | base | " + " | ".join(methods) + " |", "|---" * (len(methods) + 3) + "|"]
+    gaps = {by_name(row): row.get("gap") for row in rows}
+    for cell in dict.fromkeys((row["target"], row["n_images"], row["adapter"]) for row in rows):
+        shown = []
+        for method in methods:
+            values = [*by_target(rows, method, "kid").get(cell, {}).values()]
+            way = next((r["way"] for r in rows if (*by_name(r), r["method"]) == (*cell, method)), "")
+            spread = 1000 * stdev(values) if len(values) > 1 else 0.0
+            shown.append(f"{1000 * mean(values):.0f} ± {spread:.0f}{' D' * (way == DOMAIN)}" if values else "")
+        base = by_target(rows, "base", "kid")[cell][None]
+        gap = "" if gaps[cell] is None else f"{gaps[cell]:.1f}"
+        lines.append(f"| {', '.join(map(str, cell))} | {gap} | {1000 * base:.0f} | {' | '.join(shown)} |")
+    return lines
+
+
+def plain_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """Effects against plain fine-tuning, each side at its best."""
+    figures = ("domain_hit", "pair_similarity", "memorisation", "forgetting")
+    lines = [
+        "| against plain | KID | in the new style | like the true one | memorisation | forgetting |",
+        "|---" * 6 + "|",
+    ]
+    for method in (m for m in methods if m != "plain"):
+        points = [effect(rows, method, "plain", name, ratio=False) for name in figures]
+        lines.append(f"| {method} | {' | '.join(interval(v) for v in (effect(rows, method, 'plain'), *points))} |")
+    return lines
+
+
+def ways_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], highest: float) -> list[str]:
+    """What guidance does to the KID of the same weights, what each side at its best does beside stock pictures, and how
+    often its best was the longest length or the highest scale that were tried."""
+    ways, head = by_way(rows), ("side", "Domain Guidance for ordinary", "its best for plain with ordinary")
+    lines = [f"| {' | '.join(head)} | best at the longest | at the highest scale |", "|---" * 5 + "|"]
+    for method in methods:
+        own = effect(ways, f"{method}, {DOMAIN}", f"{method}, {ORDINARY}")
+        stock = effect([*rows, *ways], method, f"plain, {ORDINARY}")
+        longest, scale, count = at_end(rows, method, highest)
+        ends = f"{longest} of {count} | {scale} of {count}"
+        lines.append(f"| {method} | {interval(own)} | {interval(stock)} | {ends} |")
+    return lines
+
+
 def interval(found: tuple[float, float, float]) -> str:
     return "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
-
-
-def _spread(values: Sequence[float]) -> float:
-    return 1000 * stdev(values) if len(values) > 1 else 0.0
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 @pytest.fixture
 def targets(monkeypatch):
     monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("common", "styles", "bank_cost", "targets"):
+    for name in ("common", "styles", "target_effects", "targets"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import targets
 
@@ -25,7 +25,9 @@ def targets(monkeypatch):
 
 
 def row(target: str, method: str, seed: int, kid: float, **others) -> dict:
-    settings = {"n_images": 8, "adapter": "lora", "domain_hit": 0.5, "memorisation": 0.1, "forgetting": 0.2}
+    figures = {"domain_hit": 0.5, "pair_similarity": 0.6, "memorisation": 0.1, "forgetting": 0.2}
+    ways = {"way": "domain", "steps": 120, "guidance": 4.0, "kid_by_way": {"ordinary": 2 * kid, "domain": kid}}
+    settings = {"n_images": 8, "adapter": "lora", "kid_by_length": {"60": kid, "120": kid}, **figures, **ways}
     return {"target": target, "method": method, "seed": seed, "kid": kid, **settings, **others}
 
 
@@ -87,10 +89,15 @@ def test_the_gap_says_beforehand_which_side_to_take_where_it_goes_with_the_gain(
     assert seen == pytest.approx((2**-0.5 - 1, 0.0, 2**-0.5 - 1))
     assert "each target left out of the threshold: KID -29%; difftuning always " in targets.table(
         {
+            "settings": {"guidance_scales": [2.0, 4.0]},
             "rows": [row(f"t{i}", "base", None, 1.0) for i in range(8)]
-            + study(lambda number: number + 10 * (number >= 4))
+            + study(lambda number: number + 10 * (number >= 4)),
         }
     )
+    near = targets.foresight(
+        study(lambda number: -number - 10 * (number >= 4))
+    )  # as well where a small gap calls for it
+    assert tuple(near) == pytest.approx(tuple(seen))
     blind = targets.foresight(study(lambda number: number * 5 % 8))  # a gap that says nothing
     assert blind.foreseen > seen.foreseen + 0.1
     assert targets.foresight(study(lambda number: None)) is None
@@ -108,7 +115,7 @@ def side(name: str) -> dict:
         "name": name,
         "learning_rate": 5e-3,
         "best_length": 60,
-        "runs": [{"seed": s, "steps": n, "losses": losses} for s in (0, 1) for n in (60, 120)],
+        "runs": [{"seed": s, "steps": n, "kid": n / 60, "losses": losses} for s in (0, 1) for n in (60, 120)],
         "guidance": {
             "steps": 60,
             "search": [{"way": "ordinary", "scale": 2.0, "kid": 3.0}, {"way": "domain", "scale": 4.0, "kid": 2.0}],
@@ -128,9 +135,13 @@ def test_a_row_is_a_side_at_what_its_search_chose(targets):
     assert {(r["way"], r["guidance"], r["steps"]) for r in rows[1:]} == {("domain", 4.0, 60)}
     assert [r["kid"] for r in rows] == [0.5, 7.0, 8.0, 7.0, 8.0]
     assert rows[1]["forgetting"] == pytest.approx(0.25)
+    assert rows[2]["kid_by_way"] == {"ordinary": 2.0, "domain": 8.0}
+    assert rows[2]["kid_by_length"] == {"60": 1.0, "120": 2.0}
     needed = {"target", "n_images", "method", "adapter", "seed", "steps", "guidance", "kid", "domain_hit"}
     assert needed | {"pair_similarity", "memorisation", "forgetting"} <= set(rows[1])
-    assert "| game, 24, lora | 500 | 7500 ± 707 | 7500 ± 707 |" in targets.table({"rows": rows})
+    assert "| game, 24, lora |  | 500 | 7500 ± 707 D | 7500 ± 707 D |" in targets.table(
+        {"settings": {"guidance_scales": [2.0, 4.0]}, "rows": rows}
+    )
 
 
 def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypatch):
@@ -149,6 +160,13 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
 def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):
     with pytest.raises(SystemExit, match="holds no finished pilot"):
         targets.collect(tmp_path)
+
+
+def test_ways_of_guidance_are_compared_on_the_same_weights(targets):
+    rows = made(0.75, 0.0)
+    table = targets.ways_table(rows, ["plain", "difftuning"], 4.0)
+    assert "| plain | -50% (-50% to -50%) | -50% (-50% to -50%) | 8 of 8 | 8 of 8 |" in table
+    assert "| difftuning | -50% (-50% to -50%) | -62% (-62% to -62%) | 8 of 8 | 8 of 8 |" in table
 
 
 def collection(target: str, *methods: str, **settings) -> dict:
