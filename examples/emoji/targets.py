@@ -97,7 +97,8 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
         chosen = guidance["ways"][way]
         for seed, drawn in zip((r["seed"] for r in chosen["runs"]), chosen["runs"]):
             trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
-            bank = losses_of(trained)["bank"]
+            losses = losses_of(trained)
+            bank = losses["bank"]
             yield {
                 **name,
                 "method": "difftuning" if side["name"] == DEFAULT else side["name"],
@@ -108,6 +109,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
                 "forgetting": bank.tuned.mean / bank.base.mean - 1,
+                "rise_by_band": {role: change.rises for role, change in losses.items()},
                 "kid_by_way": {
                     name: next(r["kid"] for r in found["runs"] if r["seed"] == seed)
                     for name, found in guidance["ways"].items()
@@ -169,7 +171,16 @@ def table(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "base"]
     highest = max(result["settings"]["guidance_scales"])
-    lines = [*cells_table(rows, methods), "", *plain_table(rows, methods), "", *ways_table(rows, methods, highest), ""]
+    lines = [
+        *cells_table(rows, methods),
+        "",
+        *plain_table(rows, methods),
+        "",
+        *ways_table(rows, methods, highest),
+        "",
+        *bands_table(rows, methods),
+        "",
+    ]
     rivals = {name: effect(rows, "difftuning", name) for name in RIVALS if name in methods}
     lines += [f"difftuning against {name}: KID {interval(found)}" for name, found in rivals.items()]
     if (seen := foresight(rows)) is not None:
@@ -225,6 +236,19 @@ def ways_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], highes
         longest, scale, count = at_end(rows, method, highest)
         ends = f"{longest} of {count} | {scale} of {count}"
         lines.append(f"| {method} | {interval(own)} | {interval(stock)} | {ends} |")
+    return lines
+
+
+def bands_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """How the losses on held-out pictures of the target and of the bank change, from nearly clean to pure noise."""
+    bands = len(next(row for row in rows if "rise_by_band" in row)["rise_by_band"]["bank"])
+    edges = [f"{i / bands:g} to {(i + 1) / bands:g}" for i in range(bands)]
+    lines = [f"| side, loss on | u {' | '.join(edges)} |", "|---" * (bands + 1) + "|"]
+    for role in ("target", "bank"):
+        for method in methods:
+            found = [row["rise_by_band"][role] for row in rows if row["method"] == method]
+            shown = " | ".join(f"{mean(band):+.0%}" for band in zip(*found, strict=True))
+            lines.append(f"| {method}, {role} | {shown} |")
     return lines
 
 

@@ -27,6 +27,7 @@ def targets(monkeypatch):
 def row(target: str, method: str, seed: int, kid: float, **others) -> dict:
     figures = {"domain_hit": 0.5, "pair_similarity": 0.6, "memorisation": 0.1, "forgetting": 0.2}
     ways = {"way": "domain", "steps": 120, "guidance": 4.0, "kid_by_way": {"ordinary": 2 * kid, "domain": kid}}
+    ways["rise_by_band"] = {"target": [-0.1, 0.3], "bank": [0.2, 0.4]}
     settings = {"n_images": 8, "adapter": "lora", "kid_by_length": {"60": kid, "120": kid}, **figures, **ways}
     return {"target": target, "method": method, "seed": seed, "kid": kid, **settings, **others}
 
@@ -110,7 +111,7 @@ def side(name: str) -> dict:
             for s in (0, 1)
         ]
 
-    losses = {"bank": {"base": {"loss": [0.1, 0.3]}, "tuned": {"loss": [0.2, 0.3]}}}
+    losses = {r: {"base": {"loss": [0.1, 0.3]}, "tuned": {"loss": [0.2, 0.3]}} for r in ("target", "bank")}
     return {
         "name": name,
         "learning_rate": 5e-3,
@@ -135,6 +136,7 @@ def test_a_row_is_a_side_at_what_its_search_chose(targets):
     assert {(r["way"], r["guidance"], r["steps"]) for r in rows[1:]} == {("domain", 4.0, 60)}
     assert [r["kid"] for r in rows] == [0.5, 7.0, 8.0, 7.0, 8.0]
     assert rows[1]["forgetting"] == pytest.approx(0.25)
+    assert rows[1]["rise_by_band"]["bank"] == pytest.approx([1.0, 0.0])
     assert rows[2]["kid_by_way"] == {"ordinary": 2.0, "domain": 8.0}
     assert rows[2]["kid_by_length"] == {"60": 1.0, "120": 2.0}
     needed = {"target", "n_images", "method", "adapter", "seed", "steps", "guidance", "kid", "domain_hit"}
@@ -167,6 +169,15 @@ def test_ways_of_guidance_are_compared_on_the_same_weights(targets):
     table = targets.ways_table(rows, ["plain", "difftuning"], 4.0)
     assert "| plain | -50% (-50% to -50%) | -50% (-50% to -50%) | 8 of 8 | 8 of 8 |" in table
     assert "| difftuning | -50% (-50% to -50%) | -62% (-62% to -62%) | 8 of 8 | 8 of 8 |" in table
+
+
+def test_changes_of_losses_are_means_over_targets_and_seeds(targets):
+    found = made(0.75, 0.0)
+    found[0]["rise_by_band"] = {"target": [-0.1 - 0.24, 0.3], "bank": [0.2, 0.4]}
+    table = targets.bands_table([*found, {"method": "base"}], ["plain", "difftuning"])
+    assert table[0] == "| side, loss on | u 0 to 0.5 | 0.5 to 1 |"
+    assert table[2:4] == ["| plain, target | -11% | +30% |", "| difftuning, target | -10% | +30% |"]
+    assert table[4] == "| plain, bank | +20% | +40% |"
 
 
 def collection(target: str, *methods: str, **settings) -> dict:
