@@ -44,6 +44,11 @@ def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: Ima
             "tuning.retention_prompts is own, but with tuning.label_space new the classes that the bank was drawn for "
             "are gone; say empty."
         )
+    if recipe.training.validation_prompts == "own":
+        raise UserError(
+            "training.validation_prompts is own, but with tuning.label_space new the classes that the bank was drawn "
+            "for are gone; say retained or empty."
+        )
     if (recipe.uses_bank or recipe.bank.path is not None) and recipe.bank.prompts == "captions":
         raise UserError(
             "bank.prompts is captions, but with tuning.label_space new the pretrained model does not know the data's "

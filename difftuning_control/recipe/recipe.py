@@ -89,6 +89,11 @@ class Recipe:
             self._check_stream()
         self._check_control()
         self._check_gates()
+        if self.tuning.forgetting_budget is not None and self.measured_prompts != self.tuning.retention_prompts:
+            raise UserError(
+                f"training.validation_prompts is {self.training.validation_prompts}, but a forgetting budget is kept "
+                f"on the prompts of tuning.retention_prompts, {self.tuning.retention_prompts}; say retained."
+            )
 
     def _check_stream(self) -> None:
         """What must know all pictures before the first step."""
@@ -226,6 +231,12 @@ class Recipe:
     @property
     def uses_bank(self) -> bool:
         return self.tuning.uses_bank
+
+    @property
+    def measured_prompts(self) -> Literal["empty", "own"]:
+        """What held-out samples of the bank are measured with: own, or empty."""
+        named = self.training.validation_prompts
+        return self.tuning.retention_prompts if named == "retained" else named
 
     def bank_size(self, rows: int) -> int:
         """How many samples the bank of this run has, with so many rows to an optimizer step on all processes."""

@@ -266,6 +266,8 @@ class TrainingConfig:
             start when empty.
         validate_every: optimizer steps between validations; 0 for only before and after. [optimizer steps, ≥ 0]
         validation_size: rows of target and of bank in a validation. [rows, ≥ 1]
+        validation_prompts: prompts that held-out samples of the bank are measured with: retained (what retention rows
+            train with, tuning.retention_prompts), or empty or own whatever those are, so that runs compare.
         sample_every: optimizer steps between sample grids; 0 for none. [optimizer steps, ≥ 0]
         sample_prompts: prompts of the sample grids; captions of the data when empty.
         sample_steps: sampling steps of the sample grids; where none are named, a model that was distilled draws in its
@@ -300,6 +302,7 @@ class TrainingConfig:
     begin_from: str | None = None
     validate_every: int = 100
     validation_size: int = 32
+    validation_prompts: Literal["retained", "empty", "own"] = "retained"
     sample_every: int = 100
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 20

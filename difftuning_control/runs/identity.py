@@ -44,6 +44,8 @@ def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
     if recipe.tuning.retention == "samples":  # which earlier versions did not name
         values["tuning"].pop("retention")
         values["tuning"].pop("retention_rows")
+    if recipe.training.validation_prompts == "retained":  # nor this
+        values["training"].pop("validation_prompts")
     if recipe.bank.solver == "own":  # nor this
         values["bank"].pop("solver")
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint

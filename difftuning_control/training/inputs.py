@@ -261,7 +261,7 @@ def _validators(
     if bank is not None:
         bank, kept = hold_out(bank, recipe.training.validation_size)
         rows = control.rows_of_bank(len(kept)) if control is not None else {}
-        retained = part_of(kept, kept.retained_prompts(recipe.tuning.retention_prompts))
+        retained = part_of(kept, kept.retained_prompts(recipe.measured_prompts))
         validation["bank"] = _validator(family, objective, retained, embeddings, rows, True)
     return bank, validation
 

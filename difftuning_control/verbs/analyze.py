@@ -137,14 +137,14 @@ def _of_run(
     run: str,
     record: RunRecord,
 ) -> dict[str, Any]:
-    """What a run forgot on the bank, with the prompts that it retains under, and learnt on held-out pictures."""
+    """What a run forgot on the bank, with the prompts that it is measured with, and learnt on held-out pictures."""
     kept = hold_out(inputs.bank, recipe.training.validation_size)[1]  # what the run did not train on
     if len(kept) < 2:
         raise UserError(
             f"the run {run} held out {len(kept)} sample of its bank, and what it forgot is measured on 2 at least; run "
             "it with a larger bank.size or training.validation_size."
         )
-    prompts = kept.retained_prompts(recipe.tuning.retention_prompts)
+    prompts = kept.retained_prompts(recipe.measured_prompts)
     fresh = inputs.fresh if len(inputs.fresh.prompts) >= LEAST_ROWS else inputs.target
     parts = {"bank": part_of(kept, prompts), "target": fresh}
     rows = {

@@ -278,9 +278,9 @@ def _bank(family: Family, records: dict[str, RunRecord]) -> KnowledgeBank | None
 
 
 def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
-    """f(u) of every run on bank samples that it did not train on, with the prompts that the first run retains under."""
+    """f(u) of every run on bank samples that it did not train on, with the first one's prompts."""
     kept = hold_out(bank, recipe.training.validation_size)[1]
-    prompts = kept.retained_prompts(recipe.tuning.retention_prompts)
+    prompts = kept.retained_prompts(recipe.measured_prompts)
     embeddings = cached_embeddings(family, prompts, cache_folder(recipe.data), lambda count: None)
     rows = row_validator(family, part_of(kept, prompts), embeddings, len(kept), 1, BANDS, 0)
     base, curves = rows.rows(family.model), []

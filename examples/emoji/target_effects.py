@@ -18,10 +18,10 @@ DRAWS = 10_000  # of the bootstrap
 
 
 def by_target(rows: Sequence[Mapping[str, Any]], method: str, figure: str) -> dict[tuple, dict[int, float]]:
-    """A side's figure by target, number of pictures and adapter, and by seed."""
+    """A side's figure by target, number of pictures and adapter, and by seed, where it was measured."""
     values: dict[tuple, dict[int, float]] = {}
     for row in rows:
-        if row["method"] == method:
+        if row["method"] == method and row[figure] is not None:
             values.setdefault((row["target"], row["n_images"], row["adapter"]), {})[row["seed"]] = row[figure]
     return values
 

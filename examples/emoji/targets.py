@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,12 +86,16 @@ def by_name(row: Mapping[str, Any]) -> tuple[str, int, str]:
 
 
 def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
-    """A row a side and seed, each side at what its search chose; the base's first."""
+    """A row a side and seed, each side at what its search chose; the base's first.
+
+    Forgetting is None where it was measured with other prompts than plain fine-tuning's, as earlier versions did.
+    """
     name = {"target": cell.target, "n_images": cell.images, "adapter": cell.adapter}
     base = {figure: record.base[figure] for figure in FIGURES}
     gap = [v for v in ((record.analysis or {}).get("gap") or {}).get("mean", []) if v is not None]
     name["gap"] = mean(gap) if gap else None
     yield {**name, "method": "base", "seed": None, "steps": 0, "guidance": record.settings["guidance_scale"]} | base
+    alike = losses_of(record.sides[0]["runs"][0])["bank"].base
     for side in record.sides:
         length, guidance = side["best_length"], side["guidance"]
         way = min(guidance["search"], key=lambda row: row["kid"])["way"]
@@ -99,6 +104,8 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
             trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
             losses = losses_of(trained)
             bank = losses["bank"]
+            if bank.base != alike:
+                losses = {"target": losses["target"]}
             yield {
                 **name,
                 "method": "difftuning" if side["name"] == DEFAULT else side["name"],
@@ -108,7 +115,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "guidance": chosen["scale"],
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
-                "forgetting": bank.tuned.mean / bank.base.mean - 1,
+                "forgetting": bank.tuned.mean / bank.base.mean - 1 if "bank" in losses else None,
                 "rise_by_band": {role: change.rises for role, change in losses.items()},
                 "kid_by_way": {
                     name: next(r["kid"] for r in found["runs"] if r["seed"] == seed)
@@ -246,14 +253,16 @@ def bands_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> li
     lines = [f"| side, loss on | u {' | '.join(edges)} |", "|---" * (bands + 1) + "|"]
     for role in ("target", "bank"):
         for method in methods:
-            found = [row["rise_by_band"][role] for row in rows if row["method"] == method]
+            found = [row["rise_by_band"].get(role) for row in rows if row["method"] == method]
+            if None in found:
+                continue
             shown = " | ".join(f"{mean(band):+.0%}" for band in zip(*found, strict=True))
             lines.append(f"| {method}, {role} | {shown} |")
     return lines
 
 
 def interval(found: tuple[float, float, float]) -> str:
-    return "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
+    return "" if math.isnan(found[0]) else "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
 
 
 def main() -> None:

@@ -146,6 +146,26 @@ def test_a_row_is_a_side_at_what_its_search_chose(targets):
     )
 
 
+def test_forgetting_is_compared_where_it_was_measured_with_the_same_prompts(targets):
+    plain, other = side("plain"), side("teacher_own")
+    other["runs"] = [
+        {**r, "losses": {**r["losses"], "bank": {"base": {"loss": [0.1, 0.2]}, "tuned": {"loss": [0.2]}}}}
+        for r in other["runs"]
+    ]
+    record = PilotRecord(
+        settings={"guidance_scale": 2.0}, base=dict.fromkeys(targets.FIGURES, 0.5), sides=[plain, other]
+    )
+    rows = list(targets.rows_of(targets.Cell("game", 8, "lora"), record))
+    assert [row.get("forgetting") for row in rows] == [None, *[pytest.approx(0.25)] * 2, None, None]
+    assert not any("bank" in row["rise_by_band"] for row in rows[3:])
+    assert "| teacher_own | +0% (+0% to +0%) | +0% (+0% to +0%) | +0% (+0% to +0%) | +0% (+0% to +0%) |  |" in (
+        targets.plain_table(rows, ["plain", "teacher_own"])
+    )
+    assert [line.split(" |")[0] for line in targets.bands_table(rows, ["plain", "teacher_own"])[2:]] == [
+        "| plain, target", "| teacher_own, target", "| plain, bank",
+    ]  # fmt: skip
+
+
 def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypatch):
     """Eight styles with 8 and 24 pictures, and full weights on two; the default schedule is among the sides."""
     asked = []

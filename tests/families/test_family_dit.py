@@ -790,6 +790,7 @@ def test_below_u0_the_pretrained_model_is_told_the_empty_class_for_a_new_one(fin
     [
         ({"data": {"path": "new"}}, "the class of eel/0.png: the model has no class 'eel'.*label_space new"),
         ({**NEW, "tuning": {"label_space": "new", "retention_prompts": "own"}}, "bank was drawn for are gone"),
+        ({**NEW, "training": {"validation_prompts": "own"}}, "drawn for are gone; say retained or empty"),
         ({"tuning": {"label_space": "new"}}, "bank.prompts is captions, but with tuning.label_space new"),
         ({**NEW, "data": {"limit": 4}}, "have 1 classes; expected 2 to 1000"),
         ({**NEW, "data": {"holdout": 0.9}}, "has only held-out pictures"),

@@ -126,6 +126,12 @@ def test_a_recipe_is_plain_values_all_the_way_down():
             lambda: TuningConfig(ScheduleConfig("auto"), retention_ratio=0.0, retention_weight=0.0),
             "auto measures against",
         ),
+        (
+            lambda: Recipe(
+                tuning=TuningConfig(forgetting_budget=0.1), training=TrainingConfig(validation_prompts="own")
+            ),
+            "validation_prompts is own, but a forgetting budget is kept on the prompts of .*, empty; say retained",
+        ),
         (lambda: Recipe("full", adapter=AdapterConfig(rank=4)), "method full trains no adapter"),
         (lambda: Recipe(training=TrainingConfig(shard=True)), "training.shard spreads all weights"),
         (

@@ -45,6 +45,8 @@ def test_sides_with_a_teacher_are_trained_and_measured_on_one_bank(study, tmp_pa
     records = [read_run(Path(study.output) / run["folder"]) for side in result.sides for run in side["runs"]]
     assert {record.bank.size for record in records} == {64}  # one bank, as large as what is judged needs it
     assert len({record.fingerprints.bank for record in records}) == 1
+    measured = [record.losses["bank"].base.losses for record in records]
+    assert all(losses == measured[0] for losses in measured)  # with the same prompts, whatever each side retains under
     phases = result.cost.phases
     assert phases["bank"].forwards == 64 * 1 * 2  # drawn once, by the pilot
     trained = sum(record.phases["training"].forwards for record in records)

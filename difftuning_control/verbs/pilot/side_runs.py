@@ -146,9 +146,15 @@ class SideRuns:
         return (min if lower_is_better(self.primary) else max)(candidates, key=value)
 
     def recipe_of(self, side: str, rate: float, seed: int) -> Recipe:
-        """The recipe of one run, which has a folder of its own below the pilot's."""
+        """The recipe of one run, which has a folder of its own below the pilot's.
+
+        All sides are measured with the same prompts on the bank, whatever each retains under.
+        """
+        tuning = side_tuning(side, self.recipe.tuning, self.schedule)
+        alike = tuning.retention_prompts == self.recipe.tuning.retention_prompts
         training = replace(
             self.recipe.training,
+            validation_prompts=self.recipe.training.validation_prompts if alike else self.recipe.measured_prompts,
             learning_rate=rate,
             seed=seed,
             save_at=self.lengths[:-1],
@@ -156,7 +162,6 @@ class SideRuns:
             resume=True,
             validate_every=0,
         )
-        tuning = side_tuning(side, self.recipe.tuning, self.schedule)
         output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
         return replace(self.recipe, tuning=tuning, training=training, gates=GatesConfig(), output=output)
 
