@@ -44,7 +44,7 @@ def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
     if recipe.tuning.retention == "samples":  # which earlier versions did not name
         values["tuning"].pop("retention")
         values["tuning"].pop("retention_rows")
-    if recipe.training.validation_prompts == "retained":  # nor this
+    if recipe.measured_prompts == recipe.tuning.retention_prompts:  # nor this, and always measured so
         values["training"].pop("validation_prompts")
     if recipe.bank.solver == "own":  # nor this
         values["bank"].pop("solver")

@@ -17,12 +17,17 @@ import numpy as np
 DRAWS = 10_000  # of the bootstrap
 
 
+def cell_of(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Target, number of pictures and adapter of a row: the pilot that it is of."""
+    return row["target"], row["n_images"], row["adapter"]
+
+
 def by_target(rows: Sequence[Mapping[str, Any]], method: str, figure: str) -> dict[tuple, dict[int, float]]:
     """A side's figure by target, number of pictures and adapter, and by seed, where it was measured."""
     values: dict[tuple, dict[int, float]] = {}
     for row in rows:
         if row["method"] == method and row[figure] is not None:
-            values.setdefault((row["target"], row["n_images"], row["adapter"]), {})[row["seed"]] = row[figure]
+            values.setdefault(cell_of(row), {})[row["seed"]] = row[figure]
     return values
 
 
@@ -80,7 +85,7 @@ def at_end(rows: Sequence[Mapping[str, Any]], method: str, scale: float) -> tupl
 
     At the ends of what was tried more might be better.
     """
-    found = {(r["target"], r["n_images"], r["adapter"]): r for r in rows if r["method"] == method}
+    found = {cell_of(r): r for r in rows if r["method"] == method}
     longest = sum(r["steps"] == max(map(int, r["kid_by_length"])) for r in found.values())
     return longest, sum(r["guidance"] == scale for r in found.values()), len(found)
 
@@ -119,7 +124,7 @@ def foresight(rows: Sequence[Mapping[str, Any]], method: str = "difftuning") -> 
     fine-tuning; each target is judged by the threshold that is best for all others. None where no gap was measured.
     """
     ours, plain = by_target(rows, method, "kid"), by_target(rows, "plain", "kid")
-    gaps = {(r["target"], r["n_images"], r["adapter"]): r.get("gap") for r in rows}
+    gaps = {cell_of(r): r.get("gap") for r in rows}
     gain = {
         c: math.log(mean(ours[c].values()) / mean(plain[c].values()))
         for c in set(ours) & set(plain)

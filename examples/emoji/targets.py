@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from common import digest_of_model
 from styles import STYLES, data_of
-from target_effects import at_end, by_target, by_way, effect, foresight, seeds_needed
+from target_effects import at_end, by_target, by_way, cell_of, effect, foresight, seeds_needed
 
 from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.recipe.recipe import Recipe
@@ -80,11 +80,6 @@ def run(cell: Cell, work: Path, flags: Sequence[str]) -> None:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def by_name(row: Mapping[str, Any]) -> tuple[str, int, str]:
-    """The cell that a row is of."""
-    return row["target"], row["n_images"], row["adapter"]
-
-
 def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
     """A row a side and seed, each side at what its search chose; the base's first.
 
@@ -100,12 +95,13 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
         length, guidance = side["best_length"], side["guidance"]
         way = min(guidance["search"], key=lambda row: row["kid"])["way"]
         chosen = guidance["ways"][way]
-        for seed, drawn in zip((r["seed"] for r in chosen["runs"]), chosen["runs"]):
+        for drawn in chosen["runs"]:
+            seed = drawn["seed"]
             trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
             losses = losses_of(trained)
-            bank = losses["bank"]
-            if bank.base != alike:
-                losses = {"target": losses["target"]}
+            if losses["bank"].base != alike:
+                del losses["bank"]
+            bank = losses.get("bank")
             yield {
                 **name,
                 "method": "difftuning" if side["name"] == DEFAULT else side["name"],
@@ -115,7 +111,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "guidance": chosen["scale"],
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
-                "forgetting": bank.tuned.mean / bank.base.mean - 1 if "bank" in losses else None,
+                "forgetting": bank.tuned.mean / bank.base.mean - 1 if bank is not None else None,
                 "rise_by_band": {role: change.rises for role, change in losses.items()},
                 "kid_by_way": {
                     name: next(r["kid"] for r in found["runs"] if r["seed"] == seed)
@@ -160,14 +156,13 @@ def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         )
 
     def side(row: Mapping[str, Any]) -> tuple:
-        return *by_name(row), row["method"]
+        return *cell_of(row), row["method"]
 
     replaced = {side(row) for row in new["rows"]}
-    order = [(cell.target, cell.images, cell.adapter) for cell in CELLS]
     rows = [row for row in earlier["rows"] if side(row) not in replaced] + new["rows"]
     sides = {entry["cell"]: set(entry["sides"]) for entry in new["cost"]}
     cost = [entry for entry in earlier["cost"] if not set(entry["sides"]) <= sides.get(entry["cell"], set())]
-    return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: order.index(by_name(row)))}
+    return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: CELLS.index(cell_of(row)))}
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -205,16 +200,17 @@ def table(result: Mapping[str, Any]) -> str:
 def cells_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
     """The transfer gap, and KID × 1000 of each side at its best; D where Domain Guidance was."""
     lines = ["| target, pictures | gap | base | " + " | ".join(methods) + " |", "|---" * (len(methods) + 3) + "|"]
-    gaps = {by_name(row): row.get("gap") for row in rows}
-    for cell in dict.fromkeys((row["target"], row["n_images"], row["adapter"]) for row in rows):
+    gaps = {cell_of(row): row.get("gap") for row in rows}
+    kids = {method: by_target(rows, method, "kid") for method in ("base", *methods)}
+    ways = {(cell_of(row), row["method"]): row.get("way") for row in rows}
+    for cell, gap in gaps.items():
         shown = []
         for method in methods:
-            values = [*by_target(rows, method, "kid").get(cell, {}).values()]
-            way = next((r["way"] for r in rows if (*by_name(r), r["method"]) == (*cell, method)), "")
+            values = [*kids[method].get(cell, {}).values()]
             spread = 1000 * stdev(values) if len(values) > 1 else 0.0
-            shown.append(f"{1000 * mean(values):.0f} ± {spread:.0f}{' D' * (way == DOMAIN)}" if values else "")
-        base = by_target(rows, "base", "kid")[cell][None]
-        gap = "" if gaps[cell] is None else f"{gaps[cell]:.1f}"
+            way = " D" if ways.get((cell, method)) == DOMAIN else ""
+            shown.append(f"{1000 * mean(values):.0f} ± {spread:.0f}{way}" if values else "")
+        base, gap = kids["base"][cell][None], "" if gap is None else f"{gap:.1f}"
         lines.append(f"| {', '.join(map(str, cell))} | {gap} | {1000 * base:.0f} | {' | '.join(shown)} |")
     return lines
 

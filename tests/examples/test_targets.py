@@ -95,9 +95,7 @@ def test_the_gap_says_beforehand_which_side_to_take_where_it_goes_with_the_gain(
             + study(lambda number: number + 10 * (number >= 4)),
         }
     )
-    near = targets.foresight(
-        study(lambda number: -number - 10 * (number >= 4))
-    )  # as well where a small gap calls for it
+    near = targets.foresight(study(lambda number: -number - 10 * (number >= 4)))  # a small gap may call for it too
     assert tuple(near) == pytest.approx(tuple(seen))
     blind = targets.foresight(study(lambda number: number * 5 % 8))  # a gap that says nothing
     assert blind.foreseen > seen.foreseen + 0.1

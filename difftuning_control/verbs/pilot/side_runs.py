@@ -151,10 +151,9 @@ class SideRuns:
         All sides are measured with the same prompts on the bank, whatever each retains under.
         """
         tuning = side_tuning(side, self.recipe.tuning, self.schedule)
-        alike = tuning.retention_prompts == self.recipe.tuning.retention_prompts
         training = replace(
             self.recipe.training,
-            validation_prompts=self.recipe.training.validation_prompts if alike else self.recipe.measured_prompts,
+            validation_prompts=self.recipe.measured_prompts,
             learning_rate=rate,
             seed=seed,
             save_at=self.lengths[:-1],
