@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+def retained_prompt(kind: str, own: str, turn: int) -> str:
+    """The prompt of a retention row: `own`, the `empty` one, or `both`: its own in even turns, the empty one in odd."""
+    return own if kind == "own" or (kind == "both" and turn % 2 == 0) else ""
+
+
 @dataclass(frozen=True)
 class BankRequest:
     """What a bank should hold.
@@ -143,8 +148,8 @@ class KnowledgeBank:
         return self.growing is None or self.growing.is_whole
 
     def retained_prompts(self, kind: str) -> list[str]:
-        """What the items are trained and measured with: `own`, or the empty prompt for all (`empty`)."""
-        return self.prompts if kind == "own" else [""] * len(self)
+        """What the items are measured with: `own`, the empty prompt (`empty`), or both in turn (`both`)."""
+        return [retained_prompt(kind, prompt, place) for place, prompt in enumerate(self.prompts)]
 
     def __getitem__(self, items: Tensor) -> Tensor:
         """The latents of the items (n,) long, (n, C, h, w): what `DiffTuningObjective.add_bank_rows` asks for."""

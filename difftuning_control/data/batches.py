@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank import KnowledgeBank, retained_prompt
 from difftuning_control.data.latents import LatentMoments
 from difftuning_control.families.prompts import PromptEmbeddings
 from difftuning_control.objective.batch import LatentBatch
@@ -81,7 +81,7 @@ class BatchSource:
     """Builds the batch of every step from cached latents.
 
     Args:
-        retention_prompts: own, or empty (retention rows train with the empty prompt).
+        retention_prompts: empty, own or both: what retention rows train with, as `retained_prompt` says.
         prompt_dropout: share of target rows that get the empty prompt.
         size: rows of a forward on one process.
         forwards: forwards to an optimizer step.
@@ -155,8 +155,11 @@ class BatchSource:
                 item = target_rows[row] if row < targets else bank_rows[row - targets]
                 picture = self.targets.moments.draw(torch.tensor(item), views[row], noises[place][0])
                 latents.append(self.family.scale_latents(picture))
-                untold = dropped[row] if row < targets else self.retention_prompts == "empty"
-                prompts.append("" if untold else self.targets.captions[item])
+                caption = self.targets.captions[item]
+                if row < targets:
+                    prompts.append("" if dropped[row] else caption)
+                else:
+                    prompts.append(retained_prompt(self.retention_prompts, caption, step + row))
                 names.append(self.targets.names[item])
                 conditions.append(self._condition(item, int(views[row]), bool(blank[row])))
                 sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)
@@ -164,7 +167,7 @@ class BatchSource:
                 assert self.bank is not None
                 item = bank_rows[row - targets]
                 latents.append(self.bank.latents[item])
-                prompts.append(self.bank.prompts[item] if self.retention_prompts == "own" else "")
+                prompts.append(retained_prompt(self.retention_prompts, self.bank.prompts[item], step + row))
                 names.append(f"bank item {item}")
                 conditions.append(self._bank_condition(item))
                 sizes.append(self._bank_sizes(item))

@@ -29,6 +29,8 @@ def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: Ima
     tuning = recipe.tuning
     if tuning.variance == "hybrid" and not family.learned_variance:
         raise UserError("tuning.variance is hybrid, but this model does not predict its variance; say fixed.")
+    if family.class_conditional and recipe.bank.prompts == "general":
+        raise UserError("bank.prompts is general, but this model is told classes and no prompts; say classes or both.")
     if not family.class_conditional:
         if tuning.label_space == "new" or recipe.bank.prompts in ("classes", "both"):
             key, value = ("bank.prompts", recipe.bank.prompts)
@@ -39,15 +41,15 @@ def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: Ima
     if tuning.label_space == "own":
         _check_names(family, data, held_out)
         return
-    if recipe.uses_bank and tuning.retention_prompts == "own":
+    if recipe.uses_bank and tuning.retention_prompts != "empty":
         raise UserError(
-            "tuning.retention_prompts is own, but with tuning.label_space new the classes that the bank was drawn for "
-            "are gone; say empty."
+            f"tuning.retention_prompts is {tuning.retention_prompts}, but with tuning.label_space new the classes that "
+            "the bank was drawn for are gone; say empty."
         )
-    if recipe.training.validation_prompts == "own":
+    if recipe.training.validation_prompts in ("own", "both"):
         raise UserError(
-            "training.validation_prompts is own, but with tuning.label_space new the classes that the bank was drawn "
-            "for are gone; say retained or empty."
+            f"training.validation_prompts is {recipe.training.validation_prompts}, but with tuning.label_space new the "
+            "classes that the bank was drawn for are gone; say retained or empty."
         )
     if (recipe.uses_bank or recipe.bank.path is not None) and recipe.bank.prompts == "captions":
         raise UserError(

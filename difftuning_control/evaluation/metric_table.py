@@ -63,6 +63,8 @@ METRICS = {
         Metric("target_loss", "lower", "{:.4f}", "loss on held-out target pictures"),
         Metric("bank_loss", "lower", "{:.4f}", "loss on held-out bank samples"),
         Metric("retention_loss", "lower", "{:+.1%}", "rise of the loss on held-out bank samples"),
+        Metric("outside_kid", "lower", "{:.4f}", "kernel distance to the pretrained model's pictures of other prompts"),
+        Metric("still_drawn", "higher", "{:.1%}", "share of pictures of other prompts that are recognised as before"),
         Metric("pictures", "neutral", "{:.0f}", "number of pictures drawn"),
         Metric("f1", "higher", "{:.3f}", "agreement of edges with the condition", "{:.3f}"),
         Metric("ssim", "higher", "{:.3f}", "structural similarity to the condition", "{:.3f}"),

@@ -68,6 +68,16 @@ def picture_rows(sides: Sequence[Mapping[str, Any]], count: int) -> list[Picture
     return rows
 
 
+def outside_rows(sides: Sequence[Mapping[str, Any]], count: int) -> list[PictureRow]:
+    """The base's and each side's pictures outside the new domain, of its first run at its best length."""
+    rows = [PictureRow(name="base", files=[f"base/pictures-outside/{i}.png" for i in range(count)])]
+    for side in sides:
+        first = next(row for row in side["runs"] if row["steps"] == side["best_length"])
+        files = [f"{first['folder']}/pictures-outside/{i}.png" for i in range(count)]
+        rows.append(PictureRow(name=side["name"], files=files))
+    return rows
+
+
 def is_at_an_end(rate: float, tried: Iterable[float]) -> bool:
     """Whether a learning rate is the lowest or the highest of several that were tried."""
     ordered = sorted(tried)

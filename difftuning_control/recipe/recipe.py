@@ -233,8 +233,8 @@ class Recipe:
         return self.tuning.uses_bank
 
     @property
-    def measured_prompts(self) -> Literal["empty", "own"]:
-        """What held-out samples of the bank are measured with: own, or empty."""
+    def measured_prompts(self) -> Literal["empty", "own", "both"]:
+        """What held-out samples of the bank are measured with: own, empty, or both."""
         named = self.training.validation_prompts
         return self.tuning.retention_prompts if named == "retained" else named
 

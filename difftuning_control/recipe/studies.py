@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_domain_scale, check_least
@@ -14,7 +14,9 @@ from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
+GENERAL = "difftuning_general"
 TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
+LEAST_OUTSIDE = 5  # prompts that a KID is measured on
 POWER = re.compile(r"difftuning_tau(\d+(?:\.\d+)?)")
 
 
@@ -93,7 +95,8 @@ class PilotConfig(SeededDrawSettings):
 
     Args:
         sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured,
-            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, or with the recipe's own schedule
+            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, difftuning_general, which retains a
+            bank of its own, of general prompts and with these (τ = 0.3, λ = 1), or with the recipe's own schedule
             retention by a teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty)
             or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
@@ -108,6 +111,8 @@ class PilotConfig(SeededDrawSettings):
             distilled). [≥ 0]
         guidance_scales: of each side's weights at its best length ordinary and Domain Guidance are tried at these
             scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
+        outside: at least five prompts outside the new domain for which every side, at its best, is drawn too: does it
+            still draw what the pretrained model drew? Or general, for 32 that come with the package; none when empty.
         batch_size: pictures drawn at once. [pictures, ≥ 1]
     """
 
@@ -119,16 +124,18 @@ class PilotConfig(SeededDrawSettings):
     lengths: list[int] = field(default_factory=list)
     pictures: int = field(default=48, kw_only=True)
     guidance_scales: list[float] = field(default_factory=list)
+    outside: list[str] | Literal["general"] = field(default_factory=list)
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         expand_paths(self, "features")
         for side in self.sides:
             power = POWER.fullmatch(side)
-            if side not in (*DEFAULT_SIDES, "difftuning_budget", *TEACHERS) and (power is None or float(power[1]) == 0):
+            named = side in (*DEFAULT_SIDES, "difftuning_budget", GENERAL, *TEACHERS)
+            if not named and (power is None or float(power[1]) == 0):
                 raise UserError(
                     f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured, "
-                    f"difftuning_budget, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
+                    f"difftuning_budget, {GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")
@@ -141,3 +148,8 @@ class PilotConfig(SeededDrawSettings):
         scales = self.guidance_scales
         if len(set(scales)) < len(scales) or not all(1 <= scale < math.inf for scale in scales):
             raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers of at least 1.")
+        prompts = [] if self.outside == "general" else self.outside
+        if 0 < len(prompts) < LEAST_OUTSIDE or len(set(prompts)) < len(prompts):
+            raise UserError(
+                f"pilot.outside is {prompts}; expected general, at least {LEAST_OUTSIDE} prompts, each once, or none."
+            )

@@ -127,8 +127,8 @@ class TuningConfig:
             made of, as in the paper), or teacher (what the pretrained model predicts, at a forward more of these rows).
         retention_rows: what the teacher is asked on: bank (its latents), or pictures (those that are tuned on, so that
             no bank is needed).
-        retention_prompts: prompts that retention rows train with: empty, or own (those that the samples were drawn for,
-            or the pictures' captions).
+        retention_prompts: prompts that retention rows train with: empty, own (those that the samples were drawn for, or
+            the pictures' captions), or both (a row's own and the empty one in turn).
         prompt_dropout: share of target rows that train with the empty prompt, or without a class. [share, 0 to 1]
         label_space: of models that are told classes: own (the data's classes are the model's), or new (the data's
             classes take the place of the model's, each with a new embedding that trains whole).
@@ -147,7 +147,7 @@ class TuningConfig:
     forgetting_budget: float | list[float] | None = None
     retention: Literal["samples", "teacher"] = "samples"
     retention_rows: Literal["bank", "pictures"] = "bank"
-    retention_prompts: Literal["empty", "own"] = "empty"
+    retention_prompts: Literal["empty", "own", "both"] = "empty"
     prompt_dropout: float = 0.0
     label_space: Literal["own", "new"] = "own"
     label_start: Literal["random", "first"] = "random"
@@ -205,10 +205,10 @@ class TuningConfig:
                 "tuning.variance is hybrid, whose bound is about the sample itself and not about what a teacher "
                 "predicts; say fixed, or --tuning.retention samples."
             )
-        if self.retention_rows == "pictures" and (self.label_space, self.retention_prompts) == ("new", "own"):
+        if self.retention_rows == "pictures" and self.label_space == "new" and self.retention_prompts != "empty":
             raise UserError(
-                "tuning.retention_prompts is own, but the pretrained model does not know the classes of "
-                "tuning.label_space new; say empty."
+                f"tuning.retention_prompts is {self.retention_prompts}, but the pretrained model does not know the "
+                "classes of tuning.label_space new; say empty."
             )
 
     def _check_budget(self) -> None:
@@ -267,7 +267,7 @@ class TrainingConfig:
         validate_every: optimizer steps between validations; 0 for only before and after. [optimizer steps, ≥ 0]
         validation_size: rows of target and of bank in a validation. [rows, ≥ 1]
         validation_prompts: prompts that held-out samples of the bank are measured with: retained (what retention rows
-            train with, tuning.retention_prompts), or empty or own whatever those are, so that runs compare.
+            train with, tuning.retention_prompts), or empty, own or both whatever those are, so that runs compare.
         sample_every: optimizer steps between sample grids; 0 for none. [optimizer steps, ≥ 0]
         sample_prompts: prompts of the sample grids; captions of the data when empty.
         sample_steps: sampling steps of the sample grids; where none are named, a model that was distilled draws in its
@@ -302,7 +302,7 @@ class TrainingConfig:
     begin_from: str | None = None
     validate_every: int = 100
     validation_size: int = 32
-    validation_prompts: Literal["retained", "empty", "own"] = "retained"
+    validation_prompts: Literal["retained", "empty", "own", "both"] = "retained"
     sample_every: int = 100
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 20

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,23 @@ from difftuning_control.system.durable import AUDIT
 
 REPORT = "report.html"
 VOUCHED = (RESULT, REPORT, VOTE)  # by the pilot's audit; the settings go on changing
-ADDED = re.compile(r"(figures|guidance)\.json|pictures-\d+/.*")  # to the folder of a run
+ADDED = re.compile(r"(figures|guidance|outside)\.json|pictures-(\d+|outside)/.*")  # to the folder of a run
+
+
+@contextmanager
+def kept_aside(run: Path) -> Iterator[None]:
+    """Holds what the pilot added to a run's folder while the run is trained again, which ends with the same weights."""
+    aside = run.with_name(f".{run.name}-aside")  # what a stop left there comes back as well
+    for name, path in files_of_run(run):
+        if ADDED.fullmatch(name):
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, aside / name)
+    yield
+    for path in [p for p in aside.rglob("*") if p.is_file()]:
+        place = run / path.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def settle(run: Path) -> None:

@@ -56,15 +56,17 @@ class PilotRecord(Section):
         sides: of each its tuning, its search, its `runs` by seed and length, and their summary.
         analysis: what `difftune analyze` measures; None where it was not.
         pictures: prompts, and rows of files in the pilot's folder.
+        outside: the same for prompts outside the new domain; None where none were asked.
         budget: of the side with a forgetting budget; None without one.
         files: the SHA-256 of each of the pilot's own files; None in earlier records.
         records: the SHA-256 of each run's record; None in earlier records.
     """
 
-    SOMETIMES: ClassVar = ("files", "records")
+    SOMETIMES: ClassVar = ("files", "records", "outside")
     READERS: ClassVar = {
         "cost": PilotCost.from_dict,
         "pictures": PilotPictures.from_dict,
+        "outside": PilotPictures.from_dict,
         "budget": PilotBudget.from_dict,
     }
     KEYS: ClassVar = {"recipe_values": "recipe"}
@@ -83,6 +85,7 @@ class PilotRecord(Section):
     sides: list[dict[str, Any]] = field(default_factory=list)
     analysis: dict[str, Any] | None = None
     pictures: PilotPictures | None = None
+    outside: PilotPictures | None = None
     budget: PilotBudget | None = None
     files: dict[str, str] | None = None
     records: dict[str, str] | None = None

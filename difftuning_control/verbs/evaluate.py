@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.datasets import Choice
@@ -53,20 +54,6 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.recipe import Recipe
 
-OUTSIDE = (
-    "a photo of a dog",
-    "a city street at night",
-    "an oil painting of mountains",
-    "a bowl of fruit on a table",
-    "a portrait of an old man",
-    "a red car",
-    "a field of sunflowers",
-    "a cup of coffee",
-)
-OUTSIDE_EMBEDDED = tuple(
-    f"{style} emoji {name}" for name in ("red apple", "dog face", "pizza", "guitar") for style in ("noto", "twemoji")
-)
-
 
 def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dict[str, Any]:
     """Figures of the base and of every run, written to `evaluation.json`; what that file holds.
@@ -95,7 +82,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     with progress(3, f"{features.name} features of real pictures"):
         reference = build_reference(family, features, real=real, training=training, source=old, resolution=resolution)
     probe = _probe(records, chosen, family.device)
-    outside = request.outside or _outside(family, recipe, training)
+    outside = request.outside or _outside(family, training)
     drawing = side_drawing(request, [e.caption for e in chosen.examples], outside, resolution, reference, probe)
     base, sides = judge_sides(request, family, records, drawing)
     measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
@@ -233,10 +220,10 @@ def _old_domain(
     return features(decoded(family, bank.latents[:MOST]))
 
 
-def _outside(family: Family, recipe: Recipe, training: ImageData) -> list[str]:
+def _outside(family: Family, training: ImageData) -> list[str]:
     """Prompts far from the new domain: of classes those that were not tuned on, or none where only these are left."""
     if not family.class_conditional:
-        return list(OUTSIDE_EMBEDDED if recipe.model.id == "embedded" else OUTSIDE)
+        return general_prompts(family)[-OUTSIDE:]
     tuned = class_names(training)
     others = [name for name in bank_classes(family, "classes") if name not in tuned]
     return others[:: -(-len(others) // 8)] if others else [""]

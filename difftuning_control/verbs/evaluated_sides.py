@@ -15,8 +15,10 @@ from torch import Tensor
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, summarise
 from difftuning_control.evaluation.metrics import diversity
+from difftuning_control.evaluation.outside import still_drawn
 from difftuning_control.pipelines.domain_guidance import domain_guided
-from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.recipe.inputs import MAX_SEED
+from difftuning_control.recipe.studies import LEAST_OUTSIDE, Evaluation
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.terminal import progress
@@ -34,6 +36,7 @@ class SideDrawing:
         outside: prompts outside it, of which the features alone are wanted.
         grid: the first pictures of each side.
         drawn: features of each side's pictures outside the domain.
+        before: of the base's from noise that no side draws from; None of fewer than LEAST_OUTSIDE prompts.
     """
 
     within: Sampling
@@ -42,6 +45,7 @@ class SideDrawing:
     probe: FidelityProbe | None
     grid: dict[str, list[Image.Image]] = field(default_factory=dict)
     drawn: dict[str, Tensor] = field(default_factory=dict)
+    before: Tensor | None = None
 
     def side(self, name: str, model: Family, scale: float, advance: Callable[[int], object]) -> dict[str, Any]:
         """Figures of a model's pictures by seed, and their summary."""
@@ -58,9 +62,12 @@ class SideDrawing:
         within = diversity(of_pictures, self.within.repeated_prompts)
         return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
 
-    def apart(self, name: str) -> float:
-        """How far a side's pictures outside the domain are from the base's: the mean of 1 − cosine."""
-        return float((1 - F.cosine_similarity(self.drawn["base"].double(), self.drawn[name].double())).mean())
+    def apart(self, name: str) -> dict[str, float]:
+        """How far a side's pictures outside the domain are from the base's (`outside`, the mean of 1 − cosine), and the
+        share that is recognised by the base's of other noise (`still_drawn`)."""
+        found = self.drawn[name]
+        figures = {"outside": float((1 - F.cosine_similarity(self.drawn["base"].double(), found.double())).mean())}
+        return figures if self.before is None else figures | {"still_drawn": still_drawn(found, self.before)}
 
 
 def side_drawing(
@@ -91,8 +98,13 @@ def judge_sides(
     """The base, and every run."""
     domain, strength, sides = request.domain_guidance_scale, request.unconditional_strength or 0.0, []
     _, scale = request.drawn
-    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + len(drawing.outside.prompts))
+    asked = len(drawing.outside.prompts)
+    recognised = asked if asked >= LEAST_OUTSIDE else 0
+    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + asked) + recognised
     with progress(total, "sampling") as advance:
+        if recognised:
+            other = replace(drawing.outside, seeds=[MAX_SEED], guidance_scale=scale)
+            drawing.before = drawing.reference.features(other.draw(family, advance))
         base = drawing.side("base", family, scale, advance)
         for run, record in records.items():
             with (
@@ -100,5 +112,5 @@ def judge_sides(
                 domain_guided(family, tuned, strength) if domain is not None else nullcontext(),
             ):
                 side = drawing.side(run, tuned, scale if domain is None else domain, advance)
-            sides.append(side | {"identity": record.identity, "outside": drawing.apart(run)})
+            sides.append(side | {"identity": record.identity} | drawing.apart(run))
     return base, sides

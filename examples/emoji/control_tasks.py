@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import spread, work_through
+from common import digest_of_model, spread, work_through
 from PIL import Image
 from targets import effect, interval
 
@@ -98,10 +98,12 @@ class Study:
 
     Args:
         flags: for every run, such as `--training.max_steps=20`.
+        tasks: to train, in this order; all when None.
     """
 
-    def __init__(self, work: Path, flags: Sequence[str] = ()):
+    def __init__(self, work: Path, flags: Sequence[str] = (), tasks: Sequence[str] | None = None):
         self.work, self.flags, self.seen = work, flags, dict[Job, RunRecord]()
+        self.tasks = list(tasks if tasks is not None else TASKS)
 
     def record(self, job: Job) -> RunRecord | None:
         """Of a run that is done."""
@@ -134,11 +136,11 @@ class Study:
     def jobs(self) -> list[Job]:
         """What can be trained now: the searches first, then seed after seed."""
         found: list[Job] = []
-        for task in TASKS:
+        for task in self.tasks:
             for side in SIDES:
                 runs, rate = self.search(task, side)
                 found += runs if rate is None else [Job(task, side, rate, seed) for seed in SEEDS]
-        found.sort(key=lambda job: (list(TASKS).index(job.task), job.seed != SEARCHED, job.seed))
+        found.sort(key=lambda job: (self.tasks.index(job.task), job.seed != SEARCHED, job.seed))
         return [job for job in found if self.record(job) is None]
 
     def work_through(self) -> None:
@@ -257,6 +259,7 @@ def grid(study: Study, path: Path, count: int = 8) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/control_tasks"))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="to train, in this order")
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
     parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
     parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
@@ -267,11 +270,11 @@ def main() -> None:
         rows = Study(args.work, flags).rows()
         if not rows:
             raise SystemExit(f"{args.work} holds no condition of which every side is searched and trained.")
-        write_json(args.collect, {"versions": versions(), "rows": rows})
+        write_json(args.collect, {"versions": versions(), "model": digest_of_model(), "rows": rows})
     elif args.grid is not None:
         grid(Study(args.work, flags), args.grid)
     else:
-        Study(args.work, flags).work_through()
+        Study(args.work, flags, args.tasks).work_through()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ HERE = Path(__file__).parent
 DEFAULT = "difftuning_tau0.3"  # the package's own, "difftuning" among the rows
 RIVALS = ("prior", "teacher_empty", "teacher_own")  # that have no schedule
 FULL_RATES = [3e-4, 6e-4]
+FIRST = ("plain", "difftuning", "difftuning_general")  # columns of the tables; the others by name
+OUTSIDE_FIGURES = ("outside_kid", "still_drawn")  # where the pilot asked
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 
 
@@ -89,17 +91,19 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
     base = {figure: record.base[figure] for figure in FIGURES}
     gap = [v for v in ((record.analysis or {}).get("gap") or {}).get("mean", []) if v is not None]
     name["gap"] = mean(gap) if gap else None
+    if asked := _outside(record.base).values():
+        base |= {figure: mean(row[figure] for row in asked) for figure in OUTSIDE_FIGURES}
     yield {**name, "method": "base", "seed": None, "steps": 0, "guidance": record.settings["guidance_scale"]} | base
     alike = losses_of(record.sides[0]["runs"][0])["bank"].base
     for side in record.sides:
         length, guidance = side["best_length"], side["guidance"]
         way = min(guidance["search"], key=lambda row: row["kid"])["way"]
-        chosen = guidance["ways"][way]
+        chosen, outside = guidance["ways"][way], _outside(side)
         for drawn in chosen["runs"]:
             seed = drawn["seed"]
             trained = next(r for r in side["runs"] if (r["seed"], r["steps"]) == (seed, length))
             losses = losses_of(trained)
-            if losses["bank"].base != alike:
+            if "bank" in losses and losses["bank"].base != alike:
                 del losses["bank"]
             bank = losses.get("bank")
             yield {
@@ -111,6 +115,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 "guidance": chosen["scale"],
                 "way": way,
                 **{figure: drawn[figure] for figure in FIGURES},
+                **{figure: outside.get(seed, {}).get(figure) for figure in OUTSIDE_FIGURES},
                 "forgetting": bank.tuned.mean / bank.base.mean - 1 if bank is not None else None,
                 "rise_by_band": {role: change.rises for role, change in losses.items()},
                 "kid_by_way": {
@@ -119,6 +124,11 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
                 },
                 "kid_by_length": {str(r["steps"]): r["kid"] for r in side["runs"] if r["seed"] == seed},
             }
+
+
+def _outside(side: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """What a side, or the base, draws outside the new domain, by seed; none where it was not asked."""
+    return {row["seed"]: row for row in (side.get("outside") or {"runs": []})["runs"]}
 
 
 def collect(work: Path) -> dict[str, Any]:
@@ -171,12 +181,15 @@ def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
 def table(result: Mapping[str, Any]) -> str:
     """KID × 1000 of every cell and side, and the effects over targets, as Markdown."""
     rows = result["rows"]
-    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "base"]
+    others = {row["method"] for row in rows} - {"base", *FIRST}
+    methods = [m for m in (*FIRST, *sorted(others)) if any(row["method"] == m for row in rows)]
     highest = max(result["settings"]["guidance_scales"])
     lines = [
         *cells_table(rows, methods),
         "",
         *plain_table(rows, methods),
+        "",
+        *outside_table(rows, methods),
         "",
         *ways_table(rows, methods, highest),
         "",
@@ -228,6 +241,24 @@ def plain_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> li
     return lines
 
 
+def outside_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """What sides still draw outside the new domain, where that was asked: still drawn in %, KID × 1000 in brackets."""
+    asked = [row for row in rows if row.get("still_drawn") is not None]
+    shown = [m for m in ("base", *methods) if any(row["method"] == m for row in asked)]
+    if not shown:
+        return []
+    found = {(m, figure): by_target(asked, m, figure) for m in shown for figure in OUTSIDE_FIGURES}
+    cells = list(dict.fromkeys(cell_of(row) for row in asked))
+    lines = [f"| still drawn, % (KID × 1000) | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for cell in cells:
+        values = [[found[m, figure].get(cell, {}).values() for figure in ("still_drawn", "outside_kid")] for m in shown]
+        parts = [f"{100 * mean(share):.0f} ({1000 * mean(kid):.0f})" if share else "" for share, kid in values]
+        lines.append(f"| {', '.join(map(str, cell))} | {' | '.join(parts)} |")
+    points = [effect(asked, m, "plain", "still_drawn", ratio=False) for m in shown if m not in ("base", "plain")]
+    lines.append(f"| against plain, points |  |  | {' | '.join(map(interval, points))} |")
+    return lines
+
+
 def ways_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], highest: float) -> list[str]:
     """What guidance does to the KID of the same weights, what each side at its best does beside stock pictures, and how
     often its best was the longest length or the highest scale that were tried."""
@@ -244,7 +275,7 @@ def ways_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], highes
 
 def bands_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
     """How the losses on held-out pictures of the target and of the bank change, from nearly clean to pure noise."""
-    bands = len(next(row for row in rows if "rise_by_band" in row)["rise_by_band"]["bank"])
+    bands = len(next(row for row in rows if "rise_by_band" in row)["rise_by_band"]["target"])
     edges = [f"{i / bands:g} to {(i + 1) / bands:g}" for i in range(bands)]
     lines = [f"| side, loss on | u {' | '.join(edges)} |", "|---" * (bands + 1) + "|"]
     for role in ("target", "bank"):

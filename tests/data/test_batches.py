@@ -113,7 +113,9 @@ def test_another_seed_or_step_draws_everything_afresh(source, change):
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(("size", "ratio"), [(5, 0.2), (3, 0.34), (2, 0.0), (1, 0.5)])
 @pytest.mark.parametrize(
-    "settings", [{}, {"retention_prompts": "own", "prompt_dropout": 0.5}], ids=["plain", "dropout"]
+    "settings",
+    [{}, {"retention_prompts": "own", "prompt_dropout": 0.5}, {"retention_prompts": "both"}],
+    ids=["plain", "dropout", "both"],
 )
 def test_processes_together_hold_the_rows_of_one_with_a_batch_as_large(source, processes, size, ratio, settings):
     one = with_ratio(source, ratio, size=size * processes, **settings)
@@ -154,6 +156,20 @@ def test_bank_rows_carry_the_empty_prompt_or_their_own(source, words):
     for row in rows.batch.is_retention.nonzero().flatten():
         prompt = PROMPTS[int(rows.batch.ids[row].split()[-1])] if words == "own" else ""
         assert has_embedding_of(source, rows, prompt)[row]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
+def test_bank_rows_of_both_carry_their_own_and_the_empty_prompt_in_turn(source, ratio):
+    """Half of all rows each, and half of every item's, though a step may have only one."""
+    both, seen = with_ratio(source, ratio, retention_prompts="both"), {prompt: [] for prompt in PROMPTS}
+    for step in range(200):
+        rows = both.rows(step)
+        for row in rows.batch.is_retention.nonzero().flatten().tolist():
+            own = PROMPTS[int(rows.batch.ids[row].split()[-1])]
+            empty = (step + row) % 2 == 1
+            assert has_embedding_of(source, rows, "" if empty else own)[row]
+            seen[own].append(empty)
+    assert all(0.3 < sum(turns) / len(turns) < 0.7 for turns in seen.values())
 
 
 def test_target_rows_carry_their_captions(source):

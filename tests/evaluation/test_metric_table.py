@@ -51,7 +51,7 @@ def test_gates_are_limits_on_metrics_of_the_table():
 
 
 def test_shares_are_drawn_in_per_cent():
-    assert [name for name in SHOWN if is_share(name)] == ["domain_hit", "domain_judge"]
+    assert [name for name in SHOWN if is_share(name)] == ["domain_hit", "domain_judge", "still_drawn"]
     assert not is_share("mine")
 
 
@@ -61,8 +61,8 @@ def test_the_table_of_an_evaluation_prints_each_metric_its_own_way():
     head, row, _ = table_rows({"base": side, "sides": [side]})
     assert head[1:5] == ["kid ×1000", "fid", "domain_hit", "pair_similarity"]
     assert row[1:5] == ["123.5 ±10.0", "0.1 ±0.0", "12% ±1%", "0.123 ±0.010"]
-    assert head[-3:] == ["diversity", "bank loss", "apart"]
-    assert row[-3:] == ["0.500", "", ""]
+    assert head[-4:] == ["diversity", "bank loss", "apart", "still drawn"]
+    assert row[-4:] == ["0.500", "", "", ""]
 
 
 def test_an_unknown_metric_has_no_direction():

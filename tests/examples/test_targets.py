@@ -144,6 +144,27 @@ def test_a_row_is_a_side_at_what_its_search_chose(targets):
     )
 
 
+def test_what_is_still_drawn_is_in_the_rows_and_in_a_table_where_it_was_asked(targets):
+    def asked(share, kid):
+        return {"runs": [{"seed": s, "still_drawn": share, "outside_kid": kid} for s in (0, 1)]}
+
+    plain, other = side("plain"), side("difftuning_general")
+    plain["outside"], other["outside"] = asked(0.25, 0.2), asked(0.75, 0.01)
+    for run in other["runs"]:
+        run["losses"] = {"target": run["losses"]["target"]}  # its bank is another one
+    base = dict.fromkeys(targets.FIGURES, 0.5) | {"outside": asked(1.0, -0.01)}
+    record = PilotRecord(settings={"guidance_scale": 2.0}, base=base, sides=[plain, other, side("prior")])
+    rows = list(targets.rows_of(targets.Cell("game", 8, "lora"), record))
+    assert [row["still_drawn"] for row in rows] == [1.0, 0.25, 0.25, 0.75, 0.75, None, None]
+    assert rows[3]["forgetting"] is None
+    assert [row["outside_kid"] for row in rows[:4]] == [-0.01, 0.2, 0.2, 0.01]
+    table = targets.outside_table(rows, ["plain", "difftuning_general", "prior"])
+    assert table[0] == "| still drawn, % (KID × 1000) | base | plain | difftuning_general |"
+    assert table[2] == "| game, 8, lora | 100 (-10) | 25 (200) | 75 (10) |"
+    assert table[3] == "| against plain, points |  |  | +50% (+50% to +50%) |"
+    assert targets.outside_table([row("game", "plain", 0, 1.0)], ["plain"]) == []
+
+
 def test_forgetting_is_compared_where_it_was_measured_with_the_same_prompts(targets):
     plain, other = side("plain"), side("teacher_own")
     other["runs"] = [

@@ -33,6 +33,7 @@ from support.tiny_sd import tiny_pipeline
 
 PLAIN = TuningConfig(retention_ratio=0.0, retention_weight=0.0)
 FIGURES = {"kid", "kid_spread", "fid", "domain_hit", "domain_judge", "memorisation", "density", "coverage"}
+OUTSIDE = ["a red car", "a dog", "a cup", "the sea", "an old man"]
 
 Maker = Callable[..., Recipe]
 
@@ -237,7 +238,7 @@ def words(features: Path) -> Callable[..., list[str]]:
             "pictures": 6,
             "seeds": [0, 1],
             "steps": 2,
-            "outside": '["a red car", "a dog"]',
+            "outside": json.dumps(OUTSIDE),
             **changes,
         }
         return ["evaluate", *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
@@ -275,7 +276,7 @@ def test_an_evaluation_holds_base_and_sides_with_their_settings(result, lora, fu
         "guidance_scale": 4.0,
         "domain_guidance_scale": None,
         "unconditional_strength": None,
-        "outside": ["a red car", "a dog"],
+        "outside": OUTSIDE,
     }
 
 
@@ -312,6 +313,7 @@ def test_the_bank_tells_what_a_side_forgot(result):
 def test_tuning_moves_what_is_drawn_outside_the_domain(result):
     assert "outside" not in result["base"]
     assert all(0 < side["outside"] < 1 for side in result["sides"])
+    assert all(5 * side["still_drawn"] in range(6) for side in result["sides"])
 
 
 def test_few_pictures_give_the_warning(result):
@@ -357,13 +359,15 @@ def test_the_table_has_a_line_for_every_side(result, capsys):
         "bank",
         "loss",
         "apart",
+        "still",
+        "drawn",
     ]
     assert [row.split()[0] for row in rows] == [s["name"] for s in (result["base"], *result["sides"])]
     assert len({len(line.rstrip()) for line in lines[2:]}) == 1
     side = result["sides"][0]
     kid, mean = side["summary"]["kid"], side["forgetting"]["mean"]
     assert f"{1000 * kid['mean']:.1f} ±{1000 * kid['spread']:.1f}" in rows[1]
-    assert rows[1].endswith(f"{sum(mean) / len(mean):+.1%}  {side['outside']:.3f}")
+    assert rows[1].endswith(f"{sum(mean) / len(mean):+.1%}  {side['outside']:.3f}  {side['still_drawn']:>11.0%}")
 
 
 @pytest.mark.wide

@@ -69,6 +69,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         at_the_end=[s for s in sides if _at_the_end(s)],
         judge=base.get("domain_judge"),
         guidance=_guidance(sides, pilot.settings.get("lengths", [])),
+        outside=_outside(pilot, folder),
         analysis_file=next((n for n in ("analysis.json", "analysis/analysis.json") if (folder / n).is_file()), None),
     )
 
@@ -147,6 +148,20 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
         if any(seed_values(row, m) for table in tables for row in table["rows"])
     ]
     return {"sides": tables, "metrics": metrics} if tables else None
+
+
+def _outside(pilot: PilotRun, folder: Path) -> dict[str, Any] | None:
+    """What the base and the sides draw outside the new domain; None if they were not asked."""
+    if pilot.outside is None:
+        return None
+    asked = [("base", pilot.base.get("outside")), *((side["name"], side.get("outside")) for side in pilot.sides)]
+    rows = [
+        {"name": name, "runs": [run | {"steps": 0} for run in drawn["runs"]], "best_length": 0}
+        for name, drawn in asked
+        if drawn
+    ]
+    pictures, metrics = picture_blocks(pilot.outside, folder), ("outside_kid", "still_drawn")
+    return {"rows": rows, "metrics": metrics, "pictures": pictures, "count": pilot.base["outside"]["prompts"]}
 
 
 def _at_the_end(side: Mapping[str, Any]) -> bool:

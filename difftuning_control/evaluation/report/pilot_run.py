@@ -22,4 +22,5 @@ class PilotRun(Compared, Protocol):
     recipe_values: dict[str, Any] | None
     analysis: dict[str, Any] | None
     pictures: PilotPictures | None
+    outside: PilotPictures | None
     budget: PilotBudget | None

@@ -13,7 +13,7 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
     sides = [result["base"], *result["sides"]]
     common = [m for m in METRICS.values() if m.cell is not None and all(m.name in s["summary"] for s in sides)]
     shown = [m for m in common if m.name != "diversity"]  # which is of all seeds together
-    lines = [["", *(m.heading for m in shown), "diversity", "bank loss", "apart"]]
+    lines = [["", *(m.heading for m in shown), "diversity", "bank loss", "apart", "still drawn"]]
     for side in sides:
         row = [harmless(side["name"])]
         for metric in shown:
@@ -23,7 +23,8 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
         row.append("" if side["diversity"] is None else METRICS["diversity"].as_cell(side["diversity"]))
         rise = side.get("forgetting", {}).get("mean")
         row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
-        lines.append([*row, f"{side['outside']:.3f}" if "outside" in side else ""])
+        row.append(f"{side['outside']:.3f}" if "outside" in side else "")
+        lines.append([*row, f"{side['still_drawn']:.0%}" if "still_drawn" in side else ""])
     return lines
 
 

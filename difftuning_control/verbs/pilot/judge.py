@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
@@ -22,6 +23,7 @@ from difftuning_control.data.study_inputs import Materials
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of, summarise
+from difftuning_control.evaluation.outside import Outside
 from difftuning_control.pipelines.domain_guidance import domain_guided
 from difftuning_control.recipe.studies import PilotConfig
 
@@ -33,13 +35,15 @@ if TYPE_CHECKING:
 class Judge:
     """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
 
-    The probes judge how the conditions of each are followed; None where no ControlNet is compared.
+    The probes judge how the conditions of each are followed; None where no ControlNet is compared. `outside` judges
+    what is drawn for prompts outside the new domain; None where none are named.
     """
 
     reference: Reference
     search: Sampling
     final: Sampling
     probes: dict[bool, FidelityProbe] | None = None
+    outside: Outside | None = None
 
     def figures(
         self, family: Family, seed: int, final: bool, scale: float | None = None, source: Family | None = None
@@ -50,13 +54,21 @@ class Judge:
             scale: of guidance; the pilot's when None.
             source: the pretrained model, where the scale is one of Domain Guidance.
         """
-        sampling = replace(self.final if final else self.search, seeds=[seed])
-        if scale is not None:
-            sampling = replace(sampling, guidance_scale=scale)
-        with domain_guided(source, family) if source is not None else nullcontext():
-            pictures = sampling.draw(family)
+        sampling = self.final if final else self.search
+        pictures = drawn(family, sampling, seed, scale, source)
         followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
         return figures(pictures, sampling.prompts, self.reference) | followed, pictures
+
+
+def drawn(
+    family: Family, sampling: Sampling, seed: int, scale: float | None = None, source: Family | None = None
+) -> list[Image.Image]:
+    """Pictures of a model; `scale` and `source` as for `Judge.figures`."""
+    sampling = replace(sampling, seeds=[seed])
+    if scale is not None:
+        sampling = replace(sampling, guidance_scale=scale)
+    with domain_guided(source, family) if source is not None else nullcontext():
+        return sampling.draw(family)
 
 
 def judge_of(
@@ -81,7 +93,11 @@ def judge_of(
         )
         for i in (0, 1)
     )
-    return Judge(reference, search, final, probes)
+    outside = None
+    if config.outside:
+        asked = general_prompts(family)[-OUTSIDE:] if config.outside == "general" else list(config.outside)
+        outside = Outside.of(family, features, replace(final, prompts=asked))
+    return Judge(reference, search, final, probes, outside)
 
 
 def _probe(conditioner: Conditioner, inputs: Materials, captions: list[str]) -> FidelityProbe:
@@ -110,6 +126,12 @@ def best_scales(searched: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The scale of the lowest KID, for each way."""
     by_way = {way: [row for row in searched if row["way"] == way] for way in (ORDINARY, DOMAIN)}
     return {way: min(rows, key=lambda row: row["kid"])["scale"] for way, rows in by_way.items()}
+
+
+def best_way(guidance: dict[str, Any]) -> tuple[str, float]:
+    """The way of guidance with the lowest KID in the search, and its scale."""
+    way = min(guidance["search"], key=lambda row: row["kid"])["way"]
+    return way, guidance["ways"][way]["scale"]
 
 
 def judge_scales(

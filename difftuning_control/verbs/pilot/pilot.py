@@ -28,7 +28,14 @@ from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
-from difftuning_control.evaluation.pilot_figures import PictureRow, PilotBudget, PilotPictures, picture_rows
+from difftuning_control.evaluation.outside import Outside
+from difftuning_control.evaluation.pilot_figures import (
+    PictureRow,
+    PilotBudget,
+    PilotPictures,
+    outside_rows,
+    picture_rows,
+)
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.objective.budget import spread_budget
@@ -41,12 +48,12 @@ from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
 from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
 from difftuning_control.runs.record import COMPLETE, read_run
-from difftuning_control.system.digests import digest_of_file
+from difftuning_control.system.digests import digest_of, digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure, read_multipliers
-from difftuning_control.verbs.pilot.judge import Judge, judge_of
+from difftuning_control.verbs.pilot.judge import Judge, drawn, judge_of
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, save_pictures
 from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
@@ -77,6 +84,11 @@ class Pilot:
                 "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
                 "them out."
             )
+        if config.outside and (recipe.method == "controlnet" or recipe.tuning.label_space == "new"):
+            reason = "new classes replace the old ones"
+            if recipe.method == "controlnet":
+                reason = "the denoiser beside a ControlNet is the pretrained one"
+            raise UserError(f"pilot.outside asks what tuned models still draw, but {reason}; leave it out.")
         check_sides(recipe, config.sides)
         if recipe.training.stop_when is not None:
             raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
@@ -109,6 +121,8 @@ class Pilot:
         self.config = self.family.suited(config)
         if config.guidance_scales:
             check_domain_family(self.family, "pilot.guidance_scales")
+        if config.outside == "general" and self.family.class_conditional:
+            raise UserError("pilot.outside is general, but this model is told classes and no prompts; name classes.")
         self.conditioner, self.primary = None, PRIMARY
         if recipe.method == "controlnet":
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))
@@ -127,6 +141,7 @@ class Pilot:
             analysis = self._analyze(inputs)
         with phases("sampling"), phases.counting(self.family.denoiser):
             base, pictures = self._base(inputs, judge)
+            asked = self._base_outside(judge.outside) if judge.outside is not None else None
         sides = []
         for number, side in enumerate(self.config.sides, start=2):
             self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
@@ -135,6 +150,10 @@ class Pilot:
         self.tell(spent_line(cost.phases or {}))
         losses = losses_of(sides[0]["runs"][0])
         base |= {f"{role}_loss": change.base.mean for role, change in losses.items()}
+        outside = None
+        if judge.outside is not None:
+            base["outside"], prompts = asked, judge.outside.sampling.prompts[:SHOWN]
+            outside = PilotPictures(prompts=prompts, rows=outside_rows(sides, len(prompts)))
         record = PilotRecord(
             status=COMPLETE,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -153,6 +172,7 @@ class Pilot:
                 prompts=judge.final.prompts[:SHOWN],
                 rows=pictures + picture_rows(sides, min(SHOWN, len(judge.final.prompts))),
             ),
+            outside=outside,
             budget=self._budget(sides),
         )
         write_pilot(record, self.output)
@@ -240,6 +260,20 @@ class Pilot:
         for name, place in (("truth", "truth"), ("base", f"base/seed-{self.config.seeds[0]}")):
             rows.append(PictureRow(name=name, files=[f"{place}/{i}.png" for i in range(len(prompts))]))
         return {name: value["mean"] for name, value in summarise(runs).items()} | {"runs": runs}, rows
+
+    def _base_outside(self, outside: Outside) -> dict[str, Any]:
+        """The same figures of the pretrained model, by seed: what is left where nothing was forgotten."""
+        rows = []
+        for seed in self.config.seeds:
+            folder = self.output / "base"
+            path, identity = folder / f"outside-{seed}.json", digest_of(outside.sampling.prompts)
+            if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
+                pictures = drawn(self.family, outside.sampling, seed)
+                if seed == self.config.seeds[0]:
+                    save_pictures(pictures[:SHOWN], folder / "pictures-outside")
+                write_json(path, {"identity": identity, "figures": {"seed": seed} | outside.figures(pictures)})
+            rows.append(json.loads(path.read_text(encoding="utf-8"))["figures"])
+        return {"prompts": len(outside.sampling.prompts), "runs": rows, "summary": summarise(rows)}
 
     def _budget(self, sides: list[dict[str, Any]]) -> PilotBudget | None:
         """Of the side with a forgetting budget: was it kept, and what did it cost on the target against plain."""

@@ -18,9 +18,11 @@ from difftuning_control.training.phases import Phases
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     """A digest of the settings that the figures of a run depend on: not of where they lie, nor of what only watches.
 
-    Further sides and seeds, and a longer search, add runs and change none; the first seed is that of every search.
+    Further sides and seeds, a longer search and prompts outside the new domain add runs or figures and change none; the
+    first seed is that of every search.
     """
-    asked = {name: value for name, value in vars(config).items() if name not in ("widen", "sides", "seeds")}
+    added = ("widen", "sides", "seeds", "outside")
+    asked = {name: value for name, value in vars(config).items() if name not in added}
     return digest_of([deciding_settings(recipe), asked | {"seed": config.seeds[0]}])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,12 +25,23 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.kept import read_kept_losses, step_folder
-from difftuning_control.runs.pilot_files import settle
+from difftuning_control.runs.pilot_files import kept_aside, settle
 from difftuning_control.runs.record import RunRecord, read_run
+from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.pilot.judge import Judge, best_scales, guidance_of, judge_scales, search_scales
+from difftuning_control.verbs.pilot.judge import (
+    DOMAIN,
+    ORDINARY,
+    Judge,
+    best_scales,
+    best_way,
+    drawn,
+    guidance_of,
+    judge_scales,
+    search_scales,
+)
 from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
-from difftuning_control.verbs.pilot.side_tuning import side_tuning
+from difftuning_control.verbs.pilot.side_tuning import side_bank, side_tuning
 from difftuning_control.verbs.train import train
 
 if TYPE_CHECKING:
@@ -79,6 +91,8 @@ class SideRuns:
         guided: list[dict[str, Any]] = []
         for seed in self.config.seeds if self.config.guidance_scales else []:
             guided.append(self._guided(name, chosen, seed, best, guided[0]["scales"] if guided else None))
+        guidance = guidance_of(guided) if guided else None
+        outside = self._outside(name, chosen, best, guidance) if self.config.outside else None
         for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
             recipe = self.recipe_of(name, rate, seed)
             self._drop_weights(recipe, keep_result=seed == first)
@@ -100,7 +114,8 @@ class SideRuns:
             "runs": rows,
             "summary": summary,
             "best_length": best,
-            "guidance": {"steps": best} | guidance_of(guided) if guided else None,
+            "guidance": {"steps": best} | guidance if guidance is not None else None,
+            "outside": outside,
             "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
         }
 
@@ -162,7 +177,8 @@ class SideRuns:
             validate_every=0,
         )
         output = str(self.output / side / f"lr-{rate:g}" / f"seed-{seed}")
-        return replace(self.recipe, tuning=tuning, training=training, gates=GatesConfig(), output=output)
+        bank = side_bank(side, self.recipe.bank, self.output)
+        return replace(self.recipe, tuning=tuning, bank=bank, training=training, gates=GatesConfig(), output=output)
 
     def _try(self, side: str, rate: float, seed: int) -> list[dict[str, Any]] | None:
         """The rows of a run of the search; None if its loss became infinite."""
@@ -197,6 +213,8 @@ class SideRuns:
                 final, pictures = self.judge.figures(tuned, seed, True)
             save_pictures(pictures[:SHOWN], folder / f"pictures-{length}")
             losses = record.losses if last else read_kept_losses(folder / step_folder(length))
+            if recipe.bank != self.recipe.bank:  # what the other sides forgot was measured on other samples
+                losses = {role: change for role, change in losses.items() if role != "bank"}
             rows.append(
                 {"seed": seed, "steps": length, "folder": folder.relative_to(self.output).as_posix()}
                 | {"seconds": _seconds(record) * length / self.lengths[-1], "search": search, **final}
@@ -227,13 +245,10 @@ class SideRuns:
             kept = json.loads(done.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 return kept
-        if not (folder / (result_of(recipe) if step is None else step_folder(step))).exists():
-            (folder / "figures.json").unlink()  # or it would not be trained and judged again
-            self.train(side, rate, seed)
-        phases = self.clock.phases
+        record, phases = self._with_weights(recipe, step), self.clock.phases
         with (
             phases("sampling"),
-            tuned_model(self.family, folder, finished_run(folder), step) as tuned,
+            tuned_model(self.family, folder, record, step) as tuned,
             phases.counting(tuned.denoiser),
         ):
             searched = []
@@ -245,6 +260,41 @@ class SideRuns:
         write_json(done, guidance)
         self.clock.spent()
         return guidance
+
+    def _outside(self, side: str, rate: float, length: int, guidance: dict[str, Any] | None) -> dict[str, Any]:
+        """What a side's runs at their best length draw outside the new domain, by its best way of guidance."""
+        assert self.judge.outside is not None
+        way, scale = best_way(guidance) if guidance is not None else (ORDINARY, self.config.drawn[1])
+        step = None if length == self.lengths[-1] else length
+        rows = []
+        for seed in self.config.seeds:
+            recipe = self.recipe_of(side, rate, seed)
+            folder = Path(recipe.output)
+            done, asked = folder / "outside.json", [pilot_identity(recipe, self.config), length, way, scale]
+            identity = digest_of([*asked, self.judge.outside.sampling.prompts])
+            if done.exists() and (kept := json.loads(done.read_text(encoding="utf-8")))["identity"] == identity:
+                rows.append(kept["figures"])
+                continue
+            record, phases = self._with_weights(recipe, step), self.clock.phases
+            with (
+                phases("sampling"),
+                tuned_model(self.family, folder, record, step) as tuned,
+                phases.counting(tuned.denoiser),
+            ):
+                base = self.family if way == DOMAIN else None
+                pictures = drawn(tuned, self.judge.outside.sampling, seed, scale, base)
+            save_pictures(pictures[:SHOWN], folder / "pictures-outside")
+            rows.append({"seed": seed} | self.judge.outside.figures(pictures))
+            write_json(done, {"identity": identity, "figures": rows[-1]})
+            self.clock.spent()
+        return {"steps": length, "way": way, "scale": scale, "runs": rows, "summary": summarise(rows)}
+
+    def _with_weights(self, recipe: Recipe, step: int | None) -> RunRecord:
+        """The record of a run whose weights at a step, or at its end, are there."""
+        folder = Path(recipe.output)
+        if (folder / (result_of(recipe) if step is None else step_folder(step))).exists():
+            return finished_run(folder)
+        return self._train(recipe)
 
     def _train(self, recipe: Recipe) -> RunRecord:
         """The run's record; it is trained again where its weights are gone but its figures are wanted."""
@@ -258,7 +308,8 @@ class SideRuns:
         device = self.family.device
         self.family.to("cpu")  # the run loads a model of its own
         try:
-            return train(recipe, overwrite=gone).record
+            with kept_aside(folder) if gone else nullcontext():
+                return train(recipe, overwrite=gone).record
         finally:
             if device.type != "cpu":
                 free_memory()  # of the run's model, before this one takes its place

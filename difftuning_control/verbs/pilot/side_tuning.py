@@ -1,4 +1,4 @@
-"""The objective of each side of a pilot: the recipe's own, with the schedule and the bank that the side stands for."""
+"""The objective and the bank of each side of a pilot: the recipe's own, with what the side stands for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.figures import LEAST_PICTURES
+from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import POWER
-from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
+from difftuning_control.recipe.studies import GENERAL, POWER
+from difftuning_control.recipe.training import DEFAULT_TAU, ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
+GENERAL_WEIGHT = 1.0  # λ of retention under general prompts, which share no prompt with the new pictures
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher_bank": {"retention_rows": "bank"},
     "teacher_empty": {"retention_rows": "pictures", "retention_prompts": "empty"},
@@ -55,6 +57,9 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
     if side == "prior":
         return replace(base, schedule=ScheduleConfig("constant", xi=1.0))
+    if side == GENERAL:
+        power = ScheduleConfig("power", tau=DEFAULT_TAU)
+        return replace(base, schedule=power, retention_prompts="own", retention_weight=GENERAL_WEIGHT)
     if side == "difftuning_measured":
         return replace(base, schedule=measured)
     if (match := POWER.fullmatch(side)) is not None:
@@ -62,3 +67,8 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
     return replace(
         base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=ALLOWED if allowed is None else allowed
     )
+
+
+def side_bank(side: str, base: BankConfig, output: Path) -> BankConfig:
+    """A side's bank: the pilot's, or of the side that retains general prompts one of its own."""
+    return replace(base, prompts="general", path=str(output / "bank-general")) if side == GENERAL else base
