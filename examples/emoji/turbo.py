@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import spread
+from common import digest_of_model, spread
 from distil import Trajectories, make_turbo
 from styles import CARRIED, data_of
 
@@ -235,6 +235,7 @@ def collect(work: Path) -> dict[str, Any]:
     if not rows:
         raise SystemExit(f"{work} holds no judged run; run the study first.")
     settings = {"rows": ROWS, "learning_rate": RATE, "lengths": LENGTHS, "pictures": PICTURES}
+    settings["model"] = digest_of_model()
     turbo = json.loads((work / "turbo.json").read_text())
     return {"settings": settings, "versions": versions(), "turbo": turbo, "rows": rows}
 
