@@ -135,9 +135,9 @@ class BankConfig:
         size: number of samples, or auto: what the run will draw of them and a quarter more, which only validation sees,
             at least 8, and at most 32 with an adapter and 256 with other methods; of a bank that is there, what it
             holds. Prompts are spread over them. [samples, ≥ 1]
-        prompts: what the samples are drawn for: captions (those of the data), general (96 prompts across subjects and
-            styles that come with the package), empty, or a text file with one prompt a line; of a model that is told
-            classes instead of general also classes (all that it has), or both (its classes and the empty one by turns).
+        prompts: what samples are drawn for: captions (the data's), general (the package's 96), empty, or a text file
+            with one a line; of a model that is told classes not general but also classes (all that it has), or both
+            (its classes and the empty one by turns).
         guidance_scale: scale of classifier-free guidance while the samples are drawn; where none is named, a model that
             was distilled to few steps draws with none. [≥ 0]
         steps: sampling steps of a sample; where none are named, a model that was distilled draws in its few. [steps, ≥

@@ -490,7 +490,7 @@ def test_a_bank_drawn_with_other_settings_is_refused_and_kept(train, bank, tmp_p
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "expected captions, empty, or a text file with one prompt a line"),
+        (None, "expected captions, empty, general, or a text file with one prompt a line"),
         (b"\n \n", "has no prompt; write one a line"),
         (b"gr\xfcn", "is not UTF-8 text; save it as UTF-8"),
     ],

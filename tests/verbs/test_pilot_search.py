@@ -9,7 +9,8 @@ from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.verbs.pilot.pilot import Pilot
 from difftuning_control.verbs.pilot.settings import pilot_identity
-from difftuning_control.verbs.pilot.side_runs import SideRuns, beyond
+from difftuning_control.verbs.pilot.side_runs import SideRuns
+from difftuning_control.verbs.pilot.side_tuning import beyond
 
 
 @pytest.mark.parametrize(

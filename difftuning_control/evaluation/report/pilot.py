@@ -156,12 +156,12 @@ def _outside(pilot: PilotRun, folder: Path) -> dict[str, Any] | None:
         return None
     asked = [("base", pilot.base.get("outside")), *((side["name"], side.get("outside")) for side in pilot.sides)]
     rows = [
-        {"name": name, "runs": [run | {"steps": 0} for run in drawn["runs"]], "best_length": 0}
+        {"name": name, "runs": [{**row, "steps": 0} for row in drawn["runs"]], "best_length": 0}
         for name, drawn in asked
         if drawn
     ]
     pictures, metrics = picture_blocks(pilot.outside, folder), ("outside_kid", "still_drawn")
-    return {"rows": rows, "metrics": metrics, "pictures": pictures, "count": pilot.base["outside"]["prompts"]}
+    return {"rows": rows, "metrics": metrics, "pictures": pictures, "count": dict(asked)["base"]["prompts"]}
 
 
 def _at_the_end(side: Mapping[str, Any]) -> bool:

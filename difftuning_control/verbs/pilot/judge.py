@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -108,6 +109,7 @@ def _probe(conditioner: Conditioner, inputs: Materials, captions: list[str]) -> 
     return FidelityProbe.build(conditioner, data, control, {})
 
 
+SHOWN = 8  # pictures of a run that are kept
 ORDINARY, DOMAIN = "ordinary", "domain"
 KEPT = ("kid", "domain_hit")  # of the search
 
@@ -155,3 +157,9 @@ def guidance_of(guided: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for way, scale in guided[0]["scales"].items()
     }
     return {"search": guided[0]["search"], "ways": ways}
+
+
+def save_pictures(pictures: list[Image.Image], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")

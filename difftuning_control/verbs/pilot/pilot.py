@@ -28,17 +28,14 @@ from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
-from difftuning_control.evaluation.outside import Outside
 from difftuning_control.evaluation.pilot_figures import (
     PictureRow,
-    PilotBudget,
     PilotPictures,
     outside_rows,
     picture_rows,
 )
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
-from difftuning_control.objective.budget import spread_budget
 from difftuning_control.pipelines.domain_guidance import check_domain_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
@@ -48,14 +45,16 @@ from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
 from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
 from difftuning_control.runs.record import COMPLETE, read_run
-from difftuning_control.system.digests import digest_of, digest_of_file
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import is_empty, write_json
 from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
-from difftuning_control.verbs.analyze import measure, read_multipliers
-from difftuning_control.verbs.pilot.judge import Judge, drawn, judge_of
+from difftuning_control.verbs.analyze import measure
+from difftuning_control.verbs.pilot.budget import kept_budget
+from difftuning_control.verbs.pilot.judge import SHOWN, Judge, judge_of, save_pictures
+from difftuning_control.verbs.pilot.outside_runs import outside_of_base
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
-from difftuning_control.verbs.pilot.side_runs import SHOWN, SideRuns, save_pictures
+from difftuning_control.verbs.pilot.side_runs import SideRuns
 from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
 
 PRIMARY = "kid"
@@ -141,7 +140,8 @@ class Pilot:
             analysis = self._analyze(inputs)
         with phases("sampling"), phases.counting(self.family.denoiser):
             base, pictures = self._base(inputs, judge)
-            asked = self._base_outside(judge.outside) if judge.outside is not None else None
+            if judge.outside is not None:
+                base["outside"] = outside_of_base(self.family, judge.outside, self.output, self.config.seeds)
         sides = []
         for number, side in enumerate(self.config.sides, start=2):
             self.tell(f"[{number}/{len(self.config.sides) + 2}] {side}")
@@ -152,7 +152,7 @@ class Pilot:
         base |= {f"{role}_loss": change.base.mean for role, change in losses.items()}
         outside = None
         if judge.outside is not None:
-            base["outside"], prompts = asked, judge.outside.sampling.prompts[:SHOWN]
+            prompts = judge.outside.sampling.prompts[:SHOWN]
             outside = PilotPictures(prompts=prompts, rows=outside_rows(sides, len(prompts)))
         record = PilotRecord(
             status=COMPLETE,
@@ -173,7 +173,7 @@ class Pilot:
                 rows=pictures + picture_rows(sides, min(SHOWN, len(judge.final.prompts))),
             ),
             outside=outside,
-            budget=self._budget(sides),
+            budget=kept_budget(sides, self.output),
         )
         write_pilot(record, self.output)
         return record
@@ -260,37 +260,6 @@ class Pilot:
         for name, place in (("truth", "truth"), ("base", f"base/seed-{self.config.seeds[0]}")):
             rows.append(PictureRow(name=name, files=[f"{place}/{i}.png" for i in range(len(prompts))]))
         return {name: value["mean"] for name, value in summarise(runs).items()} | {"runs": runs}, rows
-
-    def _base_outside(self, outside: Outside) -> dict[str, Any]:
-        """The same figures of the pretrained model, by seed: what is left where nothing was forgotten."""
-        rows = []
-        for seed in self.config.seeds:
-            folder = self.output / "base"
-            path, identity = folder / f"outside-{seed}.json", digest_of(outside.sampling.prompts)
-            if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
-                pictures = drawn(self.family, outside.sampling, seed)
-                if seed == self.config.seeds[0]:
-                    save_pictures(pictures[:SHOWN], folder / "pictures-outside")
-                write_json(path, {"identity": identity, "figures": {"seed": seed} | outside.figures(pictures)})
-            rows.append(json.loads(path.read_text(encoding="utf-8"))["figures"])
-        return {"prompts": len(outside.sampling.prompts), "runs": rows, "summary": summarise(rows)}
-
-    def _budget(self, sides: list[dict[str, Any]]) -> PilotBudget | None:
-        """Of the side with a forgetting budget: was it kept, and what did it cost on the target against plain."""
-        by_name = {s["name"]: s for s in sides}
-        if BUDGET not in by_name:
-            return None
-        side, length = by_name[BUDGET], by_name[BUDGET]["best_length"]
-        rows = [r for r in side["runs"] if r["steps"] == length]
-        rises = [losses_of(row)["bank"].rises for row in rows]
-        loss, plain = (by_name[n]["summary"][str(length)]["target_loss"]["mean"] for n in (BUDGET, "plain"))
-        return PilotBudget(
-            side=BUDGET,
-            allowed=spread_budget(side["tuning"]["forgetting_budget"]),
-            rise=[sum(column) / len(column) for column in zip(*rises)],
-            multipliers=read_multipliers(self.output / rows[0]["folder"]),
-            target_cost=loss / plain - 1,
-        )
 
 
 def pilot(

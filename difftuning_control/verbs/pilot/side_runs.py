@@ -11,14 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, result_of
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.metric_table import lower_is_better
-from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -27,27 +24,23 @@ from difftuning_control.runs.finished import finished_run, tuned_model
 from difftuning_control.runs.kept import read_kept_losses, step_folder
 from difftuning_control.runs.pilot_files import kept_aside, settle
 from difftuning_control.runs.record import RunRecord, read_run
-from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.pilot.judge import (
-    DOMAIN,
-    ORDINARY,
+    SHOWN,
     Judge,
     best_scales,
-    best_way,
-    drawn,
     guidance_of,
     judge_scales,
+    save_pictures,
     search_scales,
 )
+from difftuning_control.verbs.pilot.outside_runs import outside_of_side
 from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
-from difftuning_control.verbs.pilot.side_tuning import side_bank, side_tuning
+from difftuning_control.verbs.pilot.side_tuning import beyond, side_bank, side_tuning
 from difftuning_control.verbs.train import train
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
-
-SHOWN = 8  # pictures of a run that are kept
 
 
 @dataclass
@@ -92,7 +85,7 @@ class SideRuns:
         for seed in self.config.seeds if self.config.guidance_scales else []:
             guided.append(self._guided(name, chosen, seed, best, guided[0]["scales"] if guided else None))
         guidance = guidance_of(guided) if guided else None
-        outside = self._outside(name, chosen, best, guidance) if self.config.outside else None
+        outside = outside_of_side(self, name, chosen, best, guidance) if self.config.outside else None
         for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
             recipe = self.recipe_of(name, rate, seed)
             self._drop_weights(recipe, keep_result=seed == first)
@@ -245,7 +238,7 @@ class SideRuns:
             kept = json.loads(done.read_text(encoding="utf-8"))
             if kept["identity"] == identity:
                 return kept
-        record, phases = self._with_weights(recipe, step), self.clock.phases
+        record, phases = self.with_weights(recipe, step), self.clock.phases
         with (
             phases("sampling"),
             tuned_model(self.family, folder, record, step) as tuned,
@@ -261,35 +254,7 @@ class SideRuns:
         self.clock.spent()
         return guidance
 
-    def _outside(self, side: str, rate: float, length: int, guidance: dict[str, Any] | None) -> dict[str, Any]:
-        """What a side's runs at their best length draw outside the new domain, by its best way of guidance."""
-        assert self.judge.outside is not None
-        way, scale = best_way(guidance) if guidance is not None else (ORDINARY, self.config.drawn[1])
-        step = None if length == self.lengths[-1] else length
-        rows = []
-        for seed in self.config.seeds:
-            recipe = self.recipe_of(side, rate, seed)
-            folder = Path(recipe.output)
-            done, asked = folder / "outside.json", [pilot_identity(recipe, self.config), length, way, scale]
-            identity = digest_of([*asked, self.judge.outside.sampling.prompts])
-            if done.exists() and (kept := json.loads(done.read_text(encoding="utf-8")))["identity"] == identity:
-                rows.append(kept["figures"])
-                continue
-            record, phases = self._with_weights(recipe, step), self.clock.phases
-            with (
-                phases("sampling"),
-                tuned_model(self.family, folder, record, step) as tuned,
-                phases.counting(tuned.denoiser),
-            ):
-                base = self.family if way == DOMAIN else None
-                pictures = drawn(tuned, self.judge.outside.sampling, seed, scale, base)
-            save_pictures(pictures[:SHOWN], folder / "pictures-outside")
-            rows.append({"seed": seed} | self.judge.outside.figures(pictures))
-            write_json(done, {"identity": identity, "figures": rows[-1]})
-            self.clock.spent()
-        return {"steps": length, "way": way, "scale": scale, "runs": rows, "summary": summarise(rows)}
-
-    def _with_weights(self, recipe: Recipe, step: int | None) -> RunRecord:
+    def with_weights(self, recipe: Recipe, step: int | None) -> RunRecord:
         """The record of a run whose weights at a step, or at its end, are there."""
         folder = Path(recipe.output)
         if (folder / (result_of(recipe) if step is None else step_folder(step))).exists():
@@ -316,21 +281,6 @@ class SideRuns:
             self.family.to(device)
 
 
-def beyond(best: float, rates: list[float]) -> list[float]:
-    """The next learning rate past the end at which the best one lies, as far as the last two are apart; none within."""
-    if not is_at_an_end(best, rates):
-        return []
-    ordered = sorted(rates)
-    neighbour = ordered[1] if best == ordered[0] else ordered[-2]
-    return [float(f"{best * best / neighbour:.3g}")]
-
-
 def _seconds(record: RunRecord) -> float:
     """Of the training itself."""
     return (record.timings.training if record.timings is not None else None) or 0.0
-
-
-def save_pictures(pictures: list[Image.Image], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i}.png")

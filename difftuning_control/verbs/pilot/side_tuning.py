@@ -8,6 +8,7 @@ from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.figures import LEAST_PICTURES
+from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import GENERAL, POWER
@@ -72,3 +73,12 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
 def side_bank(side: str, base: BankConfig, output: Path) -> BankConfig:
     """A side's bank: the pilot's, or of the side that retains general prompts one of its own."""
     return replace(base, prompts="general", path=str(output / "bank-general")) if side == GENERAL else base
+
+
+def beyond(best: float, rates: list[float]) -> list[float]:
+    """The next learning rate past the end at which the best one lies, as far as the last two are apart; none within."""
+    if not is_at_an_end(best, rates):
+        return []
+    ordered = sorted(rates)
+    neighbour = ordered[1] if best == ordered[0] else ordered[-2]
+    return [float(f"{best * best / neighbour:.3g}")]
