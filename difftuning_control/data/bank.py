@@ -36,6 +36,11 @@ def retained_prompt(kind: str, own: str, turn: int) -> str:
     return own if kind == "own" or (kind == "both" and turn % 2 == 0) else ""
 
 
+def retained_prompts(kind: str, own: Sequence[str]) -> list[str]:
+    """What rows are measured with: their `own` prompts, the `empty` one, or `both` in turn."""
+    return [retained_prompt(kind, prompt, turn) for turn, prompt in enumerate(own)]
+
+
 @dataclass(frozen=True)
 class BankRequest:
     """What a bank should hold.
@@ -148,8 +153,8 @@ class KnowledgeBank:
         return self.growing is None or self.growing.is_whole
 
     def retained_prompts(self, kind: str) -> list[str]:
-        """What the items are measured with: `own`, the empty prompt (`empty`), or both in turn (`both`)."""
-        return [retained_prompt(kind, prompt, place) for place, prompt in enumerate(self.prompts)]
+        """What the items are measured with, as `retained_prompts` says."""
+        return retained_prompts(kind, self.prompts)
 
     def __getitem__(self, items: Tensor) -> Tensor:
         """The latents of the items (n,) long, (n, C, h, w): what `DiffTuningObjective.add_bank_rows` asks for."""

@@ -7,6 +7,7 @@ still_drawn   share of its pictures whose nearest among those is that of the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,11 @@ class Outside:
     before: Tensor
 
     @classmethod
-    def of(cls, base: Family, features: Features, sampling: Sampling) -> Outside:
-        """With the pictures of the pretrained model."""
-        return cls(sampling, features, features(replace(sampling, seeds=[MAX_SEED]).draw(base)))
+    def of(
+        cls, base: Family, features: Features, sampling: Sampling, advance: Callable[[int], object] = lambda n: None
+    ) -> Outside:
+        """With the pictures of the pretrained model; `advance` is told how many were drawn."""
+        return cls(sampling, features, features(replace(sampling, seeds=[MAX_SEED]).draw(base, advance)))
 
     def figures(self, pictures: list[Image.Image]) -> dict[str, float]:
         """Figures of pictures, one a prompt in order."""

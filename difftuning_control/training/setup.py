@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from difftuning_control.data.bank import retained_prompt
+from difftuning_control.data.bank import retained_prompts
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.latents import Part, part_of
 from difftuning_control.data.prepare import cache_folder, encoded, resolution_of
@@ -164,7 +164,7 @@ def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> F
         part = part_of(bank, bank.retained_prompts(kind))
     else:
         sizes = targets.sizes[:, 0] if targets.sizes is not None else None
-        prompts = [retained_prompt(kind, caption, place) for place, caption in enumerate(targets.captions)]
+        prompts = retained_prompts(kind, targets.captions)
         part = Part(targets.moments.first_views(family.scale_latents), prompts, sizes)
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
     rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained

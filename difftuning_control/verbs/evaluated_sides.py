@@ -15,9 +15,8 @@ from torch import Tensor
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, summarise
 from difftuning_control.evaluation.metrics import diversity
-from difftuning_control.evaluation.outside import still_drawn
+from difftuning_control.evaluation.outside import Outside, still_drawn
 from difftuning_control.pipelines.domain_guidance import domain_guided
-from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.recipe.studies import LEAST_OUTSIDE, Evaluation
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.runs.record import RunRecord
@@ -103,8 +102,8 @@ def judge_sides(
     total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + asked) + recognised
     with progress(total, "sampling") as advance:
         if recognised:
-            other = replace(drawing.outside, seeds=[MAX_SEED], guidance_scale=scale)
-            drawing.before = drawing.reference.features(other.draw(family, advance))
+            far = replace(drawing.outside, guidance_scale=scale)
+            drawing.before = Outside.of(family, drawing.reference.features, far, advance).before
         base = drawing.side("base", family, scale, advance)
         for run, record in records.items():
             with (

@@ -29,7 +29,7 @@ from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
-from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY
+from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, best_way
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent
@@ -97,7 +97,7 @@ def rows_of(cell: Cell, record: PilotRecord) -> Iterator[dict[str, Any]]:
     alike = losses_of(record.sides[0]["runs"][0])["bank"].base
     for side in record.sides:
         length, guidance = side["best_length"], side["guidance"]
-        way = min(guidance["search"], key=lambda row: row["kid"])["way"]
+        way, _ = best_way(guidance)
         chosen, outside = guidance["ways"][way], _outside(side)
         for drawn in chosen["runs"]:
             seed = drawn["seed"]

@@ -10,57 +10,30 @@ from pathlib import Path
 import pytest
 
 from difftuning_control.errors import UserError
-from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.runs.verify import verify
 from difftuning_control.training.result import TrainingResult
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.train import train
-from support.feature_models import save_tiny_dinov2
-from support.pictures import write_pictures
 from support.tiny_models import tiny_flux
+from support.tiny_pilots import tiny_pilot, tiny_study
 
 SCALES = [2.0, 3.5]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Path) -> Recipe:
-    root = tmp_path_factory.mktemp("study")
-    held_out = write_pictures(root / "held", 12, seed=7)
-    return Recipe(
-        method="full",
-        model=ModelConfig(str(model_dir)),
-        data=DataConfig(str(pictures), holdout=0.0, validation_path=str(held_out), cache=str(root / "cache")),
-        tuning=TuningConfig(retention_ratio=0.4),
-        bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
-        training=TrainingConfig(
-            max_steps=3,
-            batch_size=5,
-            validate_every=0,
-            validation_size=4,
-            sample_every=0,
-            learning_rate=1e-3,
-            lr_scheduler="constant",
-        ),
-    )
+    training = {"max_steps": 3, "learning_rate": 1e-3}
+    return tiny_study(tmp_path_factory.mktemp("study"), model_dir, pictures, training, method="full")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
-    features = str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
-    return PilotConfig(
-        ["plain", "difftuning_tau1"],
-        learning_rates=[1e-3],
-        seeds=[0, 1],
-        pictures=6,
-        steps=2,
-        guidance_scale=2.0,
-        features=features,
-        guidance_scales=SCALES,
-    )
+    features = tmp_path_factory.mktemp("features") / "tiny"
+    return tiny_pilot(features, ["plain", "difftuning_tau1"], learning_rates=[1e-3], guidance_scales=SCALES)
 
 
 @pytest.fixture(scope="module")

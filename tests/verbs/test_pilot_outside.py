@@ -11,54 +11,27 @@ import pytest
 from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_family
-from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.recipe.training import TrainingConfig, TuningConfig
 from difftuning_control.runs.verify import verify
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
-from support.feature_models import save_tiny_dinov2
-from support.pictures import write_pictures
+from support.tiny_pilots import tiny_pilot, tiny_study
 
 PROMPTS = ["noto emoji pizza", "noto emoji guitar", "twemoji emoji dog face", "emojione emoji red heart", "a tree"]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Path) -> Recipe:
-    root = tmp_path_factory.mktemp("study")
-    held_out = write_pictures(root / "held", 12, seed=7)
-    return Recipe(
-        model=ModelConfig(str(model_dir)),
-        data=DataConfig(str(pictures), holdout=0.0, validation_path=str(held_out), cache=str(root / "cache")),
-        tuning=TuningConfig(retention_ratio=0.4),
-        bank=BankConfig(size=12, steps=2, batch_size=6),
-        training=TrainingConfig(
-            max_steps=3,
-            batch_size=5,
-            validate_every=0,
-            validation_size=4,
-            sample_every=0,
-            learning_rate=1e-3,
-            lr_scheduler="constant",
-        ),
-    )
+    training = {"max_steps": 3, "learning_rate": 1e-3}
+    return tiny_study(tmp_path_factory.mktemp("study"), model_dir, pictures, training)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
-    features = str(save_tiny_dinov2(tmp_path_factory.mktemp("features") / "tiny"))
-    return PilotConfig(
-        ["plain", "difftuning_general"],
-        learning_rates=[1e-3],
-        lengths=[2, 3],
-        seeds=[0, 1],
-        pictures=6,
-        steps=2,
-        guidance_scale=2.0,
-        features=features,
-        outside=PROMPTS,
-    )
+    features = tmp_path_factory.mktemp("features") / "tiny"
+    sides = ["plain", "difftuning_general"]
+    return tiny_pilot(features, sides, learning_rates=[1e-3], lengths=[2, 3], outside=PROMPTS)
 
 
 def run(study: Recipe, config: PilotConfig, folder: Path):
@@ -104,9 +77,12 @@ def test_prompts_that_are_named_later_give_what_they_would_have_given_at_once(st
 def test_the_same_command_asks_nothing_again_and_other_prompts_are_asked(study, config, done):
     folder, result = done
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("outside*.json")}
+    (before,) = (folder / "base").glob("outside-*.safetensors")  # features of what the base drew
     assert len(stamps) == 2 + 4
+    stamp = before.stat().st_mtime_ns
     again = run(study, config, folder)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert before.stat().st_mtime_ns == stamp
     assert again.sides == json.loads(json.dumps(result.sides))
     other = run(study, replace(config, outside=PROMPTS[::-1]), folder)
     assert all(p.stat().st_mtime_ns != stamps[p] for p in stamps)

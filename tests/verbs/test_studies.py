@@ -15,10 +15,10 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
-from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
+from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
-from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
+from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.pilot.judge import judge_of
@@ -26,7 +26,7 @@ from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.pilot.side_tuning import side_tuning
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
-from support.pictures import write_pictures
+from support.tiny_pilots import tiny_study
 
 BUDGET = [0.0, 0.05, 0.1, 0.2, 0.3]
 
@@ -41,24 +41,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: Path) -> Recipe:
     """A recipe with held-out pictures, its caches in a folder of its own."""
     root = tmp_path_factory.mktemp("study")
-    held_out = write_pictures(root / "held", 12, seed=7)
-    return Recipe(
-        model=ModelConfig(str(model_dir)),
-        data=DataConfig(str(pictures), holdout=0.0, validation_path=str(held_out), cache=str(root / "cache")),
-        tuning=TuningConfig(retention_ratio=0.4),
-        bank=BankConfig(size=12, steps=2, batch_size=6, path=str(root / "bank")),
-        training=TrainingConfig(
-            max_steps=4,
-            batch_size=5,
-            validate_every=0,
-            validation_size=4,
-            sample_every=0,
-            learning_rate=1e-2,
-            lr_scheduler="constant",
-            ema_decay=0.9,
-        ),
-        output=str(root / "run"),
-    )
+    training = {"max_steps": 4, "learning_rate": 1e-2, "ema_decay": 0.9}
+    return tiny_study(root, model_dir, pictures, training, output=str(root / "run"))
 
 
 @pytest.fixture(scope="module")

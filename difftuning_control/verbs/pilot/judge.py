@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import Conditioner
 from difftuning_control.data.examples import ImageData
@@ -37,7 +36,7 @@ class Judge:
     """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
 
     The probes judge how the conditions of each are followed; None where no ControlNet is compared. `outside` judges
-    what is drawn for prompts outside the new domain; None where none are named.
+    what is drawn for prompts outside the new domain; None where none are named, and until the base has drawn them.
     """
 
     reference: Reference
@@ -94,11 +93,7 @@ def judge_of(
         )
         for i in (0, 1)
     )
-    outside = None
-    if config.outside:
-        asked = general_prompts(family)[-OUTSIDE:] if config.outside == "general" else list(config.outside)
-        outside = Outside.of(family, features, replace(final, prompts=asked))
-    return Judge(reference, search, final, probes, outside)
+    return Judge(reference, search, final, probes)
 
 
 def _probe(conditioner: Conditioner, inputs: Materials, captions: list[str]) -> FidelityProbe:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.outside import Outside
+from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, SHOWN, best_way, drawn, save_pictures
+from difftuning_control.system.tensors import read_tensors, write_tensors
+from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, SHOWN, Judge, best_way, drawn, save_pictures
 from difftuning_control.verbs.pilot.settings import pilot_identity
 
 if TYPE_CHECKING:
@@ -20,18 +26,32 @@ if TYPE_CHECKING:
     from difftuning_control.verbs.pilot.side_runs import SideRuns
 
 
+def outside_judge(config: PilotConfig, base: Family, judge: Judge, output: Path) -> Outside | None:
+    """The judge of pictures for the prompts that a pilot names; what the base draws for them is drawn once."""
+    if not config.outside:
+        return None
+    prompts = general_prompts(base)[-OUTSIDE:] if config.outside == "general" else list(config.outside)
+    sampling, features = replace(judge.final, prompts=prompts), judge.reference.features
+    path = output / "base" / f"outside-{digest_of(prompts)}.safetensors"
+    if (kept := read_tensors(path)) is not None:
+        return Outside(sampling, features, kept["before"])
+    outside = Outside.of(base, features, sampling)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {"before": outside.before})
+    return outside
+
+
 def outside_of_base(base: Family, outside: Outside, output: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Figures of the pretrained model by seed: what is left where nothing was forgotten."""
-    rows = []
+    rows, folder, identity = [], output / "base", digest_of(outside.sampling.prompts)
     for seed in seeds:
-        folder = output / "base"
-        path, identity = folder / f"outside-{seed}.json", digest_of(outside.sampling.prompts)
-        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["identity"] != identity:
+        done = folder / f"outside-{seed}.json"
+        if (found := _kept(done, identity)) is None:
             pictures = drawn(base, outside.sampling, seed)
             if seed == seeds[0]:
                 save_pictures(pictures[:SHOWN], folder / "pictures-outside")
-            write_json(path, {"identity": identity, "figures": {"seed": seed} | outside.figures(pictures)})
-        rows.append(json.loads(path.read_text(encoding="utf-8"))["figures"])
+            found = _judged(outside, pictures, seed, done, identity)
+        rows.append(found)
     return {"prompts": len(outside.sampling.prompts), "runs": rows, "summary": summarise(rows)}
 
 
@@ -49,8 +69,8 @@ def outside_of_side(
         folder = Path(recipe.output)
         done, asked = folder / "outside.json", [pilot_identity(recipe, runs.config), length, way, scale]
         identity = digest_of([*asked, outside.sampling.prompts])
-        if done.exists() and (kept := json.loads(done.read_text(encoding="utf-8")))["identity"] == identity:
-            rows.append(kept["figures"])
+        if (found := _kept(done, identity)) is not None:
+            rows.append(found)
             continue
         record, phases = runs.with_weights(recipe, step), clock.phases
         with (
@@ -60,7 +80,21 @@ def outside_of_side(
         ):
             pictures = drawn(tuned, outside.sampling, seed, scale, runs.family if way == DOMAIN else None)
         save_pictures(pictures[:SHOWN], folder / "pictures-outside")
-        rows.append({"seed": seed} | outside.figures(pictures))
-        write_json(done, {"identity": identity, "figures": rows[-1]})
+        rows.append(_judged(outside, pictures, seed, done, identity))
         clock.spent()
     return {"steps": length, "way": way, "scale": scale, "runs": rows, "summary": summarise(rows)}
+
+
+def _kept(done: Path, identity: str) -> dict[str, Any] | None:
+    """The figures in a file; None where it is not there, or is of something else."""
+    if not done.exists():
+        return None
+    kept = json.loads(done.read_text(encoding="utf-8"))
+    return kept["figures"] if kept["identity"] == identity else None
+
+
+def _judged(outside: Outside, pictures: list[Image.Image], seed: int, done: Path, identity: str) -> dict[str, Any]:
+    """The figures of pictures, which are kept in a file."""
+    figures = {"seed": seed} | outside.figures(pictures)
+    write_json(done, {"identity": identity, "figures": figures})
+    return figures

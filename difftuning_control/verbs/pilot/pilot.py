@@ -28,12 +28,7 @@ from difftuning_control.evaluation.band_losses import losses_of
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.fidelity import main_figure
 from difftuning_control.evaluation.figures import check_held_out, summarise, through_autoencoder
-from difftuning_control.evaluation.pilot_figures import (
-    PictureRow,
-    PilotPictures,
-    outside_rows,
-    picture_rows,
-)
+from difftuning_control.evaluation.pilot_figures import PictureRow, PilotPictures, outside_rows, picture_rows
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.pipelines.domain_guidance import check_domain_family
@@ -52,7 +47,7 @@ from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure
 from difftuning_control.verbs.pilot.budget import kept_budget
 from difftuning_control.verbs.pilot.judge import SHOWN, Judge, judge_of, save_pictures
-from difftuning_control.verbs.pilot.outside_runs import outside_of_base
+from difftuning_control.verbs.pilot.outside_runs import outside_judge, outside_of_base
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns
 from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
@@ -135,6 +130,8 @@ class Pilot:
             inputs = materials(self.family, self.recipe)
         check_inputs(self.output, inputs, self.family.fingerprint)
         judge = judge_of(self.config, self.family, self.features, self.conditioner, inputs)
+        with phases("sampling"), phases.counting(self.family.denoiser):
+            judge = replace(judge, outside=outside_judge(self.config, self.family, judge, self.output))
         trained = self.side_runs(judge)
         with phases("analysis"), phases.counting(self.family.denoiser):
             analysis = self._analyze(inputs)
