@@ -29,27 +29,27 @@ class PowerSchedule:
 
     Args:
         retention_tau: τ of ξ alone; that of ψ when None.
+        psi_value: ψ at every level instead; None for u^τ.
 
     Raises:
-        ValueError: unless 0 < tau < ∞, and retention_tau likewise.
+        ValueError: unless 0 < tau < ∞, and retention_tau and psi_value likewise.
     """
 
     tau: float = 1.0
     retention_tau: float | None = None
+    psi_value: float | None = None
 
     def __post_init__(self) -> None:
-        _check_tau("tau", self.tau, "power")
-        if self.retention_tau is not None:
-            _check_tau("retention_tau", self.retention_tau, "power")
+        _check_powers("power", self.tau, self.retention_tau, self.psi_value)
 
     def psi(self, u: Tensor) -> Tensor:
-        return u**self.tau
+        return u**self.tau if self.psi_value is None else torch.full_like(u, self.psi_value)
 
     def xi(self, u: Tensor) -> Tensor:
         return 1 - u ** (self.tau if self.retention_tau is None else self.retention_tau)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "power", "tau": self.tau} | _own_tau(self.retention_tau)
+        return {"kind": "power", "tau": self.tau} | _given(retention_tau=self.retention_tau, psi_value=self.psi_value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PowerSchedule:
@@ -62,24 +62,24 @@ class PaperSchedule:
 
     Args:
         retention_tau: τ of ξ alone; that of ψ when None.
+        psi_value: ψ at every level instead; None for u^τ.
 
     Raises:
-        ValueError: unless 0 < tau < ∞, retention_tau likewise, and num_train_timesteps ≥ 1.
+        ValueError: unless 0 < tau < ∞, retention_tau and psi_value likewise, and num_train_timesteps ≥ 1.
     """
 
     tau: float = 1.0
     num_train_timesteps: int = 1000
     retention_tau: float | None = None
+    psi_value: float | None = None
 
     def __post_init__(self) -> None:
-        _check_tau("tau", self.tau, "paper")
-        if self.retention_tau is not None:
-            _check_tau("retention_tau", self.retention_tau, "paper")
+        _check_powers("paper", self.tau, self.retention_tau, self.psi_value)
         if not 1 <= self.num_train_timesteps < math.inf:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1.")
 
     def psi(self, u: Tensor) -> Tensor:
-        return u**self.tau
+        return u**self.tau if self.psi_value is None else torch.full_like(u, self.psi_value)
 
     def xi(self, u: Tensor) -> Tensor:
         tau = self.tau if self.retention_tau is None else self.retention_tau
@@ -87,7 +87,7 @@ class PaperSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         values = {"kind": "paper", "tau": self.tau, "num_train_timesteps": self.num_train_timesteps}
-        return values | _own_tau(self.retention_tau)
+        return values | _given(retention_tau=self.retention_tau, psi_value=self.psi_value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PaperSchedule:
@@ -184,14 +184,15 @@ class TabulatedSchedule:
         return _of_class(cls, values)
 
 
-def _check_tau(name: str, tau: float, kind: str) -> None:
-    if not 0 < tau < math.inf:
-        raise ValueError(f"{name} is {tau}; a {kind} schedule needs a finite {name} above 0.")
+def _check_powers(kind: str, tau: float, retention_tau: float | None, psi: float | None) -> None:
+    for name, value in (("tau", tau), ("retention_tau", retention_tau), ("psi", psi)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; a {kind} schedule needs a finite {name} above 0.")
 
 
-def _own_tau(retention_tau: float | None) -> dict[str, float]:
-    """What a schedule's description has of a τ of retention's own."""
-    return {} if retention_tau is None else {"retention_tau": retention_tau}
+def _given(**values: float | None) -> dict[str, float]:
+    """What a schedule's description has of its options: those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_flat_retention(schedule: Schedule, u: Tensor) -> TabulatedSchedule:

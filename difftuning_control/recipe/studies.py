@@ -17,7 +17,8 @@ DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
 GENERAL = "difftuning_general"
 TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 LEAST_OUTSIDE = 5  # prompts that a KID is measured on
-POWER = re.compile(r"difftuning_tau(\d+(?:\.\d+)?)")
+NUMBER = r"(\d+(?:\.\d+)?)"
+SCHEDULED = re.compile(rf"(?:prior|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
 
 
 @dataclass
@@ -94,11 +95,12 @@ class PilotConfig(SeededDrawSettings):
     """What a pilot compares.
 
     Args:
-        sides: what is compared: plain (the yardstick), prior, `difftuning_tau<number>`, difftuning_measured,
-            difftuning_budget, which takes the recipe's forgetting_budget, or 0.1, difftuning_general, which retains a
-            bank of its own, of general prompts and with these (τ = 0.3, λ = 1), or with the recipe's own schedule
-            retention by a teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty)
-            or their own (teacher_own).
+        sides: what is compared: plain (the yardstick), prior (ψ = ξ = 1), `difftuning_tau<number>`,
+            `retention_tau<number>` (ψ = 1, ξ = 1 − u^τ), these three also with a λ of their own (prior_lambda0.3),
+            difftuning_measured, difftuning_budget, which takes the recipe's forgetting_budget, or 0.1,
+            difftuning_general, which retains a bank of its own, of general prompts and with these (τ = 0.3, λ = 1), or
+            with the recipe's own schedule retention by a teacher: on the bank (teacher_bank), or on the pictures with
+            the empty prompt (teacher_empty) or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
         widen: while a side's best learning rate is the lowest or the highest tried, try one more beyond it, at most so
@@ -130,12 +132,13 @@ class PilotConfig(SeededDrawSettings):
     def __post_init__(self) -> None:
         expand_paths(self, "features")
         for side in self.sides:
-            power = POWER.fullmatch(side)
+            scheduled = SCHEDULED.fullmatch(side)
             named = side in (*DEFAULT_SIDES, "difftuning_budget", GENERAL, *TEACHERS)
-            if not named and (power is None or float(power[1]) == 0):
+            if not named and (scheduled is None or 0 in map(float, filter(None, scheduled.groups()[1:]))):
                 raise UserError(
-                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, difftuning_measured, "
-                    f"difftuning_budget, {GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
+                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, retention_tau<number> "
+                    "(these three also with _lambda<number> after it), difftuning_measured, difftuning_budget, "
+                    f"{GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")

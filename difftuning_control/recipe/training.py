@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TAU = 0.3
 SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "power": ("tau", "retention_tau"),
-    "paper": ("tau", "retention_tau"),
+    "power": ("tau", "retention_tau", "psi"),
+    "paper": ("tau", "retention_tau", "psi"),
     "constant": ("psi", "xi"),
     "measured": ("path",),
     "function": ("path",),
@@ -38,7 +38,7 @@ class ScheduleConfig:
             (from path), auto (measured as the run begins), or function (yours, by path).
         tau: τ; when empty 0.3 of power, 1 of paper. [> 0]
         retention_tau: τ of ξ alone, of power and paper; that of ψ when empty. [> 0]
-        psi: ψ of constant; 1 when empty. [> 0]
+        psi: ψ at every noise level: of constant 1 when empty; of power and paper u^τ when empty. [> 0]
         xi: ξ of constant; 0 when empty. [≥ 0]
         path: JSON file with u, psi and xi, of measured; `difftune analyze` writes one. Of function
             package.module:function, which is code that runs: given u, (N,) from 0 to 1, it gives ψ and ξ there.
@@ -56,7 +56,8 @@ class ScheduleConfig:
         used = SCHEDULE_OPTIONS[self.kind]
         for name in ("tau", "retention_tau", "psi", "xi", "path"):
             if getattr(self, name) is not None and name not in used:
-                names = f"only {' and '.join(used)}" if used else "none of these"
+                names = " and ".join(filter(None, [", ".join(used[:-1]), *used[-1:]]))
+                names = f"only {names}" if used else "none of these"
                 raise UserError(f"tuning.schedule.{name} is given, but a {self.kind} schedule uses {names}.")
         if self.kind == "measured" and self.path is None:
             raise UserError("tuning.schedule.kind is measured, but tuning.schedule.path is empty; name the file.")
@@ -98,7 +99,7 @@ class ScheduleConfig:
                 return schedule_from_dict({"kind": "constant", "psi": psi, "xi": xi})
             default = DEFAULT_TAU if self.kind == "power" else 1.0
             values: dict[str, Any] = {"kind": self.kind, "tau": default if self.tau is None else self.tau}
-            values["retention_tau"] = self.retention_tau
+            values |= {"retention_tau": self.retention_tau, "psi_value": self.psi}
             if self.kind == "paper":
                 values["num_train_timesteps"] = num_train_timesteps
             return schedule_from_dict(values)

@@ -16,6 +16,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.metric_table import METRICS
 from difftuning_control.evaluation.report.analysis import write_analysis_report
 from difftuning_control.evaluation.report.language import FOLDER, languages, load_texts, placeholders
+from difftuning_control.evaluation.report.side_names import side_about, side_label
 from difftuning_control.system.text import harmless
 from support import report_samples as samples
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
@@ -222,6 +223,25 @@ def test_every_word_is_used_and_every_used_word_exists():
         assert key.startswith(made) or f'"{key}"' in code or f"t.{key}" in code, key
     for found in re.findall(r'\b(?:t|texts)\["([\w.]+)"\]|"([\w.]+)"\|say|heading\(count, "([\w.]+)"\)', code):
         assert "".join(found) in load_texts("en")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "about"),
+    [
+        ("prior", "Prior preservation", "about.prior"),
+        ("prior_lambda0.3", "Prior preservation, λ = 0.3", "about.prior"),
+        ("difftuning_tau0.3", "Diff-Tuning, τ = 0.3", "about.difftuning_tau0.3"),
+        ("difftuning_tau0.3_lambda2", "Diff-Tuning, τ = 0.3, λ = 2", "about.difftuning_tau0.3"),
+        ("difftuning_tau0.7", "Diff-Tuning, τ = 0.7", "about.difftuning_tau"),
+        ("retention_tau1_lambda0.5", "Retention at low noise, τ = 1, λ = 0.5", "about.retention_tau"),
+    ],
+)
+def test_a_side_with_numbers_of_its_own_is_named_and_explained(name, label, about):
+    texts = load_texts("en")
+    assert (side_label(name, texts).replace("\u00a0", " "), side_about(name, texts)) == (label, texts[about])
+    for word in ("somebody's", "tuned"):
+        assert side_about(word, texts) is None
+    assert side_label("somebody's", texts) == "somebody's"
 
 
 def test_a_new_language_is_one_new_file(tmp_path):

@@ -538,8 +538,8 @@ def test_a_prompt_file_that_cannot_serve_is_refused(train, tmp_path, capsys, con
         (["train", "--tuning.retention_weight", "0"], "set both to 0 for plain fine-tuning, or both above 0."),
         (["train", "--tuning.schedule.tau", "-1"], "tuning.schedule: tau is -1.0"),
         (
-            ["train", "--tuning.schedule.psi", "1"],
-            "psi is given, but a power schedule uses only tau and retention_tau.",
+            ["train", "--tuning.schedule.xi", "1"],
+            "xi is given, but a power schedule uses only tau, retention_tau and psi.",
         ),
         (["train", "--bank.size", "0"], "bank.size is 0; expected at least 1."),
         (["train", "--adapter.rank", "0"], "adapter.rank is 0; expected at least 1."),

@@ -157,8 +157,8 @@ def test_a_recipe_uses_a_bank_if_rows_come_from_it(ratio, weight, uses):
 # --- schedules ------------------------------------------------------------------------------------------------------
 
 USED = {
-    "power": {"tau": 2.0},
-    "paper": {"tau": 2.0},
+    "power": {"tau": 2.0, "psi": 0.5},
+    "paper": {"tau": 2.0, "psi": 0.5},
     "constant": {"psi": 0.5, "xi": 0.25},
     "measured": {"path": "x"},
     "auto": {},

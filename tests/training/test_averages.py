@@ -135,11 +135,23 @@ def test_fault_15_23_retention_may_have_a_tau_of_its_own_as_in_the_authors_code(
     torch.testing.assert_close(power.xi(u), 1 - u**2)
 
 
-@pytest.mark.parametrize("schedule", [PaperSchedule(0.5, 20, 2.0), PowerSchedule(0.5, 2.0), PowerSchedule(0.5)])
+@pytest.mark.parametrize(
+    "schedule",
+    [PaperSchedule(0.5, 20, 2.0), PaperSchedule(0.5, 20, psi_value=2.0), PowerSchedule(0.5, 2.0), PowerSchedule(0.5)],
+)
 def test_fault_15_23_a_tau_of_retentions_own_is_described_and_read_again(schedule):
     found = schedule.to_dict()
     assert schedule_from_dict(json.loads(json.dumps(found))) == schedule
     assert ("retention_tau" in found) == (schedule.retention_tau is not None)
+    assert ("psi_value" in found) == (schedule.psi_value is not None)
+
+
+@pytest.mark.parametrize("kind", ["power", "paper"])
+def test_psi_may_be_the_same_at_every_level_where_xi_is_not(kind):
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    schedule, flat = (ScheduleConfig(kind, tau=0.3, psi=psi).build(1000) for psi in (None, 2.0))
+    torch.testing.assert_close(flat.psi(u), torch.full_like(u, 2.0))
+    torch.testing.assert_close(flat.xi(u), schedule.xi(u))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +159,7 @@ def test_fault_15_23_a_tau_of_retentions_own_is_described_and_read_again(schedul
     [
         ({"kind": "paper", "retention_tau": 0.0}, "retention_tau is 0.0"),
         ({"kind": "power", "retention_tau": float("inf")}, "retention_tau is inf"),
+        ({"kind": "paper", "psi": 0.0}, "psi is 0.0; a paper schedule needs a finite psi above 0"),
         ({"kind": "constant", "retention_tau": 1.0}, "tuning.schedule.retention_tau is given, but a constant schedule"),
     ],
 )

@@ -1,6 +1,7 @@
 """The `difftune` command: what it takes from recipes and flags, and each verb end to end on a tiny model."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.families.fitting import fitted
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.finished import finished_run
 from difftuning_control.verbs.commands import COMMANDS, only
 from difftuning_control.verbs.parse import keys_of, parse
+from difftuning_control.verbs.run_lines import print_run
 from difftuning_control.verbs.spelling import OTHERS, SHORT
 from support.command_line import flags, settings
 
@@ -187,6 +190,16 @@ def test_train_leaves_the_files_that_the_design_names(trained):
         "report.html",
     }
     assert len((trained / "metrics.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.parametrize(("held_out", "asked"), [(6, True), (5, False), (None, False)])
+def test_a_run_says_how_to_ask_what_is_still_drawn_where_that_can_be_asked(trained, capsys, held_out, asked):
+    run = finished_run(trained)
+    print_run(replace(run, data=replace(run.data, held_out=held_out)), "runs/my icons")
+    command = """difftune evaluate --runs '["runs/my icons"]'"""
+    assert (command in capsys.readouterr().out) is asked
+    words = shlex.split(command)[1:]
+    assert parse(words)[1].runs == ["runs/my icons"]
 
 
 @pytest.mark.wide

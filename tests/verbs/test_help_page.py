@@ -1,6 +1,7 @@
 """The pages of help: at most sixty lines, with options that there are; and the completion of shells."""
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -55,6 +56,7 @@ def test_what_is_no_page_has_its_whole_help(capsys):
 
 
 def test_completion_without_its_package_is_a_mistake(capsys, monkeypatch):
+    import_module("jsonargparse")  # looks for shtab once, as it is imported
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(["completion", "bash"])

@@ -190,6 +190,9 @@ def test_several_lengths_need_a_constant_learning_rate(study, config, tmp_path):
         ({"sides": ["prior", "difftuning_tau1"]}, "expected plain and at least one other"),
         ({"sides": ["plain", "plain"]}, "expected plain and at least one other"),
         ({"sides": ["plain", "difftuning_tau"]}, "names difftuning_tau; expected plain, prior"),
+        ({"sides": ["plain", "retention_tau0"]}, "names retention_tau0; expected plain, prior"),
+        ({"sides": ["plain", "prior_lambda0.0"]}, "names prior_lambda0.0; expected plain, prior"),
+        ({"sides": ["plain", "plain_lambda1"]}, "names plain_lambda1; expected plain, prior"),
         ({"seeds": [0]}, "at least 2 different"),
         ({"seeds": [1, 1]}, "at least 2 different"),
         ({"pictures": 4}, "pilot.pictures is 4; expected at least 5"),
@@ -210,6 +213,22 @@ def test_a_sides_tuning_keeps_the_rest_of_the_recipes():
     assert side_tuning("difftuning_measured", base, Path("x.json")).schedule == ScheduleConfig(
         "measured", path="x.json"
     )
+
+
+@pytest.mark.parametrize(
+    ("side", "schedule", "weight"),
+    [
+        ("prior", ScheduleConfig("constant", xi=1.0), 0.1),
+        ("prior_lambda0.5", ScheduleConfig("constant", xi=1.0), 0.5),
+        ("difftuning_tau0.3_lambda2", ScheduleConfig("power", tau=0.3), 2.0),
+        ("retention_tau0.3", ScheduleConfig("power", tau=0.3, psi=1.0), 0.1),
+        ("retention_tau1_lambda0.43", ScheduleConfig("power", tau=1.0, psi=1.0), 0.43),
+    ],
+)
+def test_a_side_may_have_a_flat_psi_and_a_weight_of_its_own(side, schedule, weight):
+    PilotConfig(sides=["plain", side])
+    found = side_tuning(side, TuningConfig(ScheduleConfig("power", tau=2.0)), Path("x"))
+    assert (found.schedule, found.retention_weight) == (schedule, weight)
 
 
 # --- auto and budget in a run ---------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from difftuning_control.evaluation.report.chart import (
     share_axis,
     text_width,
 )
+from difftuning_control.evaluation.report.side_names import side_label
 from difftuning_control.system.text import harmless
 
 
@@ -40,10 +41,6 @@ def side_style(name: str) -> tuple[str, str]:
     """Colour and marker of a side, the same in every chart."""
     number = int(hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), 16)
     return SIDE_STYLES.get(name, (OTHERS[number % len(OTHERS)], "ph*<>"[number // 7 % 5]))
-
-
-def side_label(name: str, t: Texts) -> str:
-    return t.get(f"side.{name}", name)
 
 
 def metric_label(metric: str, t: Texts) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from difftuning_control.evaluation.comparison import is_number, mean_spread, seed_values
 from difftuning_control.evaluation.metric_table import METRICS
+from difftuning_control.evaluation.report.side_names import side_about, side_label
 from difftuning_control.system.durable import write_text
 from difftuning_control.system.text import harmless
 
@@ -87,7 +88,8 @@ def page_environment(texts: Mapping[str, str]) -> Environment:
         "short": lambda text: text if len(text) <= MOST_WORDS else text[:MOST_WORDS] + "…",
         "relative": lambda path: "./" + quote(path),
         "say": lambda key, **given: texts[key].format(**{k: missing if v is None else v for k, v in given.items()}),
-        "side": lambda name: texts.get(f"side.{name}", name) if name is not None else missing,
+        "side": lambda name: side_label(name, texts) if name is not None else missing,
+        "about": lambda name: side_about(name, texts) or missing,
         "direction": lambda metric: texts[METRICS[metric].better if metric in METRICS else "neutral"],
         "metric": lambda metric: texts.get(f"metric.{metric}", metric),
         "change": lambda after, before: (

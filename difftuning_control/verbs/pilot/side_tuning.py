@@ -11,7 +11,7 @@ from difftuning_control.evaluation.figures import LEAST_PICTURES
 from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import GENERAL, POWER
+from difftuning_control.recipe.studies import GENERAL, SCHEDULED
 from difftuning_control.recipe.training import DEFAULT_TAU, ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
@@ -56,15 +56,18 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
     base = replace(base, forgetting_budget=None, retention="samples", retention_rows="bank")
     if side == "plain":
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
-    if side == "prior":
-        return replace(base, schedule=ScheduleConfig("constant", xi=1.0))
     if side == GENERAL:
         power = ScheduleConfig("power", tau=DEFAULT_TAU)
         return replace(base, schedule=power, retention_prompts="own", retention_weight=GENERAL_WEIGHT)
     if side == "difftuning_measured":
         return replace(base, schedule=measured)
-    if (match := POWER.fullmatch(side)) is not None:
-        return replace(base, schedule=ScheduleConfig("power", tau=float(match[1])))
+    if (match := SCHEDULED.fullmatch(side)) is not None:
+        kind, tau, weight = match.groups()
+        if kind is None:
+            own = ScheduleConfig("constant", xi=1.0)
+        else:
+            own = ScheduleConfig("power", tau=float(tau), psi=1.0 if kind == "retention" else None)
+        return replace(base, schedule=own, retention_weight=base.retention_weight if weight is None else float(weight))
     return replace(
         base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=ALLOWED if allowed is None else allowed
     )
