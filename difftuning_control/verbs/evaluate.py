@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from difftuning_control.data.bank import KnowledgeBank
@@ -24,10 +23,10 @@ from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.curve import Curve
-from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import (
+    LEAST_REAL,
     MOST,
     MOST_REAL,
     build_reference,
@@ -58,12 +57,15 @@ if TYPE_CHECKING:
 def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dict[str, Any]:
     """Figures of the base and of every run, written to `evaluation.json`; what that file holds.
 
+    Where too few pictures were held out to judge the new domain by, the figures are those that need none: what is drawn
+    for other prompts, and what was forgotten.
+
     Args:
-        tell: is given lines on what was left out of the pictures.
+        tell: is given lines on what was left out of the pictures, and on what is not judged.
 
     Raises:
-        UserError: if runs and base do not belong together, there are too few pictures, or nothing stands for the old
-            domain.
+        UserError: if runs and base do not belong together, too few pictures were named, or are held out where
+            ControlNets or gates need them, or nothing stands for the old domain.
     """
     records = {run: finished_run(run, request.moved) for run in request.runs}
     recipes = {run: record.recipe for run, record in records.items()}
@@ -73,17 +75,20 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     recipe, resolution = recipes[first], records[first].data.resolution
     need_places(records[first], first, ("model", "data", "validation", "control", "control_validation"))
     family = _base(records, recipes, first)
-    request = family.suited(request)
-    features = load_features(request.features, family.device)
+    request, features = family.suited(request), load_features(request.features, family.device)
     training, real = _pictures(request, records, recipes, tell)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
-    old = _old_domain(request, recipe, family, features, bank, resolution, tell)
-    chosen = real.sample(request.pictures)
-    with progress(3, f"{features.name} features of real pictures"):
-        reference = build_reference(family, features, real=real, training=training, source=old, resolution=resolution)
+    reference, chosen = None, real.sample(request.pictures if len(real) >= LEAST_REAL else 0)
+    if len(chosen):
+        old = _old_domain(request, recipe, family, features, bank, resolution, tell)
+        with progress(3, f"{features.name} features of real pictures"):
+            reference = build_reference(
+                family, features, real=real, training=training, source=old, resolution=resolution
+            )
     probe = _probe(records, chosen, family.device)
     outside = request.outside or _outside(family, training)
-    drawing = side_drawing(request, [e.caption for e in chosen.examples], outside, resolution, reference, probe)
+    captions = [e.caption for e in chosen.examples]
+    drawing = side_drawing(request, captions, outside, resolution, features, reference, probe)
     base, sides = judge_sides(request, family, records, drawing)
     measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
     if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
@@ -92,16 +97,20 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     for run, side in zip(records, sides):
         if recipes[run].gates.limits:
             side["gates"] = judge(recipes[run].gates, side, records[run].losses).to_dict()
-    warning = fid_warning(len(reference.real), len(chosen), reference.real.shape[1])
+    real_rows, size = reference.real.shape if reference is not None else (0, 0)
+    warning = fid_warning(real_rows, len(chosen), size) if real_rows else None
     result: dict[str, Any] = {
         "status": "complete",
         "model": recipe.model.id,
-        "settings": _settings(request, features, len(chosen), len(reference.real), outside),
+        "settings": _settings(request, features, len(chosen), real_rows, outside),
         "base": base,
         "sides": sides,
         "warnings": [warning] if warning else [],
     }
-    _write(Path(request.output), result, drawing.grid, drawing.within.prompts[:8])
+    output = Path(request.output)
+    output.mkdir(parents=True, exist_ok=True)
+    drawing.save_grid(output / "grid.png")
+    write_json(output / "evaluation.json", result)
     return result
 
 
@@ -147,7 +156,7 @@ def _pictures(
     """The pictures that the runs were tuned on, and real ones that they were not: those given, or those held out.
 
     Raises:
-        UserError: if the runs were tuned on different pictures or labels, or too few are left to judge with.
+        UserError: if the runs were tuned on different pictures or labels, or too few are left for what must be judged.
     """
     first = request.runs[0]
     recipe = recipes[first]
@@ -162,8 +171,19 @@ def _pictures(
             raise UserError(f"{run} was tuned in another label space than {first}; evaluate them apart.")
     for line in real.notes:
         tell(line)
-    check_held_out(real)
+    if len(real) < LEAST_REAL and request.data is None and not any(_needs_pictures(r) for r in recipes.values()):
+        tell(
+            f"note: {len(real)} pictures were held out, too few to judge the new style by ({LEAST_REAL} are needed); "
+            "only what is drawn for other prompts and what was forgotten is judged; name others with --data."
+        )
+    else:
+        check_held_out(real)
     return training, real.sample(MOST_REAL)
+
+
+def _needs_pictures(recipe: Recipe) -> bool:
+    """Whether a run cannot be judged without held-out pictures: of their conditions, or by its gates."""
+    return recipe.method == "controlnet" or recipe.gates.draws
 
 
 def _check_data(run: str, record: RunRecord, first: str, training: ImageData, real: ImageData) -> None:
@@ -275,11 +295,3 @@ def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, b
         with tuned_model(family, run, record) as tuned:
             curves.append(relative_change(base, rows.rows(tuned.model), rows.centres))
     return curves
-
-
-def _write(output: Path, result: dict[str, Any], grid: dict[str, list[Image.Image]], prompts: list[str]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    names = [Path(k).name for k in grid]
-    labels = [name if name and names.count(name) == 1 else k for name, k in zip(names, grid)]
-    save_grid(output / "grid.png", dict(zip(labels, grid.values())), prompts)
-    write_json(output / "evaluation.json", result)

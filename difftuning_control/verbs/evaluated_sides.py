@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from difftuning_control.evaluation.drawing import save_grid
+from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import Reference, Sampling, figures, summarise
 from difftuning_control.evaluation.metrics import diversity
@@ -25,22 +28,26 @@ from difftuning_control.system.terminal import progress
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
+SHOWN = 8  # pictures of a side in the grid
+
 
 @dataclass
 class SideDrawing:
     """What every side draws, and what it is judged by; keeps what sides are compared by.
 
     Args:
-        within: prompts of the new domain.
+        within: prompts of the new domain; None where there is nothing to judge its pictures by.
         outside: prompts outside it, of which the features alone are wanted.
-        grid: the first pictures of each side.
+        reference: what pictures of the new domain are judged by; None without `within`.
+        grid: the first pictures of each side, within the domain where that is drawn.
         drawn: features of each side's pictures outside the domain.
         before: of the base's from noise that no side draws from; None of fewer than LEAST_OUTSIDE prompts.
     """
 
-    within: Sampling
+    within: Sampling | None
     outside: Sampling
-    reference: Reference
+    features: Features
+    reference: Reference | None
     probe: FidelityProbe | None
     grid: dict[str, list[Image.Image]] = field(default_factory=dict)
     drawn: dict[str, Tensor] = field(default_factory=dict)
@@ -48,18 +55,26 @@ class SideDrawing:
 
     def side(self, name: str, model: Family, scale: float, advance: Callable[[int], object]) -> dict[str, Any]:
         """Figures of a model's pictures by seed, and their summary."""
-        features = self.reference.features
+        other = replace(self.outside, guidance_scale=scale).draw(model, advance)
+        self.drawn[name] = self.features(other)
+        if self.within is None or self.reference is None:
+            self.grid[name] = other[:SHOWN]
+            return {"name": name, "runs": [], "summary": {}, "diversity": None}
         pictures = replace(self.within, guidance_scale=scale).draw(model, advance)
-        self.grid[name] = pictures[:8]
-        self.drawn[name] = features(replace(self.outside, guidance_scale=scale).draw(model, advance))
+        self.grid[name] = pictures[:SHOWN]
         each, runs = len(self.within.prompts), []
-        of_pictures = features(pictures)
+        of_pictures = self.features(pictures)
         for i, seed in enumerate(self.within.seeds):
             rows = slice(i * each, (i + 1) * each)
             row = {"seed": seed} | figures(pictures[rows], self.within.prompts, self.reference, of_pictures[rows])
             runs.append(row | (self.probe.judge_pictures(pictures[rows]) if self.probe is not None else {}))
         within = diversity(of_pictures, self.within.repeated_prompts)
         return {"name": name, "runs": runs, "summary": summarise(runs), "diversity": within}
+
+    @property
+    def count(self) -> int:
+        """How many pictures a side draws."""
+        return len(self.outside.prompts) + (len(self.within.repeated_prompts) if self.within is not None else 0)
 
     def apart(self, name: str) -> dict[str, float]:
         """How far a side's pictures outside the domain are from the base's (`outside`, the mean of 1 − cosine), and the
@@ -68,13 +83,20 @@ class SideDrawing:
         figures = {"outside": float((1 - F.cosine_similarity(self.drawn["base"].double(), found.double())).mean())}
         return figures if self.before is None else figures | {"still_drawn": still_drawn(found, self.before)}
 
+    def save_grid(self, path: Path) -> None:
+        """A row of pictures a side, by the last word of its place where that is its alone."""
+        names = [Path(place).name for place in self.grid]
+        labels = [name if name and names.count(name) == 1 else place for name, place in zip(names, self.grid)]
+        save_grid(path, dict(zip(labels, self.grid.values())), (self.within or self.outside).prompts[:SHOWN])
+
 
 def side_drawing(
     request: Evaluation,
     captions: list[str],
     outside: list[str],
     resolution: int,
-    reference: Reference,
+    features: Features,
+    reference: Reference | None,
     probe: FidelityProbe | None,
 ) -> SideDrawing:
     """What an evaluation asked for.
@@ -82,13 +104,14 @@ def side_drawing(
     Args:
         captions: of the real pictures, which are the prompts of the new domain.
         outside: prompts outside it.
+        reference: None where there is nothing to judge pictures of the new domain by, which are then not drawn.
         probe: of ControlNets, whose conditions are drawn.
     """
     control = probe.control if probe is not None else None
     blank = torch.zeros_like(control[:1]).expand(len(outside), -1, -1, -1) if control is not None else None
-    within = Sampling(captions, request.seeds, *request.drawn, resolution, request.batch_size, control)
-    far = replace(within, prompts=outside, seeds=request.seeds[:1], control=blank)
-    return SideDrawing(within, far, reference, probe)
+    far = Sampling(outside, request.seeds[:1], *request.drawn, resolution, request.batch_size, blank)
+    within = replace(far, prompts=captions, seeds=request.seeds, control=control) if reference is not None else None
+    return SideDrawing(within, far, features, reference, probe)
 
 
 def judge_sides(
@@ -99,11 +122,11 @@ def judge_sides(
     _, scale = request.drawn
     asked = len(drawing.outside.prompts)
     recognised = asked if asked >= LEAST_OUTSIDE else 0
-    total = (len(records) + 1) * (len(drawing.within.repeated_prompts) + asked) + recognised
+    total = (len(records) + 1) * drawing.count + recognised
     with progress(total, "sampling") as advance:
         if recognised:
             far = replace(drawing.outside, guidance_scale=scale)
-            drawing.before = Outside.of(family, drawing.reference.features, far, advance).before
+            drawing.before = Outside.of(family, drawing.features, far, advance).before
         base = drawing.side("base", family, scale, advance)
         for run, record in records.items():
             with (

@@ -66,8 +66,6 @@ def _print_control(run: RunRecord) -> None:
 
 def _print_places(run: RunRecord, output: str) -> None:
     """Where to look, and what to do next."""
-    from difftuning_control.evaluation.figures import LEAST_REAL  # saves torch for the verbs that train nothing
-
     samples = Path(output) / "samples"
     if samples.is_dir():
         say(f"  pictures: {samples}")
@@ -75,6 +73,6 @@ def _print_places(run: RunRecord, output: str) -> None:
     prompt = shlex.quote(run.prompts[0]) if run.prompts else '"a prompt"'
     control = " --control photo.png" if run.control is not None else ""
     say(f"next: difftune sample {shlex.quote(output)} {prompt}{control} --compare")
-    if run.bank is not None and run.control is None and (run.data.held_out or 0) >= LEAST_REAL:
+    if run.control is None:
         asked = shlex.quote(json.dumps([output]))
         say(f"      difftune evaluate --runs {asked}   (what it still draws for other prompts, among others)")

@@ -23,6 +23,8 @@ from difftuning_control.verbs.parse import keys_of, parse
 from difftuning_control.verbs.run_lines import print_run
 from difftuning_control.verbs.spelling import OTHERS, SHORT
 from support.command_line import flags, settings
+from support.feature_models import save_tiny_dinov2
+from support.pictures import write_pictures
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
 HEAVY = ("controlnet_aux", "matplotlib", "torchmetrics", "datasets", "accelerate", "diffusers")
@@ -192,14 +194,32 @@ def test_train_leaves_the_files_that_the_design_names(trained):
     assert len((trained / "metrics.jsonl").read_text().splitlines()) >= 2
 
 
-@pytest.mark.parametrize(("held_out", "asked"), [(6, True), (5, False), (None, False)])
-def test_a_run_says_how_to_ask_what_is_still_drawn_where_that_can_be_asked(trained, capsys, held_out, asked):
-    run = finished_run(trained)
-    print_run(replace(run, data=replace(run.data, held_out=held_out)), "runs/my icons")
+def test_a_run_says_how_to_ask_what_is_still_drawn(trained, capsys):
+    print_run(finished_run(trained), "runs/my icons")
     command = """difftune evaluate --runs '["runs/my icons"]'"""
-    assert (command in capsys.readouterr().out) is asked
-    words = shlex.split(command)[1:]
-    assert parse(words)[1].runs == ["runs/my icons"]
+    assert command in capsys.readouterr().out
+    assert parse(shlex.split(command)[1:])[1].runs == ["runs/my icons"]
+
+
+def test_an_evaluation_of_few_pictures_judges_what_needs_none(trained, root, capsys):
+    words = ["evaluate", "--runs", json.dumps([str(trained)]), "--features", str(save_tiny_dinov2(root / "features"))]
+    words += ["--seeds", "[0]", "--steps", "1", "--outside", json.dumps(list("abcde")), "--output"]
+    main([*words, str(root / "judged")])
+    said = capsys.readouterr().out
+    assert "note: 2 pictures were held out, too few to judge the new style by (6 are needed)" in said
+    assert "still drawn" in said
+    assert "KID" not in said
+    found = json.loads((root / "judged" / "evaluation.json").read_text())
+    assert (found["settings"]["pictures"], found["settings"]["real"], found["base"]["summary"]) == (0, 0, {})
+    (side,) = found["sides"]
+    assert {"outside", "still_drawn"} <= set(side)
+    assert side["runs"] == []
+    with Image.open(root / "judged" / "grid.png") as grid:
+        assert grid.width > 5 * 96  # a column a prompt
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, str(root / "not"), "--data", str(write_pictures(root / "few", 3, seed=7))])
+    assert "an evaluation needs at least 6 held-out pictures; there are 3." in capsys.readouterr().err
+    assert not (root / "not").exists()
 
 
 @pytest.mark.wide

@@ -604,6 +604,18 @@ def test_figures_of_an_evaluation_become_a_table(lora, to, evaluated):
     assert f"{1000 * result['sides'][0]['summary']['kid']['mean']:.1f} ±" in part
 
 
+def test_figures_without_held_out_pictures_say_what_was_kept(lora, to, root, evaluated, tmp_path):
+    settings = {"seeds": [0], "steps": 1, "features": str(root / "features"), "outside": list("abcde")}
+    with_none = replace(lora, output=str(tmp_path / "run"), data=replace(lora.data, holdout=0.0, validation_path=None))
+    train(with_none)
+    evaluate(Evaluation([with_none.output], output=str(tmp_path / "judged"), **settings))
+    card = (to(with_none, evaluation=str(tmp_path / "judged" / "evaluation.json")) / "README.md").read_text()
+    part = card[card.index("## What was kept") :].split("\n## ")[0]
+    assert "5 prompts outside the new domain, 1 steps" in part
+    assert "still drawn" in part
+    assert "KID" not in part
+
+
 def test_a_run_is_known_by_what_it_is_and_in_older_files_by_its_place(lora, to, evaluated, tmp_path):
     result = json.loads(evaluated.read_text())
     result["sides"][0]["name"] = "somewhere/else"

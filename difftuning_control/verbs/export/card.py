@@ -170,7 +170,10 @@ def evaluation_lines(path: str, run: str, record: RunRecord) -> list[str]:
         if side is not None:
             rows = table_rows({"base": result["base"], "sides": [{**side, "name": "tuned"}]})
             asked = result["settings"]
-            words = f"{asked['pictures']} prompts, {len(asked['seeds'])} seeds, {asked['steps']} steps, guidance "
+            prompts = f"{asked['pictures']} prompts, {len(asked['seeds'])} seeds"
+            if not asked["pictures"]:  # too few were held out
+                prompts = f"{len(asked['outside'])} prompts outside the new domain"
+            words = f"{prompts}, {asked['steps']} steps, guidance "
             words += f"{asked['guidance_scale']:g}, features {plain_markdown(str(asked['features']))}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"the evaluation {path} cannot be read; name one of difftune evaluate.") from None
@@ -180,7 +183,7 @@ def evaluation_lines(path: str, run: str, record: RunRecord) -> list[str]:
     table = [f"| {' | '.join(row)} |" for row in rows]
     table.insert(1, "|---" * len(rows[0]) + "|")
     return [
-        "## Pictures against real ones",
+        "## Pictures against real ones" if asked["pictures"] else "## What was kept",
         "",
         f"{words}; mean ± standard deviation over seeds.",
         "",
