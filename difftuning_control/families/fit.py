@@ -1,4 +1,4 @@
-"""Settings of training that fit a family, by method: learning rate, optimizer steps, batch size."""
+"""Settings of training that fit a family, by method: learning rate, optimizer steps, batch size, schedule."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class Fit:
         learning_rate: of AdamW.
         max_steps: optimizer steps, for some tens of pictures; a ControlNet needs many more.
         batch_size: rows of a step, which fit 24 GB with gradient checkpointing.
+        flat: methods that learn and retain at every noise level alike, ψ = ξ = 1: over eight styles that came nearer
+            to a style than the powers of the paper, and forgot less (docs/results.md).
     """
 
     learning_rate: dict[str, float] = field(
@@ -20,6 +22,7 @@ class Fit:
     )
     max_steps: dict[str, int] = field(default_factory=lambda: {"lora": 800, "full": 800, "controlnet": 20000})
     batch_size: int = 5
+    flat: tuple[str, ...] = ("lora",)
 
 
 EMBEDDED = Fit(

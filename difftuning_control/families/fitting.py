@@ -14,6 +14,7 @@ from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import family_class, few_steps_of
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.training import ScheduleConfig
 from difftuning_control.system.terminal import activity
 
 TOO_MANY = 2  # times the steps of a distilled model, where more bring it nothing
@@ -118,6 +119,8 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
         "training.mixed_precision": "no" if fit is EMBEDDED else _precision(),
     }
     open_values = {key: value for key, value in fits.items() if key in recipe.left_open}
+    if method in fit.flat and "tuning.schedule.kind" in recipe.left_open and recipe.tuning.schedule == ScheduleConfig():
+        open_values |= {"tuning.schedule.kind": "constant", "tuning.schedule.xi": 1.0}
     ratio = _bank_share(recipe, open_values.get("training.batch_size", recipe.training.batch_size))
     if "tuning.retention_ratio" in recipe.left_open and ratio is not None:
         open_values["tuning.retention_ratio"] = ratio

@@ -31,6 +31,7 @@ FITTED = (  # what fits the model where a recipe names none
     "training.max_steps",
     "training.batch_size",
     "training.mixed_precision",
+    "tuning.schedule.kind",
     "tuning.retention_ratio",
     "bank.steps",
     "bank.guidance_scale",
@@ -259,8 +260,9 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """A recipe from its sections as dictionaries: `{"model": {"id": "embedded"}, "training": {"max_steps": 30}}`.
 
-        Learning rate, steps, batch size and precision that are left out fit the model once it is known, and so do the
-        sampling steps and guidance of one that was distilled to few steps; the data must be named.
+        Learning rate, steps, batch size, precision and schedule that are left out fit the model and the method once the
+        model is known, and so do the sampling steps and guidance of one that was distilled to few steps; the data must
+        be named.
 
         Raises:
             UserError: if a key is unknown, or a value is of another type or out of its range.

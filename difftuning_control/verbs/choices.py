@@ -49,7 +49,8 @@ DEFAULTS = _defaults(Recipe)
 def _of_schedule(values: Values) -> set[str]:
     options = {name for names in SCHEDULE_OPTIONS.values() for name in names}
     takes = SCHEDULE_OPTIONS.get(values["tuning.schedule.kind"], tuple(options))
-    return {f"tuning.schedule.{name}" for name in options.difference(takes)}
+    kept = set(takes) - {"psi"}  # all of a constant schedule's ψ, but what takes the place of u^τ in a power's
+    return {f"tuning.schedule.{name}" for name in options - kept}
 
 
 def _of_adapter(values: Values) -> set[str]:

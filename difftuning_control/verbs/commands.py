@@ -132,7 +132,7 @@ class PilotCommand(Recipe):
 
 @dataclass
 class DemoCommand:
-    """Plain fine-tuning and Diff-Tuning side by side on a far and a near style, on the embedded model, with a report.
+    """Fine-tuning without and with retention on a far and a near style, on the embedded model, with a report.
 
     Args:
         output: folder of the demo.

@@ -1,4 +1,4 @@
-"""`difftune demo`: plain fine-tuning against Diff-Tuning on a far and a near style, with the embedded model."""
+"""`difftune demo`: plain fine-tuning against a LoRA's default on a far and a near style, with the embedded model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from difftuning_control.system.durable import write_json
 from difftuning_control.system.text import harmless
 from difftuning_control.verbs.pilot.pilot import pilot
 
-COMPARED = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
+COMPARED = {"plain": "plain", "prior": "with retention"}  # the second as where a LoRA's recipe names no schedule
 LABELS = {"truth": "true picture", "base": "base"} | COMPARED
 TARGETS = {"icons": "far", "flat": "near"}  # sets that the package carries, as the base sees them
 RATES = {"icons": 5e-3, "flat": 2.5e-3}  # a near style asks for less change

@@ -103,7 +103,7 @@ def help_page(verb: str, command: type) -> str | None:
 def _option(verb: str, key: str, command: type, hint: Any, short: str | None) -> list[str]:
     section, entry = _entry(command, key)
     text = _with_unit(argument_texts(section).get(entry.name, ""))
-    shown = "as fits the model" if key in FITTED[:4] else _shown(_default(entry))
+    shown = "as fits the model" if key in FITTED[:5] else _shown(_default(entry))
     default = f" ({shown})" if shown and not (key == "data.path" or verb == "resume") else ""
     long = f" [{key}]" if short and "." in key else ""
     names = f"--{short or key}"

@@ -33,8 +33,7 @@ from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, best_way
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent
-DEFAULT = "difftuning_tau0.3"  # the package's own, "difftuning" among the rows
-RIVALS = ("prior", "teacher_empty", "teacher_own")  # that have no schedule
+DEFAULT = "prior"  # what the package does with a LoRA, "difftuning" among the rows: ψ = ξ = 1, λ = 0.1
 FULL_RATES = [3e-4, 6e-4]
 FIRST = ("plain", "difftuning", "difftuning_general")  # columns of the tables; the others by name
 OUTSIDE_FIGURES = ("outside_kid", "still_drawn")  # where the pilot asked
@@ -196,7 +195,7 @@ def table(result: Mapping[str, Any]) -> str:
         *bands_table(rows, methods),
         "",
     ]
-    rivals = {name: effect(rows, "difftuning", name) for name in RIVALS if name in methods}
+    rivals = {name: effect(rows, "difftuning", name) for name in methods if name not in ("plain", "difftuning")}
     lines += [f"difftuning against {name}: KID {interval(found)}" for name, found in rivals.items()]
     if (seen := foresight(rows)) is not None:
         lines.append(

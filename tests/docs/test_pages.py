@@ -18,7 +18,7 @@ from support.documents import NAMES, ROOT, anchors, blocks, difftune_commands, l
 
 page = pytest.mark.parametrize("name", NAMES)
 WITH_COMMANDS = [name for name, path in NAMES.items() if list(difftune_commands(path.read_text(encoding="utf-8")))]
-RUNS = ("runs/tau05", "runs/mine", "RUN")  # that commands read when they are parsed
+RUNS = ("runs/power", "runs/mine", "RUN")  # that commands read when they are parsed
 HASH = "0" * 64
 
 

@@ -106,13 +106,13 @@ def test_the_readme_from_top_to_bottom(desk):
     scope: dict = {"photo": Image.open("photo.png").convert("RGB")}
     done = follow(README, scope)
     assert {"train", "resume", "sample", "export", "pilot", "analyze", "evaluate"} <= set(done)
-    for run in ("mine", "tau05", "my_controlnet", "pilot"):
+    for run in ("mine", "power", "my_controlnet", "pilot"):
         assert any(Path("runs", run).iterdir()), run
     assert json.loads(Path("runs/mine/run.json").read_text())["status"] == "complete"
     assert Path("runs/my_controlnet/controlnet/control_spec.json").exists()
     assert scope["pipe"].get_active_adapters()
     assert scope["image"].size == (64, 64)
-    assert os.listdir("exports/tau05")
+    assert os.listdir("exports/power")
 
 
 @pytest.mark.wide

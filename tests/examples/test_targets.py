@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from difftuning_control.families.fitting import fitted
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.pilot_record import PilotRecord
+from difftuning_control.verbs.pilot.side_tuning import side_tuning
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 
@@ -126,7 +128,7 @@ def side(name: str) -> dict:
 def test_a_row_is_a_side_at_what_its_search_chose(targets):
     """By the prompts of the search, though ordinary guidance has the better figures."""
     base = dict.fromkeys(targets.FIGURES, 0.5)
-    record = PilotRecord(settings={"guidance_scale": 2.0}, base=base, sides=[side("plain"), side("difftuning_tau0.3")])
+    record = PilotRecord(settings={"guidance_scale": 2.0}, base=base, sides=[side("plain"), side("prior")])
     rows = list(targets.rows_of(targets.Cell("game", 24, "lora"), record))
     assert [(r["method"], r["seed"]) for r in rows] == [
         ("base", None), ("plain", 0), ("plain", 1), ("difftuning", 0), ("difftuning", 1),
@@ -195,7 +197,10 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
     assert len({recipe.output for recipe, _ in asked}) == len(asked) == 18
     assert {(r.method, r.data.limit) for r, _ in asked} == {("lora", 8), ("lora", 24), ("full", 24)}
     assert all(config.pictures == 40 and targets.DEFAULT in config.sides for _, config in asked)
-    assert f"difftuning_tau{Recipe().tuning.schedule.build(1000).tau:g}" == targets.DEFAULT
+    default = fitted(Recipe.from_dict({"data": {"path": "pics"}})).tuning
+    assert default == side_tuning(
+        targets.DEFAULT, default, tmp_path
+    )  # the rows called difftuning are the package's own
 
 
 def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):
@@ -245,7 +250,7 @@ def test_a_pilot_on_a_style_gives_rows_and_a_table(targets, tmp_path, monkeypatc
     tiny = {"max_steps": 2, "batch_size": 5, "validation_size": 4}
     flags = [f"--training.{k}={v}" for k, v in tiny.items()]
     flags += ["--pilot.lengths=[1, 2]", "--pilot.seeds=[0, 1]", "--pilot.pictures=6", "--pilot.steps=1"]
-    flags += ["--pilot.guidance_scales=[2.0]", "--pilot.widen=0", '--pilot.sides=["plain", "difftuning_tau0.3"]']
+    flags += ["--pilot.guidance_scales=[2.0]", "--pilot.widen=0", '--pilot.sides=["plain", "prior"]']
     flags += ["--bank.size=6", "--bank.steps=1", "--bank.batch_size=4"]
     cell = targets.Cell("flat", 8, "lora")
     targets.run(cell, tmp_path, flags)

@@ -1,12 +1,17 @@
 """What a recipe leaves open becomes what fits family, method and device; what it names stays."""
 
+import shlex
+
 import pytest
 
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.report.commands import train_command
 from difftuning_control.families.fit import EMBEDDED
 from difftuning_control.families.fitting import fitted
 from difftuning_control.families.loading import FAMILIES, SINCE, family_class
+from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import FITTED, Recipe
+from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.installed import at_least
 from difftuning_control.verbs.commands import only
@@ -31,7 +36,7 @@ def test_a_stable_diffusion_gets_its_familys_values(model_dir, method, rate):
 
 
 def test_the_embedded_model_keeps_the_defaults_of_the_dataclass():
-    recipe = fitted(of({"id": "embedded"}))
+    recipe = fitted(of({"id": "embedded"}, tuning={"schedule": {"kind": "power"}}))
     assert recipe == of({"id": "embedded"})
     full = fitted(of({"id": "embedded"}, method="full"))
     assert full.training.learning_rate == EMBEDDED.learning_rate["full"] == 3e-4
@@ -43,7 +48,7 @@ def test_what_is_named_stays(model_dir):
     recipe = of(
         {"id": str(model_dir)},
         training=named | {"sample_steps": 9, "sample_guidance_scale": 2.0},
-        tuning={"retention_ratio": 0.4},
+        tuning={"retention_ratio": 0.4, "schedule": {"kind": "power"}},
         bank=drawn,
         control={"fidelity": drawn},
         gates=drawn | {"kid": 0.1},
@@ -85,6 +90,42 @@ def test_a_small_batch_has_one_row_of_the_bank(batch, share):
 def test_a_share_that_is_named_is_not_changed():
     recipe = fitted(of({"id": "embedded"}, training={"batch_size": 4}, tuning={"retention_ratio": 0.2}))
     assert recipe.tuning.retention_ratio == 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "tuning", "expected"),
+    [
+        ("lora", {}, ScheduleConfig("constant", xi=1.0)),
+        ("full", {}, ScheduleConfig()),
+        ("controlnet", {}, ScheduleConfig()),
+        ("lora", {"schedule": {"kind": "power"}}, ScheduleConfig("power")),
+        ("lora", {"schedule": {"tau": 0.5}}, ScheduleConfig("power", tau=0.5)),
+        ("lora", {"retention_ratio": 0.0, "retention_weight": 0.0}, ScheduleConfig("constant", xi=1.0)),
+    ],
+)
+def test_a_lora_learns_and_retains_at_every_level_alike_where_no_schedule_is_named(method, tuning, expected):
+    assert fitted(of({"id": "embedded"}, method=method, tuning=tuning)).tuning.schedule == expected
+
+
+@pytest.mark.parametrize(
+    "schedule", [ScheduleConfig(), ScheduleConfig("power", tau=0.3), ScheduleConfig("constant", xi=1.0)]
+)
+def test_the_command_that_a_report_gives_keeps_the_schedule(schedule):
+    recipe = Recipe(data=DataConfig("pics"), tuning=TuningConfig(schedule))
+    command = parse(shlex.split(train_command(recipe.to_dict()))[1:])[1]
+    assert fitted(only(Recipe, command)).tuning == recipe.tuning
+
+
+def test_a_model_that_is_told_classes_keeps_the_papers_powers(tmp_path):
+    write_json(tmp_path / "model_index.json", {"_class_name": "DiTPipeline"})
+    assert fitted(of({"id": str(tmp_path)})).tuning.schedule == ScheduleConfig()
+
+
+def test_a_kind_that_is_chosen_over_a_recipe_leaves_out_the_constants(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tuning: {schedule: {kind: constant, xi: 1.0}}")
+    words = ["train", "--config", str(recipe), "--data.path", "pics", "--tuning.schedule.kind", "power"]
+    assert parse(words)[1].tuning.schedule == ScheduleConfig("power")
 
 
 @pytest.mark.parametrize("verb", ["train", "bank", "pilot", "analyze"])

@@ -115,6 +115,6 @@ def test_the_first_losses_are_the_same_under_every_version_to_four_digits(tmp_pa
         "0",
     ]
     places = ["--data.cache", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
-    main(["train", *data, *few, *places, "--training.validation_size", "2"])
+    main(["train", *data, *few, *places, "--training.validation_size", "2", "--tuning.schedule.kind", "power"])
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert (first["target_loss"], first["bank_loss"]) == pytest.approx((1.06220, 0.16295), abs=6e-5)

@@ -23,7 +23,7 @@ UNWANTED = (
 def train_command(recipe: Mapping[str, Any]) -> str:
     """The shortest `difftune train` of a recipe: model, data, and what differs from the defaults."""
     defaults = dict(flatten(Recipe().to_dict()))
-    always = ["model.id", "data.path", "training.learning_rate", "training.max_steps"]
+    always = ["model.id", "data.path", "training.learning_rate", "training.max_steps", "tuning.schedule.kind"]
     if recipe["model"]["id"] != defaults["model.id"]:  # whose values would take the place of the defaults
         always += [key for key in FITTED if key not in always]
     flags = []
