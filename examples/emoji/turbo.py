@@ -94,7 +94,7 @@ FIRST = 4  # of them without which the others say little
 NAMES = {
     "untuned": "not tuned",
     "plain": "plain",
-    "difftuning": "Diff-Tuning, own bank",
+    "difftuning": "Diff-Tuning, own bank, τ = 0.3",
     "teacher": "teacher on the bank, empty prompt",
     "teacher_own": "teacher on the bank, own prompts, ψ = ξ = λ = 1",
 }
