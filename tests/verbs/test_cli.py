@@ -208,7 +208,8 @@ def test_an_evaluation_of_few_pictures_judges_what_needs_none(trained, root, cap
     said = capsys.readouterr().out
     assert "note: 2 pictures were held out, too few to judge the new style by (6 are needed)" in said
     assert "still drawn" in said
-    assert "KID" not in said
+    assert "kid ×1000" not in said
+    assert "diversity" not in said
     found = json.loads((root / "judged" / "evaluation.json").read_text())
     assert (found["settings"]["pictures"], found["settings"]["real"], found["base"]["summary"]) == (0, 0, {})
     (side,) = found["sides"]

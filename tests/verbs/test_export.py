@@ -613,7 +613,7 @@ def test_figures_without_held_out_pictures_say_what_was_kept(lora, to, root, eva
     part = card[card.index("## What was kept") :].split("\n## ")[0]
     assert "5 prompts outside the new domain, 1 steps" in part
     assert "still drawn" in part
-    assert "KID" not in part
+    assert "kid ×1000" not in part
 
 
 def test_a_run_is_known_by_what_it_is_and_in_older_files_by_its_place(lora, to, evaluated, tmp_path):

@@ -9,18 +9,23 @@ from difftuning_control.system.text import harmless
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A row with the names of the figures, and one for each side: mean ± standard deviation over seeds; KID × 1000."""
+    """A row with the names of the figures, and one for each side: mean ± standard deviation over seeds; KID × 1000.
+
+    Where pictures of the new domain were not judged, their diversity is left out too.
+    """
     sides = [result["base"], *result["sides"]]
     common = [m for m in METRICS.values() if m.cell is not None and all(m.name in s["summary"] for s in sides)]
     shown = [m for m in common if m.name != "diversity"]  # which is of all seeds together
-    lines = [["", *(m.heading for m in shown), "diversity", "bank loss", "apart", "still drawn"]]
+    within = [*(m.heading for m in shown), "diversity"] if common else []
+    lines = [["", *within, "bank loss", "apart", "still drawn"]]
     for side in sides:
         row = [harmless(side["name"])]
         for metric in shown:
             value = side["summary"][metric.name]
             mean = metric.as_cell(value["mean"])
             row.append(mean if value["spread"] is None else f"{mean} ±{metric.as_cell(value['spread'])}")
-        row.append("" if side["diversity"] is None else METRICS["diversity"].as_cell(side["diversity"]))
+        if within:
+            row.append("" if side["diversity"] is None else METRICS["diversity"].as_cell(side["diversity"]))
         rise = side.get("forgetting", {}).get("mean")
         row.append("" if rise is None else f"{sum(rise) / len(rise):+.1%}")
         row.append(f"{side['outside']:.3f}" if "outside" in side else "")
