@@ -32,6 +32,11 @@ def general_prompts(family: Family) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()
 
 
+def outside_prompts(family: Family) -> list[str]:
+    """The last OUTSIDE of them, by which it is asked what is still drawn."""
+    return general_prompts(family)[-OUTSIDE:]
+
+
 def bank_prompts(family: Family, config: BankConfig, captions: list[str]) -> list[str]:
     """The prompts that a bank is drawn for.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.drawing import DrawSettings, SeededDrawSettings, check_domain_scale, check_least
@@ -18,7 +18,28 @@ GENERAL = "difftuning_general"
 TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 LEAST_OUTSIDE = 5  # prompts that a KID is measured on
 NUMBER = r"(\d+(?:\.\d+)?)"
-SCHEDULED = re.compile(rf"(?:prior|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
+SCHEDULED = re.compile(rf"(prior|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
+
+
+class ScheduledSide(NamedTuple):
+    """A side of a pilot whose name says its schedule.
+
+    Args:
+        plain: its name without λ.
+        kind: difftuning, retention, or None of prior preservation.
+        tau, weight: τ and λ as they are written; None where none is.
+    """
+
+    plain: str
+    kind: str | None
+    tau: str | None
+    weight: str | None
+
+
+def scheduled_side(name: str) -> ScheduledSide | None:
+    """What a side's name says; None of one that says no schedule."""
+    match = SCHEDULED.fullmatch(name)
+    return None if match is None else ScheduledSide(*match.groups())
 
 
 @dataclass
@@ -132,9 +153,9 @@ class PilotConfig(SeededDrawSettings):
     def __post_init__(self) -> None:
         expand_paths(self, "features")
         for side in self.sides:
-            scheduled = SCHEDULED.fullmatch(side)
+            scheduled = scheduled_side(side)
             named = side in (*DEFAULT_SIDES, "difftuning_budget", GENERAL, *TEACHERS)
-            if not named and (scheduled is None or 0 in map(float, filter(None, scheduled.groups()[1:]))):
+            if not named and (scheduled is None or 0 in map(float, filter(None, scheduled[2:]))):
                 raise UserError(
                     f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, retention_tau<number> "
                     "(these three also with _lambda<number> after it), difftuning_measured, difftuning_budget, "

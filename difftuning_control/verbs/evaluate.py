@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data.bank import KnowledgeBank
-from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
+from difftuning_control.data.bank_prompts import outside_prompts
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
 from difftuning_control.data.datasets import Choice
@@ -78,7 +78,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     request, features = family.suited(request), load_features(request.features, family.device)
     training, real = _pictures(request, records, recipes, tell)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
-    reference, chosen = None, real.sample(request.pictures if len(real) >= LEAST_REAL else 0)
+    reference, chosen = None, real.sample(request.pictures)
     if len(chosen):
         old = _old_domain(request, recipe, family, features, bank, resolution, tell)
         with progress(3, f"{features.name} features of real pictures"):
@@ -153,7 +153,8 @@ def _base(records: dict[str, RunRecord], recipes: dict[str, Recipe], first: str)
 def _pictures(
     request: Evaluation, records: dict[str, RunRecord], recipes: dict[str, Recipe], tell: Callable[[str], object]
 ) -> tuple[ImageData, ImageData]:
-    """The pictures that the runs were tuned on, and real ones that they were not: those given, or those held out.
+    """The pictures that the runs were tuned on, and real ones that they were not: those given, or those held out; none
+    where these are too few and nothing asks for them.
 
     Raises:
         UserError: if the runs were tuned on different pictures or labels, or too few are left for what must be judged.
@@ -176,8 +177,8 @@ def _pictures(
             f"note: {len(real)} pictures were held out, too few to judge the new style by ({LEAST_REAL} are needed); "
             "only what is drawn for other prompts and what was forgotten is judged; name others with --data."
         )
-    else:
-        check_held_out(real)
+        return training, real.sample(0)
+    check_held_out(real)
     return training, real.sample(MOST_REAL)
 
 
@@ -243,7 +244,7 @@ def _old_domain(
 def _outside(family: Family, training: ImageData) -> list[str]:
     """Prompts far from the new domain: of classes those that were not tuned on, or none where only these are left."""
     if not family.class_conditional:
-        return general_prompts(family)[-OUTSIDE:]
+        return outside_prompts(family)
     tuned = class_names(training)
     others = [name for name in bank_classes(family, "classes") if name not in tuned]
     return others[:: -(-len(others) // 8)] if others else [""]

@@ -198,9 +198,7 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
     assert {(r.method, r.data.limit) for r, _ in asked} == {("lora", 8), ("lora", 24), ("full", 24)}
     assert all(config.pictures == 40 and targets.DEFAULT in config.sides for _, config in asked)
     default = fitted(Recipe.from_dict({"data": {"path": "pics"}})).tuning
-    assert default == side_tuning(
-        targets.DEFAULT, default, tmp_path
-    )  # the rows called difftuning are the package's own
+    assert default == side_tuning(targets.DEFAULT, default, tmp_path)  # what the rows call difftuning
 
 
 def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from difftuning_control.recipe.studies import SCHEDULED
+from difftuning_control.recipe.studies import scheduled_side
 
 
 def side_label(name: str, texts: Mapping[str, str]) -> str:
     """A side's name: of one with numbers in it τ and λ, and its own word where the texts have none."""
     if (label := texts.get(f"side.{name}")) is not None:
         return label
-    if (match := SCHEDULED.fullmatch(name)) is None:
+    if (side := scheduled_side(name)) is None:
         return name
-    kind, tau, weight = match.groups()
-    own = name.removesuffix(f"_lambda{weight}")
-    key = own if f"side.{own}" in texts else f"{kind}_tau"
-    label = texts[f"side.{key}"].format(tau=tau)
-    return label if weight is None else texts["side.weighted"].format(side=label, weight=weight)
+    label = texts.get(f"side.{side.plain}") or texts[f"side.{side.kind}_tau"].format(tau=side.tau)
+    return label if side.weight is None else texts["side.weighted"].format(side=label, weight=side.weight)
 
 
 def side_about(name: str, texts: Mapping[str, str]) -> str | None:
     """What a side does; None of one that the texts do not know."""
-    match = SCHEDULED.fullmatch(name)
-    own = name.removesuffix(f"_lambda{match[3]}") if match is not None else name
-    general = f"{match[1]}_tau" if match is not None else ""
-    return texts.get(f"about.{own}", texts.get(f"about.{general}"))
+    if (side := scheduled_side(name)) is None:
+        return texts.get(f"about.{name}")
+    return texts.get(f"about.{side.plain}") or texts[f"about.{side.kind}_tau"]

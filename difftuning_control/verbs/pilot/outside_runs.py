@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
+from difftuning_control.data.bank_prompts import outside_prompts
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.outside import Outside
 from difftuning_control.recipe.studies import PilotConfig
@@ -30,7 +30,7 @@ def outside_judge(config: PilotConfig, base: Family, judge: Judge, output: Path)
     """The judge of pictures for the prompts that a pilot names; what the base draws for them is drawn once."""
     if not config.outside:
         return None
-    prompts = general_prompts(base)[-OUTSIDE:] if config.outside == "general" else list(config.outside)
+    prompts = outside_prompts(base) if config.outside == "general" else list(config.outside)
     sampling, features = replace(judge.final, prompts=prompts), judge.reference.features
     path = output / "base" / f"outside-{digest_of(prompts)}.safetensors"
     if (kept := read_tensors(path)) is not None:

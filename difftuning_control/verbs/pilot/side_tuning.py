@@ -11,7 +11,7 @@ from difftuning_control.evaluation.figures import LEAST_PICTURES
 from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import GENERAL, SCHEDULED
+from difftuning_control.recipe.studies import GENERAL, scheduled_side
 from difftuning_control.recipe.training import DEFAULT_TAU, ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
@@ -61,13 +61,12 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         return replace(base, schedule=power, retention_prompts="own", retention_weight=GENERAL_WEIGHT)
     if side == "difftuning_measured":
         return replace(base, schedule=measured)
-    if (match := SCHEDULED.fullmatch(side)) is not None:
-        kind, tau, weight = match.groups()
-        if kind is None:
-            own = ScheduleConfig("constant", xi=1.0)
-        else:
-            own = ScheduleConfig("power", tau=float(tau), psi=1.0 if kind == "retention" else None)
-        return replace(base, schedule=own, retention_weight=base.retention_weight if weight is None else float(weight))
+    if (named := scheduled_side(side)) is not None:
+        own = ScheduleConfig("constant", xi=1.0)
+        if named.tau is not None:
+            own = ScheduleConfig("power", tau=float(named.tau), psi=1.0 if named.kind == "retention" else None)
+        weight = base.retention_weight if named.weight is None else float(named.weight)
+        return replace(base, schedule=own, retention_weight=weight)
     return replace(
         base, schedule=ScheduleConfig("constant", xi=1.0), forgetting_budget=ALLOWED if allowed is None else allowed
     )
