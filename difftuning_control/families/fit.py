@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from difftuning_control.recipe.training import ScheduleConfig
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -13,8 +15,9 @@ class Fit:
         learning_rate: of AdamW.
         max_steps: optimizer steps, for some tens of pictures; a ControlNet needs many more.
         batch_size: rows of a step, which fit 24 GB with gradient checkpointing.
-        flat: methods that learn and retain at every noise level alike, ψ = ξ = 1: over eight styles that came nearer
-            to a style than the powers of the paper, and forgot less (docs/results.md).
+        schedule: ψ and ξ; the recipe's own default of a method that is not named. A LoRA learns and retains at every
+            noise level alike, ψ = ξ = 1, which over eight styles came nearer to the style than ψ = u^0.3 and forgot
+            less; a ControlNet, taught at high noise, ψ = u, follows its condition sooner (docs/results.md).
     """
 
     learning_rate: dict[str, float] = field(
@@ -22,7 +25,12 @@ class Fit:
     )
     max_steps: dict[str, int] = field(default_factory=lambda: {"lora": 800, "full": 800, "controlnet": 20000})
     batch_size: int = 5
-    flat: tuple[str, ...] = ("lora",)
+    schedule: dict[str, ScheduleConfig] = field(
+        default_factory=lambda: {
+            "lora": ScheduleConfig("constant", xi=1.0),
+            "controlnet": ScheduleConfig("power", tau=1.0),
+        }
+    )
 
 
 EMBEDDED = Fit(

@@ -119,8 +119,10 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
         "training.mixed_precision": "no" if fit is EMBEDDED else _precision(),
     }
     open_values = {key: value for key, value in fits.items() if key in recipe.left_open}
-    if method in fit.flat and "tuning.schedule.kind" in recipe.left_open and recipe.tuning.schedule == ScheduleConfig():
-        open_values |= {"tuning.schedule.kind": "constant", "tuning.schedule.xi": 1.0}
+    if "tuning.schedule.kind" in recipe.left_open and recipe.tuning.schedule == (usual := ScheduleConfig()):
+        own = fit.schedule.get(method, usual)
+        changed = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(usual, f.name)]
+        open_values |= {f"tuning.schedule.{name}": getattr(own, name) for name in changed}
     ratio = _bank_share(recipe, open_values.get("training.batch_size", recipe.training.batch_size))
     if "tuning.retention_ratio" in recipe.left_open and ratio is not None:
         open_values["tuning.retention_ratio"] = ratio

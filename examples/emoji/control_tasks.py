@@ -62,7 +62,7 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 IN_GRID = {"plain": "plain", "levels": "noise levels"}  # the grid's font has no Greek
 SAID = {"plain": "plain", "levels": "ψ = u alone", "difftuning": "ψ = u and bank"}
-RATES = (3.5e-4, 7e-4, 1.4e-3, 2.8e-3)
+RATES = (7e-4, 1.4e-3, 2.8e-3)
 WIDENED = 3  # times at most, by a factor of two
 SEARCHED, SEEDS = 100, (0, 1, 2, 3, 4)
 GRID_TASK, GRID_STEPS = "lineart", (100, 200, 300)  # shown of the first seed

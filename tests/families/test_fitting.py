@@ -97,13 +97,15 @@ def test_a_share_that_is_named_is_not_changed():
     [
         ("lora", {}, ScheduleConfig("constant", xi=1.0)),
         ("full", {}, ScheduleConfig()),
-        ("controlnet", {}, ScheduleConfig()),
+        ("controlnet", {}, ScheduleConfig("power", tau=1.0)),
+        ("controlnet", {"schedule": {"kind": "power"}}, ScheduleConfig("power")),
+        ("controlnet", {"schedule": {"tau": 0.5}}, ScheduleConfig("power", tau=0.5)),
         ("lora", {"schedule": {"kind": "power"}}, ScheduleConfig("power")),
         ("lora", {"schedule": {"tau": 0.5}}, ScheduleConfig("power", tau=0.5)),
         ("lora", {"retention_ratio": 0.0, "retention_weight": 0.0}, ScheduleConfig("constant", xi=1.0)),
     ],
 )
-def test_a_lora_learns_and_retains_at_every_level_alike_where_no_schedule_is_named(method, tuning, expected):
+def test_a_schedule_that_is_not_named_fits_the_method(method, tuning, expected):
     assert fitted(of({"id": "embedded"}, method=method, tuning=tuning)).tuning.schedule == expected
 
 
