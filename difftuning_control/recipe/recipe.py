@@ -26,12 +26,15 @@ from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, T
 from difftuning_control.system.annotations import check_fields
 from difftuning_control.system.home import expand_paths
 
-FITTED = (  # what fits the model where a recipe names none
+BY_MODEL = (  # whose default no single value tells
     "training.learning_rate",
     "training.max_steps",
     "training.batch_size",
     "training.mixed_precision",
     "tuning.schedule.kind",
+)
+FITTED = (  # what fits the model where a recipe names none
+    *BY_MODEL,
     "tuning.retention_ratio",
     "bank.steps",
     "bank.guidance_scale",

@@ -174,7 +174,7 @@ def _pictures(
         tell(line)
     if len(real) < LEAST_REAL and request.data is None and not any(_needs_pictures(r) for r in recipes.values()):
         tell(
-            f"note: {len(real)} pictures were held out, too few to judge the new style by ({LEAST_REAL} are needed); "
+            f"note: too few pictures were held out to judge the new style by ({len(real)}, {LEAST_REAL} are needed); "
             "only what is drawn for other prompts and what was forgotten is judged; name others with --data."
         )
         return training, real.sample(0)

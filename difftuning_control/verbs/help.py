@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from difftuning_control.recipe.reading import keys_of, section_of
-from difftuning_control.recipe.recipe import FITTED, Recipe
+from difftuning_control.recipe.recipe import BY_MODEL, Recipe
 from difftuning_control.verbs.spelling import SHORT, WORD
 
 HELP, HELP_ALL = {"-h", "--help"}, "--help-all"
@@ -103,7 +103,7 @@ def help_page(verb: str, command: type) -> str | None:
 def _option(verb: str, key: str, command: type, hint: Any, short: str | None) -> list[str]:
     section, entry = _entry(command, key)
     text = _with_unit(argument_texts(section).get(entry.name, ""))
-    shown = "as fits the model" if key in FITTED[:5] else _shown(_default(entry))
+    shown = "as fits the model" if key in BY_MODEL else _shown(_default(entry))
     default = f" ({shown})" if shown and not (key == "data.path" or verb == "resume") else ""
     long = f" [{key}]" if short and "." in key else ""
     names = f"--{short or key}"

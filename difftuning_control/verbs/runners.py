@@ -111,7 +111,8 @@ def run_sample(command: SampleCommand) -> None:
     with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
         folder = sample_to_folder(command, command.overwrite)
         artefacts["samples.json"] = digest_of_file(folder / "samples.json")
-    say(f"done: {len(command.prompts)} pictures in {folder}")
+    count = len(command.prompts)
+    say(f"done: {count} picture{'s' if count != 1 else ''} in {folder}")
 
 
 def run_evaluate(command: EvaluateCommand) -> None:

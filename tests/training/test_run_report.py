@@ -68,7 +68,7 @@ def test_drawing_again_takes_a_new_folder(made, tmp_path, capsys):
     words = ["sample", str(made), "red 1", "--steps", "1", "--out", str(tmp_path / "drawn")]
     for name in ("drawn", "drawn-2", "drawn-3"):
         main(words)
-        assert capsys.readouterr().out == f"done: 1 pictures in {tmp_path / name}\n"
+        assert capsys.readouterr().out == f"done: 1 picture in {tmp_path / name}\n"
         assert (tmp_path / name / "000-red-1.png").is_file()
     main([*words, "--overwrite"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drawn", "drawn-2", "drawn-3"]

@@ -206,7 +206,7 @@ def test_an_evaluation_of_few_pictures_judges_what_needs_none(trained, root, cap
     words += ["--seeds", "[0]", "--steps", "1", "--outside", json.dumps(list("abcde")), "--output"]
     main([*words, str(root / "judged")])
     said = capsys.readouterr().out
-    assert "note: 2 pictures were held out, too few to judge the new style by (6 are needed)" in said
+    assert "note: too few pictures were held out to judge the new style by (2, 6 are needed)" in said
     assert "still drawn" in said
     assert "kid ×1000" not in said
     assert "diversity" not in said
