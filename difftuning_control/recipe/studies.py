@@ -14,11 +14,11 @@ from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
-GENERAL = "difftuning_general"
+GENERAL, PRIOR_GENERAL = "difftuning_general", "prior_general"
 TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 LEAST_OUTSIDE = 5  # prompts that a KID is measured on
 NUMBER = r"(\d+(?:\.\d+)?)"
-SCHEDULED = re.compile(rf"(prior|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
+SCHEDULED = re.compile(rf"(prior(?:_general)?|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
 
 
 class ScheduledSide(NamedTuple):
@@ -40,6 +40,12 @@ def scheduled_side(name: str) -> ScheduledSide | None:
     """What a side's name says; None of one that says no schedule."""
     match = SCHEDULED.fullmatch(name)
     return None if match is None else ScheduledSide(*match.groups())
+
+
+def retains_general(name: str) -> bool:
+    """Whether a side has a bank of its own, of general prompts, and retains it under these."""
+    side = scheduled_side(name)
+    return name == GENERAL or (side is not None and side.plain == PRIOR_GENERAL)
 
 
 @dataclass
@@ -117,11 +123,12 @@ class PilotConfig(SeededDrawSettings):
 
     Args:
         sides: what is compared: plain (the yardstick), prior (ψ = ξ = 1), `difftuning_tau<number>`,
-            `retention_tau<number>` (ψ = 1, ξ = 1 − u^τ), these three also with a λ of their own (prior_lambda0.3),
+            `retention_tau<number>` (ψ = 1, ξ = 1 − u^τ), prior_general (ψ = ξ = 1 with a bank of its own, of general
+            prompts, retained under these), these four also with a λ of their own (prior_lambda0.3),
             difftuning_measured, difftuning_budget, which takes the recipe's forgetting_budget, or 0.1,
-            difftuning_general, which retains a bank of its own, of general prompts and with these (τ = 0.3, λ = 1), or
-            with the recipe's own schedule retention by a teacher: on the bank (teacher_bank), or on the pictures with
-            the empty prompt (teacher_empty) or their own (teacher_own).
+            difftuning_general (as prior_general, τ = 0.3, λ = 1), or with the recipe's own schedule retention by a
+            teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty) or their own
+            (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
         widen: while a side's best learning rate is the lowest or the highest tried, try one more beyond it, at most so
@@ -157,9 +164,9 @@ class PilotConfig(SeededDrawSettings):
             named = side in (*DEFAULT_SIDES, "difftuning_budget", GENERAL, *TEACHERS)
             if not named and (scheduled is None or 0 in map(float, filter(None, scheduled[2:]))):
                 raise UserError(
-                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, retention_tau<number> "
-                    "(these three also with _lambda<number> after it), difftuning_measured, difftuning_budget, "
-                    f"{GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
+                    f"pilot.sides names {side}; expected plain, prior, {PRIOR_GENERAL}, difftuning_tau<number>, "
+                    "retention_tau<number> (these four also with _lambda<number> after it), difftuning_measured, "
+                    f"difftuning_budget, {GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")

@@ -1,11 +1,11 @@
 """Styles to tune on, from far from the embedded model's own to near: icon sets of npm, as folders `tune/` and `eval/`.
 
-    python examples/emoji/styles.py --work build/styles                      # all of them
+    python examples/emoji/styles.py --work build/styles                      # the eight
     python examples/emoji/styles.py --work build/styles --styles streamline  # one
 
 A picture is one of a name that the embedded model knows, its caption the name alone, 64 × 64 on white, black where a
 set has no colours. `tune/` has 32 pictures, in turn from every category; `eval/` the others. None of it is committed.
-The licences are read from the packages, and one that STYLES does not name stops the script. Needs `npm`, and
+The licences are read from the packages, and one that is not named below stops the script. Needs `npm`, and
 `pip install -e '.[emoji]'`.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from PIL import Image
 ASSETS = Path(__file__).parents[2] / "difftuning_control" / "assets"
 CARRIED = ("icons", "flat")  # by the package
 SEED, TUNE_SIZE, LEAST = 20250, 32, 150
+WORDED, WORD = (
+    "-word",
+    "zbx emoji",
+)  # icons-word has the pictures of icons, and captions that begin with a word of its own
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ STYLES = {
     "outline": Style("openmoji", "CC-BY-SA-4.0"),  # outlines, flat colours
     "gradient": Style("fluent-emoji", "MIT"),  # shaded
     "flat": Style("fluent-emoji-flat", "MIT"),  # nearest to the model's own styles
+}
+UNSEEN = {  # by which no default was chosen
+    "mono": Style("emojione-monotone", "CC-BY-4.0"),  # black glyphs of emoji
+    "classic": Style("emojione-v1", "CC-BY-SA-4.0"),  # shaded
 }
 # what sets without emoji call things; an emoji's face or colour is left out as well
 OTHER_WORDS = {
@@ -146,15 +155,32 @@ def check_licence(style: Style, folder: Path) -> None:
 
 def data_of(target: str, work: Path) -> tuple[str, str]:
     """Where a style's pictures lie: those to tune on, and the others."""
-    if target in CARRIED:
+    style = target.removesuffix(WORDED)
+    folder = ASSETS / style if style in CARRIED else make(style, work / "styles")
+    if style != target:
+        folder = with_word(folder, work / "styles" / target)
+    elif style in CARRIED:
         return f"embedded/{target}", f"embedded/{target}-eval"
-    folder = make(target, work / "styles")
     return str(folder / "tune"), str(folder / "eval")
+
+
+def with_word(source: Path, folder: Path) -> Path:
+    """A style's pictures with `WORD` before each caption; copied once."""
+    for part in ("tune", "eval"):
+        if (folder / part / "metadata.jsonl").exists():  # written last
+            continue
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        rows = read_rows(source / part)
+        for row in rows:
+            shutil.copyfile(source / part / row["file_name"], folder / part / row["file_name"])
+        lines = [json.dumps(row | {"text": f"{WORD} {row['text']}"}) for row in rows]
+        (folder / part / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 def make(name: str, work: Path) -> Path:
     """The folder of a style, with `tune/` and `eval/`; made once."""
-    folder, style = work / name, STYLES[name]
+    folder, style = work / name, (STYLES | UNSEEN)[name]
     if (folder / "eval" / "metadata.jsonl").exists():  # written last
         return folder
     from prepare import fetch, rasterise  # saves resvg where the folder is there
@@ -174,7 +200,7 @@ def make(name: str, work: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/styles"))
-    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES))
+    parser.add_argument("--styles", nargs="+", choices=[*STYLES, *UNSEEN], default=list(STYLES))
     args = parser.parse_args()
     for name in args.styles:
         make(name, args.work)

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from common import digest_of_model
-from styles import STYLES, data_of
+from styles import STYLES, UNSEEN, WORDED, data_of
 from target_effects import at_end, by_target, by_way, cell_of, effect, foresight, seeds_needed
 
 from difftuning_control.evaluation.band_losses import losses_of
@@ -55,6 +55,7 @@ class Cell(NamedTuple):
 CELLS = [
     *(Cell(target, images, "lora") for images in (8, 24) for target in STYLES),
     *(Cell(target, 24, "full") for target in ("icons", "flat")),
+    *(Cell(target, 8, "lora") for target in (*UNSEEN, *(f"{style}{WORDED}" for style in STYLES))),
 ]
 
 
@@ -130,9 +131,9 @@ def _outside(side: Mapping[str, Any]) -> dict[int, dict[str, float]]:
     return {row["seed"]: row for row in (side.get("outside") or {"runs": []})["runs"]}
 
 
-def collect(work: Path) -> dict[str, Any]:
-    """The rows of every finished cell, and what each took."""
-    found = {cell: read_pilot(work / cell.folder) for cell in CELLS}
+def collect(work: Path, targets: Sequence[str]) -> dict[str, Any]:
+    """The rows of every finished cell of some targets, and what each took."""
+    found = {cell: read_pilot(work / cell.folder) for cell in CELLS if cell.target in targets}
     records = {cell: record for cell, record in found.items() if record is not None}
     if not records:
         raise SystemExit(f"{work} holds no finished pilot; run the study first.")
@@ -296,14 +297,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/targets"))
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--targets", nargs="+", choices=list(STYLES), default=list(STYLES))
+    known = list(dict.fromkeys(cell.target for cell in CELLS))
+    parser.add_argument("--targets", nargs="+", choices=known, default=list(STYLES))
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
     parser.add_argument("--collect", type=Path, help="only add the rows of the finished pilots to this file")
     args, flags = parser.parse_known_args()  # what is left goes to every pilot: --pilot.pictures=40
     if args.table is not None:
         print(table(json.loads(args.table.read_text())))
     elif args.collect is not None:
-        rows = collect(args.work)
+        rows = collect(args.work, args.targets)
         write_json(args.collect, joined(json.loads(args.collect.read_text()), rows) if args.collect.exists() else rows)
     else:
         for cell in [cell for cell in CELLS if cell.target in args.targets][args.worker :: args.workers]:

@@ -230,6 +230,7 @@ def test_every_word_is_used_and_every_used_word_exists():
     [
         ("prior", "Prior preservation", "about.prior"),
         ("prior_lambda0.3", "Prior preservation, λ = 0.3", "about.prior"),
+        ("prior_general_lambda0.3", "Prior preservation, general prompts, λ = 0.3", "about.prior_general"),
         ("difftuning_tau0.3", "Diff-Tuning, τ = 0.3", "about.difftuning_tau0.3"),
         ("difftuning_tau0.3_lambda2", "Diff-Tuning, τ = 0.3, λ = 2", "about.difftuning_tau0.3"),
         ("difftuning_tau0.7", "Diff-Tuning, τ = 0.7", "about.difftuning_tau"),

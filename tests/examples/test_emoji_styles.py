@@ -59,3 +59,17 @@ def test_a_licence_that_changed_stops_before_anything_is_written(styles, tmp_pat
     (folder / "info.json").write_text(json.dumps({"license": {"spdx": "CC-BY-NC-4.0"}}))
     with pytest.raises(SystemExit, match=r"mdi is under CC-BY-NC-4.0; expected Apache-2.0\."):
         styles.check_licence(styles.STYLES["glyph"], tmp_path / "npm")
+
+
+def test_a_style_with_a_word_has_the_same_pictures_in_the_same_order(styles, tmp_path):
+    for part, bare, worded in zip(
+        ("tune", "eval"), styles.data_of("icons", tmp_path), styles.data_of("icons-word", tmp_path)
+    ):
+        assert bare == f"embedded/icons{'' if part == 'tune' else '-eval'}"
+        source, rows = styles.ASSETS / "icons" / part, styles.read_rows(Path(worded))
+        assert [(r["file_name"], r["text"]) for r in rows] == [
+            (r["file_name"], f"zbx emoji {r['text']}") for r in styles.read_rows(source)
+        ]
+        name = rows[0]["file_name"]
+        assert (Path(worded) / name).read_bytes() == (source / name).read_bytes()
+    assert styles.data_of("icons-word", tmp_path)[1] == worded

@@ -194,7 +194,7 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
     monkeypatch.setattr(targets, "data_of", lambda target, work: (f"{work}/{target}/tune", f"{work}/{target}/eval"))
     for cell in targets.CELLS:
         targets.run(cell, tmp_path, ["--pilot.pictures=40"])
-    assert len({recipe.output for recipe, _ in asked}) == len(asked) == 18
+    assert len({recipe.output for recipe, _ in asked}) == len(asked) == 28
     assert {(r.method, r.data.limit) for r, _ in asked} == {("lora", 8), ("lora", 24), ("full", 24)}
     assert all(config.pictures == 40 and targets.DEFAULT in config.sides for _, config in asked)
     default = fitted(Recipe.from_dict({"data": {"path": "pics"}})).tuning
@@ -203,7 +203,7 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
 
 def test_without_a_finished_pilot_there_is_nothing_to_collect(targets, tmp_path):
     with pytest.raises(SystemExit, match="holds no finished pilot"):
-        targets.collect(tmp_path)
+        targets.collect(tmp_path, ["flat"])
 
 
 def test_ways_of_guidance_are_compared_on_the_same_weights(targets):
@@ -252,7 +252,9 @@ def test_a_pilot_on_a_style_gives_rows_and_a_table(targets, tmp_path, monkeypatc
     flags += ["--bank.size=6", "--bank.steps=1", "--bank.batch_size=4"]
     cell = targets.Cell("flat", 8, "lora")
     targets.run(cell, tmp_path, flags)
-    result = targets.collect(tmp_path)
+    result = targets.collect(tmp_path, ["flat"])
+    with pytest.raises(SystemExit, match="holds no finished pilot"):
+        targets.collect(tmp_path, ["icons"])
     assert [r["method"] for r in result["rows"]] == ["base", "plain", "plain", "difftuning", "difftuning"]
     assert all(math.isfinite(r["kid"]) for r in result["rows"])
     assert "flat, 8, lora" in targets.table(json.loads(json.dumps(result)))

@@ -15,7 +15,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import verdict
 from difftuning_control.objective.budget import spread_budget
 from difftuning_control.objective.schedules import schedule_from_dict
-from difftuning_control.recipe.inputs import ModelConfig
+from difftuning_control.recipe.inputs import BankConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
@@ -23,7 +23,7 @@ from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.pilot.judge import judge_of
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
-from difftuning_control.verbs.pilot.side_tuning import side_tuning
+from difftuning_control.verbs.pilot.side_tuning import side_bank, side_tuning
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
 from support.tiny_pilots import tiny_study
@@ -220,6 +220,8 @@ def test_a_sides_tuning_keeps_the_rest_of_the_recipes():
     [
         ("prior", ScheduleConfig("constant", xi=1.0), 0.1),
         ("prior_lambda0.5", ScheduleConfig("constant", xi=1.0), 0.5),
+        ("prior_general", ScheduleConfig("constant", xi=1.0), 0.1),
+        ("prior_general_lambda0.3", ScheduleConfig("constant", xi=1.0), 0.3),
         ("difftuning_tau0.3_lambda2", ScheduleConfig("power", tau=0.3), 2.0),
         ("retention_tau0.3", ScheduleConfig("power", tau=0.3, psi=1.0), 0.1),
         ("retention_tau1_lambda0.43", ScheduleConfig("power", tau=1.0, psi=1.0), 0.43),
@@ -229,6 +231,9 @@ def test_a_side_may_have_a_flat_psi_and_a_weight_of_its_own(side, schedule, weig
     PilotConfig(sides=["plain", side])
     found = side_tuning(side, TuningConfig(ScheduleConfig("power", tau=2.0)), Path("x"))
     assert (found.schedule, found.retention_weight) == (schedule, weight)
+    general = "general" in side
+    assert (found.retention_prompts == "own") == general
+    assert (side_bank(side, BankConfig(), Path("x")).prompts == "general") == general
 
 
 # --- auto and budget in a run ---------------------------------------------------------------------------------------

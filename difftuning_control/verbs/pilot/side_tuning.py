@@ -11,7 +11,7 @@ from difftuning_control.evaluation.figures import LEAST_PICTURES
 from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import GENERAL, scheduled_side
+from difftuning_control.recipe.studies import GENERAL, retains_general, scheduled_side
 from difftuning_control.recipe.training import DEFAULT_TAU, ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
@@ -54,11 +54,13 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         return replace(base, schedule=own, retention="teacher", **TAUGHT[side])
     allowed = base.forgetting_budget
     base = replace(base, forgetting_budget=None, retention="samples", retention_rows="bank")
+    if retains_general(side):
+        base = replace(base, retention_prompts="own")
     if side == "plain":
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
     if side == GENERAL:
         power = ScheduleConfig("power", tau=DEFAULT_TAU)
-        return replace(base, schedule=power, retention_prompts="own", retention_weight=GENERAL_WEIGHT)
+        return replace(base, schedule=power, retention_weight=GENERAL_WEIGHT)
     if side == "difftuning_measured":
         return replace(base, schedule=measured)
     if (named := scheduled_side(side)) is not None:
@@ -73,8 +75,8 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
 
 
 def side_bank(side: str, base: BankConfig, output: Path) -> BankConfig:
-    """A side's bank: the pilot's, or of the side that retains general prompts one of its own."""
-    return replace(base, prompts="general", path=str(output / "bank-general")) if side == GENERAL else base
+    """A side's bank: the pilot's, or of a side that retains general prompts one of its own."""
+    return replace(base, prompts="general", path=str(output / "bank-general")) if retains_general(side) else base
 
 
 def beyond(best: float, rates: list[float]) -> list[float]:
