@@ -105,6 +105,11 @@ def read_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def keys_of(name: str, style: Style) -> list[str]:
     """What a set may call a name, the likeliest first."""
     said = [name, name.removesuffix(" face"), name.removeprefix("red "), name.removeprefix("slice of ")]
@@ -139,12 +144,12 @@ def chosen_to_tune(pictures: dict[str, np.ndarray], names: dict[str, str]) -> li
 
 def write(folder: Path, chosen: list[str], pictures: dict[str, np.ndarray], names: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    rows = []
     for name in chosen:
         file = name.replace(" ", "-") + ".png"
         Image.fromarray(pictures[name]).save(folder / file, optimize=True)
-        lines.append(json.dumps({"file_name": file, "text": name, "category": names[name]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows.append({"file_name": file, "text": name, "category": names[name]})
+    write_rows(folder, rows)
 
 
 def check_licence(style: Style, folder: Path) -> None:
@@ -155,12 +160,12 @@ def check_licence(style: Style, folder: Path) -> None:
 
 def data_of(target: str, work: Path) -> tuple[str, str]:
     """Where a style's pictures lie: those to tune on, and the others."""
+    if target in CARRIED:
+        return f"embedded/{target}", f"embedded/{target}-eval"
     style = target.removesuffix(WORDED)
     folder = ASSETS / style if style in CARRIED else make(style, work / "styles")
     if style != target:
         folder = with_word(folder, work / "styles" / target)
-    elif style in CARRIED:
-        return f"embedded/{target}", f"embedded/{target}-eval"
     return str(folder / "tune"), str(folder / "eval")
 
 
@@ -173,8 +178,7 @@ def with_word(source: Path, folder: Path) -> Path:
         rows = read_rows(source / part)
         for row in rows:
             shutil.copyfile(source / part / row["file_name"], folder / part / row["file_name"])
-        lines = [json.dumps(row | {"text": f"{WORD} {row['text']}"}) for row in rows]
-        (folder / part / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_rows(folder / part, [row | {"text": f"{WORD} {row['text']}"} for row in rows])
     return folder
 
 
