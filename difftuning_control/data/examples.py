@@ -15,6 +15,7 @@ from PIL import Image
 
 from difftuning_control.data.images import EXTENSIONS, decode_image
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text
 
 KEPT = 2**26  # bytes of decoded pictures that are kept from checking to their first use
@@ -32,21 +33,17 @@ class Row:
     caption: Any
     condition: Read | None = None
 
-    def caption_or(self, default: str | None) -> str | None:
-        """The caption as it is trained with, or the default where there is none."""
-        return (self.caption or "").strip() or default
-
-    def usable_caption(self, default: str | None) -> str:
-        """The same, of what can be trained with.
+    def usable_caption(self, captioning: Captioning) -> str:
+        """The caption as it is trained with.
 
         Raises:
             UserError: where there is none, or it is no text.
         """
         if self.caption is not None and not isinstance(self.caption, str):
             raise UserError(f"has a {type(self.caption).__name__} for a caption; expected text")
-        caption = self.caption_or(default)
+        caption = captioning.of(self.caption)
         if caption is None:
-            raise UserError("has no caption; write one, or give one for all with --data.default_caption")
+            raise UserError("has no caption; write one, or give one for all with --data.default_caption or --trigger")
         if not is_text(caption):
             raise UserError("has a caption with halves of characters (lone surrogates); expected Unicode text")
         if "\0" in caption:
@@ -156,10 +153,11 @@ class CheckedPicture:
 class Checker:
     """Turns raw rows into examples, collecting what is wrong with each, and lines to be shown."""
 
-    def __init__(self, skip_bad: bool, default_caption: str | None, max_pixels: int = MAX_PIXELS):
-        self.skip_bad, self.default_caption, self.max_pixels = skip_bad, default_caption, max_pixels
+    def __init__(self, skip_bad: bool, captioning: Captioning, max_pixels: int = MAX_PIXELS):
+        self.skip_bad, self.captioning, self.max_pixels = skip_bad, captioning, max_pixels
         self.bad: dict[str, str] = {}
         self._room = KEPT
+        self._wordless = 0  # of the examples
         self.notes: list[str] = []
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
@@ -171,18 +169,20 @@ class Checker:
             raise UserError(
                 f"{source} has no usable picture{skipped}, but {rest}; expected {', '.join(sorted(EXTENSIONS))} files."
             )
-        return ImageData(source, examples, self.bad, ignored, [*self.notes, *self._left_out(len(examples), source)])
+        notes = [*self.notes, *self._left_out(len(examples), source), *self._trigger_alone(len(examples), source)]
+        return ImageData(source, examples, self.bad, ignored, notes)
 
     def example(self, row: Row) -> Example | None:
         """The row as an example; None where it cannot be used, and `bad` then says why."""
         try:
-            caption = row.usable_caption(self.default_caption)
+            caption = row.usable_caption(self.captioning)
         except UserError as error:
             self.bad[row.name] = str(error)
             return None
         picture = self._picture(row.name, row.read)
         if picture is None:
             return None
+        self._wordless += not (row.caption or "").strip()
         if row.condition is None:
             return Example(row.name, caption, picture.digest, picture.load, size=picture.size)
         condition = self._picture(row.name, row.condition, CONDITION)
@@ -216,6 +216,14 @@ class Checker:
         if not self.bad:
             return []
         return [f"using {used} of {used + len(self.bad)} pictures of {source}; left out: {with_reasons(self.bad)}"]
+
+    def _trigger_alone(self, used: int, source: str) -> list[str]:
+        """What to say where pictures have no words of their own, perhaps for a wrong name of a column."""
+        trigger = self.captioning.trigger
+        if trigger is None or not self._wordless or self.captioning.default is not None:
+            return []
+        have = "has" if self._wordless == 1 else "have"
+        return [f"{self._wordless} of {used} pictures of {source} {have} no caption, and so {trigger!r} alone"]
 
     def stop_if_bad(self, source: str) -> None:
         """Refuse bad rows unless they are to be skipped.

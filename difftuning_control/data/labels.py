@@ -31,6 +31,8 @@ def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: Ima
         raise UserError("tuning.variance is hybrid, but this model does not predict its variance; say fixed.")
     if family.class_conditional and recipe.bank.prompts == "general":
         raise UserError("bank.prompts is general, but this model is told classes and no prompts; say classes or both.")
+    if family.class_conditional and recipe.data.trigger is not None:
+        raise UserError("data.trigger is given, but this model is told classes and no prompts; leave it out.")
     if not family.class_conditional:
         if tuning.label_space == "new" or recipe.bank.prompts in ("classes", "both"):
             key, value = ("bank.prompts", recipe.bank.prompts)

@@ -95,6 +95,7 @@ def _read(recipe: Recipe, path: str, conditions: str | None, choice: Choice) -> 
         caption_column=config.caption_column,
         image_column=config.image_column,
         default_caption=config.default_caption,
+        trigger=config.trigger,
         skip_bad=config.skip_bad,
         max_pixels=config.max_pixels,
         classes=config.classes,
@@ -202,7 +203,8 @@ def prepare_bank(
         raise UserError(f"bank.path is {path}, a file; expected a folder of a bank or of pictures.")
     if path is not None and path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
         return _bank_of_pictures(family, path, data, resolution, show, share, tell)
-    request = request_of(family, config, path, bank_prompts(family, config, captions), resolution, size)
+    prompts = bank_prompts(family, config, [data.captioning.untriggered(caption) for caption in captions])
+    request = request_of(family, config, path, prompts, resolution, size)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     draft = BankDraft(family, request, folder, config.batch_for(resolution))
     if family.offload and not draft.is_whole:  # all prompts at once, and not batch by batch

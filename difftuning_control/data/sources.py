@@ -18,6 +18,7 @@ from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
 from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
@@ -43,6 +44,7 @@ def load_images(
     caption_column: str = "text",
     image_column: str = "image",
     default_caption: str | None = None,
+    trigger: str | None = None,
     skip_bad: bool = False,
     need_captions: bool = True,
     condition_column: str | None = None,
@@ -56,6 +58,7 @@ def load_images(
     Args:
         caption_column, image_column: names of the columns; a folder's metadata uses the former only.
         default_caption: for pictures without a caption of their own.
+        trigger: words that are put before captions that lack them.
         skip_bad: leave out what cannot be used, and count it, instead of stopping.
         need_captions: False where captions play no part (pictures that serve as a bank).
         condition_column: column of the condition pictures that the user supplies (file names in a folder's metadata).
@@ -68,7 +71,8 @@ def load_images(
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
-    checker = Checker(skip_bad, default_caption if need_captions else default_caption or "", max_pixels)
+    captioning = Captioning(default_caption if need_captions else default_caption or "", trigger)
+    checker = Checker(skip_bad, captioning, max_pixels)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
     return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice))
 
@@ -76,7 +80,7 @@ def load_images(
 def list_rows(
     path: str,
     columns: Columns,
-    default_caption: str | None,
+    captioning: Captioning,
     condition_path: str | None,
     classes: str | None,
     choice: Choice = FIRST,
@@ -86,7 +90,7 @@ def list_rows(
     Raises:
         UserError: if nothing can be listed.
     """
-    checker = Checker(True, default_caption)
+    checker = Checker(True, captioning)
     return _rows(path, columns, checker, condition_path, classes, choice)[0], checker.bad
 
 
@@ -94,7 +98,7 @@ def _rows(
     path: str, columns: Columns, checker: Checker, condition_path: str | None, classes: str | None, choice: Choice
 ) -> tuple[list[Row], int]:
     """The pictures before they are checked, and how many other files lie beside them."""
-    folder, need_captions = place_of_data(path), checker.default_caption is None
+    folder, need_captions = place_of_data(path), checker.captioning.of_none is None
     rows: list[Row]
     is_set, split = folder.is_dir() and is_dataset(folder), ALL
     if classes == "folders" and (is_set or not folder.is_dir()):
@@ -221,7 +225,7 @@ def _folder_rows(
             try:
                 text = read_text(beside) if beside.exists() else None
                 table = next((tables[p] for p in path.parents if p in tables), None)
-                if text is None and table is not None and checker.default_caption != "":
+                if text is None and table is not None and checker.captioning.of_none != "":
                     checker.bad[name] = (
                         f"has no caption but in {table.relative_to(folder)}, and metadata are read at the top of the "
                         f"folder that is given; give {table.parent}"

@@ -81,7 +81,7 @@ class Collection:
         if self.kind != "json":
             data = data.cast_column(self.image, datasets.Image(decode=False))
         known = (config.caption_column, *(("txt", "json") if self.kind == "webdataset" else ()))
-        if config.default_caption is None and not any(name in self.columns for name in known):
+        if config.captioning.of_none is None and not any(name in self.columns for name in known):
             raise UserError(
                 f"{config.path} has no column {config.caption_column!r}, only {', '.join(self.columns)}; name it with "
                 "--data.caption_column."
@@ -248,7 +248,7 @@ class Stream:
                     "a data.validation_path, or lower training.validation_size."
                 )
             self.begin += len(part)
-            checker = Checker(self.config.skip_bad, self.config.default_caption, self.config.max_pixels)
+            checker = Checker(self.config.skip_bad, self.config.captioning, self.config.max_pixels)
             examples = [e for row in part if (e := checker.example(row)) is not None]
             checker.stop_if_bad(self.config.path)
             held_out |= {e.name: e for e in examples}
@@ -300,8 +300,7 @@ class Stream:
         return self.collection.rows(file, self.begin if file == 0 else 0)
 
     def _caption_of(self, row: Row) -> str | None:
-        text = row.caption.strip() if isinstance(row.caption, str) else ""
-        return text or self.config.default_caption
+        return self.config.captioning.of(row.caption if isinstance(row.caption, str) else None)
 
     def _usable(self, candidates: list[Row]) -> tuple[Example, dict[str, str]]:
         """The first of these rows that can be used, only the first of all unless bad ones are skipped; and what is
@@ -309,7 +308,7 @@ class Stream:
         bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
-                caption = row.usable_caption(self.config.default_caption)
+                caption = row.usable_caption(self.config.captioning)
                 content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
                 return _decoded(row.name, caption, content, self.config.max_pixels), bad
             except (UserError, OSError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
@@ -67,6 +68,8 @@ class DataConfig:
         classes: take classes for captions: folders (the name of the sub-folder that a picture lies in), or label (the
             names or numbers in the column called label); captions as they are when empty.
         default_caption: caption of pictures that have none; such pictures are a mistake when empty.
+        trigger: words for what is learnt (`zbx style`), put before captions that lack them and alone where there is
+            none; a bank for captions is drawn without them.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
         buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
@@ -93,6 +96,7 @@ class DataConfig:
     image_column: str = "image"
     classes: Literal["folders", "label"] | None = None
     default_caption: str | None = None
+    trigger: str | None = None
     truncate_captions: bool = False
     skip_bad: bool = False
     buckets: bool = False
@@ -125,6 +129,13 @@ class DataConfig:
             raise UserError(
                 f"data.classes is {self.classes}, so every picture has its caption; leave out data.default_caption."
             )
+        if self.trigger is not None:
+            self.trigger = " ".join(self.trigger.split())
+            need(self.trigger != "", "data.trigger", "empty", "a word or a few, or null")
+
+    @property
+    def captioning(self) -> Captioning:
+        return Captioning(self.default_caption, self.trigger)
 
 
 @dataclass

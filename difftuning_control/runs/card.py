@@ -52,6 +52,7 @@ def model_card(
         "library_name": "diffusers",
         **({"base_model": recipe.model.id} if is_hub_id(recipe.model.id) else {}),
         "tags": [told, "diffusers", "difftuning-control", *tag],
+        **({"instance_prompt": recipe.data.trigger} if recipe.data.trigger is not None else {}),
     }
     tuning = recipe.tuning
     if tuning.retention_ratio > 0:
@@ -70,6 +71,7 @@ def model_card(
         "",
         f"Tuned with difftuning-control on {run.data.pictures} pictures for {run.steps} steps: {words}.",
         "",
+        *_trigger_lines(recipe.data.trigger),
         *(["```python", *_usage(recipe, run), "```"] if use is None else use),
         "",
         *_change_lines(run.changes),
@@ -85,6 +87,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _trigger_lines(trigger: str | None) -> list[str]:
+    """The words that call up what was learnt."""
+    return [] if trigger is None else [f"Say **{plain_markdown(trigger)}** in a prompt.", ""]
 
 
 def _change_lines(changes: list[Change]) -> list[str]:

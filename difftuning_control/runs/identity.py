@@ -48,6 +48,8 @@ def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
         values["training"].pop("validation_prompts")
     if recipe.bank.solver == "own":  # nor this
         values["bank"].pop("solver")
+    if recipe.data.trigger is None:  # nor this
+        values["data"].pop("trigger")
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
     for name in (
         "resume",

@@ -249,7 +249,7 @@ def _pictures(
     columns = Columns(data.image_column, caption, column)
     try:
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
-        rows, bad = list_rows(path, columns, data.default_caption, conditions, data.classes, choice)
+        rows, bad = list_rows(path, columns, data.captioning, conditions, data.classes, choice)
     except UserError as error:
         if path in record.data.local:
             part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
@@ -286,7 +286,7 @@ def _pictures(
 
 def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> None:
     name = row.name
-    caption = row.caption_or(data.default_caption) if row.caption is None or isinstance(row.caption, str) else None
+    caption = data.captioning.of(row.caption) if row.caption is None or isinstance(row.caption, str) else None
     if caption is None:
         part.find(name, "missing", "its caption")
     elif digest_of_text(caption) != line["caption"]:

@@ -35,14 +35,13 @@ _TUNING = ("tuning.schedule.kind", "tuning.schedule.tau", "tuning.retention_rati
 _LOOP = ("training.max_steps", "training.batch_size", "training.learning_rate", "training.mixed_precision")
 PAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
-        "Pictures and model": ("data.path", *_MODEL[:2], "data.resolution"),
+        "Pictures and model": ("data.path", *_MODEL[:1], "data.resolution", "data.trigger"),
         "What trains": ("method", "adapter.kind", "adapter.rank"),
         "Training": (*_LOOP, "training.gradient_checkpointing", "training.begin_from"),
         "Against forgetting": (*_TUNING, *_BANK[:2]),
         "While it trains": (
             "training.sample_every",
             "training.sample_prompts",
-            "training.validate_every",
             "training.trackers",
         ),
         "Where to": ("output", "overwrite"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from difftuning_control.data.control_spec import Conditioner, ControlSpec, condition_rows
+from difftuning_control.data.examples import listed
 from difftuning_control.data.images import decode_image
 from difftuning_control.data.labels import begin_as
 from difftuning_control.errors import UserError
@@ -20,6 +22,7 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_model
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.runs.finished import data_of_runs, finished_run, tuned_model, weights_of
 from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
@@ -123,6 +126,18 @@ def _settings(request: SampleRequest, family: Family, record: RunRecord | None) 
     }
 
 
+def _prompt_notes(family: Family, prompts: list[str], record: RunRecord | None) -> Iterator[str]:
+    """What to say of prompts that are too long, or that do not call up what a run learnt."""
+    for prompt in prompts:
+        length, most = family.prompt_tokens(prompt)
+        if length > most:
+            yield f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out"
+    captioning = record.recipe.data.captioning if record is not None else Captioning()
+    without = [prompt for prompt in prompts if captioning.of(prompt) != prompt]
+    if without:
+        yield f"note: this run learnt {captioning.trigger!r}, which {listed(map(repr, without))} does not say"
+
+
 def _draw(
     request: SampleRequest, family: Family, model: _Model, settings: dict[str, Any], condition: Image.Image | None
 ) -> dict[str, list[Image.Image]]:
@@ -131,10 +146,8 @@ def _draw(
     if record is not None:
         begin_as(family, record.classes, record.seed)
     family.check_prompts(prompts)  # before anything is drawn
-    for prompt in prompts:
-        length, most = family.prompt_tokens(prompt)
-        if length > most:
-            say(f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out")
+    for line in _prompt_notes(family, prompts, record):
+        say(line)
     asked = condition_rows(condition, len(prompts)) if condition is not None else None
     scale = request.domain_guidance_scale
     drawn_at = settings if scale is None else settings | {"guidance_scale": scale}

@@ -21,10 +21,11 @@ _RECIPE = {
     "rank": "adapter.rank",
     "out": "output",
 }
+_DATA = {"trigger": "data.trigger"}
 SHORT: dict[str, dict[str, str]] = {
-    "train": _RECIPE | {"from": "training.begin_from"},
+    "train": _RECIPE | _DATA | {"from": "training.begin_from"},
     "resume": {name: key for name, key in _RECIPE.items() if name != "out"},
-    **dict.fromkeys(("bank", "analyze", "pilot"), _RECIPE),
+    **dict.fromkeys(("bank", "analyze", "pilot"), _RECIPE | _DATA),
     **{verb: {"out": "output"} for verb in ("sample", "evaluate", "demo", "bench")},
 }
 SECTIONS = {"model": "model.id", "data": "data.path"}  # what a section's name alone means, where its value is a text
@@ -44,6 +45,9 @@ OTHERS = {  # what trainers of others call it
     "pretrained_model_name_or_path": "model.id",
     "instance_data_dir": "data.path",
     "train_data_dir": "data.path",
+    "trigger_word": "data.trigger",
+    "instance_prompt": "data.trigger",
+    "class_tokens": "data.trigger",
     "images": "data.path",
     "pictures": "data.path",
     "max_train_steps": "training.max_steps",

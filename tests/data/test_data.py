@@ -17,6 +17,7 @@ from difftuning_control.data.examples import Checker, Columns, ImageData
 from difftuning_control.data.images import decode_image, fit_square
 from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set, load_images
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.captioning import Captioning
 from support.pictures import write_pictures
 
 CAPTIONS = ['a "red", round thing', "one\u2028two, three", "żółw 😀", "back\\slash\ttab"]
@@ -34,7 +35,9 @@ def examples_of(
     data: datasets.Dataset, columns: Columns | None = None, skip_bad: bool = False, within: str | Path = "/"
 ) -> ImageData:
     """Examples of a data set in memory; files that it names must lie in `within`."""
-    return Checker(skip_bad, None).data("the data set", dataset_rows(data, columns or Columns(), True, [Path(within)]))
+    return Checker(skip_bad, Captioning()).data(
+        "the data set", dataset_rows(data, columns or Columns(), True, [Path(within)])
+    )
 
 
 def array(image: Image.Image) -> np.ndarray:

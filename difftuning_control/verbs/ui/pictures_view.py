@@ -14,6 +14,7 @@ from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.images import EXTENSIONS, decode_image, placed
 from difftuning_control.data.sources import list_rows
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.durable import beside
 from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
@@ -87,7 +88,7 @@ def pictures_of(places: Places, folder: str, side: int) -> list[Picture]:
     real = places.readable(folder)
     if not real.is_dir():
         raise UserError(f"{folder} is no folder; choose one with pictures.")
-    rows, bad = list_rows(str(real), Columns(), None, None, None)
+    rows, bad = list_rows(str(real), Columns(), Captioning(), None, None)
     found, seen = [Picture(name, None, problems=(why,)) for name, why in bad.items()], list[tuple[str, Facts]]()
     drafts = drafts_of(places, real)
     for row in rows[:MOST]:

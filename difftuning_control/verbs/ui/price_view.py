@@ -66,7 +66,8 @@ def refuse_unready(places: Places, recipe: Recipe) -> None:
         UserError: with how many they are.
     """
     data = recipe.data
-    if data.skip_bad or data.default_caption is not None or data.classes is not None or data.caption_column != COLUMN:
+    taken = data.captioning.of_none is not None or data.classes is not None
+    if data.skip_bad or taken or data.caption_column != COLUMN:
         return  # which the Pictures page does not know of
     if data.path in EMBEDDED or not Path(data.path).is_dir():
         return
