@@ -14,25 +14,27 @@ from difftuning_control.system.home import expand_paths
 
 U0 = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 DEFAULT_SIDES = ("plain", "prior", "difftuning_tau1", "difftuning_measured")
-GENERAL, PRIOR_GENERAL = "difftuning_general", "prior_general"
 TEACHERS = ("teacher_bank", "teacher_empty", "teacher_own")
 LEAST_OUTSIDE = 5  # prompts that a KID is measured on
 NUMBER = r"(\d+(?:\.\d+)?)"
-SCHEDULED = re.compile(rf"(prior(?:_general)?|(difftuning|retention)_tau{NUMBER})(?:_lambda{NUMBER})?")
+SCHEDULED = re.compile(rf"(prior|(difftuning|retention)_tau{NUMBER})(_general)?(?:_lambda{NUMBER})?")
 
 
 class ScheduledSide(NamedTuple):
     """A side of a pilot whose name says its schedule.
 
     Args:
-        plain: its name without λ.
+        plain: its name up to the schedule.
         kind: difftuning, retention, or None of prior preservation.
-        tau, weight: τ and λ as they are written; None where none is.
+        tau: τ as it is written; None of prior preservation.
+        general: given where it has a bank of its own, of general prompts, and retains it under these.
+        weight: λ as it is written; None where none is.
     """
 
     plain: str
     kind: str | None
     tau: str | None
+    general: str | None
     weight: str | None
 
 
@@ -45,7 +47,7 @@ def scheduled_side(name: str) -> ScheduledSide | None:
 def retains_general(name: str) -> bool:
     """Whether a side has a bank of its own, of general prompts, and retains it under these."""
     side = scheduled_side(name)
-    return name == GENERAL or (side is not None and side.plain == PRIOR_GENERAL)
+    return side is not None and side.general is not None
 
 
 @dataclass
@@ -123,12 +125,11 @@ class PilotConfig(SeededDrawSettings):
 
     Args:
         sides: what is compared: plain (the yardstick), prior (ψ = ξ = 1), `difftuning_tau<number>`,
-            `retention_tau<number>` (ψ = 1, ξ = 1 − u^τ), prior_general (ψ = ξ = 1 with a bank of its own, of general
-            prompts, retained under these), these four also with a λ of their own (prior_lambda0.3),
-            difftuning_measured, difftuning_budget, which takes the recipe's forgetting_budget, or 0.1,
-            difftuning_general (as prior_general, τ = 0.3, λ = 1), or with the recipe's own schedule retention by a
-            teacher: on the bank (teacher_bank), or on the pictures with the empty prompt (teacher_empty) or their own
-            (teacher_own).
+            `retention_tau<number>` (ψ = 1, ξ = 1 − u^τ), these three also with a bank of their own, of general prompts,
+            retained under these (prior_general), and with a λ of their own (prior_lambda0.3,
+            prior_general_lambda0.3), difftuning_measured, difftuning_budget, which takes the recipe's
+            forgetting_budget, or 0.1, or with the recipe's own schedule retention by a teacher: on the bank
+            (teacher_bank), or on the pictures with the empty prompt (teacher_empty) or their own (teacher_own).
         seeds: seeds of training and of the pictures, at least two; the spread is over these. [≥ 0]
         learning_rates: candidates of the search; half, once and twice the recipe's when empty. [> 0]
         widen: while a side's best learning rate is the lowest or the highest tried, try one more beyond it, at most so
@@ -161,12 +162,12 @@ class PilotConfig(SeededDrawSettings):
         expand_paths(self, "features")
         for side in self.sides:
             scheduled = scheduled_side(side)
-            named = side in (*DEFAULT_SIDES, "difftuning_budget", GENERAL, *TEACHERS)
-            if not named and (scheduled is None or 0 in map(float, filter(None, scheduled[2:]))):
+            named = side in (*DEFAULT_SIDES, "difftuning_budget", *TEACHERS)
+            if not named and (scheduled is None or 0 in map(float, filter(None, (scheduled.tau, scheduled.weight)))):
                 raise UserError(
-                    f"pilot.sides names {side}; expected plain, prior, {PRIOR_GENERAL}, difftuning_tau<number>, "
-                    "retention_tau<number> (these four also with _lambda<number> after it), difftuning_measured, "
-                    f"difftuning_budget, {GENERAL}, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
+                    f"pilot.sides names {side}; expected plain, prior, difftuning_tau<number>, retention_tau<number> "
+                    "(these three also with _general after it, _lambda<number>, or both), difftuning_measured, "
+                    f"difftuning_budget, {', '.join(TEACHERS[:-1])} or {TEACHERS[-1]}."
                 )
         if len(set(self.sides)) < len(self.sides) or "plain" not in self.sides or len(self.sides) < 2:
             raise UserError(f"pilot.sides is {self.sides}; expected plain and at least one other, each once.")

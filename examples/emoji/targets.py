@@ -35,7 +35,7 @@ from difftuning_control.verbs.pilot.pilot import pilot
 HERE = Path(__file__).parent
 DEFAULT = "prior"  # what the package does with a LoRA, "difftuning" among the rows: ψ = ξ = 1, λ = 0.1
 FULL_RATES = [3e-4, 6e-4]
-FIRST = ("plain", "difftuning", "difftuning_general")  # columns of the tables; the others by name
+FIRST = ("plain", "difftuning")  # columns of the tables; the others by name
 OUTSIDE_FIGURES = ("outside_kid", "still_drawn")  # where the pilot asked
 FIGURES = ("kid", "domain_hit", "pair_similarity", "memorisation")
 

@@ -230,7 +230,6 @@ def test_every_word_is_used_and_every_used_word_exists():
     [
         ("prior", "Prior preservation", "about.prior"),
         ("prior_lambda0.3", "Prior preservation, λ = 0.3", "about.prior"),
-        ("prior_general_lambda0.3", "Prior preservation, general prompts, λ = 0.3", "about.prior_general"),
         ("difftuning_tau0.3", "Diff-Tuning, τ = 0.3", "about.difftuning_tau0.3"),
         ("difftuning_tau0.3_lambda2", "Diff-Tuning, τ = 0.3, λ = 2", "about.difftuning_tau0.3"),
         ("difftuning_tau0.7", "Diff-Tuning, τ = 0.7", "about.difftuning_tau"),
@@ -239,8 +238,11 @@ def test_every_word_is_used_and_every_used_word_exists():
 )
 def test_a_side_with_numbers_of_its_own_is_named_and_explained(name, label, about):
     texts = load_texts("en")
+    general = name.replace("_lambda", "_general_lambda") if "_lambda" in name else f"{name}_general"
+    assert "general prompts" in side_label(general, texts)
+    assert side_about(general, texts) == f"{texts[about]} {texts['about.general']}"
     assert (side_label(name, texts).replace("\u00a0", " "), side_about(name, texts)) == (label, texts[about])
-    for word in ("somebody's", "tuned"):
+    for word in ("somebody's", "tuned", "plain_general"):
         assert side_about(word, texts) is None
     assert side_label("somebody's", texts) == "somebody's"
 

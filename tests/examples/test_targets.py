@@ -150,7 +150,7 @@ def test_what_is_still_drawn_is_in_the_rows_and_in_a_table_where_it_was_asked(ta
     def asked(share, kid):
         return {"runs": [{"seed": s, "still_drawn": share, "outside_kid": kid} for s in (0, 1)]}
 
-    plain, other = side("plain"), side("difftuning_general")
+    plain, other = side("plain"), side("difftuning_tau0.3_general_lambda1")
     plain["outside"], other["outside"] = asked(0.25, 0.2), asked(0.75, 0.01)
     for run in other["runs"]:
         run["losses"] = {"target": run["losses"]["target"]}  # its bank is another one
@@ -160,8 +160,8 @@ def test_what_is_still_drawn_is_in_the_rows_and_in_a_table_where_it_was_asked(ta
     assert [row["still_drawn"] for row in rows] == [1.0, 0.25, 0.25, 0.75, 0.75, None, None]
     assert rows[3]["forgetting"] is None
     assert [row["outside_kid"] for row in rows[:4]] == [-0.01, 0.2, 0.2, 0.01]
-    table = targets.outside_table(rows, ["plain", "difftuning_general", "prior"])
-    assert table[0] == "| still drawn, % (KID × 1000) | base | plain | difftuning_general |"
+    table = targets.outside_table(rows, ["plain", "difftuning_tau0.3_general_lambda1", "prior"])
+    assert table[0] == "| still drawn, % (KID × 1000) | base | plain | difftuning_tau0.3_general_lambda1 |"
     assert table[2] == "| game, 8, lora | 100 (-10) | 25 (200) | 75 (10) |"
     assert table[3] == "| against plain, points |  |  | +50% (+50% to +50%) |"
     assert targets.outside_table([row("game", "plain", 0, 1.0)], ["plain"]) == []

@@ -30,7 +30,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, pictures: P
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PilotConfig:
     features = tmp_path_factory.mktemp("features") / "tiny"
-    sides = ["plain", "difftuning_general"]
+    sides = ["plain", "difftuning_tau0.3_general_lambda1"]
     return tiny_pilot(features, sides, learning_rates=[1e-3], lengths=[2, 3], outside=PROMPTS)
 
 
@@ -52,7 +52,7 @@ def test_the_base_and_every_side_have_both_figures_of_each_seed(done):
         assert all(0 <= row["still_drawn"] <= 1 for row in found["runs"])
         assert {"outside_kid", "still_drawn"} <= set(found["summary"])
     assert [side["outside"]["steps"] for side in result.sides] == [side["best_length"] for side in result.sides]
-    assert [row.name for row in result.outside.rows] == ["base", "plain", "difftuning_general"]
+    assert [row.name for row in result.outside.rows] == ["base", "plain", "difftuning_tau0.3_general_lambda1"]
     assert all((folder / file).is_file() for row in result.outside.rows for file in row.files)
     assert verify(VerifyRequest(str(folder), strict=True))["status"] == "same"
 
@@ -101,7 +101,7 @@ def test_a_model_that_learns_nothing_draws_what_the_base_draws(study, config, tm
 @pytest.mark.wide
 def test_the_side_of_general_prompts_retains_a_bank_of_its_own_under_these(study, done):
     folder, result = done
-    general = next(side for side in result.sides if side["name"] == "difftuning_general")
+    general = next(side for side in result.sides if side["name"] == "difftuning_tau0.3_general_lambda1")
     assert general["tuning"]["retention_prompts"] == "own"
     asked = [
         json.loads(line)["prompt"] for line in (folder / "bank-general" / "prompts.jsonl").read_text().splitlines()

@@ -11,11 +11,10 @@ from difftuning_control.evaluation.figures import LEAST_PICTURES
 from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import GENERAL, retains_general, scheduled_side
-from difftuning_control.recipe.training import DEFAULT_TAU, ScheduleConfig, TuningConfig
+from difftuning_control.recipe.studies import retains_general, scheduled_side
+from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 
 BUDGET, ALLOWED = "difftuning_budget", 0.1
-GENERAL_WEIGHT = 1.0  # λ of retention under general prompts, which share no prompt with the new pictures
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher_bank": {"retention_rows": "bank"},
     "teacher_empty": {"retention_rows": "pictures", "retention_prompts": "empty"},
@@ -58,9 +57,6 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         base = replace(base, retention_prompts="own")
     if side == "plain":
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
-    if side == GENERAL:
-        power = ScheduleConfig("power", tau=DEFAULT_TAU)
-        return replace(base, schedule=power, retention_weight=GENERAL_WEIGHT)
     if side == "difftuning_measured":
         return replace(base, schedule=measured)
     if (named := scheduled_side(side)) is not None:
