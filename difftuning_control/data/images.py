@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
+from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
 from torch import Tensor
 
 from difftuning_control.data.profiles import in_srgb
@@ -19,9 +21,29 @@ from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 READING = 2  # how files become pixels, for the keys of caches: since 2 by their colour profiles
 # what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the latter
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+# of cameras and browsers, which people take for pictures to tune on
+UNREAD = {".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+SIGNATURES = {  # from the fifth byte on
+    b"ftyphei": "HEIC",
+    b"ftyphev": "HEIC",
+    b"ftypmif1": "HEIC",
+    b"ftypavi": "AVIF",  # where Pillow was built without it
+    b"JXL ": "JPEG XL",
+    b"jP  ": "JPEG 2000",
+    b"ftypcrx": "raw camera",
+}
+
+
+def pictures_among(files: Iterable[Path]) -> list[Path]:
+    """Files that are pictures by their names, in order. One of a kind that is not read is among them, to be refused,
+    unless one that is read lies beside it by the same name."""
+    known = sorted(files)
+    read = {p.with_suffix("") for p in known if p.suffix.lower() in EXTENSIONS}
+    unread = {p for p in known if p.suffix.lower() in UNREAD and p.with_suffix("") not in read}
+    return [p for p in known if p.suffix.lower() in EXTENSIONS or p in unread]
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -46,11 +68,21 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError("is not a picture that can be read") from None
+        raise UserError(_unread(content)) from None
     except Image.DecompressionBombError:
         raise _too_large(MOST_PIXELS + 1, max_pixels) from None
     except Exception as error:  # decoders raise whatever they stumble over
         raise UserError(f"is damaged or of an unsupported kind ({' '.join(str(error).split())})") from None
+
+
+def _unread(content: bytes) -> str:
+    """What is wrong with content of no known format."""
+    kind = next((kind for sign, kind in SIGNATURES.items() if content[4:].startswith(sign)), None)
+    if kind is None and content.startswith(b"\xff\x0a"):
+        kind = "JPEG XL"
+    if kind is None:
+        return "is not a picture that can be read"
+    return f"is a {kind} picture, which is not read; save it as PNG or JPEG"
 
 
 def _too_large(pixels: int, allowed: int) -> UserError:

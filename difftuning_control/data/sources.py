@@ -1,12 +1,13 @@
 """The sources of pictures and captions: folders, sets that the package carries, and `datasets` data sets.
 
-A folder holds pictures with a `.txt` file beside each, or a `metadata.jsonl` or `metadata.csv` with the columns
-`file_name` and `text`; or one sub-folder a class, whose name is the caption of the pictures in it.
+A folder holds pictures with a `.txt` or `.caption` file beside each, or a `metadata.jsonl` or `metadata.csv` with the
+columns `file_name` and `text`; or one sub-folder a class, whose name is the caption of the pictures in it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
 from difftuning_control.data.examples import Checker, Columns, ImageData, Row, listed
-from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.images import EXTENSIONS, pictures_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
 from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
@@ -22,6 +23,8 @@ from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
+CAPTIONS = (".caption", ".txt")  # the latter where both are there
+REPEATS = re.compile(r"\d+_")  # kohya's folders are called so
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 
@@ -133,7 +136,7 @@ def _files_of_split(
     """The files of a folder of pictures that are of the chosen split, the others, and its name: `all` where there are
     none."""
     files = visible_files(folder)
-    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
+    pictures = pictures_among(files)
     splits = splits_of_pictures(folder, pictures)
     if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
         splits = {}  # of classes with these names
@@ -213,17 +216,18 @@ def _folder_rows(
         raise UserError(f"{folder} has no metadata, so no column {columns.condition!r}; name a folder of conditions.")
     rows: list[Row] = []
     used: set[Path] = set()
-    texts = {p.with_suffix(".txt"): p for p in sorted(files) if p.suffix.lower() == ".txt"}
+    texts = {p.with_suffix(""): p for end in CAPTIONS for p in sorted(files) if p.suffix.lower() == end}
     tables = {p.parent: p for p in files if p.name in METADATA}  # which are read at the top, or of a split
-    for path in sorted(p for p in files if p.suffix.lower() in EXTENSIONS or p.is_dir()):
-        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
-        beside = texts.get(beside, beside)
-        used |= {path, beside}
-        if (target := leads_outside(path, folder) or leads_outside(beside, folder)) is not None:
+    pictures = pictures_among(files)
+    for path in sorted({*pictures, *(p for p in files if p.is_dir())}):
+        name, beside = path.relative_to(folder).as_posix(), texts.get(path.with_suffix(""))
+        own = [path] if beside is None else [path, beside]
+        used.update(own)
+        if (target := next(filter(None, (leads_outside(p, folder) for p in own)), None)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif not path.is_dir():
             try:
-                text = read_text(beside) if beside.exists() else None
+                text = read_text(beside) if beside is not None else None
                 table = next((tables[p] for p in path.parents if p in tables), None)
                 if text is None and table is not None and checker.captioning.of_none != "":
                     checker.bad[name] = (
@@ -232,12 +236,15 @@ def _folder_rows(
                     )
                     continue
             except OSError as error:
-                checker.bad[name] = f"has a caption, {beside.name}, that cannot be read ({error.strerror})"
+                checker.bad[name] = f"has a caption, {own[-1].name}, that cannot be read ({error.strerror})"
                 continue
             except UnicodeDecodeError:
-                checker.bad[name] = f"has a caption, {beside.name}, that is not UTF-8 text; save it as UTF-8"
+                checker.bad[name] = f"has a caption, {own[-1].name}, that is not UTF-8 text; save it as UTF-8"
                 continue
             rows.append(Row(name, partial(read_file, path), text))
+    numbered = sorted({p.parent.name for p in pictures if p.parent != folder and REPEATS.match(p.parent.name)})
+    if numbered:
+        checker.notes.append(f"the numbers of {listed(numbered)}, repeats to other trainers, play no part")
     return rows, len(files - used)
 
 
@@ -248,7 +255,7 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
             f"{path} has {metadata}, but data.classes is folders; name classes in one place "
             "(--data.classes label reads its column label)."
         )
-    pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
+    pictures = pictures_among(files)
     rows: list[Row] = []
     depth = 0 if split == ALL else 1
     for picture in pictures:

@@ -146,6 +146,25 @@ def test_text_of_another_encoding_is_refused_with_and_without_a_mark(folder, enc
         load_images(str(folder))
 
 
+def test_captions_of_kohyas_ending_are_read_and_txt_goes_first(folder):
+    for i in range(3):
+        (folder / f"{i}.caption").write_text(f"caption {i}")
+    (folder / "2.txt").write_text("text")
+    data = load_images(str(folder))
+    assert ([e.caption for e in data.examples], data.ignored_files) == (["caption 0", "caption 1", "text"], 1)
+    (folder / "0.caption").write_bytes("red".encode("utf-16"))
+    with pytest.raises(UserError, match=r"has a caption, 0\.caption, that is not UTF-8 text"):
+        load_images(str(folder))
+
+
+def test_the_numbers_of_kohyas_folders_are_said_to_play_no_part(tmp_path):
+    write_pictures(tmp_path / "img" / "10_zbx dog", 2)
+    (tmp_path / "img" / "10_zbx dog" / "metadata.jsonl").unlink()
+    data = load_images(str(tmp_path / "img"), trigger="zbx dog")
+    assert data.notes[0] == "the numbers of 10_zbx dog, repeats to other trainers, play no part"
+    assert load_images(str(tmp_path / "img" / "10_zbx dog"), trigger="zbx dog").notes[0].startswith("2 of 2 pictures")
+
+
 # --- captions of data sets and streams ------------------------------------------------------------------------------
 
 

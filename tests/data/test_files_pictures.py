@@ -2,12 +2,14 @@
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from difftuning_control.data.images import decode_image, frame, to_rgb
+from difftuning_control.data.images import EXTENSIONS, decode_image, frame, pictures_among, to_rgb
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 
 # --- colour profiles ------------------------------------------------------------------------------------------------
@@ -201,3 +203,55 @@ def test_what_was_kept_of_pictures_that_were_read_otherwise_is_made_anew(monkeyp
     now = framing.Framing(64).identity
     monkeypatch.setattr(framing, "READING", framing.READING + 1)
     assert framing.Framing(64).identity != now
+
+
+# --- kinds of files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"), [("avif", "AVIF"), ("jfif", "JPEG"), ("jpe", "JPEG"), ("JPG", "JPEG"), ("webp", "WEBP")]
+)
+def test_what_browsers_save_is_read(tmp_path, end, kind):
+    content = encoded(Image.new("RGB", (32, 24), (200, 30, 30)), kind)
+    (tmp_path / f"a.{end}").write_bytes(content)
+    (example,) = load_images(str(tmp_path), default_caption="red").examples
+    assert (example.name, example.size) == (f"a.{end}", (32, 24))
+    assert np.abs(np.asarray(example.load())[12, 16].astype(int) - (200, 30, 30)).max() < 12
+
+
+UNREAD = {
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is a HEIC picture, which is not read; save it"),
+    "a.heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "is a HEIC picture, which is not read; save it"),
+    "a.jxl": (b"\xff\x0a" + bytes(99), "is a JPEG XL picture, which is not read; save it"),
+    "b.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "is a JPEG XL picture, which is not read; save it"),
+    "a.jp2": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "is a JPEG 2000 picture, which is not read; save it"),
+    "a.cr3": (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(99), "is a raw camera picture, which is not read"),
+    "a.nef": (b"no picture" + bytes(99), "is not a picture that can be read"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_picture_of_a_kind_that_is_not_read_is_refused_and_not_passed_over(tmp_path, name):
+    content, said = UNREAD[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "red.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    with pytest.raises(UserError) as stopped:
+        load_images(str(tmp_path), default_caption="red")
+    assert str(stopped.value).startswith(f"{name} in {tmp_path} {said}")
+    data = load_images(str(tmp_path), default_caption="red", skip_bad=True)
+    assert ([e.name for e in data.examples], list(data.skipped)) == (["red.png"], [name])
+
+
+def test_it_may_lie_beside_one_of_its_name_that_is_read(tmp_path):
+    for name in ("IMG_1.HEIC", "IMG_2.CR2"):
+        (tmp_path / name).write_bytes(b"raw")
+        (tmp_path / name).with_suffix(".jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+    data = load_images(str(tmp_path), default_caption="red")
+    assert ([e.name for e in data.examples], data.ignored_files) == (["IMG_1.jpg", "IMG_2.jpg"], 2)
+    assert pictures_among([Path("a.psd"), Path("b.txt"), Path("c.svg")]) == []  # of which others are made
+
+
+def test_a_heic_picture_by_the_name_of_a_jpeg_is_known_by_its_bytes():
+    with pytest.raises(UserError, match="is a HEIC picture, which is not read; save it as PNG or JPEG"):
+        decode_image(UNREAD["IMG_1.HEIC"][0])
+    assert ".heic" not in EXTENSIONS
