@@ -28,8 +28,10 @@ def tensors(layers: dict[str, tuple[int, float]] = LAYERS) -> dict[str, torch.Te
     return down | up | {f"lora_unet_{n}.alpha": torch.tensor(alpha) for n, (_, alpha) in layers.items()}
 
 
-def record() -> RunRecord:
-    recipe = Recipe(data=DataConfig("/home/someone/secret"), training=TrainingConfig(learning_rate=2e-4, seed=3))
+def record(trigger: str | None = None) -> RunRecord:
+    recipe = Recipe(
+        data=DataConfig("/home/someone/secret", trigger=trigger), training=TrainingConfig(learning_rate=2e-4, seed=3)
+    )
     return RunRecord(
         status="complete",
         recipe_values=recipe.to_dict(),
@@ -113,3 +115,11 @@ def test_ranks_and_training_are_told_and_neither_places_nor_captions():
     assert not any(word in json.dumps(found) for word in ("secret", "someone", "caption"))
     mixed = tool_metadata(family, record(), tensors({"a": (4, 8.0), "b": (12, 24.0)}), "mine")
     assert (mixed["ss_network_dim"], mixed["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+
+
+def test_the_trigger_is_told_where_tools_look_for_it():
+    family = family_of(tiny_pipeline())
+    found = tool_metadata(family, record("zbx dog"), tensors(), "mine")
+    assert found["modelspec.trigger_phrase"] == "zbx dog"
+    assert json.loads(found["ss_tag_frequency"]) == {"mine": {"zbx dog": 8}}
+    assert not {"modelspec.trigger_phrase", "ss_tag_frequency"} & set(tool_metadata(family, record(), tensors(), "a"))

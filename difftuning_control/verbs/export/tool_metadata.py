@@ -1,7 +1,7 @@
 """The metadata of a LoRA file, by which other tools tell the model that it is for, its ranks and how it was trained.
 
 Web UIs hide a LoRA that they take for another model's, and take one for Stable Diffusion 1's where it has any metadata
-but not these. Nothing here says where something lay, or what a caption said.
+but not these. Nothing here says where something lay, or what a caption said beside the trigger.
 
 References:
     https://github.com/kohya-ss/sd-scripts (train_network.py, library/sai_model_spec.py),
@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ def tool_metadata(family: Family, record: RunRecord, tensors: Mapping[str, Tenso
         "ss_steps": str(record.steps),
         "ss_seed": str(record.seed),
     }
+    if (trigger := recipe.data.trigger) is not None:  # which web UIs offer for the prompt
+        found["ss_tag_frequency"] = json.dumps({title: {trigger: record.data.pictures}}, ensure_ascii=False)
     if published is None:
         return found
     predicted = {"modelspec.prediction_type": "v" if predicts_v(family) else "epsilon"}
@@ -108,6 +111,7 @@ def tool_metadata(family: Family, record: RunRecord, tensors: Mapping[str, Tenso
             "modelspec.title": title,
             "modelspec.resolution": f"{record.data.resolution}x{record.data.resolution}",
         }
+        | ({"modelspec.trigger_phrase": trigger} if trigger is not None else {})
         | (predicted if family.name in ("sd", "sdxl") else {})
     )
 
