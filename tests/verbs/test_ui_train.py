@@ -57,6 +57,7 @@ def test_every_key_of_the_recipe_has_a_place_in_the_form_with_what_it_is():
 def test_the_form_makes_the_command_that_a_person_would_give(places):
     fields = {
         "pictures": "embedded/icons",
+        "trigger": "zbx dog",
         "trains": "dora",
         "rank": "8",
         "rate": "2e-4",
@@ -67,6 +68,7 @@ def test_the_form_makes_the_command_that_a_person_would_give(places):
     assert (verb, output) == ("train", places.folder / "runs" / "mine")
     assert (command.adapter.kind, command.adapter.rank, command.training.learning_rate) == ("dora", 8, 2e-4)
     assert command.training.sample_prompts == ["a cat", "a dog"]
+    assert (command.data.trigger, "trigger" in form.preset_values("sdxl_lora")) == ("zbx dog", False)
     assert (command.data.flip, command.bank.size) == (True, Recipe().bank.size)
     assert "training.max_steps" in command.left_open
 

@@ -1,4 +1,4 @@
-"""The form of a training: ten fields, all other keys of a recipe by section, and the command that they make."""
+"""The form of a training: the first fields, all other keys of a recipe by section, and the command that they make."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from difftuning_control.verbs.help import argument_texts
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
 
-FIRST = {  # of the ten fields those that are one key of a recipe
+FIRST = {  # of the first fields those that are one key of a recipe
     "model": "model.id",
     "pictures": "data.path",
+    "trigger": "data.trigger",
     "rank": "adapter.rank",
     "steps": "training.max_steps",
     "batch": "training.batch_size",
@@ -42,7 +43,7 @@ SHOWN = 60  # folders that are offered
 
 @dataclass(frozen=True)
 class Field:
-    """A key of the recipe that is not among the ten.
+    """A key of the recipe that is not among the first.
 
     Args:
         choices: what it can be; None of what is typed.
@@ -72,7 +73,7 @@ def preset_labels() -> list[tuple[str, str]]:
 
 
 def preset_values(name: str) -> dict[str, str]:
-    """The ten fields as a preset has them, by field; pictures and name are the user's.
+    """The first fields as a preset has them, by field; pictures, trigger and name are the user's.
 
     Raises:
         UserError: if there is none of this name.
@@ -81,7 +82,7 @@ def preset_values(name: str) -> dict[str, str]:
         raise UserError(f"there is no preset {name!r}; choose one of the list.")
     path = presets()[name]
     values = {} if path is None else flat(read_recipe(str(path), keys_of(COMMANDS["train"])))
-    found = {field: _text(values.get(key)) for field, key in FIRST.items() if field != "pictures"}
+    found = {field: _text(values.get(key)) for field, key in FIRST.items() if field not in ("pictures", "trigger")}
     found["model"] = found["model"] or "embedded"
     method = values.get("method", "lora")
     return found | {"trains": values.get("adapter.kind", "lora") if method == "lora" else method}
@@ -161,7 +162,7 @@ def train_words(
     """The command that trains, and the run's folder; the command is read once here, as it will be read then.
 
     Args:
-        fields: the ten by name: those of `FIRST`, trains, prompts (one a line), name.
+        fields: the first by name: those of `FIRST`, trains, prompts (one a line), name.
         others: further keys with what was typed; empty ones are left to the recipe.
 
     Raises:

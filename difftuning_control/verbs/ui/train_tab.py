@@ -82,17 +82,17 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
 
     def begin(*values: str) -> list[Any]:
         texts = [value or "" for value in values]
-        ten = dict(zip(fields, texts))
+        first = dict(zip(fields, texts))
         with mistakes():
-            words, output = train_words(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
+            words, output = train_words(places, first.pop("preset"), first, dict(zip(others, texts[len(fields) :])))
             refuse_unready(places, recipe_of_words(words))
             job = studio.jobs.add(words, output)
         return [job.name, free_name(places, output.name), *look(job.name, None)]
 
     def priced(*values: str) -> str:
         texts = [value or "" for value in values]
-        ten = dict(zip(fields, texts))
-        return price_page(places, ten.pop("preset"), ten, dict(zip(others, texts[len(fields) :])))
+        first = dict(zip(fields, texts))
+        return price_page(places, first.pop("preset"), first, dict(zip(others, texts[len(fields) :])))
 
     def go_on(name: str | None, up_to: str) -> list[Any]:
         with mistakes():
@@ -147,11 +147,15 @@ def _buttons(job: Job | None) -> list[Any]:
 
 
 def _first_fields(studio: Studio) -> dict[str, Any]:
-    """The ten by name, and the preset."""
+    """The first fields by name, and the preset."""
     folders, values = picture_folders(studio.places), preset_values(NO_PRESET)
     found: dict[str, Any] = {}
     found["preset"] = gr.Dropdown(preset_labels(), value=NO_PRESET, label="Begin with the settings of")
     found["pictures"] = gr.Dropdown(folders, value=folders[0], label="Pictures", allow_custom_value=True)
+    found["trigger"] = gr.Textbox(
+        label="Trigger",
+        info="words for what is learnt (zbx dog), put before captions that lack them; alone where there is no caption",
+    )
     found["model"] = gr.Textbox(
         values["model"],
         label="Model",
