@@ -99,11 +99,19 @@ class Study:
     Args:
         flags: for every run, such as `--training.max_steps=20`.
         tasks: to train, in this order; all when None.
+        sides: to train; all when None.
     """
 
-    def __init__(self, work: Path, flags: Sequence[str] = (), tasks: Sequence[str] | None = None):
+    def __init__(
+        self,
+        work: Path,
+        flags: Sequence[str] = (),
+        tasks: Sequence[str] | None = None,
+        sides: Sequence[str] | None = None,
+    ):
         self.work, self.flags, self.seen = work, flags, dict[Job, RunRecord]()
         self.tasks = list(tasks if tasks is not None else TASKS)
+        self.sides = list(sides if sides is not None else SIDES)
 
     def record(self, job: Job) -> RunRecord | None:
         """Of a run that is done."""
@@ -137,7 +145,7 @@ class Study:
         """What can be trained now: the searches first, then seed after seed."""
         found: list[Job] = []
         for task in self.tasks:
-            for side in SIDES:
+            for side in self.sides:
                 runs, rate = self.search(task, side)
                 found += runs if rate is None else [Job(task, side, rate, seed) for seed in SEEDS]
         found.sort(key=lambda job: (self.tasks.index(job.task), job.seed != SEARCHED, job.seed))
@@ -148,20 +156,23 @@ class Study:
         work_through(self.jobs, lambda job: train(recipe_of(job, self.work, self.flags)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a finished run of the figures, for every task of which each side has one, and its search."""
+        """A row a run of the figures, of every side of a task whose runs are all done, where plain training's are."""
         found = []
         for task in TASKS:
-            chosen = {side: self.search(task, side) for side in SIDES}
-            if any(rate is None for _, rate in chosen.values()):
-                continue
-            for side, (runs, rate) in chosen.items():
-                searched = {f"{job.rate:g}": self.score(job) for job in runs}
-                for seed in SEEDS:
-                    record = self.record(Job(task, side, rate or 0.0, seed))
-                    if record is not None and record.fidelity is not None:
-                        row = {"target": task, "method": side, "seed": seed, "learning_rate": rate}
-                        found.append(row | {"searched": searched, "fidelity": record.fidelity.to_dict()})
+            rows = {side: self._rows(task, side) for side in SIDES}
+            found += [row for own in rows.values() for row in own] if rows["plain"] else []
         return found
+
+    def _rows(self, task: str, side: str) -> list[dict[str, Any]]:
+        """Of one side, with its search; none until each seed is done."""
+        runs, rate = self.search(task, side)
+        records = [self.record(Job(task, side, rate, seed)) for seed in SEEDS] if rate is not None else []
+        curves = [record.fidelity for record in records if record is not None and record.fidelity is not None]
+        if len(curves) < len(SEEDS):
+            return []
+        searched = {f"{job.rate:g}": self.score(job) for job in runs}
+        name = {"target": task, "method": side, "learning_rate": rate, "searched": searched}
+        return [name | {"seed": seed, "fidelity": curve.to_dict()} for seed, curve in zip(SEEDS, curves)]
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -260,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/control_tasks"))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="to train, in this order")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="to train")
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
     parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
     parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
@@ -269,12 +281,12 @@ def main() -> None:
     elif args.collect is not None:
         rows = Study(args.work, flags).rows()
         if not rows:
-            raise SystemExit(f"{args.work} holds no condition of which every side is searched and trained.")
+            raise SystemExit(f"{args.work} holds no condition of which plain training is searched and trained.")
         write_json(args.collect, {"versions": versions(), "model": digest_of_model(), "rows": rows})
     elif args.grid is not None:
         grid(Study(args.work, flags), args.grid)
     else:
-        Study(args.work, flags, args.tasks).work_through()
+        Study(args.work, flags, args.tasks, args.sides).work_through()
 
 
 if __name__ == "__main__":
