@@ -28,17 +28,23 @@ TARGET, BANK = 0, 1
 
 @dataclass(frozen=True)
 class TargetSet:
-    """The pictures to tune on: moments, captions, names, perhaps conditions, and the sizes (N, views, 6) of
-    `Framing.sizes` where the family takes them; all of the same length."""
+    """The pictures to tune on: moments, captions, names, perhaps conditions, the sizes (N, views, 6) of `Framing.sizes`
+    where the family takes them, and the captions without a trigger where there is one; all of the same length."""
 
     moments: LatentMoments
     captions: list[str]
     names: list[str]
     conditions: Conditions | None = None
     sizes: Tensor | None = None
+    untriggered: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def retained_captions(self) -> list[str]:
+        """What retention rows of the pictures train with, where they have their own prompts."""
+        return self.captions if self.untriggered is None else self.untriggered
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class BatchSource:
                 if row < targets:
                     prompts.append("" if dropped[row] else caption)
                 else:
-                    prompts.append(retained_prompt(self.retention_prompts, caption, step + row))
+                    own = self.targets.retained_captions[item]
+                    prompts.append(retained_prompt(self.retention_prompts, own, step + row))
                 names.append(self.targets.names[item])
                 conditions.append(self._condition(item, int(views[row]), bool(blank[row])))
                 sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)

@@ -21,6 +21,7 @@ from difftuning_control.data.splits import (
     visible_files,
 )
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.untrusted import leads_outside, read_file
 
@@ -120,7 +121,7 @@ def literal(path: Path) -> str:
     return str(path)
 
 
-def named_dataset_rows(name: str, columns: Columns, need_captions: bool, choice: Choice) -> list[Row]:
+def named_dataset_rows(name: str, columns: Columns, captioning: Captioning, choice: Choice) -> list[Row]:
     """Rows of a split of a `datasets` data set, by Hub name."""
     import datasets  # saves a second where pictures lie in a folder
 
@@ -142,10 +143,10 @@ def named_dataset_rows(name: str, columns: Columns, need_captions: bool, choice:
     from huggingface_hub.constants import HF_HUB_CACHE  # as datasets, which imports it
 
     cached = [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
-    return dataset_rows(data, columns, need_captions, cached)
+    return dataset_rows(data, columns, captioning, cached)
 
 
-def dataset_rows(data: Any, columns: Columns, need_captions: bool, within: Sequence[Path]) -> list[Row]:
+def dataset_rows(data: Any, columns: Columns, captioning: Captioning, within: Sequence[Path]) -> list[Row]:
     """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions.
 
     Args:
@@ -153,7 +154,9 @@ def dataset_rows(data: Any, columns: Columns, need_captions: bool, within: Seque
     """
     import datasets  # saves a second where pictures lie in a folder
 
-    wanted = {columns.image: True, columns.caption: need_captions}
+    others = (columns.image, columns.condition or "", "label")
+    lacks = captioning.finds_none(data.column_names, [columns.caption], others)
+    wanted = {columns.image: True, columns.caption: lacks}
     if columns.condition is not None:
         wanted[columns.condition] = True
     missing = [c for c, needed in wanted.items() if needed and c not in data.column_names]

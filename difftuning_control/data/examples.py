@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from difftuning_control.data.images import EXTENSIONS, decode_image
+from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text
@@ -166,6 +166,7 @@ class Checker:
         if not examples:
             rest = f"{ignored} other files" if ignored else "nothing"
             skipped = f" ({len(self.bad)} skipped as unusable)" if self.bad else ""
+            rest += "".join(f" ({note})" for note in self.notes)
             raise UserError(
                 f"{source} has no usable picture{skipped}, but {rest}; expected {', '.join(sorted(EXTENSIONS))} files."
             )
@@ -200,6 +201,7 @@ class Checker:
     def _picture(self, name: str, read: Read, what: str = "") -> CheckedPicture | None:
         """A picture that can be used."""
         try:
+            refuse_unread(name)
             content = read(self.max_pixels * BYTES_PER_PIXEL)
             image, digest = decode_image(content, self.max_pixels), hashlib.sha256(content).hexdigest()
             needed = image.width * image.height * len(image.getbands())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401 which register
@@ -24,8 +24,12 @@ READING = 2  # how files become pixels, for the keys of caches: since 2 by their
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the latter
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
-# of cameras and browsers, which people take for pictures to tune on
-UNREAD = {".heic", ".heif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+UNREAD = {  # of cameras and browsers, which people take for pictures to tune on
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC"),
+    ".jxl": "JPEG XL",
+    ".jp2": "JPEG 2000",
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), "raw"),
+}
 SIGNATURES = {  # from the fifth byte on
     b"ftyphei": "HEIC",
     b"ftyphev": "HEIC",
@@ -33,17 +37,29 @@ SIGNATURES = {  # from the fifth byte on
     b"ftypavi": "AVIF",  # where Pillow was built without it
     b"JXL ": "JPEG XL",
     b"jP  ": "JPEG 2000",
-    b"ftypcrx": "raw camera",
 }
 
 
-def pictures_among(files: Iterable[Path]) -> list[Path]:
-    """Files that are pictures by their names, in order. One of a kind that is not read is among them, to be refused,
-    unless one that is read lies beside it by the same name."""
+def refuse_unread(name: str) -> None:
+    """Refuse a picture whose name says a kind that is not read; of a raw file Pillow would take the small preview.
+
+    Raises:
+        UserError: saying which kind.
+    """
+    kind = UNREAD.get(PurePath(name).suffix.lower())
+    if kind is not None:
+        raise UserError(_of_kind(kind))
+
+
+def unread_among(files: Iterable[Path]) -> list[Path]:
+    """Pictures of kinds that are not read, of which no other of the same name is read, in order."""
     known = sorted(files)
     read = {p.with_suffix("") for p in known if p.suffix.lower() in EXTENSIONS}
-    unread = {p for p in known if p.suffix.lower() in UNREAD and p.with_suffix("") not in read}
-    return [p for p in known if p.suffix.lower() in EXTENSIONS or p in unread]
+    return [p for p in known if p.suffix.lower() in UNREAD and p.with_suffix("") not in read]
+
+
+def _of_kind(kind: str) -> str:
+    return f"is a {kind} picture, which is not read; save it as PNG or JPEG"
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -82,7 +98,7 @@ def _unread(content: bytes) -> str:
         kind = "JPEG XL"
     if kind is None:
         return "is not a picture that can be read"
-    return f"is a {kind} picture, which is not read; save it as PNG or JPEG"
+    return _of_kind(kind)
 
 
 def _too_large(pixels: int, allowed: int) -> UserError:

@@ -88,7 +88,7 @@ def metadata_rows(
     columns = sorted({key for row in rows for key in row if key})
     if not rows or not all(row.get("file_name") for row in rows):
         raise UserError(f"{path} needs a file_name in every row; found the columns {', '.join(columns) or 'none'}.")
-    if names.caption not in columns and checker.captioning.of_none is None:
+    if checker.captioning.finds_none(columns, [names.caption], ["file_name", names.condition or ""]):
         raise UserError(
             f"{path} has no column {names.caption!r}, only {', '.join(columns)}; name it with --data.caption_column."
         )

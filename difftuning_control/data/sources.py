@@ -15,7 +15,7 @@ from pathlib import Path
 
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
 from difftuning_control.data.examples import Checker, Columns, ImageData, Row, listed
-from difftuning_control.data.images import EXTENSIONS, pictures_among
+from difftuning_control.data.images import EXTENSIONS, unread_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
 from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
@@ -101,7 +101,7 @@ def _rows(
     path: str, columns: Columns, checker: Checker, condition_path: str | None, classes: str | None, choice: Choice
 ) -> tuple[list[Row], int]:
     """The pictures before they are checked, and how many other files lie beside them."""
-    folder, need_captions = place_of_data(path), checker.captioning.of_none is None
+    folder = place_of_data(path)
     rows: list[Row]
     is_set, split = folder.is_dir() and is_dataset(folder), ALL
     if classes == "folders" and (is_set or not folder.is_dir()):
@@ -109,9 +109,12 @@ def _rows(
     if is_set:
         dataset, lines = local_dataset(folder, choice)
         checker.notes += lines
-        rows, ignored = dataset_rows(dataset, columns, need_captions, [folder]), 0
+        rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder]), 0
     elif folder.is_dir():
         files, others, split = _files_of_split(path, folder, choice, checker, classes == "folders")
+        if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
+            kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
+            checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
         if classes == "folders":
             rows, ignored = _class_rows(path, folder, files, split, checker)
         else:
@@ -121,7 +124,7 @@ def _rows(
     elif is_path(path) or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
-        rows, ignored = named_dataset_rows(path, columns, need_captions, choice), 0
+        rows, ignored = named_dataset_rows(path, columns, checker.captioning, choice), 0
     if condition_path is not None:
         if is_set or not folder.is_dir():
             raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
@@ -136,7 +139,7 @@ def _files_of_split(
     """The files of a folder of pictures that are of the chosen split, the others, and its name: `all` where there are
     none."""
     files = visible_files(folder)
-    pictures = pictures_among(files)
+    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     splits = splits_of_pictures(folder, pictures)
     if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
         splits = {}  # of classes with these names
@@ -218,7 +221,7 @@ def _folder_rows(
     used: set[Path] = set()
     texts = {p.with_suffix(""): p for end in CAPTIONS for p in sorted(files) if p.suffix.lower() == end}
     tables = {p.parent: p for p in files if p.name in METADATA}  # which are read at the top, or of a split
-    pictures = pictures_among(files)
+    pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     for path in sorted({*pictures, *(p for p in files if p.is_dir())}):
         name, beside = path.relative_to(folder).as_posix(), texts.get(path.with_suffix(""))
         own = [path] if beside is None else [path, beside]
@@ -255,7 +258,7 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
             f"{path} has {metadata}, but data.classes is folders; name classes in one place "
             "(--data.classes label reads its column label)."
         )
-    pictures = pictures_among(files)
+    pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
     rows: list[Row] = []
     depth = 0 if split == ALL else 1
     for picture in pictures:

@@ -22,7 +22,7 @@ import numpy as np
 
 from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
 from difftuning_control.data.examples import Checker, Example, ImageData, Read, Row, listed, with_reasons
-from difftuning_control.data.images import EXTENSIONS, decode_image
+from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.data.splits import (
     ALL,
@@ -80,8 +80,9 @@ class Collection:
         self.image = self._image_column(data.features or {})
         if self.kind != "json":
             data = data.cast_column(self.image, datasets.Image(decode=False))
-        known = (config.caption_column, *(("txt", "json") if self.kind == "webdataset" else ()))
-        if config.captioning.of_none is None and not any(name in self.columns for name in known):
+        known = (config.caption_column, *(("txt", "caption", "json") if self.kind == "webdataset" else ()))
+        others = (self.image, config.image_column, "file_name", "label", "__key__", "__url__")
+        if config.captioning.finds_none(self.columns, known, others):
             raise UserError(
                 f"{config.path} has no column {config.caption_column!r}, only {', '.join(self.columns)}; name it with "
                 "--data.caption_column."
@@ -164,12 +165,13 @@ class Collection:
         return str(row.get("__key__") or row.get("file_name") or f"row {number} of file {file}")
 
     def _caption(self, row: dict[str, Any]) -> Any:
-        for value in (row.get(self.config.caption_column), row.get("txt")):
+        beside = ("txt", "caption") if self.kind == "webdataset" else ()
+        for value in map(row.get, (self.config.caption_column, *beside)):
             if value is not None:
-                is_file = self.kind == "webdataset" and isinstance(value, str)  # as it lies beside other pictures
-                return as_lines(value.removeprefix("\ufeff")) if is_file else value
-        beside = row.get("json")
-        return beside.get(self.config.caption_column) if isinstance(beside, dict) else None
+                text = _text_of(value) if self.kind == "webdataset" else None  # as it lies beside other pictures
+                return value if text is None else as_lines(text.removeprefix("\ufeff"))
+        table = row.get("json")
+        return table.get(self.config.caption_column) if isinstance(table, dict) else None
 
     def _reader(self, cell: Any, file: int) -> Read:
         def read(most: int) -> bytes:
@@ -185,6 +187,16 @@ class Collection:
             return cell["bytes"]
 
         return read
+
+
+def _text_of(value: Any) -> str | None:
+    """What a member of a shard says, of some endings as bytes; None where it is no text."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    return value if isinstance(value, str) else None
 
 
 class Lane:
@@ -233,6 +245,7 @@ class Stream:
         self.held: set[str] = set()  # digests of held-out pictures
         self._bad: dict[str, str] = {}
         self._copies: dict[str, None] = {}
+        self._wordless: dict[str, None] = {}  # pictures that have the trigger alone
         self._lanes: dict[tuple[int, int], Lane] = {}
 
     def head(self) -> ImageData:
@@ -277,6 +290,8 @@ class Stream:
             self._bad |= bad
             if example.digest in self.held:
                 self._copies[example.name] = None
+            if example.caption == self.config.trigger:
+                self._wordless[example.name] = None
         return [example for example, _ in decoded_rows]
 
     def notes(self) -> list[str]:
@@ -287,6 +302,9 @@ class Stream:
                 f"{len(self._copies)} pictures of {self.config.path} that were tuned on are held out too "
                 f"({listed(self._copies)}), so the loss on held-out pictures says too little; take the copies out"
             )
+        if self._wordless:
+            named = f"{len(self._wordless)} pictures of {self.config.path} have no caption ({listed(self._wordless)})"
+            lines.append(f"{named}, and so {self.config.trigger!r} alone")
         return lines
 
     def _lane(self, number: int, lanes: int) -> Lane:
@@ -309,6 +327,7 @@ class Stream:
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
                 caption = row.usable_caption(self.config.captioning)
+                refuse_unread(row.name)
                 content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
                 return _decoded(row.name, caption, content, self.config.max_pixels), bad
             except (UserError, OSError) as error:

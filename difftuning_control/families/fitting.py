@@ -13,7 +13,7 @@ from difftuning_control.families.few_steps import FewSteps
 from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import family_class, few_steps_of
-from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.recipe import OF_TRIGGER, Recipe
 from difftuning_control.recipe.training import ScheduleConfig
 from difftuning_control.system.terminal import activity
 
@@ -38,7 +38,9 @@ def fitted(recipe: Recipe, tell: Callable[[str], object] = lambda line: None) ->
     if os.environ.get("RANK", "0") != "0":
         return done
     if fits:
-        said = ", ".join(f"{key.partition('.')[2]} {_shown(value)}" for key, value in fits.items())
+        said = ", ".join(
+            f"{key.removeprefix('training.').removeprefix('tuning.')} {_shown(value)}" for key, value in fits.items()
+        )
         tell(f"not given, and so as it fits {recipe.model.id} with method {recipe.method}: {said}")
     for line in _on_few_steps(recipe, few, drawn) if few is not None else ():
         tell(line)
@@ -123,10 +125,25 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
         own = fit.schedule.get(method, usual)
         changed = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(usual, f.name)]
         open_values |= {f"tuning.schedule.{name}": getattr(own, name) for name in changed}
+    open_values |= _of_trigger(recipe)
     ratio = _bank_share(recipe, open_values.get("training.batch_size", recipe.training.batch_size))
     if "tuning.retention_ratio" in recipe.left_open and ratio is not None:
         open_values["tuning.retention_ratio"] = ratio
     return open_values
+
+
+def _of_trigger(recipe: Recipe) -> dict[str, Any]:
+    """What a LoRA with a trigger retains, where its recipe names nothing of it: general prompts under these.
+
+    What is learnt has words of its own, so other prompts need not give way to it (docs/results.md).
+    """
+    tuning = recipe.tuning
+    if recipe.data.trigger is None or recipe.method != "lora" or recipe.bank.path is not None:
+        return {}
+    named = {*OF_TRIGGER, "tuning.schedule.kind"} - {*recipe.left_open}
+    if named or tuning.retention == "teacher" or tuning.forgetting_budget is not None or tuning.retention_ratio == 0:
+        return {}
+    return dict(zip(OF_TRIGGER, ("general", "own", 0.3)))
 
 
 def _precision() -> str:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+# Thai to Myanmar, Khmer, and all of East Asia: scripts whose words stand without spaces, or with endings
+UNSPACED = ((0x0E00, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xFAFF), (0xFF66, 0xFFDC), (0x20000, 0x3FFFF))
 
 
 @dataclass(frozen=True)
@@ -24,19 +29,56 @@ class Captioning:
         """The caption of a picture without one; None where it must have one."""
         return self.of(None)
 
+    def finds_none(self, columns: Iterable[str], known: Iterable[str], others: Iterable[str]) -> bool:
+        """Whether rows with these columns lack captions that they must have, or that a wrong name may hide.
+
+        Args:
+            known: columns that hold captions.
+            others: columns that hold something else.
+        """
+        there = set(columns)
+        if self.default is not None or not there.isdisjoint(known):
+            return False
+        return self.trigger is None or bool(there.difference(others))
+
     def of(self, text: str | None) -> str | None:
         """The caption of a picture with these words beside it; None where there is none."""
         caption = (text or "").strip() or self.default
-        if self.trigger is None or (caption and self._trigger.search(caption)):
+        if self.trigger is None or (caption and not self.is_missing(caption)):
             return caption
         return f"{self.trigger} {caption}" if caption else self.trigger
 
+    def is_missing(self, prompt: str) -> bool:
+        """Whether there is a trigger that a prompt does not say."""
+        return self.trigger is not None and next(self._places(_composed(prompt)), None) is None
+
     def untriggered(self, caption: str) -> str:
         """A caption without the trigger, which the pretrained model does not know; empty where it was no more."""
-        if self.trigger is None:
+        if self.is_missing(caption) or self.trigger is None:
             return caption
-        return " ".join(self._trigger.sub(" ", caption).split()).lstrip(",.;: ")
+        text, end, kept = _composed(caption), 0, []
+        for begin, after in self._places(text):
+            kept.append(text[end:begin])
+            end = after
+        return " ".join(" ".join([*kept, text[end:]]).split()).lstrip(",.;: ")
 
-    @property
-    def _trigger(self) -> re.Pattern[str]:
-        return re.compile(rf"(?<!\w){re.escape(self.trigger or '')}(?!\w)", re.IGNORECASE)
+    def _places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where the trigger begins and ends in a composed text."""
+        words = _composed(self.trigger or "").split()
+        for match in re.finditer(r"\s+".join(map(re.escape, words)), text, re.IGNORECASE):
+            begin, end = match.span()
+            if not (_joined(text[begin], text[begin - 1 : begin]) or _joined(text[end - 1], text[end : end + 1])):
+                yield begin, end
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _joined(edge: str, beside: str) -> bool:
+    """Whether a character beside the edge of words makes longer words of them."""
+    if not beside:
+        return False
+    if unicodedata.category(beside).startswith("M"):
+        return True
+    return all(c.isalnum() or c == "_" for c in (edge, beside)) and not any(a <= ord(edge) <= b for a, b in UNSPACED)

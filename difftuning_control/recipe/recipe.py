@@ -33,9 +33,11 @@ BY_MODEL = (  # whose default no single value tells
     "training.mixed_precision",
     "tuning.schedule.kind",
 )
+OF_TRIGGER = ("bank.prompts", "tuning.retention_prompts", "tuning.retention_weight")  # fit together, or not at all
 FITTED = (  # what fits the model where a recipe names none
     *BY_MODEL,
     "tuning.retention_ratio",
+    *OF_TRIGGER,
     "bank.steps",
     "bank.guidance_scale",
     "training.sample_steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_text
 from difftuning_control.system.version import VERSION
 
+
+class _RecipeDumper(yaml.SafeDumper):
+    """With text such as 1e3 in quotes, which jsonargparse takes for a number where PyYAML does not."""
+
+
+_RecipeDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[\d_.]+[eE][-+]?\d+$"), list("-+.0123456789")
+)
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -103,7 +112,8 @@ def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:
-    write_text(output / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    text = yaml.dump(recipe.to_dict(), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
+    write_text(output / "recipe.yaml", text)
 
 
 def describe_device(device: torch.device) -> str:

@@ -231,7 +231,7 @@ def _embed(
 ) -> PromptEmbeddings:
     """The embeddings of every prompt that the run knows beforehand."""
     prompts = [
-        *(pictures.captions if pictures.stream is None else []),
+        *([*pictures.captions, *pictures.untriggered] if pictures.stream is None else []),
         *pictures.held_captions,
         *(bank.prompts if bank is not None else []),
         *samples,
@@ -293,5 +293,6 @@ def _target_sets(
         conditions = control.targets[number] if control is not None else None
         sizes = sizes_of(family, bucket.data, bucket.framing)
         captions, names = [e.caption for e in examples], [e.name for e in examples]
-        sets.append(TargetSet(moments, captions, names, conditions, sizes))
+        known = [pictures.captioning.untriggered(caption) for caption in captions]
+        sets.append(TargetSet(moments, captions, names, conditions, sizes, known))
     return sets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from difftuning_control.data.control_spec import Conditioner
@@ -12,6 +12,7 @@ from difftuning_control.data.prepare import check_captions, read_data, read_stre
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.features import load_features
 from difftuning_control.evaluation.figures import check_held_out
+from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.inputs import MOST_SAMPLES
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.training.control_inputs import check_control
@@ -33,6 +34,12 @@ class RunPictures:
     held_out: ImageData
     captions: list[str]
     stream: Stream | None
+    captioning: Captioning = field(default_factory=Captioning)
+
+    @property
+    def untriggered(self) -> list[str]:
+        """The captions without the trigger, where there is one."""
+        return [] if self.captioning.trigger is None else [self.captioning.untriggered(c) for c in self.captions]
 
     @property
     def held_captions(self) -> list[str]:
@@ -58,7 +65,7 @@ def read_pictures(
         data, all_held_out = read_data(recipe, tell)
     held_out = all_held_out.sample(recipe.training.validation_size)
     captions = [e.caption for e in data.examples] if stream is None else stream.captions(bank_size)
-    return RunPictures(data, all_held_out, held_out, captions, stream)
+    return RunPictures(data, all_held_out, held_out, captions, stream, recipe.data.captioning)
 
 
 def check_pictures(recipe: Recipe, family: Family, pictures: RunPictures, conditioner: Conditioner | None) -> None:

@@ -164,7 +164,7 @@ def measured_budget(recipe: Recipe, family: Family, inputs: TrainingInputs) -> F
         part = part_of(bank, bank.retained_prompts(kind))
     else:
         sizes = targets.sizes[:, 0] if targets.sizes is not None else None
-        prompts = retained_prompts(kind, targets.captions)
+        prompts = retained_prompts(kind, targets.retained_captions)
         part = Part(targets.moments.first_views(family.scale_latents), prompts, sizes)
     rows = row_validator(family, part, inputs.embeddings, BUDGET_ROWS, 1, BUDGET_POINTS, recipe.training.seed)
     rows = replace(rows, objective=replace(rows.objective, variance=recipe.tuning.variance))  # as it is trained

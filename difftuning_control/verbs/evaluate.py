@@ -163,9 +163,8 @@ def _pictures(
     recipe = recipes[first]
     training, real = read_data(recipe)
     if request.data is not None:
-        real = load_images(
-            request.data, max_pixels=recipe.data.max_pixels, choice=Choice(None, FOR_JUDGING, "a folder")
-        )
+        read = {name: getattr(recipe.data, name) for name in ("default_caption", "trigger", "max_pixels")}
+        real = load_images(request.data, **read, choice=Choice(None, FOR_JUDGING, "a folder"))
     for run, record in records.items():
         _check_data(run, record, first, training, real)
         if recipes[run].tuning.label_space != recipe.tuning.label_space:

@@ -133,7 +133,7 @@ def _prompt_notes(family: Family, prompts: list[str], record: RunRecord | None) 
         if length > most:
             yield f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out"
     captioning = record.recipe.data.captioning if record is not None else Captioning()
-    without = [prompt for prompt in prompts if captioning.of(prompt) != prompt]
+    without = [prompt for prompt in prompts if captioning.is_missing(prompt)]
     if without:
         yield f"note: this run learnt {captioning.trigger!r}, which {listed(map(repr, without))} does not say"
 

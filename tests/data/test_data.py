@@ -36,7 +36,7 @@ def examples_of(
 ) -> ImageData:
     """Examples of a data set in memory; files that it names must lie in `within`."""
     return Checker(skip_bad, Captioning()).data(
-        "the data set", dataset_rows(data, columns or Columns(), True, [Path(within)])
+        "the data set", dataset_rows(data, columns or Columns(), Captioning(), [Path(within)])
     )
 
 

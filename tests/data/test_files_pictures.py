@@ -1,14 +1,14 @@
 """Pictures that were read wrongly without a word: colour profiles, deep greys of scanners, strips of many pixels."""
 
 import io
+import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from difftuning_control.data.images import EXTENSIONS, decode_image, frame, pictures_among, to_rgb
+from difftuning_control.data.images import decode_image, frame, to_rgb
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 
@@ -220,38 +220,48 @@ def test_what_browsers_save_is_read(tmp_path, end, kind):
 
 
 UNREAD = {
-    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is a HEIC picture, which is not read; save it"),
-    "a.heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "is a HEIC picture, which is not read; save it"),
-    "a.jxl": (b"\xff\x0a" + bytes(99), "is a JPEG XL picture, which is not read; save it"),
-    "b.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "is a JPEG XL picture, which is not read; save it"),
-    "a.jp2": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "is a JPEG 2000 picture, which is not read; save it"),
-    "a.cr3": (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(99), "is a raw camera picture, which is not read"),
-    "a.nef": (b"no picture" + bytes(99), "is not a picture that can be read"),
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+    "a.heif": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+    "a.jxl": (b"\xff\x0a" + bytes(99), "JPEG XL"),
+    "b.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
+    "a.jp2": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99), "JPEG 2000"),
+    "a.NEF": (encoded(Image.new("RGB", (16, 12)), "TIFF"), "raw"),  # a TIFF with a preview, as such files are
 }
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_a_picture_of_a_kind_that_is_not_read_is_refused_and_not_passed_over(tmp_path, name):
-    content, said = UNREAD[name]
-    (tmp_path / name).write_bytes(content)
+def test_pictures_of_kinds_that_are_not_read_are_said(tmp_path, name):
+    (tmp_path / name).write_bytes(UNREAD[name][0])
     (tmp_path / "red.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
-    with pytest.raises(UserError) as stopped:
+    data = load_images(str(tmp_path), default_caption="red")
+    assert [e.name for e in data.examples] == ["red.png"]
+    assert data.notes == [
+        f"left out of {tmp_path}: {name}; HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
+    ]
+    (tmp_path / "red.png").unlink()
+    with pytest.raises(UserError, match=rf"no usable picture, but 1 other files \(left out of .*{name}; HEIC"):
         load_images(str(tmp_path), default_caption="red")
-    assert str(stopped.value).startswith(f"{name} in {tmp_path} {said}")
-    data = load_images(str(tmp_path), default_caption="red", skip_bad=True)
-    assert ([e.name for e in data.examples], list(data.skipped)) == (["red.png"], [name])
 
 
-def test_it_may_lie_beside_one_of_its_name_that_is_read(tmp_path):
-    for name in ("IMG_1.HEIC", "IMG_2.CR2"):
+@pytest.mark.parametrize("name", UNREAD)
+def test_metadata_that_name_one_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(UNREAD[name][0])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "red"}))
+    with pytest.raises(UserError, match=rf"{name} in .* is a {UNREAD[name][1]} picture, which is not read; save it as"):
+        load_images(str(tmp_path))
+
+
+def test_one_may_lie_beside_a_picture_of_its_name(tmp_path):
+    for name in ("IMG_1.HEIC", "IMG_2.CR2", "c.psd"):
         (tmp_path / name).write_bytes(b"raw")
         (tmp_path / name).with_suffix(".jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     data = load_images(str(tmp_path), default_caption="red")
-    assert ([e.name for e in data.examples], data.ignored_files) == (["IMG_1.jpg", "IMG_2.jpg"], 2)
-    assert pictures_among([Path("a.psd"), Path("b.txt"), Path("c.svg")]) == []  # of which others are made
+    assert ([e.name for e in data.examples], data.ignored_files) == (["IMG_1.jpg", "IMG_2.jpg", "c.jpg"], 3)
+    assert data.notes == []
 
 
-def test_a_heic_picture_by_the_name_of_a_jpeg_is_known_by_its_bytes():
-    with pytest.raises(UserError, match="is a HEIC picture, which is not read; save it as PNG or JPEG"):
-        decode_image(UNREAD["IMG_1.HEIC"][0])
-    assert ".heic" not in EXTENSIONS
+@pytest.mark.parametrize("name", [name for name in UNREAD if UNREAD[name][1] != "raw"])
+def test_one_by_the_name_of_a_jpeg_is_known_by_its_bytes(name):
+    content, kind = UNREAD[name]
+    with pytest.raises(UserError, match=f"is a {kind} picture, which is not read; save it as PNG or JPEG"):
+        decode_image(content)

@@ -48,8 +48,13 @@ def test_what_is_named_stays(model_dir):
     recipe = of(
         {"id": str(model_dir)},
         training=named | {"sample_steps": 9, "sample_guidance_scale": 2.0},
-        tuning={"retention_ratio": 0.4, "schedule": {"kind": "power"}},
-        bank=drawn,
+        tuning={
+            "retention_ratio": 0.4,
+            "retention_weight": 0.2,
+            "retention_prompts": "own",
+            "schedule": {"kind": "power"},
+        },
+        bank=drawn | {"prompts": "captions"},
         control={"fidelity": drawn},
         gates=drawn | {"kid": 0.1},
         method="controlnet",
@@ -116,6 +121,45 @@ def test_the_command_that_a_report_gives_keeps_the_schedule(schedule):
     recipe = Recipe(data=DataConfig("pics"), tuning=TuningConfig(schedule))
     command = parse(shlex.split(train_command(recipe.to_dict()))[1:])[1]
     assert fitted(only(Recipe, command)).tuning == recipe.tuning
+
+
+RETAINED = ("general", "own", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, RETAINED),
+        ({"adapter": {"kind": "dora"}, "training": {"max_steps": 9}, "bank": {"size": 8}}, RETAINED),
+        ({"bank": {"prompts": "captions"}}, None),
+        ({"bank": {"path": "mine"}}, None),
+        ({"tuning": {"retention_weight": 0.2}}, None),
+        ({"tuning": {"retention_prompts": "both"}}, None),
+        ({"tuning": {"schedule": {"kind": "power"}}}, None),
+        ({"tuning": {"retention": "teacher"}}, None),
+        ({"tuning": {"forgetting_budget": 0.1}}, None),
+        ({"tuning": {"retention_ratio": 0.0, "retention_weight": 0.0}}, None),
+        ({"method": "full"}, None),
+        ({"method": "controlnet"}, None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_lora_with_a_trigger_retains_general_prompts_unless_its_recipe_says_what(sections, expected):
+    recipe = of({"id": "embedded"}, **sections)
+    recipe.data.trigger = "zbx"
+    said: list[str] = []
+    found = fitted(recipe, said.append)
+    kept = recipe.bank.prompts, recipe.tuning.retention_prompts, recipe.tuning.retention_weight
+    assert (found.bank.prompts, found.tuning.retention_prompts, found.tuning.retention_weight) == (expected or kept)
+    told = "retention_prompts own, retention_weight 0.3" in said[0] and "bank.prompts general" in said[0]
+    assert told == (expected is not None)
+
+
+def test_the_command_that_a_report_gives_keeps_what_a_trigger_retains():
+    recipe = Recipe(data=DataConfig("pics", trigger="zbx"), tuning=TuningConfig(ScheduleConfig("constant", xi=1.0)))
+    command = parse(shlex.split(train_command(recipe.to_dict()))[1:])[1]
+    again = fitted(only(Recipe, command))
+    assert (again.bank.prompts, again.tuning) == ("captions", recipe.tuning)
 
 
 def test_a_model_that_is_told_classes_keeps_the_papers_powers(tmp_path):

@@ -121,6 +121,17 @@ def test_a_first_caption_that_is_taken_back_leaves_none(places):
     assert not (folder / "a.txt").exists()
 
 
+def test_a_caption_of_kohyas_ending_is_edited_where_it_lies(places):
+    folder = places.folder / "photos"
+    (folder / "a.txt").rename(folder / "a.caption")
+    assert caption_of(folder, "a.png") == "caption a"
+    edit_caption(places, folder, "a.png", "caption a", "a red flower")
+    assert ((folder / "a.caption").read_text(), (folder / "a.txt").exists()) == ("a red flower", False)
+    assert next(e.caption for e in load_images(str(folder)).examples) == "a red flower"
+    undo_caption(places)
+    assert caption_of(folder, "a.png") == "caption a"
+
+
 def test_what_somebody_else_changed_is_not_written_over(places):
     folder = places.folder / "photos"
     edit_caption(places, folder, "a.png", "caption a", "mine")

@@ -24,7 +24,7 @@ def train_command(recipe: Mapping[str, Any]) -> str:
     """The shortest `difftune train` of a recipe: model, data, and what differs from the defaults."""
     defaults = dict(flatten(Recipe().to_dict()))
     always = ["model.id", "data.path", "training.learning_rate", "training.max_steps", "tuning.schedule.kind"]
-    if recipe["model"]["id"] != defaults["model.id"]:  # whose values would take the place of the defaults
+    if recipe["model"]["id"] != defaults["model.id"] or recipe["data"].get("trigger"):  # which have others of their own
         always += [key for key in FITTED if key not in always]
     flags = []
     for key, value in flatten({k: recipe[k] for k in recipe if k in {f.name for f in dataclasses.fields(Recipe)}}):

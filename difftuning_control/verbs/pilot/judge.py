@@ -18,7 +18,7 @@ from PIL import Image
 
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import Conditioner
-from difftuning_control.data.examples import ImageData
+from difftuning_control.data.examples import Example, ImageData
 from difftuning_control.data.study_inputs import Materials
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
 
 
+APART = 2**20  # between the seeds of noise for the same prompts
+
+
 @dataclass(frozen=True)
 class Judge:
-    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough.
+    """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough, and no
+    noise where they do.
 
     The probes judge how the conditions of each are followed; None where no ControlNet is compared. `outside` judges
     what is drawn for prompts outside the new domain; None where none are named, and until the base has drawn them.
@@ -55,6 +59,8 @@ class Judge:
             source: the pretrained model, where the scale is one of Domain Guidance.
         """
         sampling = self.final if final else self.search
+        if not final and not set(self.search.prompts).isdisjoint(self.final.prompts):
+            seed += APART
         pictures = drawn(family, sampling, seed, scale, source)
         followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
         return figures(pictures, sampling.prompts, self.reference) | followed, pictures
@@ -74,17 +80,15 @@ def drawn(
 def judge_of(
     config: PilotConfig, family: Family, features: Features, conditioner: Conditioner | None, inputs: Materials
 ) -> Judge:
-    """The judge of a pilot: of the held-out captions every other one is for the search, the rest for the figures."""
+    """The judge of a pilot: of the held-out pictures every other one is for the search, the rest for the figures."""
     reference = reference_of(family, features, inputs)
-    captions = list(dict.fromkeys(e.caption for e in inputs.held_out.sample(2 * config.pictures).examples))
-    halves = (captions[::2], captions[1::2]) if len(captions) > 1 else (captions, captions)
-    prompts = [[half[i % len(half)] for i in range(config.pictures)] for half in halves]
+    halves = halves_of(config, inputs.held_out)
     probes = None
     if conditioner is not None:
-        probes = {final: _probe(conditioner, inputs, prompts[final]) for final in (False, True)}
+        probes = {final: _probe(conditioner, inputs, halves[final]) for final in (False, True)}
     search, final = (
         Sampling(
-            prompts[i],
+            [e.caption for e in halves[i]],
             [0],
             *config.drawn,
             inputs.resolution,
@@ -96,10 +100,27 @@ def judge_of(
     return Judge(reference, search, final, probes)
 
 
-def _probe(conditioner: Conditioner, inputs: Materials, captions: list[str]) -> FidelityProbe:
-    """What shows and judges the conditions of the held-out pictures with these captions."""
-    by_caption = {e.caption: e for e in inputs.held_out.examples}
-    data = ImageData(inputs.held_out.source, [by_caption[c] for c in captions])
+def halves_of(config: PilotConfig, held_out: ImageData) -> tuple[list[Example], list[Example]]:
+    """The held-out pictures whose captions the search is drawn for, and those of the figures, repeated to as many as
+    are drawn.
+
+    A caption is in one half alone, and as often as pictures have it, unless a half would have fewer than a third then.
+    """
+    examples = held_out.sample(2 * config.pictures).examples
+    by_caption: dict[str, list[Example]] = {}
+    for example in examples:
+        by_caption.setdefault(example.caption, []).append(example)
+    groups = list(by_caption.values())
+    halves = [[e for group in part for e in group] for part in (groups[::2], groups[1::2])]
+    if 3 * min(map(len, halves)) < len(examples):
+        halves = [examples[::2], examples[1::2] or examples]
+    search, final = ([half[i % len(half)] for i in range(config.pictures)] for half in halves)
+    return search, final
+
+
+def _probe(conditioner: Conditioner, inputs: Materials, examples: list[Example]) -> FidelityProbe:
+    """What shows and judges the conditions of held-out pictures."""
+    data = ImageData(inputs.held_out.source, examples)
     control = conditions_of(conditioner, data, inputs.resolution, lambda count: None)
     return FidelityProbe.build(conditioner, data, control, {})
 

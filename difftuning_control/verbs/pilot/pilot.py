@@ -46,7 +46,7 @@ from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure
 from difftuning_control.verbs.pilot.budget import kept_budget
-from difftuning_control.verbs.pilot.judge import SHOWN, Judge, judge_of, save_pictures
+from difftuning_control.verbs.pilot.judge import SHOWN, Judge, halves_of, judge_of, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_judge, outside_of_base
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns
@@ -251,8 +251,7 @@ class Pilot:
                 write_json(path, row | {"seed": seed})
             runs.append(json.loads(path.read_text(encoding="utf-8")))
         prompts = judge.final.prompts[:SHOWN]
-        true = {e.caption: e for e in inputs.held_out.examples}
-        chosen = replace(inputs.held_out, examples=[true[p] for p in prompts])
+        chosen = replace(inputs.held_out, examples=halves_of(self.config, inputs.held_out)[1][:SHOWN])
         save_pictures(through_autoencoder(self.family, chosen, inputs.resolution), self.output / "truth")
         for name, place in (("truth", "truth"), ("base", f"base/seed-{self.config.seeds[0]}")):
             rows.append(PictureRow(name=name, files=[f"{place}/{i}.png" for i in range(len(prompts))]))

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from difftuning_control.data.metadata import METADATA
+from difftuning_control.data.sources import CAPTIONS
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
 from difftuning_control.system.untrusted import from_json, is_text, read_text
@@ -30,7 +31,7 @@ def caption_of(folder: Path, name: str) -> str | None:
     table = _table_of(folder)
     try:
         if table is None:
-            path = (folder / name).with_suffix(".txt")
+            path = _file_of(folder / name)
             return read_text(path).strip() if path.exists() else None
         rows = _rows(table)
     except (OSError, ValueError) as error:
@@ -94,7 +95,7 @@ def _write(places: Places, folder: Path, name: str, before: str | None, after: s
     if not places.readable(folder / name).is_file():
         raise UserError(f"there is no picture {name} in {folder}; look at the folder again.")
     table = _table_of(folder)
-    path = places.writable(table if table is not None else (folder / name).with_suffix(".txt"))
+    path = places.writable(table if table is not None else _file_of(folder / name))
     if (caption_of(folder, name) or "") != (before or ""):
         raise UserError(f"the caption of {name} was changed since by somebody else; look at the folder again.")
     if table is None and after is None:
@@ -103,6 +104,12 @@ def _write(places: Places, folder: Path, name: str, before: str | None, after: s
     text = after or "" if table is None else _with_row(table, name, after)
     with beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def _file_of(picture: Path) -> Path:
+    """Where a picture's caption lies, or is written to."""
+    there = [p for end in reversed(CAPTIONS) if (p := picture.with_suffix(end)).exists()]
+    return there[0] if there else picture.with_suffix(CAPTIONS[-1])
 
 
 def _table_of(folder: Path) -> Path | None:
