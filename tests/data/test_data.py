@@ -202,7 +202,7 @@ def test_a_data_set_that_cannot_serve_is_refused(dataset, change, message):
 
 
 def test_a_data_set_needs_no_captions_where_they_are_given_for_all(dataset):
-    rows = dataset_rows(dataset.remove_columns("text"), Columns(), False, [])
+    rows = dataset_rows(dataset.remove_columns("text"), Columns(), Captioning("red"), [])
     assert [row.caption for row in rows] == [None] * 4
 
 
