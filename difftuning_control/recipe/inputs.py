@@ -69,7 +69,8 @@ class DataConfig:
             names or numbers in the column called label); captions as they are when empty.
         default_caption: caption of pictures that have none; such pictures are a mistake when empty.
         trigger: words for what is learnt (`zbx style`), put before captions that lack them and alone where there is
-            none; a bank for captions is drawn without them.
+            none; a bank for captions is drawn without them, and a LoRA whose recipe names nothing of what is retained
+            retains general prompts under these, with λ = 0.3.
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
         buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
