@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -194,6 +195,12 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
     return paired, len(extra)
 
 
+def caption_files(files: Iterable[Path]) -> dict[Path, Path]:
+    """Files with captions by the path of their picture without its ending."""
+    known = sorted(files)
+    return {p.with_suffix(""): p for end in CAPTIONS for p in known if p.suffix.lower() == end}
+
+
 def _folder_rows(
     folder: Path, files: set[Path], others: set[Path], columns: Columns, checker: Checker
 ) -> tuple[list[Row], int]:
@@ -219,7 +226,7 @@ def _folder_rows(
         raise UserError(f"{folder} has no metadata, so no column {columns.condition!r}; name a folder of conditions.")
     rows: list[Row] = []
     used: set[Path] = set()
-    texts = {p.with_suffix(""): p for end in CAPTIONS for p in sorted(files) if p.suffix.lower() == end}
+    texts = caption_files(files)
     tables = {p.parent: p for p in files if p.name in METADATA}  # which are read at the top, or of a split
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     for path in sorted({*pictures, *(p for p in files if p.is_dir())}):

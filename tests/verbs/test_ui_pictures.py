@@ -121,12 +121,13 @@ def test_a_first_caption_that_is_taken_back_leaves_none(places):
     assert not (folder / "a.txt").exists()
 
 
-def test_a_caption_of_kohyas_ending_is_edited_where_it_lies(places):
+@pytest.mark.parametrize("end", ["caption", "CAPTION", "TXT"])
+def test_a_caption_of_another_ending_is_edited_where_it_lies(places, end):
     folder = places.folder / "photos"
-    (folder / "a.txt").rename(folder / "a.caption")
+    (folder / "a.txt").rename(folder / f"a.{end}")
     assert caption_of(folder, "a.png") == "caption a"
     edit_caption(places, folder, "a.png", "caption a", "a red flower")
-    assert ((folder / "a.caption").read_text(), (folder / "a.txt").exists()) == ("a red flower", False)
+    assert ((folder / f"a.{end}").read_text(), (folder / "a.txt").exists()) == ("a red flower", False)
     assert next(e.caption for e in load_images(str(folder)).examples) == "a red flower"
     undo_caption(places)
     assert caption_of(folder, "a.png") == "caption a"

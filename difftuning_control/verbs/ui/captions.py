@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from difftuning_control.data.metadata import METADATA
-from difftuning_control.data.sources import CAPTIONS
+from difftuning_control.data.sources import caption_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
 from difftuning_control.system.untrusted import from_json, is_text, read_text
@@ -108,8 +108,7 @@ def _write(places: Places, folder: Path, name: str, before: str | None, after: s
 
 def _file_of(picture: Path) -> Path:
     """Where a picture's caption lies, or is written to."""
-    there = [p for end in reversed(CAPTIONS) if (p := picture.with_suffix(end)).exists()]
-    return there[0] if there else picture.with_suffix(CAPTIONS[-1])
+    return caption_files(picture.parent.iterdir()).get(picture.with_suffix(""), picture.with_suffix(".txt"))
 
 
 def _table_of(folder: Path) -> Path | None:
