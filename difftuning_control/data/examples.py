@@ -33,6 +33,11 @@ class Row:
     caption: Any
     condition: Read | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the picture has no words of its own."""
+        return not (isinstance(self.caption, str) and self.caption.strip())
+
     def usable_caption(self, captioning: Captioning) -> str:
         """The caption as it is trained with.
 
@@ -135,6 +140,18 @@ def with_reasons(bad: dict[str, str]) -> str:
     return listed(f"{name} ({reason.partition(';')[0].removeprefix('has ')})" for name, reason in bad.items())
 
 
+def trigger_alone(captioning: Captioning, bare: int, those: str) -> list[str]:
+    """What to say where pictures have no words of their own, perhaps for a wrong name of a column.
+
+    Args:
+        bare: how many.
+        those: what they are part of, such as `of 10 pictures of x`.
+    """
+    if captioning.trigger is None or captioning.default is not None or not bare:
+        return []
+    return [f"{bare} {those} {'has' if bare == 1 else 'have'} no caption, and so {captioning.trigger!r} alone"]
+
+
 class CheckedPicture:
     """A picture that was decoded once; where it is kept, its first use takes it, and all others decode it again."""
 
@@ -157,7 +174,7 @@ class Checker:
         self.skip_bad, self.captioning, self.max_pixels = skip_bad, captioning, max_pixels
         self.bad: dict[str, str] = {}
         self._room = KEPT
-        self._wordless = 0  # of the examples
+        self._bare = 0  # of the examples
         self.notes: list[str] = []
 
     def data(self, source: str, rows: Iterable[Row], ignored: int = 0) -> ImageData:
@@ -170,7 +187,8 @@ class Checker:
             raise UserError(
                 f"{source} has no usable picture{skipped}, but {rest}; expected {', '.join(sorted(EXTENSIONS))} files."
             )
-        notes = [*self.notes, *self._left_out(len(examples), source), *self._trigger_alone(len(examples), source)]
+        notes = [*self.notes, *self._left_out(len(examples), source)]
+        notes += trigger_alone(self.captioning, self._bare, f"of {len(examples)} pictures of {source}")
         return ImageData(source, examples, self.bad, ignored, notes)
 
     def example(self, row: Row) -> Example | None:
@@ -183,7 +201,7 @@ class Checker:
         picture = self._picture(row.name, row.read)
         if picture is None:
             return None
-        self._wordless += not (row.caption or "").strip()
+        self._bare += row.is_bare
         if row.condition is None:
             return Example(row.name, caption, picture.digest, picture.load, size=picture.size)
         condition = self._picture(row.name, row.condition, CONDITION)
@@ -218,14 +236,6 @@ class Checker:
         if not self.bad:
             return []
         return [f"using {used} of {used + len(self.bad)} pictures of {source}; left out: {with_reasons(self.bad)}"]
-
-    def _trigger_alone(self, used: int, source: str) -> list[str]:
-        """What to say where pictures have no words of their own, perhaps for a wrong name of a column."""
-        trigger = self.captioning.trigger
-        if trigger is None or not self._wordless or self.captioning.default is not None:
-            return []
-        have = "has" if self._wordless == 1 else "have"
-        return [f"{self._wordless} of {used} pictures of {source} {have} no caption, and so {trigger!r} alone"]
 
     def stop_if_bad(self, source: str) -> None:
         """Refuse bad rows unless they are to be skipped.

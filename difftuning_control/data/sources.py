@@ -24,7 +24,7 @@ from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
-CAPTIONS = (".caption", ".txt")  # the latter where both are there
+CAPTIONS = (".caption", ".txt")  # the latter where both have text
 REPEATS = re.compile(r"\d+_")  # kohya's folders are called so
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
@@ -197,8 +197,11 @@ def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -
 
 def caption_files(files: Iterable[Path]) -> dict[Path, Path]:
     """Files with captions by the path of their picture without its ending."""
-    known = sorted(files)
-    return {p.with_suffix(""): p for end in CAPTIONS for p in known if p.suffix.lower() == end}
+    known, found = sorted(files), dict[Path, Path]()
+    for path in (p for end in CAPTIONS for p in known if p.suffix.lower() == end):
+        if path.with_suffix("") not in found or (path.is_file() and path.stat().st_size):
+            found[path.with_suffix("")] = path
+    return found
 
 
 def _folder_rows(

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
-from difftuning_control.data.examples import Checker, Example, ImageData, Read, Row, listed, with_reasons
+from difftuning_control.data.examples import (
+    Checker,
+    Example,
+    ImageData,
+    Read,
+    Row,
+    listed,
+    trigger_alone,
+    with_reasons,
+)
 from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.data.splits import (
@@ -167,7 +176,7 @@ class Collection:
     def _caption(self, row: dict[str, Any]) -> Any:
         beside = ("txt", "caption") if self.kind == "webdataset" else ()
         for value in map(row.get, (self.config.caption_column, *beside)):
-            if value is not None:
+            if value not in (None, "", b""):  # an empty file hides none
                 text = _text_of(value) if self.kind == "webdataset" else None  # as it lies beside other pictures
                 return value if text is None else as_lines(text.removeprefix("\ufeff"))
         table = row.get("json")
@@ -245,7 +254,7 @@ class Stream:
         self.held: set[str] = set()  # digests of held-out pictures
         self._bad: dict[str, str] = {}
         self._copies: dict[str, None] = {}
-        self._wordless: dict[str, None] = {}  # pictures that have the trigger alone
+        self._bare: dict[str, None] = {}  # pictures without words of their own
         self._lanes: dict[tuple[int, int], Lane] = {}
 
     def head(self) -> ImageData:
@@ -286,13 +295,13 @@ class Stream:
             position = step * len(range(lane, total, lanes)) + row // lanes
             wanted.append(self._lane(lane, lanes).candidates(position))
         decoded_rows = list(decoded(self._usable, wanted))
-        for example, bad in decoded_rows:
+        for example, is_bare, bad in decoded_rows:
             self._bad |= bad
             if example.digest in self.held:
                 self._copies[example.name] = None
-            if example.caption == self.config.trigger:
-                self._wordless[example.name] = None
-        return [example for example, _ in decoded_rows]
+            if is_bare:
+                self._bare[example.name] = None
+        return [example for example, _, _ in decoded_rows]
 
     def notes(self) -> list[str]:
         """What there is to say, once rows were read, of those that this process met."""
@@ -302,10 +311,8 @@ class Stream:
                 f"{len(self._copies)} pictures of {self.config.path} that were tuned on are held out too "
                 f"({listed(self._copies)}), so the loss on held-out pictures says too little; take the copies out"
             )
-        if self._wordless:
-            named = f"{len(self._wordless)} pictures of {self.config.path} have no caption ({listed(self._wordless)})"
-            lines.append(f"{named}, and so {self.config.trigger!r} alone")
-        return lines
+        met = f"of the pictures that were read of {self.config.path}"
+        return lines + trigger_alone(self.config.captioning, len(self._bare), met)
 
     def _lane(self, number: int, lanes: int) -> Lane:
         key = (number, lanes)
@@ -320,16 +327,16 @@ class Stream:
     def _caption_of(self, row: Row) -> str | None:
         return self.config.captioning.of(row.caption if isinstance(row.caption, str) else None)
 
-    def _usable(self, candidates: list[Row]) -> tuple[Example, dict[str, str]]:
-        """The first of these rows that can be used, only the first of all unless bad ones are skipped; and what is
-        wrong with those before it."""
+    def _usable(self, candidates: list[Row]) -> tuple[Example, bool, dict[str, str]]:
+        """The first of these rows that can be used, only the first of all unless bad ones are skipped; whether it has
+        no words of its own; and what is wrong with those before it."""
         bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
                 caption = row.usable_caption(self.config.captioning)
                 refuse_unread(row.name)
                 content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
-                return _decoded(row.name, caption, content, self.config.max_pixels), bad
+                return _decoded(row.name, caption, content, self.config.max_pixels), row.is_bare, bad
             except (UserError, OSError) as error:
                 bad.setdefault(row.name, str(getattr(error, "strerror", None) or error))
         name, reason = next(iter(bad.items()))

@@ -146,12 +146,15 @@ def test_text_of_another_encoding_is_refused_with_and_without_a_mark(folder, enc
         load_images(str(folder))
 
 
-def test_captions_of_kohyas_ending_are_read_and_txt_goes_first(folder):
+def test_captions_of_kohyas_ending_are_read_and_a_txt_with_text_goes_first(folder):
     for i in range(3):
         (folder / f"{i}.caption").write_text(f"caption {i}")
     (folder / "2.txt").write_text("text")
     data = load_images(str(folder))
     assert ([e.caption for e in data.examples], data.ignored_files) == (["caption 0", "caption 1", "text"], 1)
+    (folder / "2.caption").write_text("caption 2")
+    (folder / "2.txt").write_text("")
+    assert load_images(str(folder)).examples[2].caption == "caption 2"
     (folder / "0.caption").write_bytes("red".encode("utf-16"))
     with pytest.raises(UserError, match=r"has a caption, 0\.caption, that is not UTF-8 text"):
         load_images(str(folder))

@@ -147,12 +147,13 @@ def test_a_wrong_name_of_the_column_is_not_taken_for_no_captions(tmp_path: Path,
 def test_pictures_of_a_stream_that_have_it_alone_are_said(tmp_path: Path):
     write_pictures(tmp_path / "set", 3)
     rows = [json.loads(line) for line in (tmp_path / "set" / "metadata.jsonl").read_text().splitlines()]
-    lines = [json.dumps(row | ({"text": ""} if i == 1 else {})) for i, row in enumerate(rows)]
+    lines = [json.dumps(row | ({"text": {1: "", 2: "zbx"}[i]} if i else {})) for i, row in enumerate(rows)]
     (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(lines))
     stream = Stream(DataConfig(str(tmp_path / "set"), stream=True, trigger="zbx"), 0, 0)
     for step in range(9):
         stream.pictures(step, range(1), 1, map)
-    assert stream.notes() == [f"1 pictures of {tmp_path / 'set'} have no caption (1.png), and so 'zbx' alone"]
+    those = f"of the pictures that were read of {tmp_path / 'set'}"
+    assert stream.notes() == [f"1 {those} has no caption, and so 'zbx' alone"]
 
 
 def test_captions_of_a_shard_may_end_as_kohyas_do(tmp_path: Path):
@@ -160,7 +161,8 @@ def test_captions_of_a_shard_may_end_as_kohyas_do(tmp_path: Path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i in range(2):
             (tmp_path / "set" / f"{i}.caption").write_text(f"red {i}")
-            for end in ("png", "caption"):
+            (tmp_path / "set" / f"{i}.txt").write_text("")  # hides no caption
+            for end in ("png", "txt", "caption"):
                 tar.add(tmp_path / "set" / f"{i}.{end}", f"{i}.{end}")
     (tmp_path / "tars").mkdir()
     (tmp_path / "0.tar").rename(tmp_path / "tars" / "0.tar")
