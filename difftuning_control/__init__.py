@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from difftuning_control.families.loading import embedded_model, family_of, load_family
     from difftuning_control.objective.batch import LatentBatch
     from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
+    from difftuning_control.objective.masking import mask_weights
     from difftuning_control.objective.noise import NoiseProcess
     from difftuning_control.objective.rows import extend_rows
     from difftuning_control.objective.schedules import ConstantSchedule, PaperSchedule, PowerSchedule, TabulatedSchedule
@@ -77,6 +78,7 @@ __all__ = [
     "load_adapter",
     "load_family",
     "load_source",
+    "mask_weights",
     "per_sample_loss",
     "pipeline_path",
     "read_run",
@@ -101,6 +103,7 @@ _HOME = {
     "NoiseProcess": "objective.noise",
     "DiffTuningObjective": "objective",
     "extend_rows": "objective",
+    "mask_weights": "objective",
     "per_sample_loss": "objective",
     **dict.fromkeys(CLASSES, "pipelines"),
     "add_control": "pipelines",

@@ -29,7 +29,8 @@ TARGET, BANK = 0, 1
 @dataclass(frozen=True)
 class TargetSet:
     """The pictures to tune on: moments, captions, names, perhaps conditions, the sizes (N, views, 6) of `Framing.sizes`
-    where the family takes them, and the captions without a trigger where there is one; all of the same length."""
+    where the family takes them, the captions without a trigger where there is one, and the weights of the squared error
+    (N, views, 1, h, w) where there are masks; all of the same length."""
 
     moments: LatentMoments
     captions: list[str]
@@ -37,6 +38,7 @@ class TargetSet:
     conditions: Conditions | None = None
     sizes: Tensor | None = None
     untriggered: list[str] | None = None
+    loss_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -62,7 +64,8 @@ class TrainingRows:
         """The same where a GPU copies them from by itself, while nobody waits."""
         batch = self.batch
         told = {name: value.pin_memory() for name, value in batch.conditioning.items()}
-        pinned = LatentBatch(batch.latents.pin_memory(), told, batch.is_retention, batch.ids)
+        weights = batch.loss_weights.pin_memory() if batch.loss_weights is not None else None
+        pinned = LatentBatch(batch.latents.pin_memory(), told, batch.is_retention, batch.ids, weights)
         apart = self.apart.pinned() if self.apart is not None else None
         return replace(self, batch=pinned, noise=self.noise.pin_memory(), apart=apart)
 
@@ -155,7 +158,7 @@ class BatchSource:
         shape = self.targets.moments.mean.shape[2:]
         other = shape if self.bank is None or self.retained == "pictures" else self.bank.latents.shape[1:]
         noises = [self._noise(step, row, shape if row < targets else other) for row in mine]
-        latents, prompts, names, conditions, sizes = [], [], [], [], []
+        latents, prompts, names, conditions, sizes, weights = [], [], [], [], [], []
         for place, row in enumerate(mine):
             if row < targets or self.retained == "pictures":
                 item = target_rows[row] if row < targets else bank_rows[row - targets]
@@ -170,6 +173,7 @@ class BatchSource:
                 names.append(self.targets.names[item])
                 conditions.append(self._condition(item, int(views[row]), bool(blank[row])))
                 sizes.append(self.targets.sizes[item, views[row]] if self.targets.sizes is not None else None)
+                weights.append(self._loss_weights(item, int(views[row]), row >= targets, latents[-1]))
             else:
                 assert self.bank is not None
                 item = bank_rows[row - targets]
@@ -178,6 +182,7 @@ class BatchSource:
                 names.append(f"bank item {item}")
                 conditions.append(self._bank_condition(item))
                 sizes.append(self._bank_sizes(item))
+                weights.append(self._loss_weights(item, 0, True, latents[-1]))
 
         def together(places: list[int], apart: TrainingRows | None = None) -> TrainingRows:
             chosen = torch.tensor([mine[p] for p in places])
@@ -185,11 +190,13 @@ class BatchSource:
             for name, values in (("control", conditions), ("sizes", sizes)):
                 if values[places[0]] is not None:
                     conditioning[name] = torch.stack([v for p in places if (v := values[p]) is not None])
+            weighed = [w for p in places if (w := weights[p]) is not None]
             batch = LatentBatch(
                 torch.stack([latents[p] for p in places]),
                 conditioning,
                 is_retention[chosen],
                 [names[p] for p in places],
+                torch.stack(weighed) if weighed else None,
             )
             noise = torch.stack([noises[p][1] for p in places])
             return TrainingRows(batch, noise, levels[chosen], (targets, banks), apart)
@@ -206,6 +213,13 @@ class BatchSource:
         if conditions is None:
             return None
         return conditions.blank_row if blank else conditions.row(item, view)
+
+    def _loss_weights(self, item: int, view: int, retains: bool, latents: Tensor) -> Tensor | None:
+        """Of a row, which is retained whole; None where no picture has a mask."""
+        weights = self.targets.loss_weights
+        if weights is None:
+            return None
+        return torch.ones_like(latents[:1]) if retains else weights[item, view]
 
     def _bank_condition(self, item: int) -> Tensor | None:
         if self.targets.conditions is None:

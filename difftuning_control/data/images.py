@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -62,8 +62,10 @@ def _of_kind(kind: str) -> str:
     return f"is a {kind} picture, which is not read; save it as PNG or JPEG"
 
 
-def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An encoded picture as 8-bit RGB, upright, on white where it is transparent.
+def decode_image(
+    content: bytes, max_pixels: int = MAX_PIXELS, convert: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """An encoded picture as 8-bit RGB, upright, on white where it is transparent; or as `convert` makes it.
 
     Raises:
         UserError: if it is empty, no picture of the known formats, damaged, animated, or has more than `max_pixels`.
@@ -80,7 +82,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 if opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
                     raise UserError(f"is animated ({frames} frames); save the frame you want as a picture")
                 opened.load()
-                return to_rgb(opened)
+                return (convert or to_rgb)(opened)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -109,17 +111,39 @@ def _too_large(pixels: int, allowed: int) -> UserError:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture as 8-bit sRGB: upright, on white where it is transparent, 16 bits scaled to 8."""
+    return _on(_upright(image), "white").convert("RGB")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """A mask as 8-bit greys: upright, on black where it is transparent, 16 bits scaled to 8."""
+    return _on(_upright(image), "black").convert("L")
+
+
+def opacity(image: Image.Image) -> Image.Image:
+    """How opaque a picture is, as 8-bit greys, upright; white where it is nowhere transparent."""
+    upright = _upright(image)
+    if not upright.has_transparency_data:
+        return Image.new("L", upright.size, 255)
+    return upright.convert("RGBA").getchannel("A")
+
+
+def _on(image: Image.Image, colour: str) -> Image.Image:
+    """A picture laid on a colour where it is transparent."""
+    if not image.has_transparency_data:
+        return image
+    rgba = image.convert("RGBA")
+    ground = Image.new("RGBA", rgba.size, colour)
+    ground.alpha_composite(rgba)
+    return ground
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Any picture upright and in 8-bit sRGB, with its transparency."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF, which an upright copy no longer has
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _to_eight_bit(image, tags.get(BITS, (16,))[0], tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
-    image = in_srgb(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        ground = Image.new("RGBA", rgba.size, "white")
-        ground.alpha_composite(rgba)
-        image = ground
-    return image.convert("RGB")
+    return in_srgb(image)
 
 
 def _to_eight_bit(image: Image.Image, bits: int, is_negative: bool) -> Image.Image:

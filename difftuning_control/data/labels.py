@@ -33,6 +33,10 @@ def check_classes(family: Family, recipe: Recipe, data: ImageData, held_out: Ima
         raise UserError("bank.prompts is general, but this model is told classes and no prompts; say classes or both.")
     if family.class_conditional and recipe.data.trigger is not None:
         raise UserError("data.trigger is given, but this model is told classes and no prompts; leave it out.")
+    if tuning.variance == "hybrid" and recipe.data.masks is not None:
+        raise UserError(
+            "data.masks is given and tuning.variance is hybrid, whose bound is of whole pictures; say fixed."
+        )
     if not family.class_conditional:
         if tuning.label_space == "new" or recipe.bank.prompts in ("classes", "both"):
             key, value = ("bank.prompts", recipe.bank.prompts)

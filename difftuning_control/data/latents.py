@@ -91,12 +91,14 @@ def _encode(
 
 
 class Part(NamedTuple):
-    """Rows before their conditioning is looked up: latents (N, C, h, w) in the denoiser's scale, their prompts, and the
-    sizes (N, 6) of `Framing.sizes` where the family takes them and they are not the plain ones."""
+    """Rows before their conditioning is looked up: latents (N, C, h, w) in the denoiser's scale, their prompts, the
+    sizes (N, 6) of `Framing.sizes` where the family takes them and they are not the plain ones, and the weights of the
+    squared error (N, 1, h, w) where they have masks."""
 
     latents: Tensor | Rows
     prompts: list[str]
     sizes: Tensor | None = None
+    loss_weights: Tensor | None = None
 
 
 def part_of(bank: KnowledgeBank, prompts: list[str]) -> Part:

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data.examples import CONDITION, Checker, Columns, Row
+from difftuning_control.data.checker import CONDITION, Checker
+from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.splits import below, is_hidden, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import from_json, leads_outside, read_file, read_text

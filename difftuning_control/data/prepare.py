@@ -20,11 +20,13 @@ from difftuning_control.data.examples import Example, ImageData, listed, with_re
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import check_classes
 from difftuning_control.data.latents import Part, cached_moments
+from difftuning_control.data.masks import loss_weights
 from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING, is_hidden
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import HELD_OUT, MOST_SAMPLES, BankConfig, DataConfig
+from difftuning_control.recipe.masking import Masking
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.processes import ALONE, Share
@@ -70,7 +72,7 @@ def read_data(recipe: Recipe, tell: Callable[[str], object] = silent) -> tuple[I
     config = recipe.data
     if config.stream:
         raise UserError("data.stream is for train and bank, and this reads all pictures; leave it out, name a sample.")
-    data = _read(recipe, config.path, recipe.control.path, Choice(config.split))
+    data = _read(recipe, config.path, recipe.control.path, Choice(config.split), config.masking)
     if config.limit is not None:
         data = replace(data, examples=data.examples[: config.limit])
     if config.validation_path is not None:
@@ -88,7 +90,9 @@ def _read_validation(recipe: Recipe) -> ImageData:
     return _read(recipe, recipe.data.validation_path, recipe.control.validation_path, choice)
 
 
-def _read(recipe: Recipe, path: str, conditions: str | None, choice: Choice) -> ImageData:
+def _read(
+    recipe: Recipe, path: str, conditions: str | None, choice: Choice, masking: Masking | None = None
+) -> ImageData:
     config = recipe.data
     return load_images(
         path,
@@ -102,6 +106,7 @@ def _read(recipe: Recipe, path: str, conditions: str | None, choice: Choice) -> 
         condition_column=recipe.control.column if recipe.method == "controlnet" else None,
         condition_path=conditions,
         choice=choice,
+        masking=masking,
     )
 
 
@@ -276,8 +281,8 @@ def encoded(
         return Part(torch.empty(0), [])
     framing = Framing(resolution)
     latents = cached_moments(family, data, framing, cache, advance, share=share).first_views(family.scale_latents)
-    sizes = sizes_of(family, data, framing)
-    return Part(latents, prompts, sizes[:, 0] if sizes is not None else None)
+    sizes, weights = sizes_of(family, data, framing), loss_weights(data, framing, latents.shape[1:])
+    return Part(latents, prompts, *(part[:, 0] if part is not None else None for part in (sizes, weights)))
 
 
 def hold_out(bank: KnowledgeBank, size: int) -> tuple[KnowledgeBank, KnowledgeBank]:

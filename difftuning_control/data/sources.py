@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
+from difftuning_control.data.beside import paired
+from difftuning_control.data.checker import Checker
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
-from difftuning_control.data.examples import Checker, Columns, ImageData, Row, listed
+from difftuning_control.data.examples import Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS, unread_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
 from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
+from difftuning_control.recipe.masking import Masking
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
@@ -56,6 +58,7 @@ def load_images(
     classes: str | None = None,
     max_pixels: int = MAX_PIXELS,
     choice: Choice = FIRST,
+    masking: Masking | None = None,
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -71,12 +74,13 @@ def load_images(
             names: text, a number, or a `datasets` ClassLabel.
         max_pixels: a picture with more is not decoded, nor is a file read that is larger than such a picture.
         choice: of the split, where there are several.
+        masking: where masks come from, if the pictures have some.
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
     """
     captioning = Captioning(default_caption if need_captions else default_caption or "", trigger)
-    checker = Checker(skip_bad, captioning, max_pixels)
+    checker = Checker(skip_bad, captioning, max_pixels, masking)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
     return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice))
 
@@ -88,13 +92,14 @@ def list_rows(
     condition_path: str | None,
     classes: str | None,
     choice: Choice = FIRST,
+    masking: Masking | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
     """What `load_images` would check and decode, before that; and what is wrong with other pictures, by name.
 
     Raises:
         UserError: if nothing can be listed.
     """
-    checker = Checker(True, captioning)
+    checker = Checker(True, captioning, masking=masking)
     return _rows(path, columns, checker, condition_path, classes, choice)[0], checker.bad
 
 
@@ -105,6 +110,8 @@ def _rows(
     folder = place_of_data(path)
     rows: list[Row]
     is_set, split = folder.is_dir() and is_dataset(folder), ALL
+    masks = checker.masking.folder if checker.masking is not None else None
+    apart = [place_of_data(other) for other in (condition_path, masks) if other is not None]
     if classes == "folders" and (is_set or not folder.is_dir()):
         raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
     if is_set:
@@ -112,7 +119,7 @@ def _rows(
         checker.notes += lines
         rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder]), 0
     elif folder.is_dir():
-        files, others, split = _files_of_split(path, folder, choice, checker, classes == "folders")
+        files, others, split = _files_of_split(path, folder, apart, choice, checker, classes == "folders")
         if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
             kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
             checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
@@ -126,20 +133,30 @@ def _rows(
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
         rows, ignored = named_dataset_rows(path, columns, checker.captioning, choice), 0
+    has_names = folder.is_dir() and not is_set
     if condition_path is not None:
-        if is_set or not folder.is_dir():
+        if not has_names:
             raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
-        rows, more = _with_conditions(rows, condition_path, split, checker)
+        rows, more = paired(rows, condition_path, apart[0], split, checker, "condition")
+        ignored += more
+    if masks is not None:
+        if not has_names:
+            raise UserError(f"the rows of the data set {path} have no names, so no masks in a folder; say alpha.")
+        rows, more = paired(rows, masks, apart[-1], split, checker, "mask")
         ignored += more
     return rows, ignored
 
 
 def _files_of_split(
-    path: str, folder: Path, choice: Choice, checker: Checker, by_class: bool
+    path: str, folder: Path, apart: list[Path], choice: Choice, checker: Checker, by_class: bool
 ) -> tuple[set[Path], set[Path], str]:
     """The files of a folder of pictures that are of the chosen split, the others, and its name: `all` where there are
-    none."""
-    files = visible_files(folder)
+    none.
+
+    Args:
+        apart: folders of other pictures, which may lie in this one.
+    """
+    files = [p for p in visible_files(folder) if not any(other in p.parents for other in apart if other != folder)]
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     splits = splits_of_pictures(folder, pictures)
     if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
@@ -161,38 +178,6 @@ def place_of_data(path: str) -> Path:
     if path.startswith("embedded/"):
         return embedded_set(path.removeprefix("embedded/"))
     return Path(path).expanduser()
-
-
-def _with_conditions(rows: list[Row], path: str, split: str, checker: Checker) -> tuple[list[Row], int]:
-    """Each row with the picture of the same name in another folder, and how many conditions have no picture.
-
-    Args:
-        split: of the pictures; where the other folder is split too, its other splits are of no concern.
-    """
-    folder = place_of_data(path)
-    if not folder.is_dir():
-        raise UserError(f"the folder of conditions {path} does not exist; give one with a picture for each picture.")
-    by_stem: dict[str, list[Path]] = {}
-    files = [p for p in visible_files(folder) if p.suffix.lower() in EXTENSIONS]
-    for file in splits_of_pictures(folder, files).get(split, files):
-        if file.is_file() and leads_outside(file, folder) is None:
-            by_stem.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    wanted = {Path(name).with_suffix("").as_posix() for name in (*(row.name for row in rows), *checker.bad)}
-    extra = [file for key, files in by_stem.items() if key not in wanted for file in files]
-    said = f"{len(extra)} conditions without a picture: {listed(file.name for file in extra)}"
-    if extra and not checker.skip_bad:
-        raise UserError(f"{path} has {said}; take them out, or leave such files out: --data.skip_bad true.")
-    if extra:
-        checker.notes.append(f"left out of {path}: {said}")
-    paired = []
-    for row in rows:
-        files = by_stem.get(Path(row.name).with_suffix("").as_posix(), [])
-        if len(files) == 1:
-            paired.append(replace(row, condition=partial(read_file, files[0])))
-        else:
-            names = " and ".join(file.name for file in files)
-            checker.bad[row.name] = f"has {len(files)} conditions, {names}" if files else f"has no condition in {path}"
-    return paired, len(extra)
 
 
 def caption_files(files: Iterable[Path]) -> dict[Path, Path]:

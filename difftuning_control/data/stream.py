@@ -20,17 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from difftuning_control.data.checker import Checker, trigger_alone
 from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
-from difftuning_control.data.examples import (
-    Checker,
-    Example,
-    ImageData,
-    Read,
-    Row,
-    listed,
-    trigger_alone,
-    with_reasons,
-)
+from difftuning_control.data.examples import Example, ImageData, Read, Row, listed, with_reasons
 from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.data.splits import (

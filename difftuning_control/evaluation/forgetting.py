@@ -144,7 +144,8 @@ def row_validator(
     conditioning = embeddings.rows([part.prompts[i] for i in chosen.tolist()])
     if part.sizes is not None:
         conditioning["sizes"] = part.sizes[chosen]
-    batch = LatentBatch(part.latents[chosen], conditioning, torch.zeros(count, dtype=torch.bool))
+    weights = part.loss_weights[chosen] if part.loss_weights is not None else None
+    batch = LatentBatch(part.latents[chosen], conditioning, torch.zeros(count, dtype=torch.bool), loss_weights=weights)
     return BandValidator(family, objective, batch, seed, bands=bands, draws=draws)
 
 

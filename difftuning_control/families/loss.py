@@ -32,4 +32,4 @@ def compute_loss(
     if retarget is not None:
         noised = retarget(noised)
     model_output = family.predict(denoiser, noised.noisy_model_input, noised.timesteps, batch.conditioning)
-    return objective.losses(model_output, batch.latents, noised)
+    return objective.losses(model_output, batch.latents, noised, batch.loss_weights)

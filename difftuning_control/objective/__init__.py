@@ -6,6 +6,7 @@ from difftuning_control.objective.difftuning import (
     NoisedBatch,
     per_sample_loss,
 )
+from difftuning_control.objective.masking import mask_weights
 from difftuning_control.objective.rows import Bank, extend_rows
 
-__all__ = ["PRESETS", "Bank", "DiffTuningObjective", "NoisedBatch", "extend_rows", "per_sample_loss"]
+__all__ = ["PRESETS", "Bank", "DiffTuningObjective", "NoisedBatch", "extend_rows", "mask_weights", "per_sample_loss"]

@@ -20,12 +20,14 @@ class LatentBatch:
             prompts, `control` for a ControlNet, and `sizes` where it takes them.
         is_retention: True for rows from the bank, (B,) bool.
         ids: a name for every row, used in error messages.
+        loss_weights: what multiplies the squared error at each place, (B, 1, h, w); 1 everywhere when None.
     """
 
     latents: Tensor
     conditioning: dict[str, Tensor]
     is_retention: Tensor
     ids: list[str] = field(default_factory=list)
+    loss_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, part in ({"latents": self.latents} | self.conditioning).items():
@@ -34,6 +36,8 @@ class LatentBatch:
         check_roles(self.is_retention)
         rows = len(self.latents)
         sizes = {name: len(t) for name, t in self.conditioning.items()} | {"is_retention": len(self.is_retention)}
+        if self.loss_weights is not None:
+            sizes["loss_weights"] = len(self.loss_weights)
         wrong = {name: n for name, n in sizes.items() if n != rows}
         if wrong:
             raise ValueError(f"latents have {rows} rows, but {wrong}; every part of a batch needs the same rows.")
@@ -50,12 +54,15 @@ class LatentBatch:
             k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=later)
             for k, v in self.conditioning.items()
         }
-        roles = self.is_retention.to(device, non_blocking=later)
-        return LatentBatch(self.latents.to(device, dtype, non_blocking=later), conditioning, roles, self.ids)
+        latents = self.latents.to(device, dtype, non_blocking=later)
+        roles, weights = self.is_retention.to(device, non_blocking=later), self.loss_weights
+        weights = weights.to(device, non_blocking=later) if weights is not None else None
+        return LatentBatch(latents, conditioning, roles, self.ids, weights)
 
     def rows(self, chosen: Tensor | slice) -> LatentBatch:
         """The chosen rows, by index, mask or slice."""
         numbers = torch.arange(len(self), device=self.latents.device)[chosen].tolist()
         conditioning = {k: v[chosen] for k, v in self.conditioning.items()}
         ids = [self.ids[i] for i in numbers] if self.ids else []
-        return LatentBatch(self.latents[chosen], conditioning, self.is_retention[chosen], ids)
+        weights = self.loss_weights[chosen] if self.loss_weights is not None else None
+        return LatentBatch(self.latents[chosen], conditioning, self.is_retention[chosen], ids, weights)

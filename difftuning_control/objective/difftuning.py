@@ -330,34 +330,49 @@ class DiffTuningObjective:
             levels,
         )
 
-    def losses(self, model_output: Tensor, latents: Tensor, noised: NoisedBatch) -> Tensor:
+    def losses(
+        self, model_output: Tensor, latents: Tensor, noised: NoisedBatch, loss_weights: Tensor | None = None
+    ) -> Tensor:
         """ℓ of every row, (B,) float32.
 
         Args:
             model_output: (B, C, h, w), or (B, 2C, h, w) where the model predicts its variance too.
             latents: (B, C, h, w), without noise.
+            loss_weights: as `per_sample_loss` takes them.
 
         Raises:
-            ValueError: if the shapes do not agree, or `variance` is hybrid and the model does not predict it.
+            ValueError: if the shapes do not agree, or `variance` is hybrid and the model does not predict it, or there
+                are weights, which the bound knows not.
         """
         channels = latents.shape[1]
         model_pred, variance = model_output[:, :channels], model_output[:, channels:]
-        losses = per_sample_loss(model_pred, noised.target)
+        losses = per_sample_loss(model_pred, noised.target, loss_weights)
         if self.variance == "fixed":
             return losses
         if variance.shape != latents.shape:
             raise ValueError(
                 f"variance is hybrid, but the model gives {model_output.shape[1]} channels; expected {2 * channels}."
             )
+        if loss_weights is not None:
+            raise ValueError("variance is hybrid, whose bound is of whole samples; expected no loss_weights.")
         bound = variational_bound(self.process, latents, noised.noisy_model_input, model_pred, variance, noised.levels)
         return losses + BOUND_WEIGHT * len(self.process) * bound
 
 
-def per_sample_loss(model_pred: Tensor, target: Tensor) -> Tensor:
+def per_sample_loss(model_pred: Tensor, target: Tensor, loss_weights: Tensor | None = None) -> Tensor:
     """ℓ: the squared error averaged over everything but the batch, (B,) float32.
 
+    Args:
+        loss_weights: what multiplies the squared error at each place, (B, 1, h, w), as `mask_weights` makes them.
+
     Raises:
-        ValueError: unless the two have one shape.
+        ValueError: unless the two have one shape, and the weights as many rows and places.
     """
     check_same_shape(model_pred=model_pred, target=target)
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+    errors = (model_pred.float() - target.float()).square()
+    if loss_weights is not None:
+        expected = (len(target), 1, *target.shape[2:])
+        if loss_weights.shape != expected:
+            raise ValueError(f"loss_weights are {tuple(loss_weights.shape)}; expected {expected}.")
+        errors = errors * loss_weights
+    return errors.flatten(1).mean(1)

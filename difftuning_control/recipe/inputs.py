@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from difftuning_control.errors import UserError, need
 from difftuning_control.recipe.captioning import Captioning
+from difftuning_control.recipe.masking import Masking
 from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
@@ -71,6 +72,9 @@ class DataConfig:
         trigger: words for what is learnt (`zbx style`), put before captions that lack them and alone where there is
             none; a bank for captions is drawn without them, and a LoRA whose recipe names nothing of what is retained
             retains general prompts under these, with λ = 0.3.
+        masks: what of the pictures of path is learnt: alpha (what is opaque in them), or a folder with a mask named
+            like each (what is white in it); all of them when empty. The loss on those that are held out has masks too.
+        outside_mask: what the error counts where a mask is black, next to 1 where it is white. [≥ 0 and < 1]
         truncate_captions: cut captions that are longer than the text encoder takes, instead of stopping.
         skip_bad: leave out pictures that cannot be used, instead of stopping.
         buckets: frame each picture in the shape, of about the square's area, that crops least of it, and train on one
@@ -98,6 +102,8 @@ class DataConfig:
     classes: Literal["folders", "label"] | None = None
     default_caption: str | None = None
     trigger: str | None = None
+    masks: str | None = None
+    outside_mask: float = 0.1
     truncate_captions: bool = False
     skip_bad: bool = False
     buckets: bool = False
@@ -108,9 +114,13 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        expand_paths(self, "path", "validation_path", "cache")
+        expand_paths(self, "path", "validation_path", "masks", "cache")
         need(self.validation_path != "", "data.validation_path", "empty", "a folder or a data set, or null")
         need(self.cache != "", "data.cache", "empty", "a folder, or null")
+        need(self.masks != "", "data.masks", "empty", "alpha, a folder, or null")
+        need(0 <= self.outside_mask < 1, "data.outside_mask", self.outside_mask, "at least 0 and less than 1")
+        if self.masks is None and self.outside_mask != 0.1:
+            raise UserError("data.outside_mask is given without data.masks; name the masks, or leave it out.")
         need(self.resolution is None or self.resolution >= 8, "data.resolution", self.resolution, "at least 8 pixels")
         need(
             self.bucket_step is None or self.bucket_step >= 8, "data.bucket_step", self.bucket_step, "at least 8 pixels"
@@ -137,6 +147,10 @@ class DataConfig:
     @property
     def captioning(self) -> Captioning:
         return Captioning(self.default_caption, self.trigger)
+
+    @property
+    def masking(self) -> Masking | None:
+        return Masking(self.masks, self.outside_mask) if self.masks is not None else None
 
 
 @dataclass

@@ -108,6 +108,7 @@ class Recipe:
             "data.limit": self.data.limit is not None,
             "data.classes": self.data.classes is not None,
             "data.buckets": self.data.buckets,
+            "data.masks": self.data.masks is not None,
             "tuning.label_space new": self.tuning.label_space == "new",
             "tuning.schedule.kind auto": self.tuning.schedule.kind == "auto",
             "model.offload": self.model.offload,

@@ -27,6 +27,7 @@ class Moved:
         model: the base's directory.
         data: the pictures that were tuned on.
         validation: those of data.validation_path.
+        masks: the folder of masks.
         bank: the knowledge bank.
         control: the folder of supplied conditions.
         control_validation: the folder of those of data.validation_path.
@@ -38,6 +39,7 @@ class Moved:
     model: str | None = None
     data: str | None = None
     validation: str | None = None
+    masks: str | None = None
     bank: str | None = None
     control: str | None = None
     control_validation: str | None = None

@@ -74,7 +74,8 @@ def refuse_unwritable(output: Path) -> None:
 def data_places(recipe: Recipe) -> list[str]:
     """The folders of a recipe whose pictures are read; also banks of pictures, but not of samples."""
     data, control = recipe.data, recipe.control
-    named = [data.path, data.validation_path, control.path, control.validation_path]
+    masks = data.masking.folder if data.masking is not None else None
+    named = [data.path, data.validation_path, masks, control.path, control.validation_path]
     bank = Path(recipe.bank.path) if recipe.bank.path is not None else None
     if bank is not None and bank.is_dir() and not is_empty(bank) and not (bank / "manifest.json").exists():
         named.append(str(bank))

@@ -59,6 +59,9 @@ def deciding_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
         values["bank"].pop("solver")
     if recipe.data.trigger is None:  # nor this
         values["data"].pop("trigger")
+    if recipe.data.masks is None:  # nor these
+        values["data"].pop("masks")
+        values["data"].pop("outside_mask")
     values["data"].pop("max_pixels")  # what is left out shows in the data's fingerprint
     for name in (
         "resume",
@@ -99,6 +102,7 @@ def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = Non
     for name in ("batch_size", "gradient_accumulation_steps"):
         values["training"].pop(name)
     values["training"].pop("begin_from", None)
+    values["data"].pop("masks", None)
     # where things lie does not matter: what they are is in the fingerprints
     for section, names in (
         ("model", ("id",)),

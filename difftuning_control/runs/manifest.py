@@ -113,17 +113,14 @@ def write_inputs(output: Path, data: ImageData, held_out: ImageData) -> str:
     lines = []
     for part, pictures in ((TRAIN, data), (HELD_OUT, held_out)):
         for example in pictures.examples:
-            lines.append(
-                json.dumps(
-                    {
-                        "part": part,
-                        "name": example.name,
-                        "picture": example.digest,
-                        "caption": digest_of_text(example.caption),
-                        "condition": example.condition_digest,
-                    }
-                )
-            )
+            line = {
+                "part": part,
+                "name": example.name,
+                "picture": example.digest,
+                "caption": digest_of_text(example.caption),
+                "condition": example.condition_digest,
+            }
+            lines.append(json.dumps(line | ({"mask": example.mask_digest} if example.mask_digest else {})))
     write_text(output / INPUTS, "".join(line + "\n" for line in lines))
     return digest_of_file(output / INPUTS)
 

@@ -24,6 +24,7 @@ KEYS = {
     "model": "model.id",
     "data": "data.path",
     "validation": "data.validation_path",
+    "masks": "data.masks",
     "bank": "bank.path",
     "prompts": "bank.prompts",
     "control": "control.path",
@@ -36,12 +37,17 @@ KEYS = {
     "cache": "data.cache",
 }
 ALWAYS_LOCAL = ("bank", "schedule", "begin", "cache")  # others may be names of the Hub or of this package
-WORDS = {"prompts": ("captions", "empty", "classes", "both"), "features": ("lite0", "dinov2", "clip", "inception")}
+WORDS = {
+    "masks": ("alpha",),
+    "prompts": ("captions", "empty", "classes", "both"),
+    "features": ("lite0", "dinov2", "clip", "inception"),
+}
 SOURCES = {"base": "model", "controlnet": "controlnet", "schedule": "schedule", "begin": "begin"}  # in a record
 NAMES = {
     "model": "the base",
     "data": "the data",
     "validation": "the held-out pictures",
+    "masks": "the masks",
     "bank": "the knowledge bank",
     "control": "the conditions",
     "control_validation": "the held-out conditions",

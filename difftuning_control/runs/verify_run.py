@@ -249,7 +249,8 @@ def _pictures(
     columns = Columns(data.image_column, caption, column)
     try:
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
-        rows, bad = list_rows(path, columns, data.captioning, conditions, data.classes, choice)
+        masking = data.masking if part.name == "data" else None
+        rows, bad = list_rows(path, columns, data.captioning, conditions, data.classes, choice, masking)
     except UserError as error:
         if path in record.data.local:
             part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
@@ -294,6 +295,7 @@ def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> No
     for read, digest, what in (
         (row.read, line["picture"], "the picture"),
         (row.condition, line["condition"], "its condition"),
+        (row.mask, line.get("mask"), "its mask"),
     ):
         if digest is None or read is None:
             continue

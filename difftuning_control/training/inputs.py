@@ -22,6 +22,7 @@ from difftuning_control.data.examples import ImageData
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import begin_label_space
 from difftuning_control.data.latents import LatentMoments, Part, cached_moments, part_of
+from difftuning_control.data.masks import loss_weights
 from difftuning_control.data.prepare import (
     cache_folder,
     encoded,
@@ -277,8 +278,8 @@ def _validator(
     conditioning = embeddings.rows(part.prompts) | more
     if part.sizes is not None:
         conditioning["sizes"] = part.sizes
-    batch = LatentBatch(part.latents[:], conditioning, torch.full((len(part.latents),), retention))
-    return BandValidator(family, objective, batch)
+    roles = torch.full((len(part.latents),), retention)
+    return BandValidator(family, objective, LatentBatch(part.latents[:], conditioning, roles, [], part.loss_weights))
 
 
 def _target_sets(
@@ -293,6 +294,7 @@ def _target_sets(
         conditions = control.targets[number] if control is not None else None
         sizes = sizes_of(family, bucket.data, bucket.framing)
         captions, names = [e.caption for e in examples], [e.name for e in examples]
-        known = [pictures.captioning.untriggered(caption) for caption in captions]
-        sets.append(TargetSet(moments, captions, names, conditions, sizes, known))
+        known = list(map(pictures.captioning.untriggered, captions))
+        weights = loss_weights(bucket.data, bucket.framing, moments.mean.shape[2:])
+        sets.append(TargetSet(moments, captions, names, conditions, sizes, known, weights))
     return sets

@@ -148,8 +148,8 @@ def auto_schedule(
         chosen, cache = inputs.data.sample(rows), cache_folder(recipe.data)
         target = encoded(family, chosen, inputs.resolution, cache, lambda count: None)
     else:
-        sizes = targets.sizes[:, 0] if targets.sizes is not None else None
-        target = Part(targets.moments.first_views(family.scale_latents), targets.captions, sizes)
+        known = (part[:, 0] if part is not None else None for part in (targets.sizes, targets.loss_weights))
+        target = Part(targets.moments.first_views(family.scale_latents), targets.captions, *known)
     measured = measure_schedule(family, target, inputs.bank, inputs.embeddings, rows, recipe.training.seed)
     agreed: MeasuredSchedule = broadcast_object_list([measured])[0]  # processes may differ by rounding, schedules not
     return agreed

@@ -91,6 +91,7 @@ CHOICES: dict[str, Callable[[Values], set[str]]] = {
     "adapter.text_encoder": _when("adapter.text_encoder", False, "adapter.text_encoder_learning_rate"),
     "control.annotator": _of_annotator,
     "data.buckets": _when("data.buckets", False, "data.bucket_step", "data.bucket_aspect"),
+    "data.masks": _when("data.masks", None, "data.outside_mask"),
     "data.classes": lambda values: set() if values["data.classes"] is None else {"data.default_caption"},
     "training.stop_when": _when("training.stop_when", None, "training.stop_after"),
 }

@@ -73,7 +73,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
         check_domain_method(run, its.method)
     first = request.runs[0]
     recipe, resolution = recipes[first], records[first].data.resolution
-    need_places(records[first], first, ("model", "data", "validation", "control", "control_validation"))
+    need_places(records[first], first, ("model", "data", "validation", "masks", "control", "control_validation"))
     family = _base(records, recipes, first)
     request, features = family.suited(request), load_features(request.features, family.device)
     training, real = _pictures(request, records, recipes, tell)

@@ -14,7 +14,18 @@ from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.home import at_home
 
 FILE = "recipe.yaml"
-NEEDED = ("model", "data", "validation", "bank", "control", "control_validation", "controlnet", "schedule", "begin")
+NEEDED = (
+    "model",
+    "data",
+    "validation",
+    "masks",
+    "bank",
+    "control",
+    "control_validation",
+    "controlnet",
+    "schedule",
+    "begin",
+)
 
 
 def recipe_to_resume(run: str) -> str:

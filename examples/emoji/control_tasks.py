@@ -53,7 +53,11 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "silhouette": {"control.annotator": "conditions:silhouette"},
     "colours": {"control.annotator": "conditions:colours"},
-    "negative": {"control.annotator": "conditions:negative"},
+    "negative": {  # is followed sooner than the others
+        "control.annotator": "conditions:negative",
+        "control.fidelity.every": 20,
+        "training.max_steps": 300,
+    },
 }
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {"tuning.schedule": {"kind": "constant", "tau": None}, **NONE},
@@ -62,10 +66,10 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 IN_GRID = {"plain": "plain", "levels": "noise levels"}  # the grid's font has no Greek
 SAID = {"plain": "plain", "levels": "ψ = u alone", "difftuning": "ψ = u and bank"}
-RATES = (7e-4, 1.4e-3, 2.8e-3)
+RATES = (1.4e-3, 2.8e-3, 5.6e-3)
 WIDENED = 3  # times at most, by a factor of two
 SEARCHED, SEEDS = 100, (0, 1, 2, 3, 4)
-GRID_TASK, GRID_STEPS = "lineart", (100, 200, 300)  # shown of the first seed
+GRID_TASK, GRID_STEPS = "lineart", (200, 400, 600)  # shown of the first seed
 LAST = 5  # measurements that "in the end" is the mean of
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from difftuning_control.data.checker import Checker
 from difftuning_control.data.datasets import dataset_rows
-from difftuning_control.data.examples import Checker, Columns, ImageData
+from difftuning_control.data.examples import Columns, ImageData
 from difftuning_control.data.images import decode_image, fit_square
 from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set, load_images
 from difftuning_control.errors import UserError

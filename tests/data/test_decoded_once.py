@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difftuning_control.data import examples
+from difftuning_control.data import checker
 from difftuning_control.data.sources import load_images
 
 SIDE, COUNT = 12, 4
@@ -45,7 +45,7 @@ def test_the_first_use_takes_the_picture_that_was_checked_and_later_ones_read_it
 
 @pytest.mark.parametrize("room", [0, BYTES - 1, BYTES, 2 * BYTES + 1, COUNT * BYTES])
 def test_no_more_is_kept_than_there_is_room_for(folder, monkeypatch, room):
-    monkeypatch.setattr(examples, "KEPT", room)
+    monkeypatch.setattr(checker, "KEPT", room)
     data = load_images(str(folder))
     for number in range(COUNT):
         (folder / f"{number}.png").unlink()

@@ -28,6 +28,7 @@ NUMBERS = [name for name, key in KEYS.items() if "number" in key.kind]
 BESIDE: dict[str, dict[str, Any]] = {  # what a key cannot do without
     "data.bucket_step": {"buckets": True},
     "data.bucket_aspect": {"buckets": True},
+    "data.outside_mask": {"masks": "alpha"},
     "adapter.min_rank": {"kind": "tlora"},
     "adapter.factor": {"kind": "lokr"},
     "adapter.block_size": {"kind": "oft"},
