@@ -22,7 +22,6 @@ def cached_embeddings(
     prompts: list[str],
     folder: Path,
     advance: Advance,
-    batch_size: int = 32,
     share: Share = ALONE,
 ) -> PromptEmbeddings:
     """Embeddings of the different prompts and of the empty one, from the cache where it has them.
@@ -37,7 +36,7 @@ def cached_embeddings(
     keys = [digest_of([part, family.conditioning_fingerprint]) for part in parts]
     files = files_together(
         [folder / f"prompts-{key}.safetensors" for key in keys],
-        lambda i: _encode_prompts(family, parts[i], advance, batch_size),
+        lambda i: _encode_prompts(family, parts[i], advance),
         share,
         lambda i: advance(len(parts[i])),
     )
@@ -47,8 +46,8 @@ def cached_embeddings(
     return embeddings
 
 
-def _encode_prompts(family: Family, prompts: list[str], advance: Advance, batch_size: int) -> dict[str, Tensor]:
-    parts = []
+def _encode_prompts(family: Family, prompts: list[str], advance: Advance) -> dict[str, Tensor]:
+    parts, batch_size = [], family.prompts_at_once
     with family.encoding():
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]

@@ -107,6 +107,11 @@ class ImageData:
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    @property
+    def unmasked(self) -> ImageData:
+        """The same pictures without their masks."""
+        return replace(self, examples=[replace(e, mask_digest=None, load_mask=None) for e in self.examples])
+
     def split(self, holdout: float) -> tuple[ImageData, ImageData]:
         """Examples to tune on and held-out ones, the latter rounded up from their share; always the same ones."""
         order = np.random.default_rng(0).permutation(len(self))

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difftuning_control.data.images import to_images
+from difftuning_control.recipe.inputs import pictures_at_once
 from difftuning_control.system.seeds import step_seed
 from difftuning_control.system.text import harmless
 
@@ -33,9 +34,11 @@ def sample_pictures(
     """One picture a prompt; picture i starts from noise that depends on (seed, i) alone, whatever the weights.
 
     Args:
+        batch_size: pictures at once; of large ones fewer.
         control: a condition a prompt for the family's ControlNet, (N, 3, H, W) uint8; drawn without it when None.
     """
     pictures: list[Image.Image] = []
+    batch_size = min(batch_size, pictures_at_once(resolution**2))
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(step_seed(seed, start + i)) for i in range(len(part))]

@@ -48,7 +48,7 @@ class DiT(Family):
     """
 
     name = "dit"
-    fit = Fit({"lora": 1e-4, "full": 1e-4}, {"lora": 2000, "full": 24000}, 32, schedule={})
+    fit = Fit({"lora": 1e-4, "full": 1e-4}, {"lora": 2000, "full": 24000}, 32, ("full",), schedule={})
     component = "transformer"
     class_conditional = True
 

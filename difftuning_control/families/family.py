@@ -43,6 +43,7 @@ class Family(Controlled, Prompting, LatentSpace):
     fit: ClassVar[Fit] = Fit()
     distilled_steps: ClassVar[int] = USUAL_STEPS  # of the family's models that were distilled
     class_conditional: ClassVar[bool] = False  # told a class, and has its names for prompts; see `dit`
+    prompts_at_once: ClassVar[int] = 32  # that go through the text encoders; a language model takes gigabytes for these
     takes_sizes: ClassVar[bool] = False  # whether `conditioning` may hold `sizes`, see `Framing.sizes`
 
     def __init__(self, pipe: Any):

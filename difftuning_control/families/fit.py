@@ -15,6 +15,7 @@ class Fit:
         learning_rate: of AdamW.
         max_steps: optimizer steps, for some tens of pictures; a ControlNet needs many more.
         batch_size: rows of a step, which fit 24 GB with gradient checkpointing.
+        gradient_checkpointing: methods that need it for that, on a GPU.
         schedule: ψ and ξ; the recipe's own default of a method that is not named. A LoRA learns and retains at every
             noise level alike, ψ = ξ = 1, which over eight styles came nearer to the style than ψ = u^0.3 and forgot
             less; a ControlNet, taught at high noise, ψ = u, follows its condition sooner (docs/results.md).
@@ -25,6 +26,7 @@ class Fit:
     )
     max_steps: dict[str, int] = field(default_factory=lambda: {"lora": 800, "full": 800, "controlnet": 20000})
     batch_size: int = 5
+    gradient_checkpointing: tuple[str, ...] = ("lora", "full", "controlnet")
     schedule: dict[str, ScheduleConfig] = field(
         default_factory=lambda: {
             "lora": ScheduleConfig("constant", xi=1.0),
@@ -37,4 +39,5 @@ EMBEDDED = Fit(
     {"lora": 1e-3, "full": 3e-4, "controlnet": 1e-3, "controlnet_lora": 1e-3},
     {"lora": 300, "full": 300, "controlnet": 300},
     32,
+    gradient_checkpointing=(),
 )

@@ -118,8 +118,10 @@ def _values(recipe: Recipe, fit: Fit) -> dict[str, Any]:
         "training.learning_rate": (Fit().learning_rate | fit.learning_rate)[rate],
         "training.max_steps": (Fit().max_steps | fit.max_steps)[method],
         "training.batch_size": fit.batch_size,
-        "training.mixed_precision": "no" if fit is EMBEDDED else _precision(),
+        "training.mixed_precision": "no" if fit is EMBEDDED else usual_precision(),
     }
+    if _computes_again(recipe, fit):
+        fits["training.gradient_checkpointing"] = True
     open_values = {key: value for key, value in fits.items() if key in recipe.left_open}
     if "tuning.schedule.kind" in recipe.left_open and recipe.tuning.schedule == (usual := ScheduleConfig()):
         own = fit.schedule.get(method, usual)
@@ -146,7 +148,14 @@ def _of_trigger(recipe: Recipe) -> dict[str, Any]:
     return dict(zip(OF_TRIGGER, ("general", "own", 0.3)))
 
 
-def _precision() -> str:
+def _computes_again(recipe: Recipe, fit: Fit) -> bool:
+    """Whether activations are computed again in the backward pass; of weights in float8 the backward pass would keep
+    each layer's copy in full."""
+    on_gpu = best_device().type == "cuda"
+    return recipe.model.quantization == "float8" or (on_gpu and recipe.method in fit.gradient_checkpointing)
+
+
+def usual_precision() -> str:
     """bf16 where the device computes in it."""
     device = best_device()
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"

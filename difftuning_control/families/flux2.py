@@ -61,6 +61,7 @@ class Flux2Klein(SquareLatents):
 
     name = "flux2_klein"
     fit = Fit(batch_size=3)
+    prompts_at_once = 4
     text_length: ClassVar[int] = 512
     chat: ClassVar[dict[str, Any]] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
 

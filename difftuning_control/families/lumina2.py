@@ -24,6 +24,7 @@ class Lumina2(MaskedTransformer):
 
     name = "lumina2"
     fit = Fit(batch_size=3)
+    prompts_at_once = 8
     base_density = "logit_normal"
     text_length = 256
     call_settings: ClassVar[dict[str, Any]] = {}

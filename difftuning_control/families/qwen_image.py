@@ -35,6 +35,7 @@ class QwenImage(PackedTransformer, MaskedTransformer):
 
     name = "qwen_image"
     fit = Fit(batch_size=2)
+    prompts_at_once = 4
     base_density = "logit_normal"
     text_length = 512
     is_video = True

@@ -31,6 +31,7 @@ class Sana(MaskedTransformer):
 
     name = "sana"
     fit = Fit({"lora": 1e-4, "full": 1e-5, "controlnet": 1e-4, "controlnet_lora": 1e-4})
+    prompts_at_once = 8
     base_density = "logit_normal"
     controlnet_class = SanaControlNetModel
     control_pipeline_class = SanaControlNetPipeline

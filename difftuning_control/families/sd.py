@@ -13,6 +13,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.control import compare_configs
 from difftuning_control.families.family import Family
 from difftuning_control.families.few_steps import Configs, FewSteps
+from difftuning_control.families.fit import Fit
 
 TOLD_GUIDANCE = 8.0  # of UNets that are told it: in the middle of what latent consistency models were distilled at
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
@@ -38,6 +39,7 @@ class StableDiffusion(Family):
 
     name = "sd"
     component = "unet"
+    fit = Fit(gradient_checkpointing=("full", "controlnet"))
     text_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     controlnet_class = ControlNetModel
     control_pipeline_class: ClassVar[Any] = StableDiffusionControlNetPipeline

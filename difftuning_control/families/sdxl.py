@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLControlNetPipeline
 from torch import Tensor
 
 from difftuning_control.errors import UserError
+from difftuning_control.families.fit import Fit
 from difftuning_control.families.sd import StableDiffusion
 
 
@@ -25,6 +26,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     name = "sdxl"
+    fit = Fit()
     takes_sizes = True
     control_pipeline_class = StableDiffusionXLControlNetPipeline
 
@@ -86,13 +88,15 @@ class StableDiffusionXL(StableDiffusion):
 
     @contextmanager
     def _safe_precision(self) -> Iterator[None]:
-        """The autoencoder in float32 for the while where it is in float16 and asks for it, as in the stock pipeline."""
+        """The autoencoder in float32 for the while where it is in float16 and asks for it, as in the stock pipeline; a
+        caller's autocast, which would go on computing in float16, is off for the while."""
         vae = self.pipe.vae
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         if upcast:
             vae.float()
         try:
-            yield
+            with torch.autocast(vae.device.type, enabled=False) if upcast else nullcontext():
+                yield
         finally:
             if upcast:
                 vae.half()

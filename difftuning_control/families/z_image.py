@@ -58,6 +58,7 @@ class ZImage(MaskedTransformer):
 
     name = "z_image"
     fit = Fit(batch_size=3)
+    prompts_at_once = 4
     distilled_steps = 8
     base_density = "logit_normal"
     text_length = 512

@@ -31,6 +31,7 @@ BY_MODEL = (  # whose default no single value tells
     "training.max_steps",
     "training.batch_size",
     "training.mixed_precision",
+    "training.gradient_checkpointing",
     "tuning.schedule.kind",
 )
 OF_TRIGGER = ("bank.prompts", "tuning.retention_prompts", "tuning.retention_weight")  # fit together, or not at all

@@ -12,6 +12,7 @@ from difftuning_control.adapters.files import LORA_FILE
 from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.data.control_spec import ControlSpec
 from difftuning_control.errors import UserError
+from difftuning_control.families.hub import free_memory
 from difftuning_control.families.loading import load_controlnet, load_family
 from difftuning_control.runs.folder import data_places
 from difftuning_control.runs.kept import place_of_run, record_at, step_folder
@@ -134,9 +135,14 @@ def tuned_model(family: Family, run: str | Path, record: RunRecord, step: int | 
             family.controlnet = None
         return
     if method == "full":
-        tuned = load_family(str(folder / "pipeline" if step is None else folder), family.dtype).to(family.device)
+        place = str(folder / "pipeline" if step is None else folder)
+        tuned = load_family(place, family.dtype, offload=family.offload).to(family.device)
         tuned.encodes_in_step = family.encodes_in_step
-        yield tuned
+        try:
+            yield tuned
+        finally:  # the caller still has its name
+            tuned.to("cpu")
+            free_memory()
         return
     load_adapter(family.pipe, folder)
     family.mend_adapter(folder / LORA_FILE)

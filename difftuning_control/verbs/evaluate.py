@@ -166,7 +166,9 @@ def _pictures(
         read = {name: getattr(recipe.data, name) for name in ("default_caption", "trigger", "max_pixels")}
         real = load_images(request.data, **read, choice=Choice(None, FOR_JUDGING, "a folder"))
     for run, record in records.items():
-        _check_data(run, record, first, training, real)
+        masked_alike = recipes[run].data.masking == recipe.data.masking
+        own = training if masked_alike else read_data(recipes[run])[0]
+        _check_data(run, record, first, own, training, real)
         if recipes[run].tuning.label_space != recipe.tuning.label_space:
             raise UserError(f"{run} was tuned in another label space than {first}; evaluate them apart.")
     for line in real.notes:
@@ -186,13 +188,16 @@ def _needs_pictures(recipe: Recipe) -> bool:
     return recipe.method == "controlnet" or recipe.gates.draws
 
 
-def _check_data(run: str, record: RunRecord, first: str, training: ImageData, real: ImageData) -> None:
+def _check_data(run: str, record: RunRecord, first: str, own: ImageData, training: ImageData, real: ImageData) -> None:
     """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
+
+    Args:
+        own, training: the run's pictures and the first one's; their masks may differ.
 
     Raises:
         UserError: in these cases.
     """
-    if record.fingerprints.data != training.fingerprint:
+    if (record.fingerprints.data, own.unmasked.fingerprint) != (own.fingerprint, training.unmasked.fingerprint):
         what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
         raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
     shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}

@@ -19,8 +19,9 @@ from difftuning_control.data.images import decode_image
 from difftuning_control.data.labels import begin_as
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures, save_grid
+from difftuning_control.families.fitting import usual_precision
 from difftuning_control.families.hub import best_device
-from difftuning_control.families.loading import load_model
+from difftuning_control.families.loading import DTYPES, load_model
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.inputs import ModelConfig
@@ -108,8 +109,11 @@ def _model_of(request: SampleRequest) -> _Model:
 
 
 def _load(model: _Model) -> Family:
-    """The model, in the precision of the tuning."""
-    dtype = getattr(torch, model.record.dtype_name) if model.record is not None else torch.float32
+    """The model, in the precision of the tuning; one of the Hub that was not tuned as a run would have it."""
+    if model.record is not None:
+        dtype = getattr(torch, model.record.dtype_name)
+    else:
+        dtype = torch.float32 if model.chosen.id == "embedded" else DTYPES[usual_precision()]
     return load_model(model.chosen, dtype).to(best_device())
 
 

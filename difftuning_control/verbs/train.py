@@ -92,6 +92,8 @@ def train(
                     written, recipe, family, accelerator, phases, output, folder, session, tell, kept
                 )
             if folder is not None:
+                if recipe.gates.draws:
+                    _make_room(recipe, family, accelerator, kept)
                 judge_and_vouch(record, written, recipe, output, session)
             accelerator.wait_for_everyone()
             return TrainingResult(record, output)
@@ -99,6 +101,14 @@ def train(
         accelerator.end_training()
         if folder is not None:
             folder.release()
+
+
+def _make_room(recipe: Recipe, family: Family, accelerator: Accelerator, kept: ExitStack) -> None:
+    """Take the model that was trained off its device, as the gates load models of their own."""
+    kept.close()
+    accelerator.free_memory()
+    if not recipe.training.shard:  # of whose weights each process has a part
+        family.to("cpu")
 
 
 def _train(

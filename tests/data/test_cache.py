@@ -239,13 +239,23 @@ def test_a_damaged_file_is_made_again(family, pictures, tmp_path, cached, damage
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_cached_embeddings_are_the_stock_pipelines(family, tmp_path, batch_size):
-    embeddings = cached_embeddings(family, PROMPTS, tmp_path, lambda count: None, batch_size)
+@pytest.mark.parametrize("at_once", [1, 32])
+def test_cached_embeddings_are_the_stock_pipelines(family, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(type(family), "prompts_at_once", at_once)
+    embeddings = cached_embeddings(family, PROMPTS, tmp_path, lambda count: None)
     stock = tiny_pipeline()
     expected, empty = stock.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=[""] * len(PROMPTS))
     torch.testing.assert_close(embeddings.rows(PROMPTS)["prompt_embeds"], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(embeddings.rows([""])["prompt_embeds"], empty[:1], atol=1e-5, rtol=1e-5)
+
+
+def test_no_more_prompts_are_encoded_at_once_than_the_family_takes(family, tmp_path, monkeypatch):
+    rows: list[int] = []
+    encode = family.encode_prompts
+    monkeypatch.setattr(family, "encode_prompts", lambda prompts: rows.append(len(prompts)) or encode(prompts))
+    monkeypatch.setattr(type(family), "prompts_at_once", 3)
+    cached_embeddings(family, [f"red {i}" for i in range(7)], tmp_path, lambda count: None)
+    assert rows == [3, 3, 2]
 
 
 def test_each_prompt_is_stored_once_and_the_empty_one_always(family, tmp_path):

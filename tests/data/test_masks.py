@@ -20,8 +20,10 @@ from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.masking import Masking
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.identity import identity_settings
 from difftuning_control.runs.verify import verify
+from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.train import train
 from support.trainings import interrupted_after, resumed, rows
 
@@ -268,6 +270,19 @@ def test_a_controlnet_has_masks_too(tmp_path):
     train(recipe)
     inputs = [json.loads(line) for line in (Path(recipe.output) / "inputs.jsonl").read_text().splitlines()]
     assert all(line["mask"] == line["condition"] for line in inputs)
+
+
+def test_runs_with_other_masks_are_judged_side_by_side(masked: Recipe, tmp_path):
+    folder = Path(masked.output).parent
+    plain = replace(masked, output=str(folder / "plain"), data=replace(masked.data, masks=None))
+    train(plain)
+    request = Evaluation([plain.output, masked.output], output=str(tmp_path), pictures=5, steps=1, seeds=[0])
+    assert len(evaluate(request)["sides"]) == 2
+    other = recipe_of(tmp_path, "other", masks=None)
+    write_masked(tmp_path, 7)
+    train(other)
+    with pytest.raises(UserError, match="it was tuned on other pictures than"):
+        evaluate(replace(request, runs=[masked.output, other.output], output=str(tmp_path / "judged")))
 
 
 def test_verify_finds_a_mask_that_changed(masked: Recipe):

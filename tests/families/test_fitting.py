@@ -3,9 +3,11 @@
 import shlex
 
 import pytest
+import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.report.commands import train_command
+from difftuning_control.families import fitting
 from difftuning_control.families.fit import EMBEDDED
 from difftuning_control.families.fitting import fitted
 from difftuning_control.families.loading import FAMILIES, SINCE, family_class
@@ -44,6 +46,7 @@ def test_the_embedded_model_keeps_the_defaults_of_the_dataclass():
 
 def test_what_is_named_stays(model_dir):
     named = {"learning_rate": 3e-3, "max_steps": 2, "batch_size": 7, "mixed_precision": "no"}
+    named |= {"gradient_checkpointing": False}
     drawn = {"steps": 9, "guidance_scale": 2.0}
     recipe = of(
         {"id": str(model_dir)},
@@ -83,6 +86,39 @@ def test_dit_follows_the_papers_settings(tmp_path):
     write_json(tmp_path / "model_index.json", {"_class_name": "DiTPipeline"})
     training = fitted(of({"id": str(tmp_path)}, method="full")).training
     assert (training.learning_rate, training.max_steps, training.batch_size) == (1e-4, 24000, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("StableDiffusionPipeline", {"full", "controlnet"}),
+        ("StableDiffusionXLPipeline", {"lora", "full", "controlnet"}),
+        ("FluxPipeline", {"lora", "full", "controlnet"}),
+        ("DiTPipeline", {"full"}),
+    ],
+)
+def test_on_a_gpu_activations_are_computed_again_where_the_rows_would_not_fit(tmp_path, monkeypatch, name, methods):
+    write_json(tmp_path / "model_index.json", {"_class_name": name})
+
+    def found(**training: bool) -> set[str]:
+        recipes = {m: of({"id": str(tmp_path)}, method=m, training=training) for m in ("lora", "full", "controlnet")}
+        return {m for m, recipe in recipes.items() if fitted(recipe).training.gradient_checkpointing}
+
+    assert found() == set()
+    monkeypatch.setattr(fitting, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(fitting, "usual_precision", lambda: "bf16")
+    assert found() == methods
+    assert found(gradient_checkpointing=False) == set()
+
+
+def test_weights_in_float8_have_no_copies_kept_for_the_backward_pass(tmp_path):
+    write_json(tmp_path / "model_index.json", {"_class_name": "FluxPipeline"})
+    said: list[str] = []
+    recipe = fitted(of({"id": str(tmp_path), "quantization": "float8"}), said.append)
+    assert recipe.training.gradient_checkpointing
+    assert "gradient_checkpointing True" in said[0]
+    named = of({"id": str(tmp_path), "quantization": "float8"}, training={"gradient_checkpointing": False})
+    assert not fitted(named).training.gradient_checkpointing
 
 
 @pytest.mark.parametrize(("batch", "share"), [(2, 1 / 2), (3, 1 / 3), (4, 1 / 4), (5, 0.2), (32, 0.2)])
