@@ -63,12 +63,15 @@ def test_the_form_makes_the_command_that_a_person_would_give(places):
         "rate": "2e-4",
         "prompts": "a cat\n a dog \n",
     }
-    words, output = form.train_words(places, form.NO_PRESET, fields, {"data.flip": "true", "bank.size": " "})
+    words, output = form.train_words(
+        places, form.NO_PRESET, fields, {"data.flip": "true", "bank.size": " ", "data.masks": "alpha"}
+    )
     verb, command = parse(words)
     assert (verb, output) == ("train", places.folder / "runs" / "mine")
     assert (command.adapter.kind, command.adapter.rank, command.training.learning_rate) == ("dora", 8, 2e-4)
     assert command.training.sample_prompts == ["a cat", "a dog"]
     assert (command.data.trigger, "trigger" in form.preset_values("sdxl_lora")) == ("zbx dog", False)
+    assert command.data.masks == "alpha"
     assert (command.data.flip, command.bank.size) == (True, Recipe().bank.size)
     assert "training.max_steps" in command.left_open
 
@@ -101,6 +104,8 @@ def test_every_preset_makes_a_command(places, name):
         ({"trains": "magic"}, {}, "what trains is 'magic'"),
         ({}, {"data.cache": "/tmp"}, "no pictures"),
         ({"pictures": "embedded/icons"}, {"bank.path": "/var"}, "leads out of the folders"),
+        ({"pictures": "embedded/icons"}, {"data.masks": "/etc"}, "leads out of the folders"),
+        ({"pictures": "embedded/icons"}, {"control.path": "/etc"}, "leads out of the folders"),
         ({"pictures": "embedded/icons"}, {"tuning.schedule.kind": "function"}, "is code that runs"),
         ({"pictures": "embedded/icons"}, {"data.holdout": "2"}, "data.holdout is 2"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.adapter_kinds import KINDS
+from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import RECORD
@@ -38,6 +39,13 @@ METHODS = (*KINDS, "full", "controlnet")
 NO_PRESET = "embedded model"
 UNUSED = ("training.resume", "output", "method", "adapter.kind", "training.sample_prompts")  # fields of other names
 WRITTEN = ("data.cache", "bank.path")  # keys that name what a training writes
+PICTURES = (
+    "data.path",
+    "data.validation_path",
+    "data.masks",
+    "control.path",
+    "control.validation_path",
+)  # that are read
 SHOWN = 60  # folders that are offered
 
 
@@ -195,8 +203,8 @@ def _method(trains: str) -> dict[str, str]:
 
 def _keep_inside(places: Places, given: dict[str, str]) -> None:
     """Refuse what the page may not read or write, and code."""
-    for key in ("data.path", "data.validation_path"):
-        if given.get(key) and given[key] not in EMBEDDED:
+    for key in PICTURES:
+        if given.get(key) and given[key] not in EMBEDDED and (key, given[key]) != ("data.masks", ALPHA):
             folder = places.readable(given[key])
             if not folder.is_dir():
                 raise UserError(f"{given[key]} is no folder; choose a folder of pictures.")
