@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +18,20 @@ from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import leads_outside, read_file
 
 
+def inside(folder: Path, places: Iterable[Path]) -> list[Path]:
+    """Those places that lie in a folder, however they are named, as paths that begin with it."""
+    found = []
+    for place in places:
+        with suppress(ValueError):  # on another drive
+            way = os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
+            if way != os.curdir and Path(way).parts[0] != os.pardir:
+                found.append(folder / way)
+    return found
+
+
 def paired(
     rows: list[Row],
+    home: Path,
     path: str,
     folder: Path,
     split: str,
@@ -26,7 +41,8 @@ def paired(
     """Each row with the picture of the same name in another folder, and how many of those have no picture.
 
     Args:
-        path, folder: that folder, as it was given and where it lies.
+        home: folder of the rows' pictures.
+        path, folder: the other, as it was given and where it lies.
         split: of the pictures; where the other folder is split too, its other splits are of no concern.
         what: they are, and the field of the row that reads them.
     """
@@ -35,26 +51,31 @@ def paired(
     by_stem: dict[str, list[Path]] = {}
     files = [p for p in visible_files(folder) if p.suffix.lower() in EXTENSIONS]
     for file in splits_of_pictures(folder, files).get(split, files):
-        if file.is_file() and leads_outside(file, folder) is None:
-            by_stem.setdefault(_key(file.relative_to(folder).as_posix()), []).append(file)
-    wanted = {_key(name) for name in (*(row.name for row in rows), *checker.bad)}
-    extra = [file for key, files in by_stem.items() if key not in wanted for file in files]
-    said = f"{len(extra)} {what}s without a picture: {listed(file.name for file in extra)}"
+        if file.is_file():
+            by_stem.setdefault(_key(folder, file.relative_to(folder)), []).append(file)
+    there = {_key(home, file.relative_to(home)) for file in visible_files(home)}  # some may be left out
+    there.update(_key(home, name) for name in (*(row.name for row in rows), *checker.bad))
+    extra = [file for key, files in by_stem.items() if key not in there for file in files]
+    said = f"{len(extra)} {what}{'' if len(extra) == 1 else 's'} without a picture of the same name: "
+    said += listed(file.name for file in extra)
     if extra and not checker.skip_bad:
         raise UserError(f"{path} has {said}; take them out, or leave such files out: --data.skip_bad true.")
     if extra:
         checker.notes.append(f"left out of {path}: {said}")
     found = []
     for row in rows:
-        files = by_stem.get(_key(row.name), [])
-        if len(files) == 1:
-            read = partial(read_file, files[0])
-            found.append(replace(row, condition=read) if what == "condition" else replace(row, mask=read))
-        else:
+        files = by_stem.get(_key(home, row.name), [])
+        if len(files) != 1:
             names = " and ".join(file.name for file in files)
             checker.bad[row.name] = f"has {len(files)} {what}s, {names}" if files else f"has no {what} in {path}"
+        elif (target := leads_outside(files[0], folder)) is not None:
+            checker.bad[row.name] = f"has a {what} that leads outside its folder, to {target}"
+        else:
+            read = partial(read_file, files[0])
+            found.append(replace(row, condition=read) if what == "condition" else replace(row, mask=read))
     return found, len(extra)
 
 
-def _key(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+def _key(folder: Path, name: str | Path) -> str:
+    """The way to a picture from its folder, without the ending of its name."""
+    return Path(os.path.relpath(folder / name, folder)).with_suffix("").as_posix()

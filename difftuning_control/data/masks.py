@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from difftuning_control.data.examples import listed
 from difftuning_control.data.images import decode_image, frame, opacity, to_grey
 from difftuning_control.errors import UserError
 from difftuning_control.objective.masking import mask_weights
@@ -21,6 +22,9 @@ from difftuning_control.recipe.masking import ALPHA, Masking
 if TYPE_CHECKING:
     from difftuning_control.data.examples import ImageData
     from difftuning_control.data.framing import Framing
+
+
+LEAST_WHITE = 128  # of a mask's brightest pixel: below it the file has numbers or colours of labels
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,13 @@ def check_mask(read: Callable[[], bytes], masking: Masking, max_pixels: int) -> 
 
     content = read()
     mask = decoded(content)
-    least, most = mask.getextrema()
+    values = np.asarray(mask)
+    least, most = int(values.min()), int(values.max())
     if most == 0:
         where = "is transparent everywhere" if is_alpha else "is black everywhere"
         raise UserError(f"{where}, so nothing of the picture would be learnt")
+    if most < LEAST_WHITE and not is_alpha:
+        raise UserError(f"is {most} of 255 at its brightest, so hardly anything would be learnt; save white as 255")
     digest = ALPHA if is_alpha else hashlib.sha256(content).hexdigest()
 
     def load() -> Image.Image:
@@ -64,6 +71,25 @@ def check_mask(read: Callable[[], bytes], masking: Masking, max_pixels: int) -> 
         return Image.fromarray(masking.outside + (1 - masking.outside) * values)
 
     return Mask(digest, load, mask.size, least == 255)
+
+
+def out_of_sight(names: list[str], weights: Tensor | None, outside: float) -> list[str]:
+    """What to say of pictures whose mask lies outside of the frame, in some of their views.
+
+    Args:
+        weights: of all views, as `loss_weights` gives them.
+        outside: of the masking.
+    """
+    if weights is None:
+        return []
+    black = (weights.flatten(2).amax(2) <= outside + 1e-6).any(1).tolist()
+    found = [name for name, is_black in zip(names, black) if is_black]
+    if not found:
+        return []
+    return [
+        f"note: the frame leaves out all that the masks of {listed(found)} show, in some views at least; data.buckets "
+        "frames pictures in their own shape"
+    ]
 
 
 def opaque_of(masking: Masking, whole: int, used: int, source: str) -> list[str]:

@@ -107,6 +107,7 @@ def _read(
         condition_path=conditions,
         choice=choice,
         masking=masking,
+        apart=recipe.folders_apart,
     )
 
 

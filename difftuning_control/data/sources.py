@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from difftuning_control.data.beside import paired
+from difftuning_control.data.beside import inside, paired
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
 from difftuning_control.data.examples import Columns, ImageData, Row, listed
@@ -59,6 +59,7 @@ def load_images(
     max_pixels: int = MAX_PIXELS,
     choice: Choice = FIRST,
     masking: Masking | None = None,
+    apart: Sequence[str] = (),
 ) -> ImageData:
     """Read a folder, `embedded/<set>`, or a `datasets` data set by name or path (`save_to_disk`, Parquet files).
 
@@ -75,6 +76,7 @@ def load_images(
         max_pixels: a picture with more is not decoded, nor is a file read that is larger than such a picture.
         choice: of the split, where there are several.
         masking: where masks come from, if the pictures have some.
+        apart: folders of other pictures, such as masks of a data set that this one is held out of; they may lie in it.
 
     Raises:
         UserError: if nothing usable is there, or if something is wrong and `skip_bad` is off.
@@ -82,7 +84,7 @@ def load_images(
     captioning = Captioning(default_caption if need_captions else default_caption or "", trigger)
     checker = Checker(skip_bad, captioning, max_pixels, masking)
     columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
-    return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice))
+    return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice, apart))
 
 
 def list_rows(
@@ -93,6 +95,7 @@ def list_rows(
     classes: str | None,
     choice: Choice = FIRST,
     masking: Masking | None = None,
+    apart: Sequence[str] = (),
 ) -> tuple[list[Row], dict[str, str]]:
     """What `load_images` would check and decode, before that; and what is wrong with other pictures, by name.
 
@@ -100,18 +103,25 @@ def list_rows(
         UserError: if nothing can be listed.
     """
     checker = Checker(True, captioning, masking=masking)
-    return _rows(path, columns, checker, condition_path, classes, choice)[0], checker.bad
+    return _rows(path, columns, checker, condition_path, classes, choice, apart)[0], checker.bad
 
 
 def _rows(
-    path: str, columns: Columns, checker: Checker, condition_path: str | None, classes: str | None, choice: Choice
+    path: str,
+    columns: Columns,
+    checker: Checker,
+    condition_path: str | None,
+    classes: str | None,
+    choice: Choice,
+    apart: Sequence[str],
 ) -> tuple[list[Row], int]:
     """The pictures before they are checked, and how many other files lie beside them."""
     folder = place_of_data(path)
     rows: list[Row]
     is_set, split = folder.is_dir() and is_dataset(folder), ALL
     masks = checker.masking.folder if checker.masking is not None else None
-    apart = [place_of_data(other) for other in (condition_path, masks) if other is not None]
+    named = [place_of_data(other) for other in (condition_path, masks, *apart) if other is not None]
+    others_in_it = inside(folder, named)
     if classes == "folders" and (is_set or not folder.is_dir()):
         raise UserError(f"{path} is no folder of pictures, so it has no class folders; leave out data.classes.")
     if is_set:
@@ -119,12 +129,12 @@ def _rows(
         checker.notes += lines
         rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder]), 0
     elif folder.is_dir():
-        files, others, split = _files_of_split(path, folder, apart, choice, checker, classes == "folders")
+        files, others, split = _files_of_split(path, folder, others_in_it, choice, checker, classes == "folders")
         if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
             kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
             checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
         if classes == "folders":
-            rows, ignored = _class_rows(path, folder, files, split, checker)
+            rows, ignored = _class_rows(path, folder, files, others_in_it, split, checker)
         else:
             rows, ignored = _folder_rows(folder, files, others, columns, checker)
     elif folder.exists():
@@ -137,12 +147,12 @@ def _rows(
     if condition_path is not None:
         if not has_names:
             raise UserError(f"the rows of the data set {path} have no names; name a column with --control.column.")
-        rows, more = paired(rows, condition_path, apart[0], split, checker, "condition")
+        rows, more = paired(rows, folder, condition_path, place_of_data(condition_path), split, checker, "condition")
         ignored += more
     if masks is not None:
         if not has_names:
             raise UserError(f"the rows of the data set {path} have no names, so no masks in a folder; say alpha.")
-        rows, more = paired(rows, masks, apart[-1], split, checker, "mask")
+        rows, more = paired(rows, folder, masks, place_of_data(masks), split, checker, "mask")
         ignored += more
     return rows, ignored
 
@@ -154,9 +164,9 @@ def _files_of_split(
     none.
 
     Args:
-        apart: folders of other pictures, which may lie in this one.
+        apart: folders of other pictures in this one.
     """
-    files = [p for p in visible_files(folder) if not any(other in p.parents for other in apart if other != folder)]
+    files = [p for p in visible_files(folder) if not any(other in p.parents for other in apart)]
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     splits = splits_of_pictures(folder, pictures)
     if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
@@ -246,7 +256,9 @@ def _folder_rows(
     return rows, len(files - used)
 
 
-def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: Checker) -> tuple[list[Row], int]:
+def _class_rows(
+    path: str, folder: Path, files: set[Path], apart: list[Path], split: str, checker: Checker
+) -> tuple[list[Row], int]:
     """Pictures of class folders, one level deep or below a split's folder, and how many other files there are."""
     if (metadata := next((n for n in METADATA if (folder / n).exists()), None)) is not None:
         raise UserError(
@@ -267,7 +279,8 @@ def _class_rows(path: str, folder: Path, files: set[Path], split: str, checker: 
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     named = {row.caption for row in rows}
     roots = [folder] if split == ALL else {folder / p.relative_to(folder).parts[0] for p in pictures}
-    subfolders = sorted(p.name for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith("."))
+    below = {p for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    subfolders = sorted(p.name for p in below.difference(*([other, *other.parents] for other in apart)))
     empty = [name for name in subfolders if name not in named]
     if empty and checker.skip_bad:
         checker.notes.append(f"left out of {path}: {len(empty)} class folders without a picture: {listed(empty)}")

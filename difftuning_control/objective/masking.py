@@ -12,9 +12,10 @@ def mask_weights(masks: Tensor, size: tuple[int, int], outside: float = 0.0) -> 
 
         w = outside + (1 − outside) · m,   w̃ = max(w) · w / mean(w)
 
-    m is the mean of the mask over the pixels of a place, so ℓ is the weighted mean of the squared error, whatever share
-    of the picture the mask is: a small subject counts as much as a large one. A sample whose mask is black counts
-    `outside` in all, and 0 where that is 0. A mask that is white everywhere gives w̃ = 1, the loss without a mask.
+    m is the mean of the mask over the pixels of a place. So ℓ is the mean of the squared error with the weights w,
+    times their maximum: a subject counts alike whatever share s of the picture it is, but for what is left to the
+    rest, outside · (1 − s) of s + outside · (1 − s), and a mask that fills no place whole, or is black, counts less.
+    A mask that is white everywhere gives w̃ = 1, the loss without a mask.
 
     Args:
         masks: 1 where the picture is learnt, 0 where not, (B, 1, H, W) in [0, 1].

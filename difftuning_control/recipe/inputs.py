@@ -117,7 +117,7 @@ class DataConfig:
         expand_paths(self, "path", "validation_path", "masks", "cache")
         need(self.validation_path != "", "data.validation_path", "empty", "a folder or a data set, or null")
         need(self.cache != "", "data.cache", "empty", "a folder, or null")
-        need(self.masks != "", "data.masks", "empty", "alpha, a folder, or null")
+        need(self.masks is None or self.masks.strip() != "", "data.masks", "empty", "alpha, a folder, or null")
         need(0 <= self.outside_mask < 1, "data.outside_mask", self.outside_mask, "at least 0 and less than 1")
         if self.masks is None and self.outside_mask != 0.1:
             raise UserError("data.outside_mask is given without data.masks; name the masks, or leave it out.")

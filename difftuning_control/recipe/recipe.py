@@ -102,6 +102,12 @@ class Recipe:
                 f"on the prompts of tuning.retention_prompts, {self.tuning.retention_prompts}; say retained."
             )
 
+    @property
+    def folders_apart(self) -> list[str]:
+        """Folders of pictures that are none to tune on or to hold out, which may lie among these."""
+        masks = self.data.masking.folder if self.data.masking is not None else None
+        return [p for p in (masks, self.control.path, self.control.validation_path) if p is not None]
+
     def _check_stream(self) -> None:
         """What must know all pictures before the first step."""
         needs = {

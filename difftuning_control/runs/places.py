@@ -144,7 +144,7 @@ def located(record: RunRecord, run: str | Path, moved: Moved | None = None) -> R
         return record
     today = copy.deepcopy(record)
     for role, place in now.items():
-        if value_of(record.recipe_values, KEYS[role]) is not None:
+        if value_of(record.recipe_values, KEYS[role]) not in (None, *WORDS.get(role, ())):
             set_value(today.recipe_values, KEYS[role], place)
     places = {value_of(record.recipe_values, KEYS[role]): now.get(role) for role in ("data", "validation")}
     today.data.local = [places.get(p) or p for p in record.data.local]

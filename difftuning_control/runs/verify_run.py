@@ -250,7 +250,14 @@ def _pictures(
     try:
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
         masking = data.masking if part.name == "data" else None
-        rows, bad = list_rows(path, columns, data.captioning, conditions, data.classes, choice, masking)
+        masks = masking.folder if masking is not None else None
+        for place, role in ((conditions, "control" if part.name == "data" else "control_validation"), (masks, "masks")):
+            if place is not None and place in record.places.values() and not Path(place).is_dir():
+                part.find(place, "missing", _if_moved(role))
+                conditions, masking = (conditions, None) if role == "masks" else (None, masking)
+        rows, bad = list_rows(
+            path, columns, data.captioning, conditions, data.classes, choice, masking, recipe.folders_apart
+        )
     except UserError as error:
         if path in record.data.local:
             part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")

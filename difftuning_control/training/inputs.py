@@ -22,7 +22,7 @@ from difftuning_control.data.examples import ImageData
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import begin_label_space
 from difftuning_control.data.latents import LatentMoments, Part, cached_moments, part_of
-from difftuning_control.data.masks import loss_weights
+from difftuning_control.data.masks import loss_weights, out_of_sight
 from difftuning_control.data.prepare import (
     cache_folder,
     encoded,
@@ -44,7 +44,7 @@ from difftuning_control.system.processes import Share
 from difftuning_control.system.terminal import activity, progress
 from difftuning_control.training.control_inputs import ControlInputs, prepare_control
 from difftuning_control.training.phases import Phases
-from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures
+from difftuning_control.training.pictures import RunPictures, check_pictures, read_pictures, sample_prompts
 from difftuning_control.training.run_bank import may_grow
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
     from difftuning_control.data.stream import Stream
     from difftuning_control.families.family import Family
-
-SHOWN = 6  # pictures of a sample grid
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,13 @@ def prepare_inputs(
                 encoding.cache,
                 accelerator,
             )
-        samples = _sample_prompts(recipe, pictures, control)
+        samples = sample_prompts(recipe, pictures, len(control.shown) if control is not None else None)
         embeddings = _embed(family, pictures, bank, control, samples, encoding.cache, accelerator)
     trained, validation = _validators(recipe, family, objective, encoding, embeddings, bank, control)
     sets = _target_sets(family, framing, pictures, encoding, control)
+    for targets in sets:
+        for line in out_of_sight(targets.names, targets.loss_weights, recipe.data.outside_mask):
+            tell(line)
     bucketed = recipe.data.buckets and pictures.stream is None
     return TrainingInputs(
         pictures.data,
@@ -211,14 +212,6 @@ def _encode(
             moments = [cached_moments(family, b.data, b.framing, cache, advance, share=share) for b in buckets]
         held_out = encoded(family, pictures.held_out, framing.resolution, cache, advance, share)
     return _Encoding(buckets, moments, held_out, cache)
-
-
-def _sample_prompts(recipe: Recipe, pictures: RunPictures, control: ControlInputs | None) -> list[str]:
-    """The prompts of the sample grids: with a ControlNet those of the conditions that are shown."""
-    held, captions = pictures.held_captions, pictures.captions
-    if control is not None:
-        return (held or captions)[: len(control.shown)]
-    return recipe.training.sample_prompts or list(dict.fromkeys(held + captions))[:SHOWN]
 
 
 def _embed(

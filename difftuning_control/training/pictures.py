@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from difftuning_control.data.stream import Stream
     from difftuning_control.families.family import Family
 
+SHOWN = 6  # pictures of a sample grid
+
 
 @dataclass(frozen=True)
 class RunPictures:
@@ -66,6 +68,14 @@ def read_pictures(
     held_out = all_held_out.sample(recipe.training.validation_size)
     captions = [e.caption for e in data.examples] if stream is None else stream.captions(bank_size)
     return RunPictures(data, all_held_out, held_out, captions, stream, recipe.data.captioning)
+
+
+def sample_prompts(recipe: Recipe, pictures: RunPictures, conditions: int | None) -> list[str]:
+    """The prompts of the sample grids: with a ControlNet those of the conditions that are shown, so many."""
+    held, captions = pictures.held_captions, pictures.captions
+    if conditions is not None:
+        return (held or captions)[:conditions]
+    return recipe.training.sample_prompts or list(dict.fromkeys(held + captions))[:SHOWN]
 
 
 def check_pictures(recipe: Recipe, family: Family, pictures: RunPictures, conditioner: Conditioner | None) -> None:

@@ -28,8 +28,8 @@ from difftuning_control.runs.identity import rows_of_step
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.record_sections import PhaseCosts
 from difftuning_control.training.calendar import Calendar
-from difftuning_control.training.inputs import SHOWN
 from difftuning_control.training.phases import PHASES, Phases
+from difftuning_control.training.pictures import SHOWN
 from difftuning_control.training.setup import BUDGET_POINTS, BUDGET_ROWS
 from difftuning_control.training.sizes import Memory, memory_of
 

@@ -18,19 +18,15 @@ from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.labels import bank_classes, begin_label_space, class_names
 from difftuning_control.data.latents import part_of
-from difftuning_control.data.prepare import cache_folder, hold_out, read_data, silent
+from difftuning_control.data.prepare import cache_folder, hold_out, silent
 from difftuning_control.data.sources import load_images
-from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.curve import Curve
 from difftuning_control.evaluation.features import Features, load_features
 from difftuning_control.evaluation.fidelity import FidelityProbe
 from difftuning_control.evaluation.figures import (
-    LEAST_REAL,
     MOST,
-    MOST_REAL,
     build_reference,
-    check_held_out,
     decoded,
     reconstructed,
 )
@@ -47,6 +43,7 @@ from difftuning_control.runs.places import need_places
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.terminal import progress
+from difftuning_control.verbs.evaluated_pictures import judged_pictures
 from difftuning_control.verbs.evaluated_sides import judge_sides, side_drawing
 
 if TYPE_CHECKING:
@@ -73,10 +70,12 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
         check_domain_method(run, its.method)
     first = request.runs[0]
     recipe, resolution = recipes[first], records[first].data.resolution
-    need_places(records[first], first, ("model", "data", "validation", "masks", "control", "control_validation"))
+    need_places(records[first], first, ("model", "data", "validation", "control", "control_validation"))
+    for run, record in records.items():
+        need_places(record, run, ("masks",))
     family = _base(records, recipes, first)
     request, features = family.suited(request), load_features(request.features, family.device)
-    training, real = _pictures(request, records, recipes, tell)
+    training, real = judged_pictures(request, records, recipes, tell)
     bank = begin_label_space(family, recipe, training, _bank(family, records))
     reference, chosen = None, real.sample(request.pictures)
     if len(chosen):
@@ -148,64 +147,6 @@ def _base(records: dict[str, RunRecord], recipes: dict[str, Recipe], first: str)
         if record.data.resolution != records[first].data.resolution:
             raise UserError(f"{run} was tuned at another resolution than {first}; evaluate them apart.")
     return family
-
-
-def _pictures(
-    request: Evaluation, records: dict[str, RunRecord], recipes: dict[str, Recipe], tell: Callable[[str], object]
-) -> tuple[ImageData, ImageData]:
-    """The pictures that the runs were tuned on, and real ones that they were not: those given, or those held out; none
-    where these are too few and nothing asks for them.
-
-    Raises:
-        UserError: if the runs were tuned on different pictures or labels, or too few are left for what must be judged.
-    """
-    first = request.runs[0]
-    recipe = recipes[first]
-    training, real = read_data(recipe)
-    if request.data is not None:
-        read = {name: getattr(recipe.data, name) for name in ("default_caption", "trigger", "max_pixels")}
-        real = load_images(request.data, **read, choice=Choice(None, FOR_JUDGING, "a folder"))
-    for run, record in records.items():
-        masked_alike = recipes[run].data.masking == recipe.data.masking
-        own = training if masked_alike else read_data(recipes[run])[0]
-        _check_data(run, record, first, own, training, real)
-        if recipes[run].tuning.label_space != recipe.tuning.label_space:
-            raise UserError(f"{run} was tuned in another label space than {first}; evaluate them apart.")
-    for line in real.notes:
-        tell(line)
-    if len(real) < LEAST_REAL and request.data is None and not any(_needs_pictures(r) for r in recipes.values()):
-        tell(
-            f"note: too few pictures were held out to judge the new style by ({len(real)}, {LEAST_REAL} are needed); "
-            "only what is drawn for other prompts and what was forgotten is judged; name others with --data."
-        )
-        return training, real.sample(0)
-    check_held_out(real)
-    return training, real.sample(MOST_REAL)
-
-
-def _needs_pictures(recipe: Recipe) -> bool:
-    """Whether a run cannot be judged without held-out pictures: of their conditions, or by its gates."""
-    return recipe.method == "controlnet" or recipe.gates.draws
-
-
-def _check_data(run: str, record: RunRecord, first: str, own: ImageData, training: ImageData, real: ImageData) -> None:
-    """Refuse runs of other pictures than the first one's as they are now, and real pictures that were tuned on.
-
-    Args:
-        own, training: the run's pictures and the first one's; their masks may differ.
-
-    Raises:
-        UserError: in these cases.
-    """
-    if (record.fingerprints.data, own.unmasked.fingerprint) != (own.fingerprint, training.unmasked.fingerprint):
-        what = "its pictures have changed since" if run == first else f"it was tuned on other pictures than {first}"
-        raise UserError(f"{run} cannot be judged here: {what}; evaluate runs of the same unchanged pictures.")
-    shared = {e.digest for e in training.examples} & {e.digest for e in real.examples}
-    if shared:
-        raise UserError(
-            f"{len(shared)} of the {len(real)} pictures to judge with were tuned on; give pictures that were not, with "
-            "--data."
-        )
 
 
 # --- what they are judged by ----------------------------------------------------------------------------------------

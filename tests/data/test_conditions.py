@@ -406,7 +406,10 @@ FAULTS: dict[Callable[[Path], None], tuple[str, str]] = {
     damaged: ("has a condition that is damaged or of an unsupported kind",) * 2,
     no_picture: ("has a condition that is not a picture that can be read",) * 2,
     empty: ("has a condition that is empty (0 bytes)",) * 2,
-    linked: ("has no condition in ", "has a condition that is named by metadata.jsonl but lies outside the folder"),
+    linked: (
+        "has a condition that leads outside its folder, to ",
+        "has a condition that is named by metadata.jsonl but lies outside the folder",
+    ),
     dangling: ("has no condition in ", "has a condition that is named by metadata.jsonl but does not exist"),
 }
 
@@ -435,7 +438,9 @@ def extra(photos: Path) -> dict[str, str]:
 
 def test_a_condition_without_a_picture_is_named_and_left_out_when_asked(photos):
     options = extra(photos)
-    with pytest.raises(UserError, match=r"has 1 conditions without a picture: more\.png; take them out, or "):
+    with pytest.raises(
+        UserError, match=r"has 1 condition without a picture of the same name: more\.png; take them out, or "
+    ):
         load_images(str(photos), **options)
     assert len(load_images(str(photos), **options, skip_bad=True)) == 8
 

@@ -378,10 +378,12 @@ def test_fault_15_05_conditions_and_class_folders_that_are_left_out_are_listed(t
         (tmp_path / "classes" / f"class-{i:02d}").mkdir(parents=True)
     picture_at(tmp_path / "classes" / "cat" / "0.png", 1)
     paired = {"condition_path": str(tmp_path / "edges")}
-    with pytest.raises(UserError, match=r"13 conditions without a picture: .*\.png and 3 more; take them out"):
+    with pytest.raises(
+        UserError, match=r"13 conditions without a picture of the same name: .*\.png and 3 more; take them out"
+    ):
         load_images(str(tmp_path / "pictures"), **paired)
     (note,) = load_images(str(tmp_path / "pictures"), **paired, skip_bad=True).notes
-    assert "13 conditions without a picture: " in note
+    assert "13 conditions without a picture of the same name: " in note
     assert note.endswith(" and 3 more")
     with pytest.raises(UserError, match=r"class-00 in .* has no picture \(nor has class-01, .* and 4 more\); add some"):
         load_images(str(tmp_path / "classes"), classes="folders")

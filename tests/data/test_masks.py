@@ -12,14 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.masks import loss_weights
+from difftuning_control.data.masks import loss_weights, out_of_sight
+from difftuning_control.data.prepare import read_data
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.fitting import fitted
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.masking import Masking
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.requests import VerifyRequest
+from difftuning_control.recipe.requests import Moved, VerifyRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.identity import identity_settings
 from difftuning_control.runs.verify import verify
@@ -79,6 +80,60 @@ def test_masks_may_lie_among_the_pictures(tmp_path):
     assert [e.name for e in data.examples] == [f"{i}.png" for i in range(6)]
 
 
+@pytest.mark.parametrize("way", ["relative", "absolute", "parent", "link"])
+def test_masks_among_the_pictures_are_found_however_they_are_named(tmp_path, monkeypatch, way):
+    mine = write_masked(tmp_path)
+    (tmp_path / "masks").rename(mine / "masks")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(mine)
+    data, masks = {
+        "relative": (str(mine), "mine/masks"),
+        "absolute": ("mine", str(mine / "masks")),
+        "parent": ("mine", "mine/../mine/masks"),
+        "link": ("link", "mine/masks"),
+    }[way]
+    assert len(load_images(data, masking=Masking(masks, 0.1))) == 6
+
+
+def test_masks_among_pictures_are_none_that_are_held_out(tmp_path):
+    mine = write_masked(tmp_path)
+    (tmp_path / "masks").rename(mine / "masks")
+    for i in range(6):
+        part = "test" if i > 3 else "train"
+        for place, end in ((mine, "png"), (mine / "masks", "webp")):
+            (place / part).mkdir(exist_ok=True)
+            (place / f"{i}.{end}").rename(place / part / f"{i}.{end}")
+        (mine / f"{i}.txt").unlink()
+    config = DataConfig(str(mine), validation_path=str(mine), masks=str(mine / "masks"), trigger="zbx")
+    data, held_out = read_data(Recipe(data=config))
+    assert [e.name for e in data.examples] == [f"train/{i}.png" for i in range(4)]
+    assert [e.name for e in held_out.examples] == ["test/4.png", "test/5.png"]
+    assert all(e.load_mask is None for e in held_out.examples)
+
+
+def test_masks_among_class_folders_are_no_class(tmp_path):
+    mine = write_masked(tmp_path)
+    (tmp_path / "masks").rename(mine / "masks")
+    for i in range(6):
+        for place, end in ((mine, "png"), (mine / "masks", "webp")):
+            (place / "xy"[i % 2]).mkdir(exist_ok=True)
+            (place / f"{i}.{end}").rename(place / "xy"[i % 2] / f"{i}.{end}")
+    data = load_images(str(mine), classes="folders", masking=Masking(str(mine / "masks"), 0.1))
+    assert {e.caption for e in data.examples} == {"x", "y"}
+
+
+@pytest.mark.parametrize("written", ["full", "dots"])
+def test_pictures_that_metadata_name_have_their_masks_and_others_need_none(tmp_path, written):
+    mine = write_masked(tmp_path)
+    names = [f"{mine.resolve()}/{i}.png" if written == "full" else f"./sub/../{i}.png" for i in range(4)]
+    (mine / "sub").mkdir()
+    rows = [json.dumps({"file_name": name, "text": "ball"}) for name in names]
+    (mine / "metadata.jsonl").write_text("\n".join(rows))
+    data = load_images(str(mine), masking=Masking(str(tmp_path / "masks"), 0.1))
+    assert len(data) == 4
+    assert counted(data, 3)[8:24, 12:28].min() == 1
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "16", "rotated"])
 def test_masks_are_read_in_the_forms_that_tools_write(tmp_path, kind):
     mine = write_masked(tmp_path, 1)
@@ -107,7 +162,7 @@ def test_pictures_without_a_mask_and_masks_without_a_picture_are_named(tmp_path)
         load_images(str(mine), masking=masking)
     assert len(load_images(str(mine), masking=masking, skip_bad=True)) == 5
     (tmp_path / "masks" / "1.webp").rename(tmp_path / "masks" / "one.webp")
-    with pytest.raises(UserError, match=r"masks has 1 masks without a picture: one\.webp; take them out"):
+    with pytest.raises(UserError, match=r"masks has 1 mask without a picture of the same name: one\.webp; take"):
         load_images(str(mine), masking=masking)
 
 
@@ -124,6 +179,33 @@ def test_masks_that_teach_nothing_or_fit_nothing_are_refused(tmp_path):
     }
     with pytest.raises(UserError, match=r"the folder of masks nowhere does not exist"):
         load_images(str(mine), masking=Masking("nowhere", 0.1))
+
+
+@pytest.mark.parametrize("kind", ["numbers", "labels", "16"])
+def test_masks_of_numbers_are_refused(tmp_path, kind):
+    mine = write_masked(tmp_path)
+    values = (np.asarray(Image.open(tmp_path / "masks" / "0.webp").convert("L")) > 0).astype(np.uint8)
+    mask = Image.fromarray(values if kind != "16" else values.astype(np.uint16) * 255)
+    if kind == "labels":
+        mask = mask.convert("P")
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+    (tmp_path / "masks" / "0.webp").unlink()
+    mask.save(tmp_path / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"has a mask that is \d+ of 255 at its brightest.* save white as 255"):
+        load_images(str(mine), masking=Masking(str(tmp_path / "masks"), 0.1))
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1])
+def test_pictures_whose_mask_the_frame_leaves_out_are_named(tmp_path, outside):
+    mine = write_masked(tmp_path)
+    edge = np.zeros((32, 48), np.uint8)
+    edge[:, :6] = 255  # beside the square in the middle
+    Image.fromarray(edge).save(tmp_path / "masks" / "2.webp", lossless=True)
+    data = load_images(str(mine), masking=Masking(str(tmp_path / "masks"), outside))
+    weights, names = loss_weights(data, Framing(32), torch.Size((4, 4, 4))), [e.name for e in data.examples]
+    (line,) = out_of_sight(names, weights, outside)
+    assert "leaves out all that the masks of 2.png show" in line
+    assert out_of_sight(names, None, outside) == []
 
 
 def test_opaque_pictures_are_learnt_whole_and_counted(tmp_path):
@@ -283,6 +365,18 @@ def test_runs_with_other_masks_are_judged_side_by_side(masked: Recipe, tmp_path)
     train(other)
     with pytest.raises(UserError, match="it was tuned on other pictures than"):
         evaluate(replace(request, runs=[masked.output, other.output], output=str(tmp_path / "judged")))
+
+
+def test_verify_says_which_folder_was_moved_and_checks_the_rest(masked: Recipe):
+    masks = Path(str(masked.data.masks))
+    masks.rename(masks.with_name("elsewhere"))
+    found = verify(VerifyRequest(masked.output))
+    moved = verify(VerifyRequest(masked.output, moved=Moved(masks=str(masks.with_name("elsewhere")))))
+    masks.with_name("elsewhere").rename(masks)
+    assert moved["status"] == "same"
+    said = json.dumps(found)
+    assert "--moved.masks" in said
+    assert "--moved.data" not in said
 
 
 def test_verify_finds_a_mask_that_changed(masked: Recipe):

@@ -236,7 +236,9 @@ def test_a_supplied_condition_that_cannot_be_used_is_refused_or_left_out_and_rec
 
 def test_a_condition_without_a_picture_is_refused_or_left_out(supplied, tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "conditions" / "more.png")
-    assert_refused(supplied(), capsys, tmp_path, "1 conditions without a picture: more.png", "--data.skip_bad")
+    assert_refused(
+        supplied(), capsys, tmp_path, "1 condition without a picture of the same name: more.png", "--data.skip_bad"
+    )
     main([*supplied(), "--data.skip_bad"])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
 
