@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +12,15 @@ from typing import Literal
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.examples import Row, listed
 from difftuning_control.data.images import EXTENSIONS
-from difftuning_control.data.splits import splits_of_pictures, visible_files
+from difftuning_control.data.splits import below, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import leads_outside, read_file
 
 
 def inside(folder: Path, places: Iterable[Path]) -> list[Path]:
     """Those places that lie in a folder, however they are named, as paths that begin with it."""
-    found = []
-    for place in places:
-        with suppress(ValueError):  # on another drive
-            way = os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
-            if way != os.curdir and Path(way).parts[0] != os.pardir:
-                found.append(folder / way)
-    return found
+    found = (below(folder, Path(os.path.realpath(place))) for place in places)
+    return [place for place in found if folder in place.parents]
 
 
 def paired(
