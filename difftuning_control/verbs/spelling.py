@@ -21,7 +21,7 @@ _RECIPE = {
     "rank": "adapter.rank",
     "out": "output",
 }
-_DATA = {"trigger": "data.trigger"}
+_DATA = {"trigger": "data.trigger", "masks": "data.masks"}
 SHORT: dict[str, dict[str, str]] = {
     "train": _RECIPE | _DATA | {"from": "training.begin_from"},
     "resume": {name: key for name, key in _RECIPE.items() if name != "out"},

@@ -25,6 +25,7 @@ from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.identity import identity_settings
 from difftuning_control.runs.verify import verify
 from difftuning_control.verbs.evaluate import evaluate
+from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.trainings import interrupted_after, resumed, rows
 
@@ -262,6 +263,11 @@ def test_pictures_without_masks_have_no_weights(tmp_path):
 def test_settings_out_of_their_range_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         DataConfig(**settings)
+
+
+def test_their_short_name_is_for_verbs_that_read_pictures():
+    for verb in ("train", "bank", "pilot"):
+        assert parse([verb, "mine", "--masks", "alpha"])[1].data.masks == "alpha"
 
 
 def test_a_stream_has_none():
