@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -115,20 +116,26 @@ class Checker:
     def _mask(self, row: Row, masking: Masking) -> Mask | None:
         """The mask of a picture that can be used."""
         read, what = (row.read, "") if row.mask is None else (row.mask, "has a mask that ")
-        try:
+        with self._noting(row.name, what):
             return check_mask(partial(read, self.max_pixels * BYTES_PER_PIXEL), masking, self.max_pixels)
-        except UserError as error:
-            self.bad[row.name] = f"{what}{error}"
-        except OSError as error:
-            self.bad[row.name] = f"{what}cannot be read ({error.strerror})"
         return None
+
+    @contextmanager
+    def _noting(self, name: str, what: str) -> Iterator[None]:
+        """Notes what is wrong with a file that cannot be used, and goes on behind the block."""
+        try:
+            yield
+        except UserError as error:
+            self.bad[name] = f"{what}{error}"
+        except OSError as error:
+            self.bad[name] = f"{what}cannot be read ({error.strerror})"
 
     def decode(self, read: Read) -> Image.Image:
         return decode_image(read(self.max_pixels * BYTES_PER_PIXEL), self.max_pixels)
 
     def _picture(self, name: str, read: Read, what: str = "") -> CheckedPicture | None:
         """A picture that can be used."""
-        try:
+        with self._noting(name, what):
             refuse_unread(name)
             content = read(self.max_pixels * BYTES_PER_PIXEL)
             image, digest = decode_image(content, self.max_pixels), hashlib.sha256(content).hexdigest()
@@ -136,10 +143,6 @@ class Checker:
             keep = needed <= self._room
             self._room -= needed if keep else 0
             return CheckedPicture(image, digest, lambda: self.decode(read), keep)
-        except UserError as error:
-            self.bad[name] = f"{what}{error}"
-        except OSError as error:
-            self.bad[name] = f"{what}cannot be read ({error.strerror})"
         return None
 
     def _left_out(self, used: int, source: str) -> list[str]:

@@ -26,7 +26,6 @@ class Krea2(QwenImage):
 
     name = "krea2"
     fit = Fit(batch_size=3)
-    prompts_at_once = 4
     distilled_steps = 8
     controlnet_class = None  # diffusers has none
     control_pipeline_class = None

@@ -73,9 +73,7 @@ def refuse_unwritable(output: Path) -> None:
 
 def data_places(recipe: Recipe) -> list[str]:
     """The folders of a recipe whose pictures are read; also banks of pictures, but not of samples."""
-    data, control = recipe.data, recipe.control
-    masks = data.masking.folder if data.masking is not None else None
-    named = [data.path, data.validation_path, masks, control.path, control.validation_path]
+    named = [recipe.data.path, recipe.data.validation_path, *recipe.folders_apart]
     bank = Path(recipe.bank.path) if recipe.bank.path is not None else None
     if bank is not None and bank.is_dir() and not is_empty(bank) and not (bank / "manifest.json").exists():
         named.append(str(bank))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.record import RunRecord
@@ -38,7 +39,7 @@ KEYS = {
 }
 ALWAYS_LOCAL = ("bank", "schedule", "begin", "cache")  # others may be names of the Hub or of this package
 WORDS = {
-    "masks": ("alpha",),
+    "masks": (ALPHA,),
     "prompts": ("captions", "empty", "classes", "both"),
     "features": ("lite0", "dinov2", "clip", "inception"),
 }

@@ -250,11 +250,10 @@ def _pictures(
     try:
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
         masking = data.masking if part.name == "data" else None
-        masks = masking.folder if masking is not None else None
-        for place, role in ((conditions, "control" if part.name == "data" else "control_validation"), (masks, "masks")):
-            if place is not None and place in record.places.values() and not Path(place).is_dir():
-                part.find(place, "missing", _if_moved(role))
-                conditions, masking = (conditions, None) if role == "masks" else (None, masking)
+        if _is_gone(part, record, conditions, "control" if part.name == "data" else "control_validation"):
+            conditions = None
+        if masking is not None and _is_gone(part, record, masking.folder, "masks"):
+            masking = None
         rows, bad = list_rows(
             path, columns, data.captioning, conditions, data.classes, choice, masking, recipe.folders_apart
         )
@@ -290,6 +289,14 @@ def _pictures(
             part.find(name, "added", reason)
     if not part.findings and any(numbers != sorted(numbers) for numbers in order.values()):
         part.find(path, "changed", "the same pictures, in another order")
+
+
+def _is_gone(part: Part, record: RunRecord, place: str | None, role: str) -> bool:
+    """Whether a folder beside the pictures is no longer there, which is a finding of its own."""
+    gone = place is not None and place in record.places.values() and not Path(place).is_dir()
+    if gone:
+        part.find(str(place), "missing", _if_moved(role))
+    return gone
 
 
 def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> None:

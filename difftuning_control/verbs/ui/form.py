@@ -39,13 +39,8 @@ METHODS = (*KINDS, "full", "controlnet")
 NO_PRESET = "embedded model"
 UNUSED = ("training.resume", "output", "method", "adapter.kind", "training.sample_prompts")  # fields of other names
 WRITTEN = ("data.cache", "bank.path")  # keys that name what a training writes
-PICTURES = (
-    "data.path",
-    "data.validation_path",
-    "data.masks",
-    "control.path",
-    "control.validation_path",
-)  # that are read
+# keys that name pictures which a training reads
+PICTURES = ("data.path", "data.validation_path", "data.masks", "control.path", "control.validation_path")
 SHOWN = 60  # folders that are offered
 
 
