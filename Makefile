@@ -20,7 +20,7 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not benchmark'
 
 # What `make test-all` has and `make test` has not.
-SHARE = 3
+SHARE = 4
 
 test-wide: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'wide and not slow and not benchmark' --share $(SHARE)

@@ -305,8 +305,8 @@ def test_bank_rows_of_another_shape_count_as_much_as_in_one_forward(make):
     expected = 0.0
     for part in rows.parts:
         for row in range(len(part.batch)):  # each alone
-            batch = part.batch.rows(slice(row, row + 1))
-            noise, level = part.noise[row : row + 1], part.levels[row : row + 1]
+            batch = part.batch.rows(slice(row, row + 1)).to(loop.accelerator.device, part.noise.dtype)
+            noise, level = part.noise[row : row + 1].to(batch.latents), part.levels[row : row + 1]
             with torch.no_grad():
                 loss = compute_loss(loop.family, loop.denoiser, loop.objective, batch, noise, level)
             weight = loop.objective.row_weights(level, batch.is_retention)
@@ -414,6 +414,7 @@ def test_layers_masked_by_noise_level_are_recomputed_as_they_were(make):
 def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path):
     recipe = make("auto", tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 4000})
     loop = loop_of(replace(recipe, tuning=TuningConfig()))
+    loop.family.to(loop.accelerator.device)
     measured = auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
     assert measured.rows == len(loop.inputs.bank)
     assert len(measured.psi) == len(measured.u)

@@ -59,6 +59,7 @@ class Sizes:
     quantization: str = "nf4"
     tests: tuple[str, ...] = ("tests",)
     benchmark: bool = True
+    recipes: tuple[str, ...] = ()  # cases of recipes.py; all when empty
     minutes: float = 4.0  # of one benchmark
 
 
@@ -73,6 +74,7 @@ TINY = Sizes(
     quantization="",
     tests=("tests/objective/test_noise.py",),
     benchmark=False,
+    recipes=("z_image_lora, float8", "--small"),
     minutes=20.0,
 )
 
@@ -88,6 +90,9 @@ def parts(sizes: Sizes, output: Path, peers: Path | None) -> list[Part]:
     for model in sizes.models:
         found += [bench(f"{model} {what}", what, model) for what in ("bank", "total")]
         found += [bench(f"{model} {kind}, batch {first}", kind, model, batch_size=first) for kind in KINDS]
+    cases = ["--only", *sizes.recipes] if sizes.recipes else []
+    told = ["--work", str(output / "recipes"), "--output", str(output / "recipes.json"), *cases]
+    found.append(Part("recipes", [sys.executable, "tests/gpu/recipes.py", *told], 3 * sizes.minutes))
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sizes.tests]
     found.append(Part("tests", tests, 8.0))
     for model in sizes.models:

@@ -165,5 +165,6 @@ def test_the_whole_pack_runs_at_tiny_sizes(gpu, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / gpu.RESULT).read_text())["parts"]
     assert {name: part["state"] for name, part in found.items() if part["state"] != "done"} == {}
     assert found["flux"]["parts"]["flux"]["of_units"] == 19
+    assert found["recipes"]["said"].startswith("| z_image_lora, float8 | 20 GB |")
     assert found["sd15 total"]["parts"]["total"]["added_up"]
     assert "sd15 lora, batch 1: steps/s" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def assert_every_factor_moves_and_nothing_else(recipe: Recipe, tmp_path: Path, m
     fresh = load_family(str(recipe.model.id))
     for part, module in fresh.modules.items():
         now = {k.replace(".base_layer.", "."): v for k, v in family.modules[part].state_dict().items()}
-        assert all(torch.equal(now[k], v) for k, v in module.state_dict().items()), part
+        assert all(torch.equal(now[k].cpu(), v) for k, v in module.state_dict().items()), part
 
 
 def assert_trains_to_the_weights_of(recipe: Recipe, undisturbed: Recipe, tmp_path: Path) -> None:

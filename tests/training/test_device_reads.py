@@ -86,7 +86,7 @@ def unreadable(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.family.denoiser.to("meta")
     monkeypatch.setattr(type(loop.accelerator), "device", torch.device("meta"))
     parameters = [p for p in loop.family.denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters)
+    optimizer = torch.optim.AdamW(parameters, fused=False)
     loop.weights.parameters = {str(i): p for i, p in enumerate(parameters)}
     loop.weights._plain_optimizer = optimizer
     loop.optimizer = optimizer

@@ -10,6 +10,7 @@ import yaml
 
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
+from difftuning_control.families.fitting import usual_precision
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.runs.verify import verify
@@ -58,7 +59,7 @@ def test_what_was_left_open_is_written_into_the_recipe(made):
     recipe = yaml.safe_load((made / "recipe.yaml").read_text())
     assert recipe["data"]["resolution"] == 16
     assert recipe["training"]["learning_rate"] == 1e-4
-    assert recipe["training"]["mixed_precision"] == "no"
+    assert recipe["training"]["mixed_precision"] == usual_precision()
     assert recipe["tuning"]["retention_ratio"] == 0.25  # one row of four
     assert json.loads((made / "run.json").read_text())["recipe"] == recipe
 

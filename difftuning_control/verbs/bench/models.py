@@ -34,7 +34,7 @@ from transformers import (
 
 from difftuning_control.families.loading import embedded_model
 
-FLUX_UNITS = 19  # of FLUX.1
+FLUX_UNITS, T5_LAYERS = 19, 24  # of FLUX.1
 
 
 def sd15_sized(folder: Path, small: bool = False) -> Path:
@@ -68,7 +68,7 @@ def sdxl_sized(folder: Path, small: bool = False) -> Path:
     torch.manual_seed(0)
     tokenizer, (one, two) = _tokenizer(), (64, 128) if small else (768, 1280)
     channels = (32, 64, 128) if small else (320, 640, 1280)
-    with _made_in(torch.float32 if small else torch.bfloat16):
+    with made_in(torch.float32 if small else torch.bfloat16):
         unet = UNet2DConditionModel(
             sample_size=16 if small else 128,
             block_out_channels=channels,
@@ -95,15 +95,15 @@ def sdxl_sized(folder: Path, small: bool = False) -> Path:
     return _saved(pipe, folder)
 
 
-def flux_sized(folder: Path, units: int, small: bool = False) -> Path:
-    """FLUX.1 with so many units of a double and two single blocks, of which it has 19, and a T5 of one layer: prompts
-    are encoded once, and take no part in a step."""
+def flux_sized(folder: Path, units: int, small: bool = False, text_layers: int = 1) -> Path:
+    """FLUX.1 with so many units of a double and two single blocks, of which it has 19, and a T5 of so many layers, of
+    which it has 24: prompts are encoded once, and take no part in a step."""
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
     tokenizer, heads = _tokenizer(), 4 if small else 24
     pooled, joint = (64, 64) if small else (768, 4096)
-    with _made_in(torch.float32 if small else torch.bfloat16):
+    with made_in(torch.float32 if small else torch.bfloat16):
         transformer = FluxTransformer2DModel(
             in_channels=64,
             num_layers=units,
@@ -115,22 +115,25 @@ def flux_sized(folder: Path, units: int, small: bool = False) -> Path:
             guidance_embeds=True,
             axes_dims_rope=(4, 6, 6) if small else (16, 56, 56),
         )
-    t5 = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=joint,
-        d_kv=64,
-        d_ff=2 * joint,
-        num_layers=1,
-        num_heads=joint // 64,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=joint,
+                d_kv=64,
+                d_ff=5 * joint // 2,
+                num_layers=text_layers,
+                num_heads=joint // 64,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
     pipe: Any = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=_vae(16, 0.3611, small, shift_factor=0.1159),
         text_encoder=CLIPTextModel(_clip(tokenizer, pooled, 12, 12, small)),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
+        text_encoder_2=t5,
         tokenizer_2=tokenizer,
     )
     return _saved(pipe, folder)
@@ -179,7 +182,7 @@ def _scheduler() -> DDPMScheduler:
 
 
 @contextmanager
-def _made_in(dtype: torch.dtype) -> Iterator[None]:
+def made_in(dtype: torch.dtype) -> Iterator[None]:
     """While open, modules are made in a precision."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

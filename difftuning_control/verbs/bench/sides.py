@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from difftuning_control.errors import UserError
 
 RANK = 16
 OURS = ["-m", "difftuning_control.cli"]
+TELLING = re.compile(r"difftune: |[\w.]*(Error|Exception|Interrupt)\b|\s*what\(\): ")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ def run(command: list[str], folder: Path, threads: int | None) -> Timed:
         watched = [sys.executable, "-m", "difftuning_control.verbs.bench.stopwatch", str(record), *command]
         code = subprocess.run(watched, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code != 0:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{' '.join(command[:3])} ended with code {code} ({' '.join(last)}); all it said is in {log}.")
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        telling = [line for line in said if TELLING.match(line)] or said  # what aborts ends with its frames
+        raise UserError(
+            f"{' '.join(command[:3])} ended with code {code} ({' '.join(telling[-1:])}); all it said is in {log}."
+        )
     found = json.loads(record.read_text())
     walls, cpus = [step[0] for step in found["steps"]], [step[1] for step in found["steps"]]
     return Timed(
