@@ -61,6 +61,14 @@ def test_a_side_that_fails_ends_the_benchmark_with_what_it_said(script, tmp_path
         run([script, "1", "5"], tmp_path / "side", 1)
 
 
+@pytest.mark.wide
+def test_of_a_side_that_aborts_the_error_is_said_and_not_the_last_of_its_frames(tmp_path):
+    script = tmp_path / "side.py"
+    script.write_text("print('RuntimeError: out of numbers\\nframe #1: below (0x1)\\nframe #2: start (0x2)'); exit(6)")
+    with pytest.raises(UserError, match=r"ended with code 6 \(RuntimeError: out of numbers\); all it said"):
+        run([str(script)], tmp_path / "side", 1)
+
+
 def test_the_ratio_is_the_median_over_rounds_of_the_medians_within_one():
     rounds = [([4.0, 2.0, 3.0], [1.0, 1.0, 9.0]), ([8.0], [2.0]), ([2.0], [2.0])]
     assert ratio(rounds) == {"ratio": 3.0, "least": 1.0, "most": 4.0}
