@@ -17,6 +17,7 @@ LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought noth
 MOST_UNMEASURED = 256  # where that was not measured
 MOST_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # of samples: beyond that a GPU is no faster, and memory runs out
 Solver = Literal["own", "dpmsolver++"]
+Quantization = Literal["float8", "int8", "nf4"]
 HELD_OUT = 5  # one in so many of a bank's samples only validation sees
 
 
@@ -41,7 +42,7 @@ class ModelConfig:
 
     id: str = "embedded"
     variant: str | None = None
-    quantization: Literal["float8", "int8", "nf4"] | None = None
+    quantization: Quantization | None = None
     offload: bool = False
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from difftuning_control.objective.schedules import Schedule
 
 DEFAULT_TAU = 0.3
+Precision = Literal["no", "fp16", "bf16"]
 SCHEDULE_OPTIONS: dict[str, tuple[str, ...]] = {
     "power": ("tau", "retention_tau", "psi"),
     "paper": ("tau", "retention_tau", "psi"),
@@ -292,7 +293,7 @@ class TrainingConfig:
     lr_warmup_steps: int = 0
     weight_decay: float = 1.0e-2
     max_grad_norm: float | None = 1.0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Precision = "no"
     gradient_checkpointing: bool = False
     compile: Literal["inductor", "aot_eager"] | None = None
     shard: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import sys
@@ -13,14 +12,10 @@ import pytest
 
 from difftuning_control.errors import UserError
 from support.documents import NAMES
+from support.scripts import loaded
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "generate_recipe_reference.py"
-spec = importlib.util.spec_from_file_location("generate_recipe_reference", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-generate: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = generate  # where dataclasses look for it
-spec.loader.exec_module(generate)
+generate: Any = loaded(SCRIPT)
 
 SECTIONS = generate.sections()
 KEYS = {key.name: key for name, section in SECTIONS.items() for key in generate.keys(name, section)}

@@ -21,9 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,11 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from difftuning_control.errors import UserError  # noqa: E402
 from difftuning_control.families.hub import best_device  # noqa: E402
 from difftuning_control.verbs.bench import models  # noqa: E402
+from difftuning_control.verbs.bench.inputs import pictures  # noqa: E402
 from difftuning_control.verbs.bench.sides import OURS, run  # noqa: E402
 
 GB = 1e9
 TOGETHER = re.compile(r"[Tt]ogether some (\d+)\s+(?:#\s+)?GB")
-STEPS = 4
+PICTURES, STEPS = 10, 4
 FEW = {"bank.size": 8, "bank.steps": 4, "training.sample_every": 2, "training.sample_steps": 4}
 FEW |= {"training.validation_size": 4}
 OF_CONTROL = {"training.lr_warmup_steps": 0, "control.fidelity.size": 4, "control.fidelity.steps": 4}
@@ -88,8 +87,8 @@ def z_image(folder: Path, small: bool) -> Path:
     from support.tiny_language import tiny_qwen_tokenizer
 
     if small:
-        return saved(tiny_z_image(), folder)
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+        return models.saved(tiny_z_image(), folder)
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
     shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
@@ -98,35 +97,12 @@ def z_image(folder: Path, small: bool) -> Path:
     with models.made_in(torch.bfloat16):
         transformer = ZImageTransformer2DModel()
         encoder = Qwen3Model(Qwen3Config(vocab_size=151936, num_key_value_heads=8, head_dim=128, **shape, **marks))
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=16,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        )
+        vae = models.vae(16, 0.3611, False, shift_factor=0.1159)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    return saved(ZImagePipeline(scheduler, vae, encoder, tokenizer, transformer), folder)
-
-
-def saved(pipe: Any, folder: Path) -> Path:
-    pipe.save_pretrained(folder)
-    return folder
+    return models.saved(ZImagePipeline(scheduler, vae, encoder, tokenizer, transformer), folder)
 
 
 MODELS: dict[str, Callable[[Path, bool], Path]] = {"sdxl": models.sdxl_sized, "z_image": z_image, "flux": flux}
-
-
-def pictures(folder: Path, side: int, count: int = 10) -> Path:
-    """Random squares, which have edges, each picture with a prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        coarse = np.random.default_rng(i).integers(0, 255, (8, 8, 3)).astype(np.uint8)
-        Image.fromarray(coarse).resize((side, side), Image.Resampling.NEAREST).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text("a red bird", encoding="utf-8")
-    return folder
 
 
 # --- what each takes --------------------------------------------------------------------------------------------------
@@ -146,7 +122,7 @@ def measured(case: Case, model: Path, work: Path, small: bool) -> dict[str, Any]
     folder = work / case.name.replace(", ", "-").replace(" ", "-")
     flags = {
         "model.id": model,
-        "data.path": pictures(work / "pictures", side),
+        "data.path": pictures(work / "pictures", PICTURES, side),
         "data.cache": folder / "cache",
         "training.max_steps": STEPS,
         **FEW,
@@ -162,7 +138,7 @@ def measured(case: Case, model: Path, work: Path, small: bool) -> dict[str, Any]
         timed = run(train, folder / "train", None)
         found |= {"train": timed.device_peak, "seconds": timed.seconds, "step": median(timed.steps)}
         if case.draws:
-            words = [str(folder / "run"), "a red bird", "--steps=4", f"--out={folder / 'drawn'}", "--overwrite"]
+            words = [str(folder / "run"), "disc 0", "--steps=4", f"--out={folder / 'drawn'}", "--overwrite"]
             found["sample"] = run([*OURS, "sample", *words], folder / "sample", None).device_peak
     except UserError as error:
         found["failed"] = " ".join(str(error).split())

@@ -3,7 +3,6 @@ at tiny sizes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from difftuning_control.verbs.bench.settings import PEERS, PEERS_XL, Bench
 from difftuning_control.verbs.parse import parse
+from support.scripts import loaded
 
 # a side of diffusers, for as many steps as it is asked for
 PEER = """
@@ -29,20 +29,9 @@ for _ in range(steps):
 """
 
 
-def loaded(name: str) -> ModuleType:
-    """A script of this folder as a module."""
-    spec = importlib.util.spec_from_file_location(f"gpu_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
-    return loaded("measure")
+    return loaded(Path(__file__).with_name("measure.py"))
 
 
 def peers_in(folder: Path) -> Path:
@@ -149,7 +138,7 @@ def test_the_pack_has_what_it_takes(tmp_path):
     peers = peers_in(tmp_path / "peers")
     for name in PEERS_XL.values():
         (peers / name).touch()
-    made = loaded("make_pack")
+    made = loaded(Path(__file__).with_name("make_pack.py"))
     made.make(tmp_path / "pack", peers, wheels=False)
     assert {p.name for p in (tmp_path / "pack" / "peers").iterdir()} == {*PEERS.values(), *PEERS_XL.values()}
     listed = [sys.executable, "-S", "tests/gpu/measure.py", "--list"]

@@ -3,9 +3,7 @@ runs at tiny sizes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +11,12 @@ import pytest
 
 from difftuning_control.errors import UserError
 from difftuning_control.verbs.bench.sides import Timed
+from support.scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def recipes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_recipes", Path(__file__).with_name("recipes.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded(Path(__file__).with_name("recipes.py"))
 
 
 def test_every_recipe_of_a_case_says_what_it_needs(recipes):

@@ -106,6 +106,22 @@ def test_an_unexplained_import_is_found(body, lines):
     assert unexplained(f"def f():\n    {body}\n") == lines
 
 
+def literals(source: str) -> set[str]:
+    """All that a source says a value may be, as it is written there."""
+    found = (
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "Literal"
+    )
+    return {ast.unparse(node.slice) for node in found}
+
+
+def test_no_two_literals_hold_the_same_in_another_order():
+    """Python takes them for equal and keeps a union of the first one, so that help would depend on what ran before."""
+    said = set().union(*(literals(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")))
+    assert len(said) > 10
+    kinds = [frozenset(ast.literal_eval(f"({each},)")) for each in (words.strip("()") for words in said)]
+    assert len(set(kinds)) == len(kinds)
+
+
 def test_a_private_import_is_found():
     assert private_imports("from difftuning_control.system.text import _show, harmless") == ["_show"]
     assert private_imports("from difftuning_control.system import text\n\ntext._show('a')\ntext.harmless('a')") == [

@@ -50,7 +50,7 @@ def sd15_sized(folder: Path, small: bool = False) -> Path:
     )
     pipe: Any = StableDiffusionPipeline(
         unet=unet,
-        vae=_vae(4, 0.18215, small),
+        vae=vae(4, 0.18215, small),
         text_encoder=CLIPTextModel(_clip(tokenizer, width, 12, 12, small)),
         tokenizer=tokenizer,
         scheduler=_scheduler(),
@@ -58,7 +58,7 @@ def sd15_sized(folder: Path, small: bool = False) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _saved(pipe, folder)
+    return saved(pipe, folder)
 
 
 def sdxl_sized(folder: Path, small: bool = False) -> Path:
@@ -85,14 +85,14 @@ def sdxl_sized(folder: Path, small: bool = False) -> Path:
         second = CLIPTextModelWithProjection(_clip(tokenizer, two, 32, 20, small))
     pipe: Any = StableDiffusionXLPipeline(
         unet=unet,
-        vae=_vae(4, 0.13025, small),
+        vae=vae(4, 0.13025, small),
         text_encoder=CLIPTextModel(_clip(tokenizer, one, 12, 12, small)),
         text_encoder_2=second,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=_scheduler(),
     )
-    return _saved(pipe, folder)
+    return saved(pipe, folder)
 
 
 def flux_sized(folder: Path, units: int, small: bool = False, text_layers: int = 1) -> Path:
@@ -130,13 +130,13 @@ def flux_sized(folder: Path, units: int, small: bool = False, text_layers: int =
     pipe: Any = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=_vae(16, 0.3611, small, shift_factor=0.1159),
+        vae=vae(16, 0.3611, small, shift_factor=0.1159),
         text_encoder=CLIPTextModel(_clip(tokenizer, pooled, 12, 12, small)),
         tokenizer=tokenizer,
         text_encoder_2=t5,
         tokenizer_2=tokenizer,
     )
-    return _saved(pipe, folder)
+    return saved(pipe, folder)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,8 @@ def _clip(tokenizer: Any, width: int, layers: int, heads: int, small: bool) -> C
     )
 
 
-def _vae(channels: int, scale: float, small: bool, **more: float) -> AutoencoderKL:
+def vae(channels: int, scale: float, small: bool, **more: float) -> AutoencoderKL:
+    """An autoencoder of Stable Diffusion's shape, 84 M weights."""
     return AutoencoderKL(
         block_out_channels=(32, 32, 32, 32) if small else (128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -192,7 +193,8 @@ def made_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _saved(pipe: Any, folder: Path) -> Path:
+def saved(pipe: Any, folder: Path) -> Path:
+    """The folder of a pipeline, which is there once it is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)

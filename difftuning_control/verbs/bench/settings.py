@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.inputs import Quantization
+from difftuning_control.recipe.training import Precision
 from difftuning_control.system.home import expand_paths
 
 Part = Literal["lora", "controlnet", "difftuning", "bank", "startup", "memory", "profile", "total", "price", "flux"]
@@ -46,9 +48,9 @@ class Bench:
     peers: str | None = None
     size: Literal["sd15", "sdxl", "embedded"] = "embedded"
     small: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     compile: Literal["inductor", "aot_eager"] | None = None
-    quantization: Literal["nf4", "int8", "float8"] | None = None
+    quantization: Quantization | None = None
     rounds: int = 3
     steps: int = 4
     batch_size: int = 1
