@@ -179,6 +179,24 @@ class Study:
         return [name | {"seed": seed, "fidelity": curve.to_dict()} for seed, curve in zip(SEEDS, curves)]
 
 
+def joined(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier collection holds beside a new one: other conditions, and other sides of the same.
+
+    Raises:
+        SystemExit: if they are of different models.
+    """
+    if earlier["model"] != new["model"]:
+        raise SystemExit(
+            f"the earlier rows are of the model {earlier['model']}, the new ones of {new['model']}; "
+            "collect into another file."
+        )
+    replaced = {(row["target"], row["method"]) for row in new["rows"]}
+    rows = [row for row in earlier["rows"] if (row["target"], row["method"]) not in replaced] + new["rows"]
+    order, sides = list(TASKS), list(SIDES)
+    rows.sort(key=lambda row: (order.index(row["target"]), sides.index(row["method"]), row["seed"]))
+    return {**new, "rows": rows}
+
+
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +295,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="to train, in this order")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="to train")
     parser.add_argument("--table", type=Path, help="only print the tables of this file")
-    parser.add_argument("--collect", type=Path, help="only write the rows of the finished runs to this file")
+    parser.add_argument("--collect", type=Path, help="only add the rows of the finished runs to this file")
     parser.add_argument("--grid", type=Path, help="only draw the pictures by step")
     args, flags = parser.parse_known_args()  # what is left goes to every run: --training.max_steps=20
     if args.table is not None:
@@ -286,7 +304,8 @@ def main() -> None:
         rows = Study(args.work, flags).rows()
         if not rows:
             raise SystemExit(f"{args.work} holds no condition of which plain training is searched and trained.")
-        write_json(args.collect, {"versions": versions(), "model": digest_of_model(), "rows": rows})
+        new = {"versions": versions(), "model": digest_of_model(), "rows": rows}
+        write_json(args.collect, joined(json.loads(args.collect.read_text()), new) if args.collect.exists() else new)
     elif args.grid is not None:
         grid(Study(args.work, flags), args.grid)
     else:

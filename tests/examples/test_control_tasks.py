@@ -87,6 +87,20 @@ def test_an_effect_over_the_conditions_has_an_interval(tasks):
     assert middle == pytest.approx(78 / 150 - 1, abs=0.01)
 
 
+def test_a_collection_keeps_the_conditions_and_sides_that_were_collected_before(tasks):
+    def collection(task: str, *sides: str, rise: int = 160, model: str = "a") -> dict:
+        return {"versions": {}, "model": model, "rows": [curve(rise, task, s, n) for s in sides for n in (0, 1)]}
+
+    found = tasks.joined(collection("negative", "plain", "levels"), collection("canny", "plain", "levels"))
+    found = tasks.joined(found, collection("negative", "difftuning"))
+    again = tasks.joined(found, collection("canny", "levels", rise=80))
+    expected = [("canny", side) for side in ("plain", "levels")] + [("negative", side) for side in tasks.SIDES]
+    assert [(row["target"], row["method"]) for row in again["rows"][::2]] == expected
+    assert again["rows"][2:4] == collection("canny", "levels", rise=80)["rows"]
+    with pytest.raises(SystemExit, match="of the model a, the new ones of b; collect into another file"):
+        tasks.joined(again, collection("canny", "plain", model="b"))
+
+
 @pytest.mark.slow
 def test_the_search_goes_on_until_the_best_rate_is_not_at_an_edge(tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", {"silhouette": tasks.TASKS["silhouette"]})
