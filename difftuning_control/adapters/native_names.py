@@ -229,6 +229,25 @@ KREA2 = Architecture(
         "final_layer.linear": "last.linear",
     },
 )
+QWEN_IMAGE21 = Architecture(
+    {
+        "transformer_blocks": (
+            "transformer_blocks",
+            {
+                **{f"attn.to_{part}": f"attn.to_{part}" for part in ("q", "k", "v", "out.0")},
+                "img_mlp.gate_layer img_mlp.proj": "img_mlp.gate_up",
+                "img_mlp.out": "img_mlp.out",
+            },
+        )
+    },
+    {
+        name: name
+        for name in (
+            *("img_in", "txt_in.in_layer", "txt_in.out_layer", "modulation.1", "norm_out.linear", "proj_out"),
+            *(f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)),
+        )
+    },
+)
 IDEOGRAM4_OUTSIDE = ("input_proj", "llm_cond_proj", "t_embedding.mlp_in", "t_embedding.mlp_out", "adaln_proj")
 IDEOGRAM4 = Architecture(
     {
@@ -279,6 +298,7 @@ TRANSFORMERS = {
     "ChromaTransformer2DModel": FLUX,  # whose blocks it has
     "Krea2Transformer2DModel": KREA2,
     "Ideogram4Transformer2DModel": IDEOGRAM4,
+    "QwenImage21Transformer2DModel": QWEN_IMAGE21,
 }
 AS_IN_DIFFUSERS = ("QwenImageTransformer2DModel",)  # published in diffusers first
 

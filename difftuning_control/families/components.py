@@ -133,7 +133,7 @@ class Components(ABC):
         """Of each component's weights as loaded, taken on first use: read it before anything is tuned."""
         digests = {name: digest_of_module(module) for name, module in self.modules.items()}
         for name, part in self.pipe.components.items():
-            if name.startswith("tokenizer") and part is not None:
+            if name.startswith(("tokenizer", "processor")) and part is not None:
                 words = getattr(part, "tokenizer", part)  # of a processor for text and pictures
                 digests[name] = digest_of({"vocabulary": words.get_vocab(), "length": words.model_max_length})
         return digests

@@ -237,12 +237,16 @@ class Family(Controlled, Prompting, LatentSpace):
                 **options,
                 height=resolution,
                 width=resolution,
-                num_inference_steps=steps,
+                **self.step_arguments(steps),
                 **self.guidance_arguments(guidance_scale, len(prompts)),
                 generator=generators,
                 output_type="latent",
             ).images.float()
         return self.drawn_latents(drawn, resolution)
+
+    def step_arguments(self, steps: int) -> dict[str, Any]:
+        """What the stock pipeline is given to draw in so many steps."""
+        return {"num_inference_steps": steps}
 
     def guidance_arguments(self, scale: float, rows: int) -> dict[str, Any]:
         """What the stock pipeline is given for classifier-free guidance at a scale of which 1 is none."""

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftuning_control.errors import UserError
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.flux2 import SquareLatents
 from difftuning_control.families.packed import image_ids
+from difftuning_control.families.prompts import refuse_longer
 from difftuning_control.objective.noise import NoiseProcess
 
 NOTHING, TEXT, PICTURE = 0, 3, 2  # what a place in the sequence holds, as the transformer is told
@@ -95,14 +95,7 @@ class Ideogram4(SquareLatents):
         return len(self.pipe.tokenizer(chat, add_special_tokens=False, verbose=False).input_ids), self.text_length
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Refuse what the pipeline would not cut."""
-        for prompt in prompts:
-            tokens, most = self.prompt_tokens(prompt)
-            if tokens > most:
-                raise UserError(
-                    f'the prompt "{prompt[:60]}…" has {tokens} tokens with what stands around it, and at most {most} '
-                    "are taken here; shorten it."
-                )
+        refuse_longer(self, prompts)
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
         """Always the prompts: the pipeline takes no embeddings, see `_drawing`."""

@@ -37,6 +37,7 @@ FAMILIES = {
     "Lumina2Pipeline": ("lumina2", "Lumina2"),
     "ZImagePipeline": ("z_image", "ZImage"),
     "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "QwenImage21Pipeline": ("qwen_image21", "QwenImage21"),
     "Flux2KleinPipeline": ("flux2", "Flux2Klein"),
     "Flux2Pipeline": ("flux2", "Flux2"),
     "Krea2Pipeline": ("krea2", "Krea2"),
@@ -47,6 +48,7 @@ FAMILIES = {
 SINCE = {
     "ZImagePipeline": "0.36",
     "QwenImagePipeline": "0.37",  # before it the transformer asked for the lengths of prompts beside their mask
+    "QwenImage21Pipeline": "0.42",
     "Flux2KleinPipeline": "0.37",
     "Flux2Pipeline": "0.36",
     "Krea2Pipeline": "0.39",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difftuning_control.errors import UserError
 from difftuning_control.families.components import Components
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.rows import Rows
@@ -92,3 +93,18 @@ class Prompting(Components):
         rows = {n: torch.stack([self._known[p][n] for p in prompts]) for n in self._known[""]}
         rows |= {f"negative_{n}": torch.stack([t] * len(prompts)) for n, t in self._known[""].items()}
         return {name: tensor.to(self.device) for name, tensor in rows.items()}
+
+
+def refuse_longer(family: Prompting, prompts: list[str]) -> None:
+    """Refuse prompts that the stock pipeline would not cut.
+
+    Raises:
+        UserError: with the first one's number of tokens and the most that are taken.
+    """
+    for prompt in prompts:
+        tokens, most = family.prompt_tokens(prompt)
+        if tokens > most:
+            raise UserError(
+                f'the prompt "{prompt[:60]}…" has {tokens} tokens with what stands around it, and at most {most} '
+                "are taken here; shorten it."
+            )

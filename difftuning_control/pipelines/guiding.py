@@ -174,7 +174,8 @@ GUIDINGS = (
     Guiding(
         _variants(
             "QwenImage", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint", "Edit", "EditInpaint", "EditPlus"
-        ),
+        )
+        + ("QwenImage21Pipeline",),
         "negative prompt",
         scale="true_cfg_scale",
         time="sigma",

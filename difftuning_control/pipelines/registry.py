@@ -80,6 +80,13 @@ DROP_INS = (
     DropIn("ZImagePipeline", "DiffTuningZImagePipeline", "z_image", "difftuning_z_image", "z-image"),
     DropIn("QwenImagePipeline", "DiffTuningQwenImagePipeline", "qwen_image", "difftuning_qwen_image", "qwenimage"),
     DropIn(
+        "QwenImage21Pipeline",
+        "DiffTuningQwenImage21Pipeline",
+        "qwen_image21",
+        "difftuning_qwen_image21",
+        "qwenimage21",
+    ),
+    DropIn(
         "Flux2KleinPipeline", "DiffTuningFlux2KleinPipeline", "flux2_klein", "difftuning_flux2_klein", "flux2-klein"
     ),
     DropIn("Flux2Pipeline", "DiffTuningFlux2Pipeline", "flux2", "difftuning_flux2", "flux2"),

@@ -111,6 +111,8 @@ class Sampling:
                 for name in CALLBACKS & given.keys():
                     if given[name] is not None and not isinstance(given[name], DIFFUSERS_CALLBACKS):
                         given[name] = pausing(given[name], hooks)
+            if self.extras.changes_by_step and "use_kv_cache" in call.arguments:
+                call.arguments["use_kv_cache"] = False  # which keeps what the first step's weights made of a prompt
             output = stock(*call.args, **call.kwargs)
         if self.extras.control_schedule is not None:
             for i, use in enumerate(self.control_use):

@@ -58,6 +58,11 @@ class Extras:
         return self.domain_guidance or self.adapter_schedule is not None or self.hand_over is not None
 
     @property
+    def changes_by_step(self) -> bool:
+        """Whether it runs with others at one step than at another."""
+        return self.adapter_schedule is not None or self.hand_over is not None
+
+    @property
     def is_active(self) -> bool:
         return self.acts_on_weights or self.control_schedule is not None
 

@@ -39,6 +39,7 @@ BLOCKS: dict[str, dict[str, tuple[int, int]]] = {  # a block's keys and shapes i
         "double_blocks.0.txt_attn.proj": (32, 32),
     },
     "ideogram4": {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)},
+    "qwen_image21": {f"transformer_blocks.0.attn.to_{part}": (16, 16) for part in ("q", "k", "v", "out.0")},
 }
 NAMED = {  # ComfyUI's other layers, which a LoRA on all layers has too
     "z_image": ("noise_refiner.0.feed_forward.w2", "context_refiner.0.attention.out", "layers.0.adaLN_modulation.0"),
@@ -46,8 +47,9 @@ NAMED = {  # ComfyUI's other layers, which a LoRA on all layers has too
     "krea2": ("blocks.1.mlp.gate", "txtfusion.refiner_blocks.0.attn.wq", "tproj.1", "txtmlp.3", "first", "last.linear"),
     "chroma": ("single_blocks.0.linear1", "single_blocks.0.linear2", "txt_in", "final_layer.linear"),
     "ideogram4": ("layers.1.feed_forward.w3", "layers.0.adaln_modulation", "input_proj", "final_layer.linear"),
+    "qwen_image21": ("transformer_blocks.1.img_mlp.gate_up", "transformer_blocks.0.img_mlp.out", "modulation.1"),
 }
-READ_BY_DIFFUSERS = ("flux2_klein", "krea2", "ideogram4")  # of Z-Image it reads no fused layers
+READ_BY_DIFFUSERS = ("flux2_klein", "krea2", "ideogram4", "qwen_image21")  # of Z-Image it reads no fused layers
 
 
 def tuned(name: str) -> Any:

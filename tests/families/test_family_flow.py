@@ -24,6 +24,7 @@ from support.tiny_flow import (
     tiny_ideogram4,
     tiny_krea2,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_z_image,
 )
 
@@ -31,6 +32,7 @@ VARIANTS = {
     "z_image": tiny_z_image,
     "z_image dynamic": lambda: tiny_z_image(dynamic=True),
     "qwen_image": tiny_qwen_image,
+    "qwen_image21": tiny_qwen_image21,
     "flux2_klein": tiny_flux2_klein,
     "flux2_klein distilled": lambda: tiny_flux2_klein(distilled=True),
     "flux2": tiny_flux2,
@@ -133,7 +135,7 @@ def test_noise_and_target_are_the_schedulers(variant, family, stock, pipe):
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     if config.use_dynamic_shifting:
         scheduler.register_to_config(shift_terminal=None)  # which is where sampling ends
-        tokens = (stock.side // family.resolution_step) ** 2
+        tokens = 16 if variant == "qwen_image21" else (stock.side // family.resolution_step) ** 2  # 4 × 4 latents
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
         if variant.startswith("flux2"):  # 16 tokens, 50 steps, by the formula of its authors
@@ -256,6 +258,44 @@ def test_a_tlora_has_the_papers_rank_at_every_level(family, stock):
     assert_a_tlora_has_the_papers_ranks(family, noisy_rows(family, stock))
 
 
+# --- Qwen-Image 2.1 -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def qwen21():
+    need("qwen_image21")
+    return family_of(tiny_qwen_image21(sigmas=[1.0, 0.8, 0.4]))
+
+
+def test_a_model_that_lists_its_steps_draws_in_these_unless_told_otherwise(qwen21):
+    stock, settings = STOCK["qwen_image21"], {"guidance_scale": 1.0, "resolution": 64}
+    assert qwen21.few_steps.drawn == (3, 1.0)
+    assert family_of(tiny_qwen_image21()).few_steps.drawn == (40, 1.0)
+    _, listed = recorded(stock, qwen21.pipe, 50, 1.0)  # whatever number of steps it is given
+    found = qwen21.decode(qwen21.sample(list(PROMPTS), generators(0, 1), steps=3, **settings)) / 2 + 0.5
+    torch.testing.assert_close(found, listed, **TOLERANCE)
+    _, usual = recorded(stock, tiny_qwen_image21(), 2, 1.0)
+    found = qwen21.decode(qwen21.sample(list(PROMPTS), generators(0, 1), steps=2, **settings)) / 2 + 0.5
+    torch.testing.assert_close(found, usual, **TOLERANCE)
+
+
+def test_pictures_are_opaque_to_the_autoencoder_and_on_white_where_it_draws_others(qwen21):
+    pictures = torch.rand(2, 3, 64, 64, generator=generators(0)[0]) * 2 - 1
+    opaque = torch.cat([pictures, torch.ones(2, 1, 64, 64)], 1)
+    with torch.no_grad():
+        expected = qwen21.pipe.vae.encode(opaque.unsqueeze(2)).latent_dist.mean[:, :, 0]
+    torch.testing.assert_close(qwen21.encode_moments(pictures)[0], expected, **TOLERANCE)
+    latents = torch.randn(1, 4, 4, 4, generator=generators(1)[0])
+    qwen21.pipe.vae.decoder.conv_out.weight.data[3] = 0.0
+    qwen21.pipe.vae.decoder.conv_out.bias.data[3] = -5.0  # transparent everywhere
+    assert torch.equal(qwen21.decode(latents), torch.ones(1, 3, 64, 64))
+
+
+def test_a_prompt_that_is_longer_than_what_is_taken_is_refused(qwen21):
+    with pytest.raises(UserError, match=r"has \d+ tokens with what stands around it, and at most 64 are taken here"):
+        qwen21.encode_prompts(["red " * 40])
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +329,7 @@ def test_an_older_diffusers_says_which_one_has_the_family(name, tmp_path, monkey
     monkeypatch.setattr(diffusers, "__version__", "0.35.2")
     sentence = (
         rf"is a {STOCK[name].pipeline}, which diffusers 0\.35\.2 does not have as it is needed here; "
-        r"install diffusers 0\.3\d or later"
+        r"install diffusers 0\.[34]\d or later"
     )
     with pytest.raises(UserError, match=sentence):
         load_family(str(tmp_path))

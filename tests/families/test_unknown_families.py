@@ -11,7 +11,11 @@ from difftuning_control.families.loading import load_family
 @pytest.mark.parametrize(
     ("file", "index", "said"),
     [
-        ("model_index.json", {"_class_name": "QwenImage21Pipeline"}, "is a QwenImage21Pipeline, which cannot be tuned"),
+        (
+            "model_index.json",
+            {"_class_name": "HunyuanImagePipeline"},
+            "is a HunyuanImagePipeline, which cannot be tuned",
+        ),
         ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "is a QwenImageEditPipeline, which cannot"),
         ("modular_model_index.json", {"_class_name": "AnimaModularPipeline"}, "is a modular pipeline, which cannot be"),
     ],

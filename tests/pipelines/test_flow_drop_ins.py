@@ -49,7 +49,9 @@ def draw(pipe, name: str) -> np.ndarray:
     guidance = STOCK[name].guidance(3.0, 2) if name in STOCK else {"guidance_scale": 3.0}
     if name == "sana":
         guidance["use_resolution_binning"] = False
-    size = {"height": side, "width": side, "max_sequence_length": TOKENS.get(name, 64)}
+    size = {"height": side, "width": side}
+    if name not in STOCK or STOCK[name].cuts:
+        size["max_sequence_length"] = TOKENS.get(name, 64)
     call = {"prompt": list(PROMPTS), "num_inference_steps": 2, "generator": generators(0, 1), "output_type": "np"}
     return pipe(**call, **size, **guidance).images
 
@@ -74,6 +76,22 @@ def test_a_drop_in_draws_as_an_attached_pipeline_and_is_saved_with_its_adapter(n
     assert type(loaded) is ours_of(name)
     loaded.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(draw(loaded, name), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"hand_over": 0.6}, {"adapter_schedule": {"kind": "power", "tau": 1.0}}])
+def test_where_weights_change_by_step_the_prompt_is_not_kept_of_the_first(settings):
+    """Qwen-Image 2.1's transformer gives the prompt's places at every step then, not at the first alone."""
+    need("qwen_image21")
+    pipe, places = made("qwen_image21"), list[int]()
+    add_adapter(pipe.transformer, "tuned", 1, ["to_q", "to_v"])
+    pipe.transformer.register_forward_hook(lambda module, args, out: places.append(out[0].shape[1]))
+    kept = draw(pipe, "qwen_image21")
+    assert [n > 16 for n in places] == [True, True, False, False]  # 16 are the picture's
+    places.clear()
+    attach(pipe, **settings)
+    found = draw(pipe, "qwen_image21")
+    assert [n > 16 for n in places] == [True] * 4
+    assert np.abs(found - kept).max() > 1e-4
 
 
 def test_an_older_diffusers_lacks_a_class_and_nothing_else(monkeypatch):

@@ -75,5 +75,7 @@ def assert_a_tlora_has_the_papers_ranks(family: Any, latents: Tensor) -> None:
             family.predict(family.denoiser, latents, family.process.timesteps[level.expand(2)], rows)
     assert tuning.parameters()
     expected = ranks(family.process.u[levels], len(family.process), 4, 1)
-    assert seen == (2 * expected).tolist()  # and as many to take the start away again
+    forwards = len(seen) // len(levels)  # Qwen-Image 2.1 has one for each row
+    assert forwards in (1, 2)
+    assert seen == (2 * expected).repeat_interleave(forwards).tolist()  # and as many to take the start away again
     assert len(set(seen)) >= 3

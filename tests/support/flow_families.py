@@ -20,6 +20,7 @@ from support.tiny_flow import (
     tiny_ideogram4,
     tiny_krea2,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_z_image,
 )
 
@@ -38,6 +39,8 @@ class Stock:
         apart: whether the rows of the empty prompt are a second call; else they follow in the same.
         embedded: whether the model is told the scale instead.
         beside: whether a second transformer has those rows, which is told no prompt.
+        alone: whether the stock pipeline gives a row what depends on the other prompts' lengths.
+        cuts: whether the stock pipeline takes `max_sequence_length`.
         side: of the picture, in pixels.
         tokens: of a prompt; fewer than usual, which saves time.
     """
@@ -50,8 +53,15 @@ class Stock:
     apart: bool
     embedded: bool = False
     beside: bool = False
+    alone: bool = False
+    cuts: bool = True
     side: int = 16
     tokens: int = 64
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """How many tokens of a prompt the stock pipeline is told to read."""
+        return {"max_sequence_length": self.tokens} if self.cuts else {}
 
 
 def read_z_image(args, kwargs, out):
@@ -109,6 +119,14 @@ def write_ideogram4(prediction):
     return torch.cat([tokens.new_zeros(rows, 64, channels), -tokens], 1)
 
 
+def read_end(args, kwargs, out):
+    """Single latents; the picture's are the end of what the transformer gives, after the prompt's."""
+    tokens = kwargs["hidden_states"]
+    side = int(tokens.shape[1] ** 0.5)
+    noisy, found = (t.transpose(1, 2).unflatten(2, (side, side)) for t in (tokens, out[0][:, -tokens.shape[1] :]))
+    return noisy, kwargs["timestep"], found
+
+
 def told_scale(w, rows):
     return {"guidance_scale": w}
 
@@ -129,6 +147,17 @@ STOCK = {
         read_packed,
         packed,
         apart=True,
+    ),
+    "qwen_image21": Stock(
+        tiny_qwen_image21,
+        "QwenImage21Pipeline",
+        lambda w, rows: {"true_cfg_scale": w, "negative_prompt": [""] * rows},
+        read_end,
+        write_squares,
+        apart=True,
+        alone=True,
+        cuts=False,
+        side=64,
     ),
     "flux2_klein": Stock(tiny_flux2_klein, "Flux2KleinPipeline", told_scale, read_squares, write_squares, apart=True),
     "flux2": Stock(
@@ -170,7 +199,17 @@ def need(name: str) -> None:
 
 
 def recorded(stock: Stock, pipe, steps: int, scale: float, prompts=PROMPTS, **settings):
-    """What the transformer was given and gave in every call of a real pipeline call, and the pictures."""
+    """What the transformer was given and gave in every call of a real pipeline call, and the pictures on white."""
+    groups = [[i] for i in range(len(prompts))] if stock.alone else [[*range(len(prompts))]]
+    found = [_recorded(stock, pipe, steps, scale, {i: prompts[i] for i in rows}, settings) for rows in groups]
+    calls = [tuple(torch.cat(parts) for parts in zip(*rows)) for rows in zip(*(calls for calls, _ in found))]
+    pictures = torch.cat([pictures for _, pictures in found])
+    if pictures.shape[1] == 4:
+        pictures = pictures[:, :3] * pictures[:, 3:] + 1 - pictures[:, 3:]
+    return calls, pictures
+
+
+def _recorded(stock: Stock, pipe, steps: int, scale: float, prompts: dict[int, str], settings: dict[str, Any]):
     calls = []
 
     def keep(module, args, kwargs, out):
@@ -178,13 +217,13 @@ def recorded(stock: Stock, pipe, steps: int, scale: float, prompts=PROMPTS, **se
 
     handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
     pictures = pipe(
-        prompt=list(prompts),
+        prompt=list(prompts.values()),
         height=stock.side,
         width=stock.side,
         num_inference_steps=steps,
-        generator=generators(*range(len(prompts))),
+        generator=generators(*prompts),
         output_type="pt",
-        max_sequence_length=stock.tokens,
+        **stock.limits,
         **stock.guidance(scale, len(prompts)),
         **settings,
     ).images

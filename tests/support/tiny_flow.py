@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from support.tiny_language import tiny_mistral, tiny_qwen3, tiny_qwen3_vl, tiny_qwen_vl
+from support.tiny_language import tiny_mistral, tiny_qwen3, tiny_qwen3_vl, tiny_qwen3_vl_processor, tiny_qwen_vl
 from support.tiny_models import tiny_t5, tiny_vae
 from support.tiny_sd import TINY_VAE
 
@@ -66,6 +66,44 @@ def tiny_qwen_image(seed: int = 0, layers: int = 2):
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
     return QwenImagePipeline(scheduler, tiny_qwen_vae(), encoder, tokenizer, transformer)
+
+
+def tiny_qwen_image21(seed: int = 0, sigmas: list[float] | None = None):
+    """With `sigmas` one of as many steps."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    encoder, processor = tiny_qwen3_vl_processor()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    spread(transformer)
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 0.8, 1.2, 1.0],
+    )
+    vae.decoder.conv_out.weight.data *= 4  # whose pictures would be nearly grey
+    vae.quant_conv.bias.data[4:] -= 6  # whose posterior would be wider than what it tells pictures apart by
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImage21Pipeline(scheduler, vae, encoder, processor, transformer, sample_sigmas=sigmas)
 
 
 def tiny_flux2_vae():

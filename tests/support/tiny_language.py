@@ -17,6 +17,9 @@ CHAT = (
     "{% endif %}"
 )
 
+IN_PARTS = CHAT.replace("message['content']", "message['content'][0]['text']")
+PICTURE_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
 
 def tiny_qwen_tokenizer():
     """A Qwen tokenizer with Qwen's chat template: bytes, the words of `WORDS`, and the marks of a chat."""
@@ -107,8 +110,7 @@ def tiny_mistral(layers: int = 30):
 
     tokenizer = tiny_qwen_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
-    chat = CHAT.replace("message['content']", "message['content'][0]['text']")
-    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, patch_size=4, chat_template=chat)
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, patch_size=4, chat_template=IN_PARTS)
     text = {
         "model_type": "mistral",
         "vocab_size": len(tokenizer),
@@ -135,13 +137,14 @@ def tiny_mistral(layers: int = 30):
     return Mistral3ForConditionalGeneration(config), processor
 
 
-def tiny_qwen3_vl(layers: int = 3, parts: bool = False):
-    """A Qwen3-VL model, which also reads pictures, and its tokenizer; `parts` where messages are lists of parts."""
-    from transformers import Qwen3VLConfig, Qwen3VLModel
+def tiny_qwen3_vl(layers: int = 3, parts: bool = False, causal: bool = False):
+    """A Qwen3-VL model, which also reads pictures, and its tokenizer; `parts` where messages are lists of parts,
+    `causal` with the head for the next token."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
     tokenizer = tiny_qwen_tokenizer()
     if parts:
-        tokenizer.chat_template = CHAT.replace("message['content']", "message['content'][0]['text']")
+        tokenizer.chat_template = IN_PARTS
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -163,4 +166,16 @@ def tiny_qwen3_vl(layers: int = 3, parts: bool = False):
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0],
     }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)), tokenizer
+    kind = Qwen3VLForConditionalGeneration if causal else Qwen3VLModel
+    return kind(Qwen3VLConfig(text_config=text, vision_config=vision)), tokenizer
+
+
+def tiny_qwen3_vl_processor():
+    """A Qwen3-VL model with the head for the next token, and its processor for text and pictures."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    model, tokenizer = tiny_qwen3_vl(causal=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(PICTURE_MARKS)})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    processor = Qwen3VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen3VLVideoProcessor(), chat_template=IN_PARTS)
+    return model, processor

@@ -18,6 +18,7 @@ from difftuning_control.runs.finished import tuned_model
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.pilot.pilot import pilot
 from difftuning_control.verbs.train import train
+from support.drawing import generators
 from support.family_runs import (
     assert_buckets_have_shapes_that_fit,
     assert_every_factor_moves_and_nothing_else,
@@ -27,12 +28,12 @@ from support.family_runs import (
     recipe_maker,
 )
 from support.feature_models import save_tiny_dinov2
-from support.flow_families import STOCK, need, shorten
+from support.flow_families import STOCK, need, recorded, shorten
 from support.marks import needs_bitsandbytes
 from support.pictures import write_pictures
 from support.tensors import differing
 from support.trainings import rows, run_record, trained_once
-from support.tuned_pictures import PROMPTS, generators, opened
+from support.tuned_pictures import PROMPTS, opened
 
 SAMPLING = {"seed": 3, "steps": 2, "guidance_scale": 3.0}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -76,15 +77,13 @@ def finished(make):
 
 def stock_pictures(pipe, name: str) -> torch.Tensor:
     """(3, 3, H, W) in [0, 1]: the differences that four steps make are smaller than 8 bits show."""
-    stock = STOCK[name]
-    size = {"height": stock.side, "width": stock.side, "max_sequence_length": stock.tokens}
-    settings = {"num_inference_steps": 2, "generator": generators(), "output_type": "pt"}
-    return pipe(prompt=list(PROMPTS), **settings, **size, **stock.guidance(3.0, len(PROMPTS))).images
+    return recorded(STOCK[name], pipe, 2, 3.0, PROMPTS)[1]
 
 
 def tuned_pictures(recipe) -> torch.Tensor:
     with tuned_model(load_family(recipe.model.id), recipe.output, run_record(recipe)) as tuned:
-        latents = tuned.sample(PROMPTS, generators(), steps=2, guidance_scale=3.0, resolution=recipe.data.resolution)
+        noise = generators(*range(len(PROMPTS)))
+        latents = tuned.sample(PROMPTS, noise, steps=2, guidance_scale=3.0, resolution=recipe.data.resolution)
         return tuned.decode(latents) / 2 + 0.5
 
 
