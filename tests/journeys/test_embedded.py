@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
@@ -86,6 +87,24 @@ def test_the_demo_ends_with_its_report(tmp_path, capsys):
     pipe = DiffusionPipeline.from_pretrained(embedded_model())
     pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
     assert pipe("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+@pytest.mark.slow
+def test_the_demos_two_pilots_find_the_same_side_by_side_as_one_after_the_other(tmp_path, capsys):
+    from difftuning_control.cli import main
+
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):  # of which each of two processes has one
+            torch.set_num_threads(threads)
+            main(["demo", "--steps", "2", "--output", str(tmp_path / str(threads))])
+            found.append(json.loads((tmp_path / str(threads) / "summary.json").read_text()))
+            printed = capsys.readouterr().out
+            assert "icons, a far style" in printed
+            assert "flat, a near style" in printed
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 def test_a_demo_writes_beside_nothing_that_is_not_its_own(tmp_path, capsys):
