@@ -24,7 +24,7 @@ from PIL import Image
 
 ASSETS = Path(__file__).parents[2] / "difftuning_control" / "assets"
 CARRIED = ("icons", "flat")  # by the package
-SEED, TUNE_SIZE, LEAST = 20250, 32, 150
+SEED, TUNE_SIZE, LEAST = 20250, 32, 112  # 80 are drawn, half of them in the search
 WORDED, WORD = (
     "-word",
     "zbx emoji",
@@ -59,6 +59,8 @@ STYLES = {
 UNSEEN = {  # by which no default was chosen
     "mono": Style("emojione-monotone", "CC-BY-4.0"),  # black glyphs of emoji
     "classic": Style("emojione-v1", "CC-BY-SA-4.0"),  # shaded
+    "duotone": Style("ph", "MIT", ("-duotone",)),  # no emoji: lines, filled with grey
+    "park": Style("icon-park", "Apache-2.0"),  # no emoji: lines and one colour
 }
 # what sets without emoji call things; an emoji's face or colour is left out as well
 OTHER_WORDS = {
