@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def rank_limits(process: NoiseProcess, rank: int, min_rank: int) -> list[float]:
 class RankMask:
     """Sees the timesteps of every forward of a denoiser, and masks what its T-LoRA layers do accordingly.
 
-    The mask stays until the next forward, so gradient checkpointing recomputes a forward as it was.
+    Gradient checkpointing recomputes each part of a forward under that forward's mask. A cache of the prompt's keys and
+    values (Qwen-Image 2.1) is not used, since they would be those of the first step's rank.
 
     Args:
         rank, limits: of the components, see `rank_limits`; those before the limits' are never masked.
@@ -72,11 +74,38 @@ class RankMask:
     def describe(self) -> dict[str, Any]:
         return {"kind": "tlora", "rank": self.rank, "limits": self.limits, "sign": self.sign}
 
-    def _see(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         timestep = kwargs[self.name] if self.name in kwargs else args[self.place]
         timesteps = self.sign * torch.as_tensor(timestep).reshape(-1, 1)
         self._limits = self._limits.to(timesteps.device)
         self.gate = (timesteps <= self._limits).float()
+        if torch.is_grad_enabled():
+            for module in denoiser.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    self._keep_for(module)
+        uncached = {name: None for name in ("kv_cache", "kv_cache_mode") if name in kwargs}
+        return args, kwargs | uncached
+
+    def _keep_for(self, module: Any) -> None:
+        """Have a module's checkpointed parts recomputed under the mask that they are computed under."""
+        checkpoint = module._gradient_checkpointing_func
+        if getattr(checkpoint, "mask", None) is self:
+            return
+
+        def kept(part: Callable[..., Any], *args: Any) -> Any:
+            gate = self.gate
+
+            def as_it_was(*args: Any) -> Any:
+                now, self.gate = self.gate, gate
+                try:
+                    return part(*args)
+                finally:
+                    self.gate = now
+
+            return checkpoint(as_it_was, *args)
+
+        kept.mask = self  # type: ignore[attr-defined]
+        module._gradient_checkpointing_func = kept
 
     def _apply(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert self.gate is not None

@@ -164,7 +164,7 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
         UserError: naming the first such picture.
     """
     check_classes(family, recipe, data, held_out)
-    if recipe.data.truncate_captions:
+    if recipe.data.truncate_captions and family.cuts_prompts:
         return
     for example in (*data.examples, *held_out.examples):
         check_caption(family, example)
@@ -178,9 +178,9 @@ def check_caption(family: Family, example: Example) -> None:
     """
     length, limit = family.prompt_tokens(example.caption)
     if length > limit:
+        cut = ", or let it be cut with --data.truncate_captions true" if family.cuts_prompts else ""
         raise UserError(
-            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it, or "
-            "let it be cut with --data.truncate_captions true."
+            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it{cut}."
         )
 
 

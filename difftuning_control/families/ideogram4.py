@@ -33,6 +33,7 @@ class Ideogram4(SquareLatents):
     name = "ideogram4"
     fit = Fit(batch_size=2)
     prompts_at_once = 4
+    cuts_prompts = False
     text_length = 512  # a quarter of what the pipeline takes, since each place has 53,248 numbers
     spared = ("text_encoder", "unconditional_transformer")
 

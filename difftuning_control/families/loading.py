@@ -202,7 +202,8 @@ def _refuse_code(model: str, folder: Path, index: dict[str, Any]) -> None:
     Raises:
         UserError: naming the file.
     """
-    parts = {name: value[0] for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
+    parts = {name: value[0] for name, value in listed.items() if value}
     files = [folder / name / f"{module}.py" for name, module in parts.items() if isinstance(module, str)]
     if isinstance(name := index.get("_class_name"), list):
         files.append(folder / f"{name[0]}.py")

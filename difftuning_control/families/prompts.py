@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Prompting(Components):
     prompts and `Family.denoiser_inputs` turns into the denoiser's own arguments. Nobody else looks into it.
     """
 
+    cuts_prompts: ClassVar[bool] = True  # whether the stock pipeline cuts one that is longer than is taken
     _known: dict[str, dict[str, Tensor]]  # by prompt
     _remembered: list[PromptEmbeddings]
 

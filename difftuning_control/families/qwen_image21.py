@@ -29,7 +29,7 @@ class QwenImage21(QwenImage):
 
     name = "qwen_image21"
     fit = Fit(batch_size=3)
-    distilled_steps = STEPS
+    cuts_prompts = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     call_settings: ClassVar[dict[str, Any]] = {"use_kv_cache": False}  # an adapter may act by the noise level
     controlnet_class = None  # diffusers has none
@@ -77,6 +77,9 @@ class QwenImage21(QwenImage):
         return len(tokens), self.text_length
 
     def check_prompts(self, prompts: list[str]) -> None:
+        picture = self.pipe.processor.image_token
+        if any(picture in prompt for prompt in prompts):
+            raise UserError(f"a prompt has {picture} in it, which stands for a picture to edit; leave it out.")
         refuse_longer(self, prompts)
 
     def prompt_arguments(self, prompts: list[str]) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class QwenImage21(QwenImage):
         """Its guidance is distilled; a model of few steps lists them."""
         if sigmas := configs.index.get("sample_sigmas"):
             return FewSteps(len(sigmas), 1.0, "sample_sigmas of its pipeline")
-        return super().few_steps_by(configs) or FewSteps(cls.distilled_steps, 1.0, "its pipeline's own settings")
+        return super().few_steps_by(configs) or FewSteps(STEPS, 1.0, "its pipeline's own settings")
 
     def step_arguments(self, steps: int) -> dict[str, Any]:
         """As many as asked for, where the pipeline would take those that it lists."""

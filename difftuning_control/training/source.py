@@ -56,7 +56,7 @@ def _streamed(
     recipe: Recipe, family: Family, inputs: TrainingInputs, plain: BatchSource, stream: Stream
 ) -> StreamSource:
     def check(example: Example) -> None:
-        if not recipe.data.truncate_captions:
+        if not (recipe.data.truncate_captions and family.cuts_prompts):
             check_caption(family, example)
 
     return StreamSource(plain, stream, inputs.framing, check)

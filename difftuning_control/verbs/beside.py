@@ -6,9 +6,11 @@ import io
 import os
 import pickle
 import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import torch
@@ -28,45 +30,53 @@ def beside(function: Callable[..., Any], *arguments: Any, threads: int) -> Itera
     context = get_context("spawn")  # torch does not survive a fork
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(there, threads, function, arguments))
-    process.start()
-    there.close()
     usual = torch.get_num_threads()
-    torch.set_num_threads(max(usual - threads, 1))
 
     def result() -> tuple[Any, str]:
         try:
-            returned, printed = here.recv()
+            returned, printed, trace = here.recv()
         except EOFError:
             process.join()
             raise RuntimeError(f"a process beside this one ended with {process.exitcode} and said nothing.") from None
         if isinstance(returned, BaseException):
-            raise returned
+            print(printed, end="", flush=True)
+            raise returned from RuntimeError(trace)
         return returned, printed
 
     try:
+        process.start()
+        there.close()
+        torch.set_num_threads(max(usual - threads, 1))
         yield result
     finally:
         torch.set_num_threads(usual)
-        process.terminate()  # nothing where it has ended
-        process.join()
+        if process.pid is not None:
+            process.terminate()  # nothing where it has ended
+            process.join()
         here.close()
 
 
 def _run(there: Any, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """The other process, which a Ctrl-C leaves to the first to end."""
+    """The other process, which a Ctrl-C leaves to the first to end, and which ends where the first was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
-    printed = io.StringIO()
+    printed, trace = io.StringIO(), ""
     returned: Any
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(printed), redirect_stderr(nowhere):
         try:
             returned = function(*arguments)
-        except Exception as error:
-            returned = _to_send(error)
-    there.send((returned, printed.getvalue()))
+        except BaseException as error:
+            returned, trace = _to_send(error), traceback.format_exc()
+    there.send((returned, printed.getvalue(), trace))
 
 
-def _to_send(error: Exception) -> Exception:
+def _end_with(first: Any) -> None:
+    first.join()
+    os._exit(1)
+
+
+def _to_send(error: BaseException) -> BaseException:
     """The error, or what it says where it cannot be sent as it is."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -7,8 +7,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from difftuning_control.adapters.tuning import AdapterTuning
+from difftuning_control.data.prepare import check_captions
+from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_family
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import DataConfig
+from difftuning_control.recipe.recipe import Recipe
 from support.drawing import PROMPTS, TOLERANCE, generators
 from support.family_checks import (
     assert_a_tlora_has_the_papers_ranks,
@@ -17,6 +23,7 @@ from support.family_checks import (
     assert_the_pretrained_model_takes_over,
 )
 from support.flow_families import STOCK, need, recorded, shorten
+from support.pictures import write_pictures
 from support.tiny_flow import (
     tiny_chroma,
     tiny_flux2,
@@ -289,6 +296,57 @@ def test_pictures_are_opaque_to_the_autoencoder_and_on_white_where_it_draws_othe
     qwen21.pipe.vae.decoder.conv_out.weight.data[3] = 0.0
     qwen21.pipe.vae.decoder.conv_out.bias.data[3] = -5.0  # transparent everywhere
     assert torch.equal(qwen21.decode(latents), torch.ones(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("kind", ["lora", "tlora"])
+def test_gradients_are_the_same_with_checkpointed_activations(kind):
+    """Of rows at two levels, which T-LoRA gives other ranks, and whose forwards all come before their backward."""
+    need("qwen_image21")
+    found = []
+    for checkpointed in (False, True):
+        family = family_of(tiny_qwen_image21())
+        torch.manual_seed(0)
+        tuning = AdapterTuning(family, AdapterConfig(kind=kind, rank=4))
+        for name, parameter in tuning.parameters().items():
+            parameter.data = torch.randn(parameter.shape, generator=generators(len(name))[0])
+        if checkpointed:
+            family.checkpoint_activations()
+        family.denoiser.train()
+        levels = family.process.timesteps[torch.tensor([50, 950])]
+        told = family.encode_prompts(PROMPTS)
+        family.predict(
+            family.denoiser, noisy_rows(family, STOCK["qwen_image21"]), levels, told
+        ).square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in tuning.parameters().items()})
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+def test_a_tlora_reads_the_prompt_at_every_step_in_the_stock_pipeline(qwen21):
+    pipe, places = qwen21.pipe, list[int]()
+    tuning = AdapterTuning(qwen21, AdapterConfig(kind="tlora", rank=4, min_rank=1))
+    for name, parameter in tuning.parameters().items():
+        parameter.data = torch.randn(parameter.shape, generator=generators(len(name))[0])
+    pipe.transformer.register_forward_hook(lambda module, args, out: places.append(out[0].shape[1]))
+    stock = STOCK["qwen_image21"]
+    kept, uncached = (recorded(stock, pipe, 3, 1.0, use_kv_cache=cache)[1] for cache in (True, False))
+    assert min(places) > 16  # the picture's
+    assert torch.equal(kept, uncached)
+
+
+def test_a_prompt_that_holds_the_mark_of_a_picture_is_refused(qwen21):
+    with pytest.raises(UserError, match=r"a prompt has <\|image_pad\|> in it, which stands for a picture to edit"):
+        qwen21.encode_prompts(["red", "a <|image_pad|>"])
+
+
+def test_a_caption_that_the_pipeline_would_not_cut_is_refused_whatever_may_be_cut(qwen21, tmp_path):
+    write_pictures(tmp_path, 2, 16)
+    (tmp_path / "metadata.jsonl").unlink()
+    for file in tmp_path.glob("*.png"):
+        file.with_suffix(".txt").write_text("red " * 40)
+    recipe = Recipe(data=DataConfig(str(tmp_path), truncate_captions=True))
+    data = load_images(str(tmp_path))
+    with pytest.raises(UserError, match=r"the text encoder takes 64; shorten it\.$"):
+        check_captions(qwen21, recipe, data, data)
 
 
 def test_a_prompt_that_is_longer_than_what_is_taken_is_refused(qwen21):
