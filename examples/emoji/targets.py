@@ -178,6 +178,14 @@ def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
+def tables(result: Mapping[str, Any]) -> str:
+    """The tables of each number of pictures and adapter apart, named where there are several."""
+    kinds = dict.fromkeys(cell_of(row)[1:] for row in result["rows"])
+    parts = {kind: {**result, "rows": [r for r in result["rows"] if cell_of(r)[1:] == kind]} for kind in kinds}
+    named = {kind: f"**{kind[0]} pictures, {kind[1]}**\n\n" if len(parts) > 1 else "" for kind in parts}
+    return "\n\n".join(named[kind] + table(part) for kind, part in parts.items())
+
+
 def table(result: Mapping[str, Any]) -> str:
     """KID × 1000 of every cell and side, and the effects over targets, as Markdown."""
     rows = result["rows"]
@@ -303,7 +311,7 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, help="only add the rows of the finished pilots to this file")
     args, flags = parser.parse_known_args()  # what is left goes to every pilot: --pilot.pictures=40
     if args.table is not None:
-        print(table(json.loads(args.table.read_text())))
+        print(tables(json.loads(args.table.read_text())))
     elif args.collect is not None:
         rows = collect(args.work, args.targets)
         write_json(args.collect, joined(json.loads(args.collect.read_text()), rows) if args.collect.exists() else rows)

@@ -194,7 +194,7 @@ def test_every_cell_is_a_pilot_that_can_be_asked_for(targets, tmp_path, monkeypa
     monkeypatch.setattr(targets, "data_of", lambda target, work: (f"{work}/{target}/tune", f"{work}/{target}/eval"))
     for cell in targets.CELLS:
         targets.run(cell, tmp_path, ["--pilot.pictures=40"])
-    assert len({recipe.output for recipe, _ in asked}) == len(asked) == 28
+    assert len({recipe.output for recipe, _ in asked}) == len(asked) == 30
     assert {(r.method, r.data.limit) for r, _ in asked} == {("lora", 8), ("lora", 24), ("full", 24)}
     assert all(config.pictures == 40 and targets.DEFAULT in config.sides for _, config in asked)
     default = fitted(Recipe.from_dict({"data": {"path": "pics"}})).tuning
@@ -241,6 +241,16 @@ def test_a_collection_joins_what_was_collected_before(targets):
     assert len(further["cost"]) == 3
     with pytest.raises(SystemExit, match=r"other settings .model.; collect into another file"):
         targets.joined(found, collection("icons", "plain", model="b"))
+
+
+def test_other_numbers_of_pictures_have_tables_of_their_own(targets):
+    """An effect is over the targets of one number of pictures."""
+    few = json.loads((EMOJI / "targets.json").read_text())
+    few["rows"] = [row for row in few["rows"] if row["method"] in ("base", "plain", "difftuning")]
+    more = {**few, "rows": [{**row, "n_images": 24} for row in few["rows"]]}
+    both = targets.tables({**few, "rows": few["rows"] + more["rows"]})
+    assert targets.tables(few) == targets.table(few)
+    assert both == f"**8 pictures, lora**\n\n{targets.table(few)}\n\n**24 pictures, lora**\n\n{targets.table(more)}"
 
 
 @pytest.mark.slow
