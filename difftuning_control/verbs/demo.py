@@ -89,8 +89,8 @@ def demo(output: Path, steps: int, seed: int, language: str, overwrite: bool) ->
 
 
 def _records(output: Path, *settings: Any) -> dict[str, PilotRecord]:
-    """Of both pilots, side by side on a CPU of several cores, where these halve a small model's time less than two
-    processes do."""
+    """Of both pilots. On a CPU of several cores they run side by side: with a model this small two processes gain more
+    than two threads."""
     far, near = TARGETS
     threads = torch.get_num_threads()
     if best_device().type != "cpu" or threads < 2:
