@@ -64,6 +64,7 @@ class RankMask:
         self.rank, self.limits, self.sign = rank, limits, sign
         self.name, self.place = timestep_name(denoiser), timestep_place(denoiser)
         self.gate: Tensor | None = None
+        self._checkpointing = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
         self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
         self.handle = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
 
@@ -80,8 +81,8 @@ class RankMask:
         self._limits = self._limits.to(timesteps.device)
         self.gate = (timesteps <= self._limits).float()
         if torch.is_grad_enabled():
-            for module in denoiser.modules():
-                if getattr(module, "gradient_checkpointing", False):
+            for module in self._checkpointing:
+                if module.gradient_checkpointing:
                     self._keep_for(module)
         uncached = {name: None for name in ("kv_cache", "kv_cache_mode") if name in kwargs}
         return args, kwargs | uncached

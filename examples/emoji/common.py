@@ -90,6 +90,14 @@ def work_through(open_jobs: Callable[[], Sequence[Any]], train: Callable[[Any], 
             time.sleep(10)  # all that is left is being trained, or waits for it
 
 
+def kept_and_new(
+    earlier: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], side: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
+    """Rows of an earlier collection and of a new one, which replaces what it has of the same side."""
+    replaced = {side(row) for row in new}
+    return [*(row for row in earlier if side(row) not in replaced), *new]
+
+
 class Log:
     """One JSON line a report, on screen and in a file."""
 

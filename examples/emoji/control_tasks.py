@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import digest_of_model, spread, work_through
+from common import digest_of_model, kept_and_new, spread, work_through
 from PIL import Image
 from targets import effect, interval
 
@@ -190,8 +190,7 @@ def joined(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             f"the earlier rows are of the model {earlier['model']}, the new ones of {new['model']}; "
             "collect into another file."
         )
-    replaced = {(row["target"], row["method"]) for row in new["rows"]}
-    rows = [row for row in earlier["rows"] if (row["target"], row["method"]) not in replaced] + new["rows"]
+    rows = kept_and_new(earlier["rows"], new["rows"], lambda row: (row["target"], row["method"]))
     order, sides = list(TASKS), list(SIDES)
     rows.sort(key=lambda row: (order.index(row["target"]), sides.index(row["method"]), row["seed"]))
     return {**new, "rows": rows}

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from common import digest_of_model
+from common import digest_of_model, kept_and_new
 from styles import STYLES, UNSEEN, WORDED, data_of
 from target_effects import at_end, by_target, by_way, cell_of, effect, foresight, seeds_needed
 
@@ -164,12 +164,7 @@ def joined(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
         raise SystemExit(
             f"the earlier rows were made with other settings ({', '.join(differing)}); collect into another file."
         )
-
-    def side(row: Mapping[str, Any]) -> tuple:
-        return *cell_of(row), row["method"]
-
-    replaced = {side(row) for row in new["rows"]}
-    rows = [row for row in earlier["rows"] if side(row) not in replaced] + new["rows"]
+    rows = kept_and_new(earlier["rows"], new["rows"], lambda row: (*cell_of(row), row["method"]))
     sides = {entry["cell"]: set(entry["sides"]) for entry in new["cost"]}
     cost = [entry for entry in earlier["cost"] if not set(entry["sides"]) <= sides.get(entry["cell"], set())]
     return {**new, "cost": cost + new["cost"], "rows": sorted(rows, key=lambda row: CELLS.index(cell_of(row)))}

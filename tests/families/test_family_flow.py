@@ -298,6 +298,14 @@ def test_pictures_are_opaque_to_the_autoencoder_and_on_white_where_it_draws_othe
     assert torch.equal(qwen21.decode(latents), torch.ones(1, 3, 64, 64))
 
 
+def tuned(family, kind: str) -> AdapterTuning:
+    """An adapter that does something."""
+    tuning = AdapterTuning(family, AdapterConfig(kind=kind, rank=4))
+    for name, parameter in tuning.parameters().items():
+        parameter.data = torch.randn(parameter.shape, generator=generators(len(name))[0])
+    return tuning
+
+
 @pytest.mark.parametrize("kind", ["lora", "tlora"])
 def test_gradients_are_the_same_with_checkpointed_activations(kind):
     """Of rows at two levels, which T-LoRA gives other ranks, and whose forwards all come before their backward."""
@@ -306,9 +314,7 @@ def test_gradients_are_the_same_with_checkpointed_activations(kind):
     for checkpointed in (False, True):
         family = family_of(tiny_qwen_image21())
         torch.manual_seed(0)
-        tuning = AdapterTuning(family, AdapterConfig(kind=kind, rank=4))
-        for name, parameter in tuning.parameters().items():
-            parameter.data = torch.randn(parameter.shape, generator=generators(len(name))[0])
+        tuning = tuned(family, kind)
         if checkpointed:
             family.checkpoint_activations()
         family.denoiser.train()
@@ -323,9 +329,7 @@ def test_gradients_are_the_same_with_checkpointed_activations(kind):
 
 def test_a_tlora_reads_the_prompt_at_every_step_in_the_stock_pipeline(qwen21):
     pipe, places = qwen21.pipe, list[int]()
-    tuning = AdapterTuning(qwen21, AdapterConfig(kind="tlora", rank=4, min_rank=1))
-    for name, parameter in tuning.parameters().items():
-        parameter.data = torch.randn(parameter.shape, generator=generators(len(name))[0])
+    tuned(qwen21, "tlora")
     pipe.transformer.register_forward_hook(lambda module, args, out: places.append(out[0].shape[1]))
     stock = STOCK["qwen_image21"]
     kept, uncached = (recorded(stock, pipe, 3, 1.0, use_kv_cache=cache)[1] for cache in (True, False))

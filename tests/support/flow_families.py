@@ -131,6 +131,10 @@ def told_scale(w, rows):
     return {"guidance_scale": w}
 
 
+def told_negative(w, rows):
+    return {"true_cfg_scale": w, "negative_prompt": [""] * rows}
+
+
 STOCK = {
     "z_image": Stock(
         tiny_z_image,
@@ -143,7 +147,7 @@ STOCK = {
     "qwen_image": Stock(
         tiny_qwen_image,
         "QwenImagePipeline",
-        lambda w, rows: {"true_cfg_scale": w, "negative_prompt": [""] * rows},
+        told_negative,
         read_packed,
         packed,
         apart=True,
@@ -151,7 +155,7 @@ STOCK = {
     "qwen_image21": Stock(
         tiny_qwen_image21,
         "QwenImage21Pipeline",
-        lambda w, rows: {"true_cfg_scale": w, "negative_prompt": [""] * rows},
+        told_negative,
         read_end,
         write_squares,
         apart=True,

@@ -31,6 +31,9 @@ def tiny_z_image(seed: int = 0, dynamic: bool = False, layers: int = 3):
     return ZImagePipeline(scheduler, tiny_vae(0.06), encoder, tokenizer, transformer)
 
 
+BY_CHANNEL = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 0.8, 1.2, 1.0]}  # of latents
+
+
 def tiny_qwen_vae():
     """An autoencoder for video that halves pictures, with numbers by channel for its latents."""
     from diffusers import AutoencoderKLQwenImage
@@ -41,15 +44,23 @@ def tiny_qwen_vae():
         dim_mult=[1, 1],
         num_res_blocks=1,
         temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[0.5, 0.8, 1.2, 1.0],
+        **BY_CHANNEL,
     )
     vae.decoder.conv_out.weight.data *= 4  # whose pictures would be nearly grey
     return vae
 
 
+def qwen_scheduler():
+    """Qwen-Image's, whose shift is by resolution."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+
+
 def tiny_qwen_image(seed: int = 0, layers: int = 2):
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
     torch.manual_seed(seed)
     encoder, tokenizer = tiny_qwen_vl()
@@ -62,17 +73,13 @@ def tiny_qwen_image(seed: int = 0, layers: int = 2):
         joint_attention_dim=16,
         axes_dims_rope=(2, 2, 4),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    return QwenImagePipeline(scheduler, tiny_qwen_vae(), encoder, tokenizer, transformer)
+    return QwenImagePipeline(qwen_scheduler(), tiny_qwen_vae(), encoder, tokenizer, transformer)
 
 
 def tiny_qwen_image21(seed: int = 0, sigmas: list[float] | None = None):
     """With `sigmas` one of as many steps."""
     from diffusers import (
         AutoencoderKLQwenImage21,
-        FlowMatchEulerDiscreteScheduler,
         QwenImage21Pipeline,
         QwenImage21Transformer2DModel,
     )
@@ -95,15 +102,11 @@ def tiny_qwen_image21(seed: int = 0, sigmas: list[float] | None = None):
         z_dim=4,
         dim_mult=[1, 1, 1, 1, 1],
         num_res_blocks=1,
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[0.5, 0.8, 1.2, 1.0],
+        **BY_CHANNEL,
     )
     vae.decoder.conv_out.weight.data *= 4  # whose pictures would be nearly grey
     vae.quant_conv.bias.data[4:] -= 6  # whose posterior would be wider than what it tells pictures apart by
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    return QwenImage21Pipeline(scheduler, vae, encoder, processor, transformer, sample_sigmas=sigmas)
+    return QwenImage21Pipeline(qwen_scheduler(), vae, encoder, processor, transformer, sample_sigmas=sigmas)
 
 
 def tiny_flux2_vae():
