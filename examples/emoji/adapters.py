@@ -26,7 +26,7 @@ from difftuning_control.verbs.pilot.pilot import Pilot
 HERE = Path(__file__).parent
 COLUMNS = ("kid", "fid", "domain_hit", "pair_similarity", "memorisation", "coverage", "target_loss", "bank_loss")
 KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
-SIDES = {"plain": "plain", "difftuning_tau0.3": "Diff-Tuning"}
+SIDES = {"plain": "plain", "prior": "Diff-Tuning"}
 IMAGES = (1, 4, 8)
 CELLS = [(kind, images) for images in (4, 1, 8) for kind in KINDS]
 RATES = {4: [2.5e-3, 5e-3, 1e-2], 1: [5e-3, 1e-2], 8: [5e-3, 1e-2]}  # the lowest was never chosen at 4 pictures

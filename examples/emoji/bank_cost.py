@@ -5,7 +5,7 @@ solver, and against the pretrained model's own prediction as the target of reten
     python examples/emoji/bank_cost.py --work build/bank_cost --collect examples/emoji/bank_cost.json
     python examples/emoji/bank_cost.py --table examples/emoji/bank_cost.json                     # the tables
 
-LoRA on 8 pictures, 48 steps of 10 rows, of which 2 are for retention, λ = 0.1, ψ = u^0.3. Cells differ in retention
+LoRA on 8 pictures, 48 steps of 10 rows, of which 2 are for retention, λ = 0.1, ψ = ξ = 1. Cells differ in retention
 alone; a seed has the same bank on all targets, and another than the other seeds. Every cell is judged on names that
 were never trained on, drawn with the same noise, and what it forgot on one bank that no run has trained on. Every cell
 has its first seed on all targets before any has its second, and what is done is not done again.
@@ -81,7 +81,7 @@ class Cell:
     def tuning(self) -> TuningConfig:
         if self.name == "plain":
             return TuningConfig(ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
-        base = TuningConfig(ScheduleConfig("power", tau=0.3), retention_ratio=RATIO, retention_weight=0.1)
+        base = TuningConfig(ScheduleConfig("constant", xi=1.0), retention_ratio=RATIO, retention_weight=0.1)
         return base if self.teacher is None else side_tuning(f"teacher_{self.teacher}", base, HERE)
 
 

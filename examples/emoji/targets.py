@@ -29,7 +29,7 @@ from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
-from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, best_way
+from difftuning_control.verbs.pilot.guidance_search import DOMAIN, ORDINARY, best_way
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent

@@ -77,7 +77,12 @@ def pilot(
             {
                 "name": name,
                 "tuning": TUNING.get(name, {"schedule": {"kind": "power", "tau": 1.0}}),
-                "search": [{"learning_rate": r, "kid": mean + 0.004 * (r != 1e-3), "target_loss": 0.2} for r in rates],
+                "search": [
+                    {"learning_rate": r, "steps": n, "seeds": len(seeds) if r == 1e-3 else 1, "target_loss": 0.2}
+                    | {"kid": mean + 0.004 * (r != 1e-3) + 0.006 * (n == 75)}
+                    for r in rates
+                    for n in (75, 150)
+                ],
                 "learning_rate": 1e-3,
                 "runs": runs,
                 "summary": {},
@@ -153,7 +158,7 @@ def guidance(kid: float, hit: float, seeds: tuple[int, ...]) -> dict[str, Any]:
     rng = random.Random(1)
     ways = {"ordinary": (3.0, 0.0), "domain": (1.5, -0.002)}
     return {
-        "search": [{"way": w, "scale": s, "kid": kid, "domain_hit": hit} for w in ways for s in (1.5, 3.0)],
+        "search": [{"way": w, "scale": s, "seeds": 1, "kid": kid, "domain_hit": hit} for w in ways for s in (1.5, 3.0)],
         "ways": {
             way: {
                 "scale": scale,

@@ -28,14 +28,14 @@ def test_the_next_rate_is_as_far_beyond_the_end_as_the_last_two_are_apart(best, 
 
 
 class Curve(SideRuns):
-    """A pilot's runs whose KID at each learning rate and length is known; rates of 0.1 and more diverge."""
+    """A pilot's runs whose KID at each learning rate, length and seed is known; rates of 0.1 and more diverge."""
 
-    kid = staticmethod(lambda rate, steps: abs(rate - 8e-3) + abs(steps - 4))
+    kid = staticmethod(lambda rate, steps, seed: abs(rate - 8e-3) + abs(steps - 4))
 
     def train(self, side, rate, seed):
         if rate >= 0.1:
             raise NonFiniteLossError("the loss is infinite")
-        return [{"steps": n, "seed": seed, "search": {"kid": self.kid(rate, n)}} for n in self.lengths]
+        return [{"steps": n, "seed": seed, "search": {"kid": self.kid(rate, n, seed)}} for n in self.lengths]
 
 
 def curve(rates: list[float], widen: int, lengths: tuple[int, ...] = (4,)) -> Curve:
@@ -43,25 +43,66 @@ def curve(rates: list[float], widen: int, lengths: tuple[int, ...] = (4,)) -> Cu
     return Curve(None, config, Path(), None, None, "kid", rates, list(lengths), Path(), None, told.append)
 
 
+def seeds_of(tried: dict) -> dict[float, int]:
+    return {rate: len({row["seed"] for row in rows}) for rate, rows in tried.items()}
+
+
 def test_a_search_goes_on_until_its_best_lies_within_or_its_tries_are_used_up():
-    assert list(curve([1e-3, 2e-3], 0).search_rates("plain", 0)[0]) == [1e-3, 2e-3]
-    assert list(curve([1e-3, 2e-3], 1).search_rates("plain", 0)[0]) == [1e-3, 2e-3, 4e-3]
-    assert list(curve([1e-3, 2e-3], 9).search_rates("plain", 0)[0]) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
-    assert list(curve([6.4e-2, 3.2e-2], 9).search_rates("plain", 0)[0]) == [6.4e-2, 3.2e-2, 1.6e-2, 8e-3, 4e-3]
+    assert list(curve([1e-3, 2e-3], 0).search_rates("plain")[1]) == [1e-3, 2e-3]
+    assert list(curve([1e-3, 2e-3], 1).search_rates("plain")[1]) == [1e-3, 2e-3, 4e-3]
+    assert list(curve([1e-3, 2e-3], 9).search_rates("plain")[1]) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert list(curve([6.4e-2, 3.2e-2], 9).search_rates("plain")[1]) == [6.4e-2, 3.2e-2, 1.6e-2, 8e-3, 4e-3]
 
 
 def test_a_rate_that_diverged_is_an_end_that_was_tried():
     search = curve([5e-2, 1e-1], 9)
-    search.kid = lambda rate, steps: -rate
-    assert search.search_rates("plain", 0) == (
-        {5e-2: search.train("", 5e-2, 0), 2.5e-2: search.train("", 2.5e-2, 0)},
-        [0.1],
-    )
+    search.kid = lambda rate, steps, seed: -rate
+    best, tried, diverged = search.search_rates("plain")
+    assert (best, seeds_of(tried), diverged) == (5e-2, {5e-2: 3, 2.5e-2: 1}, [0.1])
 
 
 def test_a_side_that_diverges_at_every_rate_is_told():
     with pytest.raises(UserError, match=r"plain diverged at every learning rate \(0\.1, 0\.2\)"):
-        curve([0.1, 0.2], 3).search_rates("plain", 0)
+        curve([0.1, 0.2], 3).search_rates("plain")
+
+
+def test_a_rate_that_one_seed_favours_alone_does_not_win():
+    """4e-3 is ahead with the first seed, and behind 2e-3 over all; 1e-3 is never ahead and keeps its one seed."""
+    search = curve([1e-3, 2e-3, 4e-3], 0)
+    figures = {1e-3: (9, 0, 0), 2e-3: (5, 6, 7), 4e-3: (4, 8, 9)}
+    search.kid = lambda rate, steps, seed: figures[rate][seed]
+    best, tried, _ = search.search_rates("plain")
+    assert (best, seeds_of(tried)) == (2e-3, {1e-3: 1, 2e-3: 3, 4e-3: 3})
+
+
+def test_luck_at_an_end_widens_no_search():
+    search = curve([1e-3, 2e-3, 4e-3], 5)
+    figures = {1e-3: (5, 5, 5), 2e-3: (4.5, 4.5, 4.5), 4e-3: (4, 8, 8)}
+    search.kid = lambda rate, steps, seed: figures[rate][seed]
+    assert list(search.search_rates("plain")[1]) == [1e-3, 2e-3, 4e-3]
+
+
+def test_the_mean_is_taken_at_each_length_and_the_best_of_those_counts():
+    """At length 2 the rates are 6 and 5 over the seeds, at 4 both are 7; the best of each seed would say 3 and 5."""
+    search = curve([1e-3, 2e-3], 0, (2, 4))
+    first = {2: (3, 9, 6), 4: (9, 3, 9)}
+    search.kid = lambda rate, steps, seed: first[steps][seed] if rate == 1e-3 else {2: 5, 4: 7}[steps]
+    assert search.search_rates("plain")[0] == 2e-3
+
+
+def test_a_rate_that_diverges_with_another_seed_is_out_of_the_race():
+    search = curve([1e-3, 2e-3], 0)
+    search.train = lambda side, rate, seed: None if rate == 1e-3 and seed else Curve.train(search, side, rate, seed)
+    search.kid = lambda rate, steps, seed: rate
+    search._try = search.train
+    best, tried, diverged = search.search_rates("plain")
+    assert (best, seeds_of(tried), diverged) == (2e-3, {2e-3: 3}, [1e-3])
+
+
+def test_the_highest_figure_wins_where_more_is_better():
+    search = replace(curve([1e-3, 2e-3], 0), primary="f1")
+    search.train = lambda side, rate, seed: [{"steps": 4, "seed": seed, "search": {"f1": rate}}]
+    assert search.search_rates("plain")[0] == 2e-3
 
 
 def test_the_length_is_the_best_over_the_seeds_on_the_prompts_of_the_search():

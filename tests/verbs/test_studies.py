@@ -75,6 +75,7 @@ def test_every_side_has_every_seed_and_length_and_every_figure(done, config):
         assert [(r["seed"], r["steps"]) for r in side["runs"]] == [(0, 2), (0, 4), (1, 2), (1, 4)]
         assert side["learning_rate"] in config.learning_rates
         assert {row["learning_rate"] for row in side["search"]} == set(config.learning_rates)
+        assert {row["seeds"] for row in side["search"] if row["learning_rate"] == side["learning_rate"]} == {2}
         for run in side["runs"]:
             assert all(isinstance(run[k], float) for k in ("kid", "fid", "domain_hit", "target_loss", "bank_loss"))
             assert run["pictures"] == config.pictures

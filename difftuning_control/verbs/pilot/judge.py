@@ -1,14 +1,7 @@
-"""The judge of a pilot, which draws a model's pictures and judges them, and the search for the guidance that suits it.
-
-Ordinary guidance draws with ε = ε_tuned(∅) + w (ε_tuned(c) − ε_tuned(∅)); Domain Guidance (Domain Guidance: A Simple
-Transfer Approach for a Pre-trained Diffusion Model, arXiv:2504.01521) takes ε(∅) from the pretrained model instead.
-Each way's scale w is the one of the lowest KID on the prompts of the search with the first seed; the figures are those
-on the final prompts, over all seeds.
-"""
+"""The judge of a pilot, which draws a model's pictures and judges them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +15,7 @@ from difftuning_control.data.examples import Example, ImageData
 from difftuning_control.data.study_inputs import Materials
 from difftuning_control.evaluation.features import Features
 from difftuning_control.evaluation.fidelity import FidelityProbe
-from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of, summarise
+from difftuning_control.evaluation.figures import Reference, Sampling, figures, reference_of
 from difftuning_control.evaluation.outside import Outside
 from difftuning_control.pipelines.domain_guidance import domain_guided
 from difftuning_control.recipe.studies import PilotConfig
@@ -126,53 +119,6 @@ def _probe(conditioner: Conditioner, inputs: Materials, examples: list[Example])
 
 
 SHOWN = 8  # pictures of a run that are kept
-ORDINARY, DOMAIN = "ordinary", "domain"
-KEPT = ("kid", "domain_hit")  # of the search
-
-
-def search_scales(judge: Judge, base: Family, tuned: Family, seed: int, scales: Sequence[float]) -> list[dict]:
-    """Every scale in both ways on the prompts of the search: rows of way, scale, kid and domain_hit."""
-    rows = []
-    for way in (ORDINARY, DOMAIN):
-        for scale in scales:
-            row = judge.figures(tuned, seed, False, scale, base if way == DOMAIN else None)[0]
-            rows.append({"way": way, "scale": scale} | {name: row[name] for name in KEPT})
-    return rows
-
-
-def best_scales(searched: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The scale of the lowest KID, for each way."""
-    by_way = {way: [row for row in searched if row["way"] == way] for way in (ORDINARY, DOMAIN)}
-    return {way: min(rows, key=lambda row: row["kid"])["scale"] for way, rows in by_way.items()}
-
-
-def best_way(guidance: dict[str, Any]) -> tuple[str, float]:
-    """The way of guidance with the lowest KID in the search, and its scale."""
-    way = min(guidance["search"], key=lambda row: row["kid"])["way"]
-    return way, guidance["ways"][way]["scale"]
-
-
-def judge_scales(
-    judge: Judge, base: Family, tuned: Family, seed: int, scales: dict[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Figures on the final prompts, each way at its scale."""
-    return {
-        way: {"seed": seed} | judge.figures(tuned, seed, True, scale, base if way == DOMAIN else None)[0]
-        for way, scale in scales.items()
-    }
-
-
-def guidance_of(guided: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A side's guidance as `pilot.json` holds it: the search, and each way's scale, runs and summary.
-
-    Args:
-        guided: one entry a seed with `search` (of the first), `scales` and `ways`.
-    """
-    ways = {
-        way: {"scale": scale, "runs": (runs := [entry["ways"][way] for entry in guided]), "summary": summarise(runs)}
-        for way, scale in guided[0]["scales"].items()
-    }
-    return {"search": guided[0]["search"], "ways": ways}
 
 
 def save_pictures(pictures: list[Image.Image], folder: Path) -> None:

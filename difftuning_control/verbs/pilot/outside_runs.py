@@ -18,7 +18,8 @@ from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import read_tensors, write_tensors
-from difftuning_control.verbs.pilot.judge import DOMAIN, ORDINARY, SHOWN, Judge, best_way, drawn, save_pictures
+from difftuning_control.verbs.pilot.guidance_search import DOMAIN, ORDINARY, best_way
+from difftuning_control.verbs.pilot.judge import SHOWN, Judge, drawn, save_pictures
 from difftuning_control.verbs.pilot.settings import pilot_identity
 
 if TYPE_CHECKING:

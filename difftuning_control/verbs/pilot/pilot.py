@@ -1,8 +1,9 @@
 """`difftune pilot`: plain fine-tuning compared with other settings on the data at hand, as a folder with a report.
 
 Every side trains the same steps on the same data with the same seeds. Its learning rate is chosen by the same search,
-with the first seed alone, on prompts that the final figures do not use; of several lengths the best one is chosen on
-those prompts too, over all seeds. The measured schedule comes from one analysis of the pretrained model at the start.
+on prompts that the final figures do not use: each rate is tried with the first seed, and one that is ahead with all of
+them. Of several lengths the best one is chosen on those prompts too, over all seeds. The measured schedule comes from
+one analysis of the pretrained model at the start.
 """
 
 from __future__ import annotations

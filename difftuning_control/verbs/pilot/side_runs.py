@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,10 @@ from difftuning_control.runs.kept import read_kept_losses, step_folder
 from difftuning_control.runs.pilot_files import kept_aside, settle
 from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.pilot.judge import (
-    SHOWN,
-    Judge,
-    best_scales,
-    guidance_of,
-    judge_scales,
-    save_pictures,
-    search_scales,
-)
+from difftuning_control.verbs.pilot.guidance_search import guidance_of_side
+from difftuning_control.verbs.pilot.judge import SHOWN, Judge, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_of_side
+from difftuning_control.verbs.pilot.race import Row, race
 from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
 from difftuning_control.verbs.pilot.side_tuning import beyond, side_bank, side_tuning
 from difftuning_control.verbs.train import train
@@ -73,73 +68,82 @@ class SideRuns:
     tell: Callable[[str], object]
 
     def side(self, name: str) -> dict[str, Any]:
-        """The search, and the final runs with the winner."""
-        first, *others = self.config.seeds
-        tried, diverged = self.search_rates(name, first)
-        chosen = self._winner(tried)
-        rows = list(tried[chosen])
-        for seed in others:
-            rows += self.train(name, chosen, seed)
+        """The search, and what its winner gives."""
+        chosen, tried, diverged = self.search_rates(name)
+        rows = tried[chosen]
         best = self.best_length(rows)
-        guided: list[dict[str, Any]] = []
-        for seed in self.config.seeds if self.config.guidance_scales else []:
-            guided.append(self._guided(name, chosen, seed, best, guided[0]["scales"] if guided else None))
-        guidance = guidance_of(guided) if guided else None
+        guidance = guidance_of_side(self, name, chosen, best) if self.config.guidance_scales else None
         outside = outside_of_side(self, name, chosen, best, guidance) if self.config.outside else None
-        for rate, seed in [*((r, first) for r in tried), *((chosen, s) for s in others)]:
+        for rate, seed in product([*tried, *diverged], self.config.seeds):
             recipe = self.recipe_of(name, rate, seed)
-            self._drop_weights(recipe, keep_result=seed == first)
+            self._drop_weights(recipe, keep_result=seed == self.config.seeds[0])
             settle(Path(recipe.output))
-        search = [
-            {"learning_rate": rate, "steps": row["steps"], "target_loss": row["target_loss"]}
-            | {k: row["search"][k] for k in dict.fromkeys((self.primary, "kid", "domain_hit"))}
-            for rate, trial in tried.items()
-            for row in trial
-            if row["search"] is not None
-        ]
         summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
         return {
             "name": name,
-            "tuning": self.recipe_of(name, chosen, first).to_dict()["tuning"],
+            "tuning": self.recipe_of(name, chosen, self.config.seeds[0]).to_dict()["tuning"],
             "learning_rate": chosen,
-            "search": search,
+            "search": [row for rate, trial in tried.items() for row in self._searched(rate, trial)],
             "diverged": diverged,
             "runs": rows,
             "summary": summary,
             "best_length": best,
-            "guidance": {"steps": best} | guidance if guidance is not None else None,
+            "guidance": guidance,
             "outside": outside,
-            "all_runs": rows + [r for rate in tried if rate != chosen for r in tried[rate]],
+            "all_runs": [row for trial in tried.values() for row in trial],
         }
 
-    def search_rates(self, name: str, seed: int) -> tuple[dict[float, list[dict[str, Any]]], list[float]]:
-        """The rows of every learning rate tried with one seed, and the rates that diverged."""
-        tried: dict[float, list[dict[str, Any]]] = {}
-        rates, diverged, more = list(self.rates), [], self.config.widen
-        while rates:
-            rate = rates.pop(0)
-            rows = self._try(name, rate, seed)
-            if rows is None:
-                diverged.append(rate)
-            else:
-                tried[rate] = rows
-            if not rates and tried and more:
-                rates, more = beyond(self._winner(tried), [*tried, *diverged]), more - 1
-        if not tried:
-            raise UserError(
-                f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in diverged)}); give lower "
-                "ones with --pilot.learning_rates."
-            )
-        return tried, diverged
+    def search_rates(self, name: str) -> tuple[float, dict[float, list[Row]], list[float]]:
+        """The learning rate that is best over all seeds, the rows of every one tried, and those that diverged."""
+        tried: dict[float, list[Row]] = {}
+        diverged: list[float] = []
+        rates, first, left = self.rates, self.config.seeds[0], self.config.widen
+        while True:
+            for rate in rates:
+                if (rows := self._try(name, rate, first)) is None:
+                    diverged.append(rate)
+                else:
+                    tried[rate] = list(rows)
+            before = set(tried)
+            best = race(tried, self.config.seeds, self._figure, lambda rate, seed: self._try(name, rate, seed))
+            diverged += sorted(before - set(tried))
+            if best is None:
+                raise UserError(
+                    f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in diverged)}); give lower "
+                    "ones with --pilot.learning_rates."
+                )
+            rates = beyond(best, [*tried, *diverged]) if left else []
+            if not rates:
+                return best, tried, diverged
+            left -= 1
 
-    def _winner(self, tried: dict[float, list[dict[str, Any]]]) -> float:
-        """The learning rate with the best figure on the prompts of the search, at whichever length."""
-        if len(tried) == 1:
-            return next(iter(tried))
-        figures = [(rate, row["search"][self.primary]) for rate, trial in tried.items() for row in trial]
-        return self._best(figures, lambda pair: pair[1])[0]
+    def _figure(self, rows: Sequence[Row]) -> float:
+        """Of a learning rate the mean over its seeds of the figure on the prompts of the search, at the best length.
 
-    def best_length(self, rows: list[dict[str, Any]]) -> int:
+        The lower the better; 0 where only one rate and one length are given, and nothing is searched.
+        """
+        figures = {n: [row["search"] for row in rows if row["steps"] == n] for n in self.lengths}
+        if any(found is None for found in figures[self.lengths[-1]]):
+            return 0.0
+        sign = 1 if lower_is_better(self.primary) else -1
+        return min(sign * fmean(found[self.primary] for found in of_length) for of_length in figures.values())
+
+    def _searched(self, rate: float, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """A learning rate in the search, by length: means over the seeds that it was tried with."""
+        searched = []
+        for length in self.lengths:
+            found = [row for row in rows if row["steps"] == length]
+            if any(row["search"] is None for row in found):
+                continue
+            means = {
+                name: fmean([row["search"][name] for row in found])
+                for name in dict.fromkeys((self.primary, "kid", "domain_hit"))
+            }
+            about = {"learning_rate": rate, "steps": length, "seeds": len(found)}
+            searched.append(about | {"target_loss": fmean([row["target_loss"] for row in found])} | means)
+        return searched
+
+    def best_length(self, rows: Sequence[Row]) -> int:
         """The length with the best figure, over the seeds, on prompts that the final figures do not use."""
         if len(self.lengths) == 1:
             return self.lengths[0]
@@ -147,11 +151,7 @@ class SideRuns:
             length: fmean([row["search"][self.primary] for row in rows if row["steps"] == length])
             for length in self.lengths
         }
-        return self._best(means, means.__getitem__)
-
-    def _best(self, candidates: Iterable[Any], value: Callable[[Any], Any]) -> Any:
-        """The candidate whose value of the primary figure is the best."""
-        return (min if lower_is_better(self.primary) else max)(candidates, key=value)
+        return (min if lower_is_better(self.primary) else max)(means, key=means.__getitem__)
 
     def recipe_of(self, side: str, rate: float, seed: int) -> Recipe:
         """The recipe of one run, which has a folder of its own below the pilot's.
@@ -173,7 +173,7 @@ class SideRuns:
         bank = side_bank(side, self.recipe.bank, self.output)
         return replace(self.recipe, tuning=tuning, bank=bank, training=training, gates=GatesConfig(), output=output)
 
-    def _try(self, side: str, rate: float, seed: int) -> list[dict[str, Any]] | None:
+    def _try(self, side: str, rate: float, seed: int) -> list[Row] | None:
         """The rows of a run of the search; None if its loss became infinite."""
         try:
             return self.train(side, rate, seed)
@@ -181,12 +181,12 @@ class SideRuns:
             self.tell(f"      {side} diverged at learning rate {rate:g}")
             return None
 
-    def train(self, side: str, rate: float, seed: int) -> list[dict[str, Any]]:
+    def train(self, side: str, rate: float, seed: int) -> list[Row]:
         """One run, judged at every length; read back where an earlier pilot in this folder has done it."""
         recipe = self.recipe_of(side, rate, seed)
         folder = Path(recipe.output)
         identity = pilot_identity(recipe, self.config)
-        searching = len(self.lengths) > 1 or (len(self.rates) > 1 and seed == self.config.seeds[0])
+        searching = len(self.lengths) > 1 or len(self.rates) > 1
         done = folder / "figures.json"
         if done.exists():
             kept = json.loads(done.read_text(encoding="utf-8"))
@@ -226,33 +226,6 @@ class SideRuns:
             shutil.rmtree(kept)
         for name in () if keep_result else (FullTuning.result, ControlNetTuning.result):
             shutil.rmtree(Path(recipe.output) / name, ignore_errors=True)
-
-    def _guided(
-        self, side: str, rate: float, seed: int, length: int, scales: dict[str, float] | None
-    ) -> dict[str, Any]:
-        """Figures of a run's weights at a length, each way of guidance at its scale; without scales they are sought."""
-        recipe = self.recipe_of(side, rate, seed)
-        folder, step = Path(recipe.output), None if length == self.lengths[-1] else length
-        done, identity = folder / "guidance.json", [pilot_identity(recipe, self.config), scales, length]
-        if done.exists():
-            kept = json.loads(done.read_text(encoding="utf-8"))
-            if kept["identity"] == identity:
-                return kept
-        record, phases = self.with_weights(recipe, step), self.clock.phases
-        with (
-            phases("sampling"),
-            tuned_model(self.family, folder, record, step) as tuned,
-            phases.counting(tuned.denoiser),
-        ):
-            searched = []
-            if scales is None:
-                searched = search_scales(self.judge, self.family, tuned, seed, self.config.guidance_scales)
-            chosen = scales or best_scales(searched)
-            ways = judge_scales(self.judge, self.family, tuned, seed, chosen)
-        guidance = {"identity": identity, "search": searched, "scales": chosen, "ways": ways}
-        write_json(done, guidance)
-        self.clock.spent()
-        return guidance
 
     def with_weights(self, recipe: Recipe, step: int | None) -> RunRecord:
         """The record of a run whose weights at a step, or at its end, are there."""
