@@ -13,7 +13,7 @@ from difftuning_control.system.home import expand_paths
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
 MAX_SEED = 2**31 - 1
-LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought nothing, see docs/results-first-model.md
+LEAST_SAMPLES, MOST_SAMPLES = 8, 32  # of a bank of size auto: more brought nothing, see docs/results.md
 MOST_UNMEASURED = 256  # where that was not measured
 MOST_AT_ONCE, PIXELS_AT_ONCE = 32, 2**21  # of samples: beyond that a GPU is no faster, and memory runs out
 Solver = Literal["own", "dpmsolver++"]

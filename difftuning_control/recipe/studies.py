@@ -142,6 +142,8 @@ class PilotConfig(SeededDrawSettings):
             distilled). [≥ 0]
         guidance_scales: of each side's weights at its best length ordinary and Domain Guidance are tried at these
             scales, and the best of each is judged beside the figures at guidance_scale; not done when empty. [≥ 1]
+        unconditional_strength: with guidance_scales a mixture of the two ways is tried as well, with so much of the
+            adapter in the unconditional branch; not done when empty. [> 0 and < 1]
         outside: at least five prompts outside the new domain for which every side, at its best, is drawn too: does it
             still draw what the pretrained model drew? Or general, for 32 that come with the package; none when empty.
         batch_size: pictures drawn at once. [pictures, ≥ 1]
@@ -155,6 +157,7 @@ class PilotConfig(SeededDrawSettings):
     lengths: list[int] = field(default_factory=list)
     pictures: int = field(default=48, kw_only=True)
     guidance_scales: list[float] = field(default_factory=list)
+    unconditional_strength: float | None = None
     outside: list[str] | Literal["general"] = field(default_factory=list)
     batch_size: int = 16
 
@@ -180,6 +183,12 @@ class PilotConfig(SeededDrawSettings):
         scales = self.guidance_scales
         if len(set(scales)) < len(scales) or not all(1 <= scale < math.inf for scale in scales):
             raise UserError(f"pilot.guidance_scales is {scales}; expected different finite numbers of at least 1.")
+        strength = self.unconditional_strength
+        if strength is not None and not (0 < strength < 1 and scales):
+            raise UserError(
+                f"pilot.unconditional_strength is {strength} and pilot.guidance_scales is {scales}; expected a number "
+                "between 0 and 1 (the ends are tried anyway), and scales to try it at."
+            )
         prompts = [] if self.outside == "general" else self.outside
         if 0 < len(prompts) < LEAST_OUTSIDE or len(set(prompts)) < len(prompts):
             raise UserError(

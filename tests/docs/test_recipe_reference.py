@@ -30,6 +30,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key cannot do without
     "adapter.text_encoder_learning_rate": {"text_encoder": True},
     "tuning.schedule.psi": {"kind": "constant"},
     "tuning.schedule.xi": {"kind": "constant"},
+    "pilot.unconditional_strength": {"guidance_scales": [2.0]},
     "training.stop_after": {"stop_when": "converged"},
     **{f"gates.{name}": {"kid": 0.1} for name in ("pictures", "steps", "guidance_scale", "seeds")},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from difftuning_control.errors import UserError
+from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
@@ -160,4 +161,40 @@ def test_a_family_without_domain_guidance_is_refused_before_any_work(study, conf
     recipe = replace(study, model=ModelConfig(str(tmp_path / "flux")), output=str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"not for a FluxPipeline; leave out pilot\.guidance_scales"):
         Pilot(recipe, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.wide
+def test_a_mixture_that_is_added_is_a_third_way_and_changes_no_other(study, config, tmp_path):
+    tuned = replace(study, method="lora", output=str(tmp_path / "out"))
+    two = pilot(tuned, config, "en", False, tell=lambda text: None)
+    half = replace(config, unconditional_strength=0.5)
+    three = pilot(tuned, half, "en", False, tell=lambda text: None)
+    for before, after in zip(two.sides, three.sides):
+        ways, figures = after["guidance"]["ways"], {}
+        assert list(ways) == ["ordinary", "domain", "mixture"]
+        assert after["runs"] == before["runs"]
+        for way in ("ordinary", "domain"):
+            assert ways[way] == before["guidance"]["ways"][way]
+        for way, drawn in ways.items():
+            figures[way] = [row["kid"] for row in drawn["runs"]]
+        assert figures["mixture"] not in (figures["ordinary"], figures["domain"])
+    other = pilot(tuned, replace(config, unconditional_strength=0.2), "en", False, tell=lambda text: None)
+    for before, after in zip(three.sides, other.sides):
+        assert {r["strength"] for r in after["guidance"]["ways"]["mixture"]["runs"]} == {0.2}
+        assert after["guidance"]["ways"]["domain"] == before["guidance"]["ways"]["domain"]
+    assert "mixture" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("strength", "scales"), [(0.0, SCALES), (1.0, SCALES), (0.5, [])])
+def test_a_mixture_that_is_none_or_has_no_scale_is_refused(config, strength, scales):
+    with pytest.raises(UserError, match=r"pilot\.unconditional_strength is .* expected a number between 0 and 1"):
+        replace(config, unconditional_strength=strength, guidance_scales=scales)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("full", "lora"), ("lora", "ia3")])
+def test_a_mixture_of_what_has_no_strength_is_refused_before_any_work(study, config, method, kind, tmp_path):
+    recipe = replace(study, method=method, adapter=AdapterConfig(kind=kind), output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"pilot\.unconditional_strength takes a part of an adapter's strength"):
+        Pilot(recipe, replace(config, unconditional_strength=0.5), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -28,6 +28,21 @@ APART = 2**20  # between the seeds of noise for the same prompts
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How a tuned model is drawn.
+
+    Args:
+        scale: of guidance.
+        base: the pretrained model.
+        strength: of what was tuned in the unconditional branch: 1 for ordinary guidance, 0 for Domain Guidance.
+    """
+
+    scale: float
+    base: Family
+    strength: float
+
+
+@dataclass(frozen=True)
 class Judge:
     """Draws a model's pictures and judges them; `search` and `final` share no prompt where there are enough, and no
     noise where they do.
@@ -43,31 +58,25 @@ class Judge:
     outside: Outside | None = None
 
     def figures(
-        self, family: Family, seed: int, final: bool, scale: float | None = None, source: Family | None = None
+        self, family: Family, seed: int, final: bool, guidance: Guidance | None = None
     ) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Figures and pictures of a model.
-
-        Args:
-            scale: of guidance; the pilot's when None.
-            source: the pretrained model, where the scale is one of Domain Guidance.
-        """
+        """Figures and pictures of a model; `guidance` is ordinary and at the pilot's scale when None."""
         sampling = self.final if final else self.search
         if not final and not set(self.search.prompts).isdisjoint(self.final.prompts):
             seed += APART
-        pictures = drawn(family, sampling, seed, scale, source)
+        pictures = drawn(family, sampling, seed, guidance)
         followed = self.probes[final].judge_pictures(pictures) if self.probes is not None else {}
         return figures(pictures, sampling.prompts, self.reference) | followed, pictures
 
 
-def drawn(
-    family: Family, sampling: Sampling, seed: int, scale: float | None = None, source: Family | None = None
-) -> list[Image.Image]:
-    """Pictures of a model; `scale` and `source` as for `Judge.figures`."""
+def drawn(family: Family, sampling: Sampling, seed: int, guidance: Guidance | None = None) -> list[Image.Image]:
+    """Pictures of a model; `guidance` as for `Judge.figures`."""
     sampling = replace(sampling, seeds=[seed])
-    if scale is not None:
-        sampling = replace(sampling, guidance_scale=scale)
-    with domain_guided(source, family) if source is not None else nullcontext():
+    if guidance is None:
         return sampling.draw(family)
+    ordinary = guidance.strength == 1
+    with nullcontext() if ordinary else domain_guided(guidance.base, family, guidance.strength):
+        return replace(sampling, guidance_scale=guidance.scale).draw(family)
 
 
 def judge_of(

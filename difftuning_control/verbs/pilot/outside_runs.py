@@ -18,8 +18,8 @@ from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import read_tensors, write_tensors
-from difftuning_control.verbs.pilot.guidance_search import DOMAIN, ORDINARY, best_way
-from difftuning_control.verbs.pilot.judge import SHOWN, Judge, drawn, save_pictures
+from difftuning_control.verbs.pilot.guidance_search import ORDINARY, best_way, strengths_of
+from difftuning_control.verbs.pilot.judge import SHOWN, Guidance, Judge, drawn, save_pictures
 from difftuning_control.verbs.pilot.settings import pilot_identity
 
 if TYPE_CHECKING:
@@ -63,12 +63,13 @@ def outside_of_side(
     outside, clock = runs.judge.outside, runs.clock
     assert outside is not None
     way, scale = best_way(guidance) if guidance is not None else (ORDINARY, runs.config.drawn[1])
+    strength = strengths_of(runs.config)[way]
     step = None if length == runs.lengths[-1] else length
     rows = []
     for seed in runs.config.seeds:
         recipe = runs.recipe_of(side, rate, seed)
         folder = Path(recipe.output)
-        done, asked = folder / "outside.json", [pilot_identity(recipe, runs.config), length, way, scale]
+        done, asked = folder / "outside.json", [pilot_identity(recipe, runs.config), length, way, scale, strength]
         identity = digest_of([*asked, outside.sampling.prompts])
         if (found := _kept(done, identity)) is not None:
             rows.append(found)
@@ -79,7 +80,7 @@ def outside_of_side(
             tuned_model(runs.family, folder, record, step) as tuned,
             phases.counting(tuned.denoiser),
         ):
-            pictures = drawn(tuned, outside.sampling, seed, scale, runs.family if way == DOMAIN else None)
+            pictures = drawn(tuned, outside.sampling, seed, Guidance(scale, runs.family, strength))
         save_pictures(pictures[:SHOWN], folder / "pictures-outside")
         rows.append(_judged(outside, pictures, seed, done, identity))
         clock.spent()

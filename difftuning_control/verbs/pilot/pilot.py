@@ -47,11 +47,11 @@ from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure
 from difftuning_control.verbs.pilot.budget import kept_budget
+from difftuning_control.verbs.pilot.checks import check_pilot, lengths_of
 from difftuning_control.verbs.pilot.judge import SHOWN, Judge, halves_of, judge_of, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_judge, outside_of_base
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns
-from difftuning_control.verbs.pilot.side_tuning import BUDGET, check_sides
 
 PRIMARY = "kid"
 
@@ -66,41 +66,11 @@ class Pilot:
     """
 
     def __init__(self, recipe: Recipe, config: PilotConfig, output: Path, tell: Callable[[str], object] = print):
-        training = recipe.training
-        if recipe.tuning.retention_ratio == 0:
-            raise UserError(
-                "the recipe's tuning.retention_ratio and retention_weight are 0, so every side would be plain "
-                "fine-tuning; set both above 0 (a pilot leaves them out of plain by itself)."
-            )
-        if recipe.method == "controlnet" and BUDGET in config.sides:
-            raise UserError(f"{BUDGET} bounds what a denoiser forgets, and a ControlNet's stays the same; omit it.")
-        if config.guidance_scales and recipe.method == "controlnet":
-            raise UserError(
-                "pilot.guidance_scales try Domain Guidance, but a ControlNet's denoiser is the pretrained one; leave "
-                "them out."
-            )
-        if config.outside and (recipe.method == "controlnet" or recipe.tuning.label_space == "new"):
-            reason = "new classes replace the old ones"
-            if recipe.method == "controlnet":
-                reason = "the denoiser beside a ControlNet is the pretrained one"
-            raise UserError(f"pilot.outside asks what tuned models still draw, but {reason}; leave it out.")
-        check_sides(recipe, config.sides)
-        if recipe.training.stop_when is not None:
-            raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
+        check_pilot(recipe, config)
         self.config, self.output, self.tell = config, output, tell
         self.clock = Clock(output)
-        self.lengths = sorted(config.lengths or [training.max_steps])
-        if len(self.lengths) > 1 and training.lr_scheduler in ("cosine", "linear"):
-            raise UserError(
-                f"pilot.lengths are read off one run, but training.lr_scheduler {training.lr_scheduler} ends with it; "
-                "use constant with an ema_decay, or one length."
-            )
-        if self.lengths[-1] != training.max_steps:
-            raise UserError(
-                f"pilot.lengths ends with {self.lengths[-1]}, training.max_steps is {training.max_steps}; make "
-                "them equal."
-            )
-        self.rates = config.learning_rates or [training.learning_rate * f for f in (0.5, 1.0, 2.0)]
+        self.lengths = lengths_of(recipe, config)
+        self.rates = config.learning_rates or [recipe.training.learning_rate * f for f in (0.5, 1.0, 2.0)]
         bank = replace(recipe.bank, path=recipe.bank.path or str(output / "bank"))
         self.recipe = replace(recipe, bank=bank)
         self.schedule = output / "schedule.json"
@@ -226,6 +196,7 @@ class Pilot:
             "sampling_steps": steps,
             "features": config.features,
             "guidance_scales": config.guidance_scales,
+            "unconditional_strength": config.unconditional_strength,
         }
 
     # --- what all sides share ---------------------------------------------------------------------------------------

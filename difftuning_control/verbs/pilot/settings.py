@@ -18,10 +18,10 @@ from difftuning_control.training.phases import Phases
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     """A digest of the settings that the figures of a run depend on: not of where they lie, nor of what only watches.
 
-    Further sides and seeds, a longer search and prompts outside the new domain add runs or figures and change none; the
-    first seed is that of every search.
+    Further sides and seeds, a longer search, a mixture of the ways of guidance and prompts outside the new domain add
+    runs or figures and change none; the first seed is that of every search.
     """
-    added = ("widen", "sides", "seeds", "outside")
+    added = ("widen", "sides", "seeds", "outside", "unconditional_strength")
     asked = {name: value for name, value in vars(config).items() if name not in added}
     return digest_of([deciding_settings(recipe), asked | {"seed": config.seeds[0]}])
 

@@ -6,11 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.errors import UserError
-from difftuning_control.evaluation.figures import LEAST_PICTURES
 from difftuning_control.evaluation.pilot_figures import is_at_an_end
 from difftuning_control.recipe.inputs import BankConfig
-from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import retains_general, scheduled_side
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 
@@ -20,22 +17,6 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "teacher_empty": {"retention_rows": "pictures", "retention_prompts": "empty"},
     "teacher_own": {"retention_rows": "pictures", "retention_prompts": "own"},
 }
-
-
-def check_sides(recipe: Recipe, sides: list[str]) -> None:
-    """Refuse a bank that is too small to judge by, and what does not go with a teacher, before anything is drawn.
-
-    Raises:
-        UserError: if the bank has fewer samples than a figure needs, or for the first side that the recipe cannot have.
-    """
-    if recipe.bank.size != "auto" and recipe.bank.size < LEAST_PICTURES:
-        raise UserError(
-            f"bank.size is {recipe.bank.size}, but its samples are also what a pilot tells the old domain by; give at "
-            f"least {LEAST_PICTURES}, or auto."
-        )
-    for side in sides:
-        if side in TAUGHT:
-            replace(recipe, tuning=side_tuning(side, recipe.tuning, Path()))
 
 
 def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
