@@ -29,7 +29,7 @@ from difftuning_control.runs.pilot_record import PilotRecord, read_pilot
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.commands import only
 from difftuning_control.verbs.parse import parse
-from difftuning_control.verbs.pilot.guidance_search import DOMAIN, ORDINARY, best_way
+from difftuning_control.verbs.pilot.guidance_search import DOMAIN, MIXTURE, ORDINARY, best_way
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent
@@ -224,7 +224,7 @@ def cells_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> li
         for method in methods:
             values = [*kids[method].get(cell, {}).values()]
             spread = 1000 * stdev(values) if len(values) > 1 else 0.0
-            way = " D" if ways.get((cell, method)) == DOMAIN else ""
+            way = {DOMAIN: " D", MIXTURE: " M"}.get(ways.get((cell, method)), "")
             shown.append(f"{1000 * mean(values):.0f} ± {spread:.0f}{way}" if values else "")
         base, gap = kids["base"][cell][None], "" if gap is None else f"{gap:.1f}"
         lines.append(f"| {', '.join(map(str, cell))} | {gap} | {1000 * base:.0f} | {' | '.join(shown)} |")
@@ -265,14 +265,18 @@ def outside_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> 
 def ways_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], highest: float) -> list[str]:
     """What guidance does to the KID of the same weights, what each side at its best does beside stock pictures, and how
     often its best was the longest length or the highest scale that were tried."""
-    ways, head = by_way(rows), ("side", "Domain Guidance for ordinary", "its best for plain with ordinary")
-    lines = [f"| {' | '.join(head)} | best at the longest | at the highest scale |", "|---" * 5 + "|"]
+    ways = by_way(rows)
+    others = {DOMAIN: "Domain Guidance for ordinary"}
+    if any(MIXTURE in row.get("kid_by_way", {}) for row in rows):
+        others[MIXTURE] = "the mixture for ordinary"
+    head = ("side", *others.values(), "its best for plain with ordinary", "best at the longest", "at the highest scale")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method in methods:
-        own = effect(ways, f"{method}, {DOMAIN}", f"{method}, {ORDINARY}")
+        own = [effect(ways, f"{method}, {way}", f"{method}, {ORDINARY}") for way in others]
         stock = effect([*rows, *ways], method, f"plain, {ORDINARY}")
         longest, scale, count = at_end(rows, method, highest)
-        ends = f"{longest} of {count} | {scale} of {count}"
-        lines.append(f"| {method} | {interval(own)} | {interval(stock)} | {ends} |")
+        cells = [*map(interval, (*own, stock)), f"{longest} of {count}", f"{scale} of {count}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
 

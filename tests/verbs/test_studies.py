@@ -448,6 +448,9 @@ def test_a_learning_rate_that_diverges_is_left_out_and_all_of_them_are_an_error(
     side = runs.side("plain")
     assert (side["learning_rate"], side["diverged"]) == (1e-2, [1e30])
     assert any("diverged at learning rate 1e+30" in line for line in told)
+    shown = [line.split(": kid")[0].strip() for line in told if ": kid" in line]
+    assert shown == [f"rate 0.01, seed {seed}" for seed in config.seeds]
+    assert told[-1].strip() == f"best: rate 0.01, {side['best_length']} steps"
     runs.rates = [1e30, 1e31]
     with pytest.raises(UserError, match="plain diverged at every learning rate"):
         runs.side("plain")

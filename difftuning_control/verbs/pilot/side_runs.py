@@ -16,7 +16,7 @@ from difftuning_control.adapters.tuning import ControlNetTuning, FullTuning, res
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.evaluation.band_losses import plain_losses
 from difftuning_control.evaluation.figures import summarise
-from difftuning_control.evaluation.metric_table import lower_is_better
+from difftuning_control.evaluation.metric_table import METRICS, lower_is_better
 from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -26,7 +26,7 @@ from difftuning_control.runs.kept import read_kept_losses, step_folder
 from difftuning_control.runs.pilot_files import kept_aside, settle
 from difftuning_control.runs.record import RunRecord, read_run
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.pilot.guidance_search import guidance_of_side
+from difftuning_control.verbs.pilot.guidance_search import best_way, guidance_of_side
 from difftuning_control.verbs.pilot.judge import SHOWN, Judge, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_of_side
 from difftuning_control.verbs.pilot.race import Row, race
@@ -72,7 +72,11 @@ class SideRuns:
         chosen, tried, diverged = self.search_rates(name)
         rows = tried[chosen]
         best = self.best_length(rows)
+        self.tell(f"      best: rate {chosen:g}, {best} steps")
         guidance = guidance_of_side(self, name, chosen, best) if self.config.guidance_scales else None
+        if guidance is not None:
+            scales = ", ".join(f"{way} {drawn['scale']:g}" for way, drawn in guidance["ways"].items())
+            self.tell(f"      guidance: {scales}; {best_way(guidance)[0]} was best")
         outside = outside_of_side(self, name, chosen, best, guidance) if self.config.outside else None
         for rate, seed in product([*tried, *diverged], self.config.seeds):
             recipe = self.recipe_of(name, rate, seed)
@@ -215,10 +219,17 @@ class SideRuns:
                 | {"losses": plain_losses(losses)}
             )
         write_json(done, {"identity": identity, "rows": rows})
+        self.tell(f"      rate {rate:g}, seed {seed}: {self.primary} {self._shown(rows)}")
         if not self.config.guidance_scales:  # which are tried on the weights of the best length
             self._drop_weights(recipe, keep_result=seed == self.config.seeds[0])
         self.clock.spent()
         return rows
+
+    def _shown(self, rows: Sequence[Row]) -> str:
+        """The primary figure by length: of the search where there is one."""
+        form = METRICS[self.primary].form
+        figures = [(row["search"] or row)[self.primary] for row in rows]
+        return ", ".join(f"{form.format(v)} at {n} steps" for v, n in zip(figures, self.lengths, strict=True))
 
     def _drop_weights(self, recipe: Recipe, keep_result: bool) -> None:
         """What was judged goes: of every run the weights of earlier lengths, and whole models, which are large."""
