@@ -1,4 +1,4 @@
-"""The embedded model's text side: a CLIP tokenizer with a vocabulary of its own, and a small CLIP text model."""
+"""The embedded model's text side: a CLIP tokenizer with a vocabulary of its own (transformers 5) and a text model."""
 
 from __future__ import annotations
 

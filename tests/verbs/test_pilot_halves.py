@@ -52,7 +52,7 @@ def test_one_picture_is_all_there_is():
 @pytest.mark.parametrize(("prompts", "apart"), [(["b"], False), (["a"], True)])
 def test_the_same_prompt_is_drawn_from_other_noise_for_the_search(monkeypatch, prompts, apart):
     seeds: list[int] = []
-    monkeypatch.setattr(judge, "drawn", lambda family, sampling, seed, scale, source: seeds.append(seed) or [])
+    monkeypatch.setattr(judge, "drawn", lambda family, sampling, seed, guidance: seeds.append(seed) or [])
     monkeypatch.setattr(judge, "figures", lambda pictures, prompts, reference: {})
     both = Judge(None, Sampling(["a"]), Sampling(["a"]))
     for final in (False, True):
