@@ -44,6 +44,20 @@ def check_domain_family(family: Family, option: str) -> None:
         )
 
 
+def check_mixed_family(family: Family, option: str) -> None:
+    """Refuse a family on whose unconditional prediction no adapter acts, naming the option that asks for a share.
+
+    Raises:
+        UserError: for Ideogram 4, which has a transformer of its own for it.
+    """
+    name = type(family.pipe).__name__
+    if BY_CLASS[name].rows == "beside":
+        raise UserError(
+            f"a {name} has a transformer of its own for the unconditional rows, which no adapter acts on; leave out "
+            f"{option}."
+        )
+
+
 @contextmanager
 def domain_guided(base: Family, tuned: Family, unconditional_strength: float = 0.0) -> Iterator[None]:
     """While open, `tuned` samples with the unconditional branch of guidance from the pretrained denoiser.

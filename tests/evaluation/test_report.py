@@ -142,6 +142,20 @@ def test_the_result_is_left_as_it_was(tmp_path):
     assert [result, analysis] == before
 
 
+def test_the_search_names_what_diverged_and_marks_one_length_of_the_chosen_rate(tmp_path):
+    result = samples.pilot()
+    result["sides"][0]["diverged"] = [4e-3]
+    page = pilot_report(result, tmp_path).read_text(encoding="utf-8")
+    assert "diverged at 0.004" in page
+    best = re.findall(r'<tr class="best">.*?<td class="r">0\.001</td><td class="r">(\d+)</td>', page)
+    assert best == ["150"] * len(result["sides"])
+    assert "the best two of them" in page
+    for side in result["sides"]:
+        for row in side["search"]:
+            del row["seeds"]  # as earlier versions left it
+    assert "the best two of them" not in pilot_report(result, tmp_path).read_text(encoding="utf-8")
+
+
 def test_a_bare_pilot_is_reported(tmp_path):
     result = samples.pilot({"plain": [0.1], "mine": [0.1]}, seeds=(7,))
     for key in ("analysis", "budget", "pictures"):

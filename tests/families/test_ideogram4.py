@@ -7,7 +7,7 @@ from difftuning_control import attach
 from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
-from difftuning_control.pipelines.domain_guidance import domain_guided
+from difftuning_control.pipelines.domain_guidance import check_mixed_family, domain_guided
 from difftuning_control.recipe.adapter import AdapterConfig
 from support.drawing import PROMPTS, TOLERANCE, generators
 from support.flow_families import STOCK, need, shorten
@@ -52,6 +52,11 @@ def test_guidance_of_a_tuned_model_is_domain_guidance_already(family):
     start = torch.stack([torch.randn(16, 16, generator=g) for g in generators(0, 1)])
     torch.testing.assert_close(found, start + pipe.scheduler.sigmas[0] * (base + 3.0 * (tuned - base)), **TOLERANCE)
     assert not [n for n, _ in pipe.unconditional_transformer.named_parameters() if "lora" in n]
+
+
+def test_a_pilot_refuses_a_mixture_before_it_trains(family):
+    with pytest.raises(UserError, match=r"transformer of its own .*; leave out pilot\.unconditional_strength"):
+        check_mixed_family(family, "pilot.unconditional_strength")
 
 
 def test_a_share_of_the_adapter_in_the_unconditional_rows_is_refused(family):

@@ -51,6 +51,7 @@ def test_each_way_gets_the_scale_that_was_best_in_its_search(done):
             (way, scale) for way in ("ordinary", "domain") for scale in SCALES
         ]
         for way, found in side["guidance"]["ways"].items():
+            assert not {"way", "scale", "strength"} & found["summary"].keys()
             best = min((row for row in searched if row["way"] == way), key=lambda row: row["kid"])
             assert (found["scale"], best["seeds"]) == (best["scale"], 2)
             assert [row["seed"] for row in found["runs"]] == [0, 1]

@@ -130,7 +130,7 @@ def _need_complete(pilot: PilotRun) -> None:
 
 
 def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any] | None:
-    """Each side's ways of guidance and how Domain Guidance compares with the ordinary one; None if none was tried."""
+    """Each side's ways of guidance and how the others compare with the ordinary one; None if none was tried."""
     tables = []
     for side in sides:
         if not side.get("guidance"):
@@ -140,7 +140,8 @@ def _guidance(sides: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dic
             steps = side["guidance"].get("steps", max(lengths))
             runs = [row | {"steps": steps} for row in drawn["runs"]]
             row = {"name": way, "way": way, "scale": drawn["scale"], "runs": runs, "best_length": steps}
-            rows.append(row | {"against": compare_sides(row, rows[0], "kid", len(sides)) if rows else None})
+            compared = len(sides) * (len(side["guidance"]["ways"]) - 1)
+            rows.append(row | {"against": compare_sides(row, rows[0], "kid", compared) if rows else None})
         tables.append({"name": side["name"], "rows": rows})
     metrics = [
         m

@@ -100,7 +100,7 @@ def guidance_of_side(runs: SideRuns, side: str, rate: float, length: int) -> dic
         scales[way] = best[1]
     final = [guided.draw(seed, list(scales.items()), final=True) for seed in runs.config.seeds]
     chosen = {
-        way: {"scale": scale, "runs": (drawn := [rows[i] for rows in final]), "summary": summarise(drawn)}
+        way: {"scale": scale, "runs": (drawn := [rows[i] for rows in final]), "summary": summarise(_figures(drawn))}
         for i, (way, scale) in enumerate(scales.items())
     }
     return {"steps": length, "search": [_over_seeds(rows) for rows in tried.values()], "ways": chosen}
@@ -114,6 +114,10 @@ def best_way(guidance: dict[str, Any]) -> tuple[str, float]:
 
 def _of(row: Row) -> tuple[str, float]:
     return row["way"], row["scale"]
+
+
+def _figures(rows: Sequence[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name not in ("way", "scale", "strength")} for row in rows]
 
 
 def _mean_kid(rows: Sequence[Row]) -> float:

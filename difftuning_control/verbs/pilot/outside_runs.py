@@ -18,7 +18,7 @@ from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import read_tensors, write_tensors
-from difftuning_control.verbs.pilot.guidance_search import ORDINARY, best_way, strengths_of
+from difftuning_control.verbs.pilot.guidance_search import MIXTURE, ORDINARY, best_way, strengths_of
 from difftuning_control.verbs.pilot.judge import SHOWN, Guidance, Judge, drawn, save_pictures
 from difftuning_control.verbs.pilot.settings import pilot_identity
 
@@ -69,7 +69,8 @@ def outside_of_side(
     for seed in runs.config.seeds:
         recipe = runs.recipe_of(side, rate, seed)
         folder = Path(recipe.output)
-        done, asked = folder / "outside.json", [pilot_identity(recipe, runs.config), length, way, scale, strength]
+        done, asked = folder / "outside.json", [pilot_identity(recipe, runs.config), length, way, scale]
+        asked += [strength] if way == MIXTURE else []
         identity = digest_of([*asked, outside.sampling.prompts])
         if (found := _kept(done, identity)) is not None:
             rows.append(found)

@@ -1,9 +1,9 @@
 """`difftune pilot`: plain fine-tuning compared with other settings on the data at hand, as a folder with a report.
 
 Every side trains the same steps on the same data with the same seeds. Its learning rate is chosen by the same search,
-on prompts that the final figures do not use: each rate is tried with the first seed, and one that is ahead with all of
-them. Of several lengths the best one is chosen on those prompts too, over all seeds. The measured schedule comes from
-one analysis of the pretrained model at the start.
+on prompts that the final figures do not use: each rate is tried with the first seed, and the best two with all of them.
+Of several lengths the best one is chosen on those prompts too, over all seeds. The measured schedule comes from one
+analysis of the pretrained model at the start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from difftuning_control.evaluation.figures import check_held_out, summarise, thr
 from difftuning_control.evaluation.pilot_figures import PictureRow, PilotPictures, outside_rows, picture_rows
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
-from difftuning_control.pipelines.domain_guidance import check_domain_family
+from difftuning_control.pipelines.domain_guidance import check_domain_family, check_mixed_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
 from difftuning_control.runs.audit import Session, clear_but_audit
@@ -86,6 +86,8 @@ class Pilot:
         self.config = self.family.suited(config)
         if config.guidance_scales:
             check_domain_family(self.family, "pilot.guidance_scales")
+        if config.unconditional_strength is not None:
+            check_mixed_family(self.family, "pilot.unconditional_strength")
         if config.outside == "general" and self.family.class_conditional:
             raise UserError("pilot.outside is general, but this model is told classes and no prompts; name classes.")
         self.conditioner, self.primary = None, PRIMARY

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -70,6 +69,8 @@ class SideRuns:
     def side(self, name: str) -> dict[str, Any]:
         """The search, and what its winner gives."""
         chosen, tried, diverged = self.search_rates(name)
+        for rate in {*tried, *diverged} - {chosen}:
+            self._let_go(name, rate)
         rows = tried[chosen]
         best = self.best_length(rows)
         self.tell(f"      best: rate {chosen:g}, {best} steps")
@@ -78,39 +79,34 @@ class SideRuns:
             scales = ", ".join(f"{way} {drawn['scale']:g}" for way, drawn in guidance["ways"].items())
             self.tell(f"      guidance: {scales}; {best_way(guidance)[0]} was best")
         outside = outside_of_side(self, name, chosen, best, guidance) if self.config.outside else None
-        for rate, seed in product([*tried, *diverged], self.config.seeds):
-            recipe = self.recipe_of(name, rate, seed)
-            self._drop_weights(recipe, keep_result=seed == self.config.seeds[0])
-            settle(Path(recipe.output))
+        self._let_go(name, chosen)
         summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
         return {
             "name": name,
             "tuning": self.recipe_of(name, chosen, self.config.seeds[0]).to_dict()["tuning"],
             "learning_rate": chosen,
             "search": [row for rate, trial in tried.items() for row in self._searched(rate, trial)],
-            "diverged": diverged,
+            "diverged": list(diverged),
             "runs": rows,
             "summary": summary,
             "best_length": best,
             "guidance": guidance,
             "outside": outside,
-            "all_runs": [row for trial in tried.values() for row in trial],
+            "all_runs": [row for trial in (*tried.values(), *diverged.values()) for row in trial],
         }
 
-    def search_rates(self, name: str) -> tuple[float, dict[float, list[Row]], list[float]]:
-        """The learning rate that is best over all seeds, the rows of every one tried, and those that diverged."""
+    def search_rates(self, name: str) -> tuple[float, dict[float, list[Row]], dict[float, list[Row]]]:
+        """The learning rate that is best over all seeds, the rows of every one tried, and of those that diverged."""
         tried: dict[float, list[Row]] = {}
-        diverged: list[float] = []
+        diverged: dict[float, list[Row]] = {}
         rates, first, left = self.rates, self.config.seeds[0], self.config.widen
         while True:
             for rate in rates:
-                if (rows := self._try(name, rate, first)) is None:
-                    diverged.append(rate)
-                else:
-                    tried[rate] = list(rows)
-            before = set(tried)
+                rows = self._try(name, rate, first)
+                (diverged if rows is None else tried)[rate] = list(rows or [])
+            before = dict(tried)
             best = race(tried, self.config.seeds, self._figure, lambda rate, seed: self._try(name, rate, seed))
-            diverged += sorted(before - set(tried))
+            diverged |= {rate: rows for rate, rows in before.items() if rate not in tried}
             if best is None:
                 raise UserError(
                     f"{name} diverged at every learning rate ({', '.join(f'{r:g}' for r in diverged)}); give lower "
@@ -230,6 +226,13 @@ class SideRuns:
         form = METRICS[self.primary].form
         figures = [(row["search"] or row)[self.primary] for row in rows]
         return ", ".join(f"{form.format(v)} at {n} steps" for v, n in zip(figures, self.lengths, strict=True))
+
+    def _let_go(self, side: str, rate: float) -> None:
+        """What is kept of a rate's runs that are judged is settled, and the weights that nothing asks for go."""
+        for seed in self.config.seeds:
+            recipe = self.recipe_of(side, rate, seed)
+            self._drop_weights(recipe, keep_result=seed == self.config.seeds[0])
+            settle(Path(recipe.output))
 
     def _drop_weights(self, recipe: Recipe, keep_result: bool) -> None:
         """What was judged goes: of every run the weights of earlier lengths, and whole models, which are large."""
