@@ -173,6 +173,23 @@ def check_cache(module: Any, component: str) -> None:
         )
 
 
+def check_share(name: str, guiding: Guiding, option: str) -> None:
+    """Refuse a share of the adapter in unconditional rows that a transformer of their own predicts (Ideogram 4).
+
+    Args:
+        name: of the pipeline's class.
+        option: what asks for the share.
+
+    Raises:
+        UserError: in this case.
+    """
+    if guiding.rows == "beside":
+        raise UserError(
+            f"a {name} has a transformer of its own for the unconditional rows, which no adapter acts on; leave out "
+            f"{option}."
+        )
+
+
 def check_scale(pipe: Any, guiding: Guiding, scale: float, unconditional_strength: float) -> None:
     """Refuse Domain Guidance where the stock class has no second branch, and where that branch is a transformer of its
     own (which is the pretrained one always) a share of the adapter in it.
@@ -181,12 +198,9 @@ def check_scale(pipe: Any, guiding: Guiding, scale: float, unconditional_strengt
         UserError: in these cases.
     """
     name, denoiser = type(pipe).__name__, getattr(pipe, guiding.component)
+    if unconditional_strength > 0:
+        check_share(name, guiding, "unconditional_strength")
     if guiding.rows == "beside":
-        if unconditional_strength > 0:
-            raise UserError(
-                f"a {name} has a transformer of its own for the unconditional rows, which no adapter acts on; leave "
-                "unconditional_strength out."
-            )
         return
     if guiding.scale is None:
         raise UserError(

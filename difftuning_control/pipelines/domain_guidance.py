@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.attached import attach, detach
+from difftuning_control.pipelines.checks import check_share
 from difftuning_control.pipelines.guiding import BY_CLASS
 
 if TYPE_CHECKING:
@@ -51,11 +52,7 @@ def check_mixed_family(family: Family, option: str) -> None:
         UserError: for Ideogram 4, which has a transformer of its own for it.
     """
     name = type(family.pipe).__name__
-    if BY_CLASS[name].rows == "beside":
-        raise UserError(
-            f"a {name} has a transformer of its own for the unconditional rows, which no adapter acts on; leave out "
-            f"{option}."
-        )
+    check_share(name, BY_CLASS[name], option)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.verify import verify
 from difftuning_control.training.result import TrainingResult
+from difftuning_control.verbs.pilot.guidance_search import best_way
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from difftuning_control.verbs.train import train
 from support.tiny_models import tiny_flux
@@ -185,6 +186,13 @@ def test_a_mixture_that_is_added_is_a_third_way_and_changes_no_other(study, conf
         assert {r["strength"] for r in after["guidance"]["ways"]["mixture"]["runs"]} == {0.2}
         assert after["guidance"]["ways"]["domain"] == before["guidance"]["ways"]["domain"]
     assert "mixture" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_best_way_is_that_of_the_best_scale_with_all_seeds():
+    rows = [("ordinary", 1.5, 1, 3.0), ("ordinary", 2.0, 3, 5.0), ("domain", 1.5, 3, 4.0), ("domain", 2.0, 3, 6.0)]
+    search = [{"way": way, "scale": scale, "seeds": seeds, "kid": kid} for way, scale, seeds, kid in rows]
+    ways = {"ordinary": {"scale": 2.0}, "domain": {"scale": 1.5}}
+    assert best_way({"search": search, "ways": ways}) == ("domain", 1.5)
 
 
 @pytest.mark.parametrize(("strength", "scales"), [(0.0, SCALES), (1.0, SCALES), (0.5, [])])

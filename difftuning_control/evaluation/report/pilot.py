@@ -66,6 +66,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         settings=[*flatten(pilot.settings, "pilot."), *flatten(pilot.recipe_values or {})],
         steps=next_steps(pilot, best, by_name, bool(pictures)),
         searched=_measured([row for s in sides for row in s["search"]]),
+        over_seeds=any("seeds" in row for s in sides for row in s["search"]),  # not in records of earlier versions
         at_the_end=[s for s in sides if _at_the_end(s)],
         judge=base.get("domain_judge"),
         guidance=_guidance(sides, pilot.settings.get("lengths", [])),

@@ -107,9 +107,13 @@ def guidance_of_side(runs: SideRuns, side: str, rate: float, length: int) -> dic
 
 
 def best_way(guidance: dict[str, Any]) -> tuple[str, float]:
-    """The way of guidance with the lowest KID in the search, and its scale."""
-    way = min(guidance["search"], key=lambda row: row["kid"])["way"]
-    return way, guidance["ways"][way]["scale"]
+    """The way of guidance that had the lowest KID in the search at its scale, and that scale.
+
+    Other scales do not count: a figure of one seed may be lower than a mean over all, where the others are harder.
+    """
+    scales = {way: drawn["scale"] for way, drawn in guidance["ways"].items()}
+    chosen = [row for row in guidance["search"] if row["scale"] == scales[row["way"]]]
+    return _of(min(chosen, key=lambda row: row["kid"]))
 
 
 def _of(row: Row) -> tuple[str, float]:
