@@ -22,7 +22,7 @@ from torch import Tensor
 from difftuning_control.adapters.kinds import ADAPTER, lora_state, own_parts
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import write_json
-from difftuning_control.system.tensors import set_metadata, whole_tensors, write_tensors
+from difftuning_control.system.tensors import refuse_unreadable, set_metadata, whole_tensors, write_tensors
 from difftuning_control.system.untrusted import from_json, refuse_pickle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -96,7 +96,12 @@ def _files_in(folder: Path) -> str:
 
 
 def metadata_and_shapes(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The metadata of a safetensors file, and the shape of each tensor."""
+    """The metadata of a safetensors file, and the shape of each tensor.
+
+    Raises:
+        UserError: if it may not be read, or is damaged.
+    """
+    refuse_unreadable(path)
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

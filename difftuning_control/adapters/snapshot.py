@@ -63,13 +63,15 @@ def check_savable(pipe: Any) -> list[str]:
     """The names of a pipeline's adapters.
 
     Raises:
-        UserError: for one that no file holds: parts of several kinds, or a kind other than LoRA on a text encoder.
+        UserError: for one that no file holds: parts of several kinds, or a kind other than LoRA on a text encoder; or
+            one that would act once it is loaded and does not now, since peft runs none beside a fused one.
     """
     modules, savable = tuned_modules(pipe), dict[str, None]()
     component, _ = denoiser_of(pipe)
     for part, module in modules.items():
         for name in loaded_adapters(module):
             savable[name] = None
+            _check_not_beside_fused(module, name, part)
             if part == component:
                 continue
             kinds = {_peft_type(m, name) for m in modules.values() if name in loaded_adapters(m)}
@@ -80,6 +82,16 @@ def check_savable(pipe: Any) -> list[str]:
                     f"{type(pipe).__name__}.save_lora_weights takes; unload it, or fuse it, before saving."
                 )
     return list(savable)
+
+
+def _check_not_beside_fused(module: nn.Module, name: str, part: str) -> None:
+    layers = [layer for layer in _layers(module).values() if name in layer.active_adapters]
+    fused = sorted({other for layer in layers for other in layer.merged_adapters})
+    if fused:
+        raise UserError(
+            f"{', '.join(fused)} is fused in {part}, where {name} therefore does not act, and would once it is loaded; "
+            f"unfuse (unfuse_lora), or take {name} away (delete_adapters), before saving."
+        )
 
 
 def _peft_type(module: Any, name: str) -> str:

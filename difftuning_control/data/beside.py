@@ -12,6 +12,7 @@ from typing import Literal
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.examples import Row, listed
 from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.names import composed
 from difftuning_control.data.splits import below, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import leads_outside, read_file
@@ -71,5 +72,5 @@ def paired(
 
 
 def _key(folder: Path, name: str | Path) -> str:
-    """The way to a picture from its folder, without the ending of its name."""
-    return Path(os.path.relpath(folder / name, folder)).with_suffix("").as_posix()
+    """The way to a picture from its folder, without the ending of its name, in composed form."""
+    return composed(Path(os.path.relpath(folder / name, folder)).with_suffix("").as_posix())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,7 +116,7 @@ class ImageData:
     def split(self, holdout: float) -> tuple[ImageData, ImageData]:
         """Examples to tune on and held-out ones, the latter rounded up from their share; always the same ones."""
         order = np.random.default_rng(0).permutation(len(self))
-        count = int(np.ceil(len(self) * holdout))
+        count = math.ceil(round(len(self) * holdout, 9))  # 7 of 100 for 0.07, which is a little more as a float
         if holdout > 0 and count >= len(self):
             raise UserError(
                 f"{self.source} has {len(self)} usable pictures, and holding out {holdout:.0%} of them leaves none to "

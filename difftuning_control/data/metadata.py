@@ -12,6 +12,7 @@ from typing import Any
 
 from difftuning_control.data.checker import CONDITION, Checker
 from difftuning_control.data.examples import Columns, Row
+from difftuning_control.data.names import in_either_form
 from difftuning_control.data.splits import below, is_hidden, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import from_json, leads_outside, read_file, read_text
@@ -102,13 +103,13 @@ def metadata_rows(
         if not isinstance(file_name, str):
             checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
             continue
-        used = {"": below(folder, path.parent / file_name)}
+        used = {"": in_either_form(below(folder, path.parent / file_name))}
         is_above = path.parent == folder or not used[""].is_relative_to(folder)
         name = file_name if is_above else used[""].relative_to(folder).as_posix()
         if Path(os.path.normpath(used[""])) in others:
             continue
         if names.condition is not None:
-            used[CONDITION] = below(folder, path.parent / str(row.get(names.condition) or ""))
+            used[CONDITION] = in_either_form(below(folder, path.parent / str(row.get(names.condition) or "")))
         for what, file in used.items():
             if leads_outside(file, folder) is not None:
                 checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"

@@ -19,6 +19,7 @@ from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dat
 from difftuning_control.data.examples import Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS, unread_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
+from difftuning_control.data.names import FilesByStem
 from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
@@ -190,13 +191,13 @@ def place_of_data(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def caption_files(files: Iterable[Path]) -> dict[Path, Path]:
-    """Files with captions by the path of their picture without its ending."""
+def caption_files(files: Iterable[Path]) -> FilesByStem:
+    """Files with captions, which lie beside their pictures."""
     known, found = sorted(files), dict[Path, Path]()
     for path in (p for end in CAPTIONS for p in known if p.suffix.lower() == end):
         if path.with_suffix("") not in found or (path.is_file() and path.stat().st_size):
             found[path.with_suffix("")] = path
-    return found
+    return FilesByStem(found)
 
 
 def _folder_rows(
@@ -228,7 +229,7 @@ def _folder_rows(
     tables = {p.parent: p for p in files if p.name in METADATA}  # which are read at the top, or of a split
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     for path in sorted({*pictures, *(p for p in files if p.is_dir())}):
-        name, beside = path.relative_to(folder).as_posix(), texts.get(path.with_suffix(""))
+        name, beside = path.relative_to(folder).as_posix(), texts.beside(path)
         own = [path] if beside is None else [path, beside]
         used.update(own)
         if (target := next(filter(None, (leads_outside(p, folder) for p in own)), None)) is not None:

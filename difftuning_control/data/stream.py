@@ -24,6 +24,7 @@ from difftuning_control.data.checker import Checker, trigger_alone
 from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
 from difftuning_control.data.examples import Example, ImageData, Read, Row, listed, with_reasons
 from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
+from difftuning_control.data.names import in_either_form
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.data.splits import (
     ALL,
@@ -177,7 +178,7 @@ class Collection:
     def _reader(self, cell: Any, file: int) -> Read:
         def read(most: int) -> bytes:
             if self.kind == "json":
-                path = below(self.folder, self.places[file] / str(cell))
+                path = in_either_form(below(self.folder, self.places[file] / str(cell)))
                 if leads_outside(path, self.folder) is not None:
                     raise UserError("is named by metadata.jsonl but lies outside the folder")
                 if is_hidden(path, self.folder):

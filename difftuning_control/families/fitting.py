@@ -13,6 +13,7 @@ from difftuning_control.families.few_steps import FewSteps
 from difftuning_control.families.fit import EMBEDDED, Fit
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import family_class, few_steps_of
+from difftuning_control.objective.rows import rows_of_share
 from difftuning_control.recipe.recipe import OF_TRIGGER, Recipe
 from difftuning_control.recipe.training import ScheduleConfig
 from difftuning_control.system.terminal import activity
@@ -165,7 +166,7 @@ def _bank_share(recipe: Recipe, batch: int) -> float | None:
     """One row of a step for retention where its share of a small step is less than that; None where it is not."""
     rows = batch * recipe.training.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     ratio = recipe.tuning.retention_ratio
-    if ratio == 0 or int(rows * ratio) >= 1 or rows < 2:
+    if ratio == 0 or rows_of_share(rows, ratio) >= 1 or rows < 2:
         return None
     return 1 / rows
 

@@ -37,6 +37,7 @@ from difftuning_control.objective.rows import (
     draw_items,
     extend_rows,
     moved,
+    rows_of_share,
     sums_by_role,
 )
 from difftuning_control.objective.schedules import (
@@ -94,6 +95,10 @@ class DiffTuningObjective:
             raise ValueError(f"variance is {self.variance!r}; expected fixed or hybrid.")
         if self.variance == "hybrid" and self.process.prediction != "epsilon":
             raise ValueError(f"variance is hybrid, which is defined for epsilon, not for {self.process.prediction}.")
+        if self.variance == "hybrid" and not self.process.alphas[-1] > 0:
+            raise ValueError(
+                "variance is hybrid, whose bound divides by alpha, and alpha is 0 at the last level; say fixed."
+            )
         if self.estimator not in ("sample", "weight"):
             raise ValueError(f"estimator is {self.estimator!r}; expected sample or weight.")
         if not 0 <= self.retention_weight < math.inf:
@@ -167,7 +172,7 @@ class DiffTuningObjective:
 
     def retention_rows(self, batch_size: int) -> int:
         """How many rows of a batch of this size come from the bank (rounded down, as in the authors' code)."""
-        return int(batch_size * self.retention_ratio) if self.uses_retention else 0
+        return rows_of_share(batch_size, self.retention_ratio) if self.uses_retention else 0
 
     # --- the hook for other people's loops: add_bank_rows, extend_rows (or mix), sample_timesteps, reduce ------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,11 @@ class Bank(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, items: Tensor) -> Tensor: ...
+
+
+def rows_of_share(batch_size: int, share: float) -> int:
+    """A share of a batch in whole rows, rounded down: 29 of 100 for 0.29, which is a little less as a float."""
+    return math.floor(round(batch_size * share, 9))
 
 
 def check_roles(is_retention: Tensor) -> None:

@@ -7,25 +7,14 @@ The object's class becomes a subclass of its own, of the same name, whose `__cal
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.checks import check_place, check_source
-from difftuning_control.pipelines.control_strength import ControlUse
 from difftuning_control.pipelines.extras import TunedSampling, like
 from difftuning_control.pipelines.guiding import guiding_of
 from difftuning_control.pipelines.sampling import Sampling, nets_of
-from difftuning_control.pipelines.settings import UNCHANGED, Extras
-
-
-@dataclass
-class _Attachment:
-    """What an attached class holds: its settings, and the pretrained denoiser where there is one."""
-
-    extras: Extras
-    source: Any
-    control_use: list[ControlUse] = field(default_factory=list)
+from difftuning_control.pipelines.settings import UNCHANGED, Attachment, Extras, attachment_of
 
 
 def attach(
@@ -76,7 +65,7 @@ def attach(
     if source is not None:
         check_source(getattr(pipe, guiding.component), source, guiding.component)
     detach(pipe)
-    pipe.__class__ = _attached_class(type(pipe), _Attachment(extras, source))
+    pipe.__class__ = _attached_class(type(pipe), Attachment(extras, source))
     return pipe
 
 
@@ -91,17 +80,12 @@ def detach(pipe: Any) -> Any:
     return pipe
 
 
-def attachment_of(pipe: Any) -> _Attachment | None:
-    """The settings of an attached pipeline."""
-    return vars(type(pipe)).get("attachment")
-
-
-def attached(stock: Any, attachment: _Attachment) -> Any:
+def attached(stock: Any, attachment: Attachment) -> Any:
     """A pipeline without its state: what `pickle` and `copy` begin with."""
     return stock.__new__(_attached_class(stock, attachment))
 
 
-def _attached_class(stock: Any, attachment: _Attachment) -> Any:
+def _attached_class(stock: Any, attachment: Attachment) -> Any:
     """A subclass that is called like the stock class, by which diffusers and users know it."""
     run: Callable[..., Any] = stock.__call__
     source = attachment.source

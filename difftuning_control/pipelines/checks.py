@@ -160,15 +160,18 @@ def check_compiled(module: nn.Module, component: str, changes: str | None) -> No
         )
 
 
-def check_cache(module: Any, component: str) -> None:
+def check_cache(module: Any, component: str, setting: str = "domain_guidance") -> None:
     """Refuse a cache of what blocks gave in the forward before, which may have been with other weights.
+
+    Args:
+        setting: what changes the weights.
 
     Raises:
         UserError: if one is enabled.
     """
     if getattr(module, "is_cache_enabled", False):
         raise UserError(
-            f"the {NAMES[component]} reuses what it computed a forward before (enable_cache), which domain_guidance "
+            f"the {NAMES[component]} reuses what it computed a forward before (enable_cache), which {setting} "
             f"would mix with what other weights computed; call pipe.{component}.disable_cache()."
         )
 
@@ -207,7 +210,10 @@ def check_scale(pipe: Any, guiding: Guiding, scale: float, unconditional_strengt
             f"domain_guidance needs a second prediction with a scale, and a {name} has none; use hand_over or "
             "adapter_schedule."
         )
-    given = f"{guiding.scale} {scale:g}"
+    try:
+        given = f"{guiding.scale} {scale:g}"
+    except (TypeError, ValueError):
+        raise UserError(f"{guiding.scale} is {scale!r}; expected a number.") from None
     if scale != guiding.neutral and not scale > guiding.above:
         more = "or more" if guiding.above == guiding.neutral else f"or more than {guiding.above:g}"
         raise UserError(

@@ -19,7 +19,7 @@ from difftuning_control.families.control import compare_configs
 from difftuning_control.pipelines.control_strength import ControlUse
 from difftuning_control.pipelines.extras import CONTROL_SETTINGS, TunedSampling, like
 from difftuning_control.pipelines.sampling import Sampling, bound, nets_of
-from difftuning_control.pipelines.settings import UNCHANGED
+from difftuning_control.pipelines.settings import UNCHANGED, extras_of
 from difftuning_control.pipelines.specs import find_spec
 
 
@@ -175,9 +175,12 @@ class ControlledSampling(TunedSampling):
         if ready:
             return photos
         batch = list(photos) if isinstance(photos, (list, tuple)) else [photos]
-        strange = next((p for p in batch if not isinstance(p, Image.Image)), None)
-        if strange is not None or not batch:
-            raise UserError(f"preprocess=True takes PIL pictures; found {type(strange).__name__}. Give Image.open(…).")
+        strange = [type(p).__name__ for p in batch if not isinstance(p, Image.Image)]
+        if strange or not batch:
+            found = "none" if not batch or photos is None else strange[0]
+            raise UserError(
+                f"preprocess=True takes PIL pictures; found {found}. Give {self.control_argument}=Image.open(…)."
+            )
         conditions = [self._conditioner(index).prepare(photo, height, width) for photo in batch]
         return conditions if isinstance(photos, (list, tuple)) else conditions[0]
 
@@ -208,9 +211,9 @@ class ControlledSampling(TunedSampling):
         pipe = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, ControlledSampling) and isinstance(pipe, ControlledSampling):
             pipe._specs = list(pipeline._specs)
-            functions = pipeline.extras.control_schedule  # a function is in no configuration
-            if functions is not None and pipe.nets == pipeline.nets:
-                pipe.set_extras(control_schedule=kwargs.get("control_schedule", list(functions)))
+        functions = extras_of(pipeline).control_schedule  # a function is in no configuration
+        if functions is not None and isinstance(pipe, ControlledSampling) and pipe.nets == nets_of(pipeline):
+            pipe.set_extras(control_schedule=kwargs.get("control_schedule", list(functions)))
         return pipe
 
     @like(DiffusionPipeline.save_pretrained)

@@ -17,6 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.hub import quiet_loading
 from difftuning_control.families.loading import load_controlnet_model
 from difftuning_control.pipelines.registry import BY_STOCK
+from difftuning_control.pipelines.settings import extras_of
 
 ADAPTER_RESULTS = (LORA_FILE, DIFFFIT_FILE, PEFT_FOLDER)
 
@@ -66,7 +67,7 @@ def add_control(
     present = [] if has is None else list(getattr(has, "nets", [has]))
     added = load_controlnets(pipe, controlnet, target)
     nets = [*present, *added]
-    if (schedule := getattr(getattr(pipe, "extras", None), "control_schedule", None)) is not None:
+    if (schedule := extras_of(pipe).control_schedule) is not None:
         extras = {"control_schedule": [*schedule, *[None] * len(added)]} | extras
     made = target.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0], **extras)
     if spec is not None:

@@ -17,9 +17,10 @@ from difftuning_control.adapters.snapshot import load_adapters, save_adapters, t
 from difftuning_control.errors import UserError
 from difftuning_control.families.hub import in_precision
 from difftuning_control.pipelines.checks import check_source
+from difftuning_control.pipelines.guiding import guiding_of
 from difftuning_control.pipelines.sampling import Sampling, bound
 from difftuning_control.pipelines.saved import ADAPTERS, check_adapters, saved_folder, unsaved_settings
-from difftuning_control.pipelines.settings import UNCHANGED, Extras
+from difftuning_control.pipelines.settings import UNCHANGED, Extras, attachment_of
 from difftuning_control.pipelines.strength import Strength
 
 AS_IT_IS: Any = object()  # the dtype that `from_pipe` casts shared modules to: none
@@ -188,13 +189,19 @@ class TunedSampling:
     @classmethod
     @like(DiffusionPipeline.from_pipe.__func__)
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As in the stock class, but shared modules keep their dtype and device unless `dtype` is given."""
+        """As in the stock class, but shared modules keep their dtype and device unless `dtype` is given, and what was
+        attached to the other pipeline comes along."""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs = {**kwargs, **in_precision(AS_IT_IS)}
         if kwargs.get("domain_guidance") is False:  # what the other's configuration has is for its own
             kwargs.setdefault("unconditional_strength", None)
         elif kwargs.get("unconditional_strength") is not None:
             kwargs.setdefault("domain_guidance", True)
+        if (attachment := attachment_of(pipeline)) is not None:  # of which no configuration tells
+            held = {name: value for name, value in vars(attachment.extras).items() if name in SETTINGS}
+            kwargs = {**held, "unconditional_strength": attachment.extras.unconditional_strength or None, **kwargs}
+            if guiding_of(pipeline).component == cls.component:
+                kwargs.setdefault(f"source_{cls.component}", attachment.source)
         parent: Any = super()
         pipe = parent.from_pipe(pipeline, **kwargs)
         functions = isinstance(pipeline, TunedSampling) and pipeline.extras.adapter_schedule

@@ -68,8 +68,8 @@ def active_adapters(module: nn.Module) -> list[str]:
     for layer in tuner_layers(module):
         if isinstance(layer, TrainedWhole):
             names[layer.name] = None
-        elif not layer.disable_adapters:
-            its = layer._get_available_adapters() - set(layer.merged_adapters)
+        elif not layer.disable_adapters and not layer.merged_adapters:  # beside a fused one peft runs none
+            its = layer._get_available_adapters()
             names |= {name: None for name in layer.active_adapters if name in its}
     return list(names)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import is_compiled_module
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import Tensor
 
 from difftuning_control.errors import UserError
@@ -27,6 +27,7 @@ from difftuning_control.pipelines.checks import (
     tuned_among,
 )
 from difftuning_control.pipelines.control_strength import ControlUse, check_skippable, control_strength
+from difftuning_control.pipelines.freeu import freeu_alike
 from difftuning_control.pipelines.guidance import (
     AtForward,
     SamplingHook,
@@ -131,8 +132,10 @@ class Sampling:
             check_scale(self.pipe, guiding, scale, extras.unconditional_strength)
         # at the scale that means no guidance the formula is the tuned prediction
         is_guided = extras.domain_guidance and scale > guiding.above
+        if is_guided or extras.changes_by_step:
+            step = "hand_over" if extras.adapter_schedule is None else "adapter_schedule"
+            check_cache(self.denoiser, self.component, "domain_guidance" if is_guided else step)
         if is_guided:
-            check_cache(self.denoiser, self.component)
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
             branch = guiding.branch(self.pipe, call)
@@ -146,6 +149,8 @@ class Sampling:
                 how = guiding.encoders
                 stack.enter_context(encoding_negative_prompts(self.pipe, its, how, extras.unconditional_strength))
             share = extras.unconditional_strength
+            if self.source is not None:
+                stack.enter_context(freeu_alike(unwrap_module(self.denoiser), unwrap_module(self.source)))
             yield stack.enter_context(
                 tuned_weights(self.denoiser, weights, strength, branch, scale, share, guiding.lists)
             )

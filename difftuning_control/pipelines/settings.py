@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from difftuning_control.errors import UserError
+from difftuning_control.pipelines.control_strength import ControlUse
 from difftuning_control.pipelines.strength import Strength, as_strength, check_u, stored
 
 UNCHANGED: Any = object()
@@ -92,6 +93,8 @@ class Extras:
         if "tuned_adapters" in changes:
             names = changes["tuned_adapters"]
             listed = [names] if isinstance(names, str) else names
+            if not isinstance(listed, (list, tuple, type(None))):
+                raise UserError(f"tuned_adapters is {names!r}; expected names of adapters, or None.")
             changes["tuned_adapters"] = None if listed is None else tuple(listed)
         if changes.get("adapter_schedule") is not None:
             changes["adapter_schedule"] = as_strength(changes["adapter_schedule"])
@@ -112,7 +115,27 @@ class Extras:
         }
 
 
-NAMES = tuple(field.name for field in fields(Extras))
+@dataclass
+class Attachment:
+    """What the class of an attached pipeline holds: its settings, and the pretrained denoiser where there is one."""
+
+    extras: Extras
+    source: Any
+    control_use: list[ControlUse] = field(default_factory=list)
+
+
+def attachment_of(pipe: Any) -> Attachment | None:
+    """The settings of an attached pipeline."""
+    return vars(type(pipe)).get("attachment")
+
+
+def extras_of(pipe: Any) -> Extras:
+    """The settings of a drop-in or an attached pipeline; those of a stock one have no effect."""
+    attachment = attachment_of(pipe)
+    return getattr(pipe, "extras", Extras()) if attachment is None else attachment.extras
+
+
+NAMES = tuple(setting.name for setting in fields(Extras))
 
 
 def _of_controls(given: Any, nets: int) -> tuple[Strength | None, ...] | None:

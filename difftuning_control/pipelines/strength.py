@@ -71,7 +71,7 @@ def as_strength(given: Any) -> Strength:
         kind = given.get("kind")
         if kind == "table":
             return _of_table(given)
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             known = ", ".join([*KINDS, "table"])
             raise UserError(f"the schedule's kind is {kind!r}; expected one of {known}.")
         try:

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel
 
 from difftuning_control.families.sd import check_controlnet
 from difftuning_control.pipelines.control import ControlledSampling
-from difftuning_control.pipelines.extras import TunedSampling, like
+from difftuning_control.pipelines.extras import TunedSampling
 
 
 class UNetSampling(TunedSampling):
     """`TunedSampling` of a Stable Diffusion or SDXL pipeline."""
 
     component: ClassVar[str] = "unet"
-
-    @like(StableDiffusionPipeline.enable_freeu)
-    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
-        """As in the stock class, for the source UNet as well."""
-        parent: Any = super()
-        parent.enable_freeu(*args, **kwargs)
-        if self.source is not None:
-            self.source.enable_freeu(*args, **kwargs)
-
-    @like(StableDiffusionPipeline.disable_freeu)
-    def disable_freeu(self) -> None:
-        """As in the stock class, for the source UNet as well."""
-        parent: Any = super()
-        parent.disable_freeu()
-        if self.source is not None:
-            self.source.disable_freeu()
 
 
 class ControlledUNet(ControlledSampling, UNetSampling):

@@ -254,8 +254,10 @@ class Recipe:
 
     def bank_size(self, rows: int) -> int:
         """How many samples the bank of this run has, with so many rows to an optimizer step on all processes."""
+        from difftuning_control.objective.rows import rows_of_share  # saves torch for what is only read
+
         most = MOST_SAMPLES if self.method == "lora" else MOST_UNMEASURED
-        return self.bank.size_for(self.training.max_steps * int(rows * self.tuning.retention_ratio), most)
+        return self.bank.size_for(self.training.max_steps * rows_of_share(rows, self.tuning.retention_ratio), most)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -327,6 +327,11 @@ class TrainingConfig:
             need(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("lr_warmup_steps", "validate_every", "sample_every", "stop_after"):
             need(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise UserError(
+                f"training.lr_warmup_steps is {self.lr_warmup_steps}, but training.lr_scheduler constant has no "
+                "warm-up; say constant_with_warmup, or leave the steps out."
+            )
         rate, decay, norm = self.learning_rate, self.weight_decay, self.max_grad_norm
         need(0 < rate < math.inf, "training.learning_rate", rate, "a finite number above 0")
         need(0 <= decay < math.inf, "training.weight_decay", decay, "a finite number of at least 0")

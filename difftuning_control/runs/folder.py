@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
+NUMBERED = re.compile(r"checkpoint-\d+|step-\d{6,}")  # folders
 WRITTEN = (
     "pytorch_lora_weights.safetensors",
     "pipeline",
@@ -168,7 +170,7 @@ class OutputFolder:
         self.sweep()
         # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
         for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == RECORD, p.name)):
-            if entry.name in WRITTEN or entry.name.startswith(("checkpoint-", "step-")):
+            if entry.name in WRITTEN or (entry.is_dir() and NUMBERED.fullmatch(entry.name)):
                 discard(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,12 +48,22 @@ def beside(path: Path) -> Iterator[Path]:
 def place(temporary: Path, path: Path) -> None:
     """Rename a file or a folder that is whole to a name that is free or of a file, once its bytes are on the disk."""
     files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
+    opened = 0o666 & ~_umask()
     for file in files:
+        if not file.is_symlink() and (mode := stat.S_IMODE(file.stat().st_mode)) | opened != mode:
+            os.chmod(file, mode | opened)  # safetensors writes for the owner alone
         sync(file)
     for folder in {file.parent for file in files if temporary.is_dir()}:
         sync_folder(folder)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """What the user wants taken from the permissions of new files, which can only be asked for by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def discard(folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -100,6 +100,19 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
         return None
 
 
+def refuse_unreadable(path: Path, what: str = "") -> None:
+    """Refuse a file that is there and may not be read, of which safetensors says that it is not there.
+
+    Raises:
+        UserError: in this case.
+    """
+    try:
+        with suppress(FileNotFoundError, IsADirectoryError), path.open("rb"):
+            pass
+    except PermissionError as error:
+        raise UserError(f"{what}{path} cannot be read ({error.strerror}); ask who may read it.") from None
+
+
 def whole_tensors(path: Path, what: str = "") -> dict[str, Tensor]:
     """The tensors of a safetensors file that must be there.
 
@@ -107,8 +120,9 @@ def whole_tensors(path: Path, what: str = "") -> dict[str, Tensor]:
         what: stands before its place in the refusal.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it is damaged, or may not be read.
     """
+    refuse_unreadable(path, what)
     tensors = read_tensors(path)
     if tensors is None:
         raise UserError(f"{what}{path} is damaged or no safetensors file; give a whole one.")

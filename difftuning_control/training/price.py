@@ -21,6 +21,7 @@ from difftuning_control.families.fitting import fitted
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base, pipeline_name
 from difftuning_control.objective.noise import BANDS
+from difftuning_control.objective.rows import rows_of_share
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.inputs import HELD_OUT
 from difftuning_control.recipe.recipe import Recipe
@@ -117,7 +118,7 @@ def planned_forwards(recipe: Recipe, pictures: Pictures, guided: bool = True) ->
     def drawn(count: int, steps: int, scale: float) -> int:
         return count * steps * (2 if scale > 1 and guided else 1)
 
-    retained = int(rows * tuning.retention_ratio)
+    retained = rows_of_share(rows, tuning.retention_ratio)
     held = min(pictures.held_out, training.validation_size)
     held += max(1, min(training.validation_size, size // HELD_OUT)) if size >= 2 else size
     grids = 1 + to_come["sampling"] if training.sample_every else 0

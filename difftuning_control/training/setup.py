@@ -26,6 +26,7 @@ from difftuning_control.families.loading import load_controlnet
 from difftuning_control.objective.budget import ForgettingBudget, spread_budget
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.noise import NoiseProcess
+from difftuning_control.objective.rows import rows_of_share
 from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.identity import rows_of_step
@@ -43,7 +44,7 @@ BUDGET_ROWS, BUDGET_POINTS = 64, 40  # bank items and points of u at which the b
 def check_bank_rows(recipe: Recipe, processes: int) -> None:
     """Refuse a step that is too small for its share of bank rows."""
     rows, ratio = rows_of_step(recipe, processes), recipe.tuning.retention_ratio
-    if ratio > 0 and int(rows * ratio) == 0:
+    if ratio > 0 and rows_of_share(rows, ratio) == 0:
         kind = "the bank" if recipe.uses_bank else "retention"
         raise UserError(
             f"training.batch_size {recipe.training.batch_size} makes {rows} rows a step, and tuning.retention_ratio "

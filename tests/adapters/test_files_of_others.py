@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -399,6 +401,23 @@ NO_FILES = {
 def test_a_file_that_is_none_is_told(content, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(content)
     assert_refused(pipe_of("sd"), tmp_path / "lora.safetensors", "is damaged or no safetensors file; give a whole one")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has no such permissions")
+def test_a_file_that_may_not_be_read_is_not_called_damaged():
+    pipe, me = pipe_of("sd"), os.geteuid()
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder) / "lora.safetensors"
+        save_file({"a": torch.zeros(1)}, file)
+        file.chmod(0)
+        try:
+            if me == 0:  # who may read everything
+                os.seteuid(65534)
+            with pytest.raises(UserError, match=r"lora\.safetensors cannot be read \(Permission denied\); ask"):
+                load_adapter(pipe, file)
+        finally:
+            os.seteuid(me)
 
 
 def test_a_folder_with_files_of_other_names_says_which(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.datasets import dataset_rows
-from difftuning_control.data.examples import Columns, ImageData
+from difftuning_control.data.examples import Columns, Example, ImageData
 from difftuning_control.data.images import decode_image, fit_square
 from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set, load_images
 from difftuning_control.errors import UserError
@@ -431,3 +431,9 @@ def test_squares_keep_colours_and_their_ends():
     square = fit_square(Image.new("RGB", (30, 17), (255, 0, 51)), 8)
     np.testing.assert_allclose(square.mean((1, 2)), [1, -1, -0.6], atol=1e-6)
     assert square.std((1, 2)).max() < 1e-6
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(100, 0.07, 7), (50, 0.14, 7), (25, 0.28, 7), (8, 0.1, 1)])
+def test_a_share_that_is_held_out_is_not_a_picture_too_many_for_its_rounding(count, share, held):
+    examples = [Example(str(i), "", str(i), lambda: None) for i in range(count)]
+    assert [len(part) for part in ImageData("set", examples).split(share)] == [count - held, held]

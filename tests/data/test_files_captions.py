@@ -12,6 +12,7 @@ from difftuning_control.data.sources import load_images
 from difftuning_control.data.stream import Collection, Stream
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import DataConfig
+from difftuning_control.recipe.masking import Masking
 from support.pictures import write_pictures
 
 
@@ -229,3 +230,48 @@ def test_a_column_that_holds_no_pictures_is_said_while_streaming(folder):
     collection = Collection(DataConfig(str(folder / "set"), stream=True))
     with pytest.raises(UserError, match=r"^train\.parquet of .* cannot be read from row 0 on \(Arrow"):
         list(collection.rows(0))
+
+
+# --- names of a Mac -------------------------------------------------------------------------------------------------
+
+ONE, TWO = "caf\u00e9", "cafe\u0301"  # é as one character, and as two
+
+
+@pytest.mark.parametrize(("picture", "text"), [(ONE, TWO), (TWO, ONE)])
+def test_a_caption_lies_beside_a_picture_in_either_form_of_unicode(folder, picture, text):
+    (folder / "0.png").rename(folder / f"{picture}.png")
+    (folder / f"{text}.txt").write_text("a cup")
+    assert "a cup" in [e.caption for e in load_images(str(folder), skip_bad=True).examples]
+
+
+def test_a_caption_of_the_very_name_comes_first(folder):
+    for number, name in enumerate((ONE, TWO)):
+        (folder / f"{number}.png").rename(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"cup {number}")
+    (folder / "2.png").unlink()
+    assert sorted(captions(folder)) == ["cup 0", "cup 1"]
+
+
+@pytest.mark.parametrize(("named", "there"), [(ONE, TWO), (TWO, ONE)])
+def test_metadata_name_a_picture_in_either_form_of_unicode(folder, named, there):
+    below = folder / there
+    below.mkdir()
+    (folder / "0.png").rename(below / f"{there}.png")
+    row = {"file_name": f"{named}/{named}.png", "text": "a cup"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert captions(folder) == ["a cup"]
+    (row,) = Collection(DataConfig(str(folder), stream=True)).rows(0)
+    assert row.read(1 << 20) == (below / f"{there}.png").read_bytes()
+
+
+def test_masks_and_conditions_are_found_in_either_form_of_unicode(folder, tmp_path_factory):
+    masks = tmp_path_factory.mktemp("masks")
+    write_pictures(masks, 1)
+    (masks / "metadata.jsonl").unlink()
+    (masks / "0.png").rename(masks / f"{TWO}.png")
+    (folder / "0.png").rename(folder / f"{ONE}.png")
+    (folder / f"{ONE}.txt").write_text("a cup")
+    for other in ("1.png", "2.png"):
+        (folder / other).unlink()
+    (example,) = load_images(str(folder), masking=Masking(str(masks), 0.1)).examples
+    assert example.mask_digest is not None

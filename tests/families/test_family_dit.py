@@ -312,6 +312,9 @@ def test_hybrid_is_refused_where_nothing_predicts_a_variance(make):
         objective.losses(rows, rows, noised)
     with pytest.raises(ValueError, match="defined for epsilon, not for v_prediction"):
         objective_of(replace(process, prediction="v_prediction"), "hybrid")
+    silent = DDPMScheduler(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="alpha is 0 at the last level; say fixed"):
+        objective_of(NoiseProcess.from_scheduler(silent), "hybrid")
     with pytest.raises(ValueError, match="expected fixed or hybrid"):
         objective_of(process, "learned")
     with pytest.raises(UserError, match="does not predict its variance"):
@@ -1025,12 +1028,13 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
     for i, example in enumerate(icons[:4]):
         (tmp_path / "data" / ("eel", "owl")[i // 2]).mkdir(parents=True, exist_ok=True)
         example.load().save(tmp_path / "data" / ("eel", "owl")[i // 2] / f"{i}.png")
+    vae = load_family("embedded").pipe.vae
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=40,
-        in_channels=12,
-        out_channels=24,
+        in_channels=vae.config.latent_channels,
+        out_channels=2 * vae.config.latent_channels,
         num_layers=3,
         sample_size=8,
         patch_size=2,
@@ -1039,7 +1043,7 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
     for block in transformer.transformer_blocks:  # each begins as the identity, as in the paper
         torch.nn.init.zeros_(block.norm1.linear.weight)
         torch.nn.init.zeros_(block.norm1.linear.bias)
-    pipe = DiTPipeline(transformer, load_family("embedded").pipe.vae, tiny_dit().scheduler)
+    pipe = DiTPipeline(transformer, vae, tiny_dit().scheduler)
     family_of(pipe).save_pipeline(tmp_path / "model")
     recipe = make(
         "",

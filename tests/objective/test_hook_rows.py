@@ -9,7 +9,7 @@ from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.errors import UserError
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective, per_sample_loss
-from difftuning_control.objective.rows import draw_items, extend_rows
+from difftuning_control.objective.rows import draw_items, extend_rows, rows_of_share
 
 OBJECTIVE = DiffTuningObjective.from_scheduler(DDPMScheduler(), preset="paper")
 ROLES = torch.tensor([False] * 4 + [True] * 2)
@@ -225,3 +225,8 @@ def test_fault_15_22_the_banks_share_does_not_change_its_weight(targets):
     _, roles, _ = OBJECTIVE.add_bank_rows(torch.zeros(targets, 4, 8, 8), BANK)
     losses = torch.where(roles, 2.0, 3.0)
     torch.testing.assert_close(OBJECTIVE.reduce(losses, torch.zeros(len(roles)), roles), torch.tensor(3.0 + 0.1 * 2.0))
+
+
+@pytest.mark.parametrize(("rows", "share", "kept"), [(100, 0.29, 29), (50, 0.58, 29), (26, 0.2, 5), (4, 0.2, 0)])
+def test_a_share_of_a_batch_is_not_a_row_too_few_for_its_rounding(rows, share, kept):
+    assert rows_of_share(rows, share) == kept

@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
-from difftuning_control import attach
+from difftuning_control import DiffTuningPipeline, add_control, attach
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.attached import attachment_of
+from difftuning_control.pipelines.settings import attachment_of
 from support.other_tasks import inputs, made
-from support.pipeline_samples import OURS, add_adapter, draw, drop_in, source_unet, stock
+from support.pipeline_samples import OURS, add_adapter, controlnet, draw, drop_in, source_unet, stock
 
 NAME = "StableDiffusionImg2ImgPipeline"
 
@@ -145,3 +145,58 @@ def test_diffusers_own_tools_find_the_source_of_a_drop_in():
     ours.visit(ours.get_ast_tree(cls=OURS["sd"]))
     theirs.visit(theirs.get_ast_tree(cls=type(stock("sd"))))
     assert ours.return_names == theirs.return_names == ["prompt_embeds", "negative_prompt_embeds"]
+
+
+# --- other pipelines around its modules -----------------------------------------------------------------------------
+
+LATE = {"kind": "power", "tau": 1.0}
+
+
+def test_a_drop_in_made_from_an_attached_pipeline_draws_as_it_does():
+    pipe = stock("sd")
+    add_adapter(pipe.unet, "tuned", 1)
+    attach(pipe, unconditional_strength=0.5, hand_over=0.3, adapter_schedule=lambda u: u)
+    again = DiffTuningPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(again, "sd"), draw(pipe, "sd"))
+    assert DiffTuningPipeline.from_pipe(pipe, hand_over=None).extras.hand_over is None
+    plain = DiffTuningPipeline.from_pipe(pipe, domain_guidance=False)
+    assert (plain.extras.domain_guidance, plain.extras.unconditional_strength) == (False, 0)
+
+
+def test_a_source_comes_along_from_an_attached_pipeline():
+    pipe, source = stock("sd"), source_unet("sd")
+    attach(pipe, source=source, domain_guidance=True)
+    again = DiffTuningPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert again.source is source
+    assert np.array_equal(draw(again, "sd"), draw(pipe, "sd"))
+
+
+def test_a_control_is_added_to_an_attached_pipeline_with_its_settings():
+    pipe = stock("sd")
+    add_adapter(pipe.unet, "tuned", 1)
+    attach(pipe, domain_guidance=True, hand_over=0.3)
+    made = add_control(pipe, controlnet(stock("sd")))
+    assert (made.extras.domain_guidance, made.extras.hand_over) == (True, 0.3)
+    controlled = stock("sd-control")
+    attach(controlled, control_schedule=LATE)
+    two = add_control(controlled, controlnet(stock("sd"), 6))
+    kept, none = two.extras.control_schedule
+    assert (kept.values, none) == ({"kind": "power", "tau": 1.0}, None)
+    same = OURS["sd-control"].from_pipe(controlled)
+    assert [s.values for s in same.extras.control_schedule] == [{"kind": "power", "tau": 1.0}]
+
+
+def test_freeu_acts_in_an_attached_source_and_leaves_it_as_it_was():
+    """Whenever it was turned on, and without touching a UNet that may be another pipeline's."""
+    factors = {"s1": 0.9, "s2": 0.2, "b1": 1.2, "b2": 1.4}
+    before, plain = stock("sd"), stock("sd")
+    pipe = attach(stock("sd"), source=before.unet, domain_guidance=True)
+    expected = draw(before, "sd")
+    for one in (pipe, plain):
+        one.enable_freeu(**factors)
+    assert np.abs(draw(pipe, "sd") - draw(plain, "sd")).max() < 1e-4
+    assert np.array_equal(draw(before, "sd"), expected)
+    late = drop_in("sd", plain, domain_guidance=True, source_unet=before.unet)
+    assert np.abs(draw(late, "sd") - draw(plain, "sd")).max() < 1e-4

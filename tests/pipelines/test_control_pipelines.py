@@ -273,6 +273,18 @@ def test_a_photo_becomes_the_condition_of_training(tmp_path, kind):
     assert not np.allclose(found, draw(pipe, kind, **image_of(kind, photo())))
 
 
+@pytest.mark.sample("None-sd-control")
+@every
+@pytest.mark.parametrize("missing", [None, [None], []])
+def test_a_photo_that_is_missing_is_told(kind, missing):
+    pipe = drop_in(kind)
+    pipe.set_control_specs(ControlSpec(**spec_of(kind)))
+    (argument,) = image_of(kind, missing)
+    found = "NoneType" if missing == [None] else "none"
+    with pytest.raises(UserError, match=rf"takes PIL pictures; found {found}\. Give {argument}=Image\.open"):
+        draw(pipe, kind, **image_of(kind, missing), preprocess=True)
+
+
 def test_without_a_size_the_pictures_have_that_of_training(tmp_path, kind):
     place = saved_net(kind, tmp_path / "net", resolution=24)
     pipe = drop_in(kind, controlnet=loaded_net(kind, place))

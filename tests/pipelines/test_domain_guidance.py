@@ -484,3 +484,21 @@ def test_a_cache_of_blocks_is_told():
         draw(pipe, "flux")
     pipe.transformer.disable_cache()
     assert np.isfinite(draw(pipe, "flux")).all()
+
+
+def test_a_cache_of_blocks_is_told_of_what_changes_with_the_steps():
+    """It would go on with what the adapter gave before."""
+    pipe = with_both("flux", hand_over=0.5)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UserError, match=r"which hand_over would mix .*disable_cache\(\)"):
+        draw(pipe, "flux")
+    pipe.set_extras(hand_over=None)
+    assert np.isfinite(draw(pipe, "flux")).all()
+    pipe.transformer.disable_cache()
+
+
+@pytest.mark.parametrize("scale", [None, "3", [3.0]])
+def test_a_scale_that_is_no_number_is_told(scale):
+    pipe = with_both("sd", domain_guidance=True)
+    with pytest.raises(UserError, match=r"guidance_scale is .*; expected a number"):
+        draw(pipe, "sd", guidance_scale=scale)

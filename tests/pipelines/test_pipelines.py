@@ -373,6 +373,8 @@ def test_no_undecorated_call_passes_the_extras_over(kind):
         ({"hand_over": -0.1}, "hand_over is -0.1; expected 0 to 1"),
         ({"tuned_adapters": []}, "expected names of adapters"),
         ({"tuned_adapters": [3]}, "expected names of adapters"),
+        ({"tuned_adapters": 5}, "tuned_adapters is 5; expected names of adapters"),
+        ({"adapter_schedule": {"kind": []}}, r"the schedule's kind is \[\]; expected one of"),
         ({"adapter_schedule": {"kind": "table", "u": [0.2, 1], "strength": [0, 1]}}, "covers u from 0.2 to 1"),
         ({"adapter_schedule": {"kind": "table", "u": [0, 1], "strength": [0, 1.2]}}, "from 0 to 1"),
     ],

@@ -296,3 +296,23 @@ def test_fault_15_16_a_run_of_another_kind_is_told_and_nothing_changes(tmp_path)
     with pytest.raises(UserError, match="holds a ControlNet and no adapter"):
         add_control(pipe, tmp_path / "ctl", adapter=tmp_path / "ctl")
     assert same_traces(before, traces(pipe.unet))
+
+
+def test_an_adapter_beside_a_fused_one_is_told(tmp_path):
+    """peft runs none in a layer that has one fused; loaded again, it would act."""
+    pipe = drop_in("sd")
+    for seed, name in enumerate(("style", "tuned")):
+        add_adapter(pipe.unet, name, seed)
+    pipe.set_adapters(["style", "tuned"], [1.0, 1.0])
+    pipe.fuse_lora(adapter_names=["style"])
+    with pytest.raises(UserError, match="style is fused in unet, where tuned therefore does not act"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.set_extras(domain_guidance=True)
+    with pytest.raises(UserError, match="nothing to switch off: no adapter acts"):
+        draw(pipe, "sd")
+    pipe.set_extras(domain_guidance=False)
+    pipe.unfuse_lora()
+    both = draw(pipe, "sd")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert same(draw(again(tmp_path / "saved"), "sd"), both)

@@ -236,3 +236,10 @@ def test_a_measured_schedule_that_cannot_be_one_is_refused(tmp_path, content):
 def test_a_schedule_out_of_range_or_without_its_file_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_warm_up_of_a_constant_rate_is_refused():
+    """diffusers would pass it over."""
+    with pytest.raises(UserError, match=r"lr_warmup_steps is 50, but .* constant has no warm-up; say constant_w"):
+        TrainingConfig(lr_scheduler="constant", lr_warmup_steps=50)
+    assert TrainingConfig(lr_scheduler="constant_with_warmup", lr_warmup_steps=50).lr_warmup_steps == 50

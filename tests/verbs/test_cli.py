@@ -1,8 +1,10 @@
 """The `difftune` command: what it takes from recipes and flags, and each verb end to end on a tiny model."""
 
 import json
+import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,6 +179,15 @@ def trained(root: Path, model_dir: Path, pictures: Path) -> Path:
     return root / "run"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="it has no such permissions")
+def test_who_may_read_a_run_may_read_its_weights(trained):
+    """safetensors writes for the owner alone."""
+    files = [p for p in trained.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in files}
+    assert modes == {stat.S_IMODE((trained / "recipe.yaml").stat().st_mode)}
+    assert any(p.suffix == ".safetensors" for p in files)
+
+
 def test_train_leaves_the_files_that_the_design_names(trained):
     run = json.loads((trained / "run.json").read_text())
     assert run["status"] == "complete"
@@ -299,10 +310,16 @@ def test_overwrite_replaces_what_a_run_wrote_and_nothing_else(trained, root, mod
     (output / "notes.txt").write_text("mine")
     (output / "mine").mkdir()
     (output / "mine" / "checkpoint-1.txt").write_text("mine")
+    for name in ("step-notes.md", "checkpoint-best.png", "checkpoint-000001"):
+        (output / name).write_text("mine")
+    (output / "step-000001").mkdir()
     before = load_file(output / "pytorch_lora_weights.safetensors")
     main(["train", *flags(settings(model_dir, pictures, root, output=output, **{"training.seed": 9})), "--overwrite"])
     assert (output / "notes.txt").read_text() == (output / "mine" / "checkpoint-1.txt").read_text() == "mine"
+    for name in ("step-notes.md", "checkpoint-best.png", "checkpoint-000001"):
+        assert (output / name).read_text() == "mine"
     assert not (output / "samples").exists()
+    assert not (output / "step-000001").exists()
     assert json.loads((output / "run.json").read_text())["seed"] == 9
     assert len((output / "metrics.jsonl").read_text().splitlines()) < 6
     after = load_file(output / "pytorch_lora_weights.safetensors")

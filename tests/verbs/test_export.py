@@ -1,8 +1,10 @@
 """An exported run opens where it says it does, without the run, and draws what the run draws."""
 
 import json
+import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -275,6 +277,19 @@ def test_the_same_export_twice_is_the_same_byte_by_byte(run, tmp_path, method, s
     for _ in range(2):
         found.append(snapshot(export(ExportRequest(run(method).output, str(place), **settings), overwrite=True)))
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such permissions")
+@pytest.mark.sample("lora-{'format': 'kohya'}")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("lora", {}), ("lora", {"format": "kohya"}), ("lora", {"base": "copied"}), ("full", {}), ("controlnet", {})],
+    ids=str,
+)
+def test_who_may_read_an_export_may_read_its_weights(to, run, method, settings):
+    folder = to(run(method), **settings)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {stat.S_IMODE((folder / "README.md").stat().st_mode)}
 
 
 def test_the_card_tells_diffusers_what_a_model_was_saved_without(lora):

@@ -108,7 +108,7 @@ def _write(places: Places, folder: Path, name: str, before: str | None, after: s
 
 def _file_of(picture: Path) -> Path:
     """Where a picture's caption lies, or is written to."""
-    return caption_files(picture.parent.iterdir()).get(picture.with_suffix(""), picture.with_suffix(".txt"))
+    return caption_files(picture.parent.iterdir()).beside(picture) or picture.with_suffix(".txt")
 
 
 def _table_of(folder: Path) -> Path | None:
