@@ -53,7 +53,7 @@ class PilotRecord(Section):
         versions: of this package and of those that decide the result.
         recipe_values: the recipe of all sides.
         base: figures of the pretrained model, and its `runs` by seed.
-        sides: of each its tuning, its search, its `runs` by seed and length, and their summary.
+        sides: of each its tuning and bank, its search, its `runs` by seed and length, and their summary.
         analysis: what `difftune analyze` measures; None where it was not.
         pictures: prompts, and rows of files in the pilot's folder.
         outside: the same for prompts outside the new domain; None where none were asked.

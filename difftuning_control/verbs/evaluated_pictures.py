@@ -15,6 +15,16 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.record import RunRecord
 
+READ_ALIKE = (
+    "caption_column",
+    "image_column",
+    "default_caption",
+    "trigger",
+    "skip_bad",
+    "classes",
+    "max_pixels",
+)  # settings of a run's data by which other pictures are read too
+
 
 def judged_pictures(
     request: Evaluation, records: dict[str, RunRecord], recipes: dict[str, Recipe], tell: Callable[[str], object]
@@ -29,7 +39,7 @@ def judged_pictures(
     recipe = recipes[first]
     training, real = read_data(recipe)
     if request.data is not None:
-        read = {name: getattr(recipe.data, name) for name in ("default_caption", "trigger", "max_pixels")}
+        read = {name: getattr(recipe.data, name) for name in READ_ALIKE}
         apart = recipe.folders_apart
         real = load_images(request.data, **read, choice=Choice(None, FOR_JUDGING, "a folder"), apart=apart)
     for run, record in records.items():

@@ -35,13 +35,6 @@ RATES = {4: [2.5e-3, 5e-3, 1e-2], 1: [5e-3, 1e-2], 8: [5e-3, 1e-2]}  # the lowes
 SHOWN = {"kid": "{:.0f}", "domain_hit": "{:.0%}", "pair_similarity": "{:.3f}", "memorisation": "{:.3f}"}
 
 
-class FewPictures(Pilot):
-    """A pilot without the analysis of where to learn, which one picture is too few for and no side here uses."""
-
-    def _analyze(self, found: Any) -> dict[str, Any]:
-        return {"data": {"path": self.recipe.data.path, "pictures": len(found.data), "resolution": found.resolution}}
-
-
 def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
     flags = {
         "data.limit": images,
@@ -54,7 +47,7 @@ def run(kind: str, images: int, work: Path, changes: list[str]) -> None:
     given = [f"--adapter={json.dumps({'kind': kind, 'rank': 16})}", *(f"--{k}={v}" for k, v in flags.items()), *changes]
     _, command = parse(["pilot", f"--config={HERE / 'adapters.yaml'}", *given])
     recipe = only(Recipe, command)
-    FewPictures(recipe, command.pilot, Path(recipe.output)).run()
+    Pilot(recipe, command.pilot, Path(recipe.output)).run()
 
 
 def collect(work: Path) -> dict[str, Any]:

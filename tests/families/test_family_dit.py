@@ -1071,6 +1071,6 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
     def distance(pictures: torch.Tensor, to: torch.Tensor) -> float:
         return float(torch.cdist(pictures.flatten(1), to.flatten(1)).min(1).values.mean())
 
-    assert distance(drawn["eel"], eels) < 0.7 * distance(drawn["eel"], owls)
+    assert distance(drawn["eel"], eels) < 0.8 * distance(drawn["eel"], owls)
     assert distance(drawn["owl"], owls) < 0.8 * distance(drawn["owl"], eels)
-    assert max(distance(drawn["eel"], eels), distance(drawn["owl"], owls)) < 0.7 * distance(eels, owls)
+    assert max(distance(drawn["eel"], eels), distance(drawn["owl"], owls)) < 0.8 * distance(eels, owls)

@@ -22,9 +22,11 @@ from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model
 from difftuning_control.system.durable import write_json
+from difftuning_control.verbs.evaluated_pictures import judged_pictures
 from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
@@ -387,6 +389,21 @@ def test_one_seed_has_no_spread_and_real_pictures_can_stand_for_the_old_domain(m
     assert "note: FID of 5 pictures" in shown
     assert "±" not in shown
     assert f"done: {tmp_path / 'out'}/evaluation.json" in shown
+
+
+def test_other_pictures_are_read_by_the_columns_of_the_run(make, words, tmp_path):
+    data, real = (write_pictures(tmp_path / name, count=7, seed=seed) for name, seed in (("mine", 1), ("real", 2)))
+    for folder in (data, real):
+        rows = [json.dumps({"file_name": f"{i}.png", "title": f"red {i}", "text": "nonsense"}) for i in range(7)]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    run = make("titled", max_steps=1)
+    run = replace(run, data=replace(run.data, path=str(data), caption_column="title"), output=str(tmp_path / "run"))
+    train(run)
+    request = Evaluation([run.output], data=str(real))
+    records = {run.output: finished_run(run.output)}
+    recipes = {run.output: records[run.output].recipe}
+    _, judged = judged_pictures(request, records, recipes, lambda line: None)
+    assert [e.caption for e in judged.examples] == [f"red {i}" for i in range(7)]
 
 
 def test_captions_that_several_pictures_bear_have_no_counterpart(lora, words, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import pytest
 
 from difftuning_control.data.bank_prompts import OUTSIDE, general_prompts
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.report.pilot_steps import next_steps
 from difftuning_control.families.loading import load_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.runs.finished import finished_run
 from difftuning_control.runs.verify import verify
+from difftuning_control.verbs.commands import only
+from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.pilot.pilot import Pilot, pilot
 from support.tiny_pilots import tiny_pilot, tiny_study
 
@@ -109,6 +114,30 @@ def test_the_side_of_general_prompts_retains_a_bank_of_its_own_under_these(study
     assert asked == general_prompts(load_family(study.model.id))[:12]
     assert "bank" not in general["runs"][0]["losses"]  # others' rise is of other samples
     assert "bank" in result.sides[0]["runs"][0]["losses"]
+
+
+@pytest.mark.wide
+def test_the_command_that_the_report_names_for_it_retains_general_prompts_too(done):
+    folder, result = done
+    sides = {side["name"]: side for side in result.sides}
+    for name, prompts in (("plain", "captions"), ("difftuning_tau0.3_general_lambda1", "general")):
+        best = {"code": "best", "side": name, "metric": "kid", "reason": ""}
+        command = next(s["command"] for s in next_steps(result, best, sides, False) if s["code"] == "next.train")
+        trained = only(Recipe, parse(shlex.split(command)[1:])[1])
+        ran = finished_run(folder / sides[name]["runs"][0]["folder"]).recipe
+        assert (trained.bank.prompts, trained.bank.path) == (ran.bank.prompts, ran.bank.path)
+        assert trained.bank.prompts == prompts
+        assert trained.tuning == ran.tuning
+
+
+@pytest.mark.wide
+def test_the_pretrained_models_loss_is_that_of_the_first_side_that_was_measured_on_the_bank(study, config, done):
+    """A side of general prompts is not; before, it being the first left the report without that figure."""
+    folder, result = done
+    turned = replace(config, sides=config.sides[::-1], outside=[])
+    again = run(study, turned, folder.parent / "turned")
+    assert again.base["bank_loss"] == result.base["bank_loss"]
+    assert again.base["target_loss"] == result.base["target_loss"]
 
 
 @pytest.mark.wide

@@ -418,6 +418,19 @@ def test_a_pilot_with_too_few_held_out_pictures_is_refused_before_any_work(study
     assert not (tmp_path / "p").exists()
 
 
+def test_a_pilot_of_too_few_pictures_to_analyse_goes_without_or_is_refused(study, config, tmp_path):
+    own = replace(study.bank, path=None)
+    few = replace(study, data=replace(study.data, limit=3), bank=own, output=str(tmp_path / "p"))
+    with pytest.raises(UserError, match="difftuning_measured is measured on at least 4 pictures, and there are 3"):
+        pilot(few, replace(config, sides=["plain", "difftuning_measured"]), "en", False)
+    assert not (tmp_path / "p").exists()
+    told: list[str] = []
+    result = pilot(few, replace(config, sides=["plain", "prior"]), "en", False, tell=told.append)
+    assert (result.analysis, result.data["pictures"]) == (None, 3)
+    assert any("too few pictures to analyse" in line for line in told)
+    assert "The pretrained model by noise band" not in (tmp_path / "p" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_search_and_the_figures_share_no_prompt(done, study, config, tmp_path):
     job = Pilot(replace(study, output=str(tmp_path)), config, tmp_path)
     judge = judge_of(config, job.family, job.features, job.conditioner, materials(job.family, job.recipe))

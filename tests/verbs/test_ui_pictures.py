@@ -199,3 +199,14 @@ def test_an_upload_of_a_hundred_megapixels_is_refused_with_all_that_came_with_it
     with pytest.raises(UserError, match="leads out of the folders"):
         add_pictures(places, "../out", [str(tmp_path / "up" / "a.png")])
     assert sorted((places.folder / "photos").iterdir()) == before
+
+
+def test_a_number_in_the_metadata_is_no_caption_and_one_can_be_written(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    picture(1).save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": 5}\n')
+    places = Places.of(tmp_path)
+    (found,) = pictures_of(places, "set", 64)
+    edit_caption(places, folder, "a.png", found.caption, "five")
+    assert caption_of(folder, "a.png") == "five"

@@ -59,6 +59,7 @@ def _final_command(pilot: PilotRun, side: Mapping[str, Any]) -> str:
     recipe["data"] = {**recipe.get("data", {}), "path": pilot.data["path"]}
     recipe["method"] = pilot.settings.get("method", "lora")
     recipe["tuning"] = {**recipe.get("tuning", {}), **side["tuning"]}
+    recipe["bank"] = {**recipe.get("bank", {}), **side.get("bank", {})}  # absent in pilots of earlier versions
     training = {"learning_rate": side["learning_rate"], "max_steps": side["best_length"]}
     if "batch_size" in pilot.settings:
         training["batch_size"] = pilot.settings["batch_size"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.figures import LEAST_PICTURES
+from difftuning_control.evaluation.forgetting import LEAST_ROWS
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.verbs.pilot.side_tuning import BUDGET, TAUGHT, side_tuning
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, MEASURED, TAUGHT, side_tuning
 
 
 def check_pilot(recipe: Recipe, config: PilotConfig) -> None:
@@ -31,6 +32,24 @@ def check_pilot(recipe: Recipe, config: PilotConfig) -> None:
     if recipe.training.stop_when is not None:
         raise UserError("a pilot compares runs of equal length; leave out training.stop_when.")
     _check_lengths(recipe, config)
+
+
+def check_analysis(recipe: Recipe, config: PilotConfig, pictures: int) -> bool:
+    """Whether there are pictures enough for the analysis of where this model must learn.
+
+    Raises:
+        UserError: if there are not, and a side has the schedule that it finds.
+    """
+    if pictures >= LEAST_ROWS:
+        return True
+    found = recipe.tuning.schedule.kind == "auto"
+    named = [side for side in config.sides if side == MEASURED or (found and side in TAUGHT)]
+    if named:
+        raise UserError(
+            f"the schedule of {named[0]} is measured on at least {LEAST_ROWS} pictures, and there are {pictures}; "
+            "leave that side out of pilot.sides, or add pictures."
+        )
+    return False
 
 
 def _check_drawing(recipe: Recipe, config: PilotConfig) -> None:

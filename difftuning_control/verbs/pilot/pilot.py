@@ -47,7 +47,7 @@ from difftuning_control.training.control_inputs import build_spec
 from difftuning_control.training.phases import added, spent_line
 from difftuning_control.verbs.analyze import measure
 from difftuning_control.verbs.pilot.budget import kept_budget
-from difftuning_control.verbs.pilot.checks import check_pilot, lengths_of
+from difftuning_control.verbs.pilot.checks import check_analysis, check_pilot, lengths_of
 from difftuning_control.verbs.pilot.judge import SHOWN, Judge, halves_of, judge_of, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_judge, outside_of_base
 from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
@@ -77,6 +77,7 @@ class Pilot:
         self.features = load_features(config.features, best_device())
         data, held_out = read_data(recipe, tell)
         check_held_out(held_out)
+        self.is_analysed = check_analysis(recipe, config, len(data))
         if copies := copies_held_out(data, held_out):
             raise UserError(
                 f"{copies[0]}, or name other pictures with --data.validation_path: a pilot is "
@@ -118,8 +119,9 @@ class Pilot:
             sides.append(trained.side(side))
         cost = self._cost(sides)
         self.tell(spent_line(cost.phases or {}))
-        losses = losses_of(sides[0]["runs"][0])
-        base |= {f"{role}_loss": change.base.mean for role, change in losses.items()}
+        for side in reversed(sides):  # one that retains general prompts has no loss on the pilot's bank
+            losses = losses_of(side["runs"][0])
+            base |= {f"{role}_loss": change.base.mean for role, change in losses.items()}
         outside = None
         if judge.outside is not None:
             prompts = judge.outside.sampling.prompts[:SHOWN]
@@ -129,7 +131,7 @@ class Pilot:
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             created=time.strftime("%Y-%m-%d %H:%M"),
             model=self.recipe.model.id,
-            data=analysis["data"] | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)},
+            data=self._data(inputs),
             settings=self._settings(),
             primary=self.primary,
             cost=cost,
@@ -163,6 +165,10 @@ class Pilot:
             self.clock,
             self.tell,
         )
+
+    def _data(self, inputs: Materials) -> dict[str, Any]:
+        found = {"path": self.recipe.data.path, "pictures": len(inputs.data), "resolution": inputs.resolution}
+        return found | {"held_out": len(inputs.held_out), "buckets": self._buckets(inputs)}
 
     def _buckets(self, inputs: Materials) -> dict[str, Any] | None:
         """How the sides frame their pictures, where that is not in squares."""
@@ -203,10 +209,14 @@ class Pilot:
 
     # --- what all sides share ---------------------------------------------------------------------------------------
 
-    def _analyze(self, inputs: Materials) -> dict[str, Any]:
+    def _analyze(self, inputs: Materials) -> dict[str, Any] | None:
+        """Where this model must learn; None of too few pictures, which no side's schedule then comes from."""
         path = self.output / "analysis.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
+        if not self.is_analysed:
+            self.tell("      too few pictures to analyse where this model must learn; that is left out")
+            return None
         config = AnalysisConfig(seed=self.config.seeds[0])
         analysis = measure(self.family, self.recipe, inputs, config) | {"status": "complete"}
         write_json(self.schedule, analysis["schedule"])

@@ -81,9 +81,11 @@ class SideRuns:
         outside = outside_of_side(self, name, chosen, best, guidance) if self.config.outside else None
         self._let_go(name, chosen)
         summary = {str(n): summarise([r for r in rows if r["steps"] == n]) for n in self.lengths}
+        recipe = self.recipe_of(name, chosen, self.config.seeds[0]).to_dict()
         return {
             "name": name,
-            "tuning": self.recipe_of(name, chosen, self.config.seeds[0]).to_dict()["tuning"],
+            "tuning": recipe["tuning"],
+            "bank": recipe["bank"],
             "learning_rate": chosen,
             "search": [row for rate, trial in tried.items() for row in self._searched(rate, trial)],
             "diverged": list(diverged),

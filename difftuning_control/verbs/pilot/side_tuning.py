@@ -11,6 +11,7 @@ from difftuning_control.recipe.inputs import BankConfig
 from difftuning_control.recipe.studies import retains_general, scheduled_side
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
 
+MEASURED = "difftuning_measured"
 BUDGET, ALLOWED = "difftuning_budget", 0.1
 TAUGHT: dict[str, dict[str, Any]] = {
     "teacher_bank": {"retention_rows": "bank"},
@@ -38,7 +39,7 @@ def side_tuning(side: str, base: TuningConfig, schedule: Path) -> TuningConfig:
         base = replace(base, retention_prompts="own")
     if side == "plain":
         return replace(base, schedule=ScheduleConfig("constant"), retention_ratio=0.0, retention_weight=0.0)
-    if side == "difftuning_measured":
+    if side == MEASURED:
         return replace(base, schedule=measured)
     if (named := scheduled_side(side)) is not None:
         own = ScheduleConfig("constant", xi=1.0)

@@ -39,7 +39,8 @@ def caption_of(folder: Path, name: str) -> str | None:
     row = next((row for row in rows if row.get("file_name") == name), None)
     if row is None:
         raise UserError(f"{table.name} has no row for {name}; add one with a text editor.")
-    return None if row.get(COLUMN) is None else str(row[COLUMN]).strip()
+    caption = row.get(COLUMN)
+    return caption.strip() if isinstance(caption, str) else None
 
 
 def edit_caption(places: Places, folder: Path, name: str, before: str | None, after: str) -> None:
