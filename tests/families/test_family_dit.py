@@ -1057,7 +1057,7 @@ def test_it_overfits_to_four_pictures_of_two_classes(make, tmp_path):
         },
         bank={"prompts": "empty"},
         data={"path": str(tmp_path / "data"), "holdout": 0.0},
-        training={"max_steps": 700, "batch_size": 16, "learning_rate": 3e-3, "checkpoint_every": 1000},
+        training={"max_steps": 1500, "batch_size": 16, "learning_rate": 3e-3, "checkpoint_every": 2000},
     )
     recipe = replace(recipe, model=ModelConfig(str(tmp_path / "model")), output=str(tmp_path / "run"))
     train(recipe)
