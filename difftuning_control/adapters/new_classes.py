@@ -14,6 +14,7 @@ from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.adapters.files import read_adapter
 from difftuning_control.errors import UserError
 from difftuning_control.families.tunable import NAMES, tables_of, unknown
+from difftuning_control.system.tensors import refuse_unreadable
 
 
 class NewClasses(TrainedWhole):
@@ -50,6 +51,7 @@ class NewClasses(TrainedWhole):
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, Tensor]]:
+    refuse_unreadable(path)
     try:
         with safe_open(path, "pt") as file:
             names = json.loads((file.metadata() or {})[NAMES])

@@ -12,9 +12,9 @@ from typing import Literal
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.examples import Row, listed
 from difftuning_control.data.images import EXTENSIONS
-from difftuning_control.data.names import composed
 from difftuning_control.data.splits import below, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
+from difftuning_control.system.text import composed
 from difftuning_control.system.untrusted import leads_outside, read_file
 
 

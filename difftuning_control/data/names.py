@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
-
-def composed(name: str) -> str:
-    """A name with each accent in one character with its letter (NFC), so that names that look alike are equal."""
-    return unicodedata.normalize("NFC", name)
+from difftuning_control.system.text import composed
 
 
 def in_either_form(place: Path) -> Path:

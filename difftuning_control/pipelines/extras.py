@@ -20,7 +20,7 @@ from difftuning_control.pipelines.checks import check_source
 from difftuning_control.pipelines.guiding import guiding_of
 from difftuning_control.pipelines.sampling import Sampling, bound
 from difftuning_control.pipelines.saved import ADAPTERS, check_adapters, saved_folder, unsaved_settings
-from difftuning_control.pipelines.settings import UNCHANGED, Extras, attachment_of
+from difftuning_control.pipelines.settings import UNCHANGED, Extras, attachment_of, extras_of
 from difftuning_control.pipelines.strength import Strength
 
 AS_IT_IS: Any = object()  # the dtype that `from_pipe` casts shared modules to: none
@@ -197,17 +197,14 @@ class TunedSampling:
             kwargs.setdefault("unconditional_strength", None)
         elif kwargs.get("unconditional_strength") is not None:
             kwargs.setdefault("domain_guidance", True)
-        if (attachment := attachment_of(pipeline)) is not None:  # of which no configuration tells
-            held = {name: value for name, value in vars(attachment.extras).items() if name in SETTINGS}
-            kwargs = {**held, "unconditional_strength": attachment.extras.unconditional_strength or None, **kwargs}
-            if guiding_of(pipeline).component == cls.component:
-                kwargs.setdefault(f"source_{cls.component}", attachment.source)
+        extras, attachment = extras_of(pipeline), attachment_of(pipeline)
+        if extras != Extras():  # a function, and what was attached, are in no configuration
+            held = {name: value for name, value in vars(extras).items() if name in SETTINGS}
+            kwargs = {**held, "unconditional_strength": extras.unconditional_strength or None, **kwargs}
+        if attachment is not None and guiding_of(pipeline).component == cls.component:
+            kwargs.setdefault(f"source_{cls.component}", attachment.source)
         parent: Any = super()
-        pipe = parent.from_pipe(pipeline, **kwargs)
-        functions = isinstance(pipeline, TunedSampling) and pipeline.extras.adapter_schedule
-        if functions and "adapter_schedule" not in kwargs and isinstance(pipe, TunedSampling):
-            pipe.set_extras(adapter_schedule=functions)  # a function is in no configuration
-        return pipe
+        return parent.from_pipe(pipeline, **kwargs)
 
     @like(DiffusionPipeline.to)
     def to(self, *args: Any, **kwargs: Any) -> Any:

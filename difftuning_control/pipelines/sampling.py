@@ -133,8 +133,8 @@ class Sampling:
         # at the scale that means no guidance the formula is the tuned prediction
         is_guided = extras.domain_guidance and scale > guiding.above
         if is_guided or extras.changes_by_step:
-            step = "hand_over" if extras.adapter_schedule is None else "adapter_schedule"
-            check_cache(self.denoiser, self.component, "domain_guidance" if is_guided else step)
+            setting = "domain_guidance" if is_guided else extras.step_setting
+            check_cache(self.denoiser, self.component, setting)
         if is_guided:
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
@@ -166,8 +166,8 @@ class Sampling:
         if not tuned:
             return
         extras, first, named = self.extras, tuned[0], ", ".join(adapters)
-        if extras.hand_over is not None or extras.adapter_schedule is not None:
-            setting = "adapter_schedule" if extras.hand_over is None else "hand_over"
+        if extras.changes_by_step:
+            setting = extras.step_setting
             raise UserError(
                 f"{setting} acts on the {NAMES[self.component]}, but {named} tuned {', '.join(tuned)} too, which would "
                 f"stay tuned at every step; {self.set_by}{setting}=None), or switch the text encoder's part off "

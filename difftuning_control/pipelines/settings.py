@@ -64,6 +64,11 @@ class Extras:
         return self.adapter_schedule is not None or self.hand_over is not None
 
     @property
+    def step_setting(self) -> str:
+        """The setting by which it does, for sentences."""
+        return "adapter_schedule" if self.hand_over is None else "hand_over"
+
+    @property
     def is_active(self) -> bool:
         return self.acts_on_weights or self.control_schedule is not None
 

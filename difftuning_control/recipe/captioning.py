@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from difftuning_control.system.text import composed
+
 # Thai to Myanmar, Khmer, and all of East Asia: scripts whose words stand without spaces, or with endings
 UNSPACED = ((0x0E00, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xFAFF), (0xFF66, 0xFFDC), (0x20000, 0x3FFFF))
 
@@ -50,13 +52,13 @@ class Captioning:
 
     def is_missing(self, prompt: str) -> bool:
         """Whether there is a trigger that a prompt does not say."""
-        return self.trigger is not None and next(self._places(_composed(prompt)), None) is None
+        return self.trigger is not None and next(self._places(composed(prompt)), None) is None
 
     def untriggered(self, caption: str) -> str:
         """A caption without the trigger, which the pretrained model does not know; empty where it was no more."""
         if self.is_missing(caption) or self.trigger is None:
             return caption
-        text, end, kept = _composed(caption), 0, []
+        text, end, kept = composed(caption), 0, []
         for begin, after in self._places(text):
             kept.append(text[end:begin])
             end = after
@@ -64,15 +66,11 @@ class Captioning:
 
     def _places(self, text: str) -> Iterator[tuple[int, int]]:
         """Where the trigger begins and ends in a composed text."""
-        words = _composed(self.trigger or "").split()
+        words = composed(self.trigger or "").split()
         for match in re.finditer(r"\s+".join(map(re.escape, words)), text, re.IGNORECASE):
             begin, end = match.span()
             if not (_joined(text[begin], text[begin - 1 : begin]) or _joined(text[end - 1], text[end : end + 1])):
                 yield begin, end
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def _joined(edge: str, beside: str) -> bool:

@@ -14,10 +14,11 @@ from filelock import FileLock, Timeout
 from difftuning_control.data.sources import place_of_data
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.kept import STEP
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
-NUMBERED = re.compile(r"checkpoint-\d+|step-\d{6,}")  # folders
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # folders, as those of `kept.STEP`
 WRITTEN = (
     "pytorch_lora_weights.safetensors",
     "pipeline",
@@ -170,7 +171,7 @@ class OutputFolder:
         self.sweep()
         # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
         for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == RECORD, p.name)):
-            if entry.name in WRITTEN or (entry.is_dir() and NUMBERED.fullmatch(entry.name)):
+            if entry.name in WRITTEN or (entry.is_dir() and any(p.fullmatch(entry.name) for p in (CHECKPOINT, STEP))):
                 discard(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:

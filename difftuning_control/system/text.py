@@ -10,6 +10,11 @@ import unicodedata
 JOINERS = "\u200c\u200d"  # part of some scripts and emoji; they hide nothing
 
 
+def composed(text: str) -> str:
+    """A text with each accent in one character with its letter (NFC), so that texts that look alike are equal."""
+    return unicodedata.normalize("NFC", text)
+
+
 def harmless(text: str) -> str:
     """Control characters, escapes of terminals and marks that reorder or hide text become visible signs."""
     return "".join(map(_show, text))
@@ -32,7 +37,7 @@ def file_stem(text: str, most: int = 60) -> str:
 
     At most `most` characters, which are at most 4 bytes each; `empty` where nothing is left.
     """
-    kept = [c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", text).lower()]
+    kept = [c if unicodedata.category(c)[0] in "LMN" else "-" for c in composed(text).lower()]
     return re.sub(r"-+", "-", "".join(kept)).strip("-")[:most].strip("-") or "empty"
 
 

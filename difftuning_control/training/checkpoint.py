@@ -22,12 +22,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from difftuning_control.errors import UserError
+from difftuning_control.runs.folder import CHECKPOINT
 from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
 from difftuning_control.system.durable import discard, place, write_json
 from difftuning_control.system.tensors import read_tensors, write_tensors
 from difftuning_control.training.phases import Phases
 
-NAME = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER = re.compile(r"\d{6}\.\w+")  # the optimizer's name of one of its tensors: of which parameter, and what
 DELETE = "delete it to resume from an earlier state, or from the beginning where there is none"
 
@@ -85,7 +85,7 @@ def save_checkpoint(output: Path, step: int, state: TrainingState, identity: str
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for older in output.glob("checkpoint-*") if main else ():
-        if NAME.fullmatch(older.name) and older != final:
+        if CHECKPOINT.fullmatch(older.name) and older != final:
             discard(older)
     return final
 
@@ -132,7 +132,7 @@ def _write(folder: Path, parts: dict[str, dict[str, Tensor]], sharded: bool) -> 
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints in a run's folder, newest first."""
-    complete = [p for p in output.glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / "state.json").exists()]
+    complete = [p for p in output.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name) and (p / "state.json").exists()]
     return sorted(complete, key=lambda p: -int(p.name.split("-")[1]))
 
 
