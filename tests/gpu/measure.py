@@ -102,8 +102,8 @@ def parts(sizes: Sizes, output: Path, peers: Path | None) -> list[Part]:
         for batch in others:
             found += [bench(f"{model} {kind}, batch {batch}", kind, model, batch_size=batch) for kind in KINDS]
     if sizes.benchmark:
-        recipe = ["--config", "examples/emoji/adapters.yaml", "--output", str(output / "pilot")]
-        found.append(Part("embedded pilot", [sys.executable, "-m", "difftuning_control.cli", "pilot", *recipe], 10.0))
+        cells = ["--cells", "lora-8", "--work", str(output / "pilot")]
+        found.append(Part("embedded pilot", [sys.executable, "examples/emoji/adapters.py", *cells], 10.0))
     return found
 
 

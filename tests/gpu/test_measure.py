@@ -96,9 +96,7 @@ def test_every_part_is_a_command_that_is_understood(gpu, tmp_path, sizes):
     for part in found:
         if part.command[: len(gpu.CLI)] == gpu.CLI:
             verb, asked = parse(part.command[len(gpu.CLI) :])
-            assert verb == ("pilot" if part.name == "embedded pilot" else "bench")
-            if verb == "pilot":
-                continue
+            assert verb == "bench"
             assert isinstance(asked, Bench)
             assert len(asked.parts) == 1
             assert asked.mixed_precision == chosen.precision

@@ -19,6 +19,7 @@ from difftuning_control.recipe.inputs import BankConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, Evaluation, PilotConfig
 from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
+from difftuning_control.runs import audit
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.pilot.judge import judge_of
@@ -141,9 +142,12 @@ def test_a_pilot_says_how_its_runs_frame_their_pictures(study, config, tmp_path)
 def test_the_same_command_goes_on_without_doing_anything_twice(done, study, config):
     folder, result = done
     stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")}
+    given = audit.COMMAND.set(["difftune", "pilot", "--data.path=https://me:pw@host/x"])
     again = pilot(replace(study, output=str(folder)), config, "en", False, tell=lambda text: None)
+    audit.COMMAND.reset(given)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("figures.json")} == stamps
     assert again.sides == json.loads(json.dumps(result.sides))
+    assert again.command == "difftune pilot '--data.path=https://(secret)@host/x'"  # as the report and the record say
 
 
 @pytest.mark.wide

@@ -94,6 +94,13 @@ def test_a_number_that_another_process_has_now_is_not_stopped(jobs, tmp_path):
     assert until(lambda: states(jobs) == ["stopped"])
 
 
+def test_what_was_killed_after_its_page_is_stopped(jobs, tmp_path):
+    job = jobs.add(["export"], tmp_path / "a")
+    jobs._children[job.name].kill()
+    jobs._children[job.name].wait()
+    assert states(Sleeping(jobs.places)) == ["stopped"]
+
+
 def test_the_log_is_what_was_printed_without_secrets(jobs, tmp_path, monkeypatch):
     job = jobs.add(["train"], tmp_path / "a")
     assert until(lambda: jobs.log(job) == "began")
@@ -103,10 +110,13 @@ def test_the_log_is_what_was_printed_without_secrets(jobs, tmp_path, monkeypatch
     assert jobs.log(job) == "began\ntwo\n(secret)"
 
 
-def test_a_real_command_ends_and_a_wrong_one_fails(tmp_path):
-    jobs = Jobs(Places.of(tmp_path))
-    jobs.add(["recipes", "emoji_lora"], tmp_path / "a")
-    jobs.add(["recipes", "nothing_of_this_name"], tmp_path / "b")
-    assert until(lambda: states(jobs) == ["done", "failed"], 100)
+def test_a_real_command_ends_and_a_wrong_one_fails_as_another_page_sees_too(tmp_path):
+    jobs, other = Jobs(Places.of(tmp_path)), Jobs(Places.of(tmp_path))
+    added = [jobs.add(["recipes", name], tmp_path / name) for name in ("emoji_lora", "nothing_of_this_name")]
+    assert all(child.wait(100) is not None for child in jobs._children.values())
+    assert states(other) == ["done", "failed"]
+    for job in added:
+        jobs._write(replace(job, state="running"))
+    assert until(lambda: states(jobs) == ["done", "failed"])
     assert "there is no recipe" in jobs.log(jobs.all()[0])
     assert "method" in jobs.log(jobs.all()[1])

@@ -9,8 +9,6 @@ analysis of the pretrained model at the start.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +33,7 @@ from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.pipelines.domain_guidance import check_domain_family, check_mixed_family
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
+from difftuning_control.runs import audit
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
 from difftuning_control.runs.identity import describe_device, versions
@@ -128,7 +127,7 @@ class Pilot:
             outside = PilotPictures(prompts=prompts, rows=outside_rows(sides, len(prompts)))
         record = PilotRecord(
             status=COMPLETE,
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=audit.command(),
             created=time.strftime("%Y-%m-%d %H:%M"),
             model=self.recipe.model.id,
             data=self._data(inputs),

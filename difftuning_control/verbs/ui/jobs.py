@@ -22,7 +22,6 @@ import psutil
 from filelock import FileLock
 
 from difftuning_control.errors import UserError
-from difftuning_control.runs.record import read_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.untrusted import from_json, read_text
@@ -181,22 +180,29 @@ class Jobs:
         if code is None and _process(job) is not None:
             return job
         self._children.pop(job.name, None)
-        job = replace(job, state=self._outcome(job, code))
+        code = self._code(job) if code is None else code
+        if code is None or code in (130, 143, -signal.SIGTERM, -signal.SIGINT):  # None: killed, or the power went
+            job = replace(job, state=STOPPED)
+        else:
+            job = replace(job, state=FAILED if code else DONE)
         self._write(job)
         return job
 
-    def _outcome(self, job: Job, code: int | None) -> str:
-        if code is None:  # of a process that an earlier page started
-            record = read_run(Path(job.output)) if job.verb in TRAINING else None
-            return DONE if record is not None and record.is_complete else STOPPED
-        if code == 0:
-            return DONE
-        return STOPPED if code in (130, 143, -signal.SIGTERM, -signal.SIGINT) else FAILED
+    def _code(self, job: Job) -> int | None:
+        """The exit code of a process that an earlier page started, where it left one."""
+        try:
+            return int(self._kept(job).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+
+    def _kept(self, job: Job) -> Path:
+        return self._folder / f"{job.name}.code"
 
     def _start(self, job: Job) -> None:
         if job.verb in TRAINING:
             self.before_training()
-        words = [sys.executable, "-m", "difftuning_control.cli", *job.arguments]
+        kept = str(self._kept(job))
+        words = [sys.executable, "-m", "difftuning_control.verbs.ui.keeping_code", kept, *job.arguments]
         with (self._folder / f"{job.name}.log").open("ab") as log:
             child = subprocess.Popen(
                 words,
