@@ -32,7 +32,7 @@ from difftuning_control.verbs.pilot.pilot import pilot
 HERE = Path(__file__).parent
 KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
 SIDES = {"plain": "plain", "difftuning": "Diff-Tuning"}
-CELLS = [Cell("line", images, kind) for images in (4, 1, 8) for kind in KINDS]
+CELLS = [Cell("icons", images, kind) for images in (4, 1, 8) for kind in KINDS]
 SHOWN = {
     "KID × 1000": ("kid", 1000, ".0f"),
     "in the new style": ("domain_hit", 1, ".0%"),

@@ -38,7 +38,7 @@ def test_cells_differ_in_adapter_and_number_of_pictures_alone(adapters, tmp_path
 
 def test_the_table_has_each_side_at_what_its_search_chose(adapters):
     figures = {"domain_hit": 0.5, "pair_similarity": 0.6, "memorisation": 0.1, "forgetting": 0.2}
-    name = {"target": "line", "n_images": 4, "adapter": "tlora"}
+    name = {"target": "icons", "n_images": 4, "adapter": "tlora"}
     chosen = {"method": "plain", "learning_rate": 5e-3, "steps": 60, "way": "domain", "guidance": 2.5}
     base = {**name, "method": "base", "seed": None, "kid": 0.3, **figures, "forgetting": None}
     rows = [{**name, **chosen, "seed": seed, "kid": kid, **figures} for seed, kid in ((0, 0.1), (1, 0.12))]
