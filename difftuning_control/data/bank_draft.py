@@ -7,6 +7,7 @@ items, so the bank is the same in whichever order its shards are drawn, and by w
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +60,8 @@ class BankDraft:
     def partial(self) -> Path:
         """Where the shards lie until all are there."""
         key = digest_of([self.identity, len(self.shards[0])])
-        return self.folder.with_name(f".{self.folder.name}.{key}{PARTIAL}")
+        folder = Path(os.path.abspath(self.folder))  # "." has no name
+        return folder.with_name(f".{folder.name}.{key}{PARTIAL}")
 
     @property
     def is_whole(self) -> bool:
@@ -75,6 +77,8 @@ class BankDraft:
             return
         if any(self.folder.glob("bank-*.safetensors")):
             raise UserError(f"{self.folder} holds a bank without its manifest.json; delete it to build it again.")
+        if self.folder.resolve() == Path.cwd():  # which a bank that is whole could not take the place of
+            raise UserError("the bank's folder is the current one; give another, such as bank.")
         if any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and holds no bank; choose another folder for the bank.")
 

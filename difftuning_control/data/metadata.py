@@ -35,17 +35,22 @@ def metadata_of(folder: Path, files: set[Path]) -> list[Path]:
     return tables
 
 
-def _csv_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of a table; a ValueError or csv.Error where it is none, as where a comma in a caption is not quoted."""
+def csv_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a table.
+
+    Raises:
+        ValueError or csv.Error: where it is none, as where a comma in a caption is not quoted.
+    """
     table = csv.DictReader(io.StringIO(text), strict=True)  # or a quote that is not closed takes in all that follows
     heads = list(table.fieldnames or ())
     if twice := next((head for head in heads if head and heads.count(head) > 1), None):
         raise ValueError(f"the column {twice!r} stands twice")
     rows = []
     for row in table:
-        if any(row.get(None) or ()):  # empty ones, as spreadsheets write them, are none
+        beyond: Any = row.pop(None, ())  # what csv calls values without a head
+        if any(beyond):  # empty ones, as spreadsheets write them, are none
             raise ValueError(
-                f"line {table.line_num} has {len(heads) + len(row[None])} values for {len(heads)} columns; put those "
+                f"line {table.line_num} has {len(heads) + len(beyond)} values for {len(heads)} columns; put those "
                 "with a comma in quotes"
             )
         rows.append(row)
@@ -75,7 +80,7 @@ def metadata_rows(
     if (target := leads_outside(path, folder)) is not None:
         raise UserError(f"{path} leads outside the folder, to {target}; copy it into the folder.")
     try:
-        rows = _csv_rows(read_text(path)) if path.suffix == ".csv" else _json_rows(read_text(path))
+        rows = csv_rows(read_text(path)) if path.suffix == ".csv" else _json_rows(read_text(path))
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except (ValueError, csv.Error) as error:

@@ -126,6 +126,12 @@ class Recipe:
                 f"data.stream is true and {name} is given, for which all pictures must be encoded before training; "
                 "leave one of them out."
             )
+        if self.gates.draws:
+            given = next(name for name in self.gates.limits if name != "retention_loss")
+            raise UserError(
+                f"data.stream is true and gates.{given} is given, which is judged on all pictures after training; "
+                "leave one of them out."
+            )
 
     def _check_shard(self) -> None:
         """What cannot be spread over processes."""

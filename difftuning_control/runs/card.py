@@ -132,10 +132,16 @@ def few_steps_of(run: RunRecord) -> str:
     return "".join(f", {name}={value!r}" for name, value in run.few_steps.items())
 
 
+def variant_of(recipe: Recipe) -> str:
+    """What `from_pretrained` of the base is given for its variant, in Python, with a comma before it."""
+    return f", variant={python_text(recipe.model.variant)}" if recipe.model.variant is not None else ""
+
+
 def _usage(recipe: Recipe, run: RunRecord) -> list[str]:
     """The lines of Python that draw a picture with the result in stock diffusers."""
     places = run.places  # absolute, so that the lines run from any folder
     base = python_text(run.base_path if recipe.model.id == "embedded" else places.get("model", recipe.model.id))
+    base += variant_of(recipe)
     folder = places.get("run", recipe.output)
     output = python_text(folder)
     prompt, few = prompt_of(run), few_steps_of(run)

@@ -15,6 +15,7 @@ from typing import Any
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.requests import Moved, VerifyRequest
 from difftuning_control.runs.audit import FILE, Chain, read_audit
+from difftuning_control.runs.kept import place_of_run
 from difftuning_control.runs.pilot_files import VOUCHED, files_of_pilot, records_of
 from difftuning_control.runs.pilot_record import RESULT, SETTINGS, PilotRecord, read_pilot
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
@@ -30,8 +31,10 @@ def verify(request: VerifyRequest) -> dict[str, Any]:
 
     Raises:
         UserError: if there is no finished run, and no finished pilot.
+
+    Of a step that a run kept (`RUN/step-000010`) the whole run is verified.
     """
-    folder = Path(request.run)
+    folder = place_of_run(request.run)[0]
     if (folder / SETTINGS).is_file():
         parts, chain = verify_pilot(folder, request.skip, request.head, request.moved)
     else:

@@ -14,6 +14,7 @@ from difftuning_control.data.datasets import Choice
 from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.prepare import validation_choice
 from difftuning_control.data.sources import list_rows, load_images
+from difftuning_control.data.stream import Collection
 from difftuning_control.errors import UserError
 from difftuning_control.runs.audit import FILE, Chain, read_audit
 from difftuning_control.runs.card import is_hub_id
@@ -200,6 +201,8 @@ def _source(name: str, source: Source) -> Part:
         except UserError as error:
             part.find(source.id, "missing", str(error))
             return part
+        if is_hub_id(source.id) and source.revision is not None:  # another variant of that revision came beside it
+            there = {name: path for name, path in there.items() if name in source.files}
         compare_files(part, source.files, there)
     return part
 
@@ -215,7 +218,10 @@ def _data(run: Path, record: RunRecord, recipe: Recipe, name: str, path: str, co
         part.unchecked = EARLIER
     elif _inputs_are_whole(run, record, part):
         lines = (r for r in _lines(run) if not apart or (r["part"] == HELD_OUT) == (name == "validation"))
-        _pictures(part, record, recipe, path, conditions, lines)
+        if recipe.data.stream and name == "data":
+            _streamed(part, record, recipe.data, lines)
+        else:
+            _pictures(part, record, recipe, path, conditions, lines)
     return part
 
 
@@ -258,10 +264,7 @@ def _pictures(
             path, columns, data.captioning, conditions, data.classes, choice, masking, recipe.folders_apart
         )
     except UserError as error:
-        if path in record.data.local:
-            part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
-        else:
-            part.unchecked = str(error)
+        _cannot_be_read(part, record, path, error)
         return
     by_name: dict[str, list[tuple[int, Row]]] = {}
     for number, row in enumerate(rows):
@@ -289,6 +292,35 @@ def _pictures(
             part.find(name, "added", reason)
     if not part.findings and any(numbers != sorted(numbers) for numbers in order.values()):
         part.find(path, "changed", "the same pictures, in another order")
+
+
+def _streamed(part: Part, record: RunRecord, data: DataConfig, lines: Iterable[dict[str, Any]]) -> None:
+    """Names and sizes of the files of a stream, and the pictures at its beginning that were held out."""
+    wanted = {line["name"]: line for line in lines}
+    try:
+        collection = Collection(data)
+        part.checked = 1
+        if collection.fingerprint != record.fingerprints.data:
+            part.find(data.path, "changed", "the names or sizes of its files")
+        rows = collection.rows(0)
+        while wanted and (row := next(rows, None)) is not None:
+            if (line := wanted.pop(row.name, None)) is not None:
+                part.checked += 1
+                _picture(part, line, row, data)
+    except UserError as error:
+        _cannot_be_read(part, record, data.path, error)
+        return
+    for name in wanted:
+        part.find(name, "missing")
+    part.unchecked = "but for names and sizes of its files and what was held out: it was streamed"
+
+
+def _cannot_be_read(part: Part, record: RunRecord, path: str, error: UserError) -> None:
+    """A finding where the pictures lay on this machine."""
+    if path in record.data.local:
+        part.find(path, "missing", f"{str(error).rstrip('.')}; {_if_moved(part.name)}")
+    else:
+        part.unchecked = str(error)
 
 
 def _is_gone(part: Part, record: RunRecord, place: str | None, role: str) -> bool:

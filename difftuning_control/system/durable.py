@@ -93,6 +93,7 @@ def sweep(folder: Path, name: str = "*") -> None:
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """While open, no other job on this machine makes `path`; the lock goes when the process does."""
+    path = Path(os.path.abspath(path))  # "." has no name
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock:

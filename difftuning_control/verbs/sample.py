@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
         side = settings["resolution"]
         condition = conditioner.prepare(photo, side, side, request.control_ready)
     rows = _draw(request, family, model, settings, condition)
-    folder = folder if overwrite else _free(folder)
+    folder = folder if overwrite else _free(folder)  # once they are drawn: others may have written there meanwhile
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, picture) in enumerate(zip(request.prompts, rows[list(rows)[-1]])):
         picture.save(folder / f"{i:03d}-{file_stem(without_secrets(prompt))}.png")
@@ -91,7 +92,8 @@ def _free(folder: Path) -> Path:
     """The folder itself where it is empty, else the first of `folder-2`, `folder-3`, … that is not there."""
     if not folder.exists() or is_empty(folder):
         return folder
-    return next(f for n in count(2) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
+    folder = Path(os.path.abspath(folder))  # "." and ".." have no name
+    return next(f for n in count(2) if not (f := folder.parent / f"{folder.name}-{n}").exists())
 
 
 def _model_of(request: SampleRequest) -> _Model:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,9 +22,12 @@ from difftuning_control.data.stream import Stream
 from difftuning_control.data.stream_batches import StreamSource, empty_targets
 from difftuning_control.errors import UserError
 from difftuning_control.objective.difftuning import DiffTuningObjective
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.requests import VerifyRequest
 from difftuning_control.recipe.training import TrainingConfig
+from difftuning_control.runs.verify import verify
 from difftuning_control.verbs.train import train
 from support.pictures import write_pictures
 from support.process_worker import run
@@ -188,6 +192,31 @@ def test_a_streamed_run_goes_on_bit_for_bit(recipe, folders, tmp_path):
     assert len(list(Path(recipe.data.cache).glob("moments-*"))) == 1  # of the held-out pictures
 
 
+@pytest.mark.sample("tar")
+@pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
+def test_a_streamed_run_verifies_by_its_files_and_what_it_held_out(recipe, folders, tmp_path, kind):
+    data = Path(shutil.copytree(folders[kind], tmp_path / "streamed"))
+    held = replace(recipe.training, max_steps=1, validation_size=HELD, validate_every=0)
+    streamed = replace(recipe, data=DataConfig(str(data), stream=True, cache=recipe.data.cache), training=held)
+    train(streamed)
+
+    def part() -> dict:
+        result = verify(VerifyRequest(recipe.output))
+        return next(p for p in result["parts"] if p["part"] == "data")
+
+    assert (part()["state"], part()["checked"], part()["findings"]) == ("unchecked", 1 + HELD, [])
+    assert "it was streamed" in part()["unchecked"]
+    if kind == "jsonl":
+        table = data / "metadata.jsonl"
+        table.write_text(table.read_text().replace("red 1", "blue"))
+        assert {(f["item"], f["what"]) for f in part()["findings"]} == {(str(data), "changed"), ("1.png", "changed")}
+    else:
+        (data / f"{FILES - 1:03d}.{kind}").unlink()
+        assert [(f["item"], f["what"]) for f in part()["findings"]] == [(str(data), "changed")]
+    shutil.rmtree(data)
+    assert [f["what"] for f in part()["findings"]] == ["missing"]
+
+
 def test_a_bad_row_stops_with_its_name_or_is_left_out(folders, tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i in range(9):
@@ -205,6 +234,8 @@ def test_what_cannot_be_streamed_is_refused(folders, tmp_path):
     for settings in ({"method": "controlnet"}, {"data": DataConfig("x", stream=True, limit=3)}):
         with pytest.raises(UserError, match="stream"):
             Recipe(training=config, **{"data": DataConfig("x", stream=True), **settings})
+    with pytest.raises(UserError, match=r"gates\.kid is given, which is judged on all pictures after training"):
+        Recipe(data=DataConfig("x", stream=True), gates=GatesConfig(retention_loss=0.1, kid=0.2))
     with pytest.raises(UserError, match="train and bank"):
         read_data(Recipe(data=DataConfig(str(folders["tar"]), stream=True)))
     plain = write_pictures(tmp_path / "plain", 2)

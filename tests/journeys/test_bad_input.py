@@ -427,6 +427,15 @@ def test_sampling_refuses_a_run_that_is_missing_or_unfinished(output, tmp_path, 
     assert_refused([*words, str(output)], capsys, tmp_path, "is running, not complete; go on with difftune resume")
 
 
+def test_sampling_into_the_current_folder_goes_beside_it_where_it_holds_something(output, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    main([*SAMPLE, "--run", str(output), "--output", "."])
+    assert [p.name for p in Path().iterdir()] == ["mine.txt"]
+    assert (tmp_path / "here-2" / "samples.json").is_file()
+
+
 def test_sampling_keeps_what_its_output_holds(output):
     def kept() -> dict[str, bytes | str | None]:
         return {name: content for name, content in snapshot(output).items() if name != "audit.jsonl"}

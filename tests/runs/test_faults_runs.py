@@ -25,6 +25,7 @@ from difftuning_control.runs.verify import verify
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.command_line import flags, settings
+from support.damages import flip
 from support.marks import needs
 from support.pictures import write_pictures
 from support.refusals import assert_refused
@@ -68,6 +69,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
         patch.chdir(root)
         main(["train", *flags(values)])
     return root
+
+
+def test_a_kept_step_verifies_as_a_part_of_its_run(copy, capsys):
+    main(["verify", str(copy / "runs" / "one" / "step-000001")])
+    assert "changed" not in capsys.readouterr().out
+    flip(next((copy / "runs" / "one" / "step-000001").glob("*.safetensors")))
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(copy / "runs" / "one" / "step-000001")])
+    assert stopped.value.code == 1
 
 
 @pytest.fixture

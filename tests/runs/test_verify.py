@@ -259,6 +259,8 @@ def test_a_base_of_the_hub_is_found_in_its_cache_or_said_not_to_be_there(root, t
     del record["places"]["model"]
     write_json(root / "run" / "run.json", record)
     assert "base" not in found()
+    (snapshot / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant, downloaded since")
+    assert "base" not in found()
     flip(snapshot / "vae" / "diffusion_pytorch_model.safetensors")
     assert found()["base"] == [("changed", "vae/diffusion_pytorch_model.safetensors", "")]
     shutil.rmtree(tmp_path / "hub")

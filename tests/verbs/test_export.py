@@ -44,6 +44,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs.card import model_card
 from difftuning_control.runs.finished import finished_run
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.evaluate import evaluate
@@ -299,6 +300,37 @@ def test_the_card_tells_diffusers_what_a_model_was_saved_without(lora):
     parts = Parts("StableDiffusion3Pipeline", None, None, None, "transformer", absent)
     card = export_card(ExportRequest(lora.output, "there", pipeline="stock"), lora, record, parts, [])
     assert "from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)" in card
+
+
+def test_cards_name_the_variant_of_the_base(lora):
+    record = finished_run(lora.output)
+    recipe = replace(lora, model=replace(lora.model, variant="fp16"))
+    request = ExportRequest(lora.output, "there", pipeline="stock", base="referenced")
+    card = export_card(request, recipe, record, Parts("StableDiffusionPipeline", None, None, None), [])
+    assert 'from_pretrained(base, variant="fp16")' in card
+    assert f'from_pretrained("{lora.model.id}", variant="fp16")' in model_card(recipe, record)
+
+
+@pytest.mark.parametrize(
+    ("component", "network", "said"),
+    [
+        (
+            "unet",
+            "networks.lora",
+            "`--network_module networks.lora --network_weights mine.safetensors`). Stock diffusers",
+        ),
+        (
+            "transformer",
+            "networks.lora_sd3",
+            "networks.lora_sd3 --network_weights mine.safetensors`). This package reads",
+        ),
+        ("transformer", None, "in the web UIs). This package reads it too:"),
+    ],
+)
+def test_the_card_of_a_kohya_file_names_the_module_that_reads_it(lora, component, network, said):
+    parts = Parts("AnyPipeline", None, None, "mine.safetensors", component, network=network)
+    request = ExportRequest(lora.output, "there", format="kohya")
+    assert said in export_card(request, lora, finished_run(lora.output), parts, [])
 
 
 # --- stock diffusers opens it ---------------------------------------------------------------------------------------

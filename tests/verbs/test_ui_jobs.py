@@ -94,6 +94,23 @@ def test_a_number_that_another_process_has_now_is_not_stopped(jobs, tmp_path):
     assert until(lambda: states(jobs) == ["stopped"])
 
 
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); "
+STUBBORN += "print('began', flush=True); time.sleep(60)"
+
+
+def test_a_second_stop_sends_nothing_since_it_would_end_a_training_without_a_checkpoint(jobs, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SLEEPS", STUBBORN)
+    job = jobs.add(["train"], tmp_path / "a")
+    assert until(lambda: jobs.log(job) == "began")
+    jobs.stop(job.name)
+    assert until(lambda: jobs.log(job) == "began\nasked")
+    assert jobs.stop(job.name).is_asked_to_end
+    time.sleep(0.2)
+    assert (jobs.log(job), states(jobs)) == ("began\nasked", ["running"])
+    jobs._children[job.name].kill()
+    assert until(lambda: states(jobs) == ["failed"])
+
+
 def test_what_was_killed_after_its_page_is_stopped(jobs, tmp_path):
     job = jobs.add(["export"], tmp_path / "a")
     jobs._children[job.name].kill()

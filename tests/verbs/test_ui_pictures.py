@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,23 @@ def test_what_somebody_else_changed_is_not_written_over(places):
     with pytest.raises(UserError, match="was changed since"):
         undo_caption(places)
     assert caption_of(folder, "a.png") == "theirs"
+
+
+def test_a_table_as_spreadsheets_write_it_keeps_its_mark_and_loses_only_empty_cells(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    names = [unicodedata.normalize("NFD", "ü.png"), "b.png"]
+    for name in names:
+        picture(1).save(folder / name)
+    table = folder / "metadata.csv"
+    table.write_bytes("\ufefffile_name,text\nü.png,one,,\nb.png,two,,\n".encode())
+    places = Places.of(tmp_path)
+    assert [caption_of(folder, name) for name in names] == ["one", "two"]
+    edit_caption(places, folder, names[0], "one", "three")
+    assert table.read_bytes().decode() == "\ufefffile_name,text\nü.png,three\nb.png,two\n"
+    table.write_text("file_name,text\nb.png,two, and more\n")
+    with pytest.raises(UserError, match="3 values for 2 columns"):
+        caption_of(folder, "b.png")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -32,7 +32,7 @@ def begun(places: Places, name: str = "runs/one", status: str = "running", **mor
     """A run's folder as it is while it trains."""
     folder = places.folder / name
     folder.mkdir(parents=True)
-    RunRecord(status=status, recipe_values=Recipe().to_dict(), **more).write(folder)  # type: ignore[arg-type]
+    RunRecord(status=status, **{"recipe_values": Recipe().to_dict()} | more).write(folder)  # type: ignore[arg-type]
     rows = [{"step": s, "loss": 0.5, "target_loss": 0.5 / s, "bank_loss": 0.2} for s in (1, 2, 3)]
     rows.append({"step": 3, "validation/target_0.1": 0.3, "validation/target_0.5": 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
@@ -106,7 +106,12 @@ def test_every_preset_makes_a_command(places, name):
         ({"pictures": "embedded/icons"}, {"bank.path": "/var"}, "leads out of the folders"),
         ({"pictures": "embedded/icons"}, {"data.masks": "/etc"}, "leads out of the folders"),
         ({"pictures": "embedded/icons"}, {"control.path": "/etc"}, "leads out of the folders"),
-        ({"pictures": "embedded/icons"}, {"tuning.schedule.kind": "function"}, "is code that runs"),
+        (
+            {"pictures": "embedded/icons"},
+            {"tuning.schedule.kind": "function", "tuning.schedule.path": "mine.here:psi"},
+            r"tuning.schedule.path is code that runs \(mine.here:psi\)",
+        ),
+        ({"trains": "controlnet"}, {"control.annotator": "mine.here:f"}, "control.annotator is code that runs"),
         ({"pictures": "embedded/icons"}, {"data.holdout": "2"}, "data.holdout is 2"),
     ],
     ids=lambda value: str(value)[:30],
@@ -114,6 +119,31 @@ def test_every_preset_makes_a_command(places, name):
 def test_what_the_command_would_refuse_is_refused_on_the_page(places, fields, others, said):
     with pytest.raises(UserError, match=said):
         form.train_words(places, form.NO_PRESET, fields and {"pictures": "embedded/icons"} | fields, others)
+
+
+def test_code_in_the_recipe_that_training_begins_from_is_refused(places):
+    tuning = {"schedule": {"kind": "function", "path": "mine.here:psi"}}
+    values = Recipe().to_dict() | {"data": {"path": "embedded/icons"}, "tuning": tuning}
+    run = begun(places, "runs/coded", "complete", recipe_values=values)
+    (run / "recipe.yaml").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"tuning.schedule.path is code that runs \(mine.here:psi\)"):
+        form.train_words(places, form.NO_PRESET, {"pictures": "embedded/icons"}, {"training.begin_from": "runs/coded"})
+
+
+def test_relative_places_are_those_of_the_pages_folder_wherever_it_was_started(places, monkeypatch, tmp_path):
+    (places.folder / "models" / "mine").mkdir(parents=True)
+    (places.folder / "prompts.txt").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)
+    given = {"bank.prompts": "prompts.txt", "tuning.schedule.path": "measured.json", "tuning.schedule.kind": "measured"}
+    fields = {"pictures": "embedded/icons", "model": "models/mine"}
+    words, _ = form.train_words(places, form.NO_PRESET, fields, given)
+    assert f"--model.id={places.folder / 'models' / 'mine'}" in words
+    assert f"--bank.prompts={places.folder / 'prompts.txt'}" in words
+    assert f"--tuning.schedule.path={places.folder / 'measured.json'}" in words
+    words, _ = form.train_words(
+        places, form.NO_PRESET, {"pictures": "embedded/icons", "model": "some/model"}, {"bank.prompts": "empty"}
+    )
+    assert {"--model.id=some/model", "--bank.prompts=empty"} <= set(words)
 
 
 def test_a_run_is_not_written_over(places):

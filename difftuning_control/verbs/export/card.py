@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.adapter_kinds import KINDS
-from difftuning_control.runs.card import asked_for, few_steps_of, model_card
+from difftuning_control.runs.card import asked_for, few_steps_of, model_card, variant_of
 from difftuning_control.runs.gates import check_passed
 from difftuning_control.system.text import plain_markdown, python_text
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 CLOSING = "`export.json` says what was exported and which base it belongs to."
 PLACES = {
-    "kohya": "Put `{file}` where your program looks for LoRAs (`models/Lora` in the web UIs; sd-scripts takes it with "
-    "`--network_module networks.lora --network_weights {file}`). Stock diffusers reads it too:",
+    "kohya": "Put `{file}` where your program looks for LoRAs (`models/Lora` in the web UIs{scripts}). {reader} reads "
+    "it too:",
     "comfyui": "Put `{file}` into `models/loras` of ComfyUI and load it by the node *LoraLoaderModelOnly* (or *Load "
     "LoRA*), behind a checkpoint of the base.",
 }
@@ -54,6 +54,7 @@ class Parts:
         file: the LoRA file for another program, if that is what was exported.
         component: the denoiser's name in the pipeline.
         absent: components that the model was saved without, which diffusers wants to be told.
+        network: the module of sd-scripts that reads the LoRA file, where it has one.
     """
 
     stock: str
@@ -62,6 +63,7 @@ class Parts:
     file: str | None
     component: str = "unet"
     absent: tuple[str, ...] = ()
+    network: str | None = None
 
 
 def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts, figures: list[str]) -> str:
@@ -75,7 +77,10 @@ def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: P
     else:
         use = ["```python", *_code(request, recipe, run, parts), "```"]
     if request.format == "kohya":
-        use = [PLACES["kohya"].format(file=plain_markdown(parts.file or "")), "", *use]
+        file, named = plain_markdown(parts.file or ""), parts.network
+        scripts = f"; sd-scripts takes it with `--network_module {named} --network_weights {file}`" if named else ""
+        reader = "Stock diffusers" if parts.component == "unet" else "This package"
+        use = [PLACES["kohya"].format(file=file, scripts=scripts, reader=reader), "", *use]
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours.file, klass=parts.ours.name)]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
@@ -123,7 +128,8 @@ def _code(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: Parts) 
         options += [] if is_whole else [f'custom_pipeline=f"{{folder}}/{parts.ours.file}.py"']
         options.append("trust_remote_code=True")
     used["diffusers"].append(klass)
-    body.append(f"pipe = {klass}.from_pretrained({', '.join(options)})")
+    variant = "" if is_whole else variant_of(recipe)
+    body.append(f"pipe = {klass}.from_pretrained({', '.join(options)}{variant})")
     if recipe.method == "lora" and request.adapter == "separate":
         if parts.file is not None and parts.component != "unet":  # kohya's names, which not every stock class reads
             used["difftuning_control"].append("load_adapter")

@@ -36,7 +36,7 @@ from difftuning_control.verbs.export.lora_formats import (
     kohya_tensors,
     lora_layers,
 )
-from difftuning_control.verbs.export.tool_metadata import tool_metadata
+from difftuning_control.verbs.export.tool_metadata import published_as, tool_metadata
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
@@ -108,7 +108,9 @@ def _write_lora_file(request: ExportRequest, record: RunRecord, recipe: Recipe, 
     scaled = cast_tensors({k: v for k, v in tensors.items() if v.ndim}, dtype)
     write_tensors(folder / name, tensors | scaled, {"format": "pt"})
     set_metadata(folder / name, tool_metadata(base, record, tensors, Path(name).stem))
-    return Parts(type(base.pipe).__name__, None, None, name, base.component)
+    published = published_as(base)
+    network = published.network if published is not None else None
+    return Parts(type(base.pipe).__name__, None, None, name, base.component, network=network)
 
 
 def _write_lora(request: ExportRequest, record: RunRecord, recipe: Recipe, folder: Path) -> Any:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from difftuning_control.data.metadata import METADATA
+from difftuning_control.data.metadata import METADATA, csv_rows
 from difftuning_control.data.sources import caption_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
+from difftuning_control.system.text import composed
 from difftuning_control.system.untrusted import from_json, is_text, read_text
 from difftuning_control.verbs.ui.places import Places
 
@@ -34,9 +36,9 @@ def caption_of(folder: Path, name: str) -> str | None:
             path = _file_of(folder / name)
             return read_text(path).strip() if path.exists() else None
         rows = _rows(table)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"the caption of {name} cannot be read ({error}).") from None
-    row = next((row for row in rows if row.get("file_name") == name), None)
+    row = next((row for row in rows if _is_of(row, name)), None)
     if row is None:
         raise UserError(f"{table.name} has no row for {name}; add one with a text editor.")
     caption = row.get(COLUMN)
@@ -103,8 +105,9 @@ def _write(places: Places, folder: Path, name: str, before: str | None, after: s
         path.unlink(missing_ok=True)
         return
     text = after or "" if table is None else _with_row(table, name, after)
+    marked = path.exists() and path.read_bytes().startswith(BOM_UTF8)  # without it Excel takes it for another encoding
     with beside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8-sig" if marked else "utf-8", newline="")
 
 
 def _file_of(picture: Path) -> Path:
@@ -119,8 +122,13 @@ def _table_of(folder: Path) -> Path | None:
 def _rows(table: Path) -> list[dict[str, Any]]:
     text = read_text(table)
     if table.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        return csv_rows(text)
     return [from_json(line) for line in text.split("\n") if line.strip()]
+
+
+def _is_of(row: Any, name: str) -> bool:
+    """Whether a row is of a picture, whichever form of Unicode either has."""
+    return isinstance(row, dict) and composed(str(row.get("file_name"))) == composed(name)
 
 
 def _with_row(table: Path, name: str, caption: str | None) -> str:
@@ -129,11 +137,10 @@ def _with_row(table: Path, name: str, caption: str | None) -> str:
         rows, written = _rows(table), io.StringIO()
         writer = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | {COLUMN: caption} if row["file_name"] == name else row for row in rows)
+        writer.writerows(row | {COLUMN: caption} if _is_of(row, name) else row for row in rows)
         return written.getvalue()
     lines = []
     for line in read_text(table).split("\n"):
         row = from_json(line) if line.strip() else {}
-        is_it = row.get("file_name") == name
-        lines.append(json.dumps(row | {COLUMN: caption}, ensure_ascii=False) if is_it else line)
+        lines.append(json.dumps(row | {COLUMN: caption}, ensure_ascii=False) if _is_of(row, name) else line)
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.places import ALWAYS_LOCAL, KEYS, WORDS
 from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
@@ -179,6 +180,7 @@ def train_words(
     if not given.get("data.path"):
         raise UserError("no pictures are named; choose a folder of pictures, or embedded/icons to try it.")
     _keep_inside(places, given)
+    _from_the_folder(places, given)
     output = _output(places, fields.get("name", ""))
     words = [f"--{key}={text}" for key, text in {**_method(fields.get("trains", "lora")), **given}.items()]
     prompts = [line.strip() for line in fields.get("prompts", "").splitlines() if line.strip()]
@@ -186,7 +188,7 @@ def train_words(
         words.append(f"--training.sample_prompts={json.dumps(prompts, ensure_ascii=False)}")
     path = presets()[preset]
     words = ["train", *([f"--config={path}"] if path is not None else []), *words, f"--output={output}"]
-    parse(words)
+    refuse_code(recipe_of_words(words))
     return words, output
 
 
@@ -197,7 +199,7 @@ def _method(trains: str) -> dict[str, str]:
 
 
 def _keep_inside(places: Places, given: dict[str, str]) -> None:
-    """Refuse what the page may not read or write, and code."""
+    """Refuse what the page may not read or write."""
     for key in PICTURES:
         if given.get(key) and given[key] not in EMBEDDED and (key, given[key]) != ("data.masks", ALPHA):
             folder = places.readable(given[key])
@@ -207,8 +209,31 @@ def _keep_inside(places: Places, given: dict[str, str]) -> None:
     for key in WRITTEN:
         if given.get(key):
             given[key] = str(places.writable(given[key]))
-    if given.get("tuning.schedule.kind") == "function":
-        raise UserError("a schedule of kind function is code that runs; start such a training on the command line.")
+
+
+def _from_the_folder(places: Places, given: dict[str, str]) -> None:
+    """Make absolute what is local: the command runs in the page's folder, and this process anywhere."""
+    for role, key in KEYS.items():
+        text = given.get(key)
+        if text and ":" not in text and text not in (*WORDS.get(role, ()), "embedded", *EMBEDDED):
+            there = places.folder / Path(text).expanduser()
+            if role in ALWAYS_LOCAL or there.exists():
+                given[key] = str(there)
+
+
+def refuse_code(recipe: Recipe) -> None:
+    """Refuse what runs code of somebody's own, be it typed or of another run's recipe.
+
+    Raises:
+        UserError: saying where it is named.
+    """
+    schedule = recipe.tuning.schedule
+    named = {
+        "tuning.schedule.path": schedule.path if schedule.kind == "function" else None,
+        "control.annotator": recipe.control.annotator if ":" in recipe.control.annotator else None,
+    }
+    if (key := next((k for k, name in named.items() if name is not None), None)) is not None:
+        raise UserError(f"{key} is code that runs ({named[key]}); start such a training on the command line.")
 
 
 def _output(places: Places, name: str) -> Path:

@@ -43,6 +43,7 @@ class Job:
         output: the folder that it writes, as its arguments name it.
         state: waiting, running, done, stopped or failed.
         pid, born: the process, and the second in which it began, since numbers are used again.
+        is_asked_to_end: whether it has been sent SIGTERM; a second one would end it without a checkpoint.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Job:
     state: str = WAITING
     pid: int | None = None
     born: float = 0.0
+    is_asked_to_end: bool = False
 
     @property
     def verb(self) -> str:
@@ -92,7 +94,7 @@ class Jobs:
             return next(j for j in self._read() if j.name == job.name)
 
     def stop(self, name: str) -> Job:
-        """Take a command out of the queue, or send it SIGTERM; a training then saves a checkpoint and ends.
+        """Take a command out of the queue, or send it SIGTERM, once; a training then saves a checkpoint and ends.
 
         Raises:
             UserError: if there is no such command that has not ended.
@@ -104,8 +106,10 @@ class Jobs:
             if job.state == WAITING:
                 job = replace(job, state=STOPPED)
                 self._write(job)
-            elif (process := _process(job)) is not None:
+            elif not job.is_asked_to_end and (process := _process(job)) is not None:
                 process.send_signal(signal.SIGTERM)
+                job = replace(job, is_asked_to_end=True)
+                self._write(job)
             return job
 
     def all(self) -> list[Job]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -132,7 +133,7 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
             if not bare:
                 raise UserError("each picture of this folder has a caption or a draft already.")
             progress(0, "loading the captioning model")
-            captioner, done = Captioner(named.strip()), 0
+            captioner, done = Captioner(places.folder / Path(named.strip()).expanduser()), 0
 
             def advance(count: int) -> None:
                 nonlocal done

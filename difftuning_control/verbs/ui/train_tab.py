@@ -16,6 +16,7 @@ from difftuning_control.verbs.ui.form import (
     preset_labels,
     preset_values,
     recipe_of_words,
+    refuse_code,
     sections,
     train_words,
 )
@@ -99,7 +100,9 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
             job = chosen_job(studio.jobs.all(), name)
             run = Path(job.output) if job is not None else places.folder
             steps = [f"--steps={up_to.strip()}"] if up_to.strip() else []
-            job = studio.jobs.add(["resume", str(run), *steps], run)
+            words = ["resume", str(run), *steps]
+            refuse_code(recipe_of_words(words))
+            job = studio.jobs.add(words, run)
         return [job.name, *look(job.name, None)]
 
     def end(name: str | None) -> list[Any]:
@@ -142,8 +145,9 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
 
 def _buttons(job: Job | None) -> list[Any]:
     ends = job is not None and job.state in (RUNNING, WAITING)
+    is_asked = job is not None and job.is_asked_to_end
     goes_on = job is not None and not ends and job.verb in TRAINING
-    return [gr.update(interactive=ends), gr.update(interactive=goes_on)]
+    return [gr.update(interactive=ends and not is_asked), gr.update(interactive=goes_on)]
 
 
 def _first_fields(studio: Studio) -> dict[str, Any]:
