@@ -1,6 +1,7 @@
 """DiffFit: biases, norms and scale factors γ train, everything else stays.
 
-Each attention and each feed-forward branch of a transformer block ends in γ ⊙ (W x + b), with γ = 1 at the start.
+Each attention and each feed-forward branch of a transformer block ends in γ ⊙ (W x + b), with γ = 1 at the start; W is
+that of a linear layer, or of Sana's convolution of one pixel.
 
 References:
     DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning
@@ -14,26 +15,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
 
 GAMMA = "difffit_gamma"
+LAYERS = (nn.Linear, nn.Conv2d)
+FEED_FORWARD = ("FeedForward", "MLP", "SwiGLU", "GLUMBConv")  # how diffusers' classes of that kind end
+LAST = ("net.2", "linear_out", "linear_2", "w2", "down", "out", "conv_point")  # their last layers, one in each
 
 
-def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """The last linear layer of every attention and feed-forward branch, by name."""
-    ends: dict[str, nn.Linear] = {}
+def branch_ends(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The last layer of every attention and feed-forward branch, by name.
+
+    Raises:
+        UserError: if a branch ends in none that is known, or the model has no transformer block.
+    """
+    ends: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, module in denoiser.named_modules():
-        inside: list[tuple[str, Any]] = []
-        if isinstance(module, FeedForward):
-            inside = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)][-1:]
+        kind = type(module).__name__
+        if kind.endswith(FEED_FORWARD):
+            wanted: tuple[str, ...] = LAST
         elif hasattr(module, "to_q"):
-            inside = [(n, m) for n, m in module.named_modules() if n in ("to_out.0", "to_add_out")]
-        elif "SingleTransformerBlock" in type(module).__name__:
-            inside = [("proj_out", getattr(module, "proj_out", None))]
-        ends |= {f"{name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)}
+            wanted = ("to_out.0", "to_add_out")
+        elif hasattr(module, "to_qkv_mlp_proj"):  # FLUX.2's attention and feed-forward in one
+            wanted = ("to_out",)
+        elif kind.endswith("SingleTransformerBlock"):
+            wanted = ("proj_out",)
+        else:
+            continue
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, LAYERS)}
+        found = {f"{name}.{n}": m for n, m in layers.items() if n in wanted}
+        if layers and not found and kind.endswith(FEED_FORWARD):
+            raise UserError(
+                f"adapter.kind is difffit, which does not know the end of {name} ({kind}); use another kind."
+            )
+        ends |= found
+    if not ends:
+        raise UserError("adapter.kind is difffit, but the model has no transformer block; use another kind.")
     return ends
 
 
@@ -48,7 +67,8 @@ def small_weights(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _scaled(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output * getattr(layer, GAMMA).to(output.dtype)
+    gamma = getattr(layer, GAMMA).to(output.dtype)
+    return output * (gamma[:, None, None] if isinstance(layer, nn.Conv2d) else gamma)
 
 
 class TrainedWhole:
@@ -111,17 +131,15 @@ class DiffFit(TrainedWhole):
         name: as an adapter's.
 
     Raises:
-        UserError: if the model has no transformer block.
+        UserError: of `branch_ends`.
     """
 
     def __init__(self, denoiser: nn.Module, name: str = "default"):
         self.ends = branch_ends(denoiser)
-        if not self.ends:
-            raise UserError("adapter.kind is difffit, but the model has no transformer block; use another kind.")
         parameters = small_weights(denoiser)
         self.handles = []
         for end, layer in self.ends.items():
-            gamma = nn.Parameter(torch.ones(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device))
+            gamma = nn.Parameter(torch.ones(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device))
             layer.register_parameter(GAMMA, gamma)
             self.handles.append(layer.register_forward_hook(_scaled))
             parameters[f"{end}.{GAMMA}"] = gamma
@@ -141,7 +159,7 @@ class DiffFit(TrainedWhole):
     @staticmethod
     def shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what trains."""
-        gammas = {f"{name}.{GAMMA}": (layer.out_features,) for name, layer in branch_ends(denoiser).items()}
+        gammas = {f"{name}.{GAMMA}": (len(layer.weight),) for name, layer in branch_ends(denoiser).items()}
         return {name: tuple(p.shape) for name, p in small_weights(denoiser).items()} | gammas
 
     def remove(self) -> None:

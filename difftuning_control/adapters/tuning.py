@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from difftuning_control.adapters.difffit import DiffFit, TrainedWhole
+from difftuning_control.adapters.difffit import DiffFit, TrainedWhole, branch_ends
 from difftuning_control.adapters.files import DIFFFIT_FILE, LORA_FILE, PEFT_FOLDER, save_difffit, save_lora, save_peft
-from difftuning_control.adapters.kinds import ADAPTER, BESIDE, attach, keep_part
+from difftuning_control.adapters.kinds import ADAPTER, BESIDE, attach, keep_part, target_layers
 from difftuning_control.adapters.lora_start import FACTOR, Down, Up, factors
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.adapter_kinds import LORA_KINDS
@@ -32,6 +32,21 @@ UNDECAYED = (
 )  # factors: zero is not where they start
 
 
+def check_adapter(family: Family, config: AdapterConfig) -> None:
+    """Refuse what does not fit the model, before anything is encoded or drawn for it.
+
+    Raises:
+        UserError: saying what.
+    """
+    if config.text_encoder and not family.text_lora_targets:
+        raise UserError(f"adapter.text_encoder is true, which the family {family.name} does not train yet.")
+    module = family.controlnet if config.on == "controlnet" else family.denoiser
+    if config.kind == "difffit":
+        branch_ends(module)  # refuses what it does not know
+    else:
+        target_layers(module, config, family.lora_targets)
+
+
 class AdapterTuning:
     """An adapter on the denoiser, and perhaps a LoRA on its text encoder, in float32; everything else stays.
 
@@ -50,8 +65,7 @@ class AdapterTuning:
 
     def __init__(self, family: Family, config: AdapterConfig, seed: int = 0):
         self.family, self.config, self.result = family, config, adapter_result(config)
-        if config.text_encoder and not family.text_lora_targets:
-            raise UserError(f"adapter.text_encoder is true, which the family {family.name} does not train yet.")
+        check_adapter(family, config)
         if config.kind == "difffit":
             family.denoiser.requires_grad_(False)
             own = DiffFit(family.denoiser, ADAPTER)

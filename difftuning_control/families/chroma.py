@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +47,7 @@ class Chroma(PackedTransformer, MaskedTransformer):
             masks[0] = kwargs["attention_mask"]
 
         def again(block: Any, *args: Any) -> Any:
-            if isinstance(block, ChromaSingleTransformerBlock) and len(args) == 3:
+            if len(args) == 3:  # of a single block; it may come wrapped, as a T-LoRA's
                 args = (*args, masks[0])  # kept with the other arguments until the backward pass
             return checkpoint(block, *args, use_reentrant=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,6 +141,11 @@ class Family(Controlled, Prompting, LatentSpace):
             "model.quantization is for transformers that are told prompts, and not for a "
             f"{type(self.pipe).__name__}; leave it out."
         )
+
+    @classmethod
+    def lora_targets_by(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the layers that a recipe's `auto` targets, by the denoiser's configuration."""
+        return cls.lora_targets
 
     def mend_adapter(self, path: Path) -> None:
         """Called once the adapter of this file was loaded, for what loading does to it."""

@@ -16,9 +16,9 @@ class Fit:
         max_steps: optimizer steps, for some tens of pictures; a ControlNet needs many more.
         batch_size: rows of a step, which fit 24 GB with gradient checkpointing.
         gradient_checkpointing: methods that need it for that, on a GPU.
-        schedule: ψ and ξ; the recipe's own default of a method that is not named. A LoRA learns and retains at every
-            noise level alike, ψ = ξ = 1, which over eight styles came nearer to the style than ψ = u^0.3 and forgot
-            less; a ControlNet, taught at high noise, ψ = u, follows its condition sooner (docs/results.md).
+        schedule: ψ and ξ; the recipe's own default of a method that is not named. A LoRA, and all weights, learn and
+            retain at every noise level alike, ψ = ξ = 1, which over eight styles, and two, came nearer to these than
+            ψ = u^0.3; a ControlNet, taught at high noise, ψ = u, follows its condition sooner (docs/results.md).
     """
 
     learning_rate: dict[str, float] = field(
@@ -30,6 +30,7 @@ class Fit:
     schedule: dict[str, ScheduleConfig] = field(
         default_factory=lambda: {
             "lora": ScheduleConfig("constant", xi=1.0),
+            "full": ScheduleConfig("constant", xi=1.0),
             "controlnet": ScheduleConfig("power", tau=1.0),
         }
     )

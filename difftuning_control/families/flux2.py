@@ -6,6 +6,7 @@ ordinary guidance; the distilled klein has none; dev is distilled from guidance 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -67,10 +68,12 @@ class Flux2Klein(SquareLatents):
 
     def __init__(self, pipe: Any):
         super().__init__(pipe)
-        singles = (
-            f"single_transformer_blocks.{i}.attn.to_out" for i in range(pipe.transformer.config.num_single_layers)
-        )
-        self.lora_targets = (*FlowTransformer.lora_targets, "to_qkv_mlp_proj", *singles)
+        self.lora_targets = self.lora_targets_by(pipe.transformer.config)
+
+    @classmethod
+    def lora_targets_by(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
+        singles = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(config["num_single_layers"]))
+        return (*FlowTransformer.lora_targets, "to_qkv_mlp_proj", *singles)
 
     def _check_variant(self) -> None:
         self.need("transformer", "vae", "text_encoder", "tokenizer")

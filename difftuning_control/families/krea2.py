@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,9 +33,12 @@ class Krea2(QwenImage):
 
     def __init__(self, pipe: Any):
         super().__init__(pipe)
+        self.lora_targets = self.lora_targets_by(pipe.transformer.config)
+
+    @classmethod
+    def lora_targets_by(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
         parts = ("to_q", "to_k", "to_v", "to_out.0")  # of the blocks alone: the fusion of layers has other rows
-        blocks = range(pipe.transformer.config.num_layers)
-        self.lora_targets = tuple(f"transformer_blocks.{i}.attn.{part}" for i in blocks for part in parts)
+        return tuple(f"transformer_blocks.{i}.attn.{part}" for i in range(config["num_layers"]) for part in parts)
 
     def _check_variant(self) -> None:
         self.need("transformer", "vae", "text_encoder", "tokenizer")

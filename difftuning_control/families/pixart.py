@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.masked import MaskedTransformer
 from difftuning_control.families.tunable import make_tunable
+from difftuning_control.objective.rows import moved
 
 
 class PixArtSigma(MaskedTransformer):
@@ -49,8 +51,8 @@ class PixArtSigma(MaskedTransformer):
         rows, _, height, width = noisy_model_input.shape
         size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.told_size:
-            sides = noisy_model_input.new_tensor([[height, width]]) * self.vae_scale_factor
-            size["resolution"] = sides.expand(rows, -1)
+            sides = torch.tensor([[height, width]], dtype=noisy_model_input.dtype) * self.vae_scale_factor
+            size["resolution"] = moved(sides, noisy_model_input).expand(rows, -1)
             size["aspect_ratio"] = noisy_model_input.new_full((rows, 1), height / width)
         inputs = super().denoiser_inputs(noisy_model_input, timesteps, conditioning)
         return inputs | {"added_cond_kwargs": size}

@@ -6,7 +6,8 @@
 They are the layers that diffusers' own `BitsAndBytesConfig` makes, which loads on a GPU only. Rounding happens on the
 CPU after loading, so that a base is the same one on every machine; and on a CPU the weights keep that layout. On a
 processor with AVX512-BF16, bitsandbytes would pack the weights of nf4 anew at the first forward without gradients, in
-blocks of 32 outputs: smaller layers break, and sampling would change how the weights are laid out.
+blocks of 32 outputs: smaller layers break, and sampling would change how the weights are laid out. On one with AVX512
+its version 0.50 reads a layer whose inputs are no multiple of 64 by a wrong block's factor: that one stays as it is.
 
 References:
     QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., 2023), https://arxiv.org/abs/2305.14314
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from difftuning_control.errors import UserError
 
 OUTLIER = 6.0  # of int8, as in diffusers and the paper
+BLOCK = 64  # weights of nf4 that share a factor
+ROUNDING = 0.12  # of nf4, relative: 0.09 of normal and of uniform weights
 
 
 def need_bitsandbytes(kind: str) -> None:
@@ -68,7 +71,12 @@ def _quantised(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
         packed = _linear8bit()(*sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta")
         packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     packed.bias = layer.bias
-    return packed.requires_grad_(False).to("cpu")
+    packed = packed.requires_grad_(False).to("cpu")
+    if kind == "nf4" and layer.in_features % BLOCK:
+        read = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state).float()
+        if (read - weight).norm() > ROUNDING * weight.norm():
+            return layer.requires_grad_(False)
+    return packed
 
 
 @cache

@@ -14,6 +14,7 @@ from difftuning_control.families.control import compare_configs
 from difftuning_control.families.family import Family
 from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.fit import Fit
+from difftuning_control.objective.rows import moved
 
 TOLD_GUIDANCE = 8.0  # of UNets that are told it: in the middle of what latent consistency models were distilled at
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # of the layers that bring a condition down to the latents' size
@@ -40,7 +41,7 @@ class StableDiffusion(Family):
     name = "sd"
     component = "unet"
     fit = Fit(gradient_checkpointing=("full", "controlnet"))
-    text_lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    text_lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     controlnet_class = ControlNetModel
     control_pipeline_class: ClassVar[Any] = StableDiffusionControlNetPipeline
     controlnet_whole = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
@@ -90,7 +91,7 @@ class StableDiffusion(Family):
             return {}
         scales = torch.full((len(noisy_model_input),), TOLD_GUIDANCE - 1)
         embedded = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
-        return {"timestep_cond": embedded.to(noisy_model_input)}
+        return {"timestep_cond": moved(embedded.to(noisy_model_input.dtype), noisy_model_input)}
 
     @classmethod
     def few_steps_by(cls, configs: Configs) -> FewSteps | None:

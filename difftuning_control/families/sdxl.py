@@ -13,6 +13,7 @@ from torch import Tensor
 from difftuning_control.errors import UserError
 from difftuning_control.families.fit import Fit
 from difftuning_control.families.sd import StableDiffusion
+from difftuning_control.objective.rows import moved
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -28,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
     name = "sdxl"
     fit = Fit()
     takes_sizes = True
+    text_lora_targets = ()
     control_pipeline_class = StableDiffusionXLControlNetPipeline
 
     def _check_variant(self) -> None:
@@ -63,7 +65,7 @@ class StableDiffusionXL(StableDiffusion):
         sizes = conditioning.get("sizes")
         if sizes is None:
             height, width = (side * self.vae_scale_factor for side in noisy_model_input.shape[2:])
-            whole = torch.tensor([height, width, 0, 0, height, width], device=noisy_model_input.device)
+            whole = moved(torch.tensor([height, width, 0, 0, height, width]), noisy_model_input)
             sizes = whole.expand(len(noisy_model_input), -1)
         added = {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": sizes.float()}
         return super().denoiser_inputs(noisy_model_input, timesteps, conditioning) | {"added_cond_kwargs": added}

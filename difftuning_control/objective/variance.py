@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from difftuning_control.objective.noise import NoiseProcess, looked_up
+from difftuning_control.objective.rows import moved
 
 BOUND_WEIGHT = 0.001  # λ of L_simple + λ L_vlb
 BIN = 1 / 255  # half of the width of a bin
@@ -56,7 +57,7 @@ def variational_bound(
         + torch.exp(smallest - log_variance)
         + (true_mean - mean).square() * torch.exp(-log_variance)
     )
-    last = (levels == 0).to(latents.device).view(-1, *[1] * (latents.ndim - 1))
+    last = moved(levels == 0, latents).view(-1, *[1] * (latents.ndim - 1))
     bound = torch.where(last, -discretized_log_likelihood(latents, mean, 0.5 * log_variance), divergence)
     return bound.flatten(1).mean(1) / math.log(2)
 

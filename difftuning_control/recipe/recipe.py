@@ -168,8 +168,10 @@ class Recipe:
                 f"model.quantization {kind} is for weights that do not train, and method full trains them all."
             )
         fits = [name for name, facts in KINDS.items() if facts.on_quantised]
-        if self.method == "lora" and (self.adapter.kind not in fits or self.adapter.init == "pissa"):
-            init = " with init pissa" if self.adapter.init == "pissa" else ""
+        starts_from_weights = self.adapter.init == "pissa"
+        rounds_start = self.adapter.init == "orthogonal" and self.adapter.kind != "tlora"  # peft makes it in their type
+        if self.method == "lora" and (self.adapter.kind not in fits or starts_from_weights or rounds_start):
+            init = f" with init {self.adapter.init}" if starts_from_weights or rounds_start else ""
             raise UserError(
                 f"model.quantization is {kind} and adapter.kind {self.adapter.kind}{init}, which do not go together; "
                 f"use {' or '.join(fits)}, or leave model.quantization out."

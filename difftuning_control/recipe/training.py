@@ -37,8 +37,8 @@ class ScheduleConfig:
     Args:
         kind: shape of ψ and ξ: power (ψ = u^τ, ξ = 1 − u^τ), paper (the authors' code), constant (psi and xi), measured
             (from path), auto (measured as the run begins), or function (yours, by path). Where a recipe names no
-            schedule, method lora takes constant with xi 1, but for models that are told classes, and method controlnet
-            power with tau 1.
+            schedule, methods lora and full take constant with xi 1, but for models that are told classes, and method
+            controlnet power with tau 1.
         tau: τ; when empty 0.3 of power, 1 of paper. [> 0]
         retention_tau: τ of ξ alone, of power and paper; that of ψ when empty. [> 0]
         psi: ψ at every noise level: of constant 1 when empty; of power and paper u^τ when empty. [> 0]

@@ -66,7 +66,13 @@ class Beginning:
         self.lora: dict[str, tuple[dict[str, Tensor], float]] = {}  # by component: tensors, and their scale
         if start.record is not None and start.record.method == "controlnet":
             controlnet = load_controlnet(family, str(start.weights))
-            family.controlnet.load_state_dict(controlnet.state_dict())
+            try:
+                family.controlnet.load_state_dict(controlnet.state_dict())
+            except RuntimeError:
+                raise UserError(
+                    f"the ControlNet of {start.weights} has other layers than the one that trains here; say the "
+                    "control.init that it was trained with."
+                ) from None
         elif start.weights.suffix == ".safetensors" and start.weights.name != DIFFFIT_FILE:
             self.lora = self._read_lora(start.weights)
         elif start.record is None and _is_peft_lora(start.weights):
@@ -129,6 +135,12 @@ class Beginning:
                             "begin from in this form; give a LoRA, or the run that it is of."
                         )
                     a, b = factors(layer, OTHERS)
+                    if a.dtype.itemsize == 1:  # peft gives it the type of the layer's weight
+                        unload_adapter(pipe, OTHERS)
+                        raise UserError(
+                            f"{path} would be rounded to the 8 bits of this base, which model.quantization float8 "
+                            "made; say --model.quantization int8 or nf4, or leave it out."
+                        )
                     tensors[f"{name}.{PARTS[0]}"] = a.float().clone()
                     tensors[f"{name}.{PARTS[1]}"] = b.float() * layer.scaling[OTHERS]
             if tensors:
@@ -152,9 +164,9 @@ class Beginning:
                 parts["text_encoder"] = self.family.pipe.text_encoder
             strange = sorted(self.lora.keys() - parts.keys())
             if strange:
+                say = "say --adapter.text_encoder true, or give" if self.family.text_lora_targets else "give"
                 raise UserError(
-                    f"{weights} also has weights for the {strange[0]}, which do not train here; say "
-                    "--adapter.text_encoder true, or give another."
+                    f"{weights} also has weights for the {strange[0]}, which do not train here; {say} another."
                 )
             for name, module in parts.items():
                 self._fill_lora(module, *self.lora.get(name, ({}, 1.0)))

@@ -259,8 +259,9 @@ def _split(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], d
         for name, value in ChainMap(plain, *wrapped).items():
             key = f"{number:06d}.{name}"
             if isinstance(value, torch.Tensor) and value.ndim:
-                tensors[key] = value.clone() if value.data_ptr() in seen else value
-                seen.add(value.data_ptr())
+                pointer = value.data_ptr()  # 0 of sharded tensors, which share nothing
+                tensors[key] = value.clone() if pointer in seen else value
+                seen |= {pointer} - {0}
             else:  # AdamW makes a tensor of its steps again
                 scalars[key] = value.item() if isinstance(value, torch.Tensor) else value
     return tensors, scalars

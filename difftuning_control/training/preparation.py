@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
+from difftuning_control.adapters.tuning import check_adapter
 from difftuning_control.data.prepare import resolution_of, silent
 from difftuning_control.objective.budget import ForgettingBudget
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -22,6 +23,7 @@ from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
 from difftuning_control.training.checkpoint import checkpoints
+from difftuning_control.training.compiling import check_compiler
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.setup import attach_controlnet, auto_schedule, build_objective, measured_budget
@@ -91,9 +93,13 @@ def prepare_run(
     side = _resolution(recipe, family)
     written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
     fingerprints = Fingerprints(base=dict(family.fingerprints))
-    family.encodes_in_step = recipe.adapter.text_encoder
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None
+    if recipe.method == "lora" or recipe.adapter.on == "controlnet":
+        check_adapter(family, recipe.adapter)
+    if recipe.training.compile is not None:
+        check_compiler(recipe.training.compile, accelerator.device)
+    family.encodes_in_step = recipe.adapter.text_encoder
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases, kept)
     fingerprints.data, fingerprints.held_out = inputs.data.fingerprint, inputs.held_out.fingerprint
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:

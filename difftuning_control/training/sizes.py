@@ -12,10 +12,12 @@ from difftuning_control.families.loading import base_dtype, family_class
 from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.manifest import place_of
+from difftuning_control.system.untrusted import from_json, read_text
 
 QUANTISED = {"float8": 1.0, "int8": 1.0, "nf4": 0.5}  # bytes of a weight
 STATE = {"adamw": 8, "adamw8bit": 2}  # bytes of the optimizer's state of a weight
 OTHERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "image_encoder")
+SECOND = "unconditional_transformer"  # of Ideogram 4
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -55,11 +57,14 @@ def memory_of(recipe: Recipe, pipeline: str) -> Memory | None:
         return None
     width = base_dtype(recipe).itemsize
     count = _numbers(shapes.values())
-    trained = _trained(recipe, shapes, count)
+    targets = family_class(recipe.model.id).lora_targets_by(from_json(read_text(place / component / "config.json")))
+    trained = _trained(recipe, shapes, count, targets)
     kind = recipe.model.quantization
+    of_denoiser = QUANTISED[kind] if kind is not None else width
+    counts = {name: _numbers(_shapes(place / name, recipe.model.variant).values()) for name in (*OTHERS, SECOND)}
     return Memory(
-        int(count * (QUANTISED[kind] if kind is not None else width)),
-        width * sum(_numbers(_shapes(place / name, recipe.model.variant).values()) for name in OTHERS),
+        int(count * of_denoiser),
+        width * sum(counts[name] for name in OTHERS) + int(of_denoiser * counts[SECOND]),
         trained,
         _training(recipe, trained or 0),
     )
@@ -71,7 +76,7 @@ def _training(recipe: Recipe, trained: int) -> int:
     return trained * (own + 4 + STATE.get(recipe.training.optimizer, 8))
 
 
-def _trained(recipe: Recipe, shapes: Shapes, count: int) -> int | None:
+def _trained(recipe: Recipe, shapes: Shapes, count: int, targets: tuple[str, ...]) -> int | None:
     """How many weights train of a denoiser with tensors of these shapes."""
     if recipe.method == "full":
         return count
@@ -80,7 +85,7 @@ def _trained(recipe: Recipe, shapes: Shapes, count: int) -> int | None:
         return None
     named = [name.strip() for name in adapter.targets.split(",") if name.strip()]
     if adapter.targets == "auto":
-        named = list(family_class(recipe.model.id).lora_targets)
+        named = list(targets)
     trained = 0
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")

@@ -27,7 +27,7 @@ from difftuning_control.system.tensors import named_errors
 from difftuning_control.training.averaging import running_average
 from difftuning_control.training.begin import Beginning
 from difftuning_control.training.checkpoint import TrainingState
-from difftuning_control.training.compiling import check_compiler, compile_blocks, eagerly
+from difftuning_control.training.compiling import compile_blocks, eagerly
 from difftuning_control.training.phases import Phases
 from difftuning_control.training.teacher import Teacher
 
@@ -98,7 +98,6 @@ class TrainedWeights:
         if self.config.gradient_checkpointing:
             family.checkpoint_activations()
         if self.config.compile is not None:
-            check_compiler(self.config.compile, accelerator.device)
             compile_blocks(self.model, self.config.compile)
         if self.config.shard and accelerator.num_processes > 1:
             from difftuning_control.training.sharding import shard  # saves torch's FSDP for one process

@@ -33,7 +33,7 @@ from difftuning_control.verbs.pilot.guidance_search import DOMAIN, MIXTURE, ORDI
 from difftuning_control.verbs.pilot.pilot import pilot
 
 HERE = Path(__file__).parent
-DEFAULT = "prior"  # what the package does with a LoRA, "difftuning" among the rows: ψ = ξ = 1, λ = 0.1
+DEFAULT = "prior"  # what the package does by default, "difftuning" among the rows: ψ = ξ = 1, λ = 0.1
 FULL_RATES = [3e-4, 6e-4]
 FIRST = ("plain", "difftuning")  # columns of the tables; the others by name
 OUTSIDE_FIGURES = ("outside_kid", "still_drawn")  # where the pilot asked

@@ -138,7 +138,8 @@ def test_a_share_that_is_named_is_not_changed():
     ("method", "tuning", "expected"),
     [
         ("lora", {}, ScheduleConfig("constant", xi=1.0)),
-        ("full", {}, ScheduleConfig()),
+        ("full", {}, ScheduleConfig("constant", xi=1.0)),
+        ("full", {"schedule": {"kind": "power"}}, ScheduleConfig("power")),
         ("controlnet", {}, ScheduleConfig("power", tau=1.0)),
         ("controlnet", {"schedule": {"kind": "power"}}, ScheduleConfig("power")),
         ("controlnet", {"schedule": {"tau": 0.5}}, ScheduleConfig("power", tau=0.5)),

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import sample_pictures
 from difftuning_control.families.loading import family_of, load_base, load_family
-from difftuning_control.families.quantised import plain_state
+from difftuning_control.families.quantised import plain_state, quantise_linears
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -121,10 +122,22 @@ def test_a_run_with_the_8_bit_optimizer_resumes_bit_by_bit(recipe, tmp_path):
     assert digest_of_file(tmp_path / "whole" / file) == digest_of_file(tmp_path / "broken" / file)
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("inputs", [32, 64, 96, 160])
+def test_a_layer_of_any_width_is_read_back_as_it_was_rounded(inputs):
+    """Rows of different size, so that a wrong block's factor shows."""
+    model = nn.Sequential(nn.Linear(inputs, 48))
+    weight = model[0].weight.data * torch.linspace(0.1, 3, 48)[:, None]
+    model[0].weight.data = weight.clone()
+    quantise_linears(model, "nf4", torch.float32)
+    assert (plain_state(model)["0.weight"] - weight).norm() <= 0.12 * weight.norm()
+    assert not any(parameter.requires_grad for parameter in model[0].parameters() if parameter.ndim == 2)
+
+
 def test_what_a_quantised_base_cannot_do_is_refused(recipe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="quantization nf4 is for weights that do not train, and method full"):
         Recipe("full", ModelConfig(quantization="nf4"))
-    for adapter in (AdapterConfig("dora"), AdapterConfig(init="pissa")):
+    for adapter in (AdapterConfig("dora"), AdapterConfig(init="pissa"), AdapterConfig(init="orthogonal")):
         with pytest.raises(UserError, match="do not go together; use lora or tlora"):
             Recipe(model=ModelConfig(quantization="int8"), adapter=adapter)
     tiny_flux().save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FluxControlNetModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -11,9 +12,12 @@ from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
-from difftuning_control.runs.start import start_of
+from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.runs.record import RunRecord
+from difftuning_control.runs.start import Start, start_of
 from difftuning_control.training.begin import Beginning
 from support.lora_files import expected, random_lora, spelled, updates, written
+from support.tiny_models import tiny_flux
 from support.tiny_sd import tiny_pipeline, tiny_xl_pipeline
 
 Q = ("to_q",)
@@ -68,3 +72,24 @@ def test_values_that_are_not_finite_are_told(family, tmp_path):
     save_file({k: v * float("nan") for k, v in load_file(path).items()}, path)
     with pytest.raises(UserError, match="has values that are not finite"):
         begun(family, path)
+
+
+def test_a_file_of_others_is_not_rounded_to_a_base_in_8_bits(tmp_path):
+    family = family_of(tiny_flux())
+    lora = {name: (a[:2], b[:, :2]) for name, (a, b) in random_lora(family.denoiser, Q).items()}
+    path = written(spelled(lora, "named", "transformer", 3.0), tmp_path)
+    family.quantise("float8")
+    with pytest.raises(UserError, match="would be rounded to the 8 bits of this base"):
+        Beginning(start_of(path), family)
+    assert not hasattr(family.denoiser, "peft_config")
+
+
+def test_a_controlnet_of_other_layers_is_refused_with_what_to_say(tmp_path):
+    family = family_of(tiny_flux())
+    family.new_controlnet(0).save_pretrained(tmp_path / "controlnet")
+    family.controlnet = FluxControlNetModel.from_transformer(
+        family.denoiser, num_layers=1, num_single_layers=2, load_weights_from_transformer=False
+    )
+    record = RunRecord(status="complete", recipe_values=Recipe(method="controlnet").to_dict())
+    with pytest.raises(UserError, match=r"has other layers than the one that trains here; say the control\.init"):
+        Beginning(Start(tmp_path, record), family)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
-from difftuning_control.families.loading import embedded_model, load_family
-from difftuning_control.recipe.inputs import DataConfig
+from difftuning_control.families.loading import base_dtype, embedded_model, family_of, load_family
+from difftuning_control.recipe.adapter import AdapterConfig
+from difftuning_control.recipe.inputs import DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import ScheduleConfig
 from difftuning_control.runs.record import read_run
 from difftuning_control.training.price import price_of
 from difftuning_control.training.sizes import memory_of
 from difftuning_control.verbs.train import train
+from support.flow_families import STOCK, need
 
 
 def forwards(record) -> dict[str, int]:
@@ -84,3 +88,20 @@ def test_pictures_that_training_refuses_have_no_price(recipe, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError):
         price_of(replace(recipe, data=replace(recipe.data, path=str(tmp_path / "none"))))
+
+
+@pytest.mark.parametrize("name", ["flux2", "krea2", "ideogram4"])
+def test_what_trains_by_a_models_configuration_is_counted_before_it_is_loaded(name, tmp_path):
+    """Targets that depend on the number of layers, and a second transformer beside the first."""
+    need(name)
+    pipe = STOCK[name].make()
+    pipe.save_pretrained(tmp_path)
+    recipe = Recipe(model=ModelConfig(str(tmp_path)), data=DataConfig("x"), adapter=AdapterConfig(rank=2))
+    found = memory_of(recipe, STOCK[name].pipeline)
+    assert found is not None
+    width = base_dtype(recipe).itemsize
+    others = [m for part, m in pipe.components.items() if isinstance(m, torch.nn.Module) and part != "transformer"]
+    weights = sum(p.numel() for module in others for p in module.parameters())
+    assert found.others == pytest.approx(width * weights, rel=1e-3)  # files have a few running means too
+    tuning = AdapterTuning(family_of(pipe), recipe.adapter)
+    assert found.trained == sum(p.numel() for p in tuning.parameters().values())
