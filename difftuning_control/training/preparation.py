@@ -99,13 +99,13 @@ def prepare_run(
         check_adapter(family, recipe.adapter)
     if recipe.training.compile is not None:
         check_compiler(recipe.training.compile, accelerator.device)
+    start = _start(recipe, family, fingerprints)
     family.encodes_in_step = recipe.adapter.text_encoder
     inputs = prepare_inputs(recipe, family, objective, accelerator, conditioner, tell, phases, kept)
     fingerprints.data, fingerprints.held_out = inputs.data.fingerprint, inputs.held_out.fingerprint
     if recipe.training.stop_when is not None and inputs.control is not None and inputs.control.probe is not None:
         fingerprints.probe = inputs.control.probe.fingerprint
     fingerprints.bank = inputs.bank.fingerprint if inputs.bank is not None and inputs.bank.is_whole else None
-    start = _start(recipe, family, fingerprints)
     going = _resumption(written, recipe, accelerator.num_processes, fingerprints)
     if going.reopened is not None:
         start = Start(Path(recipe.output), going.reopened)
