@@ -144,7 +144,13 @@ def _of_trigger(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.trigger is None or recipe.method != "lora" or recipe.bank.path is not None:
         return {}
     named = {*OF_TRIGGER, "tuning.schedule.kind"} - {*recipe.left_open}
-    if named or tuning.retention == "teacher" or tuning.forgetting_budget is not None or tuning.retention_ratio == 0:
+    if (
+        named
+        or tuning.schedule != ScheduleConfig()
+        or tuning.retention == "teacher"
+        or tuning.forgetting_budget is not None
+        or tuning.retention_ratio == 0
+    ):
         return {}
     return dict(zip(OF_TRIGGER, ("general", "own", 0.3)))
 

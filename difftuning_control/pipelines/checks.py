@@ -214,14 +214,15 @@ def check_scale(pipe: Any, guiding: Guiding, scale: float, unconditional_strengt
         given = f"{guiding.scale} {scale:g}"
     except (TypeError, ValueError):
         raise UserError(f"{guiding.scale} is {scale!r}; expected a number.") from None
-    if scale != guiding.neutral and not scale > guiding.above:
-        more = "or more" if guiding.above == guiding.neutral else f"or more than {guiding.above:g}"
+    above = guiding.threshold(pipe)
+    if scale != guiding.neutral and not scale > above:
+        more = "or more" if above == guiding.neutral else f"or more than {above:g}"
         raise UserError(
             f"domain_guidance does nothing at {given}; give {guiding.neutral:g}, which is the tuned model alone, "
             f"{more}, or leave domain_guidance out."
         )
     told = denoiser.config.get("time_cond_proj_dim") is not None or pipe.config.get("is_distilled")
-    if scale > guiding.above and told:
+    if scale > above and told:
         raise UserError(
             f"domain_guidance does nothing at {given} on this model, which is distilled or told its guidance and has "
             "no unconditional rows; leave domain_guidance out."

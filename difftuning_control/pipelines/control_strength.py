@@ -61,7 +61,8 @@ class _ControlHook(SamplingHook):
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         sample = sample_of(args, kwargs)
         strength = self.strength(argument(args, kwargs, 1, "timestep"))
-        if strength * kwargs.get("conditioning_scale", 1.0) == 0:
+        scale = kwargs.get("conditioning_scale", 1.0)  # of a union of conditions a list
+        if strength == 0 or not any(scale if isinstance(scale, (list, tuple)) else [scale]):
             self.use.skipped += 1
             return no_residuals(module, sample, kwargs.get("return_dict", True))
         start = _now(sample.device)

@@ -255,8 +255,10 @@ class _Rows:
     def _apply(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.mask is None:
             return None
-        assert len(output) == len(self.mask), "a layer whose rows are not the batch's"
-        return output * self.mask.view(-1, *[1] * (output.ndim - 1)).to(output.dtype)
+        if len(output) % len(self.mask):
+            raise UserError("a tuned layer is given parts of the batch (forward chunking); turn that off to draw so.")
+        mask = self.mask.repeat_interleave(len(output) // len(self.mask))  # of PixArt's sizes, which are several a row
+        return output * mask.view(-1, *[1] * (output.ndim - 1)).to(output.dtype)
 
 
 def can_mask(weights: TunedWeights) -> bool:

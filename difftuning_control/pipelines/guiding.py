@@ -15,6 +15,7 @@ answered by the wrong weights without anybody noticing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -37,7 +38,7 @@ class Guiding:
         component: the denoiser's name in the pipeline.
         scale: the call's argument that is w; None where there is none.
         neutral: the scale that leaves the conditional prediction alone.
-        above: the scale up to which the pipeline has no unconditional rows.
+        above: the scale up to which the pipeline has no unconditional rows; None of classes where diffusers changed it.
         time: what the denoiser is told: the scheduler's timestep, σ, 1 − σ, or the timestep by its configuration's
             factor.
         encoders: how `encode_prompt` gives negative embeddings: after each positive one, or in the call's second run;
@@ -51,7 +52,7 @@ class Guiding:
     component: str = "transformer"
     scale: str | None = "guidance_scale"
     neutral: float = 1.0
-    above: float = 1.0
+    above: float | None = 1.0
     time: Time = "scheduler"
     encoders: Literal["alternate", "second run"] | None = None
     alone: bool = False
@@ -64,6 +65,13 @@ class Guiding:
         if process.prediction != "flow" or self.time == "scheduler":
             return process
         return replace(process, timesteps=process.sigmas if self.time == "sigma" else 1 - process.sigmas)
+
+    def threshold(self, pipe: Any) -> float:
+        """The scale up to which a pipeline has no unconditional rows, as it says itself where `above` does not."""
+        if self.above is not None:
+            return self.above
+        has_rows = type(pipe).do_classifier_free_guidance.fget(SimpleNamespace(_guidance_scale=self.neutral + 0.5))
+        return self.neutral if has_rows else 1.0
 
     def branch(self, pipe: Any, call: dict[str, Any]) -> AtForward:
         """The rows of each forward of a guided call.
@@ -185,6 +193,7 @@ GUIDINGS = (
         _variants("ZImage", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint"),
         "conditional first",
         neutral=0.0,
+        above=None,
         time="clean",
         lists=True,
     ),

@@ -131,7 +131,7 @@ class Sampling:
         if extras.domain_guidance:
             check_scale(self.pipe, guiding, scale, extras.unconditional_strength)
         # at the scale that means no guidance the formula is the tuned prediction
-        is_guided = extras.domain_guidance and scale > guiding.above
+        is_guided = extras.domain_guidance and scale > guiding.threshold(self.pipe)
         if is_guided or extras.changes_by_step:
             setting = "domain_guidance" if is_guided else extras.step_setting
             check_cache(self.denoiser, self.component, setting)

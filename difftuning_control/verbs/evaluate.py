@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import load_base
 from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.domain_guidance import check_domain_method
+from difftuning_control.recipe.drawing import SeededDrawSettings
+from difftuning_control.recipe.gates import GatesConfig
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model, weights_of
 from difftuning_control.runs.gates import judge
@@ -64,6 +67,8 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
         UserError: if runs and base do not belong together, too few pictures were named, or are held out where
             ControlNets or gates need them, or nothing stands for the old domain.
     """
+    if "base" in request.runs:
+        raise UserError("a run is named base, as the pretrained model is among the figures; name it ./base.")
     records = {run: finished_run(run, request.moved) for run in request.runs}
     recipes = {run: record.recipe for run, record in records.items()}
     for run, its in recipes.items() if request.domain_guidance_scale is not None else ():
@@ -89,13 +94,24 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     captions = [e.caption for e in chosen.examples]
     drawing = side_drawing(request, captions, outside, resolution, features, reference, probe)
     base, sides = judge_sides(request, family, records, drawing)
-    measurable = bank is not None and len(hold_out(bank, recipe.training.validation_size)[1]) > 1
-    if bank is not None and measurable and probe is None:  # beside a ControlNet the model stays as it was
-        for side, curve in zip(sides, _forgetting(family, records, recipe, bank)):
+    unseen = _unseen(bank, family, records, recipe) if bank is not None else None
+    if unseen is not None and probe is None:  # beside a ControlNet the model stays as it was
+        for side, curve in zip(sides, _forgetting(family, records, recipe, unseen)):
             side["forgetting"] = {"u": curve.u, **curve.to_dict()}
+    elif bank is not None and probe is None:
+        tell(
+            "note: no two samples of a bank are left that none of the runs trained on; what they forgot is not "
+            "measured."
+        )
     for run, side in zip(records, sides):
-        if recipes[run].gates.limits:
-            side["gates"] = judge(recipes[run].gates, side, records[run].losses).to_dict()
+        gates = recipes[run].gates
+        if gates.draws and not _draws_as(family.suited(gates), request):
+            tell(
+                f"note: the gates of {run} are for pictures of other settings (features, pictures, seeds, steps, "
+                "guidance or data), and not judged here."
+            )
+        elif gates.limits:
+            side["gates"] = judge(gates, side, records[run].losses).to_dict()
     real_rows, size = reference.real.shape if reference is not None else (0, 0)
     warning = fid_warning(real_rows, len(chosen), size) if real_rows else None
     result: dict[str, Any] = {
@@ -221,18 +237,43 @@ def _probe(records: dict[str, RunRecord], chosen: ImageData, device: torch.devic
     return FidelityProbe.build(conditioner, chosen, rows, {})
 
 
+def _draws_as(gates: GatesConfig, request: Evaluation) -> bool:
+    """Whether pictures are drawn and judged here as the gates ask for."""
+    alike = all(getattr(gates, f.name) == getattr(request, f.name) for f in dataclasses.fields(SeededDrawSettings))
+    return alike and request.domain_guidance_scale is None and request.data is None
+
+
+def _bank_of(family: Family, record: RunRecord) -> KnowledgeBank | None:
+    """A run's bank, if it is still there."""
+    folder = Path(record.bank.folder) if record.bank is not None else None
+    if folder is None or not (folder / "manifest.json").exists():
+        return None
+    return KnowledgeBank.load(folder, base=family)
+
+
 def _bank(family: Family, records: dict[str, RunRecord]) -> KnowledgeBank | None:
-    """The first run's bank that is still there."""
+    """The largest bank of the runs that is still there."""
+    banks = [bank for record in records.values() if (bank := _bank_of(family, record)) is not None]
+    return max(banks, key=len, default=None)
+
+
+def _unseen(bank: KnowledgeBank, family: Family, records: dict[str, RunRecord], recipe: Recipe) -> KnowledgeBank | None:
+    """The last samples of a bank, none of which a run trained on, at least two; banks of one seed and the same prompts
+    begin alike."""
+    start = len(bank) - len(hold_out(bank, recipe.training.validation_size)[1])
     for record in records.values():
-        folder = Path(record.bank.folder) if record.bank is not None else None
-        if folder is not None and (folder / "manifest.json").exists():
-            return KnowledgeBank.load(folder, base=family)
-    return None
+        other = _bank_of(family, record)
+        if other is None or record.bank is None:
+            continue
+        trained, first = min(record.bank.items, len(other), len(bank)), torch.tensor([start])
+        if trained > start and torch.equal(other[first], bank[first]):
+            start = trained
+    left = len(bank) - start
+    return bank.part(start, left) if left > 1 else None
 
 
-def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, bank: KnowledgeBank) -> list[Curve]:
-    """f(u) of every run on bank samples that it did not train on, with the first one's prompts."""
-    kept = hold_out(bank, recipe.training.validation_size)[1]
+def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, kept: KnowledgeBank) -> list[Curve]:
+    """f(u) of every run on bank samples that none trained on, with the first one's prompts."""
     prompts = kept.retained_prompts(recipe.measured_prompts)
     embeddings = cached_embeddings(family, prompts, cache_folder(recipe.data), lambda count: None)
     rows = row_validator(family, part_of(kept, prompts), embeddings, len(kept), 1, BANDS, 0)

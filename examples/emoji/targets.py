@@ -296,7 +296,10 @@ def bands_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> li
 
 
 def interval(found: tuple[float, float, float]) -> str:
-    return "" if math.isnan(found[0]) else "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
+    """Middle and ends; of one or two targets, which have no ends, the middle."""
+    if math.isnan(found[0]):
+        return ""
+    return f"{found[0]:+.0%}" if math.isnan(found[1]) else "{:+.0%} ({:+.0%} to {:+.0%})".format(*found)
 
 
 def main() -> None:

@@ -81,8 +81,9 @@ def test_half_way_is_half_of_the_rise_of_plain_and_a_run_without_one_counts_with
 
 def test_an_effect_over_the_conditions_has_an_interval(tasks):
     rows = [curve(160, task, "plain", seed) for task in "abcde" for seed in range(5)]
-    rows += [curve(80 + 20 * (seed % 2), task, "levels", seed) for task in "abcde" for seed in range(5)]
-    middle, low, high = tasks.effect(tasks.measured(rows), "levels", "plain", "half_way", draws=200)
+    rows += [curve(80 + 20 * (seed % 2), task, "levels", seed) for task in "abcd" for seed in range(5)]
+    rows += [curve(100 - 20 * (seed % 2), "e", "levels", seed) for seed in range(5)]
+    middle, low, high = tasks.effect(tasks.measured(rows), "levels", "plain", "half_way")
     assert low < middle < high < 0
     assert middle == pytest.approx(78 / 150 - 1, abs=0.01)
 

@@ -28,7 +28,7 @@ def train_command(recipe: Mapping[str, Any]) -> str:
         always += [key for key in FITTED if key not in always]
     flags = []
     for key, value in flatten({k: recipe[k] for k in recipe if k in {f.name for f in dataclasses.fields(Recipe)}}):
-        known = key in defaults and key not in UNWANTED and value is not None
+        known = key in defaults and key not in UNWANTED and (value is not None or defaults[key] is not None)
         if known and (key in always or value != defaults[key]):
             text = value if isinstance(value, str) else json.dumps(value)
             flags.append((always.index(key) if key in always else len(always), f"--{key} {shlex.quote(text)}"))

@@ -106,9 +106,11 @@ def _charts(
 
 def _limits(budget: PilotBudget, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Whether the budget was kept, band by band, and what it cost."""
-    limited = by_name.get(budget.side)
+    limited, plain = by_name.get(budget.side), by_name.get(PLAIN)
     rows = findings.budget_of_pilot(budget, limited)
-    cost = findings.budget_cost(limited, by_name.get(PLAIN), budget.target_cost, len(by_name) - 1)
+    if limited is not None and plain is not None:  # at the length that the price is of
+        plain = {**plain, "best_length": limited["best_length"]}
+    cost = findings.budget_cost(limited, plain, budget.target_cost, len(by_name) - 1)
     return {"rows": rows, "sentences": [*findings.budget_sentences(rows), *filter(None, [cost])]}
 
 

@@ -6,7 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.verbs.bench.inputs import pictures
-from difftuning_control.verbs.bench.models import FLUX_UNITS, flux_sized
+from difftuning_control.verbs.bench.models import FLUX_UNITS, SMALL, flux_sized
 from difftuning_control.verbs.bench.sides import Timed, ours
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def flux(setting: Setting) -> dict[str, Any]:
     found: dict[int, list[Timed]] = {}
     for number in range(bench.rounds + 1):  # the first round encodes
         for units in DEPTHS:
-            model = flux_sized(setting.models / f"flux-{units}", units, bench.small)
+            model = flux_sized(setting.models / f"flux-{units}{SMALL * bench.small}", units, bench.small)
             more = setting.more | {"model__quantization": bench.quantization}
             work = setting.work / f"flux-runs-{units}"
             command = ours("lora", model, data, work, side, bench.steps + 1, bench.batch_size, **more)

@@ -34,6 +34,7 @@ from transformers import (
 
 from difftuning_control.families.loading import embedded_model
 
+SMALL = "-small"  # after the folder's name of a model of a tenth of the width
 FLUX_UNITS, T5_LAYERS = 19, 24  # of FLUX.1
 
 

@@ -22,7 +22,7 @@ from difftuning_control.training.loop import TrainingLoop
 from difftuning_control.verbs.bench import inputs as bench_inputs
 from difftuning_control.verbs.bench import total as total_time
 from difftuning_control.verbs.bench.layers import flux
-from difftuning_control.verbs.bench.models import sd15_sized, sdxl_sized
+from difftuning_control.verbs.bench.models import SMALL, sd15_sized, sdxl_sized
 from difftuning_control.verbs.bench.price import price
 from difftuning_control.verbs.bench.settings import Bench
 from difftuning_control.verbs.bench.sides import OURS, Timed, ours, peer, ratio, run
@@ -52,7 +52,7 @@ class Setting:
         if self.bench.size == "embedded":
             return embedded_model()
         make = sd15_sized if self.bench.size == "sd15" else sdxl_sized
-        return make(self.models / self.bench.size, self.bench.small)
+        return make(self.models / (self.bench.size + SMALL * self.bench.small), self.bench.small)
 
     @property
     def models(self) -> Path:
@@ -62,7 +62,7 @@ class Setting:
 
     @property
     def data(self) -> Path:
-        return bench_inputs.pictures(self.work / "pictures", PICTURES, self.side, edges=True)
+        return bench_inputs.pictures(self.work / f"pictures-{self.side}-edges", PICTURES, self.side, edges=True)
 
     @property
     def device(self) -> torch.device:
@@ -253,7 +253,8 @@ def total(setting: Setting) -> dict[str, Any]:
     """From the command to the saved LoRA."""
     bench, work = setting.bench, setting.work / "total"
     steps, done, rows = job_steps(bench)
-    data = bench_inputs.pictures(setting.work / f"pictures-{total_time.PICTURES}", total_time.PICTURES, setting.side)
+    name = f"pictures-{setting.side}-{total_time.PICTURES}"
+    data = bench_inputs.pictures(setting.work / name, total_time.PICTURES, setting.side)
     theirs = setting.peer("lora", data, work, done, rows)
     mine = ours("lora", setting.model, data, work, setting.side, done, rows, **setting.more)
     few = total_time.FEW if setting.device.type == "cpu" else total_time.FEW_ON_GPU

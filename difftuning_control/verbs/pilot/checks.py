@@ -11,7 +11,8 @@ from difftuning_control.evaluation.forgetting import LEAST_ROWS
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.verbs.pilot.side_tuning import BUDGET, MEASURED, TAUGHT, side_tuning
+from difftuning_control.training.setup import check_bank_rows
+from difftuning_control.verbs.pilot.side_tuning import BUDGET, MEASURED, TAUGHT, side_bank, side_tuning
 
 
 def check_pilot(recipe: Recipe, config: PilotConfig) -> None:
@@ -80,9 +81,10 @@ def _check_sides(recipe: Recipe, sides: list[str]) -> None:
             f"bank.size is {recipe.bank.size}, but its samples are also what a pilot tells the old domain by; give at "
             f"least {LEAST_PICTURES}, or auto."
         )
+    training = replace(recipe.training, validation_prompts=recipe.measured_prompts)
     for side in sides:
-        if side in TAUGHT:
-            replace(recipe, tuning=side_tuning(side, recipe.tuning, Path()))
+        tuning, bank = side_tuning(side, recipe.tuning, Path("schedule.json")), side_bank(side, recipe.bank, Path())
+        check_bank_rows(replace(recipe, tuning=tuning, bank=bank, training=training), 1)
 
 
 def lengths_of(recipe: Recipe, config: PilotConfig) -> list[int]:

@@ -32,7 +32,7 @@ from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import few_steps_of, load_base
 from difftuning_control.pipelines.domain_guidance import check_domain_family, check_mixed_family
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig
+from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig, retains_general
 from difftuning_control.runs import audit
 from difftuning_control.runs.audit import Session, clear_but_audit
 from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
@@ -90,6 +90,8 @@ class Pilot:
             check_mixed_family(self.family, "pilot.unconditional_strength")
         if config.outside == "general" and self.family.class_conditional:
             raise UserError("pilot.outside is general, but this model is told classes and no prompts; name classes.")
+        if (general := next((s for s in config.sides if retains_general(s)), None)) and self.family.class_conditional:
+            raise UserError(f"{general} retains general prompts, but this model is told classes; leave that side out.")
         self.conditioner, self.primary = None, PRIMARY
         if recipe.method == "controlnet":
             spec = build_spec(recipe, self.family, resolution_of(self.family, recipe.data))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from difftuning_control.data.study_inputs import Materials
@@ -23,6 +25,9 @@ def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
     """
     added = ("widen", "sides", "seeds", "outside", "unconditional_strength")
     asked = {name: value for name, value in vars(config).items() if name not in added}
+    place = Path(recipe.bank.path) if recipe.bank.path is not None else None
+    if place is not None and Path(os.path.abspath(recipe.output)).is_relative_to(os.path.abspath(place.parent)):
+        recipe = replace(recipe, bank=replace(recipe.bank, path=place.name))  # the pilot's own, wherever that lies
     return digest_of([deciding_settings(recipe), asked | {"seed": config.seeds[0]}])
 
 
