@@ -258,18 +258,28 @@ def _bank(family: Family, records: dict[str, RunRecord]) -> KnowledgeBank | None
 
 
 def _unseen(bank: KnowledgeBank, family: Family, records: dict[str, RunRecord], recipe: Recipe) -> KnowledgeBank | None:
-    """The last samples of a bank, none of which a run trained on, at least two; banks of one seed and the same prompts
-    begin alike."""
-    start = len(bank) - len(hold_out(bank, recipe.training.validation_size)[1])
-    for record in records.values():
-        other = _bank_of(family, record)
-        if other is None or record.bank is None:
-            continue
-        trained, first = min(record.bank.items, len(other), len(bank)), torch.tensor([start])
-        if trained > start and torch.equal(other[first], bank[first]):
-            start = trained
+    """The last samples of a bank, none of which a run trained on; None of fewer than two."""
+    banks = [(_bank_of(family, record), record.bank) for record in records.values()]
+    trained = [(its, record.items) for its, record in banks if its is not None and record is not None]
+    start = first_unseen(bank, recipe.training.validation_size, trained)
     left = len(bank) - start
     return bank.part(start, left) if left > 1 else None
+
+
+def first_unseen(bank: KnowledgeBank, size: int, trained: Sequence[tuple[KnowledgeBank, int]]) -> int:
+    """The first of a bank's items that is for validation alone and that none of these trained on.
+
+    Args:
+        size: how many validation takes at most.
+        trained: banks, and how many of the first items of each were trained on. Those of one seed and the same prompts
+            begin alike.
+    """
+    start = len(bank) - len(hold_out(bank, size)[1])
+    for other, items in trained:
+        seen, item = min(items, len(other), len(bank)), torch.tensor([start])
+        if seen > start and torch.equal(other[item], bank[item]):
+            start = seen
+    return start
 
 
 def _forgetting(family: Family, records: dict[str, RunRecord], recipe: Recipe, kept: KnowledgeBank) -> list[Curve]:

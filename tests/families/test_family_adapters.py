@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
 from difftuning_control.adapters.difffit import GAMMA, DiffFit, branch_ends
 from difftuning_control.adapters.tuning import AdapterTuning, check_adapter
@@ -103,3 +104,17 @@ def test_recomputed_parts_of_chroma_are_under_the_mask_of_the_text(kind):
 def test_a_text_encoder_that_no_adapter_trains_is_refused_before_anything_is_done(make):
     with pytest.raises(UserError, match=r"adapter.text_encoder is true, which the family .* does not train yet"):
         check_adapter(family_of(make()), AdapterConfig(rank=4, text_encoder=True))
+
+
+def test_a_controlnet_of_sdxl_may_have_other_attention_layers_than_the_unet():
+    """Those published as small have fewer; what it adds has the same sizes."""
+    family = family_of(tiny_sdxl())
+    own = dict(ControlNetModel.from_unet(family.denoiser, load_weights_from_unet=False).config)
+    own |= {"transformer_layers_per_block": 2, "conditioning_embedding_out_channels": (16, 32)}
+    family.controlnet = ControlNetModel.from_config(own)
+    family.check_controlnet(family.controlnet, "small")
+    embeds = family.encode_prompts(["red"])
+    control = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with torch.no_grad():
+        found = family.predict(family.model, torch.zeros(1, 4, 8, 8), torch.tensor([3]), embeds | {"control": control})
+    assert found.shape == (1, 4, 8, 8)

@@ -13,7 +13,7 @@ from difftuning_control.families.fitting import fitted
 from difftuning_control.families.loading import FAMILIES, SINCE, family_class
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import FITTED, Recipe
-from difftuning_control.recipe.training import ScheduleConfig, TuningConfig
+from difftuning_control.recipe.training import ScheduleConfig, TrainingConfig, TuningConfig
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.installed import at_least
 from difftuning_control.verbs.commands import only
@@ -174,6 +174,7 @@ RETAINED = ("general", "own", 0.3)
         ({"tuning": {"retention_weight": 0.2}}, None),
         ({"tuning": {"retention_prompts": "both"}}, None),
         ({"tuning": {"schedule": {"kind": "power"}}}, None),
+        ({"tuning": {"schedule": {"tau": 1.0}}}, None),
         ({"tuning": {"retention": "teacher"}}, None),
         ({"tuning": {"forgetting_budget": 0.1}}, None),
         ({"tuning": {"retention_ratio": 0.0, "retention_weight": 0.0}}, None),
@@ -198,6 +199,13 @@ def test_the_command_that_a_report_gives_keeps_what_a_trigger_retains():
     command = parse(shlex.split(train_command(recipe.to_dict()))[1:])[1]
     again = fitted(only(Recipe, command))
     assert (again.bank.prompts, again.tuning) == ("captions", recipe.tuning)
+
+
+def test_the_command_that_a_report_gives_names_what_is_null_and_is_not_by_default():
+    recipe = Recipe(data=DataConfig("pics"), training=TrainingConfig(max_grad_norm=None))
+    assert "--training.max_grad_norm null" in train_command(recipe.to_dict())
+    command = parse(shlex.split(train_command(recipe.to_dict()))[1:])[1]
+    assert command.training.max_grad_norm is None
 
 
 def test_a_model_that_is_told_classes_keeps_the_papers_powers(tmp_path):

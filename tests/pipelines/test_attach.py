@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from difftuning_control import attach, detach
@@ -16,6 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guiding import BY_CLASS
 from support.other_tasks import BASED, EVERY, STEPS, TRUE_CFG, component_of, inputs, made
 from support.pipeline_samples import add_adapter, draw, drop_in, same_traces, stock, traces
+from support.tiny_models import tiny_sdxl
 
 TOLERANCE = 1e-5
 RESCALED = ("Qwen", "Lumina2")
@@ -331,3 +333,30 @@ def test_a_copy_of_an_attached_pipeline_is_detached_by_itself():
     assert type(pipe) is not type(other)
     again = diffusers.StableDiffusionPipeline.from_pipe(pipe)
     assert type(again) is diffusers.StableDiffusionPipeline
+
+
+def test_a_control_schedule_acts_on_a_union_of_conditions():
+    """Whose scales are a list in every forward."""
+    union = pytest.importorskip("diffusers.models.controlnets.controlnet_union").ControlNetUnionModel
+    base = tiny_sdxl()
+    width = base.unet.config.block_out_channels[0]
+    own = dict(union.from_unet(base.unet, load_weights_from_unet=False).config)
+    own |= {"num_trans_channel": width, "num_trans_head": 2, "num_proj_channel": width}
+    own |= {"conditioning_embedding_out_channels": (16, 32)}
+    torch.manual_seed(0)
+    controlnet = union(**{name: value for name, value in own.items() if not name.startswith("_")})
+    for parameter in controlnet.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    parts = {n: m for n, m in base.components.items() if n not in ("image_encoder", "feature_extractor")}
+    pipe = diffusers.StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=controlnet)
+    condition = Image.fromarray(np.full((16, 16, 3), 200, np.uint8))
+
+    def drawn():
+        asked = {"control_image": [condition], "control_mode": [0], "num_inference_steps": 3, "output_type": "np"}
+        return pipe("red", height=16, width=16, generator=torch.Generator().manual_seed(0), **asked).images
+
+    stock = drawn()
+    attach(pipe, control_schedule={"kind": "constant", "psi": 1.0})
+    assert np.array_equal(drawn(), stock)
+    attach(pipe, control_schedule={"kind": "power", "tau": 1})
+    assert not np.array_equal(drawn(), stock)

@@ -9,6 +9,7 @@ import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
+from difftuning_control.pipelines import guidance
 from difftuning_control.pipelines.domain_guidance import check_domain_family, domain_guided
 from difftuning_control.recipe.drawing import check_domain_scale
 from difftuning_control.recipe.studies import Evaluation
@@ -110,3 +111,21 @@ def test_verbs_take_it_with_a_scale_only():
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=rf"unconditional_strength is {value}; expected 0 to 1"):
             check_domain_scale(2.0, value)
+
+
+def test_a_layer_that_has_several_rows_a_picture_is_masked_as_two_halves_would_be(monkeypatch):
+    """PixArt's embedding of sizes at 1024 pixels has two rows a picture for the size."""
+    family = family_of(tiny_pixart(alpha=True))
+    family.denoiser.eval()
+    add_adapter(family.denoiser, "tuned", 1, ["to_q", "linear_1", "linear_2"])
+
+    def sampled() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(0)]
+        with domain_guided(family, family):
+            return family.sample(["red 1"], generator, steps=2, guidance_scale=3.0, resolution=16)
+
+    masked = sampled()
+    monkeypatch.setattr(guidance, "can_mask", lambda weights: False)
+    torch.testing.assert_close(masked, sampled(), rtol=1e-4, atol=1e-2)  # values are some hundreds
+    family.denoiser.disable_adapters()
+    assert (masked - sampled()).abs().max() > 1

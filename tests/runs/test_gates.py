@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from difftuning_control.cli import main
+from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import read_losses
 from difftuning_control.families.hub import best_device
@@ -22,6 +24,7 @@ from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.gates import judge
 from difftuning_control.runs.verify import verify
+from difftuning_control.verbs import evaluate as evaluation
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
 from support.command_line import flags, settings
@@ -87,6 +90,26 @@ def test_a_failed_run_is_kept_whole_and_marked(failed):
     card = (failed / "README.md").read_text()
     assert "**The run fails its gates.**" in card
     assert "| kid |" in card
+
+
+def test_an_evaluation_of_other_pictures_judges_no_gate(failed, root, tmp_path, capsys):
+    values = {"runs": json.dumps([str(failed)]), "features": root / "features", "pictures": 5, "seeds": "[0, 1]"}
+    main(["evaluate", *flags(values | {"steps": 1, "output": tmp_path / "out"})])
+    assert "are for pictures of other settings" in capsys.readouterr().out
+    (side,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sides"]
+    assert "gates" not in side
+
+
+def test_what_was_forgotten_is_measured_on_samples_that_no_run_trained_on():
+    """Of banks that begin alike, whichever run stands first; of another seed's nothing is known."""
+    latents = torch.arange(40.0)[:, None, None, None].expand(40, 1, 2, 2).clone()
+    large = KnowledgeBank.from_latents(latents, ["a"] * 40, "m", "0")
+    small = KnowledgeBank.from_latents(latents[:20], ["a"] * 20, "m", "0")
+    other = KnowledgeBank.from_latents(latents[:20] + 0.5, ["a"] * 20, "m", "0")
+    assert evaluation.first_unseen(small, 4, [(small, 16), (large, 35)]) == 20
+    assert evaluation.first_unseen(large, 4, [(large, 35), (small, 16)]) == 36
+    assert evaluation.first_unseen(small, 4, [(small, 16), (other, 20)]) == 16
+    assert evaluation.first_unseen(large, 4, [(large, 36), (large, 38)]) == 38
 
 
 @pytest.mark.wide

@@ -7,6 +7,7 @@ import pytest
 
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.verbs.pilot.pilot import Pilot
 from difftuning_control.verbs.pilot.settings import pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns
@@ -126,6 +127,31 @@ def test_a_pilot_that_is_widened_or_gets_further_sides_or_seeds_goes_on_in_its_f
     assert pilot_identity(recipe, replace(config, seeds=[0, 1, 2, 7])) == pilot_identity(recipe, config)
     assert pilot_identity(recipe, replace(config, seeds=[1, 0, 2])) != pilot_identity(recipe, config)
     assert pilot_identity(recipe, replace(config, pictures=9)) != pilot_identity(recipe, config)
+
+
+def test_a_pilot_that_lies_elsewhere_is_the_same_one(recipe):
+    def of_run(place: str) -> str:
+        own = replace(recipe, bank=replace(recipe.bank, path=f"{place}/bank"), output=f"{place}/plain/lr-1/seed-0")
+        return pilot_identity(own, PilotConfig())
+
+    assert of_run("runs/pilot") == of_run(str(Path("runs/pilot").resolve())) == of_run("/elsewhere/pilot")
+    apart = replace(recipe, bank=replace(recipe.bank, path="/other/bank"), output="/elsewhere/pilot/plain")
+    assert pilot_identity(apart, PilotConfig()) != of_run("/elsewhere/pilot")
+
+
+@pytest.mark.parametrize(
+    ("training", "sides", "said"),
+    [
+        ({"batch_size": 4}, ["plain", "prior"], "tuning.retention_ratio 0.2 leaves no row for the bank"),
+        ({"validation_prompts": "own"}, ["plain", "difftuning_budget"], "a forgetting budget is kept on the prompts"),
+    ],
+)
+def test_a_side_that_cannot_be_trained_is_refused_before_any_other_is(recipe, training, sides, said):
+    tuning = TuningConfig(retention_ratio=0.2, retention_weight=0.1)
+    asked = replace(recipe, tuning=tuning, training=replace(recipe.training, **training))
+    with pytest.raises(UserError, match=said):
+        Pilot(asked, PilotConfig(sides=sides), Path(recipe.output))
+    assert not Path(recipe.output).exists()
 
 
 def test_a_negative_number_of_further_rates_is_refused():
