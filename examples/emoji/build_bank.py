@@ -98,10 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pictures", "latents", "maps"))
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--count", type=int, default=COUNT, help="pictures a record")
+    parser.add_argument("--count", type=int, default=COUNT, help="pictures a record, at least 2")
     parser.add_argument("--processes", type=int, default=1, help="that make pictures")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.count < 2:
+        parser.error("--count is less than 2: the picture itself, and a variant of it.")
     if args.what == "pictures" and not (args.work / "bank.json").exists():
         make_pictures(args.work, args.count, args.processes)
     elif args.what == "latents" and not (args.work / "latents.npy").exists():
