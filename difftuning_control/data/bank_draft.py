@@ -7,7 +7,6 @@ items, so the bank is the same in whichever order its shards are drawn, and by w
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
-from difftuning_control.system.durable import PARTIAL, place, sweep, write_json
+from difftuning_control.system.durable import PARTIAL, hidden, place, sweep, write_json
 from difftuning_control.system.rows import StoredFile, open_checked
 from difftuning_control.system.tensors import write_checked
 
@@ -60,8 +59,7 @@ class BankDraft:
     def partial(self) -> Path:
         """Where the shards lie until all are there."""
         key = digest_of([self.identity, len(self.shards[0])])
-        folder = Path(os.path.abspath(self.folder))  # "." has no name
-        return folder.with_name(f".{folder.name}.{key}{PARTIAL}")
+        return hidden(self.folder, f".{key}{PARTIAL}")
 
     @property
     def is_whole(self) -> bool:

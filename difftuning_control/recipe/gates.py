@@ -60,4 +60,9 @@ class GatesConfig(SeededDrawSettings):
     @property
     def draws(self) -> bool:
         """Whether pictures must be drawn to judge by these."""
-        return any(name != "retention_loss" for name in self.limits)
+        return bool(self.of_pictures)
+
+    @property
+    def of_pictures(self) -> list[str]:
+        """Those of the limits that are of drawn pictures."""
+        return [name for name in self.limits if name != "retention_loss"]

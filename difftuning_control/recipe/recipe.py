@@ -127,10 +127,9 @@ class Recipe:
                 "leave one of them out."
             )
         if self.gates.draws:
-            given = next(name for name in self.gates.limits if name != "retention_loss")
             raise UserError(
-                f"data.stream is true and gates.{given} is given, which is judged on all pictures after training; "
-                "leave one of them out."
+                f"data.stream is true and gates.{self.gates.of_pictures[0]} is given, which is judged on all pictures "
+                "after training; leave one of them out."
             )
 
     def _check_shard(self) -> None:
@@ -168,10 +167,9 @@ class Recipe:
                 f"model.quantization {kind} is for weights that do not train, and method full trains them all."
             )
         fits = [name for name, facts in KINDS.items() if facts.on_quantised]
-        starts_from_weights = self.adapter.init == "pissa"
-        rounds_start = self.adapter.init == "orthogonal" and self.adapter.kind != "tlora"  # peft makes it in their type
-        if self.method == "lora" and (self.adapter.kind not in fits or starts_from_weights or rounds_start):
-            init = f" with init {self.adapter.init}" if starts_from_weights or rounds_start else ""
+        refused = ("pissa",) if self.adapter.kind == "tlora" else ("pissa", "orthogonal")  # peft makes it in their type
+        if self.method == "lora" and (self.adapter.kind not in fits or self.adapter.init in refused):
+            init = f" with init {self.adapter.init}" if self.adapter.init in refused else ""
             raise UserError(
                 f"model.quantization is {kind} and adapter.kind {self.adapter.kind}{init}, which do not go together; "
                 f"use {' or '.join(fits)}, or leave model.quantization out."

@@ -90,22 +90,27 @@ def places_of(recipe: Recipe, bank: str | None = None) -> dict[str, str]:
         value = value_of(values, key)
         if role == "schedule" and recipe.tuning.schedule.file is None:  # a function lies nowhere
             continue
-        if not isinstance(value, str) or value in WORDS.get(role, ()):
-            continue
-        if role in ALWAYS_LOCAL or _is_local(value):
-            places[role] = absolute(value)
+        if isinstance(value, str) and (place := local_place(role, value)) is not None:
+            places[role] = place
     if bank is not None:
         places["bank"] = absolute(bank)
     return places
 
 
-def _is_local(value: str) -> bool:
-    if value == "embedded" or value.startswith("embedded/"):
-        return False
+def local_place(role: str, value: str, folder: Path = Path()) -> str | None:
+    """The absolute place of a value of one of `KEYS`; None of a word, and of a name of the Hub or of this package.
+
+    Args:
+        folder: where relative paths begin.
+    """
+    if value in WORDS.get(role, ()):
+        return None
     try:
-        return Path(value).expanduser().exists()
+        place = folder / Path(value).expanduser()
+        is_local = value != "embedded" and not value.startswith("embedded/") and place.exists()
     except (OSError, RuntimeError):  # a name that is too long, or of an unknown user
-        return False
+        place, is_local = folder / value, False
+    return absolute(place) if is_local or role in ALWAYS_LOCAL else None
 
 
 def places_now(record: RunRecord, run: str | Path, moved: Moved | None = None) -> dict[str, str]:

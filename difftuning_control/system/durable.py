@@ -24,6 +24,12 @@ PARTIAL = ".partial"
 AUDIT = "audit.jsonl"  # tells of earlier commands, also of those that were refused or ended
 
 
+def hidden(path: Path, ending: str) -> Path:
+    """The hidden name with this ending beside a path, also beside `.`, which has no name of its own."""
+    path = Path(os.path.abspath(path))
+    return path.with_name(f".{path.name}{ending}")
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`, which takes its place when all went well; else nothing stays.
@@ -68,7 +74,7 @@ def _umask() -> int:
 
 def discard(folder: Path) -> None:
     """Delete a folder that must never be met half deleted: it loses its name first."""
-    gone = folder.with_name(f".{folder.name}.gone{PARTIAL}")
+    gone = hidden(folder, f".gone{PARTIAL}")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
     shutil.rmtree(gone)
@@ -93,8 +99,7 @@ def sweep(folder: Path, name: str = "*") -> None:
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """While open, no other job on this machine makes `path`; the lock goes when the process does."""
-    path = Path(os.path.abspath(path))  # "." has no name
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(hidden(path, ".lock"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock:
         try:

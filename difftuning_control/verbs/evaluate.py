@@ -81,7 +81,9 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     family = _base(records, recipes, first)
     request, features = family.suited(request), load_features(request.features, family.device)
     training, real = judged_pictures(request, records, recipes, tell)
-    bank = begin_label_space(family, recipe, training, _bank(family, records))
+    banks = _banks(family, records)
+    largest = max((bank for bank, _ in banks), key=len, default=None)
+    bank = begin_label_space(family, recipe, training, largest)
     reference, chosen = None, real.sample(request.pictures)
     if len(chosen):
         old = _old_domain(request, recipe, family, features, bank, resolution, tell)
@@ -94,7 +96,7 @@ def evaluate(request: Evaluation, tell: Callable[[str], object] = silent) -> dic
     captions = [e.caption for e in chosen.examples]
     drawing = side_drawing(request, captions, outside, resolution, features, reference, probe)
     base, sides = judge_sides(request, family, records, drawing)
-    unseen = _unseen(bank, family, records, recipe) if bank is not None else None
+    unseen = _unseen(bank, recipe.training.validation_size, banks) if bank is not None else None
     if unseen is not None and probe is None:  # beside a ControlNet the model stays as it was
         for side, curve in zip(sides, _forgetting(family, records, recipe, unseen)):
             side["forgetting"] = {"u": curve.u, **curve.to_dict()}
@@ -243,25 +245,16 @@ def _draws_as(gates: GatesConfig, request: Evaluation) -> bool:
     return alike and request.domain_guidance_scale is None and request.data is None
 
 
-def _bank_of(family: Family, record: RunRecord) -> KnowledgeBank | None:
-    """A run's bank, if it is still there."""
-    folder = Path(record.bank.folder) if record.bank is not None else None
-    if folder is None or not (folder / "manifest.json").exists():
-        return None
-    return KnowledgeBank.load(folder, base=family)
+def _banks(family: Family, records: dict[str, RunRecord]) -> list[tuple[KnowledgeBank, int]]:
+    """The banks of the runs that are still there, and how many of the first items of each were trained on."""
+    kept = [record.bank for record in records.values() if record.bank is not None]
+    there = [bank for bank in kept if (Path(bank.folder) / "manifest.json").exists()]
+    return [(KnowledgeBank.load(bank.folder, base=family), bank.items) for bank in there]
 
 
-def _bank(family: Family, records: dict[str, RunRecord]) -> KnowledgeBank | None:
-    """The largest bank of the runs that is still there."""
-    banks = [bank for record in records.values() if (bank := _bank_of(family, record)) is not None]
-    return max(banks, key=len, default=None)
-
-
-def _unseen(bank: KnowledgeBank, family: Family, records: dict[str, RunRecord], recipe: Recipe) -> KnowledgeBank | None:
+def _unseen(bank: KnowledgeBank, size: int, trained: Sequence[tuple[KnowledgeBank, int]]) -> KnowledgeBank | None:
     """The last samples of a bank, none of which a run trained on; None of fewer than two."""
-    banks = [(_bank_of(family, record), record.bank) for record in records.values()]
-    trained = [(its, record.items) for its, record in banks if its is not None and record is not None]
-    start = first_unseen(bank, recipe.training.validation_size, trained)
+    start = first_unseen(bank, size, trained)
     left = len(bank) - start
     return bank.part(start, left) if left > 1 else None
 

@@ -18,18 +18,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from common import digest_of_model
 from target_effects import by_target
-from targets import DEFAULT, Cell, rows_of
+from targets import DEFAULT, Cell, collection, run_pilot
 
-from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.pilot_record import read_pilot
 from difftuning_control.system.durable import write_json
-from difftuning_control.verbs.commands import only
-from difftuning_control.verbs.parse import parse
-from difftuning_control.verbs.pilot.pilot import pilot
 
-HERE = Path(__file__).parent
 KINDS = {"lora": "LoRA", "tlora": "T-LoRA"}
 SIDES = {"plain": "plain", "difftuning": "Diff-Tuning"}
 CELLS = [Cell("icons", images, kind) for images in (4, 1, 8) for kind in KINDS]
@@ -60,22 +53,7 @@ def run(cell: Cell, work: Path, changes: Sequence[str]) -> None:
         "pilot.outside": "[]",
         "output": work / name_of(cell),
     }
-    words = ["pilot", f"--config={HERE / 'targets.yaml'}", *(f"--{k}={v}" for k, v in own.items()), *changes]
-    _, command = parse(words)
-    pilot(only(Recipe, command), command.pilot, "en", False)
-
-
-def collect(work: Path) -> dict[str, Any]:
-    """The rows of every finished cell, those of targets.json, and what each cell took."""
-    found = {cell: read_pilot(work / name_of(cell)) for cell in CELLS}
-    records = {cell: record for cell, record in found.items() if record is not None}
-    if not records:
-        raise SystemExit(f"{work} holds no finished cell; run the benchmark first.")
-    some = next(iter(records.values()))
-    settings = {k: v for k, v in some.settings.items() if k != "learning_rates"} | {"model": digest_of_model()}
-    cost = {name_of(cell): {"seconds": r.cost.seconds, "device": r.cost.device} for cell, r in records.items()}
-    rows = [row for cell, record in records.items() for row in rows_of(cell, record)]
-    return {"settings": settings, "versions": some.versions, "cost": cost, "rows": rows}
+    run_pilot(own, changes)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -119,7 +97,7 @@ def main() -> None:
     if args.table is not None:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
     elif args.collect is not None:
-        write_json(args.collect, collect(args.work))
+        write_json(args.collect, collection({args.work / name_of(cell): cell for cell in CELLS}, args.work))
     else:
         chosen = [cell for cell in CELLS if args.cells is None or name_of(cell) in args.cells]
         for cell in chosen[args.worker :: args.workers]:

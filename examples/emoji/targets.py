@@ -73,10 +73,14 @@ def run(cell: Cell, work: Path, flags: Sequence[str]) -> None:
     }
     if cell.adapter == "full":
         own["pilot.learning_rates"] = FULL_RATES
+    run_pilot(own, flags)
+
+
+def run_pilot(own: Mapping[str, Any], flags: Sequence[str]) -> None:
+    """A pilot with the settings of targets.yaml and some of its own by dotted key, or what is left of it."""
     words = ["pilot", f"--config={HERE / 'targets.yaml'}", *(f"--{k}={v}" for k, v in own.items()), *flags]
     _, command = parse(words)
-    recipe = only(Recipe, command)
-    pilot(recipe, command.pilot, "en", False)
+    pilot(only(Recipe, command), command.pilot, "en", False)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -133,8 +137,17 @@ def _outside(side: Mapping[str, Any]) -> dict[int, dict[str, float]]:
 
 def collect(work: Path, targets: Sequence[str]) -> dict[str, Any]:
     """The rows of every finished cell of some targets, and what each took."""
-    found = {cell: read_pilot(work / cell.folder) for cell in CELLS if cell.target in targets}
-    records = {cell: record for cell, record in found.items() if record is not None}
+    return collection({work / cell.folder: cell for cell in CELLS if cell.target in targets}, work)
+
+
+def collection(cells: Mapping[Path, Cell], work: Path) -> dict[str, Any]:
+    """The rows of those pilots that are finished, what each took, and their settings.
+
+    Args:
+        cells: which cell each folder's pilot is of.
+    """
+    found = {folder: read_pilot(folder) for folder in cells}
+    records = {folder: record for folder, record in found.items() if record is not None}
     if not records:
         raise SystemExit(f"{work} holds no finished pilot; run the study first.")
     some = next(iter(records.values()))
@@ -142,14 +155,14 @@ def collect(work: Path, targets: Sequence[str]) -> dict[str, Any]:
     settings["model"] = digest_of_model()
     cost = [
         {
-            "cell": cell.folder,
+            "cell": folder.name,
             "sides": [side["name"] for side in record.sides],
             "seconds": record.cost.seconds,
             "device": record.cost.device,
         }
-        for cell, record in records.items()
+        for folder, record in records.items()
     ]
-    rows = [row for cell, record in records.items() for row in rows_of(cell, record)]
+    rows = [row for folder, record in records.items() for row in rows_of(cells[folder], record)]
     return {"settings": settings, "versions": some.versions, "cost": cost, "rows": rows}
 
 

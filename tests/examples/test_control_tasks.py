@@ -1,25 +1,18 @@
 """The study of five conditions: its annotators, when a curve is half-way, effects, and one pass over all of it."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from difftuning_control.data.control_spec import Conditioner, ControlSpec
-
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+from support.scripts import emoji_script
 
 
 @pytest.fixture
 def tasks(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("common", "styles", "targets", "conditions", "control_tasks"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("control_tasks")
+    return emoji_script(monkeypatch, "control_tasks")
 
 
 @pytest.fixture

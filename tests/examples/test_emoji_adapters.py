@@ -1,28 +1,21 @@
 """The benchmark of LoRA and T-LoRA: its pilots' settings, and the table of what they chose."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from difftuning_control.verbs.pilot.checks import check_pilot
-
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+from support.scripts import emoji_script
 
 
 @pytest.fixture
 def adapters(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("common", "styles", "target_effects", "targets", "adapters"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import adapters
-
-    return adapters
+    return emoji_script(monkeypatch, "adapters")
 
 
 def test_cells_differ_in_adapter_and_number_of_pictures_alone(adapters, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(adapters, "pilot", lambda recipe, config, *others: asked.append((recipe, config)))
+    monkeypatch.setattr(sys.modules["targets"], "pilot", lambda recipe, config, *others: asked.append((recipe, config)))
     for cell in adapters.CELLS:
         adapters.run(cell, tmp_path, ["--pilot.pictures=24"])
     assert {(r.adapter.kind, r.data.limit) for r, _ in asked} == {(k, n) for k in ("lora", "tlora") for n in (1, 4, 8)}

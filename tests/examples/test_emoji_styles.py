@@ -1,22 +1,17 @@
 """The styles of examples/emoji: names matched, pictures dealt out, licences held."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+from support.scripts import emoji_script
 
 
 @pytest.fixture
 def styles(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMOJI))
-    monkeypatch.delitem(sys.modules, "styles", raising=False)
-    import styles
-
-    return styles
+    return emoji_script(monkeypatch, "styles")
 
 
 def drawn(icons: dict, key: str) -> np.ndarray | None:

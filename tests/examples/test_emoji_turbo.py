@@ -1,25 +1,16 @@
 """The study of few-step models in examples/emoji: its sides, its order, its tables, and a small one from end to end."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import LCMScheduler
 
 from difftuning_control.families.loading import load_family
-
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+from support.scripts import emoji_script
 
 
 @pytest.fixture
 def turbo(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("turbo", "distil", "bank_cost", "styles", "common"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import turbo
-
-    return turbo
+    return emoji_script(monkeypatch, "turbo")
 
 
 def test_a_bank_is_drawn_as_its_model_draws_and_sides_differ_in_model_and_retention_alone(turbo, tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +10,12 @@ from difftuning_control.families.fitting import fitted
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.pilot_record import PilotRecord
 from difftuning_control.verbs.pilot.side_tuning import side_tuning
-
-EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+from support.scripts import EMOJI, emoji_script
 
 
 @pytest.fixture
 def targets(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMOJI))
-    for name in ("common", "styles", "target_effects", "targets"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import targets
-
-    return targets
+    return emoji_script(monkeypatch, "targets")
 
 
 def row(target: str, method: str, seed: int, kid: float, **others) -> dict:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
+
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 
 
 def loaded(path: Path) -> ModuleType:
@@ -17,3 +22,11 @@ def loaded(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+def emoji_script(patch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """A script of examples/emoji, read anew, and what it imports of that folder too."""
+    patch.syspath_prepend(str(EMOJI))
+    for path in EMOJI.glob("*.py"):
+        patch.delitem(sys.modules, path.stem, raising=False)
+    return importlib.import_module(name)

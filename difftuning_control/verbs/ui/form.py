@@ -15,7 +15,7 @@ from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.places import ALWAYS_LOCAL, KEYS, WORDS
+from difftuning_control.runs.places import KEYS, local_place
 from difftuning_control.runs.record import RECORD
 from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
@@ -215,10 +215,9 @@ def _from_the_folder(places: Places, given: dict[str, str]) -> None:
     """Make absolute what is local: the command runs in the page's folder, and this process anywhere."""
     for role, key in KEYS.items():
         text = given.get(key)
-        if text and ":" not in text and text not in (*WORDS.get(role, ()), "embedded", *EMBEDDED):
-            there = places.folder / Path(text).expanduser()
-            if role in ALWAYS_LOCAL or there.exists():
-                given[key] = str(there)
+        is_function = role == "schedule" and ":" in (text or "")  # which lies nowhere
+        if text and not is_function and (place := local_place(role, text, places.folder)) is not None:
+            given[key] = place
 
 
 def refuse_code(recipe: Recipe) -> None:
