@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from difftuning_control.adapters.difffit import DiffFit
 from difftuning_control.adapters.kinds import ADAPTER, BESIDE, own_parts
@@ -25,6 +27,13 @@ def layers_of(module: Any, name: str) -> list[Any]:
     """peft's layers that hold this adapter."""
     tuned = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     return [m for m in tuned if any(name in getattr(m, part, {}) for part in m.adapter_layer_names)]
+
+
+def runs_any_of(net: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether a ControlNet runs some layers of the denoiser, as parts of its own or lent to it (Z-Image's refiners)."""
+    parts = [net, *(value for value in vars(net).values() if isinstance(value, nn.Module))]
+    own = {id(module) for part in parts for module in part.modules()}
+    return any(id(layer) in own for layer in layers)
 
 
 def encoders_of(pipe: Any) -> list[Any]:

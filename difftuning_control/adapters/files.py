@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from difftuning_control.adapters.kinds import ADAPTER, lora_state, own_parts
+from difftuning_control.adapters.native_names import encoder_layer
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import write_json
 from difftuning_control.system.tensors import refuse_unreadable, set_metadata, whole_tensors, write_tensors
@@ -58,11 +59,17 @@ def save_lora(module: Any, text_encoder: Any, write: Callable[..., None], folder
     """
     text: dict[str, Any] = {}
     if text_encoder is not None:
-        layers, metadata = lora_state(text_encoder)
+        layers, metadata = encoder_state(text_encoder)
         text = {"text_encoder_layers": layers, "text_encoder_metadata": metadata}
     write(folder, *lora_state(module), **text)
     mask = own_parts(module).get(ADAPTER)
     set_metadata(folder / LORA_FILE, {HEADER: json.dumps(mask.describe())} if mask is not None else {})
+
+
+def encoder_state(encoder: Any, name: str = ADAPTER) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `lora_state` has of a text encoder, its layers by the names that every version of transformers loads."""
+    tensors, config = lora_state(encoder, name)
+    return {encoder_layer(encoder, key): value for key, value in tensors.items()}, config
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

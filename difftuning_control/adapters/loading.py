@@ -19,6 +19,7 @@ from difftuning_control.adapters.attached import (
     layers_of,
     names_on,
     remove_adapter,
+    runs_any_of,
 )
 from difftuning_control.adapters.difffit import DiffFit
 from difftuning_control.adapters.files import (
@@ -123,6 +124,9 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
             _without_alpha(module, name)
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
+        net = getattr(pipe, "controlnet", None)
+        if net is not None and runs_any_of(net, layers_of(denoiser, name)):
+            own_parts(denoiser)[name].follow(net)
     if strength != 1:
         for module in (denoiser, *encoders_of(pipe)):
             for layer in layers_of(module, name):

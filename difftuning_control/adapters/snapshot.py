@@ -21,7 +21,7 @@ from torch import nn
 
 from difftuning_control.adapters.attached import denoiser_of
 from difftuning_control.adapters.difffit import DiffFit, TrainedWhole
-from difftuning_control.adapters.files import HEADER, LORA_FILE, save_difffit, save_peft
+from difftuning_control.adapters.files import HEADER, LORA_FILE, encoder_state, save_difffit, save_peft
 from difftuning_control.adapters.kinds import BESIDE, lora_state, own_parts
 from difftuning_control.adapters.loading import load_adapter
 from difftuning_control.adapters.tlora import RankMask
@@ -142,7 +142,9 @@ def _save_adapter(pipe: Any, name: str, folder: Path) -> None:
     elif kinds != {"LORA"}:
         save_peft(denoiser, folder, name)
     else:
-        layers: dict[str, Any] = {part: lora_state(module, name) for part, module in having.items()}
+        layers: dict[str, Any] = {
+            part: (lora_state if module is denoiser else encoder_state)(module, name) for part, module in having.items()
+        }
         if hasattr(pipe, "save_lora_weights"):
             named = {f"{part}_lora_layers": tensors for part, (tensors, _) in layers.items()}
             named |= {f"{part}_lora_adapter_metadata": config for part, (_, config) in layers.items()}

@@ -72,6 +72,10 @@ class RankMask:
         """Mask the output of a LoRA's A, (B, …, runs · rank)."""
         layer.register_forward_hook(self._apply)
 
+    def follow(self, net: nn.Module) -> None:
+        """Take the timestep from a ControlNet too, which runs layers of the denoiser before that does (Z-Image)."""
+        net.register_forward_pre_hook(self._see, with_kwargs=True)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "tlora", "rank": self.rank, "limits": self.limits, "sign": self.sign}
 

@@ -22,6 +22,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import Solver
 from difftuning_control.system.digests import DIGEST, digest_of, digest_of_file
 from difftuning_control.system.durable import alone
+from difftuning_control.system.processes import ALONE, Share
 from difftuning_control.system.rows import Files, Rows, StoredFile
 
 if TYPE_CHECKING:
@@ -181,38 +182,37 @@ class KnowledgeBank:
         *,
         batch_size: int = 32,
         advance: Callable[[int], object] = lambda count: None,
-        process_index: int = 0,
-        num_processes: int = 1,
-        wait: Callable[[], object] = lambda: None,
+        share: Share = ALONE,
     ) -> KnowledgeBank:
         """Sample the pretrained model and store the bank in `folder`; a complete bank there is loaded instead.
 
-        Shards already written by an interrupted build are kept. With several processes each draws its own shards and
-        `wait` is their barrier; process 0 completes the bank.
+        Shards already written by an interrupted build are kept. With several processes each draws its own shards, and
+        process 0 completes the bank.
 
         Args:
             batch_size: items sampled at once.
             advance: told of the number of items done.
+            share: this process's part of the work.
 
         Raises:
             UserError: if `folder` holds another bank, or something that is no bank.
         """
         draft = BankDraft(family, request, Path(folder), batch_size)
         draft.check_folder()
-        if draft.is_whole:
+        if share.agreed(draft.is_whole):
             advance(request.size)
             return cls.of(draft)
-        with alone(draft.folder) if process_index == 0 else nullcontext():
-            wait()  # until no other job is at it; perhaps that one has completed the bank
+        with alone(draft.folder) if share.index == 0 else nullcontext():
+            share.wait()  # until no other job is at it; perhaps that one has completed the bank
             if not draft.is_whole:
-                for shard in range(process_index, len(draft.shards), num_processes):
+                for shard in share.numbers(len(draft.shards)):
                     if draft.there(shard) is None:
                         draft.draw(shard)
                     advance(len(draft.shards[shard]))
-            wait()
-            if process_index == 0 and not draft.is_whole:
+            share.wait()
+            if share.index == 0 and not draft.is_whole:
                 draft.complete()
-            wait()
+            share.wait()
         return cls.load(draft.folder)
 
     @classmethod

@@ -19,8 +19,9 @@ from difftuning_control.system.untrusted import leads_outside, read_file
 
 
 def inside(folder: Path, places: Iterable[Path]) -> list[Path]:
-    """Those places that lie in a folder, however they are named, as paths that begin with it."""
-    found = (below(folder, Path(os.path.realpath(place))) for place in places)
+    """Those places that lie in a folder, or that a link in it leads to, however they are named, as paths that begin
+    with it."""
+    found = {below(folder, Path(way(place))): None for place in places for way in (os.path.realpath, os.path.abspath)}
     return [place for place in found if folder in place.parents]
 
 

@@ -111,9 +111,9 @@ class BucketSource:
     """Batches like those of `BatchSource`, each optimizer step's target rows from one bucket.
 
     Steps are dealt out as evenly as can be: after any number of them each bucket has had its share, by its pictures, to
-    within one step. Within a bucket every picture comes once before any comes again, and a step that reaches the end of
-    the order goes on in the next one, so nothing is left out and no batch is short. A bucket with fewer pictures than
-    the step has rows has some of them several times in its steps, which are so much rarer.
+    within about two steps. Within a bucket every picture comes once before any comes again, and a step that reaches the
+    end of the order goes on in the next one, so nothing is left out and no batch is short. A bucket with fewer pictures
+    than the step has rows has some of them several times in its steps, which are so much rarer.
 
     Args:
         plain: with the settings, the bank and the embeddings; its own targets are not used.

@@ -121,8 +121,10 @@ def literal(path: Path) -> str:
     return str(path)
 
 
-def named_dataset_rows(name: str, columns: Columns, captioning: Captioning, choice: Choice) -> list[Row]:
-    """Rows of a split of a `datasets` data set, by Hub name."""
+def named_dataset_rows(
+    name: str, columns: Columns, captioning: Captioning, choice: Choice, notes: list[str]
+) -> list[Row]:
+    """Rows of a split of a `datasets` data set, by Hub name; `notes` gets lines to be shown."""
     import datasets  # saves a second where pictures lie in a folder
 
     try:
@@ -143,19 +145,23 @@ def named_dataset_rows(name: str, columns: Columns, captioning: Captioning, choi
     from huggingface_hub.constants import HF_HUB_CACHE  # as datasets, which imports it
 
     cached = [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
-    return dataset_rows(data, columns, captioning, cached)
+    return dataset_rows(data, columns, captioning, cached, notes)
 
 
-def dataset_rows(data: Any, columns: Columns, captioning: Captioning, within: Sequence[Path]) -> list[Row]:
+def dataset_rows(
+    data: Any, columns: Columns, captioning: Captioning, within: Sequence[Path], notes: list[str]
+) -> list[Row]:
     """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions.
 
     Args:
         within: folders in which files that are named instead of held must lie, the first for relative names.
+        notes: gets lines to be shown.
     """
     import datasets  # saves a second where pictures lie in a folder
 
     others = (columns.image, columns.condition or "", "label")
     lacks = captioning.finds_none(data.column_names, [columns.caption], others)
+    notes += captioning.hidden_by_default("the data set", data.column_names, [columns.caption], others)
     wanted = {columns.image: True, columns.caption: lacks}
     if columns.condition is not None:
         wanted[columns.condition] = True
@@ -193,18 +199,30 @@ def _reader(data: Any, column: str, within: Sequence[Path]) -> Callable[[int], R
 
     def content(i: int) -> Read:
         def read(most: int) -> bytes:
-            cell = raw[i][column] or {}
-            if cell.get("bytes") is not None:
-                return cell["bytes"]
-            if cell.get("path") is None:
-                raise UserError("has no picture")
-            path = within[0] / cell["path"]
-            if path.is_relative_to(within[0]) and is_hidden(path, within[0]):
-                raise UserError(f"names a hidden picture, {path.name}; give it a name without a dot in front")
-            if all(leads_outside(path, folder) is not None for folder in within):
-                raise UserError(f"names a picture outside the data set, {path}")
-            return read_file(path, most)
+            return bytes_of(raw[i][column], within, most)
 
         return read
 
     return content
+
+
+def bytes_of(cell: dict[str, Any] | None, within: Sequence[Path], most: int) -> bytes:
+    """The content of the picture that a cell holds or names.
+
+    Args:
+        within: see `dataset_rows`.
+
+    Raises:
+        UserError: if it has none, or names a hidden file or one outside these folders.
+    """
+    cell = cell or {}
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if cell.get("path") is None:
+        raise UserError("has no picture")
+    path = within[0] / cell["path"]
+    if path.is_relative_to(within[0]) and is_hidden(path, within[0]):
+        raise UserError(f"names a hidden picture, {path.name}; give it a name without a dot in front")
+    if all(leads_outside(path, folder) is not None for folder in within):
+        raise UserError(f"names a picture outside the data set, {path}")
+    return read_file(path, most)

@@ -59,10 +59,17 @@ class Columns:
     image: str = "image"
     caption: str = "text"
     condition: str | None = None
+    holds_classes: bool = False
+
+    @classmethod
+    def of(cls, image: str, caption: str, condition: str | None, classes: str | None) -> Columns:
+        """The columns by the settings; of classes it is `label` where no other is named."""
+        is_label = classes == "label"
+        return cls(image, "label" if is_label and caption == cls.caption else caption, condition, is_label)
 
     def caption_of(self, value: Any) -> Any:
         """What stands in the column of captions; a label may be a number."""
-        return str(value) if self.caption == "label" and type(value) is int else value
+        return str(value) if (self.holds_classes or self.caption == "label") and type(value) is int else value
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def csv_rows(text: str) -> list[dict[str, Any]]:
                 f"line {table.line_num} has {len(heads) + len(beyond)} values for {len(heads)} columns; put those "
                 "with a comma in quotes"
             )
-        rows.append(row)
+        if any(row.values()):  # spreadsheets write empty rows at the end
+            rows.append(row)
     return rows
 
 
@@ -93,12 +94,15 @@ def metadata_rows(
             "one JSON object a line."
         )
     columns = sorted({key for row in rows for key in row if key})
-    if not rows or not all(row.get("file_name") for row in rows):
-        raise UserError(f"{path} needs a file_name in every row; found the columns {', '.join(columns) or 'none'}.")
+    if bare := [i for i, row in enumerate(rows, 1) if not row.get("file_name")] or [0][bool(rows) :]:
+        which = f"row {bare[0]} has none, of" if "file_name" in columns else "found"
+        raise UserError(f"{path} needs a file_name in every row; {which} the columns {', '.join(columns) or 'none'}.")
     if checker.captioning.finds_none(columns, [names.caption], ["file_name", names.condition or ""]):
         raise UserError(
             f"{path} has no column {names.caption!r}, only {', '.join(columns)}; name it with --data.caption_column."
         )
+    beside = ["file_name", names.condition or "", "label"]
+    checker.notes += checker.captioning.hidden_by_default(path, columns, [names.caption], beside)
     if names.condition is not None and names.condition not in columns:
         raise UserError(
             f"{path} has no column {names.condition!r}, only {', '.join(columns)}; name it with --control.column."

@@ -12,6 +12,7 @@ import torch
 
 from difftuning_control.data.bank import KnowledgeBank
 from difftuning_control.data.bank_draft import MANIFEST, BankDraft
+from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
 from difftuning_control.data.datasets import Choice
@@ -22,7 +23,7 @@ from difftuning_control.data.labels import check_classes
 from difftuning_control.data.latents import Part, cached_moments
 from difftuning_control.data.masks import loss_weights
 from difftuning_control.data.sources import load_images
-from difftuning_control.data.splits import FOR_JUDGING, is_hidden
+from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import HELD_OUT, MOST_SAMPLES, BankConfig, DataConfig
@@ -213,7 +214,7 @@ def prepare_bank(
     request = request_of(family, config, path, prompts, resolution, size)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     draft = BankDraft(family, request, folder, config.batch_for(resolution))
-    if family.offload and not draft.is_whole:  # all prompts at once, and not batch by batch
+    if family.offload and not share.agreed(draft.is_whole):  # all prompts at once, and not batch by batch
         cached_embeddings(family, list(request.prompts), cache_folder(data), lambda count: None, share=share)
     if grow is not None:
         return grow(draft)
@@ -224,9 +225,7 @@ def prepare_bank(
             request,
             batch_size=draft.batch_size,
             advance=advance,
-            process_index=share.index,
-            num_processes=share.count,
-            wait=share.wait,
+            share=share,
         )
 
 
@@ -239,19 +238,8 @@ def _bank_of_pictures(
     share: Share,
     tell: Callable[[str], object],
 ) -> KnowledgeBank:
-    """Real source pictures instead of samples; pictures without captions stand for the empty prompt, and of a model
-    that is told classes those in sub-folders for the class that a sub-folder is named after."""
-    beside = [p for p in path.iterdir() if not is_hidden(p, path)]
-    folders = any(p.is_dir() for p in beside) and not any(p.stem == "metadata" for p in beside)
-    by_folder = family.class_conditional and folders
-    pictures = load_images(
-        str(path),
-        caption_column=data.caption_column,
-        skip_bad=data.skip_bad,
-        need_captions=False,
-        classes="folders" if by_folder else None,
-        max_pixels=data.max_pixels,
-    )
+    """Real source pictures instead of samples, see `pictures_of_bank`."""
+    pictures = pictures_of_bank(path, data, family.class_conditional)
     for line in pictures.notes:
         tell(line)
     with progress(len(pictures), "bank pictures", show) as advance:

@@ -24,7 +24,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     content = image.info.get(PROFILE)
     if not isinstance(content, bytes):
         return image
-    if image.mode in ("P", "PA"):
+    if image.mode in ("P", "PA") or (image.mode == "RGB" and image.has_transparency_data):  # a colour that is clear
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     transform = _transform(content, image.mode) if image.mode in ("RGB", "RGBA", "CMYK") else None
     if transform is None:

@@ -72,8 +72,8 @@ def load_images(
         need_captions: False where captions play no part (pictures that serve as a bank).
         condition_column: column of the condition pictures that the user supplies (file names in a folder's metadata).
         condition_path: folder of these pictures, each named like its picture (another extension is fine).
-        classes: folders, where captions are the names of sub-folders, or label, where they are what the column `label`
-            names: text, a number, or a `datasets` ClassLabel.
+        classes: folders, where captions are the names of sub-folders, or label, where they are what the column `label`,
+            or another one that `caption_column` names, says: text, a number, or a `datasets` ClassLabel.
         max_pixels: a picture with more is not decoded, nor is a file read that is larger than such a picture.
         choice: of the split, where there are several.
         masking: where masks come from, if the pictures have some.
@@ -84,7 +84,7 @@ def load_images(
     """
     captioning = Captioning(default_caption if need_captions else default_caption or "", trigger)
     checker = Checker(skip_bad, captioning, max_pixels, masking)
-    columns = Columns(image_column, "label" if classes == "label" else caption_column, condition_column)
+    columns = Columns.of(image_column, caption_column, condition_column, classes)
     return checker.data(path, *_rows(path, columns, checker, condition_path, classes, choice, apart))
 
 
@@ -128,14 +128,16 @@ def _rows(
     if is_set:
         dataset, lines = local_dataset(folder, choice)
         checker.notes += lines
-        rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder]), 0
+        rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder], checker.notes), 0
     elif folder.is_dir():
-        files, others, split = _files_of_split(path, folder, others_in_it, choice, checker, classes == "folders")
+        files, others, split, is_split = _files_of_split(
+            path, folder, others_in_it, choice, checker, classes == "folders"
+        )
         if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
             kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
             checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
         if classes == "folders":
-            rows, ignored = _class_rows(path, folder, files, others_in_it, split, checker)
+            rows, ignored = _class_rows(path, folder, files, others_in_it, is_split, checker)
         else:
             rows, ignored = _folder_rows(folder, files, others, columns, checker)
     elif folder.exists():
@@ -143,7 +145,7 @@ def _rows(
     elif is_path(path) or path.startswith("embedded"):
         raise UserError(f"the folder {path} does not exist; give a folder of pictures, or a data set's name.")
     else:
-        rows, ignored = named_dataset_rows(path, columns, checker.captioning, choice), 0
+        rows, ignored = named_dataset_rows(path, columns, checker.captioning, choice, checker.notes), 0
     has_names = folder.is_dir() and not is_set
     if condition_path is not None:
         if not has_names:
@@ -160,28 +162,28 @@ def _rows(
 
 def _files_of_split(
     path: str, folder: Path, apart: list[Path], choice: Choice, checker: Checker, by_class: bool
-) -> tuple[set[Path], set[Path], str]:
-    """The files of a folder of pictures that are of the chosen split, the others, and its name: `all` where there are
-    none.
+) -> tuple[set[Path], set[Path], str, bool]:
+    """The files of a folder of pictures that are of the chosen split, the others, its name (`all` where there are
+    none), and whether there are several.
 
     Args:
         apart: folders of other pictures in this one.
     """
-    files = [p for p in visible_files(folder) if not any(other in p.parents for other in apart)]
+    files = [p for p in visible_files(folder) if not any(other in (p, *p.parents) for other in apart)]
     pictures = [p for p in files if p.suffix.lower() in EXTENSIONS]
     splits = splits_of_pictures(folder, pictures)
     if by_class and not any(len(p.relative_to(folder).parts) > 2 for p in pictures):
         splits = {}  # of classes with these names
     if not splits:
         chosen([TRAIN], choice.split, choice.prefer, path, choice.option)
-        return set(files), set(), ALL
+        return set(files), set(), ALL, False
     split = chosen(splits, choice.split, choice.prefer, path, choice.option)
     if split == ALL:
-        return set(files), set(), ALL
+        return set(files), set(), ALL, True
     left = len(set(pictures).difference(*splits.values()))
     checker.notes += taken(path, split, splits, left, choice.option)
     mine = {*splits_of_pictures(folder, files)[split], *(p for p in files if p.parent == folder and p.name in METADATA)}
-    return mine, set(files) - mine, split
+    return mine, set(files) - mine, split, True
 
 
 def place_of_data(path: str) -> Path:
@@ -258,7 +260,7 @@ def _folder_rows(
 
 
 def _class_rows(
-    path: str, folder: Path, files: set[Path], apart: list[Path], split: str, checker: Checker
+    path: str, folder: Path, files: set[Path], apart: list[Path], is_split: bool, checker: Checker
 ) -> tuple[list[Row], int]:
     """Pictures of class folders, one level deep or below a split's folder, and how many other files there are."""
     if (metadata := next((n for n in METADATA if (folder / n).exists()), None)) is not None:
@@ -268,7 +270,7 @@ def _class_rows(
         )
     pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
     rows: list[Row] = []
-    depth = 0 if split == ALL else 1
+    depth = 1 if is_split else 0
     for picture in pictures:
         name, parts = picture.relative_to(folder).as_posix(), picture.relative_to(folder).parts[depth:]
         if (target := leads_outside(picture, folder)) is not None:
@@ -279,7 +281,7 @@ def _class_rows(
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     named = {row.caption for row in rows}
-    roots = [folder] if split == ALL else {folder / p.relative_to(folder).parts[0] for p in pictures}
+    roots = {folder / p.relative_to(folder).parts[0] for p in pictures} if is_split else [folder]
     below = {p for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith(".")}
     subfolders = sorted(p.name for p in below.difference(*([other, *other.parents] for other in apart)))
     empty = [name for name in subfolders if name not in named]

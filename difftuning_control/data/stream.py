@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from difftuning_control.data.checker import Checker, trigger_alone
-from difftuning_control.data.datasets import Choice, files_of_split, literal, refuse_outside
+from difftuning_control.data.datasets import Choice, bytes_of, files_of_split, literal, refuse_outside
 from difftuning_control.data.examples import Example, ImageData, Read, Row, listed, with_reasons
 from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
 from difftuning_control.data.names import in_either_form
@@ -76,8 +76,9 @@ class Collection:
                 self.columns = list(data.features or next(iter(data)))
         except Exception as error:
             raise UserError(
-                f"{config.path} cannot be streamed ({type(error).__name__}); give a folder of WebDataset .tar shards, "
-                "of Parquet files or with a metadata.jsonl, or a data set that this machine can reach."
+                f"{config.path} cannot be streamed ({type(error).__name__}); give a folder of WebDataset .tar shards "
+                "whose first rows have files of the same endings, of Parquet files or with a metadata.jsonl, or a data "
+                "set that this machine can reach."
             ) from None
         self.image = self._image_column(data.features or {})
         if self.kind != "json":
@@ -89,6 +90,7 @@ class Collection:
                 f"{config.path} has no column {config.caption_column!r}, only {', '.join(self.columns)}; name it with "
                 "--data.caption_column."
             )
+        self.notes += config.captioning.hidden_by_default(config.path, self.columns, known, others)
         self.data, self.files = data, data.num_shards
         sizes = [(p.relative_to(self.folder).as_posix(), p.stat().st_size) for p in paths]
         split = self.split if paths else config.split
@@ -184,9 +186,11 @@ class Collection:
                 if is_hidden(path, self.folder):
                     raise UserError("is named by metadata.jsonl but is hidden (a dot begins its path)")
                 return read_file(path, most)
-            if (cell or {}).get("bytes") is None:
-                raise UserError("has no picture")
-            return cell["bytes"]
+            if cell is None and self.kind == "webdataset":
+                raise UserError(f"has no picture that ends with .{self.image}, as the first ones of its shards do")
+            if "://" in str((cell or {}).get("path")) and cell["bytes"] is None:
+                raise UserError("is a file of its own in a data set of the Hub; leave data.stream out")
+            return bytes_of(cell, [self.folder], most)
 
         return read
 

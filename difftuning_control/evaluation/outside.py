@@ -1,7 +1,7 @@
 """Pictures outside the new domain: what a tuned model draws for other prompts, beside what the pretrained one drew.
 
-outside_kid   KID of its pictures to the pretrained model's for the same prompts from other noise; about 0 where it
-              draws them as before
+outside_kid   KID of its pictures to the pretrained model's for the same prompts from other noise; the
+              pretrained model's own value, a little below 0, where it draws them as before
 still_drawn   share of its pictures whose nearest among those is that of the same prompt, by the cosine of features
 """
 

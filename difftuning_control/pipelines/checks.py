@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
+from difftuning_control.adapters.attached import runs_any_of
 from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.pipelines.guidance import TunedWeights
@@ -275,3 +276,19 @@ def tuned_among(acting: list[str], named: Sequence[str] | None, place: str, set_
             f"{set_by}tuned_adapters=[{acting[0]!r}])."
         )
     return acting if len(acting) == 1 else []
+
+
+def check_nets(pipe: Any, nets: Sequence[Any], tuned: Sequence[Any], in_halves: bool) -> None:
+    """Refuse settings of the adapter where a ControlNet runs tuned layers of the denoiser itself, as Z-Image's runs its
+    refiners; and guidance by halves of a batch whose rows the ControlNet has padded to the length of the longest.
+
+    Args:
+        tuned: layers that adapters act in.
+        in_halves: whether each half of a batch gets a forward of its own.
+    """
+    if any(runs_any_of(net, tuned) for net in nets) or (nets and in_halves):
+        raise UserError(
+            f"the ControlNet of a {type(pipe).__name__} runs layers of the transformer that the adapter tuned, or "
+            "needs both prompts in one forward; leave out domain_guidance, hand_over and adapter_schedule, or draw "
+            "without the ControlNet."
+        )

@@ -174,7 +174,6 @@ GUIDINGS = (
         scale=None,
         time="sigma",
     ),
-    Guiding(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), "none", scale=None, time="scaled"),
     Guiding(("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"), "in turns", time="sigma"),
     Guiding(_variants("Chroma", "Img2Img", "Inpaint"), "in turns", time="sigma"),
     Guiding(("Krea2Pipeline",), "in turns", neutral=0.0, above=0.0, time="sigma"),

@@ -21,6 +21,7 @@ from difftuning_control.pipelines.checks import (
     check_cache,
     check_compiled,
     check_ip_adapter,
+    check_nets,
     check_scalable,
     check_scale,
     check_unused,
@@ -139,6 +140,7 @@ class Sampling:
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
             branch = guiding.branch(self.pipe, call)
+        check_nets(self.pipe, nets_of(self.pipe), weights.layers, self.guiding.lists and is_guided)
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, self._changes_scales())
         encoders = self._tuned_text_encoders(weights.adapters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from difftuning_control.system.text import composed
@@ -42,6 +42,21 @@ class Captioning:
         if self.default is not None or not there.isdisjoint(known):
             return False
         return self.trigger is None or bool(there.difference(others))
+
+    def hidden_by_default(
+        self, place: object, columns: Iterable[str], known: Sequence[str], others: Iterable[str]
+    ) -> list[str]:
+        """What to say where one caption stands in for all, and another column might hold their own.
+
+        Args:
+            known: columns that hold captions, the one that is asked for first.
+            others: columns that hold something else.
+        """
+        there = sorted(columns)
+        if not self.default or not set(there).isdisjoint(known) or not set(there).difference(others):
+            return []
+        only = f"{place} has no column {known[0]!r}, only {', '.join(there)}"
+        return [f"{only}; so every caption is {self.of_none!r}, unless --data.caption_column names one of these"]
 
     def of(self, text: str | None) -> str | None:
         """The caption of a picture with these words beside it; None where there is none."""

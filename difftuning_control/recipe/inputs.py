@@ -161,7 +161,7 @@ class BankConfig:
     Args:
         size: number of samples, or auto: what the run will draw of them and a quarter more, which only validation sees,
             at least 8, and at most 32 with an adapter and 256 with other methods; of a bank that is there, what it
-            holds. Prompts are spread over them. [samples, ≥ 1]
+            holds. Of more prompts than samples auto takes some from all over, a number the first ones. [samples, ≥ 1]
         prompts: what samples are drawn for: captions (the data's), general (the package's 96), empty, or a text file
             with one a line; of a model that is told classes not general but also classes (all that it has), or both
             (its classes and the empty one by turns).

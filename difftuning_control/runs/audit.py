@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 
 from difftuning_control.errors import UserError
 from difftuning_control.runs.record import RECORD
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import AUDIT, sync_folder
 from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
 from difftuning_control.system.version import VERSION
@@ -73,6 +74,10 @@ class Chain:
         begun = [e["session"] for e in self.entries if e["outcome"] == "begun"]
         ended = {e["session"] for e in self.entries if e["outcome"] == "done" and RECORD in e["artefacts"]}
         return not begun or begun[-1] in ended
+
+    def has_another(self, run: Path) -> bool:
+        """Whether the last session came to its end and vouched for another record than lies there now."""
+        return self.is_ended and self.last_hash_of(RECORD) not in (None, digest_of_file(run / RECORD))
 
     def last_hash_of(self, artefact: str) -> str | None:
         """What the last line that names an artefact says of it."""
@@ -126,16 +131,15 @@ class Session:
 def noted(*folders: str | Path) -> Iterator[dict[str, str]]:
     """One line in each folder once the block is through, with the artefacts that it put into the dict.
 
-    A refusal (UserError) has changed nothing and leaves no line. Where a folder cannot be written, which need not be
-    the command's own, that is said and nothing else happens.
+    A refusal (UserError) before there are artefacts has changed nothing and leaves no line. Where a folder cannot be
+    written, which need not be the command's own, that is said and nothing else happens.
     """
     artefacts: dict[str, str] = {}
     try:
         yield artefacts
-    except UserError:
-        raise
     except BaseException as error:
-        _note(folders, artefacts, error)
+        if artefacts or not isinstance(error, UserError):
+            _note(folders, artefacts, error)
         raise
     _note(folders, artefacts, None)
 

@@ -90,12 +90,7 @@ def resumption(
     record = read_run(output)
     if record is None:
         return Resumption(identity)
-    before, now = record.rows_per_step, rows_of_step(recipe, processes)
-    if before not in (None, now):
-        raise UserError(
-            f"the run in {output} had {before} rows to a step, and here they are {now} on {processes} processes; "
-            "choose training.batch_size and training.gradient_accumulation_steps so that they are the same."
-        )
+    _check_rows(output, record, recipe, processes)
     changes, complete = record.changes, record.is_complete
     if record.identity == continued(identity, changes):
         return Resumption(record.identity, changes, record if complete else None)
@@ -122,6 +117,31 @@ def resumption(
     return Resumption(continued(identity, changes), changes, None, record if complete else None, True)
 
 
+def refuse_changed(output: Path, recipe: Recipe, processes: int) -> None:
+    """Refuse, before anything is drawn or encoded, what `resumption` would refuse by the recipe alone.
+
+    Raises:
+        UserError: naming all that must not have changed, key by key with both values.
+    """
+    record = read_run(output)
+    if record is None:
+        return
+    _check_rows(output, record, recipe, processes)
+    differing = _differing(record, _today(record, output), recipe)
+    refused = [_was(key, *values) for key, values in differing if key not in (*CHANGEABLE, "tuning.schedule.path")]
+    if refused:  # what a schedule's file says needs more than its name
+        raise _refusal(output, refused)
+
+
+def _check_rows(output: Path, record: RunRecord, recipe: Recipe, processes: int) -> None:
+    before, now = record.rows_per_step, rows_of_step(recipe, processes)
+    if before not in (None, now):
+        raise UserError(
+            f"the run in {output} had {before} rows to a step, and here they are {now} on {processes} processes; "
+            "choose training.batch_size and training.gradient_accumulation_steps so that they are the same."
+        )
+
+
 def continued(identity: str, changes: list[Change]) -> str:
     """The identity of a run that was changed on its way."""
     return digest_of([identity, [change.to_dict() for change in changes]]) if changes else identity
@@ -132,10 +152,8 @@ def _allowed(
 ) -> dict[str, list[Any]]:
     """What has changed and may, by key with both values; `growing` where the identity may be another for the bank's
     sake alone."""
-    today = located(record, output).recipe
-    today = replace(today, bank=replace(today.bank, prompts=record.recipe.bank.prompts))  # its digest tells
-    differing = dict(_differing(record, today, recipe))
-    refused = [f"{key} was {a!r} and is {b!r}" for key, (a, b) in differing.items() if key not in CHANGEABLE]
+    differing = dict(_differing(record, _today(record, output), recipe))
+    refused = [_was(key, *values) for key, values in differing.items() if key not in CHANGEABLE]
     before = record.fingerprints.to_dict()
     for name, digest in fingerprints.to_dict().items():
         if before.get(name) != digest:
@@ -143,12 +161,26 @@ def _allowed(
     if not differing and not refused and not growing:
         refused.append("the run is of another version")
     if refused:
-        raise UserError(
-            f"the run in {output} had another recipe, base or data: {'; '.join(refused)}; only "
-            f"{', '.join(CHANGEABLE)} and {WATCHING} may change; resume with the same, begin a new run with --from "
-            f"{output}, or start afresh with --overwrite."
-        )
+        raise _refusal(output, refused)
     return differing
+
+
+def _today(record: RunRecord, output: Path) -> Recipe:
+    """The record's recipe with paths as they are today, but bank.prompts as it was written, since its digest tells."""
+    today = located(record, output).recipe
+    return replace(today, bank=replace(today.bank, prompts=record.recipe.bank.prompts))
+
+
+def _was(key: str, before: Any, now: Any) -> str:
+    return f"{key} was {before!r} and is {now!r}"
+
+
+def _refusal(output: Path, refused: list[str]) -> UserError:
+    return UserError(
+        f"the run in {output} had another recipe, base or data: {'; '.join(refused)}; only "
+        f"{', '.join(CHANGEABLE)} and {WATCHING} may change; resume with the same, begin a new run with --from "
+        f"{output}, or start afresh with --overwrite."
+    )
 
 
 def _differing(record: RunRecord, today: Recipe, recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:

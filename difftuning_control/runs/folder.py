@@ -15,6 +15,7 @@ from difftuning_control.data.sources import place_of_data
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.kept import STEP
+from difftuning_control.runs.places import KEYS, RUN, places_of
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard, free, is_empty, sweep
 
@@ -113,6 +114,21 @@ def refuse_among_data(written: str | Path, data: Iterable[str | None], option: s
             raise UserError(
                 f"{option} {written} and the data {place} lie in one another, and what a run writes is not to be taken "
                 f"for data; name a folder outside of it with {option}."
+            )
+
+
+def refuse_clearing_sources(recipe: Recipe) -> None:
+    """Refuse to overwrite an output that holds the model, the weights, the schedule or whatever else a run begins from.
+
+    Raises:
+        UserError: naming it.
+    """
+    target = Path(os.path.realpath(Path(recipe.output).expanduser()))
+    for role, place in places_of(recipe).items():
+        if role not in (RUN, "bank", "cache") and Path(os.path.realpath(place)).is_relative_to(target):
+            raise UserError(
+                f"{KEYS[role]} {place} lies in the output {recipe.output}, which --overwrite clears first; choose "
+                "another --output."
             )
 
 

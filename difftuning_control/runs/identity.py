@@ -98,20 +98,25 @@ def recipe_identity(recipe: Recipe, fingerprints: Fingerprints, processes: int) 
 
 def identity_settings(recipe: Recipe, schedule_file: dict[str, Any] | None = None) -> dict[str, Any]:
     """A recipe's values as far as they decide the weights; see `deciding_settings`."""
-    values = deciding_settings(recipe, schedule_file)
+    values = without_places(deciding_settings(recipe, schedule_file))
     for name in ("batch_size", "gradient_accumulation_steps"):
         values["training"].pop(name)
     values["training"].pop("begin_from", None)
-    values["data"].pop("masks", None)
-    # where things lie does not matter: what they are is in the fingerprints
+    for name in ("weights", "init"):
+        values["control"].pop(name)
+    return values
+
+
+def without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """Deciding settings without where model, data, masks and bank lie, whose content is in fingerprints."""
     for section, names in (
         ("model", ("id",)),
-        ("data", ("path", "validation_path", "split", "validation_split")),
+        ("data", ("path", "validation_path", "split", "validation_split", "masks")),
         ("bank", ("path",)),
-        ("control", ("path", "validation_path", "weights", "init")),
+        ("control", ("path", "validation_path")),
     ):
         for name in names:
-            values[section].pop(name)
+            values[section].pop(name, None)
     return values
 
 

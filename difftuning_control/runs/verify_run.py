@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.prepare import validation_choice
-from difftuning_control.data.sources import list_rows, load_images
+from difftuning_control.data.sources import list_rows
 from difftuning_control.data.stream import Collection
 from difftuning_control.errors import UserError
 from difftuning_control.runs.audit import FILE, Chain, read_audit
@@ -119,7 +120,7 @@ def _inputs(run: Path, record: RunRecord, recipe: Recipe) -> Iterator[tuple[str,
         yield name, identity, partial(_data, run, record, recipe, name, path, conditions)
     if record.bank is not None:
         identity = [record.bank.to_dict(), record.fingerprints.bank, vars(data)]
-        yield "bank", identity, partial(_bank, record.bank, record.fingerprints.bank, recipe)
+        yield "bank", identity, partial(_bank, record, record.bank, recipe)
 
 
 # --- the record and the chain that vouches for it -------------------------------------------------------------------
@@ -250,9 +251,8 @@ def _pictures(
 ) -> None:
     """Pictures, captions and conditions against the run's list of them."""
     data = recipe.data
-    caption = "label" if data.classes == "label" else data.caption_column
     column = recipe.control.column if recipe.method == "controlnet" else None
-    columns = Columns(data.image_column, caption, column)
+    columns = Columns.of(data.image_column, data.caption_column, column, data.classes)
     try:
         choice = validation_choice(data) if part.name == "validation" else Choice(data.split)
         masking = data.masking if part.name == "data" else None
@@ -354,11 +354,12 @@ def _picture(part: Part, line: dict[str, Any], row: Row, data: DataConfig) -> No
             part.find(name, "changed", what)
 
 
-def _bank(bank: BankRecord, fingerprint: str | None, recipe: Recipe) -> Part:
+def _bank(record: RunRecord, bank: BankRecord, recipe: Recipe) -> Part:
     """The bank's manifest against the run's fingerprint of it, and each shard against the manifest."""
+    fingerprint = record.fingerprints.bank
     part, folder = Part("bank"), Path(bank.folder)
     if bank.pictures:
-        return _bank_of_pictures(fingerprint, recipe, part, folder)
+        return _bank_of_pictures(fingerprint, recipe, part, folder, record.classes is not None)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         shards, prompts = dict(manifest["shards"]), manifest["prompts"]
@@ -378,13 +379,10 @@ def _bank(bank: BankRecord, fingerprint: str | None, recipe: Recipe) -> Part:
     return part
 
 
-def _bank_of_pictures(fingerprint: str | None, recipe: Recipe, part: Part, folder: Path) -> Part:
+def _bank_of_pictures(fingerprint: str | None, recipe: Recipe, part: Part, folder: Path, has_classes: bool) -> Part:
     """Real source pictures, which are one thing: that one of them changed is told, not which."""
-    data = recipe.data
     try:
-        pictures = load_images(
-            str(folder), caption_column=data.caption_column, skip_bad=data.skip_bad, need_captions=False
-        )
+        pictures = pictures_of_bank(folder, recipe.data, has_classes)
     except UserError as error:
         part.find(str(folder), "changed" if folder.is_dir() else "missing", f"{error} ({_if_moved('bank')})")
         return part

@@ -52,6 +52,10 @@ class Share:
         """Which of `total` parts this process makes."""
         return range(self.index, total, self.count)
 
+    def agreed(self, value: bool) -> bool:
+        """What the first process finds; a file may appear between two processes' looks at it."""
+        return value if self.count == 1 else bool(broadcast_object_list([value])[0])
+
 
 ALONE = Share()
 
@@ -147,6 +151,8 @@ def _exit_code(error: BaseException) -> int:
     codes: tuple[tuple[type[BaseException], int], ...] = (
         (UserError, 2),
         (OSError, 2),
+        (MemoryError, 2),
+        (torch.cuda.OutOfMemoryError, 2),
         (NonFiniteLossError, 3),
         (KeyboardInterrupt, 130),
     )

@@ -22,6 +22,7 @@ from difftuning_control.runs.record_sections import PhaseCost, PhaseCosts, read_
 from difftuning_control.system.terminal import duration
 
 PHASES = ("load", "encode", "bank", "analysis", "validation", "training", "sampling", "saving")
+BEFORE = ("load", "encode", "bank", "analysis")  # of a run's training
 LEAST = 0.05  # seconds that are told
 TRAINING = 3  # a row's forward and backward take as long as about three forwards alone
 

@@ -17,7 +17,7 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.objective.schedules import with_flat_retention
 from difftuning_control.recipe.measured_schedule import MeasuredSchedule
 from difftuning_control.recipe.recipe import Recipe
-from difftuning_control.runs.changes import Resumption, continued, resumption
+from difftuning_control.runs.changes import Resumption, continued, refuse_changed, resumption
 from difftuning_control.runs.identity import recipe_identity
 from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
@@ -92,6 +92,8 @@ def prepare_run(
     """
     side = _resolution(recipe, family)
     written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
+    if recipe.training.resume:
+        refuse_changed(Path(recipe.output), _decisive(written, recipe), accelerator.num_processes)
     fingerprints = Fingerprints(base=dict(family.fingerprints))
     objective = build_objective(recipe, family.training_process(resolution_of(family, recipe.data)))
     conditioner = attach_controlnet(recipe, family, fingerprints) if recipe.method == "controlnet" else None

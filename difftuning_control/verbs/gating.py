@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from difftuning_control.errors import UserError
 from difftuning_control.families.hub import free_memory
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.audit import Session, read_audit
+from difftuning_control.runs.finished import check_outputs
 from difftuning_control.runs.gate_results import GateResults
 from difftuning_control.runs.gates import judge
 from difftuning_control.runs.identity import write_recipe
@@ -52,10 +54,19 @@ def judge_and_vouch(run: RunRecord, written: Recipe, recipe: Recipe, output: Pat
     Args:
         written: the recipe as it is recorded.
         recipe: the same with paths as they are found from here.
+
+    Raises:
+        UserError: if the run is not what its audit vouches for.
     """
     judged = run.gates
     if recipe.gates.limits and (judged is None or judged.asked != dataclasses.asdict(recipe.gates)):
         if not session.number:
+            if read_audit(output).has_another(output):
+                raise UserError(
+                    f"{output}/{RECORD} has changed since the run, and only a run that is as it was is judged; see "
+                    f"difftune verify {output}."
+                )
+            check_outputs(run, output)
             session.begin()
         run.gates = judge_run(run, recipe, output)
         run.recipe_values["gates"] = dataclasses.asdict(written.gates)

@@ -80,6 +80,11 @@ def run_bank(asked: BankCommand) -> None:
     from difftuning_control.training.setup import make_accelerator
 
     command = fitted(only(Recipe, asked))  # of which a bank takes the precision alone
+    if not command.uses_bank and command.bank.path is None:
+        raise UserError(
+            "training by this recipe reads no bank (tuning.retention_ratio is 0, or its teacher retains on the "
+            "pictures); give --bank.path to draw one all the same."
+        )
     for option, place in written_places(command).items():
         if option != "--output":  # which a bank does not use
             refuse_among_data(place, data_places(command), option)
@@ -141,8 +146,11 @@ def run_export(command: ExportCommand) -> None:
     from difftuning_control.verbs.export.export import MARKER, export  # saves torch for --help and for `runs`
 
     with audit.noted(place_of_run(command.run)[0]) as artefacts:
-        folder = export(only(ExportRequest, command), command.overwrite)
-        artefacts[MARKER] = digest_of_file(folder / MARKER)
+
+        def note(folder: Path) -> None:
+            artefacts[MARKER] = digest_of_file(folder / MARKER)
+
+        folder = export(only(ExportRequest, command), command.overwrite, note)
     say(f"done: {folder}/README.md says how it is used")
     if command.push is not None:
         say(f"uploaded: https://huggingface.co/{command.push}")

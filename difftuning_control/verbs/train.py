@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +20,13 @@ from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
-from difftuning_control.runs.folder import OutputFolder, data_places, refuse_among_data, written_places
+from difftuning_control.runs.folder import (
+    OutputFolder,
+    data_places,
+    refuse_among_data,
+    refuse_clearing_sources,
+    written_places,
+)
 from difftuning_control.runs.identity import write_recipe
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
 from difftuning_control.runs.record import COMPLETE, FAILED, RunRecord, read_run
@@ -34,7 +39,7 @@ from difftuning_control.training.begin import reopen
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.description import describe_run
 from difftuning_control.training.loop import TrainingLoop
-from difftuning_control.training.phases import Phases
+from difftuning_control.training.phases import BEFORE, Phases
 from difftuning_control.training.preparation import MeasuredObjective, PreparedRun, measure_objective, prepare_run
 from difftuning_control.training.result import TrainingResult
 from difftuning_control.training.setup import check_bank_rows, check_frozen, describe_budget, make_accelerator
@@ -71,6 +76,8 @@ def train(
     recipe = placed or recipe
     for option, place in written_places(recipe).items():
         refuse_among_data(place, data_places(recipe), option)
+    if overwrite:
+        refuse_clearing_sources(recipe)
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:
@@ -125,7 +132,6 @@ def _train(
 ) -> tuple[RunRecord, Recipe, Recipe]:
     """The record of the run once it is complete, and both recipes with the model's resolution; `folder` is the main
     process's, and `kept` keeps open what draws a growing bank."""
-    started = time.time() - phases.seconds("load")
     said = tell if folder is not None else silent  # once, by the main process
     prepared = prepare_run(written, recipe, family, accelerator, phases, said, kept)
     recipe, going = prepared.recipe, prepared.going
@@ -151,19 +157,21 @@ def _train(
         if folder is not None:
             run.write(output)
 
-    begun = time.time()
     try:
         run.losses, run.steps_per_second = loop.run(said, settle)
     except NonFiniteLossError as error:
         if folder is not None:
             replace(run, status=FAILED, error=str(error)).write(output)
         loop.report.write(loop.done, loop.end, error=str(error))
+        accelerator.wait_for_everyone()  # all stop here; the first to end would end the main process while it writes
         raise
     _add_figures(run, prepared, measured, loop)
     for line in run.data.notes or ():
         said(line)
-    run.timings = Timings(preparation=begun - started, training=time.time() - begun)
-    run.phases = phases.costs()
+    run.phases = phases.costs()  # of all sessions
+    preparation = sum(run.phases[name].seconds for name in BEFORE if name in run.phases)
+    together = sum(cost.seconds for cost in run.phases.values())
+    run.timings = Timings(preparation=preparation, training=together - preparation)
     run.status = COMPLETE
     if folder is not None:
         run.outputs = _hash_outputs(output, output / result_of(recipe))
@@ -191,8 +199,8 @@ def _loop(prepared: PreparedRun, measured: MeasuredObjective, accelerator: Accel
 def _begin(run: RunRecord, prepared: PreparedRun, output: Path, folder: OutputFolder, session: Session) -> None:
     """Make the folder the run's own, with its record, its inputs and its recipe."""
     recipe, inputs = prepared.recipe, prepared.inputs
-    folder.sweep() if recipe.training.resume else folder.clear()
     run.sources = sources_of(recipe)
+    folder.sweep() if recipe.training.resume else folder.clear()
     run.write(output)  # first of all: by it the folder is known as a run's
     run.inputs = write_inputs(output, inputs.data, inputs.all_held_out)
     run.write(output)

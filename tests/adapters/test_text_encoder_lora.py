@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from difftuning_control import load_adapter, unload_adapter
 from difftuning_control.adapters.tuning import AdapterTuning
@@ -92,6 +94,10 @@ def test_its_learning_rate_is_its_own(family, recipe):
 def test_a_run_moves_both_and_loads_in_a_stock_pipeline(recipe, changes):
     run = tuned(recipe, "run", **changes)
     record = train(run).record
+    named = load_file(Path(run.output) / "pytorch_lora_weights.safetensors")
+    of_encoder = [key for key in named if key.startswith("text_encoder.")]
+    assert of_encoder
+    assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in of_encoder)  # as all tools read
     family = load_family(recipe.model.id)
     before = picture(family.pipe)
     with tuned_model(family, run.output, finished_run(run.output)) as found:

@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
 from difftuning_control.objective.rows import draw_items
 from difftuning_control.recipe.inputs import BankConfig, DataConfig
+from difftuning_control.system.processes import Share
 from support.pictures import write_pictures
 from support.tiny_sd import tiny_pipeline
 
@@ -86,14 +88,26 @@ def test_a_resumed_build_draws_no_finished_shard_again(tmp_path):
     assert {name: (bank.folder / name).stat().st_mtime_ns for name in before} == before
 
 
+class Thread(Share):
+    """A process's share, of threads in this one: what the first finds is told by a list and the barrier."""
+
+    found: ClassVar[list[bool]] = []
+
+    def agreed(self, value: bool) -> bool:
+        if self.index == 0:
+            self.found.append(value)
+        self.wait()
+        return self.found[-1]
+
+
 def test_two_processes_build_the_same_bank_together(undisturbed, tmp_path):
     barrier = threading.Barrier(2, timeout=60)
     families = [family_of(tiny_pipeline()) for _ in range(2)]
     banks: dict[int, KnowledgeBank] = {}
 
     def process(index: int) -> None:
-        place = {"process_index": index, "num_processes": 2, "wait": barrier.wait}
-        banks[index] = KnowledgeBank.build(families[index], tmp_path / "bank", REQUEST, batch_size=2, **place)
+        share = Thread(index, 2, barrier.wait)
+        banks[index] = KnowledgeBank.build(families[index], tmp_path / "bank", REQUEST, batch_size=2, share=share)
 
     threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
     for thread in threads:

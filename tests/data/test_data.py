@@ -37,7 +37,7 @@ def examples_of(
 ) -> ImageData:
     """Examples of a data set in memory; files that it names must lie in `within`."""
     return Checker(skip_bad, Captioning()).data(
-        "the data set", dataset_rows(data, columns or Columns(), Captioning(), [Path(within)])
+        "the data set", dataset_rows(data, columns or Columns(), Captioning(), [Path(within)], [])
     )
 
 
@@ -203,7 +203,7 @@ def test_a_data_set_that_cannot_serve_is_refused(dataset, change, message):
 
 
 def test_a_data_set_needs_no_captions_where_they_are_given_for_all(dataset):
-    rows = dataset_rows(dataset.remove_columns("text"), Columns(), Captioning("red"), [])
+    rows = dataset_rows(dataset.remove_columns("text"), Columns(), Captioning("red"), [], [])
     assert [row.caption for row in rows] == [None] * 4
 
 

@@ -11,6 +11,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.prepare import copies_held_out, read_data
 from difftuning_control.data.sources import load_images
@@ -231,6 +232,7 @@ def test_fault_15_01_class_folders_may_lie_in_the_folders_of_splits_and_be_calle
         picture_at(tmp_path / "called" / name, i)
     assert captions(tmp_path / "split", classes="folders") == ["cat", "dog"]
     assert captions(tmp_path / "called", classes="folders") == ["test", "train"]
+    assert captions(tmp_path / "split", classes="folders", choice=Choice("all")) == ["cat", "cat", "dog"]
 
 
 def test_fault_15_01_conditions_are_those_of_the_split(tmp_path):
@@ -431,3 +433,82 @@ def test_fault_15_06_held_out_pictures_that_are_tuned_on_are_found_and_said(tmp_
     said.clear()
     read_data(Recipe(data=DataConfig(str(tmp_path / "b"), holdout=0.3)), said.append)
     assert said == []
+
+
+# --- what a name of a column, a spreadsheet or a shard hid ------------------------------------------------------------
+
+
+def test_a_default_caption_that_hides_a_column_of_another_name_is_said(tmp_path):
+    write_pictures(tmp_path, 2)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n0.png,red\n1.png,blue\n")
+    data = load_images(str(tmp_path), default_caption="a picture")
+    assert [e.caption for e in data.examples] == ["a picture"] * 2
+    said = "has no column 'text', only caption, file_name; so every caption is 'a picture', unless"
+    assert [said in note for note in data.notes] == [True]
+    assert load_images(str(tmp_path), default_caption="a picture", caption_column="caption").notes == []
+    stream = [{"file_name": "0.png", "caption": "red"}]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, stream)))
+    config = DataConfig(str(tmp_path), stream=True, default_caption="a picture")
+    assert [said in note for note in Collection(config).notes] == [True]
+
+
+def test_classes_may_stand_in_a_column_of_any_name(tmp_path):
+    write_pictures(tmp_path, 2)
+    rows = [{"file_name": f"{i}.png", "class": 7 + i} for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert captions(tmp_path, classes="label", caption_column="class") == ["7", "8"]
+    with pytest.raises(
+        UserError, match=r"no column 'label', only class, file_name; name it with --data\.caption_column"
+    ):
+        captions(tmp_path, classes="label")
+
+
+@pytest.mark.parametrize(
+    ("last", "said"), [(",\n,\n", None), (",blue\n", "row 2 has none, of the columns file_name, text")]
+)
+def test_empty_rows_of_a_spreadsheet_are_none_and_others_are_named(tmp_path, last, said):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n0.png,red\n{last}")
+    if said is None:
+        assert captions(tmp_path) == ["red"]
+        return
+    with pytest.raises(UserError, match=said):
+        captions(tmp_path)
+
+
+def test_a_stream_of_parquet_reads_pictures_that_its_rows_name(tmp_path):
+    write_pictures(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").unlink()
+    named = {"image": ["0.png", "1.png", "/etc/passwd"], "text": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(named).to_parquet(tmp_path / "train.parquet")
+    rows = list(Collection(DataConfig(str(tmp_path), stream=True)).rows(0))
+    assert rows[1].read(10**6) == (tmp_path / "1.png").read_bytes()
+    with pytest.raises(UserError, match="names a picture outside the data set"):
+        rows[2].read(10**6)
+
+
+def test_a_shard_with_pictures_of_two_endings_says_which_it_reads(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(8):
+            add(tar, f"{i:03d}.{'webp' if i == 7 else 'png'}", png(i))
+            add(tar, f"{i:03d}.txt", b"red")
+    rows = list(Collection(DataConfig(str(tmp_path), stream=True)).rows(0))
+    assert rows[6].read(10**6) == png(6)
+    with pytest.raises(UserError, match=r"has no picture that ends with \.png, as the first ones"):
+        rows[7].read(10**6)
+
+
+def test_a_bank_of_pictures_is_read_alike_wherever_it_is_asked_for(tmp_path):
+    for i, name in enumerate(["cat", "dog"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{i}.png").write_bytes(png(i))
+    by_class = pictures_of_bank(tmp_path, DataConfig("x"), has_classes=True)
+    assert [e.caption for e in by_class.examples] == ["cat", "dog"]
+    plain = pictures_of_bank(tmp_path, DataConfig("x"), has_classes=False)
+    assert [e.caption for e in plain.examples] == ["", ""]
+    assert plain.fingerprint != by_class.fingerprint
+    with pytest.raises(UserError, match="pixels"):
+        pictures_of_bank(tmp_path, DataConfig("x", max_pixels=32), has_classes=True)

@@ -89,6 +89,8 @@ def test_profiles_of_palettes_and_of_transparent_pictures_are_heeded_too():
     np.testing.assert_allclose(pixel(encoded(half, icc_profile=profile)), 0.2 * expected + 0.8 * 255, atol=3)
     half.putpixel((0, 0), (*COLOUR, 0))
     assert pixel(encoded(half, icc_profile=profile)) == [255, 255, 255]
+    clear = Image.new("RGB", (8, 8), COLOUR)  # one colour of which is clear
+    assert pixel(encoded(clear, icc_profile=profile, transparency=COLOUR)) == [255, 255, 255]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])

@@ -96,6 +96,12 @@ def test_masks_among_the_pictures_are_found_however_they_are_named(tmp_path, mon
     assert len(load_images(data, masking=Masking(masks, 0.1))) == 6
 
 
+def test_masks_may_be_a_link_among_the_pictures(tmp_path):
+    mine = write_masked(tmp_path)
+    (mine / "masks").symlink_to(tmp_path / "masks")
+    assert len(load_images(str(mine), masking=Masking(str(mine / "masks"), 0.1))) == 6
+
+
 def test_masks_among_pictures_are_none_that_are_held_out(tmp_path):
     mine = write_masked(tmp_path)
     (tmp_path / "masks").rename(mine / "masks")

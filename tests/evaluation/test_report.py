@@ -42,6 +42,7 @@ def test_one_self_contained_file(tmp_path, language, kind):
     else:
         page = Page(write_analysis_report(samples.analysis(kind != "analysis"), tmp_path, language))
     check_self_contained(page)
+    assert (load_texts(language)["learnt.tuned_on"] in page.text) == (kind == "analysis of a run")
     assert page.tags[0] == ("html", {"lang": language})
     for svg in re.findall(r"<svg.*?</svg>", page.source, re.DOTALL):
         ElementTree.fromstring(svg)

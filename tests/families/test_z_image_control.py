@@ -5,10 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from difftuning_control import attach, load_adapter
+from difftuning_control.adapters.kinds import own_parts
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
 from difftuning_control.families.control import to_tensor
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from difftuning_control.families.z_image import LENT
+from difftuning_control.recipe.adapter import AdapterConfig
 from support.control_checks import (
     assert_adds_exactly_nothing,
     assert_predicts_as_in_the_stock_pipeline,
@@ -45,12 +49,17 @@ def filled(controlnet, whole) -> None:
             parameter.data = torch.randn(parameter.shape) * 0.3
 
 
-@pytest.fixture
-def family():
+def controlled():
+    """A family with a ControlNet that does something."""
     found = family_of(tiny_z_image(layers=LAYERS))
     found.controlnet = found.new_controlnet(0)
     filled(found.controlnet, found.controlnet_whole)
     return found
+
+
+@pytest.fixture
+def family():
+    return controlled()
 
 
 def stock_picture(family, control, calls=None, steps: int = 3, prompts=PROMPTS):
@@ -197,3 +206,40 @@ def test_a_file_that_is_no_controlnet_of_z_image_is_refused(family, tmp_path):
     other = family_of(tiny_sd3())
     with pytest.raises(UserError, match="is a file; for a StableDiffusion3Pipeline give a directory"):
         load_controlnet(other, str(tmp_path / "other.safetensors"))
+
+
+def tuned(folder, **adapter):
+    """A family with a LoRA that does something, which is saved too."""
+    found = controlled()
+    tuning = AdapterTuning(found, AdapterConfig(**adapter), seed=1)
+    torch.manual_seed(2)
+    for parameter in found.denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    tuning.save(folder)
+    return found
+
+
+def test_a_tlora_on_the_refiners_is_masked_where_the_controlnet_runs_them(tmp_path):
+    """The ControlNet runs them before the transformer does, which alone told the mask its timestep."""
+    tuned(tmp_path, kind="tlora", rank=4, min_rank=1)
+    family, seen = controlled(), []
+    load_adapter(family.control_pipeline(), tmp_path, "style")
+    mask = own_parts(family.denoiser)["style"]
+    layer = next(m for n, m in family.denoiser.named_modules() if "noise_refiner" in n and n.endswith("lora_A.style"))
+    layer.register_forward_hook(lambda *_: seen.append(mask.gate.sum(1).tolist()))
+    stock_picture(family, conditions(SIDE))
+    by_step = [seen[i : i + len(seen) // 3] for i in range(0, len(seen), len(seen) // 3)]
+    assert len(by_step) == 3
+    assert all(found == step[0] for step in by_step for found in step)  # in the ControlNet as in the transformer
+    assert by_step[0] != by_step[-1]
+
+
+@pytest.mark.parametrize("settings", [{"hand_over": 0.3}, {"domain_guidance": True}])
+def test_settings_of_the_adapter_are_refused_where_the_controlnet_runs_tuned_layers(settings, tmp_path):
+    tuned(tmp_path, rank=2)
+    pipe = controlled().control_pipeline()
+    load_adapter(pipe, tmp_path)
+    attach(pipe, **settings)
+    with pytest.raises(UserError, match="runs layers of the transformer that the adapter tuned"):
+        pipe(PROMPTS[0], height=SIDE, width=SIDE, num_inference_steps=1, control_image=to_tensor(conditions(SIDE)[:1]))

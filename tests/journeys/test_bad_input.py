@@ -19,6 +19,7 @@ from difftuning_control.data.bank import BankRequest, KnowledgeBank
 from difftuning_control.data.sources import load_images
 from difftuning_control.families.loading import family_of
 from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.training import preparation
 from difftuning_control.verbs.commands import COMMANDS
 from support.command_line import flags, settings
 from support.pictures import captioned_by_text_files, rewrite_metadata, write_pictures
@@ -415,6 +416,17 @@ def test_a_file_in_place_of_a_folder_is_refused(train, tmp_path, capsys, key, ex
 def test_a_run_with_another_recipe_is_not_resumed(train, output, tmp_path, capsys):
     words = [*train(**{"adapter.rank": 2}), "--training.resume"]
     assert_refused(words, capsys, tmp_path, f"the run in {output} had another recipe", "--overwrite")
+
+
+def test_a_bank_that_training_would_not_read_is_not_drawn(train, tmp_path, capsys):
+    words = ["bank", *train(**{"tuning.retention_ratio": 0, "tuning.retention_weight": 0})[1:]]
+    assert_refused(words, capsys, tmp_path, "training by this recipe reads no bank", "give --bank.path")
+
+
+def test_what_may_not_change_is_said_before_a_bank_is_drawn(train, output, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preparation, "prepare_inputs", lambda *args: pytest.fail("drawn for nothing"))
+    words = [*train(**{"bank.steps": 3}), "--training.resume"]
+    assert_refused(words, capsys, tmp_path, "bank.steps was 2 and is 3; only training.max_steps", "--overwrite")
 
 
 SAMPLE = ["sample", "--prompts", '["red"]', "--steps", "2"]

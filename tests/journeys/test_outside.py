@@ -169,10 +169,10 @@ def test_a_data_set_on_disk_names_no_picture_outside_of_it(tmp_path):
     inside = datasets.Dataset.from_dict({"image": [str(tmp_path / "private.png")], "text": ["red"]}, features)
     for path in (str(tmp_path / "private.png"), "../private.png"):
         found = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}], "text": ["red"]}, features)
-        (row,) = dataset_rows(found, Columns(), Captioning(), [tmp_path / "set"])
+        (row,) = dataset_rows(found, Columns(), Captioning(), [tmp_path / "set"], [])
         with pytest.raises(UserError, match="names a picture outside the data set"):
             row.read(10**6)
-    (row,) = dataset_rows(inside, Columns(), Captioning(), [tmp_path])
+    (row,) = dataset_rows(inside, Columns(), Captioning(), [tmp_path], [])
     assert row.read(10**6) == (tmp_path / "private.png").read_bytes()
     write("own.png")
     shutil.move(tmp_path / "set" / "a.parquet", tmp_path / "private.parquet")

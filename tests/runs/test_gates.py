@@ -185,6 +185,20 @@ def test_gates_given_later_are_judged_when_the_run_is_resumed(words, root, capsy
     assert record_of(root / "later") == before
 
 
+def test_a_record_that_was_edited_is_not_judged_and_not_vouched_for(failed, tmp_path, capsys):
+    run = tmp_path / "edited"
+    shutil.copytree(failed, run)
+    edited = json.loads((run / "run.json").read_text())
+    edited["losses"]["bank"]["tuned"]["mean"] = 0.0
+    (run / "run.json").write_text(json.dumps(edited))
+    words = ["resume", str(run), "--gates.retention_loss", "0.5"]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "has changed since the run, and only a run that is as it was is judged" in capsys.readouterr().err
+    assert verify(VerifyRequest(str(run)))["status"] == "changed"
+
+
 # --- export ---------------------------------------------------------------------------------------------------------
 
 

@@ -210,7 +210,7 @@ def analysis(run: bool = False) -> dict[str, Any]:
         rising = {"mean": rise, "low": [v - 0.006 for v in rise], "high": [v + 0.007 for v in rise]}
         falling = {"mean": fall, "low": [v - 0.05 for v in fall], "high": [v + 0.04 for v in fall]}
         values["forgetting"] = {"u": U, **rising, "budget": [0.02] * 5}
-        values["learnt"] = {"u": U, **falling}
+        values["learnt"] = {"u": U, "held_out": False, **falling}
         values["multipliers"] = multipliers() | {"u": U}
         values["staged"] = {
             "u0": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0],

@@ -29,7 +29,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.runs.folder import OutputFolder
+from difftuning_control.runs.folder import OutputFolder, refuse_clearing_sources
 from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
@@ -348,6 +348,21 @@ def test_an_earlier_run_is_replaced_only_when_asked(make, finished, tmp_path):
     assert contents(tmp_path) == before
     train(recipe, overwrite=True)
     assert_same_run(recipe, finished({}))
+
+
+@pytest.mark.parametrize("role", ["training.begin_from", "model.id"])
+def test_what_a_run_begins_from_is_not_cleared_away_for_it(make, role, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "pipeline").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    recipe = replace(make(""), output=str(folder))
+    if role == "training.begin_from":
+        recipe = replace(recipe, training=replace(recipe.training, begin_from=str(folder)))
+    else:
+        recipe = replace(recipe, model=replace(recipe.model, id=str(folder / "pipeline")))
+    with pytest.raises(UserError, match=rf"{role} .* lies in the output .*, which --overwrite clears first"):
+        refuse_clearing_sources(recipe)
+    refuse_clearing_sources(replace(recipe, output=str(tmp_path / "other")))
 
 
 @pytest.mark.wide

@@ -44,6 +44,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import ExportRequest
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
+from difftuning_control.runs.audit import read_audit
 from difftuning_control.runs.card import model_card
 from difftuning_control.runs.finished import finished_run
 from difftuning_control.system.durable import write_json
@@ -761,6 +762,22 @@ def test_a_failed_upload_keeps_the_export_and_says_why(lora, hub, tmp_path, monk
     with pytest.raises(UserError, match=r"is written, but could not be uploaded to a/b \(no route to the host\); run"):
         export(ExportRequest(lora.output, str(tmp_path / "out"), format="kohya", push="a/b"))
     assert names(tmp_path / "out") == {"icons.safetensors"} | OURS
+
+
+def test_an_export_whose_upload_failed_stands_in_the_audit(lora, hub, tmp_path, monkeypatch):
+    def refuse(*args: Any, **given: Any) -> None:
+        raise ConnectionError("no route to the host")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
+    words = ["export", lora.output, "--to", str(tmp_path / "out"), "--format", "kohya", "--push", "a/b"]
+    before = len(read_audit(Path(lora.output)).entries)
+    with pytest.raises(SystemExit):
+        main(words)
+    with pytest.raises(SystemExit):  # refused, as it is there: nothing is changed and nothing written down
+        main(words)
+    (line,) = read_audit(Path(lora.output)).entries[before:]
+    assert (line["outcome"], list(line["artefacts"])) == ("failed", ["export.json"])
+    assert "could not be uploaded" in line["said"]
 
 
 # --- the command, and what it refuses -------------------------------------------------------------------------------

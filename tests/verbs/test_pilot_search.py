@@ -8,8 +8,10 @@ import pytest
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.recipe.training import TuningConfig
+from difftuning_control.runs.pilot_record import PilotSettings
+from difftuning_control.runs.record_sections import PhaseCost
 from difftuning_control.verbs.pilot.pilot import Pilot
-from difftuning_control.verbs.pilot.settings import pilot_identity
+from difftuning_control.verbs.pilot.settings import Clock, pilot_identity
 from difftuning_control.verbs.pilot.side_runs import SideRuns
 from difftuning_control.verbs.pilot.side_tuning import beyond
 
@@ -129,14 +131,15 @@ def test_a_pilot_that_is_widened_or_gets_further_sides_or_seeds_goes_on_in_its_f
     assert pilot_identity(recipe, replace(config, pictures=9)) != pilot_identity(recipe, config)
 
 
-def test_a_pilot_that_lies_elsewhere_is_the_same_one(recipe):
+def test_a_pilot_or_its_data_that_lies_elsewhere_is_the_same_one(recipe):
     def of_run(place: str) -> str:
         own = replace(recipe, bank=replace(recipe.bank, path=f"{place}/bank"), output=f"{place}/plain/lr-1/seed-0")
-        return pilot_identity(own, PilotConfig())
+        data = replace(recipe.data, path=f"{place}/pictures", validation_path=f"{place}/held-out", holdout=0)
+        return pilot_identity(replace(own, data=data), PilotConfig())
 
     assert of_run("runs/pilot") == of_run(str(Path("runs/pilot").resolve())) == of_run("/elsewhere/pilot")
-    apart = replace(recipe, bank=replace(recipe.bank, path="/other/bank"), output="/elsewhere/pilot/plain")
-    assert pilot_identity(apart, PilotConfig()) != of_run("/elsewhere/pilot")
+    general = replace(recipe, bank=replace(recipe.bank, prompts="general"))
+    assert pilot_identity(general, PilotConfig()) != pilot_identity(recipe, PilotConfig())
 
 
 @pytest.mark.parametrize(
@@ -163,3 +166,12 @@ def test_a_bank_too_small_to_judge_by_is_refused_before_any_work(recipe):
     with pytest.raises(UserError, match=r"bank\.size is 4, but .* give at least 5, or auto"):
         Pilot(replace(recipe, bank=replace(recipe.bank, size=4)), PilotConfig(), Path(recipe.output))
     assert not Path(recipe.output).exists()
+
+
+def test_only_a_pilot_that_goes_on_counts_what_earlier_sessions_took(tmp_path):
+    earlier = {"bank": PhaseCost(seconds=9.0, forwards=40)}
+    PilotSettings(identity="x", phases=earlier).write(tmp_path)
+    clock = Clock(tmp_path)
+    assert clock.phases.costs() == {}
+    clock.go_on()
+    assert clock.phases.costs() == earlier

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
         load_texts("en"),
         facts=facts,
         name=folder.name,
-        place=str(folder),
+        place=shlex.quote(str(folder)),
+        prompt=shlex.quote(facts.prompts[0]) if facts.prompts else '"a prompt"',
         percent=100 * facts.step / max(1, facts.end),
         remaining=duration(facts.remaining) if facts.remaining is not None else None,
         total=duration(sum(facts.phases.values())),

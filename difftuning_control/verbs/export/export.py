@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,13 @@ if TYPE_CHECKING:
 MARKER = "export.json"
 
 
-def export(request: ExportRequest, overwrite: bool = False) -> Path:
+def export(
+    request: ExportRequest, overwrite: bool = False, written: Callable[[Path], object] = lambda folder: None
+) -> Path:
     """Write a finished run to `request.to`, and upload it where `request.push` says so; returns the folder.
+
+    Args:
+        written: told of the folder once it is there, before anything is uploaded.
 
     Raises:
         UserError: if the run is not finished or has changed since, its base is another one here, the request does not
@@ -64,6 +69,7 @@ def export(request: ExportRequest, overwrite: bool = False) -> Path:
         parts = write_parts(request, record, recipe, folder)
         write_text(folder / "README.md", export_card(request, recipe, record, parts, figures))
         _write_marker(request, record, recipe, parts, folder)
+    written(target)
     if request.push is not None:
         _push(target, request.push)
     return target

@@ -35,7 +35,13 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig, retains_general
 from difftuning_control.runs import audit
 from difftuning_control.runs.audit import Session, clear_but_audit
-from difftuning_control.runs.folder import data_places, refuse_among_data, refuse_unwritable, written_places
+from difftuning_control.runs.folder import (
+    data_places,
+    refuse_among_data,
+    refuse_clearing_sources,
+    refuse_unwritable,
+    written_places,
+)
 from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
 from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
@@ -99,6 +105,7 @@ class Pilot:
 
     def run(self) -> PilotRecord:
         """All of it; returns its record, which is written."""
+        self.clock.go_on()
         self.tell(f"[1/{len(self.config.sides) + 2}] bank, analysis and reference")
         phases = self.clock.phases
         with phases("bank"), phases.counting(self.family.denoiser):
@@ -256,6 +263,8 @@ def pilot(
     output = Path(recipe.output)
     for option, place in written_places(recipe).items():
         refuse_among_data(place, data_places(recipe), option)
+    if overwrite:
+        refuse_clearing_sources(recipe)
     few = few_steps_of(recipe.model.id)
     config = config.for_model(None if few is None else few.drawn)
     marker, identity = output / SETTINGS, pilot_identity(recipe, config)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from difftuning_control.data.study_inputs import Materials
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import PilotConfig
-from difftuning_control.runs.identity import deciding_settings
+from difftuning_control.runs.identity import deciding_settings, without_places
 from difftuning_control.runs.pilot_record import read_settings
 from difftuning_control.system.digests import digest_of
 from difftuning_control.training.phases import Phases
 
 
 def pilot_identity(recipe: Recipe, config: PilotConfig) -> str:
-    """A digest of the settings that the figures of a run depend on: not of where they lie, nor of what only watches.
+    """A digest of the settings that the figures of a run depend on: not of what only watches, nor of where model, data
+    and bank lie, whose content `check_inputs` compares. So a pilot that is moved goes on.
 
     Further sides and seeds, a longer search, a mixture of the ways of guidance and prompts outside the new domain add
     runs or figures and change none; the first seed is that of every search.
     """
     added = ("widen", "sides", "seeds", "outside", "unconditional_strength")
     asked = {name: value for name, value in vars(config).items() if name not in added}
-    place = Path(recipe.bank.path) if recipe.bank.path is not None else None
-    if place is not None and Path(os.path.abspath(recipe.output)).is_relative_to(os.path.abspath(place.parent)):
-        recipe = replace(recipe, bank=replace(recipe.bank, path=place.name))  # the pilot's own, wherever that lies
-    return digest_of([deciding_settings(recipe), asked | {"seed": config.seeds[0]}])
+    return digest_of([without_places(deciding_settings(recipe)), asked | {"seed": config.seeds[0]}])
 
 
 def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None:
@@ -62,7 +58,10 @@ class Clock:
 
     def __init__(self, output: Path):
         self.output, self.since, self.phases = output, time.time(), Phases()
-        self.phases.add(read_settings(output).phases or {})
+
+    def go_on(self) -> None:
+        """Count what earlier sessions in the folder took."""
+        self.phases.add(read_settings(self.output).phases or {})
 
     def spent(self) -> float:
         """Seconds of this and of all earlier sessions; what has passed since the last call is written down."""

@@ -1,0 +1,32 @@
+"""Real pictures that a knowledge bank is made of, in place of samples of the pretrained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from difftuning_control.data.datasets import Choice
+from difftuning_control.data.examples import ImageData
+from difftuning_control.data.sources import load_images
+from difftuning_control.data.splits import is_hidden
+from difftuning_control.recipe.inputs import DataConfig
+
+
+def pictures_of_bank(path: Path, data: DataConfig, has_classes: bool) -> ImageData:
+    """The pictures of a bank's folder; those without captions stand for the empty prompt.
+
+    Args:
+        has_classes: of a model that is told classes, pictures in sub-folders stand for the class that a sub-folder is
+            named after.
+    """
+    beside = [p for p in path.iterdir() if not is_hidden(p, path)] if path.is_dir() else []
+    folders = any(p.is_dir() for p in beside) and not any(p.stem == "metadata" for p in beside)
+    return load_images(
+        str(path),
+        caption_column=data.caption_column,
+        image_column=data.image_column,
+        skip_bad=data.skip_bad,
+        need_captions=False,
+        classes="folders" if has_classes and folders else None,
+        max_pixels=data.max_pixels,
+        choice=Choice(option="another folder"),
+    )
