@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 def cache_folder(data: DataConfig) -> Path:
     """Where caches and banks lie when the recipe names no place."""
     if data.cache is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        try:
+            root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError:  # a user that the machine does not know
+            raise UserError("there is no home folder for the cache; name a folder with --data.cache.") from None
         return Path(root) / "difftuning-control"
     folder = Path(data.cache).expanduser()
     if folder.is_file():

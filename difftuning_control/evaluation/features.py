@@ -128,8 +128,11 @@ class Lite0(nn.Module):
         return self.net._swish(self.net._bn0(self.net._conv_stem(x)))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        pictures = F.interpolate(pictures.to(self.mean), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        x = self.stem(pictures)
+        pictures = pictures.to(self.mean)
+        if pictures.device.type == "mps":  # whose older torch cannot resize so
+            pictures = pictures.cpu()
+        pictures = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        x = self.stem(pictures.to(self.mean))
         for block in self.net._blocks:
             x = block(x)
         return self.net._swish(self.net._bn1(self.net._conv_head(x))).mean((2, 3))

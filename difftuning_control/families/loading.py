@@ -287,6 +287,9 @@ def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserEr
         return UserError(
             f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
         )
+    said = " ".join(map(str, (error, error.__cause__, error.__context__))).lower()
+    if "sentencepiece" in said or "tiktoken" in said:  # which transformers tries where the former is not there
+        return UserError(f"{what} has a tokenizer that needs more packages; `pip install sentencepiece protobuf`.")
     if not Path(path).is_dir():
         return UserError(
             f"{what} is no directory here and could not be downloaded ({why_not(error)}); give {expected}, or a Hub "

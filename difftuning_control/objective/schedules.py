@@ -276,10 +276,11 @@ def draw_levels(density: Tensor, count: int, generator: torch.Generator | None, 
     given density, together they cover it evenly, which lowers the variance of a batch's loss.
     """
     device = generator.device if generator is not None else density.device
-    uniform = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    uniform = torch.rand(count, generator=generator, device=device, dtype=exact)
     if stratified and count > 1:
         order = torch.randperm(count, generator=generator, device=device)
         uniform = (order + uniform) / count
-    cumulative = density.to(device).cumsum(0)
+    cumulative = density.to(exact).to(device).cumsum(0)
     levels = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
     return levels.clamp(max=len(density) - 1)

@@ -10,6 +10,7 @@ edited one by the next line, which names the fragment's hash as `torn`.
 
 from __future__ import annotations
 
+import errno
 import getpass
 import hashlib
 import json
@@ -26,18 +27,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from difftuning_control.errors import UserError
 from difftuning_control.runs.record import RECORD
 from difftuning_control.system.digests import digest_of_file
-from difftuning_control.system.durable import AUDIT, sync_folder
+from difftuning_control.system.durable import AUDIT, fcntl, sync_folder
 from difftuning_control.system.secrets import HIDDEN, SECRET_NAME, without_secrets
 from difftuning_control.system.version import VERSION
-
-fcntl: Any = import_module("fcntl") if find_spec("fcntl") is not None else None  # not of Windows
 
 FILE = AUDIT
 FIRST = "0" * 64
@@ -242,7 +240,11 @@ def _locked(file: BinaryIO) -> Iterator[None]:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
-        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system that has no locks
+                raise
         yield
 
 

@@ -15,6 +15,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.runs.gates import retention_loss
 from difftuning_control.runs.history import read_history
 from difftuning_control.runs.record import COMPLETE, FAILED, RECORD, RUNNING, RunRecord, record_from
+from difftuning_control.system.durable import is_held
 from difftuning_control.system.text import harmless
 
 if TYPE_CHECKING:
@@ -123,8 +124,10 @@ def _is_locked(place: Path) -> bool:
     try:
         with FileLock(lock, timeout=0):
             return False
-    except (Timeout, OSError):
+    except Timeout:
         return True
+    except OSError:  # a colleague's, which only its owner may write
+        return is_held(lock)
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from filelock import FileLock
 
 from difftuning_control.system.secrets import without_secrets
 
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") is not None else None  # not of Windows
 PARTIAL = ".partial"
 AUDIT = "audit.jsonl"  # tells of earlier commands, also of those that were refused or ended
 
@@ -57,7 +60,8 @@ def place(temporary: Path, path: Path) -> None:
     opened = 0o666 & ~_umask()
     for file in files:
         if not file.is_symlink() and (mode := stat.S_IMODE(file.stat().st_mode)) | opened != mode:
-            os.chmod(file, mode | opened)  # safetensors writes for the owner alone
+            with suppress(PermissionError):  # FAT has no permissions
+                os.chmod(file, mode | opened)  # safetensors writes for the owner alone
         sync(file)
     for folder in {file.parent for file in files if temporary.is_dir()}:
         sync_folder(folder)
@@ -73,11 +77,14 @@ def _umask() -> int:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder that must never be met half deleted: it loses its name first."""
+    """Delete a folder that must never be met half deleted: it loses its name first.
+
+    What cannot be deleted yet, such as a file that another program has open on a network disk, is left to `sweep`.
+    """
     gone = hidden(folder, f".gone{PARTIAL}")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
@@ -106,6 +113,18 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             free(lock)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock whose file this user may only read; so it seems where that cannot be told."""
+    if fcntl is None:
+        return True
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except OSError:
+        return True
 
 
 def free(lock: FileLock) -> None:

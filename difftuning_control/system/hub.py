@@ -20,7 +20,7 @@ def hub_or_cache(*names: str) -> Iterator[None]:
     all names are files or folders of this machine, where the offline mode is on, or where a proxy is set, behind which
     only the client itself can tell.
     """
-    if all(Path(name).expanduser().exists() for name in names) or getproxies():
+    if all(Path(name).expanduser().exists() for name in names) or getproxies().keys() - {"no"}:
         yield
         return
     from huggingface_hub import constants  # saves it where a model is a folder
@@ -39,7 +39,8 @@ def _answers(endpoint: str) -> bool:
     """Whether a connection to the endpoint's host can be opened."""
     parts = urlsplit(endpoint)
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 443), SECONDS):
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        with socket.create_connection((parts.hostname or "", port), SECONDS):
             return True
     except OSError:
         return False

@@ -35,10 +35,11 @@ def _show(c: str) -> str:
 def file_stem(text: str, most: int = 60) -> str:
     """A name for a file made from a text: letters, marks and digits of every script, other characters as hyphens.
 
-    At most `most` characters, which are at most 4 bytes each; `empty` where nothing is left.
+    At most `most` characters and 120 bytes, which encrypted folders take too; `empty` where nothing is left.
     """
     kept = [c if unicodedata.category(c)[0] in "LMN" else "-" for c in composed(text).lower()]
-    return re.sub(r"-+", "-", "".join(kept)).strip("-")[:most].strip("-") or "empty"
+    name = re.sub(r"-+", "-", "".join(kept)).strip("-")[:most]
+    return name.encode()[:120].decode(errors="ignore").strip("-") or "empty"
 
 
 def portable_name(name: str) -> str:
@@ -54,7 +55,16 @@ def is_device(name: str) -> bool:
 
 def plain_markdown(text: str) -> str:
     """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
-    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", harmless(text)), quote=False)
+    escaped = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", harmless(text))  # a _ within a word is shown
+    return html.escape(escaped, quote=False)
+
+
+def code_span(text: str) -> str:
+    """A text as code within a line of Markdown, where nothing is escaped."""
+    text = harmless(text)
+    fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
+    edge = " " if "`" in text else ""
+    return f"{fence}{edge}{text}{edge}{fence}"
 
 
 def python_text(text: str) -> str:

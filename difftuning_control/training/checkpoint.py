@@ -212,7 +212,8 @@ def _read_files(folder: Path, state: TrainingState) -> dict[str, Tensor]:
     _fill(folder, dict(state.parameters), read_tensors(folder / "weights.safetensors") or {})
     if state.ema is not None:
         _fill(folder, state.averages(), read_tensors(folder / "ema.safetensors") or {})
-    return read_tensors(folder / "optimizer.safetensors") or {}
+    read = read_tensors(folder / "optimizer.safetensors") or {}
+    return {name: tensor.clone() for name, tensor in read.items()}  # not mapped from a file that is deleted later
 
 
 def _fill(folder: Path, targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:

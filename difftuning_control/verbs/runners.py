@@ -111,11 +111,11 @@ def run_bank(asked: BankCommand) -> None:
 
 
 def run_sample(command: SampleCommand) -> None:
-    from difftuning_control.verbs.sample import sample_to_folder  # saves torch for --help and for `runs`
+    from difftuning_control.verbs.sample import RESULT, sample_to_folder  # saves torch for --help and for `runs`
 
     with audit.noted(*([place_of_run(command.run)[0]] if command.run else [])) as artefacts:
         folder = sample_to_folder(command, command.overwrite)
-        artefacts["samples.json"] = digest_of_file(folder / "samples.json")
+        artefacts[RESULT] = digest_of_file(folder / RESULT)
     count = len(command.prompts)
     say(f"done: {count} picture{'s' if count != 1 else ''} in {folder}")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -40,6 +41,8 @@ from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, rea
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.requests import SampleRequest
+
+RESULT = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,15 @@ def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
     rows = _draw(request, family, model, settings, condition)
     folder = folder if overwrite else _free(folder)  # once they are drawn: others may have written there meanwhile
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, picture) in enumerate(zip(request.prompts, rows[list(rows)[-1]])):
-        picture.save(folder / f"{i:03d}-{file_stem(without_secrets(prompt))}.png")
+    _clear(folder)
+    for name, picture in zip(_file_names(request.prompts), rows[list(rows)[-1]]):
+        picture.save(folder / name)
     if condition is not None:
         condition.save(folder / "condition.png")
     if request.compare:
         shown = {"condition": [condition] * len(request.prompts)} if condition is not None else {}
         save_grid(folder / "grid.png", shown | rows, request.prompts)
-    write_json(folder / "samples.json", _described(request, model, settings))
+    write_json(folder / RESULT, _described(request, model, settings))
     return folder
 
 
@@ -94,6 +98,20 @@ def _free(folder: Path) -> Path:
         return folder
     folder = Path(os.path.abspath(folder))  # "." and ".." have no name
     return next(f for n in count(2) if not (f := folder.parent / f"{folder.name}-{n}").exists())
+
+
+def _file_names(prompts: Sequence[str]) -> list[str]:
+    return [f"{i:03d}-{file_stem(without_secrets(prompt))}.png" for i, prompt in enumerate(prompts)]
+
+
+def _clear(folder: Path) -> None:
+    """Remove the pictures that an earlier `samples.json` tells of; other files are left alone."""
+    try:
+        prompts = json.loads((folder / RESULT).read_text(encoding="utf-8"))["prompts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in (RESULT, "grid.png", "condition.png", *_file_names(prompts)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _model_of(request: SampleRequest) -> _Model:

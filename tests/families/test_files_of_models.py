@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+
 import pytest
 import torch
 from diffusers import ControlNetUnionModel
@@ -11,6 +14,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of, load_controlnet, load_family
 from support.marks import need_pipeline
 from support.tiny_flow import tiny_z_image
+from support.tiny_models import tiny_pixart
 from support.tiny_sd import tiny_xl_pipeline
 
 
@@ -51,3 +55,17 @@ def test_a_pickle_is_told_apart_by_its_name_and_never_read(tmp_path):
         (tmp_path / name).write_bytes(b"\x80\x04.")
         with pytest.raises(UserError, match=r"has its weights as a pickle .* is never loaded"):
             load_family(str(tmp_path / name))
+
+
+def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(tmp_path):
+    if importlib.util.find_spec("sentencepiece") is not None:
+        pytest.skip("sentencepiece is installed")
+    tiny_pixart().save_pretrained(tmp_path)
+    folder = tmp_path / "tokenizer"
+    (folder / "tokenizer.json").unlink()
+    (folder / "spiece.model").write_bytes(b"of the original")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5Tokenizer"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="needs more packages; `pip install sentencepiece protobuf`"):
+        load_family(str(tmp_path))

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import re
 import unicodedata
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.drawing import save_grid
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.system.durable import write_json
-from difftuning_control.system.text import harmless, plain_markdown, python_text
+from difftuning_control.system.text import code_span, harmless, plain_markdown, python_text
 from difftuning_control.verbs.commands import COMMANDS
 from difftuning_control.verbs.parse import keys_of, parse
 
@@ -193,6 +194,11 @@ def test_any_text_can_be_written_and_shown_without_harm(text):
     marked = plain_markdown(text)
     assert not set(marked) & set("<\n")
     assert html.unescape(marked).replace("\\", "") == shown.replace("\\", "")
+    spans = [len(run) for run in re.findall(r"`+", text)]
+    fence = "`" * (max(spans, default=0) + 1)
+    code = code_span(text)
+    assert (code[: len(fence)], code[-len(fence) :]) == (fence, fence)
+    assert shown in code
 
 
 def names_inside(row: object) -> bool:

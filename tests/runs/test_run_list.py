@@ -1,6 +1,7 @@
 """`difftune runs`: every run below a folder, in whatever state, and nothing in its names that a program obeys."""
 
 import csv
+import fcntl
 import io
 import json
 from dataclasses import replace
@@ -80,6 +81,23 @@ def test_every_run_has_its_state_and_figures(runs, record):
 def test_a_lock_that_nobody_holds_is_no_life(runs):
     (runs / "cut" / ".lock").touch()
     assert {r["run"]: r["state"] for r in list_runs(runs)}["cut"] == "interrupted"
+
+
+def test_a_lock_of_a_colleague_is_asked_whether_it_is_held(runs, monkeypatch):
+    lock = runs / "cut" / ".lock"
+    lock.touch()
+
+    def forbidden(*args, **options):
+        raise PermissionError("not yours")
+
+    def state() -> str:
+        return {r["run"]: r["state"] for r in list_runs(runs)}["cut"]
+
+    monkeypatch.setattr("filelock.FileLock.acquire", forbidden)
+    assert state() == "interrupted"
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert state() == "running"
 
 
 def test_a_run_itself_is_a_list_of_one(runs):

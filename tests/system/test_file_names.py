@@ -17,6 +17,7 @@ from difftuning_control.system.text import file_stem
         ("café au lait", "café-au-lait"),
         ("../../etc/passwd", "etc-passwd"),
         ("a\x00b\nc\u202ed", "a-b-c-d"),
+        ("赤" * 60, "赤" * 40),  # 120 bytes
         ("...", "empty"),
         ("", "empty"),
         ("word " * 40, ("word-" * 12)[:-1]),

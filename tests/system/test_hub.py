@@ -40,8 +40,9 @@ def listening():
 
 @pytest.fixture
 def hub(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("http", "https", "all", "no"):
+        monkeypatch.delenv(f"{name}_proxy", raising=False)
+        monkeypatch.delenv(f"{name}_proxy".upper(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return lambda port: monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
 
@@ -68,6 +69,27 @@ def test_a_hub_that_does_not_is_left_out_for_the_while_of_loading(closed):
         with pytest.raises((LocalEntryNotFoundError, OfflineModeIsEnabled)):
             hf_hub_download("some/model", "config.json")
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_exceptions_from_proxies_are_no_proxy(closed, monkeypatch):
+    monkeypatch.setenv("no_proxy", "localhost")
+    with hub_or_cache("some/model"):
+        assert constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(("endpoint", "port"), [("http://mirror", 80), ("https://mirror", 443), ("http://mirror:9", 9)])
+def test_a_mirror_is_asked_at_its_port(endpoint, port, hub, monkeypatch):
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append(address)
+        raise OSError
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with hub_or_cache("some/model"):
+        pass
+    assert asked == [("mirror", port)]
 
 
 def test_nothing_is_asked_for_what_lies_here_or_behind_a_proxy(hub, monkeypatch, tmp_path):

@@ -111,6 +111,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, said):
 def test_the_table_has_a_row_for_each_comparison():
     found = {"ratio": 2.0, "least": 1.9, "most": 2.2}
     part = {"cpu": found, "wall": found, "peak": {"ours": 2**30, "peer": 2**31}}
+    part["caching"] = {"seconds": 1.25, "pictures": 16}
     parts = {
         "lora": part,
         "bank": {"clock": "cpu", "loop of 1": found, "loop of 4": found},
@@ -120,6 +121,7 @@ def test_the_table_has_a_row_for_each_comparison():
     assert "| lora: steps/s against diffusers' script | 2.00 (1.90 to 2.20) | 2.00 (1.90 to 2.20) |" in lines[2]
     assert "1.0 GiB against 2.0 GiB" in lines[2]
     assert len([line for line in lines if line.startswith("| bank")]) == 2
+    assert "lora: caches of 16 pictures took 1.2 s to fill." in lines
     assert lines[-1] == "Peak memory of `train`: 1.00 GiB on 10 pictures, 1.00 GiB on 1000 pictures."
 
 

@@ -74,6 +74,10 @@ def table(result: dict[str, Any]) -> str:
             shown = _by_clock(parts["bank"][name] | {"clock": parts["bank"]["clock"]})
             lines.append(f"| bank: pictures/s against a {name} | {shown} | |")
     more = []
+    for name in ("lora", "controlnet"):
+        if name in parts:
+            filled = parts[name]["caching"]
+            more.append(f"{name}: caches of {filled['pictures']} pictures took {filled['seconds']:.1f} s to fill.")
     if "startup" in parts:
         part = parts["startup"]
         more.append(

@@ -22,10 +22,10 @@ class Bench:
 
     Args:
         parts: lora and controlnet stand against diffusers' scripts, difftuning against plain tuning, bank against a
-            loop over the stock pipeline, startup against the script; memory compares 10 pictures with many, profile
-            says where a step's time goes, and total compares whole commands, with the script where peers has it. price
-            adds a whole run up from parts that are timed one by one, for a model too large for total on a CPU. flux
-            times FLUX.1's layers, at two depths, and adds up what all of them take.
+            loop over the stock pipeline; startup is the time to this trainer's first step, memory compares 10 pictures
+            with many, profile says where a step's time goes, and total compares whole commands, with the script where
+            peers has it. price adds a whole run up from parts that are timed one by one, for a model too large for
+            total on a CPU. flux times FLUX.1's layers, at two depths, and adds up what all of them take.
         peers: folder with train_text_to_image_lora.py and train_controlnet.py of diffusers' examples, or their sdxl
             siblings; you fetch them.
         size: sd15 for randomly initialised weights of Stable Diffusion 1.5's size at 512 pixels, sdxl for those of XL's

@@ -131,7 +131,8 @@ def job_steps(bench: Bench) -> tuple[int, int, int]:
     """The steps of the whole training, how many of them are run, and the rows of each."""
     if bench.size == "embedded":
         return bench.total_steps or 200, bench.total_steps or 200, 10
-    return bench.total_steps or 800, bench.steps + 1, 5
+    steps = bench.total_steps or 800
+    return steps, min(bench.steps + 1, steps), 5
 
 
 def lines(part: dict[str, Any], clock: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from difftuning_control.pipelines.guiding import BY_CLASS
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.runs.card import asked_for, few_steps_of, model_card, variant_of
 from difftuning_control.runs.gates import check_passed
-from difftuning_control.system.text import plain_markdown, python_text
+from difftuning_control.system.text import code_span, plain_markdown, python_text
 
 if TYPE_CHECKING:
     from difftuning_control.pipelines.registry import DropIn
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 CLOSING = "`export.json` says what was exported and which base it belongs to."
 PLACES = {
-    "kohya": "Put `{file}` where your program looks for LoRAs (`models/Lora` in the web UIs{scripts}). {reader} reads "
+    "kohya": "Put {file} where your program looks for LoRAs (`models/Lora` in the web UIs{scripts}). {reader} reads "
     "it too:",
-    "comfyui": "Put `{file}` into `models/loras` of ComfyUI and load it by the node *LoraLoaderModelOnly* (or *Load "
+    "comfyui": "Put {file} into `models/loras` of ComfyUI and load it by the node *LoraLoaderModelOnly* (or *Load "
     "LoRA*), behind a checkpoint of the base.",
 }
 TRUST = (
@@ -73,14 +74,15 @@ def export_card(request: ExportRequest, recipe: Recipe, run: RunRecord, parts: P
         figures: of `evaluation_lines`.
     """
     if request.format == "comfyui":
-        use = [PLACES["comfyui"].format(file=plain_markdown(parts.file or ""))]
+        use = [PLACES["comfyui"].format(file=code_span(parts.file or ""))]
     else:
         use = ["```python", *_code(request, recipe, run, parts), "```"]
     if request.format == "kohya":
-        file, named = plain_markdown(parts.file or ""), parts.network
-        scripts = f"; sd-scripts takes it with `--network_module {named} --network_weights {file}`" if named else ""
+        file, named = parts.file or "", parts.network
+        words = code_span(f"--network_module {named} --network_weights {shlex.quote(file)}")
+        scripts = f"; sd-scripts takes it with {words}" if named else ""
         reader = "Stock diffusers" if parts.component == "unet" else "This package"
-        use = [PLACES["kohya"].format(file=file, scripts=scripts, reader=reader), "", *use]
+        use = [PLACES["kohya"].format(file=code_span(file), scripts=scripts, reader=reader), "", *use]
     if parts.ours is not None:
         use += ["", TRUST.format(name=parts.ours.file, klass=parts.ours.name)]
         has_adapter = recipe.method == "lora" and request.adapter == "separate"
