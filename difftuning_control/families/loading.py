@@ -63,7 +63,8 @@ def embedded_model() -> Path:
 
 
 def family_of(pipe: Any) -> Family:
-    """The family around a diffusers pipeline object; the pipeline is shared, not copied.
+    """The family around a diffusers pipeline object; the pipeline is shared, not copied, and all of its models but the
+    denoiser are frozen and in evaluation mode from then on.
 
     Raises:
         UserError: if no family knows this pipeline class, or it holds a variant that cannot be tuned.

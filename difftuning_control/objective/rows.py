@@ -114,7 +114,8 @@ def extend_rows(value: Any, extra: Any, is_retention: Tensor, *, pad: bool = Fal
             empty prompt's, or one a bank row.
         is_retention: whether each row of the result is of the bank, (B + n,) bool.
         pad: where tensors of `value` and `extra` differ in their second dimension, fill the shorter with zeros at its
-            end. The model then needs a mask, extended in the same way.
+            end. The model then needs a mask, extended in the same way; a None beside such tensors, which stands for a
+            mask of ones, is refused.
         name: what errors call the value.
 
     Returns:
@@ -133,12 +134,14 @@ def extend_rows(value: Any, extra: Any, is_retention: Tensor, *, pad: bool = Fal
                 "expected the same names."
             )
         pairs = {key: (value[key], extra[key]) for key in value}
+        _check_masked(list(pairs.values()), pad, name)
         return {k: extend_rows(v, e, is_retention, pad=pad, name=f"{name}[{k!r}]") for k, (v, e) in pairs.items()}
     if isinstance(value, tuple) and isinstance(extra, tuple):
         if len(value) != len(extra):
             raise ValueError(
                 f"{name} has {len(value)} values, what is added for bank rows {len(extra)}; expected as many."
             )
+        _check_masked(list(zip(value, extra)), pad, name)
         return tuple(
             extend_rows(v, e, is_retention, pad=pad, name=f"{name}[{i}]") for i, (v, e) in enumerate(zip(value, extra))
         )
@@ -154,6 +157,16 @@ def extend_rows(value: Any, extra: Any, is_retention: Tensor, *, pad: bool = Fal
         _check_entries(joined, name)
         return [joined[i] for i in places.tolist()]
     return _extend_tensor(value, extra, is_retention, pad, name)[places.to(value.device)]
+
+
+def _check_masked(pairs: list[tuple[Any, Any]], pad: bool, name: str) -> None:
+    """Refuse what would be padded without a mask."""
+    tensors = [(v, e) for v, e in pairs if isinstance(v, Tensor) and isinstance(e, Tensor) and min(v.ndim, e.ndim) > 1]
+    if pad and any(v.shape[1] != e.shape[1] for v, e in tensors) and any(v is None or e is None for v, e in pairs):
+        raise ValueError(
+            f"{name} has None beside embeddings of other lengths; where None stands for a mask of ones, make it first: "
+            "embeds.new_ones(embeds.shape[:2], dtype=torch.long)."
+        )
 
 
 def _places(is_retention: Tensor) -> Tensor:

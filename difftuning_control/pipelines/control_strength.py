@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor, nn
 
 from difftuning_control.errors import UserError
-from difftuning_control.pipelines.guidance import AtTimestep, SamplingHook, argument, hooked, sample_of
+from difftuning_control.pipelines.guidance import AtTimestep, argument, sample_of
+from difftuning_control.pipelines.hooks import SamplingHook, hooked
 
 CONTROL = "difftuning_control_strength"
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Union, get_type_hints
 
@@ -77,6 +78,20 @@ def annotate(constructor: Any, **hints: Any) -> None:
     constructor.__signature__ = signature.replace(parameters=given)
 
 
+@contextmanager
+def _spread(pipe: Any) -> Iterator[None]:
+    """While open, a pipeline whose parts were spread over devices says so: from_pretrained sets that after the
+    constructor, and before it diffusers takes the parts' hooks for offloading, and undoes them to load a LoRA."""
+    if not any(hasattr(part, "hf_device_map") for part in pipe.components.values()):
+        yield
+        return
+    pipe.hf_device_map = {}
+    try:
+        yield
+    finally:
+        del pipe.hf_device_map
+
+
 class TunedSampling:
     """Mixed into a stock pipeline class, before it, which a subclass names as `stock`.
 
@@ -117,7 +132,8 @@ class TunedSampling:
         self.set_extras(**settings)
         pipe.register_to_config(saved_adapters=None)  # in the configuration of a saved pipeline only
         if saved_adapters:
-            load_adapters(self, saved_folder(pipe, saved_adapters))
+            with _spread(pipe):
+                load_adapters(self, saved_folder(pipe, saved_adapters))
 
     @property
     def denoiser(self) -> Any:

@@ -21,15 +21,12 @@ References:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.utils.torch_utils import is_compiled_module
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,6 +35,7 @@ from torch import Tensor, nn
 from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.adapters.kinds import own_parts
 from difftuning_control.errors import UserError
+from difftuning_control.pipelines.hooks import SamplingHook, hooked
 from difftuning_control.pipelines.strength import check_u
 
 if TYPE_CHECKING:
@@ -134,49 +132,6 @@ class TunedWeights:
             return forward(*args, **kwargs)
 
 
-class SamplingHook(ModelHook):
-    """Acts on the forwards of a sampling loop; while paused the module answers as without it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fn_ref: Any
-        self.is_paused = False
-        self.thread = get_ident()
-
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.is_paused:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        if get_ident() != self.thread:  # of a pipeline that may know nothing of the settings
-            raise _at_once(module)
-        return self.forward(module, *args, **kwargs)
-
-    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
-def _at_once(module: nn.Module) -> UserError:
-    return UserError(
-        f"another call is sampling with this {type(module).__name__} and its extras; draw one after the other, or "
-        "give each pipeline a copy."
-    )
-
-
-def pausing(callback: Callable[..., Any], hooks: Sequence[SamplingHook]) -> Callable[..., Any]:
-    """A callback of a sampling loop, in which the hooks pause: it may draw with another pipeline of the same module."""
-
-    @functools.wraps(callback)
-    def paused(*args: Any, **kwargs: Any) -> Any:
-        try:
-            for hook in hooks:
-                hook.is_paused = True
-            return callback(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.is_paused = False
-
-    return paused
-
-
 class _TunedWeightsHook(SamplingHook):
     """Answers a denoiser's forward with the weights that its timestep and its rows ask for."""
 
@@ -258,7 +213,7 @@ class _Rows:
         if len(output) % len(self.mask):
             raise UserError("a tuned layer is given parts of the batch (forward chunking); turn that off to draw so.")
         mask = self.mask.repeat_interleave(len(output) // len(self.mask))  # of PixArt's sizes, which are several a row
-        return output * mask.view(-1, *[1] * (output.ndim - 1)).to(output.dtype)
+        return output * mask.view(-1, *[1] * (output.ndim - 1)).to(output)
 
 
 def can_mask(weights: TunedWeights) -> bool:
@@ -321,30 +276,6 @@ def _apart(weaker: Any, tuned: Any, scale: float) -> Any:
     if isinstance(tuned, tuple):
         return tuple(p + scale * (t - p) for p, t in zip(weaker, tuned))
     return type(tuned)(**{name: weaker[name] + scale * (tuned[name] - weaker[name]) for name in tuned})
-
-
-@contextmanager
-def hooked(module: nn.Module, hook: SamplingHook, name: str) -> Iterator[SamplingHook]:
-    """While open, the hook acts on the module; afterwards the module is as before, whatever happened.
-
-    Raises:
-        UserError: if another call acts on the module and is not paused.
-    """
-    had_registry, own_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    if any(isinstance(other, SamplingHook) and not other.is_paused for other in registry.hooks.values()):
-        raise _at_once(module)
-    if name in registry.hooks:
-        name = f"{name}_{len(registry.hooks)}"  # beside that of a paused call
-    registry.register_hook(hook, name)
-    try:
-        yield hook
-    finally:
-        registry.remove_hook(name, recurse=False)
-        if not own_forward and not registry.hooks:
-            del module.forward  # the class's again, where nothing else replaced it
-        if not had_registry:
-            del module._diffusers_hook
 
 
 @contextmanager

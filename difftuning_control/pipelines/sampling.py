@@ -31,15 +31,14 @@ from difftuning_control.pipelines.control_strength import ControlUse, check_skip
 from difftuning_control.pipelines.freeu import freeu_alike
 from difftuning_control.pipelines.guidance import (
     AtForward,
-    SamplingHook,
     TunedWeights,
     above,
     active_adapters,
-    pausing,
     tuned_weights,
     tuner_layers,
 )
 from difftuning_control.pipelines.guiding import Guiding, guiding_of, has_negative
+from difftuning_control.pipelines.hooks import SamplingHook, pausing
 from difftuning_control.pipelines.prompts import encoding_negative_prompts
 from difftuning_control.pipelines.settings import Extras
 from difftuning_control.pipelines.strength import Strength
@@ -202,6 +201,11 @@ class Sampling:
         if self.extras.adapter_schedule is not None and not adapters:
             raise UserError(
                 "adapter_schedule has no adapter to act on; load one (load_lora_weights or load_adapter), not fused."
+            )
+        if getattr(unwrap_module(self.denoiser), "_transformer_norm_layers", None):  # where diffusers keeps the others
+            raise UserError(
+                "a LoRA exchanged norm layers of the transformer, which no setting can switch off; load it without "
+                "them, or leave the settings of the adapter out."
             )
         weights = TunedWeights(tuner_layers(self.denoiser), adapters, self.source)
         if self.source is not None:

@@ -15,22 +15,25 @@ from difftuning_control.system.durable import write_json
 from difftuning_control.system.untrusted import from_json, read_text
 
 VOTES = "votes.json"
+TRAINED = "trained_steps"  # of a vote: the steps of the weights that drew the run's picture
 Z = 1.959963984540054  # of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Tally:
-    """The votes of a run against one other side.
+    """The votes of a run's weights against one other side.
 
     Args:
         against: base, or the name of another run.
         won, lost, same: how often its picture was preferred, the other one, and neither.
+        trained: steps of these weights; None of votes of an earlier version on a result, which do not say.
     """
 
     against: str
     won: int
     lost: int
     same: int
+    trained: int | None = None
 
     @property
     def share(self) -> float | None:
@@ -62,7 +65,7 @@ def add_vote(run: Path, against: str, preferred: bool | None, drawn: dict[str, A
 
     Args:
         preferred: whether the run's picture was; None for neither.
-        drawn: prompt, seed and settings of the two pictures.
+        drawn: prompt, seed and settings of the two pictures, and `TRAINED`.
 
     Raises:
         UserError: if the earlier votes cannot be read; they are left as they are.
@@ -78,7 +81,7 @@ def add_vote(run: Path, against: str, preferred: bool | None, drawn: dict[str, A
 
 
 def tallies(run: Path) -> list[Tally]:
-    """The votes of a run by the side that it was compared with.
+    """The votes of a run by the side that it was compared with and by the steps of its weights.
 
     Raises:
         UserError: if they cannot be read.
@@ -93,7 +96,8 @@ def _read(run: Path) -> list[dict[str, Any]]:
     try:
         votes = from_json(read_text(path))["votes"]
         for vote in votes:
-            if not isinstance(vote["against"], str) or vote["preferred"] not in (True, False, None):
+            known = isinstance(vote["against"], str) and isinstance(_trained(vote), int | None)
+            if not known or vote["preferred"] not in (True, False, None):
                 raise ValueError
         return votes
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,8 +105,12 @@ def _read(run: Path) -> list[dict[str, Any]]:
 
 
 def _tallies(votes: list[dict[str, Any]]) -> list[Tally]:
-    tallies = []
-    for against in dict.fromkeys(vote["against"] for vote in votes):
-        said = [vote["preferred"] for vote in votes if vote["against"] == against]
-        tallies.append(Tally(against, said.count(True), said.count(False), said.count(None)))
-    return tallies
+    said: dict[tuple[str, int | None], list[bool | None]] = {}
+    for vote in votes:
+        said.setdefault((vote["against"], _trained(vote)), []).append(vote["preferred"])
+    return [Tally(side, v.count(True), v.count(False), v.count(None), steps) for (side, steps), v in said.items()]
+
+
+def _trained(vote: dict[str, Any]) -> Any:
+    """The steps of the weights that were voted on; an earlier version noted those of kept weights alone."""
+    return vote.get(TRAINED, vote.get("kept_step"))

@@ -13,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
 )
+from diffusers.hooks import HookRegistry, ModelHook
 from peft import IA3Config, LoHaConfig, LoraConfig
 from torch import Tensor
 
@@ -448,6 +449,45 @@ def test_a_compiled_denoiser_gives_the_same_pictures(settings, full):
     for _ in range(2):
         assert np.abs(draw(pipe, "sd") - expected).max() < 1e-4
     assert not hasattr(pipe.unet._orig_mod, "_diffusers_hook")
+
+
+def test_a_denoiser_that_is_compiled_after_it_has_drawn_is_hooked_around_and_not_within():
+    """Transformers that diffusers has caches for keep a chain of hooks after any call."""
+    torch._dynamo.reset()
+    pipe = with_both("flux", hand_over=0.5)
+    expected = draw(pipe, "flux")
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    plain = pipe.transformer
+    pipe.transformer = torch.compile(plain, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert np.abs(draw(pipe, "flux") - expected).max() < 1e-4
+    assert plain._diffusers_hook.hooks == {}
+    assert "forward" not in vars(plain)
+
+
+class _First(ModelHook):
+    """Goes after the first forward, as the hook does by which group offloading learns the order of layers."""
+
+    def post_forward(self, module, output):
+        module._diffusers_hook.remove_hook("first", recurse=False)
+        return output
+
+
+@pytest.mark.parametrize("settings", [{"domain_guidance": True}, {"hand_over": 0.5}], ids=lambda s: next(iter(s)))
+def test_settings_act_on_where_a_hook_before_them_goes_while_it_draws(settings):
+    pipe = with_both("sd", **settings)
+    expected = draw(pipe, "sd")
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).register_hook(_First(), "first")
+    assert np.array_equal(draw(pipe, "sd"), expected)
+    assert pipe.unet._diffusers_hook.hooks == {}
+    assert np.array_equal(draw(pipe, "sd"), expected)
+
+
+def test_norms_that_a_lora_exchanged_are_refused():
+    pipe = with_both("flux", hand_over=0.5)
+    pipe.transformer._transformer_norm_layers = {"transformer_blocks.0.norm": torch.ones(1)}
+    with pytest.raises(UserError, match="exchanged norm layers of the transformer, which no setting can switch off"):
+        draw(pipe, "flux")
 
 
 @pytest.mark.wide

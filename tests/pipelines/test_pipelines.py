@@ -96,7 +96,7 @@ def test_pictures_are_those_of_the_stock_class(kind, given):
 def test_nothing_is_hooked(kind, monkeypatch):
     """So that the speed is the stock class's: its own `__call__` runs and nothing else does."""
     pipe = drop_in(kind)
-    monkeypatch.setattr("difftuning_control.pipelines.guidance.HookRegistry", None)
+    monkeypatch.setattr("difftuning_control.pipelines.hooks.HookRegistry", None)
     monkeypatch.setattr("difftuning_control.pipelines.sampling.bound", None)
     assert draw(pipe, kind).shape == (1, SIDE, SIDE, 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,19 @@ from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.record_sections import BudgetRecord
 from difftuning_control.runs.votes import Tally
 from difftuning_control.verbs.train import train
-from difftuning_control.verbs.ui.compare_view import LEFT, RIGHT, SAME, Pair, grid, next_pair, sides_of, told, vote
+from difftuning_control.verbs.ui.compare_view import (
+    LEFT,
+    RIGHT,
+    SAME,
+    Pair,
+    grid,
+    next_pair,
+    sampling_of,
+    sides_of,
+    told,
+    vote,
+    votes_of,
+)
 from difftuning_control.verbs.ui.drawing import BASE, Drawing
 from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
@@ -93,6 +106,11 @@ def test_prompts_of_a_grid_are_text(tmp_path):
 # --- votes ----------------------------------------------------------------------------------------------------------
 
 
+def finished(run: Path, steps: int = 30) -> Path:
+    RunRecord(status="complete", recipe_values=Recipe().to_dict(), steps=steps).write(run)
+    return run
+
+
 class Flat(Painter):
     """Draws a colour for each side."""
 
@@ -101,20 +119,48 @@ class Flat(Painter):
 
 
 def test_a_vote_counts_for_the_side_that_was_hidden_behind_it(tmp_path: Path):
-    run = tmp_path / "runs" / "one"
-    RunRecord(status="complete", recipe_values=Recipe().to_dict()).write(run)
-    places = Places.of(tmp_path)
+    places = Places.of(finished(tmp_path / "runs" / "one").parents[1])
     pairs = [Pair("runs/one", BASE, left, ONE) for left in (True, False)]
     for pair in pairs:
         for said in (LEFT, RIGHT, SAME):
             found = vote(places, pair, said)
-    assert found == [Tally(BASE, 2, 2, 2)]
+    assert found == [Tally(BASE, 2, 2, 2, 30)]
     found = vote(places, pairs[0], LEFT)
-    assert found == [Tally(BASE, 3, 2, 2)]
+    assert found == [Tally(BASE, 3, 2, 2, 30)]
     assert "preferred in 3 of 5 (60 %, 95 % interval 23 to 88 %); " in told("runs/one", found)
     for pair, said in ((None, LEFT), (pairs[0], "both")):
         with pytest.raises(UserError):
             vote(places, pair, said)
+
+
+def test_votes_of_other_weights_are_counted_apart(tmp_path: Path):
+    run = finished(tmp_path / "runs" / "one")
+    old = [{"against": BASE, "preferred": True, "kept_step": step} for step in (None, 10)]
+    (run / "votes.json").write_text(json.dumps({"votes": old}))
+    places = Places.of(tmp_path)
+    assert vote(places, Pair("runs/one", BASE, True, ONE), RIGHT) == [Tally(BASE, 1, 0, 0), Tally(BASE, 0, 1, 0, 30)]
+    step = Pair("runs/one/step-000010", BASE, True, ONE)
+    assert vote(places, step, LEFT)[1:] == [Tally(BASE, 2, 0, 0, 10)]
+    finished(run, steps=60)  # which went on
+    assert vote(places, Pair("runs/one", BASE, True, ONE), LEFT)[1:] == [Tally(BASE, 1, 0, 0, 60)]
+    page = votes_of(places, "runs/one")
+    assert page.count("preferred in 1 of 1") == 2  # of 60 steps, and of an old vote that does not say
+    assert page.count("do not say after how many steps") == 1
+    assert "preferred in 2 of 2" in votes_of(places, "runs/one/step-000010")
+
+
+def test_the_run_of_the_pages_own_folder_is_compared_as_any_other(tmp_path: Path):
+    run = finished(tmp_path / "mine")
+    (run / "step-000010").mkdir()
+    (run / "step-000010" / "losses.json").write_text("{}")
+    finished(run / "runs" / "two")
+    places = Places.of(run)
+    assert sides_of(places) == [BASE, "mine", "mine/step-000010", "runs/two"]
+    assert [places.run(side) for side in sides_of(places)[1:]] == [run, run / "step-000010", run / "runs" / "two"]
+    assert sampling_of(places, ["mine"])[0] == Recipe().training.sample_steps
+    vote(places, Pair("mine/step-000010", BASE, True, ONE), LEFT)
+    assert "preferred in 1 of 1" in votes_of(places, "mine/step-000010")
+    assert Painter(places)._record("mine", ONE).steps == 30
 
 
 def test_the_sides_of_a_pair_change_and_the_page_does_not_tell_them(tmp_path: Path):

@@ -87,6 +87,12 @@ def test_every_answer_forbids_what_is_from_elsewhere_and_a_stricter_policy_stays
     assert ask(GUARD, "GET", "/report", COOKIE).headers["content-security-policy"] == "sandbox"
 
 
+def test_an_address_of_ipv6_stands_in_brackets():
+    assert access_of(UiSettings(host="::1"), 7860)[1][0].startswith("open http://[::1]:7860/")
+    with pytest.raises(UserError, match=r"listen on \[2001:db8::1\]:0 "):
+        listen("2001:db8::1", 0)
+
+
 def test_another_host_has_a_password_drawn_or_given(monkeypatch):
     monkeypatch.delenv(PASSWORD, raising=False)
     access, lines = access_of(UiSettings(host="0.0.0.0"), 7860)

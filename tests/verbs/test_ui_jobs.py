@@ -86,6 +86,13 @@ def test_another_page_finds_what_runs_and_stops_it(jobs, tmp_path):
     assert states(other) == ["stopped"]
 
 
+def test_a_clock_that_is_set_while_a_training_runs_does_not_end_it(jobs, tmp_path):
+    """By which the times move at which processes began."""
+    job = jobs.add(["train"], tmp_path / "a")
+    jobs._write(replace(job, born=job.born + 3600))
+    assert states(jobs) == ["running"]
+
+
 def test_a_number_that_another_process_has_now_is_not_stopped(jobs, tmp_path):
     job = jobs.add(["train"], tmp_path / "a")
     jobs._write(replace(job, pid=os.getpid(), born=1.0))
@@ -125,6 +132,24 @@ def test_the_log_is_what_was_printed_without_secrets(jobs, tmp_path, monkeypatch
     with (tmp_path / STATE / "jobs" / f"{job.name}.log").open("a") as log:
         log.write("one\rtwo\n" + os.environ["HF_TOKEN"])
     assert jobs.log(job) == "began\ntwo\n(secret)"
+
+
+def test_an_argument_that_looks_like_a_secret_reaches_the_command_and_is_not_shown(jobs, tmp_path):
+    trigger = "--data.trigger=sk-watercolour-2024"
+    jobs.add(["train"], tmp_path / "first")
+    waits = jobs.add(["train", trigger, "--model.id=a b"], tmp_path / "sk-watercolour-2024")
+    assert Sleeping(jobs.places).all()[0].arguments == ["train", trigger, "--model.id=a b"]
+    assert waits.output == str(tmp_path / "sk-watercolour-2024")
+    assert waits.command == "difftune train --data.trigger=(secret) '--model.id=a b'"
+
+
+def test_a_place_that_a_command_will_write_is_not_free(jobs, tmp_path):
+    (tmp_path / "mine").mkdir()
+    jobs.add(["train"], tmp_path / "other")
+    waits = jobs.add(["train"], tmp_path / "mine-2")
+    assert jobs.free_place(tmp_path, "mine") == tmp_path / "mine-3"
+    jobs.stop(waits.name)
+    assert jobs.free_place(tmp_path, "mine") == tmp_path / "mine-2"
 
 
 def test_a_real_command_ends_and_a_wrong_one_fails_as_another_page_sees_too(tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ from PIL import Image
 
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
-from difftuning_control.verbs.ui.captions import caption_of, edit_caption, undo_caption
+from difftuning_control.verbs.ui.captions import caption_of, edit_caption, has_edits, undo_caption
 from difftuning_control.verbs.ui.pictures_view import add_pictures, gallery, one_picture, pictures_of
 from difftuning_control.verbs.ui.places import Places
+from difftuning_control.verbs.ui.render import picked, render
 from support.pictures import write_pictures
 
 EVIL = "<script>alert(1)</script>"
@@ -99,6 +103,32 @@ def test_captions_and_names_are_text(places):
         assert "&lt;script&gt;" in page
 
 
+def test_a_name_that_is_not_utf_8_is_a_problem_of_its_picture_alone(places):
+    name = os.fsdecode(b"\xff.png")
+    try:
+        (places.folder / "photos" / name).write_bytes((places.folder / "photos" / "a.png").read_bytes())
+    except OSError:
+        pytest.skip("this system has no such names")
+    found = pictures_of(places, "photos", 32)
+    assert {p.name: p.problems for p in found if p.problems} == {name: ("has a name that is not UTF-8; rename it",)}
+    page = gallery(places, "photos", found, 0, name) + one_picture(places, "photos", found[-1])
+    assert ("rename it" in page, page.count("studio/picture")) == (True, 3)
+    page.encode()  # as it is sent
+
+
+@pytest.mark.parametrize("name", ["plain.png", "a b&\"'.png", "zero\u200bwidth.png", "\udcff.png", "runs/%41"])
+def test_a_chosen_name_comes_back_as_it_is(name):
+    html = render(
+        "runs",
+        rows=[dict.fromkeys(("state", "model", "method", "steps", "gates")) | {"run": name}],
+        figures=[],
+        chosen=None,
+        shown=str,
+    )
+    event = SimpleNamespace(_data={"value": unescape(re.search('data-pick="([^"]*)"', html)[1])})
+    assert picked(event) == name
+
+
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
@@ -107,8 +137,8 @@ def test_an_edited_caption_is_the_one_that_is_trained_on_and_can_be_taken_back(p
     edit_caption(places, folder, "a.png", "caption a", "a  red\nflower ")
     edit_caption(places, folder, "b.png", "caption b", "two")
     assert [e.caption for e in load_images(str(folder)).examples] == ["a red flower", "two", "caption c"]
-    assert undo_caption(places) == (folder, "b.png")
-    assert undo_caption(places) == (folder, "a.png")
+    assert undo_caption(places) == (folder, "b.png", [])
+    assert undo_caption(places) == (folder, "a.png", [])
     assert caption_of(folder, "a.png") == "caption a"
     with pytest.raises(UserError, match="no edit to take back"):
         undo_caption(places)
@@ -143,6 +173,49 @@ def test_what_somebody_else_changed_is_not_written_over(places):
     with pytest.raises(UserError, match="was changed since"):
         undo_caption(places)
     assert caption_of(folder, "a.png") == "theirs"
+
+
+def test_an_edit_that_cannot_be_taken_back_is_given_up_and_the_one_before_is_taken(places):
+    folder = places.folder / "photos"
+    edit_caption(places, folder, "a.png", "caption a", "mine")
+    edit_caption(places, folder, "b.png", "caption b", "mine")
+    (folder / "b.txt").write_text("theirs")
+    with (places.state / "captions.jsonl").open("a") as journal:
+        journal.write('{"folder": "/half wri\n')
+    where, name, given_up = undo_caption(places)
+    assert (where, name, caption_of(folder, "a.png")) == (folder, "a.png", "caption a")
+    assert ["cannot be read" in given_up[0], "b.png was changed since" in given_up[1]] == [True, True]
+    assert (folder / "b.txt").read_text() == "theirs"
+    with pytest.raises(UserError, match="there is no edit to take back"):
+        undo_caption(places)
+
+
+def test_a_caption_that_differs_in_white_space_alone_is_left_as_it_is(places):
+    folder = places.folder / "photos"
+    (folder / "a.txt").write_text("one\n\n  two\n")
+    (folder / "b.txt").unlink()
+    edit_caption(places, folder, "a.png", "one\n\n  two", "one\n\n  two ")
+    edit_caption(places, folder, "b.png", None, " ")
+    assert ((folder / "a.txt").read_text(), (folder / "b.txt").exists()) == ("one\n\n  two\n", False)
+    assert not has_edits(places)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_captions_in_the_metadata_of_a_split_are_edited_there(tmp_path, kind):
+    rows = {"csv": "file_name,text\na.png,one\n", "jsonl": '{"file_name": "a.png", "text": "one"}\n'}[kind]
+    folder = tmp_path / "set"
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        picture(1).save(folder / split / "a.png")
+        (folder / split / f"metadata.{kind}").write_text(rows)
+    places = Places.of(tmp_path)
+    (found,) = pictures_of(places, "set", 64)
+    assert (found.name, found.caption) == ("train/a.png", "one")
+    edit_caption(places, folder, found.name, found.caption, "two")
+    assert [e.caption for e in load_images(str(folder)).examples] == ["two"]
+    assert (folder / "test" / f"metadata.{kind}").read_text() == rows
+    undo_caption(places)
+    assert (folder / "train" / f"metadata.{kind}").read_text() == rows
 
 
 def test_a_table_as_spreadsheets_write_it_keeps_its_mark_and_loses_only_empty_cells(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.ui import form
 from difftuning_control.verbs.ui.jobs import Job, Jobs
-from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
+from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress, stopping
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.runs_view import delete_run, export_words, run_details, runs_of, runs_table, what_goes
 
@@ -146,6 +147,62 @@ def test_relative_places_are_those_of_the_pages_folder_wherever_it_was_started(p
     assert {"--model.id=some/model", "--bank.prompts=empty"} <= set(words)
 
 
+def test_pictures_among_which_the_page_would_write_are_not_offered_and_refused(places, tmp_path):
+    (places.folder / "photos").mkdir()
+    for folder in (tmp_path, places.folder, places.folder / "photos"):
+        (folder / "a.png").write_bytes(b"")
+    wider = Places.of(places.folder, [tmp_path])
+    assert form.picture_folders(wider)[:2] == [".", "photos"]
+    assert str(tmp_path) in form.picture_folders(wider)
+    assert form.training_folders(wider)[0] == "photos"
+    assert not {".", str(tmp_path)} & {*form.training_folders(wider)}
+    for name in (".", str(tmp_path)):
+        with pytest.raises(UserError, match="move these into a folder of their own"):
+            form.train_words(wider, form.NO_PRESET, {"pictures": name}, {})
+    assert form.train_words(wider, form.NO_PRESET, {"pictures": "photos"}, {})[1].name == "mine"
+
+
+def test_a_folder_that_cannot_be_read_is_passed_over(places, monkeypatch):
+    for name in ("closed", "photos"):
+        (places.folder / name).mkdir()
+        (places.folder / name / "a.png").write_bytes(b"")
+    known = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return known(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # for who runs this as root, to whom nothing is closed
+    assert form.picture_folders(places) == ["photos", "embedded/icons", "embedded/flat"]
+
+
+def test_the_name_of_a_run_that_waits_is_not_offered_again(places):
+    jobs = places.state / "jobs"
+    jobs.mkdir(parents=True)
+    for name, state in (("Mine", "waiting"), ("two", "done")):
+        job = Job(name, ["train"], str(places.folder / "runs" / name), state)
+        (jobs / f"{name}.json").write_text(json.dumps(asdict(job)))
+    begun(places, "runs/mine")
+    assert [form.free_name(places, name) for name in ("Mine", "two", "New")] == ["mine-2", "two", "New"]
+
+
+def test_a_training_that_never_began_is_begun_and_another_goes_on(places):
+    words, output = form.train_words(places, form.NO_PRESET, {"pictures": "embedded/icons", "steps": "7"}, {})
+    job = Job("1", words, str(output), "stopped")
+    assert form.go_on_words(job, " ") == words
+    longer = form.go_on_words(job, "9")
+    assert (parse(longer)[0], parse(longer)[1].training.max_steps) == ("train", 9)
+    begun(places, "runs/mine")
+    assert form.go_on_words(job, "9") == ["resume", str(output), "--steps=9"]
+
+
+def test_what_is_said_of_a_stop_fits_the_command():
+    said = [stopping(Job("1", [verb], "x", state)) for verb, state in (("train", "running"), ("train", "stopped"))]
+    assert ["checkpoint" in text for text in said] == [True, False]
+    assert "checkpoint" not in stopping(Job("1", ["export"], "x", "running"))
+
+
 def test_a_run_is_not_written_over(places):
     begun(places, "runs/mine")
     with pytest.raises(UserError, match="there is a run mine already; give another name, such as mine-2"):
@@ -222,6 +279,9 @@ def test_an_export_is_a_command_and_lies_in_the_folder(places):
     words, target = export_words(places, "runs/one", "kohya", "copied", "separate", "", False)
     assert target == places.folder / "exports" / "one-kohya"
     assert parse(words)[1].format == "kohya"
+    target.mkdir(parents=True)
+    again = export_words(places, "runs/one", "kohya", "copied", "separate", "", False)
+    assert again[1] == places.folder / "exports" / "one-kohya-2"
     assert parse(export_words(places, "runs/one", "diffusers", "referenced", "separate", "x", True)[0])[1].despite_gates
     with pytest.raises(UserError, match="leads out of the folders"):
         export_words(places, "runs/one", "kohya", "copied", "separate", "../../x", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from difftuning_control.verbs.ui.compare_view import (
 from difftuning_control.verbs.ui.drawing import BASE, Drawing, points_of
 from difftuning_control.verbs.ui.importing import begin_importing
 from difftuning_control.verbs.ui.look import PICK
-from difftuning_control.verbs.ui.render import render
+from difftuning_control.verbs.ui.render import picked, render
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
@@ -53,10 +54,10 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
                 pair_shown = gr.HTML(js_on_load=PICK, elem_id="pair")
                 same = gr.Button("No difference", size="sm", visible=False, elem_id="same")
                 result = gr.HTML(elem_id="votes")
-    pair, has_drawn = gr.State(None), gr.State(False)
+    pair, has_drawn, has_set = gr.State(None), gr.State(False), gr.State(False)  # the last: steps or guidance
     settings = [sides, prompts, *sliders.values()]
 
-    def arrive(now: list[str], text: str, voted: str | None, other: str, drawn_before: bool) -> list[Any]:
+    def arrive(now: list[str], text: str, voted: str | None, other: str, drawn_before: bool, is_set: bool) -> list[Any]:
         begin_importing()
         known = sides_of(places)
         runs = [side for side in known if side != BASE]
@@ -69,7 +70,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
         updates = [gr.update(choices=choices, value=value) for choices, value in boxes]
         page = gr.skip() if drawn_before else render("nothing_drawn", has_runs=bool(runs))
         can_vote = gr.update(visible=bool(runs))
-        sampling = [gr.skip()] * 2 if drawn_before else sampling_of(places, chosen)
+        sampling = [gr.skip()] * 2 if drawn_before or is_set else sampling_of(places, chosen)
         votes = votes_of(places, mine) if mine else ""
         return [updates[0], text, updates[1], updates[2], votes, page, can_vote, *sampling]
 
@@ -95,8 +96,9 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
             change=float(given["change"]),
         )
 
-    def drawn(*values: Any, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008 as gradio finds it
+    def drawn(*values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008 as gradio finds it
         done = 0
+        yield [gr.skip(), gr.skip(), gr.update(visible=True)]  # again, where another drawing ended before this one
         with mistakes():
             drawing, conditions = asked(*values), dict[str, Any]()
             total = len(drawing.sides) * len(drawing.prompts)
@@ -108,7 +110,8 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
                 progress(done / total, f"{done} of {total} pictures")
 
             pictures = painter.draw(drawing, advance, conditions.__setitem__)
-            return [grid(drawing, pictures, painter.model, conditions), True]
+            page = grid(drawing, pictures, painter.model, conditions)
+        yield [page, True, gr.skip()]
 
     def pose(voted: str | None, other: str, *values: Any) -> list[Any]:
         with mistakes():
@@ -123,7 +126,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
             return [following, page, gr.update(visible=True), told(found.run, counted)]
 
     def clicked(event: gr.EventData, found: Pair | None, *values: Any) -> list[Any]:
-        return say(found, str(event._data.get("value")), *values)
+        return say(found, picked(event), *values)
 
     def alike(found: Pair | None, *values: Any) -> list[Any]:
         return say(found, SAME, *values)
@@ -133,13 +136,16 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
     def draws(event: Any) -> None:
         """Let an event draw; while it does, there is a button that stops it."""
         started = event(lambda: gr.update(visible=True), None, halt, queue=False, **quiet)
-        ended = started.then(drawn, settings, [shown, has_drawn], show_progress_on=shown)
-        ended.then(lambda: gr.update(visible=False), None, halt, queue=False, **quiet)
+        drawing: dict[str, Any] = {"show_progress_on": shown, "trigger_mode": "always_last"}  # once it has drawn
+        ended = started.then(drawn, settings, [shown, has_drawn, halt], **drawing)
+        ended.then(lambda: gr.update(visible=painter.is_drawing), None, halt, queue=False, **quiet)
 
     asking = [pair, pair_shown, same, result]
-    met = [sides, prompts, run, against, has_drawn]
+    met = [sides, prompts, run, against, has_drawn, has_set]
     arrived = [sides, prompts, run, against, result, shown, voting, sliders["steps"], sliders["guidance"]]
     tab.select(arrive, met, arrived, **quiet)
+    for name in ("steps", "guidance"):
+        sliders[name].input(lambda: True, None, has_set, **quiet)
     sliders["domain"].change(lambda on: gr.update(visible=on), sliders["domain"], sliders["mixture"], **quiet)
     draws(draw.click)
     for name in ("guidance", "mixture", "strength", "hand_over", "control", "change"):

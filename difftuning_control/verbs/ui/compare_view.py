@@ -17,7 +17,7 @@ from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.recipe.inputs import MAX_SEED
 from difftuning_control.runs.kept import kept_steps, place_of_run, step_folder
 from difftuning_control.runs.record import RunRecord, read_run
-from difftuning_control.runs.votes import Tally, add_vote, tallies
+from difftuning_control.runs.votes import TRAINED, Tally, add_vote, tallies
 from difftuning_control.verbs.ui.drawing import BASE, Drawing
 from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
@@ -35,7 +35,7 @@ def sides_of(places: Places) -> list[str]:
     for row in runs_of(places):
         if row["state"] == "done":
             found.append(row["run"])
-            steps = kept_steps(places.folder / row["run"])
+            steps = kept_steps(places.run(row["run"]))
             found += [f"{row['run']}/{step_folder(step)}" for step in steps if step != row["steps"]]
     return found
 
@@ -62,7 +62,7 @@ def sampling_of(places: Places, sides: Sequence[str]) -> tuple[int, float]:
 
 def _records(places: Places, sides: Sequence[str]) -> Iterator[RunRecord]:
     for side in sides:
-        record = read_run(place_of_run(places.folder / side)[0]) if side != BASE else None
+        record = read_run(place_of_run(places.run(side))[0]) if side != BASE else None
         if record is not None:
             yield record
 
@@ -178,9 +178,22 @@ def vote(places: Places, pair: Pair | None, said: str) -> list[Tally]:
     preferred = None if said == SAME else (said == LEFT) == pair.run_is_left
     drawn: dict[str, Any] = {k: v for k, v in vars(pair.drawing).items() if k not in ("sides", "prompts")}
     drawn |= {name: path.name for name in ("photo", "begin") if (path := drawn[name]) is not None}
-    folder, step = place_of_run(places.writable(pair.run))
-    drawn |= {"prompt": pair.drawing.prompts[0], "kept_step": step}
-    return add_vote(folder, pair.against, preferred, drawn)
+    folder, step = place_of_run(places.run(pair.run))
+    trained = _trained_steps(places, pair.run)
+    drawn |= {"prompt": pair.drawing.prompts[0], "kept_step": step, TRAINED: trained}
+    return of_side(add_vote(folder, pair.against, preferred, drawn), trained)
+
+
+def of_side(found: Sequence[Tally], trained: int | None) -> list[Tally]:
+    """The tallies of the weights of so many steps, and those of old votes that do not say of which."""
+    return [tally for tally in found if tally.trained in (trained, None)]
+
+
+def _trained_steps(places: Places, side: str) -> int | None:
+    """How many steps the weights of a run, or of a step that it kept, were trained."""
+    folder, step = place_of_run(places.run(side))
+    record = read_run(folder)
+    return step if step is not None or record is None else record.steps
 
 
 def told(run: str, found: Sequence[Tally]) -> str:
@@ -194,4 +207,6 @@ def votes_of(places: Places, run: str) -> str:
     Raises:
         UserError: if they cannot be read.
     """
-    return told(run, [] if run == BASE else tallies(place_of_run(places.writable(run))[0]))
+    if run == BASE:
+        return told(run, [])
+    return told(run, of_side(tallies(place_of_run(places.run(run))[0]), _trained_steps(places, run)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.places import KEYS, local_place
-from difftuning_control.runs.record import RECORD
+from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
 from difftuning_control.system.text import file_stem
+from difftuning_control.system.untrusted import is_text
 from difftuning_control.verbs.choices import DEFAULTS, flat
 from difftuning_control.verbs.commands import COMMANDS, only
 from difftuning_control.verbs.help import argument_texts
 from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.ui.jobs import Job, Jobs
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
 
 FIRST = {  # of the first fields those that are one key of a recipe
@@ -43,6 +47,7 @@ WRITTEN = ("data.cache", "bank.path")  # keys that name what a training writes
 # keys that name pictures which a training reads
 PICTURES = ("data.path", "data.validation_path", "data.masks", "control.path", "control.validation_path")
 SHOWN = 60  # folders that are offered
+OUTPUTS = ("runs", "exports")  # folders that the page writes
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,23 @@ def picture_folders(places: Places) -> list[str]:
             named = places.name(folder)
             if folder.name.startswith(".") or (named.startswith(("runs/", "exports/", ".")) and named != "."):
                 continue
-            if any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir()) and not (folder / RECORD).exists():
-                found.append(named)
+            with suppress(OSError):  # of a folder that cannot be read
+                has_pictures = any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir())
+                if has_pictures and is_text(named) and not (folder / RECORD).exists():
+                    found.append(named)
             if len(found) >= SHOWN:
                 break
     return [*dict.fromkeys(found), "embedded/icons", "embedded/flat"]
+
+
+def training_folders(places: Places) -> list[str]:
+    """Those of these folders that a training can take: what the page writes does not lie in them."""
+    return [name for name in picture_folders(places) if not _holds_outputs(places, places.folder / name)]
+
+
+def _holds_outputs(places: Places, folder: Path) -> bool:
+    real = os.path.realpath(folder)
+    return any((places.folder / written).is_relative_to(real) for written in OUTPUTS)
 
 
 def sections() -> dict[str, list[Field]]:
@@ -147,12 +164,23 @@ def _text(value: Any) -> str:
 
 
 def free_name(places: Places, wanted: str = "mine") -> str:
-    """The name of a run that is not there yet."""
-    stem, number, name = file_stem(wanted), 1, file_stem(wanted)
-    while (places.folder / "runs" / name).exists():
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+    """The wanted name of a run, or one like it, that is not there yet and that no waiting or running job has."""
+    jobs, runs = Jobs(places), places.folder / "runs"
+    free = jobs.free_place(runs, wanted).name
+    return free if free == wanted else jobs.free_place(runs, file_stem(wanted)).name
+
+
+def go_on_words(job: Job, up_to: str) -> list[str]:
+    """The command that goes on with a training: its own once more where it ended before its run began.
+
+    Args:
+        up_to: the step to end at; that of the training when empty.
+    """
+    if job.verb == "train" and read_run(job.output) is None:
+        longer = [f"--{FIRST['steps']}={up_to.strip()}"] if up_to.strip() else []
+        kept = [word for word in job.arguments if not (longer and word.startswith(f"--{FIRST['steps']}="))]
+        return [*kept, *longer]
+    return ["resume", job.output, *([f"--steps={up_to.strip()}"] if up_to.strip() else [])]
 
 
 def recipe_of_words(words: Sequence[str]) -> Recipe:
@@ -205,6 +233,11 @@ def _keep_inside(places: Places, given: dict[str, str]) -> None:
             folder = places.readable(given[key])
             if not folder.is_dir():
                 raise UserError(f"{given[key]} is no folder; choose a folder of pictures.")
+            if _holds_outputs(places, folder):
+                raise UserError(
+                    f"what this page writes would lie among the pictures of {given[key]}; move these into a folder of "
+                    "their own, such as pictures."
+                )
             given[key] = str(folder)
     for key in WRITTEN:
         if given.get(key):

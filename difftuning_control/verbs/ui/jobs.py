@@ -5,8 +5,10 @@ Each has a JSON file and a log in the page's own folder. A command that trains w
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import psutil
 from filelock import FileLock
 
 from difftuning_control.errors import UserError
-from difftuning_control.system.durable import write_json
+from difftuning_control.system.durable import beside
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.untrusted import from_json, read_text
 from difftuning_control.verbs.ui.places import STATE, Places
@@ -31,6 +33,7 @@ WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped
 TRAINING = ("train", "resume")
 MOST_LOG = 20_000  # bytes of a log's end that are shown
 TICK = 1.0  # seconds between looks at what ended
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}  # modules in the folder are not ours
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Job:
 
     @property
     def command(self) -> str:
-        return " ".join(["difftune", *self.arguments])
+        """As it is shown: what a shell would take, without secrets."""
+        return without_secrets(shlex.join(["difftune", *self.arguments]))
 
 
 @dataclass
@@ -120,6 +124,15 @@ class Jobs:
             self._advance()
             return self._read()[::-1]
 
+    def free_place(self, folder: Path, stem: str) -> Path:
+        """A place in a folder that is not there, and that no command which has not ended will write."""
+        taken = {job.output for job in self._read() if job.state in (WAITING, RUNNING)}
+        number, place = 1, folder / stem
+        while place.exists() or str(place) in taken:
+            number += 1
+            place = folder / f"{stem}-{number}"
+        return place
+
     def log(self, job: Job) -> str:
         """The end of what a command printed."""
         path = self._folder / f"{job.name}.log"
@@ -165,7 +178,8 @@ class Jobs:
         return found
 
     def _write(self, job: Job) -> None:
-        write_json(self._folder / f"{job.name}.json", asdict(job))
+        with beside(self._folder / f"{job.name}.json") as temporary:  # as it is: what starts is read from here
+            temporary.write_text(json.dumps(asdict(job), indent=2) + "\n", encoding="utf-8")
 
     def _advance(self) -> None:
         jobs = [self._looked_at(job) for job in self._read()]
@@ -181,7 +195,7 @@ class Jobs:
             return job
         child = self._children.get(job.name)
         code = child.poll() if child is not None else None
-        if code is None and _process(job) is not None:
+        if code is None and (child is not None or _process(job) is not None):  # times of processes follow the clock
             return job
         self._children.pop(job.name, None)
         code = self._code(job) if code is None else code
@@ -214,7 +228,7 @@ class Jobs:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},  # modules in the folder are not ours
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C in the page's terminal is not for it
             )
         self._children[job.name] = child

@@ -10,7 +10,7 @@ from difftuning_control.evaluation.report.training import BAND, ROLES, loss_char
 from difftuning_control.runs.history import METRICS, read_history
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.verbs.ui.files import picture_address
-from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, Job, Jobs
+from difftuning_control.verbs.ui.jobs import RUNNING, STOPPED, TRAINING, Job, Jobs
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 
@@ -49,6 +49,13 @@ def pictures(job: Job | None) -> str:
     folder = Path(job.output) / "samples" if job is not None and job.verb in TRAINING else None
     grids = sorted(folder.glob("step-*.png"), reverse=True)[:MOST_GRIDS] if folder is not None else []
     return render("grids", grids=[(int(p.stem[5:]), picture_address(p, 1536)) for p in grids])
+
+
+def stopping(job: Job) -> str:
+    """What a job does that was told to stop."""
+    if job.state == STOPPED:
+        return "It is taken out of the queue."
+    return "It saves a checkpoint, and ends." if job.verb in TRAINING else "It ends; what it had begun is not whole."
 
 
 def log(jobs: Jobs, job: Job | None) -> str:

@@ -81,6 +81,10 @@ class Painter:
                 pass
             return pictures
 
+    @property
+    def is_drawing(self) -> bool:
+        return self._alone.locked()
+
     def stop(self) -> None:
         """End what is being drawn, at its next step."""
         self._halt.set()
@@ -99,7 +103,7 @@ class Painter:
     def _record(self, side: str, drawing: Drawing) -> RunRecord:
         from difftuning_control.runs.finished import finished_run  # saves diffusers until something is drawn
 
-        record = finished_run(self.places.writable(side))
+        record = finished_run(self.places.run(side))
         if record.method == "controlnet" and drawing.photo is None:
             raise UserError(f"{side} is a ControlNet, which draws under a condition; add a photo to control with.")
         if record.method == "controlnet" and drawing.begin is not None:
@@ -139,7 +143,7 @@ class Painter:
             return
         from difftuning_control.runs.finished import tuned_model  # as above
 
-        with tuned_model(family, self.places.writable(side), record) as tuned:
+        with tuned_model(family, self.places.run(side), record) as tuned:
             yield tuned
 
     @contextmanager
@@ -214,7 +218,7 @@ class Painter:
         from difftuning_control.runs.finished import weights_of
 
         assert drawing.photo is not None
-        spec = ControlSpec.load(weights_of(self.places.writable(side), "controlnet"))
+        spec = ControlSpec.load(weights_of(self.places.run(side), "controlnet"))
         if spec.is_function and not drawing.is_condition:
             raise UserError(
                 f"the conditions of {side} are made by code ({spec.annotator}), which a page does not run; give a "

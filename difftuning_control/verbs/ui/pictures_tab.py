@@ -22,8 +22,8 @@ from difftuning_control.verbs.ui.pictures_view import (
     to_show,
 )
 from difftuning_control.verbs.ui.places import EMBEDDED
-from difftuning_control.verbs.ui.render import render
-from difftuning_control.verbs.ui.saying import mistakes
+from difftuning_control.verbs.ui.render import picked, render
+from difftuning_control.verbs.ui.saying import mistakes, plain
 from difftuning_control.verbs.ui.studio import Studio
 
 SIDE = 512
@@ -62,10 +62,23 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
             with gr.Row():
                 save = gr.Button("Save and next", size="sm", variant="primary", visible=False, elem_id="save")
                 undo = gr.Button("Undo the last edit", size="sm", min_width=110, visible=False, elem_id="undo")
-    chosen, page, before = gr.State(None), gr.State(0), gr.State("")
+    chosen, page, before, is_own = gr.State(None), gr.State(0), gr.State(""), gr.State(False)
     shown = [cards, large, caption, save, chosen, page, before, only, pages, undo]
 
-    def show(place: str, size: float, few: bool, name: str | None, number: int, keep_page: bool = False) -> list[Any]:
+    def show(
+        place: str,
+        size: float,
+        few: bool,
+        name: str | None,
+        number: int,
+        keep_page: bool = False,
+        keep_text: bool = True,
+    ) -> list[Any]:
+        """What is shown of a folder.
+
+        Args:
+            keep_text: leave the box as it is, where somebody may write, since the picture was chosen before.
+        """
         with mistakes():
             pixels = max(8, int(size or SIDE))
             found = pictures_of(places, place, pixels)
@@ -79,12 +92,15 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
             there = gr.update(visible=picture is not None)
             parts = [gallery(places, place, found, number, name, pixels, few), one_picture(places, place, picture)]
             more = [gr.update(value=few, visible=any(p.problems for p in found)), gr.update(visible=last > 0)]
-            edits = gr.update(value=text, visible=picture is not None)
-        state = [picture.name if picture else None, number, (picture and picture.caption) or ""]
+            edits: Any = gr.update(value=text, visible=picture is not None)
+            was: Any = (picture and picture.caption) or ""
+            if picture is not None and keep_text:
+                edits = was = gr.skip()
+        state = [picture.name if picture else None, number, was]
         return [*parts, edits, there, *state, *more, gr.update(visible=has_edits(places))]
 
     def pick(place: str, size: float, few: bool, event: gr.EventData) -> list[Any]:
-        return show(place, size, few, str(event._data.get("value")), 0)
+        return show(place, size, few, picked(event), 0, keep_text=False)
 
     def turn(by: int) -> Any:
         def turned(place: str, size: float, few: bool, name: str | None, number: int) -> list[Any]:
@@ -101,13 +117,15 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
             edit_caption(places, real, name, was or None, text)
             forget_draft(places, real, name)
         after = names[(names.index(name) + 1) % len(names)] if name in names else None
-        return show(place, size, few, after, 0)
+        return show(place, size, few, after, 0, keep_text=False)
 
     def take_back(place: str, size: float, few: bool) -> list[Any]:
         with mistakes():
-            where, name = undo_caption(places)
-        gr.Info("The last edit is taken back.")
-        return show(place if places.readable(place) == where else str(where), size, few, name, 0)
+            where, name, dropped = undo_caption(places)
+        said = [f"An edit is given up: {why}" for why in dropped]
+        gr.Info(plain(" ".join([*said, f"The edit of {name} is taken back."])))
+        place = place if places.readable(place) == where else str(where)
+        return show(place, size, few, name, 0, keep_text=False)
 
     def add(place: str, uploaded: list[str] | None) -> list[Any]:
         if not uploaded:
@@ -122,6 +140,7 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
         few: bool,
         name: str | None,
         number: int,
+        typed: str,
         named: str,
         progress: Any = gr.Progress(),  # noqa: B008 as gradio finds it
     ) -> list[Any]:
@@ -141,23 +160,25 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
                 progress(done / len(bare), f"{done} of {len(bare)} pictures")
 
             made = draft_captions(places, place, bare, captioner, advance)
+            kept = name is not None and (name not in made or bool(typed.strip()))
         said = f"{len(made)} drafted. Each becomes a caption when you save it."
         said = render("text", title=said, good=True, text="")
-        return [*show(place, size, few, name or next(iter(made), None), number), said]
+        return [*show(place, size, few, name or next(iter(made), None), number, keep_text=kept), said]
 
     def first(place: str, size: float, few: bool) -> list[Any]:
         return show(place, size, few, None, 0)
 
-    def arrive(place: str, size: float, few: bool, name: str | None, number: int) -> list[Any]:
+    def arrive(place: str, size: float, few: bool, name: str | None, number: int, is_own: bool) -> list[Any]:
         known = picture_folders(places)
-        place = known[0] if place in EMBEDDED else place  # where there were no others before
-        return [gr.update(choices=known, value=place), *show(place, size, few, name, number)]
+        now = known[0] if place in EMBEDDED and not is_own else place  # where there were no others before
+        return [gr.update(choices=known, value=now), *show(now, size, few, name, number, keep_text=now == place)]
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     asked = [folder, side, only]
     at = [*asked, chosen, page]
-    look: dict[str, Any] = {"fn": arrive, "inputs": at, "outputs": [folder, *shown]}
+    look: dict[str, Any] = {"fn": arrive, "inputs": [*at, is_own], "outputs": [folder, *shown]}
     tab.select(**look, **quiet)
+    folder.input(lambda: True, None, is_own, **quiet)
     folder.change(first, asked, shown, **quiet)
     side.change(show, at, shown, **quiet)
     only.input(show, at, shown, **quiet)
@@ -167,7 +188,7 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
     save.click(write, [*asked, chosen, before, caption], shown, **quiet)
     undo.click(take_back, asked, shown, **quiet)
     files.upload(add, [into, files], [folder, files], **quiet)
-    draft.click(propose, [*at, model], [*shown, drafted])
+    draft.click(propose, [*at, caption, model], [*shown, drafted])
     return look
 
 

@@ -17,7 +17,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.system.durable import beside
 from difftuning_control.system.text import file_stem
-from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, read_file
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text, read_file
 from difftuning_control.verbs.ui.captioning import drafts_of
 from difftuning_control.verbs.ui.files import picture_address
 from difftuning_control.verbs.ui.places import Places
@@ -29,6 +29,7 @@ ALIKE = 5  # bits of 64 in which the shapes of two copies may differ,
 SHARE = 0.2  # as a share of the bits that one of them has, since a plain ground has few,
 TINT = 10  # and by how much of 255 the mean red, green or blue
 NO_CAPTION = "has no caption; write one"
+BAD_NAME = "has a name that is not UTF-8; rename it"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ def pictures_of(places: Places, folder: str, side: int) -> list[Picture]:
     found, seen = [Picture(name, None, problems=(why,)) for name, why in bad.items()], list[tuple[str, Facts]]()
     drafts = drafts_of(places, real)
     for row in rows[:MOST]:
+        if not is_text(row.name):
+            found.append(Picture(row.name, None, problems=(BAD_NAME,)))
+            continue
         facts = _facts_of(real / row.name)
         picture = _with_copies(_picture(row, facts, side), facts, seen)
         found.append(replace(picture, draft=None if picture.caption else drafts.get(row.name)))

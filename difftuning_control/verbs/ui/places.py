@@ -9,6 +9,8 @@ from pathlib import Path
 
 from difftuning_control.data.sources import EMBEDDED_SETS, embedded_set
 from difftuning_control.errors import UserError
+from difftuning_control.runs.kept import STEP
+from difftuning_control.runs.record import RECORD
 
 STATE = ".difftune-ui"  # of the page, below its folder: jobs, their logs, captions as they were
 EMBEDDED = tuple(f"embedded/{name}" for name in EMBEDDED_SETS)
@@ -62,6 +64,17 @@ class Places:
         if str(path) in EMBEDDED:
             return _real(embedded_set(str(path).removeprefix("embedded/")))
         return self._inside(path, (self.folder, *self.pictures, *_sets()))
+
+    def run(self, name: str) -> Path:
+        """The real path of a run, or of a step that it kept, by its name in the table; a run in the page's own folder
+        has that folder's name.
+
+        Raises:
+            UserError: as `writable`.
+        """
+        first, _, step = name.partition("/")
+        is_own = first == self.folder.name and (self.folder / RECORD).is_file()
+        return self.writable(self.folder / step if is_own and (not step or STEP.fullmatch(step)) else name)
 
     def name(self, path: Path) -> str:
         """A path as people write it: from the folder of the runs where it lies there."""

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from difftuning_control.data.checker import Checker
+from difftuning_control.data.datasets import Choice, is_dataset
+from difftuning_control.data.examples import Columns, with_reasons
+from difftuning_control.data.sources import list_rows
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
 from difftuning_control.system.terminal import duration
-from difftuning_control.verbs.ui.captions import COLUMN
 from difftuning_control.verbs.ui.form import recipe_of_words, train_words
 from difftuning_control.verbs.ui.importing import import_models
-from difftuning_control.verbs.ui.pictures_view import pictures_of
+from difftuning_control.verbs.ui.pictures_view import MOST
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
 from difftuning_control.verbs.ui.render import render
 
+NAMED = 3  # pictures with a fault
 WORDS = {
     "load": "load the model",
     "encode": "encode pictures and captions",
@@ -40,7 +44,7 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
     try:
         words, _ = train_words(places, preset, fields, others)
         recipe = recipe_of_words(words)
-        refuse_unready(places, recipe)
+        refuse_unready(recipe)
         price = price_of(recipe, earlier_runs(places))
     except UserError as error:
         return render("text", title=f"It cannot start like this: {error}", good=False, text="")
@@ -59,25 +63,31 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
     )
 
 
-def refuse_unready(places: Places, recipe: Recipe) -> None:
-    """Refuse pictures that training would, in the words of the page.
+def refuse_unready(recipe: Recipe) -> None:
+    """Refuse pictures of a folder that training would, in the words of the page; of many only the first are looked at.
 
     Raises:
         UserError: with how many they are.
     """
-    data = recipe.data
-    taken = data.captioning.of_none is not None or data.classes is not None
-    if data.skip_bad or taken or data.caption_column != COLUMN:
-        return  # which the Pictures page does not know of
-    if data.path in EMBEDDED or not Path(data.path).is_dir():
+    data, control = recipe.data, recipe.control
+    folder = Path(data.path)
+    is_judged = data.path not in EMBEDDED and folder.is_dir() and not is_dataset(folder)
+    if data.skip_bad or data.stream or not is_judged:
         return
-    pictures = pictures_of(places, data.path, data.resolution or 8)
-    bad = [picture for picture in pictures if picture.problems]
+    column = control.column if recipe.method == "controlnet" else None
+    columns = Columns.of(data.image_column, data.caption_column, column, data.classes)
+    choice, apart = Choice(data.split), recipe.folders_apart
+    rows, bad = list_rows(data.path, columns, data.captioning, control.path, data.classes, choice, data.masking, apart)
+    checker = Checker(True, data.captioning, data.max_pixels, data.masking)
+    for row in rows[:MOST]:
+        checker.example(row)
+    bad = {**bad, **checker.bad}
     if bad:
-        named = ", ".join(picture.name for picture in bad[:3]) + (" and others" if len(bad) > 3 else "")
+        count = len({*bad, *(row.name for row in rows)})
+        more = " and others" if len(bad) > NAMED else ""
         raise UserError(
-            f"{len(bad)} of the {len(pictures)} pictures have no caption or cannot be read ({named}); mend them on the "
-            "Pictures page."
+            f"{len(bad)} of the {count} pictures have no caption or cannot be used: "
+            f"{with_reasons(dict(list(bad.items())[:NAMED]))}{more}; mend them (captions on the Pictures page)."
         )
 
 

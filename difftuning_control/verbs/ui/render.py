@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from difftuning_control.evaluation.report.page import escaping_environment
 from difftuning_control.system.text import harmless
@@ -23,4 +24,16 @@ def _environment() -> Environment:
     def shown(value: Any) -> str:
         return "" if value is None else "\n".join(map(harmless, str(value).split("\n")))
 
-    return escaping_environment(Path(__file__).parent / "templates", shown)
+    environment = escaping_environment(Path(__file__).parent / "templates", shown)
+    environment.filters["pick"] = pick
+    return environment
+
+
+def pick(name: str) -> str:
+    """A name as `data-pick` holds it: in characters that `harmless` leaves as they are."""
+    return quote(name, errors="surrogatepass")
+
+
+def picked(event: Any) -> str:
+    """The name that was chosen on the page, from gradio's event."""
+    return unquote(str(event._data.get("value")), errors="surrogatepass")

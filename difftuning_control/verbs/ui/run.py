@@ -55,9 +55,15 @@ def access_of(settings: UiSettings, port: int) -> tuple[Access, list[str]]:
         return access, [f"open http://127.0.0.1:{port}/?token={access.token}"]
     given = os.environ.get(PASSWORD)
     password = given or secrets.token_urlsafe(9)
-    lines = [f"open http://{settings.host}:{port}/ (not encrypted: in a network that you trust, or behind a proxy)"]
+    place = f"{in_address(settings.host)}:{port}"
+    lines = [f"open http://{place}/ (not encrypted: in a network that you trust, or behind a proxy)"]
     lines += [f"password: that of {PASSWORD}" if given else f"password: {password}"]
     return Access(port, password), lines
+
+
+def in_address(host: str) -> str:
+    """A host as it stands before a port: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -68,12 +74,14 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # on Windows it lets two listen at once
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
         listening.listen(128)
     except OSError as error:
         listening.close()
         said = error.strerror or error
-        raise UserError(f"the page cannot listen on {host}:{port} ({said}); name another --port, or --host.") from None
+        place = f"{in_address(host)}:{port}"
+        raise UserError(f"the page cannot listen on {place} ({said}); name another --port, or --host.") from None
     return listening

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from difftuning_control.verbs.ui.look import PICK
+from difftuning_control.verbs.ui.render import picked as picked_name
 from difftuning_control.verbs.ui.render import render
 from difftuning_control.verbs.ui.runs_view import (
     delete_run,
@@ -55,7 +56,7 @@ def runs_tab(studio: Studio, tab: gr.Tab) -> None:
     everything = [chosen, table, actions, exporting, details, asking, said]
 
     def picked(event: gr.EventData) -> list[Any]:
-        return shown(str(event._data.get("value")))
+        return shown(picked_name(event))
 
     def ask(name: str | None) -> list[Any]:
         with mistakes():

@@ -16,6 +16,7 @@ from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard
 from difftuning_control.verbs.ui.files import report_address
 from difftuning_control.verbs.ui.importing import import_models
+from difftuning_control.verbs.ui.jobs import Jobs
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 
@@ -33,8 +34,7 @@ def run_folder(places: Places, name: str) -> Path:
     Raises:
         UserError: if there is none.
     """
-    folder = places.folder if name == places.folder.name and (places.folder / RECORD).is_file() else Path(name)
-    real = places.writable(folder)
+    real = places.run(name)
     if not (real / RECORD).is_file():
         raise UserError(f"there is no run {name}; it may have been deleted or moved. Look at the table again.")
     return real
@@ -128,7 +128,8 @@ def export_words(
         UserError: for options that do not go together, or a folder elsewhere.
     """
     folder = run_folder(places, name)
-    target = places.writable(to.strip() or f"exports/{Path(name).name}-{form}")
+    free = Jobs(places).free_place(places.folder / "exports", f"{folder.name}-{form}")
+    target = places.writable(to.strip() or free)
     options = {"format": form} if form != "diffusers" else {"format": form, "base": base, "adapter": adapter}
     ExportRequest(str(folder), str(target), despite_gates=despite_gates, **options)  # type: ignore[arg-type]
     words = ["export", str(folder), "--to", str(target), *(f"--{key}={value}" for key, value in options.items())]

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from difftuning_control.errors import UserError
 from difftuning_control.verbs.ui.form import (
     METHODS,
     NO_PRESET,
     Field,
     free_name,
-    picture_folders,
+    go_on_words,
     preset_labels,
     preset_values,
     recipe_of_words,
     refuse_code,
     sections,
     train_words,
+    training_folders,
 )
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
-from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress
+from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress, stopping
 from difftuning_control.verbs.ui.look import FOLLOW, PICK
 from difftuning_control.verbs.ui.places import EMBEDDED
 from difftuning_control.verbs.ui.price_view import price_page, refuse_unready
+from difftuning_control.verbs.ui.render import picked as picked_name
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 
@@ -86,7 +88,7 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
         first = dict(zip(fields, texts))
         with mistakes():
             words, output = train_words(places, first.pop("preset"), first, dict(zip(others, texts[len(fields) :])))
-            refuse_unready(places, recipe_of_words(words))
+            refuse_unready(recipe_of_words(words))
             job = studio.jobs.add(words, output)
         return [job.name, free_name(places, output.name), *look(job.name, None)]
 
@@ -98,22 +100,22 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
     def go_on(name: str | None, up_to: str) -> list[Any]:
         with mistakes():
             job = chosen_job(studio.jobs.all(), name)
-            run = Path(job.output) if job is not None else places.folder
-            steps = [f"--steps={up_to.strip()}"] if up_to.strip() else []
-            words = ["resume", str(run), *steps]
+            if job is None:
+                raise UserError("no training is chosen; choose one in the table.")
+            words = go_on_words(job, up_to)
             refuse_code(recipe_of_words(words))
-            job = studio.jobs.add(words, run)
+            job = studio.jobs.add(words, job.output)
         return [job.name, *look(job.name, None)]
 
     def end(name: str | None) -> list[Any]:
         with mistakes():
             job = chosen_job(studio.jobs.all(), name)
-            studio.jobs.stop(job.name if job is not None else "")
-        gr.Info("It saves a checkpoint, and ends.")
+            job = studio.jobs.stop(job.name if job is not None else "")
+        gr.Info(stopping(job))
         return look(name, None)
 
     def picked(event: gr.EventData) -> list[Any]:
-        name = str(event._data.get("value"))
+        name = picked_name(event)
         return [name, *look(name, None)]
 
     def fill(preset: str) -> list[str]:
@@ -121,11 +123,10 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
             values = preset_values(preset)
         return [values[name] for name in fields if name in values]
 
-    def arrive(place: str, name: str) -> list[Any]:
-        known = picture_folders(places)
-        taken = (places.folder / "runs" / name).exists() if name else True
-        place = known[0] if place in EMBEDDED else place  # where there were no others before
-        return [gr.update(choices=known, value=place), free_name(places, name or "mine") if taken else name]
+    def arrive(place: str, name: str, is_own: bool) -> list[Any]:
+        known = training_folders(places)
+        place = known[0] if place in EMBEDDED and not is_own else place  # where there were no others before
+        return [gr.update(choices=known, value=place), free_name(places, name or "mine")]
 
     everything = [*fields.values(), *others.values()]
     ask.click(priced, everything, price)
@@ -136,8 +137,9 @@ def train_tab(studio: Studio, tab: gr.Tab) -> gr.State:
     table.select(picked, None, [chosen, *live], show_progress="hidden")
     filled = [box for name, box in fields.items() if name in preset_values(NO_PRESET)]
     fields["preset"].change(fill, fields["preset"], filled, show_progress="hidden")
-    named = [fields["pictures"], fields["name"]]
-    tab.select(arrive, named, named, show_progress="hidden")
+    named, is_own = [fields["pictures"], fields["name"]], gr.State(False)
+    fields["pictures"].input(lambda: True, None, is_own, show_progress="hidden")
+    tab.select(arrive, [*named, is_own], named, show_progress="hidden")
     tab.select(look_anew, chosen, live, show_progress="hidden")
     gr.Timer(EVERY).tick(look, [chosen, seen], live, show_progress="hidden")
     return chosen
@@ -152,7 +154,7 @@ def _buttons(job: Job | None) -> list[Any]:
 
 def _first_fields(studio: Studio) -> dict[str, Any]:
     """The first fields by name, and the preset."""
-    folders, values = picture_folders(studio.places), preset_values(NO_PRESET)
+    folders, values = training_folders(studio.places), preset_values(NO_PRESET)
     found: dict[str, Any] = {}
     found["preset"] = gr.Dropdown(preset_labels(), value=NO_PRESET, label="Begin with the settings of")
     found["pictures"] = gr.Dropdown(folders, value=folders[0], label="Pictures", allow_custom_value=True)
