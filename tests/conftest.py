@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 from zlib import crc32
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny tensors down
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import pytest
+CACHE = TemporaryDirectory(prefix="difftuning-tests-")  # so that what lies in this machine's caches changes no test
+for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TORCH_HOME", "TRANSFORMERS_CACHE"):
+    os.environ.pop(name, None)
+os.environ |= {"HF_HOME": f"{CACHE.name}/huggingface", "XDG_CACHE_HOME": CACHE.name}
 
 pytest.register_assert_rewrite("support")  # so that a failed assert in a helper shows its values
 
 from support.pictures import write_pictures  # noqa: E402
 from support.tiny_sd import tiny_pipeline  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def connected() -> Iterator[list[str]]:
+    """Refuses connections to other machines; gives the addresses, of threads too."""
+    asked: list[str] = []
+
+    def near(method: Any) -> Any:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                host = str(address[0])
+                if host not in ("localhost", "::1") and not host.startswith("127."):
+                    asked.append(str(address))
+                    pytest.fail(f"the network was used: {address}")
+            return method(self, address)
+
+        return connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, near(getattr(socket.socket, name)))
+        yield asked
+
+
+@pytest.fixture(autouse=True)
+def no_network(connected: list[str]) -> Iterator[None]:
+    yield
+    asked = [*connected]
+    connected.clear()
+    assert asked == [], "the network was used"
 
 
 @pytest.fixture

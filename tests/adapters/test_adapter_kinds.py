@@ -271,19 +271,19 @@ def test_a_saved_adapter_gives_the_trained_picture_in_a_fresh_pipeline(saved):
     assert not [p for p in folder.rglob("*") if p.suffix not in (".safetensors", ".json")]
 
 
-@pytest.mark.sample("difffit")
-def test_what_diffusers_and_peft_load_themselves_gives_the_trained_picture(saved):
+@pytest.mark.sample("dora", "lokr-low", "ia3")
+def test_what_diffusers_and_peft_load_themselves_gives_the_trained_picture(saved, base_picture):
     name, folder, trained = saved
+    if name == "difffit":
+        pytest.skip("nobody else knows it")
+    assert np.abs(trained - base_picture).max() > 1e-3
     stock = tiny_pipeline()
     if (folder / PEFT_CONFIG).exists():
         from peft import PeftModel
 
         stock.unet = PeftModel.from_pretrained(stock.unet, folder).get_base_model()
-    elif (folder / LORA_FILE).exists():
-        stock.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
     else:
-        assert name == "difffit"
-        return
+        stock.load_lora_weights(folder, weight_name=LORA_FILE)
     if config_of(name).kind == "tlora":  # at its full rank throughout, which is another model
         assert np.abs(picture(stock) - trained).max() > 1e-3
     else:

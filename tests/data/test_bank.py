@@ -300,15 +300,41 @@ def test_a_folder_of_real_pictures_can_be_the_bank(family, tmp_path, captions):
     assert bank[draw_items(bank, 3)].shape == (3, 4, 8, 8)
 
 
+JOB = """
+import os, sys, time
+from pathlib import Path
+
+from difftuning_control import BankRequest, KnowledgeBank, load_family
+from difftuning_control.system.processes import Share
+
+model, folder, met = sys.argv[1:]
+
+
+class Met(Share):
+    def agreed(self, value):
+        print(value)
+        (Path(met) / str(os.getpid())).touch()
+        end = time.monotonic() + 100
+        while len(os.listdir(met)) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return value
+
+
+request = BankRequest(("red",), size=40, steps=12, resolution=16)
+print(KnowledgeBank.build(load_family(model), folder, request, batch_size=4, share=Met()).fingerprint)
+"""
+
+
 @pytest.mark.wide
 def test_two_jobs_that_want_the_same_bank_at_once_both_get_it(tmp_path, model_dir):
-    code = (
-        "import sys; from difftuning_control import BankRequest, KnowledgeBank, load_family; "
-        f"bank = KnowledgeBank.build(load_family({str(model_dir)!r}), {str(tmp_path / 'bank')!r}, "
-        "BankRequest(('red',), size=40, steps=12, resolution=16), batch_size=4); print(bank.fingerprint)"
-    )
-    jobs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = [job.communicate(timeout=120)[0].strip() for job in jobs]
+    """Each goes on once both have found that it is not there."""
+    (tmp_path / "met").mkdir()
+    (tmp_path / "banks").mkdir()
+    command = [sys.executable, "-c", JOB, str(model_dir), str(tmp_path / "banks" / "bank"), str(tmp_path / "met")]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = [job.communicate(timeout=120)[0].split() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
+    assert [there for there, _ in found] == ["False", "False"]
     assert found[0] == found[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank"]
+    assert sorted(p.name for p in (tmp_path / "banks").iterdir()) == ["bank"]

@@ -23,6 +23,7 @@ from difftuning_control.data.framing import Framing
 from difftuning_control.data.images import placed
 from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
+from difftuning_control.evaluation.forgetting import measure_schedule
 from difftuning_control.families.loading import family_of, load_family
 from difftuning_control.families.loss import compute_loss
 from difftuning_control.recipe.adapter import AdapterConfig
@@ -37,6 +38,7 @@ from difftuning_control.verbs.train import train
 from support.family_runs import FEW_STEPS
 from support.tiny_models import tiny_dit, tiny_flux, tiny_sd3, tiny_sdxl
 from support.tiny_sd import tiny_pipeline
+from support.trainings import recomputed
 
 MODELS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 SIZES = {"square": (16, 16), "wide": (34, 9), "tall": (8, 30)}  # width and height
@@ -406,15 +408,25 @@ def test_layers_masked_by_noise_level_are_recomputed_as_they_were(make):
     found = []
     for recipe, checkpointing in ((plain, False), (checkpointed, True)):
         settings = replace(recipe.training, gradient_checkpointing=checkpointing)
-        train(replace(recipe, adapter=AdapterConfig("tlora", rank=4), training=settings))
+        with recomputed() as again:
+            train(replace(recipe, adapter=AdapterConfig("tlora", rank=4), training=settings))
+        assert bool(again) == checkpointing
         found.append(load_file(Path(recipe.output) / "pytorch_lora_weights.safetensors"))
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
-def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path):
+def test_a_schedule_is_measured_on_pictures_of_all_shapes(make, tmp_path, monkeypatch):
     recipe = make("auto", tuning={"schedule": ScheduleConfig("auto")}, training={"max_steps": 4000})
     loop = loop_of(replace(recipe, tuning=TuningConfig()))
     loop.family.to(loop.accelerator.device)
+    asked: list[str] = []
+
+    def watched(family, target, *others):
+        asked.extend(target.prompts)
+        return measure_schedule(family, target, *others)
+
+    monkeypatch.setattr("difftuning_control.training.setup.measure_schedule", watched)
     measured = auto_schedule(recipe, loop.family, loop.inputs, tmp_path, 1)
+    assert {prompt.split()[0] for prompt in asked} == set(SIZES)
     assert measured.rows == len(loop.inputs.bank)
     assert len(measured.psi) == len(measured.u)

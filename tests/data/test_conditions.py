@@ -471,7 +471,7 @@ def test_a_picture_that_is_gone_is_told_before_its_condition_is_called_superfluo
 def test_two_conditions_for_one_picture_are_refused(photos):
     options = in_a_folder(photos)
     Image.new("RGB", (20, 33), "red").save(Path(options["condition_path"]) / "3.png")
-    with pytest.raises(UserError, match="3"):
+    with pytest.raises(UserError, match=r"3\.png in .* has 2 conditions, 3\.png and 3\.webp; mend it"):
         load_images(str(photos), **options)
 
 

@@ -21,13 +21,14 @@ from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.masking import Masking
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.requests import Moved, VerifyRequest
-from difftuning_control.recipe.studies import Evaluation
+from difftuning_control.recipe.studies import AnalysisConfig, Evaluation
 from difftuning_control.runs.identity import identity_settings
 from difftuning_control.runs.verify import verify
+from difftuning_control.verbs.analyze import analyze
 from difftuning_control.verbs.evaluate import evaluate
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
-from support.trainings import interrupted_after, resumed, rows
+from support.trainings import interrupted_after, resumed, rows, run_record
 
 ALPHA = Masking("alpha", 0.1)
 
@@ -339,10 +340,12 @@ def test_held_out_pictures_are_measured_with_their_masks(masked: Recipe, tmp_pat
     write_masked(tmp_path)
     plain = recipe_of(tmp_path, "plain", masks=None)
     train(plain)
-    before, after = (rows(recipe)[-1] for recipe in (plain, masked))
-    names = [name for name in before if name.startswith("validation/target")]
-    assert names
-    assert all(before[name] != after[name] for name in names)
+    before, after = (run_record(recipe).losses for recipe in (plain, masked))
+    assert all(a != b for a, b in zip(before["target"].base.losses, after["target"].base.losses, strict=True))
+    assert before["bank"].base.losses == after["bank"].base.losses  # of the same weights
+    one, other = (analyze(recipe, AnalysisConfig(rows=4, draws=1)) for recipe in (plain, masked))
+    assert all(a != b for a, b in zip(one["target"]["loss"], other["target"]["loss"], strict=True))
+    assert one["bank"] == other["bank"]
 
 
 def test_a_masked_run_goes_on_bit_for_bit_and_not_under_other_masks(masked: Recipe, tmp_path):

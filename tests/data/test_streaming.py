@@ -236,7 +236,7 @@ def test_what_cannot_be_streamed_is_refused(folders, tmp_path):
             Recipe(training=config, **{"data": DataConfig("x", stream=True), **settings})
     with pytest.raises(UserError, match=r"gates\.kid is given, which is judged on all pictures after training"):
         Recipe(data=DataConfig("x", stream=True), gates=GatesConfig(retention_loss=0.1, kid=0.2))
-    with pytest.raises(UserError, match="train and bank"):
+    with pytest.raises(UserError, match="for train and bank, and this reads all pictures; leave it out"):
         read_data(Recipe(data=DataConfig(str(folders["tar"]), stream=True)))
     plain = write_pictures(tmp_path / "plain", 2)
     (plain / "metadata.jsonl").unlink()

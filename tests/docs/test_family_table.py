@@ -1,24 +1,48 @@
-"""The table family × capability of docs/models.md names tests that there are."""
+"""The table family × capability of docs/models.md names tests that there are, where they are and when they run."""
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "models.md"
+FILE = re.compile(r"`([\w/]+\.py)`")
+FUNCTION = re.compile(r"`(test_\w+)`(ʷ?)")
+
+
+@cache
+def defined(file: str) -> dict[str, bool]:
+    """The tests of a file, and whether each is `wide`."""
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {f.name: "pytest.mark.wide" in map(ast.unparse, f.decorator_list) for f in functions}
+
+
+def table() -> list[list[str]]:
+    section = PAGE.read_text(encoding="utf-8").split("## What is tested, family by family")[1]
+    lines = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
 
 
 def test_every_cell_is_a_test_or_a_reason():
-    section = PAGE.read_text(encoding="utf-8").split("## What is tested, family by family")[1]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    head, files, *rows = table()
+    assert files[0] == "file"
     assert len(rows) > 15
-    assert {len(row) for row in rows[1:]} == {6}
-    named = re.findall(r"`([\w/]+(?:\.py)?)`", "\n".join(" | ".join(row) for row in rows))
-    files = [name for name in named if name.endswith(".py")]
-    functions = [name for name in named if name.startswith("test_") and not name.endswith(".py")]
+    assert {len(row) for row in (head, files, *rows)} == {6}
+    assert [row for row in (head[1:], files, *rows) if not all(row)] == []
+    wrong = []
+    for name, *cells in rows:
+        for column, cell in enumerate(cells, 1):
+            of_column = [file for part in (files[column], cell) for file in FILE.findall(part)]
+            for function, mark in FUNCTION.findall(cell):
+                found = [defined(file)[function] for file in of_column if function in defined(file)]
+                if found != [mark == "ʷ"]:
+                    wrong.append(f"{name}, {head[column]}: {function} is wide: {found}")
+    assert wrong == []
+
+
+def test_every_file_of_the_table_is_there():
+    files = {file for row in table() for cell in row for file in FILE.findall(cell)}
     assert len(files) > 10
-    assert len(functions) > 20
-    assert [name for name in files if not (TESTS / name).exists()] == []
-    defined = set()
-    for path in TESTS.rglob("test_*.py"):
-        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
-    assert sorted(set(functions) - defined) == []
+    assert [file for file in files if not (TESTS / file).exists()] == []

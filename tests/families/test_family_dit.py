@@ -483,6 +483,11 @@ def stock_pictures(pipe: Any, names: list[str]) -> list[Image.Image]:
     return pipe(found, guidance_scale=3.0, num_inference_steps=3, generator=generators(*range(len(names)))).images
 
 
+def base_pictures(recipe: Recipe) -> list[Image.Image]:
+    """What the pretrained model draws of as many of its own classes, from the same noise."""
+    return stock_pictures(DiTPipeline.from_pretrained(recipe.model.id), DIT_CLASSES[: len(classes_of(recipe))])
+
+
 def farthest(found: list[Image.Image], expected: list[Image.Image]) -> int:
     assert len(found) == len(expected)
     return max(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(found, expected))
@@ -498,7 +503,9 @@ def test_what_was_trained_reloads_in_the_stock_pipeline_and_draws_the_same(finis
         pipe = DiTPipeline.from_pretrained(recipe.model.id)
         state = copy.deepcopy(dict(pipe.transformer.state_dict()))
         load_adapter(pipe, recipe.output)
-    assert farthest(stock_pictures(pipe, names), tuned_pictures(recipe)) <= 1  # of 255: rounding at an edge
+    drawn = stock_pictures(pipe, names)
+    assert farthest(drawn, tuned_pictures(recipe)) <= 1  # of 255: rounding at an edge
+    assert farthest(drawn, base_pictures(recipe)) > 3
     known = names if recipe.tuning.label_space == "new" else DIT_CLASSES
     assert pipe.labels == {name: i for i, name in enumerate(known)}
     if recipe.method == "lora":
@@ -908,7 +915,9 @@ def test_a_run_is_exported_and_draws_the_same(finished, capsys, tmp_path, name, 
     assert type(pipe) is (DiffTuningDiTPipeline if pipeline == "difftuning" else DiTPipeline)
     assert (tmp_path / "export" / "difftuning_dit.py").exists() == (pipeline == "difftuning")
     pipe.set_progress_bar_config(disable=True)
-    assert farthest(stock_pictures(pipe, classes_of(recipe)), tuned_pictures(recipe)) <= 1
+    drawn = stock_pictures(pipe, classes_of(recipe))
+    assert farthest(drawn, tuned_pictures(recipe)) <= 1
+    assert farthest(drawn, base_pictures(recipe)) > 3
     assert set(lines["labels"]) <= set(pipe.labels.values())
 
 

@@ -230,3 +230,15 @@ def test_what_a_command_names_and_leaves_open(verb):
 def test_a_model_that_is_not_there_is_a_mistake():
     with pytest.raises(UserError, match="does not exist"):
         fitted(of({"id": "./gone"}))
+
+
+@pytest.mark.parametrize(
+    ("device", "supported", "precision"), [("cuda", True, "bf16"), ("cuda", False, "no"), ("cpu", True, "no")]
+)
+def test_the_usual_precision_is_bf16_where_the_device_computes_in_it(monkeypatch, device, supported, precision):
+    def supports(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(fitting, "best_device", lambda: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supports)
+    assert fitting.usual_precision() == precision

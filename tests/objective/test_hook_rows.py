@@ -145,9 +145,7 @@ def test_fault_15_20_any_structure_is_extended():
 @pytest.mark.parametrize("masks", [(None, None), (torch.ones(4, 7), None)])
 def test_what_would_be_padded_without_a_mask_is_refused(masks):
     told = ({"embeds": numbered(4, 7, 3), "mask": masks[0]}, {"embeds": numbered(1, 2, 3), "mask": masks[1]})
-    with pytest.raises(
-        ValueError, match=r"has None beside embeddings of other lengths; .* make it first: embeds"
-    ):
+    with pytest.raises(ValueError, match=r"has None beside embeddings of other lengths; .* make it first: embeds"):
         extend_rows(*told, ROLES, pad=True)
     alike = extend_rows((numbered(4, 7, 3), None), (numbered(1, 7, 3), None), ROLES, pad=True)
     assert (alike[0].shape, alike[1]) == ((6, 7, 3), None)

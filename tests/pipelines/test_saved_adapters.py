@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook
 from diffusers import ControlNetModel, DiffusionPipeline
 from peft import LoHaConfig, LoraConfig
 
@@ -78,6 +80,19 @@ def test_fault_15_14_a_tuned_pipeline_is_saved_and_loaded(tmp_path, kind):
     assert not same(draw(drop_in(kind), kind, **negative(kind)), expected)
     found.save_pretrained(tmp_path)  # where it was, and once more
     assert same(draw(again(tmp_path), kind, **negative(kind)), expected)
+
+
+def test_a_saved_adapter_is_loaded_into_a_denoiser_that_was_spread_over_devices(tmp_path):
+    pipe = drop_in("sd")
+    add_adapter(pipe.unet, "tuned", 1)
+    expected = draw(pipe, "sd")
+    pipe.save_pretrained(tmp_path)
+    unet = dispatch_model(drop_in("sd").unet, {"": "cpu"}, force_hooks=True)
+    found = again(tmp_path, unet=unet)
+    assert isinstance(found.unet._hf_hook, AlignDevicesHook)
+    assert {p.device.type for p in found.unet.parameters()} == {"cpu"}
+    assert found.hf_device_map is None  # which from_pretrained sets
+    assert same(draw(found, "sd"), expected)
 
 
 def negative(kind: str) -> dict[str, Any]:
@@ -175,7 +190,11 @@ def test_fault_15_14_half_precision(tmp_path):
     found = again(tmp_path, **in_precision(torch.bfloat16))
     assert {p.dtype for p in found.unet.parameters()} <= {torch.bfloat16, torch.float32}
     assert found.unet.dtype == torch.bfloat16
-    assert np.abs(draw(found, "sd") - draw(pipe, "sd")).mean() < 0.02
+    assert found.unet.active_adapters() == ["tuned"]
+    drawn = draw(found, "sd")
+    assert np.abs(drawn - draw(pipe, "sd")).mean() < 0.02
+    found.unet.disable_adapters()
+    assert np.abs(drawn - draw(found, "sd")).mean() > 0.03
 
 
 # --- what is not ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.loading import family_of
@@ -129,3 +130,12 @@ def test_a_layer_that_has_several_rows_a_picture_is_masked_as_two_halves_would_b
         monkeypatch.setattr(guidance, "can_mask", lambda weights: False)
         torch.testing.assert_close(masked, sampled(), rtol=1e-4, atol=1e-2)  # values are some hundreds
     assert (masked - ordinary).abs().max() > 1
+
+
+def test_a_layer_that_is_given_parts_of_the_batch_is_refused():
+    family = family_of(stock("sd"))
+    add_adapter(family.denoiser, "tuned", 1, ["ff.net.2"])
+    for block in (m for m in family.denoiser.modules() if isinstance(m, BasicTransformerBlock)):
+        block.set_chunk_feed_forward(1, dim=0)
+    with domain_guided(family, family), pytest.raises(UserError, match=r"is given parts of the batch \(forward chunk"):
+        family.sample(["red 1"], [torch.Generator().manual_seed(0)], steps=2, guidance_scale=3.0, resolution=16)

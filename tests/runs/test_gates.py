@@ -180,8 +180,11 @@ def test_gates_given_later_are_judged_when_the_run_is_resumed(words, root, capsy
     assert (root / "later" / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == weights
     assert verify(VerifyRequest(str(root / "later")))["status"] == "same"
     before = record_of(root / "later")
-    with pytest.raises(SystemExit):  # the mark does not go by leaving out the gates
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:  # the mark does not go by leaving out the gates
         main([*words("later", drawn=False), "--training.resume"])
+    assert stopped.value.code == 4
+    assert "fails its gates (retention_loss is" in capsys.readouterr().err
     assert record_of(root / "later") == before
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from difftuning_control.cli import main
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.report.tables import table
-from difftuning_control.families.loading import family_of, load_family
+from difftuning_control.families.loading import family_of, load_base, load_family
 from difftuning_control.families.sd import StableDiffusion
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
@@ -417,13 +417,21 @@ def test_captions_that_several_pictures_bear_have_no_counterpart(lora, words, tm
 
 
 @pytest.mark.wide
-def test_a_run_in_lower_precision_is_evaluated_in_it(make, words, tmp_path):
+def test_a_run_in_lower_precision_is_evaluated_in_it(make, words, tmp_path, monkeypatch):
     low = make("bf16", mixed_precision="bf16", max_steps=1)
     train(low)
+    loaded = []
+
+    def load(*given, **settings):
+        loaded.append(load_base(*given, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr("difftuning_control.verbs.evaluate.load_base", load)
     main(words(tmp_path / "out", low.output, seeds=[0]))
     (side,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sides"]
     assert math.isfinite(side["summary"]["kid"]["mean"])
     assert "forgetting" in side
+    assert {family.dtype for family in loaded} == {torch.bfloat16}
 
 
 @pytest.mark.wide

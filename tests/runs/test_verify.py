@@ -18,7 +18,7 @@ from difftuning_control.recipe.training import TuningConfig
 from difftuning_control.runs.audit import FILE, read_audit
 from difftuning_control.runs.manifest import place_of, source_files
 from difftuning_control.runs.verify import table, verify
-from difftuning_control.system.digests import digest_of
+from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
 from difftuning_control.verbs.train import train
 from support.command_line import flags, settings
@@ -78,8 +78,10 @@ def test_an_untouched_run_verifies_part_by_part(root, capsys):
 
 def test_a_moved_run_verifies(root, capsys):
     shutil.move("run", "elsewhere")
-    main(["verify", "elsewhere"])
-    assert "differ" not in capsys.readouterr().out
+    main(["verify", "elsewhere", "--strict", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["unchecked"]) == ("same", [])
+    assert {p["state"] for p in result["parts"]} == {"same"}
 
 
 def test_what_the_run_does_not_use_may_change(root):
@@ -494,7 +496,6 @@ def test_an_audit_outlives_the_run_that_is_overwritten(recipe):
 def test_a_bank_drawn_ahead_has_its_line(root):
     main(["bank", *flags(settings(Path("base"), Path("data"), Path(), **{"bank.path": "ahead", "bank.size": 2}))])
     (entry,) = read_audit(root / "ahead").entries
-    manifest = json.loads((root / "ahead" / "manifest.json").read_text())
     assert entry["command"].startswith("difftune bank --model.id base")
-    assert (entry["outcome"], list(entry["artefacts"])) == ("done", ["manifest.json"])
-    assert digest_of(manifest) != ""
+    digest = digest_of_file(root / "ahead" / "manifest.json")
+    assert (entry["outcome"], entry["artefacts"]) == ("done", {"manifest.json": digest})

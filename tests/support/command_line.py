@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,3 +28,13 @@ def settings(model: Path, data: Path, root: Path, **changes: object) -> dict[str
 
 def flags(values: dict[str, object]) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+@contextmanager
+def files_for_all() -> Iterator[None]:
+    """What is written meanwhile is for all to read, whatever the umask was."""
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -27,7 +27,7 @@ from difftuning_control.verbs.train import train
 from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
 from support.tensors import differing
-from support.trainings import interrupted_after, resumed
+from support.trainings import interrupted_after, recomputed, record, resumed, rows, steps_taken
 from support.tuned_pictures import LORA_FILE
 
 FEW_STEPS: dict[str, Any] = {
@@ -92,20 +92,26 @@ def assert_every_factor_moves_and_nothing_else(recipe: Recipe, tmp_path: Path, m
         assert all(torch.equal(now[k].cpu(), v) for k, v in module.state_dict().items()), part
 
 
-def assert_trains_to_the_weights_of(recipe: Recipe, undisturbed: Recipe, tmp_path: Path) -> None:
-    """With settings that only spare memory, to rounding."""
+def assert_checkpointed_it_trains_to_the_weights_of(recipe: Recipe, undisturbed: Recipe, tmp_path: Path) -> None:
+    """With settings that only spare memory, to rounding; what is computed again is computed in the backward pass."""
     recipe = replace(recipe, output=str(tmp_path))
-    train(recipe)
+    with recomputed() as again:
+        train(recipe)
+    assert "Linear" in again
     found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, undisturbed))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
 def assert_interrupted_it_ends_as(recipe: Recipe, undisturbed: Recipe, tmp_path: Path) -> None:
-    """Bit by bit, after an interruption in its third step."""
+    """Bit by bit, after an interruption in its third step; what its checkpoint holds is not done again."""
     recipe = replace(recipe, output=str(tmp_path))
     with pytest.raises(KeyboardInterrupt), interrupted_after(3):
         train(recipe)
-    train(resumed(recipe))
+    with steps_taken() as taken:
+        train(resumed(recipe))
+    assert len(taken) == recipe.training.max_steps - recipe.training.checkpoint_every
+    assert rows(recipe) == rows(undisturbed)
+    assert record(recipe)["losses"] == record(undisturbed)["losses"]
     assert digest_of_file(tmp_path / LORA_FILE) == digest_of_file(Path(undisturbed.output) / LORA_FILE)
 
 

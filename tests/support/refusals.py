@@ -1,4 +1,4 @@
-"""Refused commands: one sentence, exit code 2, and a folder that stays as it was."""
+"""Refused commands: one sentence, exit code 2, and a folder that stays as it was, but for whole files in a cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from difftuning_control.cli import main
 
 
 def snapshot(root: Path) -> dict[str, bytes | str | None]:
-    """Everything below a folder but the caches."""
+    """Everything below a folder; the folders of caches have an entry for what is not whole in them."""
     found: dict[str, bytes | str | None] = {}
     for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if not name.startswith("cache"):
-            found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        name = path.relative_to(root)
+        if not name.parts[0].startswith("cache"):
+            found[str(name)] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        elif path.name.startswith(".") or (path.parent.name == "banks" and not (path / "manifest.json").exists()):
+            found[str(name)] = None
     return found
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from difftuning_control.recipe.recipe import Recipe
@@ -52,13 +55,29 @@ def resumed(recipe: Recipe, **settings: Any) -> Recipe:
 
 
 @contextmanager
-def interrupted_after(steps: int) -> Iterator[list[int]]:
-    """Raises KeyboardInterrupt inside the optimizer step of that number; gives the list of the steps taken."""
+def recomputed() -> Iterator[set[str]]:
+    """Gives the classes of modules that run within a backward pass: what gradient checkpointing computes again."""
+    found: set[str] = set()
+
+    def note(module: Module, _: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            found.add(type(module).__name__)
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def steps_taken(interrupt: int | None = None) -> Iterator[list[int]]:
+    """Gives the list of the optimizer's steps; raises KeyboardInterrupt inside the one of that number."""
     taken: list[int] = []
 
     def count(*_: Any) -> None:
         taken.append(1)
-        if len(taken) == steps:
+        if len(taken) == interrupt:
             raise KeyboardInterrupt
 
     hook = register_optimizer_step_post_hook(count)
@@ -66,3 +85,8 @@ def interrupted_after(steps: int) -> Iterator[list[int]]:
         yield taken
     finally:
         hook.remove()
+
+
+def interrupted_after(steps: int) -> AbstractContextManager[list[int]]:
+    """Raises KeyboardInterrupt inside the optimizer step of that number; gives the list of the steps taken."""
+    return steps_taken(steps)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -21,10 +22,10 @@ from difftuning_control.verbs.train import train
 from support.drawing import generators
 from support.family_runs import (
     assert_buckets_have_shapes_that_fit,
+    assert_checkpointed_it_trains_to_the_weights_of,
     assert_every_factor_moves_and_nothing_else,
     assert_interrupted_it_ends_as,
     assert_measured_and_judged,
-    assert_trains_to_the_weights_of,
     recipe_maker,
 )
 from support.feature_models import save_tiny_dinov2
@@ -129,7 +130,7 @@ def test_every_factor_of_a_lora_moves_and_nothing_else(make, name, tmp_path, mon
 @pytest.mark.wide
 def test_gradient_checkpointing_and_a_second_encoding_change_no_weight(make, finished, name, tmp_path):
     spared = make("", name, training={"gradient_checkpointing": True}, model={"offload": True})
-    assert_trains_to_the_weights_of(spared, finished({"family": name}), tmp_path)
+    assert_checkpointed_it_trains_to_the_weights_of(spared, finished({"family": name}), tmp_path)
 
 
 @pytest.mark.wide
@@ -139,6 +140,7 @@ def test_a_run_in_bf16_and_in_fewer_bits_is_one_whose_loss_is_near(make, finishe
     recipe = replace(make("", name, model=model, training={"mixed_precision": "bf16"}), output=str(tmp_path))
     run = train(recipe).record
     found, expected = (rows(r)[0]["target_loss"] for r in (recipe, finished({"family": name})))
+    assert found != expected
     assert abs(found / expected - 1) < (0.1 if quantization is None else 0.3)
     family = load_base(recipe)
     assert family.fingerprints == run.fingerprints.base
@@ -178,7 +180,11 @@ def test_a_pilot_compares_plain_and_diff_tuning(make, name, root, tmp_path):
         features=features,
     )
     result = pilot(recipe, config, "en", False, tell=lambda text: None)
-    assert len(result.sides) == 2
+    assert [side["name"] for side in result.sides] == config.sides
+    figures = [[row["kid"] for row in side["runs"]] for side in result.sides]
+    assert [len(kids) for kids in figures] == [2, 2]
+    assert np.isfinite(figures).all()
+    assert figures[0] != figures[1]
 
 
 @pytest.mark.sample("z_image-separate")

@@ -48,7 +48,7 @@ from support.feature_models import save_tiny_dinov2
 from support.pictures import write_pictures
 from support.tensors import differing
 from support.tiny_models import tiny_flux, tiny_sd3, tiny_sdxl
-from support.trainings import interrupted_after, record, resumed, rows, run_record, trained_once
+from support.trainings import interrupted_after, recomputed, record, resumed, rows, run_record, trained_once
 from support.tuned_pictures import LORA_FILE, PROMPTS, SAMPLING, assert_same_pictures, generators, opened
 
 MODELS = {"sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
@@ -239,7 +239,9 @@ def test_full_weights_reload_in_stock_diffusers_and_draw_the_same(finished, name
 @pytest.mark.sample("sd3")
 def test_gradient_checkpointing_changes_no_weight(make, finished, name, tmp_path):
     recipe = replace(make("", name, training={"gradient_checkpointing": True}), output=str(tmp_path))
-    train(recipe)
+    with recomputed() as again:
+        train(recipe)
+    assert "Linear" in again
     found, expected = (load_file(f"{r.output}/{LORA_FILE}") for r in (recipe, finished({"family": name})))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
@@ -249,6 +251,7 @@ def test_a_run_in_bf16_is_one_whose_loss_is_near(make, finished, name, tmp_path)
     recipe = replace(make("", name, training={"mixed_precision": "bf16"}), output=str(tmp_path))
     train(recipe)
     found, expected = (rows(r)[0]["target_loss"] for r in (recipe, finished({"family": name})))
+    assert found != expected
     assert abs(found / expected - 1) < 0.1
 
 
@@ -513,5 +516,9 @@ def test_schedule_measured_and_runs_judged(make, name, root, short_prompts, tmp_
         output=str(tmp_path / "evaluation"),
     )
     result = evaluate(request)
-    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert result
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["sides"]
+    (side,) = result["sides"]
+    assert [run["seed"] for run in side["runs"]] == [0]
+    kids = [found["summary"]["kid"]["mean"] for found in (result["base"], side)]
+    assert np.isfinite(kids).all()
+    assert kids[0] != kids[1]

@@ -71,8 +71,10 @@ def test_drawing_again_takes_a_new_folder(made, tmp_path, capsys):
         main(words)
         assert capsys.readouterr().out == f"done: 1 picture in {tmp_path / name}\n"
         assert (tmp_path / name / "000-red-1.png").is_file()
-    main([*words, "--overwrite"])
+    (tmp_path / "drawn" / "mine.txt").write_text("kept")
+    main(["sample", str(made), "blue 2", *words[3:], "--overwrite"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drawn", "drawn-2", "drawn-3"]
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["000-blue-2.png", "mine.txt", "samples.json"]
 
 
 def test_a_recipe_without_pictures_is_refused_before_anything(tmp_path):

@@ -38,7 +38,7 @@ from difftuning_control.training.inputs import prepare_inputs
 from difftuning_control.training.setup import build_objective, make_accelerator
 from difftuning_control.verbs.train import train
 from support.pictures import write_pictures
-from support.trainings import PLAIN, interrupted_after, record, resumed, rows, run_record, trained_once
+from support.trainings import PLAIN, interrupted_after, recomputed, record, resumed, rows, run_record, trained_once
 
 STEPS = 6
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -236,8 +236,26 @@ def test_what_only_watches_changes_no_weight_and_not_the_runs_identity(make, fin
 @pytest.mark.wide
 def test_gradient_checkpointing_changes_nothing_but_rounding(make, finished, tmp_path):
     recipe = replace(make("", "full", training={"gradient_checkpointing": True}), output=str(tmp_path))
-    train(recipe)
+    with recomputed() as again:
+        train(recipe)
+    assert "Linear" in again
     torch.testing.assert_close(weights(recipe), weights(finished({"method": "full"})), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trackers": ["wandb"]}, r"trackers names wandb, which is not installed; run pip install .*\[wandb\]"),
+        ({"optimizer": "adamw8bit"}, "optimizer is adamw8bit, which needs bitsandbytes; run pip install"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is fp16, which needs a GPU; use bf16 or no on a CPU"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_this_machine_has_not_is_refused(monkeypatch, settings, message):
+    monkeypatch.setattr("difftuning_control.training.setup.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        make_accelerator(Recipe(training=TrainingConfig(**settings)))
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ from difftuning_control.verbs.export.card import Parts, export_card
 from difftuning_control.verbs.export.export import export
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.train import train
+from support.command_line import files_for_all
 from support.controls import OUTLINE, write_photos
 from support.feature_models import save_tiny_dinov2
 from support.marks import needs, needs_asking
@@ -289,9 +290,10 @@ def test_the_same_export_twice_is_the_same_byte_by_byte(run, tmp_path, method, s
     ids=str,
 )
 def test_who_may_read_an_export_may_read_its_weights(to, run, method, settings):
-    folder = to(run(method), **settings)
+    with files_for_all():
+        folder = to(run(method), **settings)
     files = [p for p in folder.rglob("*") if p.is_file()]
-    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {stat.S_IMODE((folder / "README.md").stat().st_mode)}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o644}
 
 
 def test_the_card_tells_diffusers_what_a_model_was_saved_without(lora):
@@ -332,6 +334,13 @@ def test_the_card_of_a_kohya_file_names_the_module_that_reads_it(lora, component
     parts = Parts("AnyPipeline", None, None, "mine.safetensors", component, network=network)
     request = ExportRequest(lora.output, "there", format="kohya")
     assert said in export_card(request, lora, finished_run(lora.output), parts, [])
+
+
+def test_the_card_shows_a_files_name_as_it_is(lora):
+    parts = Parts("AnyPipeline", None, None, "a&b [v2].safetensors", "unet", network="networks.lora")
+    card = export_card(ExportRequest(lora.output, "there", format="kohya"), lora, finished_run(lora.output), parts, [])
+    assert "Put `a&b [v2].safetensors` where" in card
+    assert "`--network_module networks.lora --network_weights 'a&b [v2].safetensors'`" in card
 
 
 # --- stock diffusers opens it ---------------------------------------------------------------------------------------
@@ -764,17 +773,21 @@ def test_a_failed_upload_keeps_the_export_and_says_why(lora, hub, tmp_path, monk
     assert names(tmp_path / "out") == {"icons.safetensors"} | OURS
 
 
-def test_an_export_whose_upload_failed_stands_in_the_audit(lora, hub, tmp_path, monkeypatch):
+def test_an_export_whose_upload_failed_stands_in_the_audit(lora, hub, tmp_path, monkeypatch, capsys):
     def refuse(*args: Any, **given: Any) -> None:
         raise ConnectionError("no route to the host")
 
     monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
     words = ["export", lora.output, "--to", str(tmp_path / "out"), "--format", "kohya", "--push", "a/b"]
     before = len(read_audit(Path(lora.output)).entries)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main(words)
-    with pytest.raises(SystemExit):  # refused, as it is there: nothing is changed and nothing written down
+    assert stopped.value.code == 2
+    assert "is written, but could not be uploaded to a/b (no route to the host); run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:  # nothing is changed and nothing written down
         main(words)
+    assert stopped.value.code == 2
+    assert "already holds export.json; give --overwrite or another --to." in capsys.readouterr().err
     (line,) = read_audit(Path(lora.output)).entries[before:]
     assert (line["outcome"], list(line["artefacts"])) == ("failed", ["export.json"])
     assert "could not be uploaded" in line["said"]

@@ -96,11 +96,17 @@ def test_the_same_command_asks_nothing_again_and_other_prompts_are_asked(study, 
 
 
 @pytest.mark.wide
-def test_a_model_that_learns_nothing_draws_what_the_base_draws(study, config, tmp_path):
+def test_a_model_that_learns_nothing_draws_what_the_base_draws(study, config, done, tmp_path):
+    tuned = done[1]
+    assert any(
+        ours["outside_kid"] != pytest.approx(bases["outside_kid"], abs=1e-6)
+        for side in tuned.sides
+        for ours, bases in zip(side["outside"]["runs"], tuned.base["outside"]["runs"], strict=True)
+    )
     still = run(study, replace(config, learning_rates=[1e-12], lengths=[3]), tmp_path / "out")
     for side in still.sides:
-        for ours, bases in zip(side["outside"]["runs"], still.base["outside"]["runs"]):
-            assert ours["outside_kid"] == pytest.approx(bases["outside_kid"], abs=1e-3)
+        for ours, bases in zip(side["outside"]["runs"], still.base["outside"]["runs"], strict=True):
+            assert ours["outside_kid"] == pytest.approx(bases["outside_kid"], abs=1e-6)
 
 
 @pytest.mark.wide
