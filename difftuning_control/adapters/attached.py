@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
@@ -29,11 +29,12 @@ def layers_of(module: Any, name: str) -> list[Any]:
     return [m for m in tuned if any(name in getattr(m, part, {}) for part in m.adapter_layer_names)]
 
 
-def runs_any_of(net: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    """Whether a ControlNet runs some layers of the denoiser, as parts of its own or lent to it (Z-Image's refiners)."""
+def runs_any_of(net: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a ControlNet runs layers of the denoiser with some of these parameters, as parts of its own or lent to it
+    (Z-Image's refiners)."""
     parts = [net, *(value for value in vars(net).values() if isinstance(value, nn.Module))]
-    own = {id(module) for part in parts for module in part.modules()}
-    return any(id(layer) in own for layer in layers)
+    own = {id(parameter) for part in parts for parameter in part.parameters()}
+    return any(id(parameter) in own for parameter in parameters)
 
 
 def encoders_of(pipe: Any) -> list[Any]:
@@ -46,7 +47,7 @@ def adapter_names(denoiser: Any) -> set[str]:
     peft, own = getattr(denoiser, "peft_config", {}), own_parts(denoiser)
     for name, part in list(own.items()):
         if isinstance(part, RankMask) and name not in peft:
-            own.pop(name).handle.remove()
+            own.pop(name).remove()
     return set(peft) | set(own)
 
 
@@ -85,7 +86,7 @@ def remove_adapter(pipe: Any, denoiser: Any, name: str, merged: bool = False) ->
         own.remove()
         return
     if own is not None:
-        own.handle.remove()
+        own.remove()
     for module in (denoiser, *encoders_of(pipe)):
         if name not in getattr(module, "peft_config", {}):
             continue

@@ -125,7 +125,8 @@ def _load_lora(pipe: Any, component: str, denoiser: Any, path: Path, name: str, 
     if header.get("kind") == "tlora":
         mask_ranks(denoiser, name, header["rank"], header["limits"], header["sign"])
         net = getattr(pipe, "controlnet", None)
-        if net is not None and runs_any_of(net, layers_of(denoiser, name)):
+        masked = [p for layer in layers_of(denoiser, name) for p in layer.parameters()]
+        if net is not None and runs_any_of(net, masked):
             own_parts(denoiser)[name].follow(net)
     if strength != 1:
         for module in (denoiser, *encoders_of(pipe)):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from difftuning_control.errors import UserError
 from difftuning_control.families.forwards import timestep_name, timestep_place
 from difftuning_control.objective.noise import NoiseProcess
 
@@ -66,7 +67,7 @@ class RankMask:
         self.gate: Tensor | None = None
         self._checkpointing = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
         self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
-        self.handle = denoiser.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._handles = [denoiser.register_forward_pre_hook(self._see, with_kwargs=True)]
 
     def cover(self, layer: nn.Module) -> None:
         """Mask the output of a LoRA's A, (B, …, runs · rank)."""
@@ -74,7 +75,12 @@ class RankMask:
 
     def follow(self, net: nn.Module) -> None:
         """Take the timestep from a ControlNet too, which runs layers of the denoiser before that does (Z-Image)."""
-        net.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._handles.append(net.register_forward_pre_hook(self._see, with_kwargs=True))
+
+    def remove(self) -> None:
+        """See no timesteps any more."""
+        for handle in self._handles:
+            handle.remove()
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "tlora", "rank": self.rank, "limits": self.limits, "sign": self.sign}
@@ -113,7 +119,11 @@ class RankMask:
         module._gradient_checkpointing_func = kept
 
     def _apply(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        assert self.gate is not None
+        if self.gate is None:
+            raise UserError(
+                "a layer of the T-LoRA runs before the denoiser was told a timestep; load the adapter into the "
+                "pipeline that has the ControlNet."
+            )
         gate = self.gate
         if len(gate) not in (1, len(output)):
             if not (gate == gate[:1]).all():

@@ -276,12 +276,13 @@ def _class_rows(
         if (target := leads_outside(picture, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
         elif len(parts) != 2:
-            where = "lies in no class folder" if len(parts) == 1 else "lies deeper than its class folder"
+            where = "lies in no class folder" if len(parts) < 2 else "lies deeper than its class folder"
             checker.bad[name] = f"{where}; expected {folder.name}/class/picture"
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     named = {row.caption for row in rows}
-    roots = {folder / p.relative_to(folder).parts[0] for p in pictures} if is_split else [folder]
+    deep = [p.relative_to(folder).parts for p in pictures if is_split and p.parent != folder]
+    roots = {folder / parts[0] for parts in deep} if is_split else [folder]
     below = {p for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith(".")}
     subfolders = sorted(p.name for p in below.difference(*([other, *other.parents] for other in apart)))
     empty = [name for name in subfolders if name not in named]

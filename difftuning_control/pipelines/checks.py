@@ -283,7 +283,7 @@ def check_nets(pipe: Any, nets: Sequence[Any], tuned: Sequence[Any], in_halves: 
     refiners; and guidance by halves of a batch whose rows the ControlNet has padded to the length of the longest.
 
     Args:
-        tuned: layers that adapters act in.
+        tuned: parameters that were tuned, or of layers that adapters act in.
         in_halves: whether each half of a batch gets a forward of its own.
     """
     if any(runs_any_of(net, tuned) for net in nets) or (nets and in_halves):

@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import Tensor
 
+from difftuning_control.adapters.difffit import TrainedWhole
 from difftuning_control.errors import UserError
 from difftuning_control.objective.noise import NoiseProcess
 from difftuning_control.pipelines.checks import (
@@ -139,7 +140,7 @@ class Sampling:
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
             branch = guiding.branch(self.pipe, call)
-        check_nets(self.pipe, nets_of(self.pipe), weights.layers, self.guiding.lists and is_guided)
+        check_nets(self.pipe, nets_of(self.pipe), self._tuned(weights), self.guiding.lists and is_guided)
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, self._changes_scales())
         encoders = self._tuned_text_encoders(weights.adapters)
@@ -212,6 +213,14 @@ class Sampling:
             check_beside(self.denoiser, self.source, self.component)
             check_ip_adapter(self.denoiser, self.source, self.component)
         return weights
+
+    def _tuned(self, weights: TunedWeights) -> list[Any]:
+        """The parameters whose strength the settings change, and those beside them in the same layers."""
+        if self.source is not None:
+            return list(unwrap_module(self.denoiser).parameters())
+        whole = [layer for layer in weights.layers if isinstance(layer, TrainedWhole)]
+        layers = [layer for layer in weights.layers if not isinstance(layer, TrainedWhole)]
+        return [p for layer in layers for p in layer.parameters()] + [p for w in whole for p in w.parameters.values()]
 
     def _strength(self, weights: TunedWeights) -> Callable[[Tensor], float]:
         """From a sampler's timestep to the strength of the tuned weights."""

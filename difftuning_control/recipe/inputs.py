@@ -68,7 +68,8 @@ class DataConfig:
         caption_column: column of the captions.
         image_column: column of the pictures, in a `datasets` data set.
         classes: take classes for captions: folders (the name of the sub-folder that a picture lies in), or label (the
-            names or numbers in the column called label); captions as they are when empty.
+            names or numbers in the column label, or in caption_column where that names another); captions as they are
+            when empty.
         default_caption: caption of pictures that have none; such pictures are a mistake when empty.
         trigger: words for what is learnt (`zbx style`), put before captions that lack them and alone where there is
             none; a bank for captions is drawn without them, and a LoRA whose recipe names nothing of what is retained

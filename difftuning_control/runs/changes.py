@@ -127,10 +127,11 @@ def refuse_changed(output: Path, recipe: Recipe, processes: int) -> None:
     if record is None:
         return
     _check_rows(output, record, recipe, processes)
-    differing = _differing(record, _today(record, output), recipe)
-    refused = [_was(key, *values) for key, values in differing if key not in (*CHANGEABLE, "tuning.schedule.path")]
-    if refused:  # what a schedule's file says needs more than its name
-        raise _refusal(output, refused)
+    before, now = (_flat(identity_settings(r, {"path": None})) for r in (_today(record, output), recipe))
+    old, new = dict(before), dict(now)  # what a schedule's file says is compared later
+    differing = [key for key in dict.fromkeys((*old, *new)) if key not in CHANGEABLE and old.get(key) != new.get(key)]
+    if differing:
+        raise _refusal(output, [_was(key, old.get(key), new.get(key)) for key in differing])
 
 
 def _check_rows(output: Path, record: RunRecord, recipe: Recipe, processes: int) -> None:

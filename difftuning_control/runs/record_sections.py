@@ -181,7 +181,8 @@ read_phases = dict_of(PhaseCost)  # of what a JSON file holds
 
 @dataclass(kw_only=True)
 class Timings(Section):
-    """Seconds before the first step and of the training itself; None where a record does not say."""
+    """Seconds of all sessions: of the phases load, encode, bank and analysis, and of all others; None where a record
+    does not say."""
 
     preparation: float | None = None
     training: float | None = None

@@ -83,6 +83,8 @@ def discard(folder: Path) -> None:
     """
     gone = hidden(folder, f".gone{PARTIAL}")
     shutil.rmtree(gone, ignore_errors=True)
+    if gone.exists():  # what could not be deleted before
+        gone = hidden(folder, f".gone{PARTIAL}{secrets.token_hex(4)}")
     os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -98,9 +100,11 @@ def is_empty(folder: Path) -> bool:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Delete the temporaries of killed processes for these names; only for who is alone in writing them."""
+    """Delete the temporaries of killed processes for these names, as far as they can be deleted; only for who is alone
+    in writing them."""
     for path in folder.glob(f".{name}{PARTIAL}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

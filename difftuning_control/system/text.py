@@ -55,7 +55,7 @@ def is_device(name: str) -> bool:
 
 def plain_markdown(text: str) -> str:
     """A text as Markdown that shows it as it is, on one line: no HTML, link or code comes out of it."""
-    escaped = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", harmless(text))  # a _ within a word is shown
+    escaped = re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", harmless(text))  # a _ within a word is shown
     return html.escape(escaped, quote=False)
 
 

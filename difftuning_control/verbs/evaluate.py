@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from difftuning_control.data.bank import KnowledgeBank
+from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.bank_prompts import outside_prompts
 from difftuning_control.data.conditions import conditions_of
 from difftuning_control.data.control_spec import SUPPLIED, Conditioner, ControlSpec
-from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import ImageData
 from difftuning_control.data.labels import bank_classes, begin_label_space, class_names
 from difftuning_control.data.latents import part_of
 from difftuning_control.data.prepare import cache_folder, hold_out, silent
-from difftuning_control.data.sources import load_images
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.curve import Curve
 from difftuning_control.evaluation.features import Features, load_features
@@ -191,12 +190,7 @@ def _old_domain(
             "where it was moved with --moved.bank."
         )
     if request.source is not None:
-        pictures = load_images(
-            request.source,
-            need_captions=False,
-            max_pixels=recipe.data.max_pixels,
-            choice=Choice(option="another folder"),
-        )
+        pictures = pictures_of_bank(Path(request.source), recipe.data, has_classes=False)
         for line in pictures.notes:
             tell(line)
         return reconstructed(family, features, pictures.sample(MOST), resolution)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from difftuning_control.families.family import Family
     from difftuning_control.recipe.requests import SampleRequest
 
-RESULT = "samples.json"
+RESULT, GRID, CONDITION = "samples.json", "grid.png", "condition.png"
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
     for name, picture in zip(_file_names(request.prompts), rows[list(rows)[-1]]):
         picture.save(folder / name)
     if condition is not None:
-        condition.save(folder / "condition.png")
+        condition.save(folder / CONDITION)
     if request.compare:
         shown = {"condition": [condition] * len(request.prompts)} if condition is not None else {}
-        save_grid(folder / "grid.png", shown | rows, request.prompts)
+        save_grid(folder / GRID, shown | rows, request.prompts)
     write_json(folder / RESULT, _described(request, model, settings))
     return folder
 
@@ -107,10 +107,13 @@ def _file_names(prompts: Sequence[str]) -> list[str]:
 def _clear(folder: Path) -> None:
     """Remove the pictures that an earlier `samples.json` tells of; other files are left alone."""
     try:
-        prompts = json.loads((folder / RESULT).read_text(encoding="utf-8"))["prompts"]
-    except (OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        names = [RESULT, *_file_names(earlier["prompts"])]
+        names += [GRID] if earlier.get("compare") else []
+        names += [CONDITION] if "control" in earlier else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    for name in (RESULT, "grid.png", "condition.png", *_file_names(prompts)):
+    for name in names:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -193,7 +196,7 @@ def _draw(
 
 def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) -> dict[str, Any]:
     """What `samples.json` holds."""
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"compare": True} if request.compare else {}
     if request.control is not None:
         given = {"control": request.control, "control_ready": request.control_ready}
     if request.domain_guidance_scale is not None:

@@ -233,6 +233,9 @@ def test_fault_15_01_class_folders_may_lie_in_the_folders_of_splits_and_be_calle
     assert captions(tmp_path / "split", classes="folders") == ["cat", "dog"]
     assert captions(tmp_path / "called", classes="folders") == ["test", "train"]
     assert captions(tmp_path / "split", classes="folders", choice=Choice("all")) == ["cat", "cat", "dog"]
+    picture_at(tmp_path / "split" / "3.png", 3)
+    with pytest.raises(UserError, match=r"3\.png in .* lies in no class folder"):
+        captions(tmp_path / "split", classes="folders", choice=Choice("all"))
 
 
 def test_fault_15_01_conditions_are_those_of_the_split(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from difftuning_control import attach, load_adapter
+from difftuning_control import attach, load_adapter, unload_adapter
 from difftuning_control.adapters.kinds import own_parts
 from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
@@ -243,3 +243,25 @@ def test_settings_of_the_adapter_are_refused_where_the_controlnet_runs_tuned_lay
     attach(pipe, **settings)
     with pytest.raises(UserError, match="runs layers of the transformer that the adapter tuned"):
         pipe(PROMPTS[0], height=SIDE, width=SIDE, num_inference_steps=1, control_image=to_tensor(conditions(SIDE)[:1]))
+
+
+def test_all_weights_are_refused_there_too(tmp_path):
+    pipe = controlled().control_pipeline()
+    attach(pipe, source=tiny_z_image(seed=4, layers=LAYERS).transformer, hand_over=0.3)
+    with pytest.raises(UserError, match="runs layers of the transformer that the adapter tuned"):
+        pipe(PROMPTS[0], height=SIDE, width=SIDE, num_inference_steps=1, control_image=to_tensor(conditions(SIDE)[:1]))
+
+
+def test_a_tlora_that_a_controlnet_was_put_beside_later_is_told_and_leaves_nothing(tmp_path):
+    tuned(tmp_path, kind="tlora", rank=4, min_rank=1)
+    family = controlled()
+    load_adapter(family.pipe, tmp_path, "style")
+    with pytest.raises(UserError, match="load the adapter into the pipeline that has the ControlNet"):
+        stock_picture(family, conditions(SIDE))
+    unload_adapter(family.pipe, "style")
+    pipe = family.control_pipeline()
+    load_adapter(pipe, tmp_path, "style")
+    hooks = family.controlnet._forward_pre_hooks
+    assert len(hooks) == 1
+    unload_adapter(pipe, "style")
+    assert len(hooks) == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig
 
 from difftuning_control.adapters.snapshot import load_adapters, save_adapters
+from difftuning_control.system.durable import discard, sweep
 from difftuning_control.system.text import portable_name
 
 
@@ -42,3 +45,18 @@ def test_adapters_lie_in_folders_that_differ_in_more_than_capitals(pipe, tmp_pat
     load_adapters(pipe, tmp_path / "adapters")
     after = dict(pipe.unet.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_cannot_be_deleted_yet_ends_nothing_and_goes_later(tmp_path, monkeypatch):
+    """As on a network disk, where another program has a file open."""
+    folder, real = tmp_path / "checkpoint-1", shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else real(path))
+        for _ in range(2):
+            (folder / "open").mkdir(parents=True)
+            discard(folder)
+            sweep(tmp_path)
+        assert not folder.exists()
+        assert len(list(tmp_path.iterdir())) == 2
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

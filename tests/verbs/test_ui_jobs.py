@@ -91,6 +91,8 @@ def test_a_clock_that_is_set_while_a_training_runs_does_not_end_it(jobs, tmp_pat
     job = jobs.add(["train"], tmp_path / "a")
     jobs._write(replace(job, born=job.born + 3600))
     assert states(jobs) == ["running"]
+    jobs.stop(job.name)
+    assert until(lambda: states(jobs) == ["stopped"])
 
 
 def test_a_number_that_another_process_has_now_is_not_stopped(jobs, tmp_path):

@@ -68,6 +68,10 @@ def edit_caption(places: Places, folder: Path, name: str, before: str | None, af
             journal.write(json.dumps(entry) + "\n")
 
 
+class LostEditError(UserError):
+    """An edit that cannot be made or taken back any more: its picture is gone, or its caption was changed since."""
+
+
 def has_edits(places: Places) -> bool:
     """Whether there is an edit to take back."""
     path = places.state / JOURNAL
@@ -99,7 +103,7 @@ def _taken_back(places: Places, line: str, given_up: list[str]) -> tuple[Path, s
         folder, name = Path(entry["folder"]), entry["name"]
         _write(places, folder, name, entry["after"], entry["before"])
         return folder, name
-    except UserError as error:
+    except LostEditError as error:
         given_up.append(str(error))
     except (ValueError, KeyError, TypeError):  # half written, as where the power went
         given_up.append("a line of the journal cannot be read.")
@@ -114,11 +118,12 @@ def _alone(places: Places) -> FileLock:
 def _write(places: Places, folder: Path, name: str, before: str | None, after: str | None) -> None:
     """Write a caption, or take its file away where `after` is None."""
     if not places.readable(folder / name).is_file():
-        raise UserError(f"there is no picture {name} in {folder}; look at the folder again.")
+        gone = LostEditError if folder.is_dir() else UserError  # a disk that is not there may come back
+        raise gone(f"there is no picture {name} in {folder}; look at the folder again.")
     table = _table_of(folder, name)
     path = places.writable(table if table is not None else _file_of(folder / name))
     if (caption_of(folder, name) or "") != (before or ""):
-        raise UserError(f"the caption of {name} was changed since by somebody else; look at the folder again.")
+        raise LostEditError(f"the caption of {name} was changed since by somebody else; look at the folder again.")
     if table is None and after is None:
         path.unlink(missing_ok=True)
         return

@@ -103,7 +103,8 @@ def picture_folders(places: Places) -> list[str]:
     for root in (places.folder, *places.pictures):
         for folder in [root, *sorted(p for p in root.glob("*") if p.is_dir()), *sorted(root.glob("*/*/"))]:
             named = places.name(folder)
-            if folder.name.startswith(".") or (named.startswith(("runs/", "exports/", ".")) and named != "."):
+            is_written = named.startswith(tuple(f"{place}/" for place in OUTPUTS))
+            if folder.name.startswith(".") or is_written or (named.startswith(".") and named != "."):
                 continue
             with suppress(OSError):  # of a folder that cannot be read
                 has_pictures = any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir())

@@ -110,7 +110,7 @@ class Jobs:
             if job.state == WAITING:
                 job = replace(job, state=STOPPED)
                 self._write(job)
-            elif not job.is_asked_to_end and (process := _process(job)) is not None:
+            elif not job.is_asked_to_end and (process := self._alive(job)) is not None:
                 process.send_signal(signal.SIGTERM)
                 job = replace(job, is_asked_to_end=True)
                 self._write(job)
@@ -193,10 +193,10 @@ class Jobs:
         """A job as it is now."""
         if job.state != RUNNING:
             return job
+        if self._alive(job) is not None:
+            return job
         child = self._children.get(job.name)
         code = child.poll() if child is not None else None
-        if code is None and (child is not None or _process(job) is not None):  # times of processes follow the clock
-            return job
         self._children.pop(job.name, None)
         code = self._code(job) if code is None else code
         if code is None or code in (130, 143, -signal.SIGTERM, -signal.SIGINT):  # None: killed, or the power went
@@ -205,6 +205,13 @@ class Jobs:
             job = replace(job, state=FAILED if code else DONE)
         self._write(job)
         return job
+
+    def _alive(self, job: Job) -> subprocess.Popen | psutil.Process | None:
+        """The process of a job: this page's own child, or one that an earlier page started."""
+        child = self._children.get(job.name)
+        if child is not None:  # the times at which others began move with the clock
+            return child if child.poll() is None else None
+        return _process(job)
 
     def _code(self, job: Job) -> int | None:
         """The exit code of a process that an earlier page started, where it left one."""
