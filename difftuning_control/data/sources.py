@@ -130,13 +130,12 @@ def _rows(
         checker.notes += lines
         rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder], checker.notes), 0
     elif folder.is_dir():
-        files, others, split, is_split = _files_of_split(
-            path, folder, others_in_it, choice, checker, classes == "folders"
-        )
+        by_class = classes == "folders"
+        files, others, split, is_split = _files_of_split(path, folder, others_in_it, choice, checker, by_class)
         if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
             kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
             checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
-        if classes == "folders":
+        if by_class:
             rows, ignored = _class_rows(path, folder, files, others_in_it, is_split, checker)
         else:
             rows, ignored = _folder_rows(folder, files, others, columns, checker)
@@ -281,8 +280,8 @@ def _class_rows(
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     named = {row.caption for row in rows}
-    deep = [p.relative_to(folder).parts for p in pictures if is_split and p.parent != folder]
-    roots = {folder / parts[0] for parts in deep} if is_split else [folder]
+    tops = {p.relative_to(folder).parts[0] for p in pictures if p.parent != folder}
+    roots = [folder / top for top in tops] if is_split else [folder]
     below = {p for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith(".")}
     subfolders = sorted(p.name for p in below.difference(*([other, *other.parents] for other in apart)))
     empty = [name for name in subfolders if name not in named]
