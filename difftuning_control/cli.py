@@ -15,6 +15,7 @@ from pathlib import Path
 
 from difftuning_control.errors import ChangedError, GatesFailedError, NonFiniteLossError, UserError
 from difftuning_control.runs import audit
+from difftuning_control.system.memory import no_memory
 from difftuning_control.system.signals import Interrupted, watched
 from difftuning_control.system.terminal import Record, activity, crashed, showing_activities, shown
 from difftuning_control.verbs.commands import check_named
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         except GatesFailedError as error:
             sys.exit(_fail(error, str(error), 4))
         except (RuntimeError, MemoryError) as error:
-            said = _no_memory(error)
+            said = no_memory(error)
             if said is None:
                 raise
             sys.exit(_fail(error, said, 2))
@@ -84,24 +85,6 @@ def _again(interrupted: Interrupted) -> str:
     if interrupted.saved is not None or (record is not None and record.status == RUNNING):
         return f"go on with difftune resume {shlex.quote(folder)}"
     return "nothing was written yet; run the same command again"
-
-
-def _no_memory(error: BaseException) -> str | None:
-    """What to change where memory does not suffice; None of another error."""
-    reason = " ".join(str(error).split()).split(" Of the allocated memory")[0]
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
-        where = reason.partition("DefaultCPUAllocator: ")[2] or reason or "an allocation failed"
-        return (
-            f"the computer has too little memory ({where.rstrip('.')}); lower training.batch_size, bank.batch_size or "
-            "data.resolution, or end what else uses it."
-        )
-    if type(error).__name__ != "OutOfMemoryError" and "MPS backend out of memory" not in reason:
-        return None  # torch's own, which is not imported here; that of Apple's GPUs has no class of its own
-    return (
-        f"the GPU has too little memory ({reason.rstrip('.')}); say --training.gradient_checkpointing true, "
-        "--model.offload true or, for a LoRA of a transformer, --model.quantization nf4, lower training.batch_size, "
-        "bank.batch_size or data.resolution, or end what else uses the GPU."
-    )
 
 
 def _import_trainer() -> None:

@@ -86,15 +86,13 @@ def _of_parquet(folder: Path, files: list[Path], choice: Choice) -> tuple[Any, l
     names = [escape(literal(file)) for file in files]
     try:
         return datasets.load_dataset("parquet", data_files={TRAIN: names}, split=TRAIN), lines
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC):
-            raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
-        place = datasets.config.HF_DATASETS_CACHE
-        raise UserError(
-            f"the cache of datasets, {place}, cannot be written ({error.strerror}); set HF_DATASETS_CACHE or HF_HOME "
-            "to a folder that can."
-        ) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            place = datasets.config.HF_DATASETS_CACHE
+            raise UserError(
+                f"the cache of datasets, {place}, cannot be written ({error.strerror}); set HF_DATASETS_CACHE or "
+                "HF_HOME to a folder that can."
+            ) from None
         raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
 
 

@@ -94,8 +94,9 @@ def metadata_rows(
             "one JSON object a line."
         )
     columns = sorted({key for row in rows for key in row if key})
-    if bare := [i for i, row in enumerate(rows, 1) if not row.get("file_name")] or [0][bool(rows) :]:
-        which = f"row {bare[0]} has none, of" if "file_name" in columns else "found"
+    bare = next((i for i, row in enumerate(rows, 1) if not row.get("file_name")), None)
+    if not rows or bare is not None:
+        which = f"row {bare} has none, of" if "file_name" in columns else "found"
         raise UserError(f"{path} needs a file_name in every row; {which} the columns {', '.join(columns) or 'none'}.")
     if checker.captioning.finds_none(columns, [names.caption], ["file_name", names.condition or ""]):
         raise UserError(

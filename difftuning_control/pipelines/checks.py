@@ -283,10 +283,11 @@ def check_nets(pipe: Any, nets: Sequence[Any], tuned: Sequence[Any], in_halves: 
     refiners; and guidance by halves of a batch whose rows the ControlNet has padded to the length of the longest.
 
     Args:
+        nets: the ControlNets, at least one.
         tuned: parameters that were tuned, or of layers that adapters act in.
         in_halves: whether each half of a batch gets a forward of its own.
     """
-    if any(runs_any_of(net, tuned) for net in nets) or (nets and in_halves):
+    if any(runs_any_of(net, tuned) for net in nets) or in_halves:
         raise UserError(
             f"the ControlNet of a {type(pipe).__name__} runs layers of the transformer that the adapter tuned, or "
             "needs both prompts in one forward; leave out domain_guidance, hand_over and adapter_schedule, or draw "

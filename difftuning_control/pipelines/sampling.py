@@ -140,7 +140,8 @@ class Sampling:
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
             branch = guiding.branch(self.pipe, call)
-        check_nets(self.pipe, nets_of(self.pipe), self._tuned(weights), self.guiding.lists and is_guided)
+        if nets := nets_of(self.pipe):
+            check_nets(self.pipe, nets, self._tuned(weights), self.guiding.lists and is_guided)
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, self._changes_scales())
         encoders = self._tuned_text_encoders(weights.adapters)

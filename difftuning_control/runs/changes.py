@@ -127,11 +127,10 @@ def refuse_changed(output: Path, recipe: Recipe, processes: int) -> None:
     if record is None:
         return
     _check_rows(output, record, recipe, processes)
-    before, now = (_flat(identity_settings(r, {"path": None})) for r in (_today(record, output), recipe))
-    old, new = dict(before), dict(now)  # what a schedule's file says is compared later
-    differing = [key for key in dict.fromkeys((*old, *new)) if key not in CHANGEABLE and old.get(key) != new.get(key)]
-    if differing:
-        raise _refusal(output, [_was(key, old.get(key), new.get(key)) for key in differing])
+    # what a schedule's file says is compared later
+    old, new = (dict(_flat(identity_settings(r, {"path": None}))) for r in (_today(record, output), recipe))
+    if refused := [_was(key, *values) for key, values in _differing(old, new) if key not in CHANGEABLE]:
+        raise _refusal(output, refused)
 
 
 def _check_rows(output: Path, record: RunRecord, recipe: Recipe, processes: int) -> None:
@@ -153,7 +152,7 @@ def _allowed(
 ) -> dict[str, list[Any]]:
     """What has changed and may, by key with both values; `growing` where the identity may be another for the bank's
     sake alone."""
-    differing = dict(_differing(record, _today(record, output), recipe))
+    differing = dict(_differing(_settings(_today(record, output), record), _settings(recipe, None)))
     refused = [_was(key, *values) for key, values in differing.items() if key not in CHANGEABLE]
     before = record.fingerprints.to_dict()
     for name, digest in fingerprints.to_dict().items():
@@ -184,9 +183,8 @@ def _refusal(output: Path, refused: list[str]) -> UserError:
     )
 
 
-def _differing(record: RunRecord, today: Recipe, recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
     """Keys that decide the weights and have other values than before, in the recipe's order."""
-    old, new = _settings(today, record), _settings(recipe, None)
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             yield key, [old.get(key), new.get(key)]

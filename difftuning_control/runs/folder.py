@@ -117,6 +117,18 @@ def refuse_among_data(written: str | Path, data: Iterable[str | None], option: s
             )
 
 
+def refuse_places(recipe: Recipe, overwrite: bool) -> None:
+    """Refuse what a run would write among the data that it reads, or clear away though it begins from it.
+
+    Raises:
+        UserError: naming both, or what would be cleared away.
+    """
+    for option, place in written_places(recipe).items():
+        refuse_among_data(place, data_places(recipe), option)
+    if overwrite:
+        refuse_clearing_sources(recipe)
+
+
 def refuse_clearing_sources(recipe: Recipe) -> None:
     """Refuse to overwrite an output that holds the model, the weights, the schedule or whatever else a run begins from.
 

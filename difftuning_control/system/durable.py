@@ -11,10 +11,11 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def hidden(path: Path, ending: str) -> Path:
     """The hidden name with this ending beside a path, also beside `.`, which has no name of its own."""
     path = Path(os.path.abspath(path))
     return path.with_name(f".{path.name}{ending}")
+
+
+def free_folder(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
+    """The folder itself, or the first of `folder-2`, `folder-3`, … that is not taken."""
+    if not is_taken(folder):
+        return folder
+    folder = Path(os.path.abspath(folder))  # "." and ".." have no name
+    return next(f for n in count(2) if not is_taken(f := folder.with_name(f"{folder.name}-{n}")))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from difftuning_control.errors import NonFiniteLossError, UserError
 from difftuning_control.system.durable import alone, sweep
+from difftuning_control.system.memory import no_memory
 from difftuning_control.system.rows import Files, StoredFile, open_checked
 from difftuning_control.system.tensors import write_checked
 
@@ -151,11 +152,11 @@ def _exit_code(error: BaseException) -> int:
     codes: tuple[tuple[type[BaseException], int], ...] = (
         (UserError, 2),
         (OSError, 2),
-        (MemoryError, 2),
-        (torch.cuda.OutOfMemoryError, 2),
         (NonFiniteLossError, 3),
         (KeyboardInterrupt, 130),
     )
+    if no_memory(error) is not None:
+        return 2
     return next((code for kind, code in codes if isinstance(error, kind)), 1)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -97,3 +98,9 @@ def progress(total: int, text: str, show: bool = True) -> Iterator[Callable[[int
         yield bar.update
     if show and activities_are_shown():
         print(shown(f"{text} … {total} in {duration(time.monotonic() - begun)}"), flush=True)
+
+
+def sample_command(folder: str, prompts: Sequence[str], more: str = "") -> str:
+    """The `difftune sample` of a run to go on with, for the first of its prompts, to be pasted into a shell."""
+    prompt = shlex.quote(prompts[0]) if prompts else '"a prompt"'
+    return f"difftune sample {shlex.quote(folder)} {prompt}{more} --compare"

@@ -9,7 +9,7 @@ from pathlib import Path
 from difftuning_control.runs.gate_results import GateResults
 from difftuning_control.runs.gates import stop_if_failed
 from difftuning_control.runs.record import RunRecord
-from difftuning_control.system.terminal import say
+from difftuning_control.system.terminal import sample_command, say
 
 
 def print_run(run: RunRecord, output: str) -> None:
@@ -70,9 +70,8 @@ def _print_places(run: RunRecord, output: str) -> None:
     if samples.is_dir():
         say(f"  pictures: {samples}")
     say(f"  report: {Path(output) / 'report.html'}")
-    prompt = shlex.quote(run.prompts[0]) if run.prompts else '"a prompt"'
     control = " --control photo.png" if run.control is not None else ""
-    say(f"next: difftune sample {shlex.quote(output)} {prompt}{control} --compare")
+    say(f"next: {sample_command(output, run.prompts or (), control)}")
     if run.control is None:
         asked = shlex.quote(json.dumps([output]))
         say(f"      difftune evaluate --runs {asked}   (what it still draws for other prompts, among others)")

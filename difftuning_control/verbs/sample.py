@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +30,7 @@ from difftuning_control.runs.folder import refuse_among_data, refuse_unwritable
 from difftuning_control.runs.kept import kept_steps, place_of_run
 from difftuning_control.runs.places import need_places
 from difftuning_control.runs.record import RunRecord
-from difftuning_control.system.durable import is_empty, write_json
+from difftuning_control.system.durable import free_folder, is_empty, write_json
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.terminal import progress, say
 from difftuning_control.system.text import file_stem
@@ -78,7 +76,9 @@ def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
         side = settings["resolution"]
         condition = conditioner.prepare(photo, side, side, request.control_ready)
     rows = _draw(request, family, model, settings, condition)
-    folder = folder if overwrite else _free(folder)  # once they are drawn: others may have written there meanwhile
+    if not overwrite:  # now that they are drawn: others may have written there meanwhile
+        asked = folder
+        folder = free_folder(asked, lambda place: place.exists() and not (place == asked and is_empty(place)))
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     for name, picture in zip(_file_names(request.prompts), rows[list(rows)[-1]]):
@@ -90,14 +90,6 @@ def sample_to_folder(request: SampleRequest, overwrite: bool = False) -> Path:
         save_grid(folder / GRID, shown | rows, request.prompts)
     write_json(folder / RESULT, _described(request, model, settings))
     return folder
-
-
-def _free(folder: Path) -> Path:
-    """The folder itself where it is empty, else the first of `folder-2`, `folder-3`, … that is not there."""
-    if not folder.exists() or is_empty(folder):
-        return folder
-    folder = Path(os.path.abspath(folder))  # "." and ".." have no name
-    return next(f for n in count(2) if not (f := folder.parent / f"{folder.name}-{n}").exists())
 
 
 def _file_names(prompts: Sequence[str]) -> list[str]:

@@ -20,13 +20,7 @@ from difftuning_control.families.loading import load_base
 from difftuning_control.families.tunable import CLASSES_FILE
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.audit import Session
-from difftuning_control.runs.folder import (
-    OutputFolder,
-    data_places,
-    refuse_among_data,
-    refuse_clearing_sources,
-    written_places,
-)
+from difftuning_control.runs.folder import OutputFolder, refuse_places
 from difftuning_control.runs.identity import write_recipe
 from difftuning_control.runs.manifest import sources_of, write_inputs, write_record
 from difftuning_control.runs.record import COMPLETE, FAILED, RunRecord, read_run
@@ -74,10 +68,7 @@ def train(
     recipe = fitted(recipe, tell)
     written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
     recipe = placed or recipe
-    for option, place in written_places(recipe).items():
-        refuse_among_data(place, data_places(recipe), option)
-    if overwrite:
-        refuse_clearing_sources(recipe)
+    refuse_places(recipe, overwrite)
     accelerator = make_accelerator(recipe)
     output, folder = Path(recipe.output), None
     try:

@@ -190,6 +190,17 @@ def test_an_edit_that_cannot_be_taken_back_is_given_up_and_the_one_before_is_tak
         undo_caption(places)
 
 
+def test_a_disk_that_is_not_there_for_a_while_costs_no_edit(places):
+    folder = places.folder / "photos"
+    edit_caption(places, folder, "a.png", "caption a", "mine")
+    folder.rename(places.folder / "away")
+    with pytest.raises(UserError, match=r"there is no picture a\.png"):
+        undo_caption(places)
+    (places.folder / "away").rename(folder)
+    assert undo_caption(places) == (folder, "a.png", [])
+    assert caption_of(folder, "a.png") == "caption a"
+
+
 def test_a_caption_that_differs_in_white_space_alone_is_left_as_it_is(places):
     folder = places.folder / "photos"
     (folder / "a.txt").write_text("one\n\n  two\n")

@@ -20,7 +20,7 @@ from difftuning_control.evaluation.drawing import grid_cells
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.evaluation.report.page import write_page
-from difftuning_control.system.terminal import duration
+from difftuning_control.system.terminal import duration, sample_command
 
 ROLES = {"target": "your pictures", "bank": "knowledge bank"}
 MOST_STEPS, MOST_POINTS = 8, 240  # rows of pictures, points of a line
@@ -81,7 +81,7 @@ def write_training_report(folder: Path, facts: RunFacts) -> Path:
         facts=facts,
         name=folder.name,
         place=shlex.quote(str(folder)),
-        prompt=shlex.quote(facts.prompts[0]) if facts.prompts else '"a prompt"',
+        sample=sample_command(str(folder), facts.prompts),
         percent=100 * facts.step / max(1, facts.end),
         remaining=duration(facts.remaining) if facts.remaining is not None else None,
         total=duration(sum(facts.phases.values())),

@@ -35,13 +35,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.studies import AnalysisConfig, PilotConfig, retains_general
 from difftuning_control.runs import audit
 from difftuning_control.runs.audit import Session, clear_but_audit
-from difftuning_control.runs.folder import (
-    data_places,
-    refuse_among_data,
-    refuse_clearing_sources,
-    refuse_unwritable,
-    written_places,
-)
+from difftuning_control.runs.folder import refuse_places, refuse_unwritable
 from difftuning_control.runs.identity import describe_device, versions
 from difftuning_control.runs.pilot_files import VOUCHED, write_pilot
 from difftuning_control.runs.pilot_record import SETTINGS, PilotCost, PilotRecord, read_settings
@@ -261,10 +255,7 @@ def pilot(
     from difftuning_control.evaluation.report.pilot import write_pilot_report  # read at its end, after the runs
 
     output = Path(recipe.output)
-    for option, place in written_places(recipe).items():
-        refuse_among_data(place, data_places(recipe), option)
-    if overwrite:
-        refuse_clearing_sources(recipe)
+    refuse_places(recipe, overwrite)
     few = few_steps_of(recipe.model.id)
     config = config.for_model(None if few is None else few.drawn)
     marker, identity = output / SETTINGS, pilot_identity(recipe, config)

@@ -105,6 +105,8 @@ def _taken_back(places: Places, line: str, given_up: list[str]) -> tuple[Path, s
         return folder, name
     except LostEditError as error:
         given_up.append(str(error))
+    except UserError:  # a ValueError too: of a disk, or a folder, that may come back
+        raise
     except (ValueError, KeyError, TypeError):  # half written, as where the power went
         given_up.append("a line of the journal cannot be read.")
     return None

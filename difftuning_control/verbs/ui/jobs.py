@@ -24,7 +24,7 @@ import psutil
 from filelock import FileLock
 
 from difftuning_control.errors import UserError
-from difftuning_control.system.durable import beside
+from difftuning_control.system.durable import beside, free_folder
 from difftuning_control.system.secrets import without_secrets
 from difftuning_control.system.untrusted import from_json, read_text
 from difftuning_control.verbs.ui.places import STATE, Places
@@ -127,11 +127,7 @@ class Jobs:
     def free_place(self, folder: Path, stem: str) -> Path:
         """A place in a folder that is not there, and that no command which has not ended will write."""
         taken = {job.output for job in self._read() if job.state in (WAITING, RUNNING)}
-        number, place = 1, folder / stem
-        while place.exists() or str(place) in taken:
-            number += 1
-            place = folder / f"{stem}-{number}"
-        return place
+        return free_folder(folder / stem, lambda place: place.exists() or str(place) in taken)
 
     def log(self, job: Job) -> str:
         """The end of what a command printed."""
