@@ -179,7 +179,7 @@ def test_gradient_checkpointing_changes_no_bit():
 @pytest.mark.wide
 def test_at_the_full_rank_it_is_the_lora_of_all_components():
     family, _ = moved()
-    own_parts(family.denoiser)[ADAPTER].handle.remove()
+    own_parts(family.denoiser)[ADAPTER].remove()
     own_parts(family.denoiser)[ADAPTER].gate = torch.ones(1, 2 * RANK)
     latents, prompts = batch()
     with torch.no_grad():
