@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
+from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -32,7 +33,7 @@ def layers_of(module: Any, name: str) -> list[Any]:
 def runs_any_of(net: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether a ControlNet runs layers of the denoiser with some of these parameters, as parts of its own or lent to it
     (Z-Image's refiners)."""
-    parts = [net, *(value for value in vars(net).values() if isinstance(value, nn.Module))]
+    parts = [net, *(value for value in vars(unwrap_module(net)).values() if isinstance(value, nn.Module))]
     own = {id(parameter) for part in parts for parameter in part.parameters()}
     return any(id(parameter) in own for parameter in parameters)
 

@@ -67,15 +67,17 @@ class RankMask:
         self.gate: Tensor | None = None
         self._checkpointing = [m for m in denoiser.modules() if hasattr(m, "gradient_checkpointing")]
         self._limits = torch.tensor(([float("inf")] * (rank - len(limits)) + limits) * runs)
-        self._handles = [denoiser.register_forward_pre_hook(self._see, with_kwargs=True)]
+        self._handles: list[Any] = []
+        self.follow(denoiser)
 
     def cover(self, layer: nn.Module) -> None:
         """Mask the output of a LoRA's A, (B, …, runs · rank)."""
         layer.register_forward_hook(self._apply)
 
     def follow(self, net: nn.Module) -> None:
-        """Take the timestep from a ControlNet too, which runs layers of the denoiser before that does (Z-Image)."""
+        """Take the timestep from the denoiser, or also from a ControlNet that runs layers of it before (Z-Image)."""
         self._handles.append(net.register_forward_pre_hook(self._see, with_kwargs=True))
+        self._handles.append(net.register_forward_hook(self._forget, always_call=True))
 
     def remove(self) -> None:
         """See no timesteps any more."""
@@ -96,6 +98,11 @@ class RankMask:
                     self._keep_for(module)
         uncached = {name: None for name in ("kv_cache", "kv_cache_mode") if name in kwargs}
         return args, kwargs | uncached
+
+    def _forget(self, *_: Any) -> None:
+        """Have layers that something else runs before the next forward find no timestep, rather than the last one."""
+        if not torch.is_grad_enabled():  # else parts may be computed again
+            self.gate = None
 
     def _keep_for(self, module: Any) -> None:
         """Have a module's checkpointed parts recomputed under the mask that they are computed under."""

@@ -21,7 +21,9 @@ from difftuning_control.system.untrusted import leads_outside, read_file
 def inside(folder: Path, places: Iterable[Path]) -> list[Path]:
     """Those places that lie in a folder, or that a link in it leads to, however they are named, as paths that begin
     with it."""
-    found = {below(folder, Path(way(place))): None for place in places for way in (os.path.realpath, os.path.abspath)}
+    named = [Path(os.path.relpath(os.path.abspath(place), os.path.abspath(folder))) for place in places]
+    found = {folder / place: None for place in named if ".." not in place.parts}
+    found |= {below(folder, Path(os.path.realpath(place))): None for place in places}
     return [place for place in found if folder in place.parents]
 
 

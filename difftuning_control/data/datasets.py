@@ -87,13 +87,29 @@ def _of_parquet(folder: Path, files: list[Path], choice: Choice) -> tuple[Any, l
     try:
         return datasets.load_dataset("parquet", data_files={TRAIN: names}, split=TRAIN), lines
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
-            place = datasets.config.HF_DATASETS_CACHE
+        _refuse_unwritable_cache(error)
+        raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
+
+
+def _refuse_unwritable_cache(error: BaseException | None) -> None:
+    """Say it where `datasets` could not write its cache, however it wraps that.
+
+    Raises:
+        UserError: naming the cache.
+    """
+    import datasets  # saves a second where pictures lie in a folder
+
+    place = datasets.config.HF_DATASETS_CACHE
+    while error is not None:
+        is_there = isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(place)
+        if isinstance(error, OSError) and (
+            error.errno in (errno.EROFS, errno.ENOSPC) or (error.errno == errno.EACCES and is_there)
+        ):
             raise UserError(
                 f"the cache of datasets, {place}, cannot be written ({error.strerror}); set HF_DATASETS_CACHE or "
                 "HF_HOME to a folder that can."
             ) from None
-        raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
+        error = error.__cause__ or error.__context__
 
 
 def files_of_split(folder: Path, files: list[Path], choice: Choice) -> tuple[list[Path], list[str]]:
@@ -143,6 +159,7 @@ def named_dataset_rows(
     except UserError:
         raise
     except Exception as error:
+        _refuse_unwritable_cache(error)
         unknown = isinstance(error, ValueError) and "split" in str(error)
         reason = f"no split {split}" if unknown else type(error).__name__
         raise UserError(

@@ -19,7 +19,7 @@ from difftuning_control.data.profiles import in_srgb
 from difftuning_control.errors import UserError
 from difftuning_control.system.untrusted import MAX_PIXELS, MOST_PIXELS
 
-READING = 2  # how files become pixels, for the keys of caches: since 2 by their colour profiles
+READING = 3  # how files become pixels, for the keys of caches: by their colour profiles, since 3 also what is clear
 # what the extensions stand for; pictures of other kinds Pillow may hand to another program (EPS to Ghostscript)
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the latter

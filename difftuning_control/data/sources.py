@@ -20,7 +20,7 @@ from difftuning_control.data.examples import Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS, unread_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
 from difftuning_control.data.names import FilesByStem
-from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
+from difftuning_control.data.splits import ALL, TRAIN, chosen, is_split_within, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.masking import Masking
@@ -274,9 +274,9 @@ def _class_rows(
         name, parts = picture.relative_to(folder).as_posix(), picture.relative_to(folder).parts[depth:]
         if (target := leads_outside(picture, folder)) is not None:
             checker.bad[name] = f"leads outside the folder, to {target}"
-        elif len(parts) != 2:
+        elif len(parts) != 2 or (is_split and is_split_within(folder, picture)):
             where = "lies in no class folder" if len(parts) < 2 else "lies deeper than its class folder"
-            checker.bad[name] = f"{where}; expected {folder.name}/class/picture"
+            checker.bad[name] = f"{where}; expected {folder.name}{'/train' if is_split else ''}/class/picture"
         else:
             rows.append(Row(name, partial(read_file, picture), parts[0]))
     named = {row.caption for row in rows}

@@ -74,6 +74,12 @@ def is_of_split(folder: Path, picture: Path, split: str) -> bool:
     return split in _by_folder(picture.relative_to(folder).as_posix().lower())
 
 
+def is_split_within(folder: Path, picture: Path) -> bool:
+    """Whether a picture is of a split of a part of the folder, as in `cat/train/1.png`, and not of the folder."""
+    parts = picture.relative_to(folder).as_posix().lower().split("/")
+    return not _by_folder(f"{parts[0]}/") and bool(_by_folder("/".join(parts)))
+
+
 def chosen(splits: Iterable[str], split: str | None, prefer: Sequence[str], place: object, option: str) -> str:
     """The split that is asked for, or the first of the preferred ones that is there; `all` for all of them.
 

@@ -289,8 +289,8 @@ def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserEr
             f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
         )
     said = " ".join(map(str, (error, error.__cause__, error.__context__))).lower()
-    is_absent = "tokenization" in said and "placeholder" in said  # of transformers 4
-    if is_absent or "sentencepiece" in said or "tiktoken" in said:  # which transformers 5 tries instead
+    is_told = ("tokenization" in said and "placeholder" in said) or "sentencepiece" in said or "tiktoken" in said
+    if is_told and not all(at_least(package, "0") for package in ("sentencepiece", "protobuf")):
         return UserError(f"{what} has a tokenizer that needs more packages; `pip install sentencepiece protobuf`.")
     if not Path(path).is_dir():
         return UserError(

@@ -160,9 +160,11 @@ def extend_rows(value: Any, extra: Any, is_retention: Tensor, *, pad: bool = Fal
 
 
 def _check_masked(pairs: list[tuple[Any, Any]], pad: bool, name: str) -> None:
-    """Refuse what would be padded without a mask."""
+    """Refuse embeddings that would be padded where a None may stand for their mask: none of their lengths is there."""
     tensors = [(v, e) for v, e in pairs if isinstance(v, Tensor) and isinstance(e, Tensor) and min(v.ndim, e.ndim) > 1]
-    if pad and any(v.shape[1] != e.shape[1] for v, e in tensors) and any(v is None or e is None for v, e in pairs):
+    padded = {(v.shape[1], e.shape[1]) for v, e in tensors if v.ndim > 2 and v.shape[1] != e.shape[1]}
+    masks = {(v.shape[1], e.shape[1]) for v, e in tensors if v.ndim == 2}
+    if pad and padded - masks and any(v is None or e is None for v, e in pairs):
         raise ValueError(
             f"{name} has None beside embeddings of other lengths; where None stands for a mask of ones, make it first: "
             "embeds.new_ones(embeds.shape[:2], dtype=torch.long)."

@@ -290,6 +290,6 @@ def check_nets(pipe: Any, nets: Sequence[Any], tuned: Sequence[Any], in_halves: 
     if any(runs_any_of(net, tuned) for net in nets) or in_halves:
         raise UserError(
             f"the ControlNet of a {type(pipe).__name__} runs layers of the transformer that the adapter tuned, or "
-            "needs both prompts in one forward; leave out domain_guidance, hand_over and adapter_schedule, or draw "
-            "without the ControlNet."
+            "needs both prompts in one forward; leave out domain_guidance (or give it unconditional_strength=1), "
+            "hand_over and adapter_schedule, or draw without the ControlNet."
         )

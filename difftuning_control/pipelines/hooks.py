@@ -10,12 +10,13 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
-from diffusers.utils.torch_utils import is_compiled_module
+from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
 from difftuning_control.errors import UserError
 
 AROUND = "_difftuning_hooks"  # of a compiled module: the chain around it, not within what was compiled
+ACTING = "_difftuning_sampling"  # of a module, compiled or not: the hooks that act on it
 
 
 class SamplingHook(ModelHook):
@@ -80,21 +81,35 @@ def hooked(module: nn.Module, hook: SamplingHook, name: str) -> Iterator[Samplin
     Raises:
         UserError: if another call acts on the module and is not paused.
     """
+    acting = vars(unwrap_module(module)).setdefault(ACTING, [])
+    if not all(other.is_paused for other in acting):
+        raise _at_once(module)
+    acting.append(hook)
+    try:
+        with _in_chain(module, hook, name):
+            yield hook
+    finally:
+        acting.remove(hook)
+        if not acting:
+            del vars(unwrap_module(module))[ACTING]
+
+
+@contextmanager
+def _in_chain(module: nn.Module, hook: SamplingHook, name: str) -> Iterator[None]:
+    """While open, the hook is the last of the module's chain."""
     is_compiled, own_forward = is_compiled_module(module), "forward" in vars(module)
     had_registry = hasattr(module, "_diffusers_hook")
     if is_compiled:  # the code within may have a chain of its own
         registry = vars(module).setdefault(AROUND, HookRegistry(module))
     else:
         registry = HookRegistry.check_if_exists_or_initialize(module)
-    if any(isinstance(other, SamplingHook) and not other.is_paused for other in registry.hooks.values()):
-        raise _at_once(module)
     if name in registry.hooks:
         name = f"{name}_{len(registry.hooks)}"  # beside that of a paused call
     registry.register_hook(hook, name)
     own = vars(hook.fn_ref).pop("forward")
     hook.fn_ref.__class__, hook.fn_ref.own = _Reference, own
     try:
-        yield hook
+        yield
     finally:
         registry.remove_hook(name, recurse=False)
         if not own_forward and not registry.hooks:

@@ -136,18 +136,20 @@ class Sampling:
         if is_guided or extras.changes_by_step:
             setting = "domain_guidance" if is_guided else extras.step_setting
             check_cache(self.denoiser, self.component, setting)
+            self._check_norms(weights)
         if is_guided:
             if 0 < extras.unconditional_strength < 1:
                 check_scalable(weights, "unconditional_strength between 0 and 1")
             branch = guiding.branch(self.pipe, call)
-        if nets := nets_of(self.pipe):
-            check_nets(self.pipe, nets, self._tuned(weights), self.guiding.lists and is_guided)
+        in_halves = is_guided and extras.unconditional_strength < 1
+        if (in_halves or extras.changes_by_step) and (nets := nets_of(self.pipe)):
+            check_nets(self.pipe, nets, self._tuned(weights), guiding.lists and in_halves)
         strength = self._strength(weights)
         check_compiled(self.denoiser, self.component, self._changes_scales())
         encoders = self._tuned_text_encoders(weights.adapters)
         self._check_encoders(list(encoders), weights.adapters, is_guided, call)
         with ExitStack() as stack:
-            if is_guided and encoders and extras.unconditional_strength < 1:
+            if in_halves and encoders:
                 its = list(encoders.values())
                 how = guiding.encoders
                 stack.enter_context(encoding_negative_prompts(self.pipe, its, how, extras.unconditional_strength))
@@ -204,16 +206,21 @@ class Sampling:
             raise UserError(
                 "adapter_schedule has no adapter to act on; load one (load_lora_weights or load_adapter), not fused."
             )
-        if getattr(unwrap_module(self.denoiser), "_transformer_norm_layers", None):  # where diffusers keeps the others
-            raise UserError(
-                "a LoRA exchanged norm layers of the transformer, which no setting can switch off; load it without "
-                "them, or leave the settings of the adapter out."
-            )
         weights = TunedWeights(tuner_layers(self.denoiser), adapters, self.source)
         if self.source is not None:
             check_beside(self.denoiser, self.source, self.component)
             check_ip_adapter(self.denoiser, self.source, self.component)
         return weights
+
+    def _check_norms(self, weights: TunedWeights) -> None:
+        """Refuse norm layers that a tuned LoRA may have exchanged; those of one beside it act as they are."""
+        if not getattr(unwrap_module(self.denoiser), "_transformer_norm_layers", None):  # where diffusers keeps others
+            return
+        if self.source is not None or set(active_adapters(self.denoiser)) <= set(weights.adapters):
+            raise UserError(
+                "a LoRA exchanged norm layers of the transformer, which no setting can switch off; load it without "
+                f"them, name the others ({self.set_by}tuned_adapters=[…])), or leave the settings of the adapter out."
+            )
 
     def _tuned(self, weights: TunedWeights) -> list[Any]:
         """The parameters whose strength the settings change, and those beside them in the same layers."""

@@ -117,31 +117,43 @@ def refuse_among_data(written: str | Path, data: Iterable[str | None], option: s
             )
 
 
-def refuse_places(recipe: Recipe, overwrite: bool) -> None:
+def refuse_places(recipe: Recipe, overwrite: bool, clears_all: bool = False) -> None:
     """Refuse what a run would write among the data that it reads, or clear away though it begins from it.
+
+    Args:
+        clears_all: of a pilot; a run leaves what it does not write itself.
 
     Raises:
         UserError: naming both, or what would be cleared away.
     """
     for option, place in written_places(recipe).items():
         refuse_among_data(place, data_places(recipe), option)
-    if overwrite:
-        refuse_clearing_sources(recipe)
+    if overwrite and not recipe.training.resume:
+        refuse_clearing_sources(recipe, clears_all)
 
 
-def refuse_clearing_sources(recipe: Recipe) -> None:
-    """Refuse to overwrite an output that holds the model, the weights, the schedule or whatever else a run begins from.
+def refuse_clearing_sources(recipe: Recipe, clears_all: bool) -> None:
+    """Refuse to overwrite an output where the model, the weights, the schedule or whatever else a run begins from would
+    be cleared away.
 
     Raises:
         UserError: naming it.
     """
     target = Path(os.path.realpath(Path(recipe.output).expanduser()))
     for role, place in places_of(recipe).items():
-        if role not in (RUN, "bank", "cache") and Path(os.path.realpath(place)).is_relative_to(target):
+        real = Path(os.path.realpath(place))
+        if role in (RUN, "bank", "cache") or not real.is_relative_to(target):
+            continue
+        if clears_all or real == target or _is_of_a_run(target / real.relative_to(target).parts[0]):
             raise UserError(
                 f"{KEYS[role]} {place} lies in the output {recipe.output}, which --overwrite clears first; choose "
                 "another --output."
             )
+
+
+def _is_of_a_run(entry: Path) -> bool:
+    """Whether a run writes a file or folder with this name into its output."""
+    return entry.name in WRITTEN or (entry.is_dir() and any(p.fullmatch(entry.name) for p in (CHECKPOINT, STEP)))
 
 
 def check_folder(path: str | Path, marker: str, overwrite: bool, option: str = "--output") -> None:
@@ -199,7 +211,7 @@ class OutputFolder:
         self.sweep()
         # its checkpoints first and its record last: broken off, this leaves a run that can be overwritten once more
         for entry in sorted(self.path.iterdir(), key=lambda p: (p.name == RECORD, p.name)):
-            if entry.name in WRITTEN or (entry.is_dir() and any(p.fullmatch(entry.name) for p in (CHECKPOINT, STEP))):
+            if _is_of_a_run(entry):
                 discard(entry) if entry.is_dir() else entry.unlink()
 
     def release(self) -> None:

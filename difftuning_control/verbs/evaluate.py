@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from difftuning_control.objective.noise import BANDS
 from difftuning_control.pipelines.domain_guidance import check_domain_method
 from difftuning_control.recipe.drawing import SeededDrawSettings
 from difftuning_control.recipe.gates import GatesConfig
+from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.studies import Evaluation
 from difftuning_control.runs.finished import check_base, finished_run, tuned_model, weights_of
 from difftuning_control.runs.gates import judge
@@ -190,7 +192,8 @@ def _old_domain(
             "where it was moved with --moved.bank."
         )
     if request.source is not None:
-        pictures = pictures_of_bank(Path(request.source), recipe.data, has_classes=False)
+        data = replace(recipe.data, caption_column=DataConfig.caption_column)  # captions play no part
+        pictures = pictures_of_bank(request.source, data, has_classes=False)
         for line in pictures.notes:
             tell(line)
         return reconstructed(family, features, pictures.sample(MOST), resolution)

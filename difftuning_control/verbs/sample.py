@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -106,7 +106,8 @@ def _clear(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # what is drawn is not lost for a file that another program holds
+            (folder / name).unlink()
 
 
 def _model_of(request: SampleRequest) -> _Model:
@@ -190,7 +191,7 @@ def _described(request: SampleRequest, model: _Model, settings: dict[str, Any]) 
     """What `samples.json` holds."""
     given: dict[str, Any] = {"compare": True} if request.compare else {}
     if request.control is not None:
-        given = {"control": request.control, "control_ready": request.control_ready}
+        given |= {"control": request.control, "control_ready": request.control_ready}
     if request.domain_guidance_scale is not None:
         given["domain_guidance_scale"] = request.domain_guidance_scale
     if request.unconditional_strength is not None:

@@ -5,7 +5,10 @@ import json
 import shutil
 import tarfile
 from dataclasses import replace
+from errno import EACCES, ENOSPC
+from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -236,6 +239,14 @@ def test_fault_15_01_class_folders_may_lie_in_the_folders_of_splits_and_be_calle
     picture_at(tmp_path / "split" / "3.png", 3)
     with pytest.raises(UserError, match=r"3\.png in .* lies in no class folder"):
         captions(tmp_path / "split", classes="folders", choice=Choice("all"))
+
+
+@pytest.mark.parametrize("split", [None, "all"])
+def test_splits_within_classes_are_not_taken_for_classes(tmp_path, split):
+    for i, name in enumerate(["cat/train/0.png", "cat/test/1.png", "dog/train/2.png"]):
+        picture_at(tmp_path / name, i)
+    with pytest.raises(UserError, match=r"lies deeper than its class folder; expected .*/train/class/picture"):
+        captions(tmp_path, classes="folders", choice=Choice(split))
 
 
 def test_fault_15_01_conditions_are_those_of_the_split(tmp_path):
@@ -516,3 +527,30 @@ def test_a_bank_of_pictures_is_read_alike_wherever_it_is_asked_for(tmp_path):
     assert plain.fingerprint != by_class.fingerprint
     with pytest.raises(UserError, match="pixels"):
         pictures_of_bank(tmp_path, DataConfig("x", max_pixels=32), has_classes=True)
+
+
+@pytest.mark.parametrize("column", ["image", "jpg"])
+def test_a_bank_that_is_a_data_set_has_the_column_of_the_run_or_the_usual_one(tmp_path, column):
+    as_set("a", 3).rename_column("image", column).to_parquet(tmp_path / "0.parquet")
+    found = pictures_of_bank(tmp_path, DataConfig("x", image_column="jpg"), has_classes=False)
+    assert [e.digest for e in found.examples] == [
+        sha256(cell["bytes"]).hexdigest() for cell in numbered("a", 3)["image"]
+    ]
+
+
+def test_it_is_the_cache_that_is_said_where_data_sets_cannot_write_it_and_nothing_else(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path, **{"a.parquet": 2}) / "a.parquet"
+    inside, denied = f"{datasets.config.HF_DATASETS_CACHE}/parquet", "Permission denied"
+    wrapped = datasets.exceptions.DatasetGenerationError("an error")
+    wrapped.__cause__ = OSError(ENOSPC, "No space left on device")
+    faults = {
+        PermissionError(EACCES, denied, str(file)): r"cannot be read \(PermissionError\)",
+        PermissionError(EACCES, denied, inside): r"cache of datasets, .* \(Permission denied\)",
+        wrapped: r"cache of datasets, .* cannot be written \(No space left on device\)",
+    }
+    for fault, said in faults.items():
+        monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=fault))
+        with pytest.raises(UserError, match=said):
+            load_images(str(tmp_path))
+    with pytest.raises(UserError, match="cache of datasets"):  # the last, of a data set by name
+        load_images("somebody/pictures")

@@ -97,10 +97,15 @@ def test_masks_among_the_pictures_are_found_however_they_are_named(tmp_path, mon
     assert len(load_images(data, masking=Masking(masks, 0.1))) == 6
 
 
-def test_masks_may_be_a_link_among_the_pictures(tmp_path):
+@pytest.mark.parametrize("data", ["relative", "absolute"])
+@pytest.mark.parametrize("masks", ["relative", "absolute"])
+def test_masks_may_be_a_link_among_the_pictures(tmp_path, monkeypatch, data, masks):
     mine = write_masked(tmp_path)
     (mine / "masks").symlink_to(tmp_path / "masks")
-    assert len(load_images(str(mine), masking=Masking(str(mine / "masks"), 0.1))) == 6
+    monkeypatch.chdir(tmp_path)
+    folder = str(mine) if data == "absolute" else "mine"
+    place = str(mine / "masks") if masks == "absolute" else "mine/masks"
+    assert len(load_images(folder, masking=Masking(place, 0.1))) == 6
 
 
 def test_masks_among_pictures_are_none_that_are_held_out(tmp_path):

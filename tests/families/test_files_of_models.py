@@ -57,9 +57,12 @@ def test_a_pickle_is_told_apart_by_its_name_and_never_read(tmp_path):
             load_family(str(tmp_path / name))
 
 
-def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(tmp_path):
+@pytest.mark.parametrize("is_there", [False, True], ids=["without", "with"])
+def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(tmp_path, monkeypatch, is_there):
     if importlib.util.find_spec("sentencepiece") is not None:
         pytest.skip("sentencepiece is installed")
+    if is_there:  # where the file is damaged, transformers says the same
+        monkeypatch.setattr("difftuning_control.families.loading.at_least", lambda package, wanted: True)
     tiny_pixart().save_pretrained(tmp_path)
     folder = tmp_path / "tokenizer"
     (folder / "tokenizer.json").unlink()
@@ -67,5 +70,6 @@ def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(tmp
     index = json.loads((tmp_path / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "T5Tokenizer"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="needs more packages; `pip install sentencepiece protobuf`"):
+    said = "could not be loaded" if is_there else "needs more packages; `pip install sentencepiece protobuf`"
+    with pytest.raises(UserError, match=said):
         load_family(str(tmp_path))

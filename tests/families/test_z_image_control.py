@@ -1,6 +1,7 @@
 """ControlNets of Z-Image: what the stock pipeline does, piece by piece."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -245,6 +246,20 @@ def test_settings_of_the_adapter_are_refused_where_the_controlnet_runs_tuned_lay
         pipe(PROMPTS[0], height=SIDE, width=SIDE, num_inference_steps=1, control_image=to_tensor(conditions(SIDE)[:1]))
 
 
+@pytest.mark.parametrize("settings", [{"unconditional_strength": 1.0}, {}], ids=["ordinary", "none"])
+def test_settings_that_change_nothing_there_are_let_through(settings, tmp_path):
+    """Ordinary guidance, and none at all."""
+    tuned(tmp_path, rank=2)
+    given = {"height": SIDE, "width": SIDE, "num_inference_steps": 1, "output_type": "np"}
+    given["control_image"] = to_tensor(conditions(SIDE)[:1])
+    given["guidance_scale"] = 3.0 if settings else 0.0
+    pipe = controlled().control_pipeline()
+    load_adapter(pipe, tmp_path)
+    expected = pipe(PROMPTS[0], **given, generator=generators(0)).images
+    attach(pipe, domain_guidance=True, **settings)
+    assert np.array_equal(pipe(PROMPTS[0], **given, generator=generators(0)).images, expected)
+
+
 def test_all_weights_are_refused_there_too(tmp_path):
     pipe = controlled().control_pipeline()
     attach(pipe, source=tiny_z_image(seed=4, layers=LAYERS).transformer, hand_over=0.3)
@@ -256,6 +271,7 @@ def test_a_tlora_that_a_controlnet_was_put_beside_later_is_told_and_leaves_nothi
     tuned(tmp_path, kind="tlora", rank=4, min_rank=1)
     family = controlled()
     load_adapter(family.pipe, tmp_path, "style")
+    family.sample(PROMPTS, generators(0, 1), steps=1, guidance_scale=1.0, resolution=SIDE)  # at a timestep of its own
     with pytest.raises(UserError, match="load the adapter into the pipeline that has the ControlNet"):
         stock_picture(family, conditions(SIDE))
     unload_adapter(family.pipe, "style")

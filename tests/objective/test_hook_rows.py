@@ -151,6 +151,18 @@ def test_what_would_be_padded_without_a_mask_is_refused(masks):
     assert (alike[0].shape, alike[1]) == ((6, 7, 3), None)
 
 
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_another_none_than_a_masks_is_let_through(as_tuple):
+    value = {"embeds": numbered(4, 7, 3), "mask": torch.ones(4, 7), "guidance": None}
+    extra = {"embeds": numbered(1, 2, 3), "mask": torch.ones(1, 2), "guidance": None}
+    if as_tuple:
+        found = dict(zip(value, extend_rows(tuple(value.values()), tuple(extra.values()), ROLES, pad=True)))
+    else:
+        found = extend_rows(value, extra, ROLES, pad=True)
+    assert (found["embeds"].shape, found["guidance"]) == ((6, 7, 3), None)
+    assert found["mask"].sum(1).tolist() == [7] * 4 + [2] * 2
+
+
 def test_fault_15_20_roles_say_where_the_rows_go_and_not_their_position():
     roles = torch.tensor([True, False, False, True, False])
     found = extend_rows((numbered(3, 2), ["a", "b", "c"]), (numbered(2, 2, start=10), ["x", "y"]), roles)

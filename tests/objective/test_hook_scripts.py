@@ -68,6 +68,7 @@ def ran(request, tmp_path, monkeypatch):
     }
     args = SimpleNamespace(
         batches=[batch, batch],
+        begun_at=7,
         resolution=16,
         snr_gamma=None,
         debug_loss=False,
@@ -92,7 +93,8 @@ def test_fault_15_20_a_hook_adds_bank_rows_to_all_that_the_model_is_told(ran):
     found, told = ran.found, ran.told
     assert found["is_retention"].tolist() == [False] * BATCH + [True]
     assert found["global_step"] == len(ran.losses) == 2
-    assert found["generator"].initial_seed() == 1 + 5  # what the loop is seeded with, and the process
+    # what the loop is seeded with, where the run went on, and the process
+    assert found["generator"].initial_seed() == 1 + 1_000_003 * 7 + 5
     tensors = [t for t in (*told["positional"], *told.values()) if isinstance(t, torch.Tensor)]
     tensors += told.get("added_cond_kwargs", {}).values()
     rows = {len(t) for t in tensors if t.ndim != 2 or t.shape[1] != 3}  # FLUX's ids of places have no rows

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.recipe.inputs import BankConfig, DataConfig, ModelConfig
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.recipe.training import TrainingConfig, TuningConfig
-from difftuning_control.runs.folder import OutputFolder, refuse_clearing_sources
+from difftuning_control.runs.folder import OutputFolder, refuse_places
 from difftuning_control.runs.identity import write_recipe
 from difftuning_control.system.digests import digest_of_file
 from difftuning_control.system.durable import write_json
@@ -368,19 +369,33 @@ def test_an_earlier_run_is_replaced_only_when_asked(make, finished, tmp_path):
     assert_same_run(recipe, finished({}))
 
 
-@pytest.mark.parametrize("role", ["training.begin_from", "model.id"])
-def test_what_a_run_begins_from_is_not_cleared_away_for_it(make, role, tmp_path):
-    folder = tmp_path / "run"
-    (folder / "pipeline").mkdir(parents=True)
-    (folder / "run.json").write_text("{}")
-    recipe = replace(make(""), output=str(folder))
+def with_source(recipe: Recipe, role: str, place: Path) -> Recipe:
     if role == "training.begin_from":
-        recipe = replace(recipe, training=replace(recipe.training, begin_from=str(folder)))
-    else:
-        recipe = replace(recipe, model=replace(recipe.model, id=str(folder / "pipeline")))
-    with pytest.raises(UserError, match=rf"{role} .* lies in the output .*, which --overwrite clears first"):
-        refuse_clearing_sources(recipe)
-    refuse_clearing_sources(replace(recipe, output=str(tmp_path / "other")))
+        return replace(recipe, training=replace(recipe.training, begin_from=str(place)))
+    return replace(recipe, model=replace(recipe.model, id=str(place)))
+
+
+@pytest.mark.parametrize(
+    ("role", "place", "by_a_run"),
+    [
+        ("training.begin_from", "", True),
+        ("training.begin_from", "step-2", True),
+        ("model.id", "pipeline", True),
+        ("model.id", "earlier/pipeline", False),  # which a run did not write, and leaves alone
+    ],
+)
+def test_what_a_run_begins_from_is_not_cleared_away_for_it(make, role, place, by_a_run, tmp_path):
+    folder = tmp_path / "run"
+    (folder / place).mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    recipe = with_source(replace(make(""), output=str(folder)), role, folder / place)
+    said = rf"{role} .* lies in the output .*, which --overwrite clears first"
+    with pytest.raises(UserError, match=said) if by_a_run else nullcontext():
+        refuse_places(recipe, overwrite=True)
+    with pytest.raises(UserError, match=said):
+        refuse_places(recipe, overwrite=True, clears_all=True)  # a pilot
+    refuse_places(replace(recipe, output=str(tmp_path / "other")), overwrite=True, clears_all=True)
+    refuse_places(resumed(recipe), overwrite=True, clears_all=True)  # of which nothing is cleared
 
 
 @pytest.mark.wide

@@ -49,7 +49,7 @@ from difftuning_control.verbs.pilot.budget import kept_budget
 from difftuning_control.verbs.pilot.checks import check_analysis, check_pilot, lengths_of
 from difftuning_control.verbs.pilot.judge import SHOWN, Judge, halves_of, judge_of, save_pictures
 from difftuning_control.verbs.pilot.outside_runs import outside_judge, outside_of_base
-from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity
+from difftuning_control.verbs.pilot.settings import Clock, check_inputs, pilot_identity, refuse_changed_inputs
 from difftuning_control.verbs.pilot.side_runs import SideRuns
 
 PRIMARY = "kid"
@@ -75,6 +75,7 @@ class Pilot:
         self.schedule = output / "schedule.json"
         self.features = load_features(config.features, best_device())
         data, held_out = read_data(recipe, tell)
+        self.data, self.held_out = data.fingerprint, held_out.fingerprint
         check_held_out(held_out)
         self.is_analysed = check_analysis(recipe, config, len(data))
         if copies := copies_held_out(data, held_out):
@@ -255,7 +256,7 @@ def pilot(
     from difftuning_control.evaluation.report.pilot import write_pilot_report  # read at its end, after the runs
 
     output = Path(recipe.output)
-    refuse_places(recipe, overwrite)
+    refuse_places(recipe, overwrite, clears_all=True)
     few = few_steps_of(recipe.model.id)
     config = config.for_model(None if few is None else few.drawn)
     marker, identity = output / SETTINGS, pilot_identity(recipe, config)
@@ -272,6 +273,8 @@ def pilot(
     job = Pilot(recipe, config, output, tell)
     if overwrite:
         clear_but_audit(output)
+    base = None if job.family.class_conditional else job.family.fingerprint  # which gets classes with the bank
+    refuse_changed_inputs(output, job.data, job.held_out, base=base)  # before a bank is drawn
     with Session(output) as session:
         replace(read_settings(output), identity=identity).write(output)
         session.begin()

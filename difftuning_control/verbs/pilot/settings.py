@@ -33,20 +33,31 @@ def check_inputs(output: Path, inputs: Materials, base_fingerprint: str) -> None
     Raises:
         UserError: if one of them has changed.
     """
-    parts = [
-        inputs.data.fingerprint,
-        inputs.held_out.fingerprint,
-        inputs.bank.fingerprint,
-        base_fingerprint,
-    ]
+    data, held_out, bank = inputs.data.fingerprint, inputs.held_out.fingerprint, inputs.bank.fingerprint
+    refuse_changed_inputs(output, data, held_out, bank, base_fingerprint)
     settings = read_settings(output)
-    if settings.inputs not in (None, parts):
-        raise UserError(
-            f"the data, the bank or the base have changed since the pilot in {output} began; start afresh "
-            "with --overwrite, or choose another --output."
-        )
-    settings.inputs = parts
+    settings.inputs = [data, held_out, bank, base_fingerprint]
     settings.write(output)
+
+
+def refuse_changed_inputs(
+    output: Path, data: str, held_out: str, bank: str | None = None, base: str | None = None
+) -> None:
+    """What `check_inputs` refuses, by the fingerprints; of a bank or a base that is not there yet, it is None.
+
+    Raises:
+        UserError: if one of them has changed.
+    """
+    began_with = read_settings(output).inputs
+    if began_with is None:
+        return
+    given = {"data": data, "held-out pictures": held_out, "bank": bank, "base": base}
+    changed = [f"the {name}" for (name, now), was in zip(given.items(), began_with) if now not in (None, was)]
+    if changed:
+        raise UserError(
+            f"{' and '.join(changed)} changed since the pilot in {output} began; start afresh with --overwrite, or "
+            "choose another --output."
+        )
 
 
 class Clock:

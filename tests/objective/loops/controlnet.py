@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from tqdm import tqdm
 
 
 def train(pipe, accelerator, args):
@@ -9,7 +10,9 @@ def train(pipe, accelerator, args):
     controlnet = args.controlnet
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     global_step = 0
-    for batch in args.batches:
+    initial_global_step = args.begun_at
+    progress_bar = tqdm(args.batches, initial=initial_global_step, disable=True)
+    for batch in progress_bar:
         latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
         # Sample noise that we'll add to the latents
         noise = torch.randn_like(latents)

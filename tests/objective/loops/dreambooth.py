@@ -6,6 +6,7 @@ One prompt for all pictures, embedded before the loop (SD3) or at every step (FL
 import diffusers
 import torch
 from diffusers import FluxPipeline
+from tqdm import tqdm
 
 
 def train(pipe, accelerator, args):
@@ -30,7 +31,9 @@ def train(pipe, accelerator, args):
     if not is_flux:
         del text_encoders, tokenizers
     global_step = 0
-    for batch in args.batches:
+    initial_global_step = args.begun_at
+    progress_bar = tqdm(args.batches, initial=initial_global_step, disable=True)
+    for batch in progress_bar:
         prompts = batch["prompts"]
         if is_flux:
             prompt_embeds, pooled_prompt_embeds, text_ids = compute_text_embeddings(prompts, text_encoders, tokenizers)

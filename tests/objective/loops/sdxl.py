@@ -2,13 +2,16 @@
 
 import diffusers
 import torch
+from tqdm import tqdm
 
 
 def train(pipe, accelerator, args):
     unet, vae = pipe.unet, pipe.vae
     noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     global_step = 0
-    for batch in args.batches:
+    initial_global_step = args.begun_at
+    progress_bar = tqdm(args.batches, initial=initial_global_step, disable=True)
+    for batch in progress_bar:
         model_input = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
         # Sample noise that we'll add to the latents
         noise = torch.randn_like(model_input)
