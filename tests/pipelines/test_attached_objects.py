@@ -14,6 +14,7 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from difftuning_control import DiffTuningPipeline, add_control, attach
 from difftuning_control.errors import UserError
+from difftuning_control.pipelines.hooks import SamplingHook, hooked
 from difftuning_control.pipelines.settings import attachment_of
 from support.other_tasks import inputs, made
 from support.pipeline_samples import OURS, add_adapter, controlnet, draw, drop_in, source_unet, stock
@@ -200,3 +201,25 @@ def test_freeu_acts_in_an_attached_source_and_leaves_it_as_it_was():
     assert np.array_equal(draw(before, "sd"), expected)
     late = drop_in("sd", plain, domain_guidance=True, source_unet=before.unet)
     assert np.abs(draw(late, "sd") - draw(plain, "sd")).max() < 1e-4
+
+
+class _Passing(SamplingHook):
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_denoiser_is_one_whether_it_is_compiled_or_not(compiled_first):
+    plain = torch.nn.Linear(2, 2)
+    both = [plain, torch.compile(plain, backend="eager")]
+    first, second = reversed(both) if compiled_first else both
+    mine = _Passing()
+    with hooked(first, mine, "mine"):
+        with pytest.raises(UserError, match="another call is sampling with this"), hooked(second, _Passing(), "other"):
+            pass
+        mine.is_paused = True  # as in a callback
+        with hooked(second, _Passing(), "other"):
+            assert plain(torch.ones(1, 2)).shape == (1, 2)
+    assert not [name for name in vars(plain) if "difftuning" in name]
+    with hooked(second, _Passing(), "other"):
+        pass

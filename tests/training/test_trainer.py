@@ -379,7 +379,7 @@ def with_source(recipe: Recipe, role: str, place: Path) -> Recipe:
     ("role", "place", "by_a_run"),
     [
         ("training.begin_from", "", True),
-        ("training.begin_from", "step-2", True),
+        ("training.begin_from", "step-000002", True),
         ("model.id", "pipeline", True),
         ("model.id", "earlier/pipeline", False),  # which a run did not write, and leaves alone
     ],
