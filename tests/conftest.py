@@ -16,7 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only slow tiny tensors down
 os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = TemporaryDirectory(prefix="difftuning-tests-")  # so that what lies in this machine's caches changes no test
-for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TORCH_HOME", "TRANSFORMERS_CACHE"):
+HUB = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE")
+for name in (*HUB, "HF_DATASETS_CACHE", "TORCH_HOME", "TRANSFORMERS_CACHE"):
     os.environ.pop(name, None)
 os.environ |= {"HF_HOME": f"{CACHE.name}/huggingface", "XDG_CACHE_HOME": CACHE.name}
 

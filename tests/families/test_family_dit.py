@@ -484,8 +484,10 @@ def stock_pictures(pipe: Any, names: list[str]) -> list[Image.Image]:
 
 
 def base_pictures(recipe: Recipe) -> list[Image.Image]:
-    """What the pretrained model draws of as many of its own classes, from the same noise."""
-    return stock_pictures(DiTPipeline.from_pretrained(recipe.model.id), DIT_CLASSES[: len(classes_of(recipe))])
+    """What the pretrained model draws of these classes, or of as many of its own, from the same noise."""
+    names = classes_of(recipe)
+    known = DIT_CLASSES[: len(names)] if recipe.tuning.label_space == "new" else names
+    return stock_pictures(DiTPipeline.from_pretrained(recipe.model.id), known)
 
 
 def farthest(found: list[Image.Image], expected: list[Image.Image]) -> int:

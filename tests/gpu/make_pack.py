@@ -28,6 +28,9 @@ TAKEN = (
     "NOTICE",
     "MANIFEST.in",
     "Makefile",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    ".pre-commit-config.yaml",
 )
 PEERS = (
     "text_to_image/train_text_to_image_lora.py",

@@ -13,6 +13,7 @@ import pytest
 
 from difftuning_control.verbs.bench.settings import PEERS, PEERS_XL, Bench
 from difftuning_control.verbs.parse import parse
+from support.documents import NAMES
 from support.scripts import loaded
 
 # a side of diffusers, for as many steps as it is asked for
@@ -140,6 +141,8 @@ def test_the_pack_has_what_it_takes(tmp_path):
         (peers / name).touch()
     made = loaded(Path(__file__).with_name("make_pack.py"))
     made.make(tmp_path / "pack", peers, wheels=False)
+    read_by_tests = [*NAMES, ".pre-commit-config.yaml"]
+    assert [name for name in read_by_tests if not (tmp_path / "pack" / name).is_file()] == []
     assert {p.name for p in (tmp_path / "pack" / "peers").iterdir()} == {*PEERS.values(), *PEERS_XL.values()}
     listed = [sys.executable, "-S", "tests/gpu/measure.py", "--list"]
     said = subprocess.run(listed, cwd=tmp_path / "pack", capture_output=True, text=True, check=True).stdout

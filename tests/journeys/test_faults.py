@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from support.checkpoints import assert_same_state, fresh
 @contextmanager
 def no_space(size: int):
     """No file can grow beyond so many bytes: the kernel's own error in the midst of a write."""
+    resource = pytest.importorskip("resource")  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

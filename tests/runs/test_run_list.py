@@ -1,7 +1,6 @@
 """`difftune runs`: every run below a folder, in whatever state, and nothing in its names that a program obeys."""
 
 import csv
-import fcntl
 import io
 import json
 from dataclasses import replace
@@ -87,6 +86,8 @@ def test_a_lock_of_a_colleague_is_asked_whether_it_is_held(runs, monkeypatch):
     lock = runs / "cut" / ".lock"
     lock.touch()
 
+    locks = pytest.importorskip("fcntl")  # not on Windows
+
     def forbidden(*args, **options):
         raise PermissionError("not yours")
 
@@ -96,7 +97,7 @@ def test_a_lock_of_a_colleague_is_asked_whether_it_is_held(runs, monkeypatch):
     monkeypatch.setattr("filelock.FileLock.acquire", forbidden)
     assert state() == "interrupted"
     with lock.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+        locks.flock(held, locks.LOCK_EX)
         assert state() == "running"
 
 

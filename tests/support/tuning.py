@@ -16,7 +16,7 @@ from difftuning_control.objective.difftuning import DiffTuningObjective
 def tune(family: StableDiffusion, tuning: AdapterTuning | FullTuning, steps: int = 3, rate: float = 0.03) -> None:
     generator = torch.Generator().manual_seed(0)
     objective = DiffTuningObjective.from_scheduler(family.pipe.scheduler, "plain")
-    optimizer = torch.optim.AdamW(tuning.parameters().values(), rate)
+    optimizer = torch.optim.Adam(tuning.parameters().values(), rate)  # without decay, which moves all
     conditioning = {k: v.float() for k, v in family.encode_prompts(["red 1", "blue", "", "six"]).items()}
     family.denoiser.train()
     for _ in range(steps):

@@ -289,9 +289,9 @@ def test_the_same_export_twice_is_the_same_byte_by_byte(run, tmp_path, method, s
     [("lora", {}), ("lora", {"format": "kohya"}), ("lora", {"base": "copied"}), ("full", {}), ("controlnet", {})],
     ids=str,
 )
-def test_who_may_read_an_export_may_read_its_weights(to, run, method, settings):
+def test_who_may_read_an_export_may_read_its_weights(run, tmp_path, method, settings):
     with files_for_all():
-        folder = to(run(method), **settings)
+        folder = export(ExportRequest(run(method).output, str(tmp_path / "out"), **settings))
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o644}
 

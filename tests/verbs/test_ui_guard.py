@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from unittest.mock import Mock
 
 import pytest
 
@@ -87,9 +88,11 @@ def test_every_answer_forbids_what_is_from_elsewhere_and_a_stricter_policy_stays
     assert ask(GUARD, "GET", "/report", COOKIE).headers["content-security-policy"] == "sandbox"
 
 
-def test_an_address_of_ipv6_stands_in_brackets():
+@pytest.mark.parametrize("fails", ["bind", "__init__"])
+def test_an_address_of_ipv6_stands_in_brackets(monkeypatch, fails):
     assert access_of(UiSettings(host="::1"), 7860)[1][0].startswith("open http://[::1]:7860/")
-    with pytest.raises(UserError, match=r"listen on \[2001:db8::1\]:0 "):
+    monkeypatch.setattr(socket.socket, fails, Mock(side_effect=OSError(97, "Address family not supported")))
+    with pytest.raises(UserError, match=r"listen on \[2001:db8::1\]:0 \(Address family not supported\)"):
         listen("2001:db8::1", 0)
 
 

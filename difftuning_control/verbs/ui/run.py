@@ -73,14 +73,16 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: if the port is taken, or there is no such address here.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    if os.name == "posix":  # on Windows it lets two listen at once
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = None
     try:
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        if os.name == "posix":  # on Windows it lets two listen at once
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(128)
-    except OSError as error:
-        listening.close()
+    except OSError as error:  # a kernel without IPv6 among them
+        if listening is not None:
+            listening.close()
         said = error.strerror or error
         place = f"{in_address(host)}:{port}"
         raise UserError(f"the page cannot listen on {place} ({said}); name another --port, or --host.") from None
