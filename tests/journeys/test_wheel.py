@@ -65,7 +65,8 @@ pipe = DiffusionPipeline.from_pretrained(
     d.embedded_model(), custom_pipeline=d.pipeline_path("difftuning_sd"), trust_remote_code=True
 )
 pipe.load_lora_weights("run", weight_name="pytorch_lora_weights.safetensors")
-drawn = pipe("red apple", num_inference_steps=2, domain_guidance_scale=2.0)
+pipe.set_extras(domain_guidance=True)
+drawn = pipe("red apple", num_inference_steps=2, guidance_scale=2.0)
 print(d.__file__, type(pipe).__name__, drawn.images[0].size)
 """
 
