@@ -144,3 +144,9 @@ def test_every_page_is_on_the_site():
     assert site["theme"]["font"] is False  # nothing comes from elsewhere
     for added in [*site.get("extra_css", []), *site.get("extra_javascript", [])]:
         assert (ROOT / "docs" / added).is_file()
+
+
+def test_the_schedule_that_the_readme_calls_the_papers_is_the_papers():
+    (flag,) = re.findall(r"the paper's is `(--[^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    schedule = parse(["train", "--data.path", "embedded/icons", *flag.split()])[1].tuning.schedule
+    assert schedule.build(1000).tau == 1.0

@@ -46,6 +46,23 @@ def test_a_set_of_the_package_that_was_chosen_stays_chosen(page):
         assert train("embedded/flat", "", is_own)[0]["value"] == place
 
 
+def test_pictures_at_the_top_of_the_folder_are_chosen_and_refused_in_a_sentence(tmp_path):
+    from difftuning_control.verbs.ui.page import build_page
+    from difftuning_control.verbs.ui.studio import Studio
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("caption a")
+    page = build_page(Studio(Places.of(tmp_path)))
+    begin, first = events(page, "train_tab", "begin")[0], events(page, "train_tab", "arrive")[0].inputs[0]
+    assert first.value == "."
+    assert events(page, "train_tab", "arrive")[0].fn(first.value, "", False)[0]["value"] == "."
+    with pytest.raises(gr.Error, match="move these into a folder of their own"):
+        begin.fn(*(box.value for box in begin.inputs))
+    shown = events(page, "pictures_tab", "first")[0].fn(".", 16, False)[0]
+    assert "training can use all" not in shown
+    assert "move these into a folder of their own" in shown
+
+
 def test_text_that_is_typed_stays_while_its_picture_is_chosen(page, tmp_path):
     arrive, at = (
         events(page, "pictures_tab", "arrive")[0].fn,

@@ -15,6 +15,7 @@ from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.verbs.parse import parse
 from difftuning_control.verbs.ui import form
+from difftuning_control.verbs.ui.folders import picture_folders, training_folders
 from difftuning_control.verbs.ui.jobs import Job, Jobs
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress, stopping
 from difftuning_control.verbs.ui.places import Places
@@ -147,15 +148,14 @@ def test_relative_places_are_those_of_the_pages_folder_wherever_it_was_started(p
     assert {"--model.id=some/model", "--bank.prompts=empty"} <= set(words)
 
 
-def test_pictures_among_which_the_page_would_write_are_not_offered_and_refused(places, tmp_path):
+def test_pictures_among_which_the_page_would_write_are_offered_last_and_refused(places, tmp_path):
     (places.folder / "photos").mkdir()
     for folder in (tmp_path, places.folder, places.folder / "photos"):
         (folder / "a.png").write_bytes(b"")
     wider = Places.of(places.folder, [tmp_path])
-    assert form.picture_folders(wider)[:2] == [".", "photos"]
-    assert str(tmp_path) in form.picture_folders(wider)
-    assert form.training_folders(wider)[0] == "photos"
-    assert not {".", str(tmp_path)} & {*form.training_folders(wider)}
+    assert picture_folders(wider)[:2] == [".", "photos"]
+    assert str(tmp_path) in picture_folders(wider)
+    assert training_folders(wider) == ["photos", ".", str(tmp_path), "embedded/icons", "embedded/flat"]
     for name in (".", str(tmp_path)):
         with pytest.raises(UserError, match="move these into a folder of their own"):
             form.train_words(wider, form.NO_PRESET, {"pictures": name}, {})
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_read_is_passed_over(places, monkeypatch):
         return known(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)  # for who runs this as root, to whom nothing is closed
-    assert form.picture_folders(places) == ["photos", "embedded/icons", "embedded/flat"]
+    assert picture_folders(places) == ["photos", "embedded/icons", "embedded/flat"]
 
 
 def test_the_name_of_a_run_that_waits_is_not_offered_again(places):

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import typing
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difftuning_control.data.images import EXTENSIONS
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.adapter_kinds import KINDS
 from difftuning_control.recipe.masking import ALPHA
 from difftuning_control.recipe.reading import keys_of, read_recipe, section_of
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.runs.places import KEYS, local_place
-from difftuning_control.runs.record import RECORD, read_run
+from difftuning_control.runs.record import read_run
 from difftuning_control.system.durable import is_empty
 from difftuning_control.system.shipped import examples
 from difftuning_control.system.text import file_stem
-from difftuning_control.system.untrusted import is_text
 from difftuning_control.verbs.choices import DEFAULTS, flat
 from difftuning_control.verbs.commands import COMMANDS, only
 from difftuning_control.verbs.help import argument_texts
 from difftuning_control.verbs.parse import parse
+from difftuning_control.verbs.ui.folders import why_refused
 from difftuning_control.verbs.ui.jobs import Job, Jobs
 from difftuning_control.verbs.ui.places import EMBEDDED, Places
 
@@ -46,8 +43,6 @@ UNUSED = ("training.resume", "output", "method", "adapter.kind", "training.sampl
 WRITTEN = ("data.cache", "bank.path")  # keys that name what a training writes
 # keys that name pictures which a training reads
 PICTURES = ("data.path", "data.validation_path", "data.masks", "control.path", "control.validation_path")
-SHOWN = 60  # folders that are offered
-OUTPUTS = ("runs", "exports")  # folders that the page writes
 
 
 @dataclass(frozen=True)
@@ -95,34 +90,6 @@ def preset_values(name: str) -> dict[str, str]:
     found["model"] = found["model"] or "embedded"
     method = values.get("method", "lora")
     return found | {"trains": values.get("adapter.kind", "lora") if method == "lora" else method}
-
-
-def picture_folders(places: Places) -> list[str]:
-    """Folders with pictures below those of the page, and the sets of the package."""
-    found: list[str] = []
-    for root in (places.folder, *places.pictures):
-        for folder in [root, *sorted(p for p in root.glob("*") if p.is_dir()), *sorted(root.glob("*/*/"))]:
-            named = places.name(folder)
-            is_written = named.startswith(tuple(f"{place}/" for place in OUTPUTS))
-            if folder.name.startswith(".") or is_written or (named.startswith(".") and named != "."):
-                continue
-            with suppress(OSError):  # of a folder that cannot be read
-                has_pictures = any(p.suffix.lower() in EXTENSIONS for p in folder.iterdir())
-                if has_pictures and is_text(named) and not (folder / RECORD).exists():
-                    found.append(named)
-            if len(found) >= SHOWN:
-                break
-    return [*dict.fromkeys(found), "embedded/icons", "embedded/flat"]
-
-
-def training_folders(places: Places) -> list[str]:
-    """Those of these folders that a training can take: what the page writes does not lie in them."""
-    return [name for name in picture_folders(places) if not _holds_outputs(places, places.folder / name)]
-
-
-def _holds_outputs(places: Places, folder: Path) -> bool:
-    real = os.path.realpath(folder)
-    return any((places.folder / written).is_relative_to(real) for written in OUTPUTS)
 
 
 def sections() -> dict[str, list[Field]]:
@@ -234,11 +201,8 @@ def _keep_inside(places: Places, given: dict[str, str]) -> None:
             folder = places.readable(given[key])
             if not folder.is_dir():
                 raise UserError(f"{given[key]} is no folder; choose a folder of pictures.")
-            if _holds_outputs(places, folder):
-                raise UserError(
-                    f"what this page writes would lie among the pictures of {given[key]}; move these into a folder of "
-                    "their own, such as pictures."
-                )
+            if (why := why_refused(places, given[key])) is not None:
+                raise UserError(why)
             given[key] = str(folder)
     for key in WRITTEN:
         if given.get(key):

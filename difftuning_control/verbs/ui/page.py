@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from difftuning_control.verbs.ui.compare_tab import compare_tab
-from difftuning_control.verbs.ui.form import embedded_words, picture_folders
+from difftuning_control.verbs.ui.folders import picture_folders
+from difftuning_control.verbs.ui.form import embedded_words
 from difftuning_control.verbs.ui.look import DARK, KEYS
 from difftuning_control.verbs.ui.pictures_tab import pictures_tab
 from difftuning_control.verbs.ui.places import EMBEDDED

@@ -10,7 +10,7 @@ import gradio as gr
 from difftuning_control.errors import UserError
 from difftuning_control.verbs.ui.captioning import Captioner, draft_captions, forget_draft
 from difftuning_control.verbs.ui.captions import edit_caption, has_edits, undo_caption
-from difftuning_control.verbs.ui.form import picture_folders
+from difftuning_control.verbs.ui.folders import picture_folders
 from difftuning_control.verbs.ui.look import PICK, SHOW
 from difftuning_control.verbs.ui.pictures_view import (
     PAGE,

@@ -20,6 +20,7 @@ from difftuning_control.system.text import file_stem
 from difftuning_control.system.untrusted import BYTES_PER_PIXEL, MAX_PIXELS, is_text, read_file
 from difftuning_control.verbs.ui.captioning import drafts_of
 from difftuning_control.verbs.ui.files import picture_address
+from difftuning_control.verbs.ui.folders import why_refused
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
 
@@ -184,6 +185,7 @@ def gallery(
         count=len(found),
         most=MOST,
         bad=_what_is_wrong(found),
+        refused=why_refused(places, folder),
         notes=_what_is_to_see(found, side),
         chosen=chosen,
         page=page,

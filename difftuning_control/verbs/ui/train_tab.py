@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from difftuning_control.errors import UserError
+from difftuning_control.verbs.ui.folders import training_folders
 from difftuning_control.verbs.ui.form import (
     METHODS,
     NO_PRESET,
@@ -19,7 +20,6 @@ from difftuning_control.verbs.ui.form import (
     refuse_code,
     sections,
     train_words,
-    training_folders,
 )
 from difftuning_control.verbs.ui.jobs import RUNNING, TRAINING, WAITING, Job
 from difftuning_control.verbs.ui.live import changed, chosen_job, jobs_table, log, pictures, progress, stopping
