@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from html import unescape
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +20,7 @@ from difftuning_control.evaluation.report.analysis import write_analysis_report
 from difftuning_control.evaluation.report.language import FOLDER, languages, load_texts, placeholders
 from difftuning_control.evaluation.report.side_names import side_about, side_label
 from difftuning_control.system.text import harmless
+from difftuning_control.verbs.parse import parse
 from support import report_samples as samples
 from support.pages import EVIL, LANGUAGES, Page, check_self_contained
 from support.report_samples import pilot_report, verdict_of
@@ -311,7 +314,25 @@ def test_every_advice_has_words(tmp_path, code, language):
     said = load_texts(language)
     for prefix in ("headline.advice.", "advice.", "do."):
         assert said[prefix + code].replace("-", "‑") in page.text.replace("-", "‑")
-    assert ("--tuning.schedule.kind measured" in page.text) == (code in ("rising", "not_monotone"))
+    commands = [
+        parse(shlex.split(re.sub("<[^>]*>", "", unescape(text)))[1:])
+        for text in re.findall("<pre><code>(.*?)</code></pre>", page.source, re.DOTALL)
+    ]
+    asked = {"plain", "prior", "difftuning_measured"} | ({"difftuning_tau1"} if code != "rising" else set())
+    compares = code in ("rising", "not_monotone", "unclear")
+    assert [(verb, {*given.pilot.sides}) for verb, given in commands] == [("pilot", asked)] * compares
+
+
+def test_a_pilot_that_compared_what_an_analysis_advises_does_not_advise_it_again(tmp_path):
+    result, said = samples.pilot(), load_texts("en")["do.rising"]
+    result["sides"] = [side for side in result["sides"] if side["name"] != "difftuning_measured"]
+    assert said in Page(pilot_report(result, tmp_path)).text
+    measured = {**copy.deepcopy(result["sides"][-1]), "name": "difftuning_measured"}
+    prior = {**copy.deepcopy(result["sides"][-1]), "name": "prior"}
+    result["sides"] = [s for s in result["sides"] if s["name"] != "prior"] + [prior, measured]
+    page = Page(pilot_report(result, tmp_path))
+    assert said not in page.text
+    assert load_texts("en")["advice.rising"] in page.text
 
 
 @pytest.mark.wide

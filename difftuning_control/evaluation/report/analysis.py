@@ -9,7 +9,7 @@ from typing import Any
 from difftuning_control.errors import UserError
 from difftuning_control.evaluation.comparison import is_number
 from difftuning_control.evaluation.report import findings
-from difftuning_control.evaluation.report.commands import train_command
+from difftuning_control.evaluation.report.commands import pilot_command
 from difftuning_control.evaluation.report.language import load_texts
 from difftuning_control.evaluation.report.page import quoted, write_page
 
@@ -28,15 +28,11 @@ def write_analysis_report(analysis: Mapping[str, Any], folder: Path, language: s
         )
     advice, gap, forgetting = findings.advice_of(analysis), findings.gap_bands(analysis), analysis.get("forgetting")
     limits = findings.budget_of_run(forgetting) if forgetting and forgetting.get("budget") else []
-    command_of = next((c for c in ("rising", "not_monotone") if c in advice), None)
-    train = None
+    command_of = next((code for code in findings.COMPARED if code in advice), None)
+    pilot = None
     if command_of:
-        recipe = {
-            "model": {"id": analysis["model"]},
-            "data": {"path": analysis["data"]["path"]},
-            "tuning": {"schedule": {"kind": "measured", "path": str(folder / "schedule.json")}},
-        }
-        train = train_command(recipe)
+        recipe = {"model": {"id": analysis["model"]}, "data": {"path": analysis["data"]["path"]}}
+        pilot = pilot_command(recipe, findings.COMPARED[command_of])
     return write_page(
         folder,
         "analysis.html.j2",
@@ -51,7 +47,7 @@ def write_analysis_report(analysis: Mapping[str, Any], folder: Path, language: s
         limit_sentences=findings.budget_sentences(limits),
         charts=analysis_charts(analysis, texts),
         command_of=command_of,
-        train=train,
+        pilot=pilot,
         schedule_file=(folder / "schedule.json").is_file(),
     )
 

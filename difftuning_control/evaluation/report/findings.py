@@ -6,7 +6,7 @@ and tells what is within the noise from what is beyond it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +18,13 @@ from difftuning_control.evaluation.pilot_figures import PilotBudget
 Sentence = dict[str, Any]  # code: a key of the language files; values: what fills it, still numbers
 
 ADVICE = ("uncertain", "no_gap", "wide", "not_monotone", "unclear", "flat", "rising")  # what matters most first
+
+_CONSTANT = ("plain", "prior", "difftuning_measured")
+COMPARED = {  # advice to compare in a pilot, and the sides of that
+    "rising": _CONSTANT,
+    "not_monotone": (*_CONSTANT, "difftuning_tau1"),
+    "unclear": (*_CONSTANT, "difftuning_tau1"),
+}
 
 
 def sentence(code: str, **values: Any) -> Sentence:
@@ -49,6 +56,11 @@ def advice_of(analysis: Mapping[str, Any]) -> list[str]:
     """The codes of `advice` that the figures bear out, what matters most first; whatever the analysis said itself."""
     codes = advice(curve_of(gap_bands(analysis)))
     return [code for code in ADVICE if code in codes]
+
+
+def compared_already(sides: Collection[str]) -> list[str]:
+    """The codes of advice to compare in a pilot what a pilot of these sides has compared."""
+    return [code for code, asked in COMPARED.items() if set(asked) <= {*sides}]
 
 
 def gap_sentences(bands: Sequence[Mapping[str, float]]) -> list[Sentence]:

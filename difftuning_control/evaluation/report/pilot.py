@@ -56,6 +56,7 @@ def write_pilot_report(pilot: PilotRun, folder: Path, language: str = "en") -> P
         forgetting=[*filter(None, map(findings.forgetting_sentence, told))],
         gap=findings.gap_sentences(gap),
         advice=findings.advice_of(analysis) if analysis else [],
+        compared=findings.compared_already(by_name),
         metrics=_measured([base, *(r for s in sides for r in s["runs"])]),
         pictures=pictures,
         vote=None if voting is None else voting.name,
