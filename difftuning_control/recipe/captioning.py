@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from difftuning_control.errors import UserError
+from difftuning_control.system.secrets import HIDDEN, without_secrets
 from difftuning_control.system.text import composed
 
 # Thai to Myanmar, Khmer, and all of East Asia: scripts whose words stand without spaces, or with endings
@@ -30,6 +32,19 @@ class Captioning:
     def of_none(self) -> str | None:
         """The caption of a picture without one; None where it must have one."""
         return self.of(None)
+
+    def refuse_secrets(self) -> None:
+        """Refuse words that look like a secret: a run's files have `(secret)` for them, and would say other captions.
+
+        Raises:
+            UserError: naming the key; not the words.
+        """
+        for key, words in (("data.trigger", self.trigger), ("data.default_caption", self.default)):
+            if words is not None and without_secrets(words) != words:
+                raise UserError(
+                    f"{key} looks like a secret, such as a token or a key, and would be {HIDDEN} in the run's recipe, "
+                    "from which the run could not go on; choose other words."
+                )
 
     def finds_none(self, columns: Iterable[str], known: Iterable[str], others: Iterable[str]) -> bool:
         """Whether rows with these columns lack captions that they must have, or that a wrong name may hide.

@@ -43,8 +43,11 @@ def free_folder(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def beside(path: Path, private: bool = False) -> Iterator[Path]:
     """A temporary name in the folder of `path`, which takes its place when all went well; else nothing stays.
+
+    Args:
+        private: of a file that its owner alone may read, from its first byte on.
 
     Raises:
         OSError: with the name of `path`, if there is no space or no permission.
@@ -52,8 +55,10 @@ def beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # containers share process numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if private:
+            temporary.touch(mode=0o600)
         yield temporary
-        place(temporary, path)
+        place(temporary, path, private)
     except OSError as error:
         if error.filename is None or str(temporary) in str(error.filename):
             error.filename, error.filename2 = str(path), None
@@ -63,10 +68,14 @@ def beside(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def place(temporary: Path, path: Path) -> None:
-    """Rename a file or a folder that is whole to a name that is free or of a file, once its bytes are on the disk."""
+def place(temporary: Path, path: Path, private: bool = False) -> None:
+    """Rename a file or a folder that is whole to a name that is free or of a file, once its bytes are on the disk.
+
+    Args:
+        private: leave the permissions as they are, and do not open it to whom the user lets read new files.
+    """
     files = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
-    opened = 0o666 & ~_umask()
+    opened = 0 if private else 0o666 & ~_umask()
     for file in files:
         if not file.is_symlink() and (mode := stat.S_IMODE(file.stat().st_mode)) | opened != mode:
             with suppress(PermissionError):  # FAT has no permissions

@@ -65,6 +65,8 @@ def train(
     """
     if not recipe.data.path:
         raise UserError("the recipe names no pictures; give data.path (embedded/icons to try it).")
+    if not recipe.training.resume or read_run(Path(recipe.output)) is None:
+        recipe.data.captioning.refuse_secrets()
     recipe = fitted(recipe, tell)
     written = replace(recipe, training=replace(recipe.training, resume=False))  # which is no part of what is repeated
     recipe = placed or recipe

@@ -139,12 +139,14 @@ def test_the_log_is_what_was_printed_without_secrets(jobs, tmp_path, monkeypatch
 
 
 def test_an_argument_that_looks_like_a_secret_reaches_the_command_and_is_not_shown(jobs, tmp_path):
-    trigger = "--data.trigger=sk-watercolour-2024"
+    cache = "--data.cache=sk-watercolour-2024"
     jobs.add(["train"], tmp_path / "first")
-    waits = jobs.add(["train", trigger, "--model.id=a b"], tmp_path / "sk-watercolour-2024")
-    assert Sleeping(jobs.places).all()[0].arguments == ["train", trigger, "--model.id=a b"]
+    waits = jobs.add(["train", cache, "--model.id=a b"], tmp_path / "sk-watercolour-2024")
+    assert Sleeping(jobs.places).all()[0].arguments == ["train", cache, "--model.id=a b"]
     assert waits.output == str(tmp_path / "sk-watercolour-2024")
-    assert waits.command == "difftune train --data.trigger=(secret) '--model.id=a b'"
+    assert waits.command == "difftune train --data.cache=(secret) '--model.id=a b'"
+    if os.name == "posix":
+        assert {path.stat().st_mode & 0o777 for path in (jobs.places.state / "jobs").glob("*.json")} == {0o600}
 
 
 def test_a_place_that_a_command_will_write_is_not_free(jobs, tmp_path):

@@ -103,14 +103,17 @@ def test_captions_and_names_are_text(places):
         assert "&lt;script&gt;" in page
 
 
-def test_a_name_that_is_not_utf_8_is_a_problem_of_its_picture_alone(places):
+def test_a_picture_whose_name_is_not_utf_8_is_not_shown_but_is_one_that_training_takes(places):
     name = os.fsdecode(b"\xff.png")
     try:
         (places.folder / "photos" / name).write_bytes((places.folder / "photos" / "a.png").read_bytes())
     except OSError:
         pytest.skip("this system has no such names")
+    (places.folder / "photos" / os.fsdecode(b"\xff.txt")).write_text("caption")
     found = pictures_of(places, "photos", 32)
-    assert {p.name: p.problems for p in found if p.problems} == {name: ("has a name that is not UTF-8; rename it",)}
+    assert [p.problems for p in found] == [()] * 4
+    assert len(load_images(str(places.folder / "photos")).examples) == 4
+    assert [p.name for p in found if any("is not UTF-8" in note for note in p.notes)] == [name]
     page = gallery(places, "photos", found, 0, name) + one_picture(places, "photos", found[-1])
     assert ("rename it" in page, page.count("studio/picture")) == (True, 3)
     page.encode()  # as it is sent
@@ -199,6 +202,24 @@ def test_a_disk_that_is_not_there_for_a_while_costs_no_edit(places):
     (places.folder / "away").rename(folder)
     assert undo_caption(places) == (folder, "a.png", [])
     assert caption_of(folder, "a.png") == "caption a"
+
+
+def test_an_edit_whose_row_is_gone_is_given_up_and_the_one_before_is_taken(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("a", "b"):
+        picture(1).save(folder / f"{name}.png")
+    rows = [f'{{"file_name": "{name}.png", "text": "caption {name}"}}\n' for name in ("a", "b")]
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    places = Places.of(tmp_path)
+    for name in ("a", "b"):
+        edit_caption(places, folder, f"{name}.png", f"caption {name}", "mine")
+    kept = [line for line in (folder / "metadata.jsonl").read_text().splitlines() if "b.png" not in line]
+    (folder / "metadata.jsonl").write_text("\n".join(kept))
+    where, name, given_up = undo_caption(places)
+    assert (where, name, caption_of(folder, "a.png")) == (folder, "a.png", "caption a")
+    assert ["has no row for b.png" in why for why in given_up] == [True]
+    assert not has_edits(places)
 
 
 def test_a_caption_that_differs_in_white_space_alone_is_left_as_it_is(places):

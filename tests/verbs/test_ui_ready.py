@@ -1,4 +1,4 @@
-"""Pictures that a training would refuse, named before it is queued; and those that it takes, which are not."""
+"""What a training would refuse of pictures and words, named before it is queued; and what it takes, which is not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from PIL import Image
 from difftuning_control.data.prepare import read_data
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.recipe import Recipe
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.verbs.pilot.pilot import pilot
+from difftuning_control.verbs.train import train
 from difftuning_control.verbs.ui.form import NO_PRESET, recipe_of_words, train_words
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.price_view import refuse_unready
@@ -79,3 +82,14 @@ def test_a_data_set_that_is_no_folder_of_pictures_is_left_to_the_training(places
     (places.folder / "photos" / "dataset_info.json").write_text("{}")
     (places.folder / "photos" / "3.txt").unlink()
     refuse_unready(recipe(places))
+
+
+@pytest.mark.parametrize("key", ["data.trigger", "data.default_caption"])
+def test_words_that_the_runs_files_would_hide_are_refused_before_anything_is_written(places, key):
+    named = {key: "sk-watercolour-2024"}
+    words, output = train_words(places, NO_PRESET, {"pictures": "photos"}, named)
+    for refuse in (refuse_unready, train, lambda recipe: pilot(recipe, PilotConfig(), "en", False)):
+        with pytest.raises(UserError, match=rf"{key} looks like a secret.*choose other words"):
+            refuse(recipe_of_words(words))
+    assert not output.exists()
+    refuse_unready(recipe_of_words([word.replace("sk-watercolour-2024", "(secret)") for word in words]))

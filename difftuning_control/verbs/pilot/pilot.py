@@ -256,6 +256,7 @@ def pilot(
     from difftuning_control.evaluation.report.pilot import write_pilot_report  # read at its end, after the runs
 
     output = Path(recipe.output)
+    recipe.data.captioning.refuse_secrets()
     refuse_places(recipe, overwrite, clears_all=True)
     few = few_steps_of(recipe.model.id)
     config = config.for_model(None if few is None else few.drawn)

@@ -26,11 +26,17 @@ COLUMN = "text"
 MOST = 4000  # characters of a caption
 
 
+class LostEditError(UserError):
+    """An edit that cannot be made or taken back any more: its picture or its row is gone, or its caption was changed
+    since."""
+
+
 def caption_of(folder: Path, name: str) -> str | None:
     """The caption of a picture as it is on disk; None where it has none.
 
     Raises:
         UserError: if the file with it cannot be read.
+        LostEditError: if its table has no row for the picture.
     """
     table = _table_of(folder, name)
     try:
@@ -42,7 +48,7 @@ def caption_of(folder: Path, name: str) -> str | None:
         raise UserError(f"the caption of {name} cannot be read ({error}).") from None
     row = next((row for row in rows if _is_of(row, table, folder / name)), None)
     if row is None:
-        raise UserError(f"{table.relative_to(folder)} has no row for {name}; add one with a text editor.")
+        raise LostEditError(f"{table.relative_to(folder)} has no row for {name}; add one with a text editor.")
     caption = row.get(COLUMN)
     return caption.strip() if isinstance(caption, str) else None
 
@@ -66,10 +72,6 @@ def edit_caption(places: Places, folder: Path, name: str, before: str | None, af
         entry = {"folder": str(folder), "name": name, "before": before, "after": after}
         with (places.state / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(entry) + "\n")
-
-
-class LostEditError(UserError):
-    """An edit that cannot be made or taken back any more: its picture is gone, or its caption was changed since."""
 
 
 def has_edits(places: Places) -> bool:

@@ -71,8 +71,11 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
         page = gr.skip() if drawn_before else render("nothing_drawn", has_runs=bool(runs))
         can_vote = gr.update(visible=bool(runs))
         sampling = [gr.skip()] * 2 if drawn_before or is_set else sampling_of(places, chosen)
-        votes = votes_of(places, mine) if mine else ""
-        return [updates[0], text, updates[1], updates[2], votes, page, can_vote, *sampling]
+        return [updates[0], text, updates[1], updates[2], votes_so_far(mine), page, can_vote, *sampling]
+
+    def votes_so_far(voted: str | None) -> str:
+        with mistakes():
+            return votes_of(places, voted) if voted else ""
 
     def asked(names: list[str], text: str, *values: Any) -> Drawing:
         given = dict(zip(sliders, values))
@@ -151,6 +154,7 @@ def compare_tab(studio: Studio, tab: gr.Tab) -> None:
     for name in ("guidance", "mixture", "strength", "hand_over", "control", "change"):
         draws(sliders[name].release)
     halt.click(painter.stop, None, None, queue=False, **quiet)
+    run.input(votes_so_far, run, result, **quiet)
     begin.click(pose, [run, against, *settings], asking)
     pair_shown.select(clicked, [pair, *settings], asking)
     same.click(alike, [pair, *settings], asking)

@@ -22,7 +22,7 @@ from difftuning_control.verbs.ui.drawing import BASE, Drawing
 from difftuning_control.verbs.ui.painter import Painter
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
-from difftuning_control.verbs.ui.runs_view import runs_of
+from difftuning_control.verbs.ui.runs_view import finished_runs
 
 SHOWN = 512  # pixels of a picture's side
 WHO = "Who draws at each noise level: 1 is pure noise, where the layout is drawn, 0 the finished picture"
@@ -32,17 +32,16 @@ LEFT, RIGHT, SAME = "left", "right", "same"
 def sides_of(places: Places) -> list[str]:
     """What can draw: the base, the finished runs, and the steps that they kept."""
     found = [BASE]
-    for row in runs_of(places):
-        if row["state"] == "done":
-            found.append(row["run"])
-            steps = kept_steps(places.run(row["run"]))
-            found += [f"{row['run']}/{step_folder(step)}" for step in steps if step != row["steps"]]
+    for row in finished_runs(places):
+        found.append(row["run"])
+        steps = kept_steps(places.run(row["run"]))
+        found += [f"{row['run']}/{step_folder(step)}" for step in steps if step != row["steps"]]
     return found
 
 
 def first_sides(places: Places) -> list[str]:
     """Who draws when the page is opened: the base, and the first run that needs no photo."""
-    rows = [row for row in runs_of(places) if row["state"] == "done" and row["method"] != "controlnet"]
+    rows = [row for row in finished_runs(places) if row["method"] != "controlnet"]
     return [BASE, *(row["run"] for row in rows[:1])]
 
 

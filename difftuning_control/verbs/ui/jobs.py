@@ -174,7 +174,8 @@ class Jobs:
         return found
 
     def _write(self, job: Job) -> None:
-        with beside(self._folder / f"{job.name}.json") as temporary:  # as it is: what starts is read from here
+        # arguments as they are, since what starts is read from here: one may be a secret
+        with beside(self._folder / f"{job.name}.json", private=True) as temporary:
             temporary.write_text(json.dumps(asdict(job), indent=2) + "\n", encoding="utf-8")
 
     def _advance(self) -> None:

@@ -63,7 +63,8 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
                 save = gr.Button("Save and next", size="sm", variant="primary", visible=False, elem_id="save")
                 undo = gr.Button("Undo the last edit", size="sm", min_width=110, visible=False, elem_id="undo")
     chosen, page, before, is_own = gr.State(None), gr.State(0), gr.State(""), gr.State(False)
-    shown = [cards, large, caption, save, chosen, page, before, only, pages, undo]
+    shown_place = gr.State(None)  # the folder that is shown
+    shown = [cards, large, caption, save, chosen, page, before, shown_place, only, pages, undo]
 
     def show(
         place: str,
@@ -96,7 +97,7 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
             was: Any = (picture and picture.caption) or ""
             if picture is not None and keep_text:
                 edits = was = gr.skip()
-        state = [picture.name if picture else None, number, was]
+        state = [picture.name if picture else None, number, was, place]
         return [*parts, edits, there, *state, *more, gr.update(visible=has_edits(places))]
 
     def pick(place: str, size: float, few: bool, event: gr.EventData) -> list[Any]:
@@ -125,7 +126,7 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
         said = [f"An edit is given up: {why}" for why in dropped]
         gr.Info(plain(" ".join([*said, f"The edit of {name} is taken back."])))
         place = place if places.readable(place) == where else str(where)
-        return show(place, size, few, name, 0, keep_text=False)
+        return [gr.update(value=place), *show(place, size, few, name, 0, keep_text=False)]
 
     def add(place: str, uploaded: list[str] | None) -> list[Any]:
         if not uploaded:
@@ -168,6 +169,10 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
     def first(place: str, size: float, few: bool) -> list[Any]:
         return show(place, size, few, None, 0)
 
+    def chosen_place(place: str, size: float, few: bool, there: str | None) -> list[Any]:
+        """The folder that was chosen, unless it is shown already: the box also changes where an event set it."""
+        return [gr.skip()] * len(shown) if place == there else first(place, size, few)
+
     def arrive(place: str, size: float, few: bool, name: str | None, number: int, is_own: bool) -> list[Any]:
         known = picture_folders(places)
         now = known[0] if place in EMBEDDED and not is_own else place  # where there were no others before
@@ -179,15 +184,15 @@ def pictures_tab(studio: Studio, tab: gr.Tab) -> dict[str, Any]:
     look: dict[str, Any] = {"fn": arrive, "inputs": [*at, is_own], "outputs": [folder, *shown]}
     tab.select(**look, **quiet)
     folder.input(lambda: True, None, is_own, **quiet)
-    folder.change(first, asked, shown, **quiet)
+    folder.change(chosen_place, [*asked, shown_place], shown, **quiet)
     side.change(show, at, shown, **quiet)
     only.input(show, at, shown, **quiet)
     cards.select(pick, asked, shown, **quiet).then(None, None, None, js=SHOW)
     back.click(turn(-1), at, shown, **quiet)
     on.click(turn(1), at, shown, **quiet)
     save.click(write, [*asked, chosen, before, caption], shown, **quiet)
-    undo.click(take_back, asked, shown, **quiet)
-    files.upload(add, [into, files], [folder, files], **quiet)
+    undo.click(take_back, asked, [folder, *shown], **quiet)
+    files.upload(add, [into, files], [folder, files], **quiet).success(first, asked, shown, **quiet)
     draft.click(propose, [*at, caption, model], [*shown, drafted])
     return look
 

@@ -30,7 +30,7 @@ ALIKE = 5  # bits of 64 in which the shapes of two copies may differ,
 SHARE = 0.2  # as a share of the bits that one of them has, since a plain ground has few,
 TINT = 10  # and by how much of 255 the mean red, green or blue
 NO_CAPTION = "has no caption; write one"
-BAD_NAME = "has a name that is not UTF-8; rename it"
+BAD_NAME = "has a name that is not UTF-8, with which it cannot be shown here; rename it"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Picture:
     def is_small(self) -> bool:
         """Whether it would be enlarged."""
         return any(note.startswith("smaller") for note in self.notes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notes that stand out: what it is a copy of, and a name that cannot be shown."""
+        return [*(self.notes[:1] if self.copy_of else ()), *(note for note in self.notes if note == BAD_NAME)]
 
     @property
     def framing(self) -> str:
@@ -94,9 +99,6 @@ def pictures_of(places: Places, folder: str, side: int) -> list[Picture]:
     found, seen = [Picture(name, None, problems=(why,)) for name, why in bad.items()], list[tuple[str, Facts]]()
     drafts = drafts_of(places, real)
     for row in rows[:MOST]:
-        if not is_text(row.name):
-            found.append(Picture(row.name, None, problems=(BAD_NAME,)))
-            continue
         facts = _facts_of(real / row.name)
         picture = _with_copies(_picture(row, facts, side), facts, seen)
         found.append(replace(picture, draft=None if picture.caption else drafts.get(row.name)))
@@ -107,14 +109,15 @@ def pictures_of(places: Places, folder: str, side: int) -> list[Picture]:
 def _picture(row: Row, facts: Facts, side: int) -> Picture:
     caption = row.caption.strip() if isinstance(row.caption, str) else None
     problems = tuple(filter(None, [facts.problem, None if caption else NO_CAPTION]))
+    named = () if is_text(row.name) else (BAD_NAME,)
     if not all(facts.size):
-        return Picture(row.name, caption, problems=problems)
+        return Picture(row.name, caption, problems=problems, notes=named)
     (wide, high), left, top = placed(facts.size, side, side)
     frame = (100 * left / wide, 100 * top / high, 100 * side / wide, 100 * side / high)
     lost, smallest = 1 - side * side / (wide * high), min(facts.size)
     notes = [f"a square leaves out {lost:.0%}"] if lost > 0.005 else []
     notes += [f"smaller than {side}, and would be enlarged"] if smallest < side else []
-    return Picture(row.name, caption, facts.size, problems, tuple(notes), frame)
+    return Picture(row.name, caption, facts.size, problems, (*notes, *named), frame)
 
 
 def _with_copies(picture: Picture, facts: Facts, seen: Sequence[tuple[str, Facts]]) -> Picture:
@@ -178,7 +181,7 @@ def gallery(
     """
     real, found = places.readable(folder), to_show(found, only)
     part = found[page * PAGE : (page + 1) * PAGE]
-    shown = [(p, picture_address(real / p.name, 384) if all(p.size) else None) for p in part]
+    shown = [(p, _address(real, p, 384)) for p in part]
     return render(
         "pictures",
         shown=shown,
@@ -216,10 +219,13 @@ def _what_is_to_see(found: Sequence[Picture], side: int | None) -> list[str]:
 
 def one_picture(places: Places, folder: str, picture: Picture | None) -> str:
     """A picture large, with its frame."""
-    address = None
-    if picture is not None and all(picture.size):
-        address = picture_address(places.readable(folder) / picture.name, 768)
+    address = None if picture is None else _address(places.readable(folder), picture, 768)
     return render("picture", picture=picture, address=address)
+
+
+def _address(folder: Path, picture: Picture, side: int) -> str | None:
+    """Where the page finds it; None of what cannot be read, or has a name that no address can hold."""
+    return picture_address(folder / picture.name, side) if all(picture.size) and is_text(picture.name) else None
 
 
 # --- what is added --------------------------------------------------------------------------------------------------

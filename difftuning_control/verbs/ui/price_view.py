@@ -64,12 +64,14 @@ def price_page(places: Places, preset: str, fields: Mapping[str, str], others: M
 
 
 def refuse_unready(recipe: Recipe) -> None:
-    """Refuse pictures of a folder that training would, in the words of the page; of many only the first are looked at.
+    """Refuse words that training would, and pictures of a folder, in the words of the page; of many only the first are
+    looked at.
 
     Raises:
         UserError: with how many they are.
     """
     data, control = recipe.data, recipe.control
+    data.captioning.refuse_secrets()
     folder = Path(data.path)
     is_judged = data.path not in EMBEDDED and folder.is_dir() and not is_dataset(folder)
     if data.skip_bad or data.stream or not is_judged:

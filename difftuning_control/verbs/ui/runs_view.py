@@ -14,6 +14,8 @@ from difftuning_control.runs.kept import kept_steps
 from difftuning_control.runs.listing import list_runs
 from difftuning_control.runs.record import RECORD, read_run
 from difftuning_control.system.durable import discard
+from difftuning_control.system.text import harmless
+from difftuning_control.system.untrusted import is_text
 from difftuning_control.verbs.ui.files import report_address
 from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.jobs import Jobs
@@ -26,6 +28,11 @@ FIGURES = ("target_loss", "retention_loss", "fidelity", "kid", "memorisation")
 def runs_of(places: Places) -> list[dict[str, Any]]:
     """A row for each run, as `difftune runs` lists it."""
     return list_runs(places.folder)
+
+
+def finished_runs(places: Places) -> list[dict[str, Any]]:
+    """The rows of those that ended well and whose name is text, which a list of the page can hold."""
+    return [row for row in runs_of(places) if row["state"] == "done" and is_text(row["run"])]
 
 
 def run_folder(places: Places, name: str) -> Path:
@@ -60,6 +67,7 @@ def run_details(places: Places, name: str) -> str:
     """
     folder = run_folder(places, name)
     record, report = read_run(folder), folder / "report.html"
+    has_text_name = is_text(str(report))
     judged = record.gates if record is not None and record.gates is not None else GateResults()
     return render(
         "run",
@@ -67,7 +75,8 @@ def run_details(places: Places, name: str) -> str:
         record=record,
         gates=[(line, judged.figures[gate].passed) for gate, line in judged.lines.items()],
         kept=kept_steps(folder),
-        report=report_address(report) if report.is_file() else None,
+        report=report_address(report) if report.is_file() and has_text_name else None,
+        has_text_name=has_text_name,
     )
 
 
@@ -94,7 +103,7 @@ def what_goes(places: Places, name: str) -> str:
     folder = run_folder(places, name)
     files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
     size = sum(p.stat().st_size for p in files) / 2**20
-    return f"Delete {name} with {len(files)} files ({size:.1f} MiB)? It cannot be brought back."
+    return f"Delete {harmless(name)} with {len(files)} files ({size:.1f} MiB)? It cannot be brought back."
 
 
 def delete_run(places: Places, name: str) -> None:

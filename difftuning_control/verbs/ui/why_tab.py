@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from difftuning_control.verbs.ui.runs_view import runs_of
+from difftuning_control.verbs.ui.runs_view import finished_runs
 from difftuning_control.verbs.ui.saying import mistakes
 from difftuning_control.verbs.ui.studio import Studio
 from difftuning_control.verbs.ui.why_texts import LANGUAGES
@@ -27,7 +27,7 @@ def why_tab(studio: Studio, tab: gr.Tab) -> None:
             return [why(places, name, LANGUAGES[spoken]), report_frame(places, study, LANGUAGES[spoken])]
 
     def arrive(name: str | None, study: str | None, spoken: str) -> list[Any]:
-        runs = [row["run"] for row in runs_of(places) if row["state"] == "done"]
+        runs = [row["run"] for row in finished_runs(places)]
         studies = reports_of(places)
         name = name if name in runs else next(iter(runs), None)
         study = study if study in studies else next(iter(studies), None)

@@ -10,6 +10,7 @@ from difftuning_control.errors import UserError
 from difftuning_control.evaluation.band_losses import LossChange
 from difftuning_control.evaluation.report.lines import Line, line_chart
 from difftuning_control.runs.record import RECORD, RunRecord, read_run
+from difftuning_control.system.untrusted import is_text
 from difftuning_control.verbs.ui.files import report_address
 from difftuning_control.verbs.ui.places import Places
 from difftuning_control.verbs.ui.render import render
@@ -78,8 +79,8 @@ def _schedule(record: RunRecord, texts: Mapping[str, str]) -> str:
 
 
 def reports_of(places: Places) -> list[str]:
-    """The reports of analyses and pilots below the page's folder, which are those that no run has."""
-    return sorted(places.name(folder) for folder in _studies(places.folder))
+    """The reports of analyses and pilots below the page's folder, which are those that no run has, by names of text."""
+    return sorted(filter(is_text, (places.name(folder) for folder in _studies(places.folder))))
 
 
 def _studies(root: Path) -> Iterator[Path]:
