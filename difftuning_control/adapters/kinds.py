@@ -86,6 +86,23 @@ def target_layers(
     return names, layers
 
 
+def target_names(module: nn.Module, layers: set[str]) -> list[str] | None:
+    """The shortest names by which `target_layers` finds these layers and no others; None where it finds others too."""
+    modules = [name for name, _ in module.named_modules()]
+    names: list[str] = []
+    for layer in sorted(layers):
+        if any(layer == name or layer.endswith(f".{name}") for name in names):
+            continue
+        parts = layer.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
+        short = (e for e in ends if all(m in layers for m in modules if m == e or m.endswith(f".{e}")))
+        name = next(short, None)
+        if name is None:
+            return None
+        names.append(name)
+    return names
+
+
 def _size(layer: Any) -> tuple[int, int]:
     """Rows and columns of a layer's weight, as a matrix; a quantised one is packed."""
     if isinstance(layer, nn.Linear):

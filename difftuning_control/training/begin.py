@@ -6,7 +6,6 @@ that trains by a LoRA begins from the other's weights as a whole.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from torch import Tensor
 from difftuning_control.adapters.attached import denoiser_of, unload_adapter
 from difftuning_control.adapters.files import (
     DIFFFIT_FILE,
-    HEADER,
     PEFT_CONFIG,
     PEFT_FILE,
     PEFT_PREFIX,
@@ -39,15 +37,26 @@ from difftuning_control.recipe.adapter_kinds import LORA_KINDS
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.start import Start
 from difftuning_control.system.untrusted import from_json, read_text
+from difftuning_control.training.begin_fit import check_fit
 from difftuning_control.training.checkpoint import TrainingState, enter_schedule, save_checkpoint
 from difftuning_control.training.phases import Phases
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.recipe.adapter import AdapterConfig
 
 OTHERS = "begin"  # the name under which an adapter of others is read
 PARTS = ("lora_A.weight", "lora_B.weight")
-COMPARED = ("peft_type", "r", "alpha", "lora_alpha", "use_dora", "oft_block_size", "boft_block_size")
+
+
+def check_beginning(start: Start, family: Family, adapter: AdapterConfig) -> None:
+    """Refuse an adapter that training cannot begin from, before anything is encoded or drawn; the base stays as it is.
+
+    Raises:
+        UserError: as `Beginning`.
+    """
+    with torch.random.fork_rng(devices=[]):  # a LoRA of others is attached for a moment, which peft draws numbers for
+        Beginning(start, family, adapter)
 
 
 class Beginning:
@@ -56,12 +65,13 @@ class Beginning:
     Args:
         start: where they lie.
         family: the base, which nothing is attached to yet.
+        adapter: that is to train on the denoiser; None where its weights or a ControlNet do.
 
     Raises:
-        UserError: if they cannot be read.
+        UserError: if they cannot be read, or are not of the adapter.
     """
 
-    def __init__(self, start: Start, family: Family):
+    def __init__(self, start: Start, family: Family, adapter: AdapterConfig | None = None):
         self.start, self.family = start, family
         self.lora: dict[str, tuple[dict[str, Tensor], float]] = {}  # by component: tensors, and their scale
         if start.record is not None and start.record.method == "controlnet":
@@ -77,6 +87,8 @@ class Beginning:
             self.lora = self._read_lora(start.weights)
         elif start.record is None and _is_peft_lora(start.weights):
             self.lora = self._read_others(start.weights)
+        if adapter is not None:
+            check_fit(start, self.lora, family, adapter)
 
     def fill(self, tuning: AdapterTuning | FullTuning | ControlNetTuning) -> None:
         """Put the weights into what trains.
@@ -152,22 +164,9 @@ class Beginning:
         kind, weights = tuning.config.kind, self.start.weights
         component, denoiser = denoiser_of(self.family.pipe)
         if kind in LORA_KINDS:
-            if not self.lora:
-                raise UserError(f"{weights} is no LoRA, and adapter.kind is {kind}; give the kind that it is.")
-            written = {} if weights.is_dir() else metadata_and_shapes(weights)[0]
-            header = from_json(written.get(HEADER, "{}"))
-            if (header.get("kind") == "tlora") != (kind == "tlora"):
-                there = header.get("kind", "lora")
-                raise UserError(f"adapter.kind is {kind}, and {weights} is a {there}; give --adapter.kind {there}.")
             parts = {component: denoiser}
             if tuning.config.text_encoder:
                 parts["text_encoder"] = self.family.pipe.text_encoder
-            strange = sorted(self.lora.keys() - parts.keys())
-            if strange:
-                say = "say --adapter.text_encoder true, or give" if self.family.text_lora_targets else "give"
-                raise UserError(
-                    f"{weights} also has weights for the {strange[0]}, which do not train here; {say} another."
-                )
             for name, module in parts.items():
                 self._fill_lora(module, *self.lora.get(name, ({}, 1.0)))
         elif kind == "difffit":
@@ -194,24 +193,15 @@ class Beginning:
         for name, layer in layers.items():
             a, b = tensors[f"{name}.{PARTS[0]}"], tensors[f"{name}.{PARTS[1]}"]
             factor = scale / layer.scaling[ADAPTER]
-            self._fill_layer(name, layer, a, b if factor == 1 else b * factor)
+            self._fill_layer(layer, a, b if factor == 1 else b * factor)
             for key in (k for k in expected if k.startswith(f"{name}.") and not k.endswith(PARTS)):  # DoRA's magnitudes
                 expected[key].copy_(tensors[key])
 
-    def _fill_layer(self, name: str, layer: Any, a: Tensor, b: Tensor) -> None:
+    def _fill_layer(self, layer: Any, a: Tensor, b: Tensor) -> None:
+        """Put A and B into a layer, whose sizes were compared before."""
         down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         rank = len(down.weight)
         starts = isinstance(down, Down)
-        if len(a) != rank and not (starts and len(a) == 2 * rank):
-            raise UserError(
-                f"adapter.rank is {rank}, and the LoRA {self.start.weights} has the rank {len(a)}; give --adapter.rank "
-                f"{len(a)}{' and --adapter.init gaussian' if starts else ''}."
-            )
-        if a.shape[1:] != down.weight.shape[1:] or len(b) != len(up.weight):
-            raise UserError(
-                f"{self.start.weights} was made for another base: its {name} is {len(b)} × {a.shape[1]}, here it is "
-                f"{len(up.weight)} × {down.weight.shape[1]}."
-            )
         a, b = a.to(down.weight), b.to(up.weight)
         if not starts:
             down.weight.copy_(a)
@@ -226,14 +216,6 @@ class Beginning:
     # --- other kinds ------------------------------------------------------------------------------------------------
 
     def _fill_peft(self, denoiser: Any, folder: Path) -> None:
-        if not (folder / PEFT_CONFIG).is_file():
-            raise UserError(f"{folder} is no peft directory; give an adapter of the kind that trains.")
-        config, ours = from_json(read_text(folder / PEFT_CONFIG)), denoiser.peft_config[ADAPTER].to_dict()
-        ours = json.loads(json.dumps(ours, default=str))
-        pairs = {k: (config[k], ours[k]) for k in COMPARED if k in config and k in ours}
-        differing = [f"{k} is {a} there and {str(b).split('.')[-1]} here" for k, (a, b) in pairs.items() if a != b]
-        if differing:
-            raise UserError(f"training cannot begin from {folder}: {'; '.join(differing)}; give the same.")
         tensors = {k.removeprefix(PEFT_PREFIX): v for k, v in read_adapter(folder / PEFT_FILE).items()}
         self._copy(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER), tensors)
 

@@ -22,6 +22,7 @@ from difftuning_control.runs.identity import recipe_identity
 from difftuning_control.runs.record import read_run
 from difftuning_control.runs.record_sections import Fingerprints
 from difftuning_control.runs.start import Start, check_start, start_of
+from difftuning_control.training.begin import check_beginning
 from difftuning_control.training.checkpoint import checkpoints
 from difftuning_control.training.compiling import check_compiler
 from difftuning_control.training.inputs import TrainingInputs, prepare_inputs
@@ -128,6 +129,8 @@ def _start(recipe: Recipe, family: Family, fingerprints: Fingerprints) -> Start 
         return None
     start = start_of(recipe.training.begin_from)
     check_start(start, recipe, family)
+    if recipe.method == "lora":
+        check_beginning(start, family, recipe.adapter)
     fingerprints.begin = start.fingerprint
     return start
 

@@ -90,7 +90,8 @@ class TrainedWeights:
         self.family, self.accelerator, self.config = family, accelerator, recipe.training
         self.output, self.model, self.sharded = Path(recipe.output), family.model, False
         self.teacher = Teacher.of(recipe, family) if recipe.tuning.retention == "teacher" else None
-        begin = Beginning(start, family) if start is not None else None
+        adapter = recipe.adapter if recipe.method == "lora" else None
+        begin = Beginning(start, family, adapter) if start is not None else None
         self.tuning = attach_tuning(recipe, family, spec)
         if begin is not None:
             begin.fill(self.tuning)

@@ -25,8 +25,9 @@ Q = ("to_q",)
 
 def begun(family, place, **settings):
     """What the adapter that is to be trained adds to each layer at the start."""
-    beginning = Beginning(start_of(place), family)
-    tuning = AdapterTuning(family, AdapterConfig(**{"rank": 2, "alpha": 1.0, "targets": "to_q"} | settings))
+    adapter = AdapterConfig(**{"rank": 2, "alpha": 1.0, "targets": "to_q"} | settings)
+    beginning = Beginning(start_of(place), family, adapter)
+    tuning = AdapterTuning(family, adapter)
     beginning.fill(tuning)
     return updates(family.denoiser)
 
