@@ -26,6 +26,7 @@ from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING
 from difftuning_control.data.stream import Stream, StreamedData
 from difftuning_control.errors import UserError
+from difftuning_control.families.prompts import cut_note
 from difftuning_control.recipe.inputs import HELD_OUT, MOST_SAMPLES, BankConfig, DataConfig
 from difftuning_control.recipe.masking import Masking
 from difftuning_control.recipe.recipe import Recipe
@@ -203,7 +204,7 @@ def prepare_bank(
 
     Args:
         size: where the recipe's is auto and no bank lies at its path.
-        tell: is given lines on what was left out of these.
+        tell: is given lines on what was left out of these, and of the prompts.
         grow: what makes the bank of its draft; drawn whole, by all processes, when None.
     """
     path = Path(config.path).expanduser() if config.path is not None else None
@@ -215,6 +216,8 @@ def prepare_bank(
         return _bank_of_pictures(family, path, data, resolution, show, share, tell)
     prompts = bank_prompts(family, config, [data.captioning.untriggered(caption) for caption in captions])
     request = request_of(family, config, path, prompts, resolution, size)
+    if config.prompts != "captions" and (note := cut_note(family, request.prompts, "prompts of the bank")):
+        tell(note)
     folder = path or cache_folder(data) / "banks" / digest_of(request.identity(family))
     draft = BankDraft(family, request, folder, config.batch_for(resolution))
     if family.offload and not share.agreed(draft.is_whole):  # all prompts at once, and not batch by batch

@@ -47,13 +47,29 @@ class LatentSpace(Components):
                 f"{self.native_resolution})."
             )
 
+    def check_autoencoder(self) -> None:
+        """Refuse an autoencoder that gives no latents as the denoiser was trained on.
+
+        Raises:
+            UserError: for the small one that only previews pictures.
+        """
+        if type(self.pipe.vae).__name__ == "AutoencoderTiny":
+            raise UserError(
+                "the model's vae is an AutoencoderTiny, whose latents have no distribution to train on; give the model "
+                "with the autoencoder that it was published with."
+            )
+
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's posterior, unscaled float32, (B, C, h, w).
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1]; of large pictures few are encoded at once.
+
+        Raises:
+            UserError: as `check_autoencoder`.
         """
+        self.check_autoencoder()
         parts = [self.moments_of(part) for part in pixels.split(pictures_at_once(pixels.shape[2:].numel()))]
         means, stds = zip(*parts)
         return torch.cat(means), torch.cat(stds)

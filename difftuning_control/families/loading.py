@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import textwrap
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import torch
 
 from difftuning_control.errors import UserError
 from difftuning_control.families.few_steps import Configs, FewSteps
-from difftuning_control.families.hub import in_precision, quiet_loading, why_not
+from difftuning_control.families.hub import in_precision, quiet_loading
+from difftuning_control.families.load_failures import model_not_loaded, not_loaded, refuse_missing
 from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -144,7 +144,7 @@ def _read_index(model: str, path: str) -> dict[str, Any]:
         with hub_or_cache(path), quiet_loading():
             return DiffusionPipeline.load_config(path)
     except Exception as error:
-        raise _failed(model, path, error) from None
+        raise model_not_loaded(model, path, error) from None
 
 
 def _known_class(model: str, index: dict[str, Any]) -> str:
@@ -189,7 +189,8 @@ def load_family(
     except UserError:
         raise
     except Exception as error:
-        raise _failed(model, path, error) from None
+        raise model_not_loaded(model, path, error, _loaded(index), variant) from None
+    refuse_missing(model, pipe.components)
     family = family_of(pipe)
     family.offload = offload
     if quantization is not None:
@@ -238,6 +239,13 @@ def _left_out(index: dict[str, Any]) -> dict[str, Any]:
     return checker | dict.fromkeys(absent)
 
 
+def _loaded(index: dict[str, Any]) -> list[str]:
+    """The parts of a pipeline that are loaded from its folders."""
+    left = _left_out(index)
+    listed = {n: v for n, v in index.items() if isinstance(v, list) and n != "_class_name"}
+    return [n for n, v in listed.items() if n not in left and v != [None, None]]
+
+
 def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
     """A ControlNet of the family's class from a directory, the Hub or (Z-Image, Qwen-Image) a file; safetensors only.
 
@@ -274,31 +282,8 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
     except Exception as error:
         refuse_pickle(f"the ControlNet {path}", path, "ControlNet")
         expected = "a directory with config.json and safetensors weights"
-        raise _not_loaded(f"the ControlNet {path}", path, error, expected) from None
+        raise not_loaded(f"the ControlNet {path}", path, error, expected) from None
     return controlnet
-
-
-def _failed(model: str, path: str, error: Exception) -> UserError:
-    refuse_pickle(f"the model {model}", path, "model")
-    return _not_loaded(f"the model {model}", path, error, "`embedded`, a diffusers directory with safetensors weights")
-
-
-def _not_loaded(what: str, path: str, error: Exception, expected: str) -> UserError:
-    if any(type(e).__name__ == "GatedRepoError" for e in (error, error.__cause__, error.__context__)):
-        return UserError(
-            f"{what} is gated: accept its licence at https://huggingface.co/{path}, and log in with `hf auth login`."
-        )
-    said = " ".join(map(str, (error, error.__cause__, error.__context__))).lower()
-    is_told = ("tokenization" in said and "placeholder" in said) or "sentencepiece" in said or "tiktoken" in said
-    if is_told and not all(at_least(package, "0") for package in ("sentencepiece", "protobuf")):
-        return UserError(f"{what} has a tokenizer that needs more packages; `pip install sentencepiece protobuf`.")
-    if not Path(path).is_dir():
-        return UserError(
-            f"{what} is no directory here and could not be downloaded ({why_not(error)}); give {expected}, or a Hub "
-            "id that this machine can reach."
-        )
-    reason = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(". ") or type(error).__name__
-    return UserError(f"{what} could not be loaded ({reason}); expected {expected}, or a Hub id.")
 
 
 def _check_directory(path: str) -> None:
@@ -331,8 +316,29 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def load_base(recipe: Recipe) -> Family:
-    """The model that a recipe tunes, as it tunes it, on the CPU."""
+    """The model that a recipe tunes, as it tunes it, on the CPU.
+
+    Raises:
+        UserError: as `load_family`, and where all weights of a base are to train that was saved in fewer bits.
+    """
+    if recipe.method == "full":
+        _refuse_quantised(recipe.model.id)
     return load_model(recipe.model, base_dtype(recipe))
+
+
+def _refuse_quantised(model: str) -> None:
+    if model == "embedded":
+        return
+    component = family_class(model).component
+    from diffusers import UNet2DConditionModel  # as in few_steps_of
+
+    kept = _read_part(UNet2DConditionModel, model, component).get("quantization_config")
+    if kept:
+        how = kept.get("quant_method") or "fewer bits"
+        raise UserError(
+            f"the {component} of {model} was saved quantised ({how}), and method full trains all of its weights; give "
+            "the model in full precision, or train an adapter."
+        )
 
 
 def load_model(model: ModelConfig, dtype: torch.dtype) -> Family:

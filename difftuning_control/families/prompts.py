@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.components import Components
 from difftuning_control.system.digests import digest_of
 from difftuning_control.system.rows import Rows
+
+SHOWN = 60  # characters of a prompt in a sentence on it
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,31 @@ class Prompting(Components):
         return {name: tensor.to(self.device) for name, tensor in rows.items()}
 
 
+def cut_note(family: Prompting, prompts: Iterable[str], what: str) -> str | None:
+    """A line on prompts of which the stock pipeline leaves out the end; None where there are none.
+
+    Args:
+        what: the prompts are: the prompts of bank.prompts.
+
+    Raises:
+        UserError: as `refuse_longer`, where they would not be cut.
+    """
+    given = list(dict.fromkeys(prompts))
+    if not family.cuts_prompts:
+        refuse_longer(family, given)
+        return None
+    sizes = {prompt: family.prompt_tokens(prompt) for prompt in given}
+    cut = {prompt: length for prompt, (length, most) in sizes.items() if length > most}
+    if not cut:
+        return None
+    first = next(iter(cut))
+    shown = first if len(first) <= SHOWN else f"{first[:SHOWN]}…"
+    return (
+        f"note: {len(cut)} of {len(given)} {what} have more tokens than the text encoder takes ({shown!r} has "
+        f"{cut[first]}, it takes {sizes[first][1]}); what follows is left out"
+    )
+
+
 def refuse_longer(family: Prompting, prompts: list[str]) -> None:
     """Refuse prompts that the stock pipeline would not cut.
 
@@ -106,6 +133,6 @@ def refuse_longer(family: Prompting, prompts: list[str]) -> None:
         tokens, most = family.prompt_tokens(prompt)
         if tokens > most:
             raise UserError(
-                f'the prompt "{prompt[:60]}…" has {tokens} tokens with what stands around it, and at most {most} '
+                f'the prompt "{prompt[:SHOWN]}…" has {tokens} tokens with what stands around it, and at most {most} '
                 "are taken here; shorten it."
             )

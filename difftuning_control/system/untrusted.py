@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,19 @@ def is_text(text: str) -> bool:
 # --- pickles --------------------------------------------------------------------------------------------------------
 
 
-def refuse_pickle(what: str, place: str | Path, kind: str) -> None:
+def refuse_pickle(what: str, place: str | Path, kind: str, parts: Iterable[str] | None = None) -> None:
     """Refuse a pickle, or a directory of which a part has its weights as pickles only; nothing of it is read.
 
     Args:
         what: for the sentence: the model runs/x.
         kind: model, checkpoint (a model as one file), ControlNet, network (of transformers) or adapter.
+        parts: folders in a directory that are read, and nothing beside them; when None it and all that it holds.
 
     Raises:
         UserError: with the way to convert it.
     """
     place = Path(place)
-    pickled = place if place.suffix.lower() in PICKLED and place.is_file() else _pickled_part(place)
+    pickled = place if place.suffix.lower() in PICKLED and place.is_file() else _pickled_part(place, parts)
     if pickled is not None:
         way = _CONVERT[kind].format(path=place if kind != "adapter" else pickled)
         raise UserError(
@@ -114,11 +116,12 @@ def refuse_pickle(what: str, place: str | Path, kind: str) -> None:
         )
 
 
-def _pickled_part(folder: Path) -> Path | None:
+def _pickled_part(folder: Path, parts: Iterable[str] | None) -> Path | None:
     """A pickle without safetensors beside it, in a directory of weights or one level below."""
     if not folder.is_dir():
         return None
-    for part in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+    inside = sorted(p for p in folder.iterdir() if p.is_dir())
+    for part in [folder, *inside] if parts is None else [p for p in inside if p.name in parts]:
         files = sorted(p for p in part.iterdir() if p.is_file())
         pickles = [p for p in files if p.suffix.lower() in PICKLED and p.name != "training_args.bin"]
         if pickles and not any(p.suffix == ".safetensors" for p in files):

@@ -34,7 +34,7 @@ from difftuning_control.data.prepare import (
 )
 from difftuning_control.data.stream_batches import empty_targets
 from difftuning_control.evaluation.losses import BandValidator
-from difftuning_control.families.prompts import PromptEmbeddings
+from difftuning_control.families.prompts import PromptEmbeddings, cut_note
 from difftuning_control.objective.batch import LatentBatch
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
@@ -93,7 +93,7 @@ def prepare_inputs(
 
     Args:
         conditioner: of the ControlNet that is to be trained.
-        tell: is given lines on what was left out of the data.
+        tell: is given lines on what was left out of the data, and of prompts.
         phases: count what encoding and the bank take.
         kept: keeps open what draws the bank while training begins, where the run can do so; drawn whole when None.
 
@@ -109,6 +109,8 @@ def prepare_inputs(
             pictures = read_pictures(recipe, family, said.append, size)
         for line in said:  # not into the middle of a line
             tell(line)
+        if note := cut_note(family, recipe.training.sample_prompts, "prompts of training.sample_prompts"):
+            tell(note)
         check_pictures(recipe, family, pictures, conditioner)
     grow = None
     if kept is not None and may_grow(recipe, accelerator.num_processes):

@@ -91,6 +91,7 @@ def prepare_run(
     Raises:
         UserError: for a mistake in recipe or data, or where a run that is resumed was changed as it may not be.
     """
+    family.check_autoencoder()
     side = _resolution(recipe, family)
     written, recipe = (replace(r, data=replace(r.data, resolution=side)) for r in (written, recipe))
     if recipe.training.resume:

@@ -22,6 +22,7 @@ from difftuning_control.evaluation.drawing import sample_pictures, save_grid
 from difftuning_control.families.fitting import usual_precision
 from difftuning_control.families.hub import best_device
 from difftuning_control.families.loading import DTYPES, load_model
+from difftuning_control.families.prompts import cut_note
 from difftuning_control.pipelines.domain_guidance import check_domain_method, domain_guided
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.inputs import ModelConfig
@@ -148,10 +149,8 @@ def _settings(request: SampleRequest, family: Family, record: RunRecord | None) 
 
 def _prompt_notes(family: Family, prompts: list[str], record: RunRecord | None) -> Iterator[str]:
     """What to say of prompts that are too long, or that do not call up what a run learnt."""
-    for prompt in prompts:
-        length, most = family.prompt_tokens(prompt)
-        if length > most:
-            yield f"note: {prompt!r} has {length} tokens, the text encoder takes {most}; what follows is left out"
+    if note := cut_note(family, prompts, "prompts"):
+        yield note
     captioning = record.recipe.data.captioning if record is not None else Captioning()
     without = [prompt for prompt in prompts if captioning.is_missing(prompt)]
     if without:

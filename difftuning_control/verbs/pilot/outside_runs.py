@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from PIL import Image
 from difftuning_control.data.bank_prompts import outside_prompts
 from difftuning_control.evaluation.figures import summarise
 from difftuning_control.evaluation.outside import Outside
+from difftuning_control.families.prompts import cut_note
 from difftuning_control.recipe.studies import PilotConfig
 from difftuning_control.runs.finished import tuned_model
 from difftuning_control.system.digests import digest_of
@@ -27,11 +28,19 @@ if TYPE_CHECKING:
     from difftuning_control.verbs.pilot.side_runs import SideRuns
 
 
-def outside_judge(config: PilotConfig, base: Family, judge: Judge, output: Path) -> Outside | None:
-    """The judge of pictures for the prompts that a pilot names; what the base draws for them is drawn once."""
+def outside_judge(
+    config: PilotConfig, base: Family, judge: Judge, output: Path, tell: Callable[[str], object]
+) -> Outside | None:
+    """The judge of pictures for the prompts that a pilot names; what the base draws for them is drawn once.
+
+    Args:
+        tell: is given a line where prompts are cut.
+    """
     if not config.outside:
         return None
     prompts = outside_prompts(base) if config.outside == "general" else list(config.outside)
+    if note := cut_note(base, prompts, "prompts of pilot.outside"):
+        tell(note)
     sampling, features = replace(judge.final, prompts=prompts), judge.reference.features
     path = output / "base" / f"outside-{digest_of(prompts)}.safetensors"
     if (kept := read_tensors(path)) is not None:

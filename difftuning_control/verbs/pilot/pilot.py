@@ -108,7 +108,7 @@ class Pilot:
         check_inputs(self.output, inputs, self.family.fingerprint)
         judge = judge_of(self.config, self.family, self.features, self.conditioner, inputs)
         with phases("sampling"), phases.counting(self.family.denoiser):
-            judge = replace(judge, outside=outside_judge(self.config, self.family, judge, self.output))
+            judge = replace(judge, outside=outside_judge(self.config, self.family, judge, self.output, self.tell))
         trained = self.side_runs(judge)
         with phases("analysis"), phases.counting(self.family.denoiser):
             analysis = self._analyze(inputs)
