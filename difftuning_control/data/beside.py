@@ -1,4 +1,4 @@
-"""Pictures that belong to others of the same name: conditions and masks in folders of their own."""
+"""Pictures that belong to others of the same name: conditions and masks, in folders of their own or beside them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,37 @@ from typing import Literal
 
 from difftuning_control.data.checker import Checker
 from difftuning_control.data.examples import Row, listed
-from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.images import EXTENSIONS, UNREAD
 from difftuning_control.data.splits import below, splits_of_pictures, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.text import composed
 from difftuning_control.system.untrusted import leads_outside, read_file
+
+LABELS = ("-masklabel", "-condlabel")  # ends of the names of OneTrainer's masks and conditions
+
+
+def without_labels(path: str, folder: Path, files: set[Path], checker: Checker) -> set[Path]:
+    """Files without the masks and conditions that OneTrainer keeps beside their pictures, which a note names.
+
+    Args:
+        path, folder: as it was given and where it lies.
+    """
+    stems = {p.with_suffix("") for p in files if p.suffix.lower() in EXTENSIONS | UNREAD.keys()}
+    labels = [
+        p
+        for p in sorted(files)
+        if p.suffix.lower() in EXTENSIONS
+        and p.stem.lower().endswith(LABELS)
+        and len(p.stem) > len(LABELS[0])
+        and p.with_name(p.stem[: -len(LABELS[0])]) in stems
+    ]
+    if labels:
+        names = listed(p.relative_to(folder).as_posix() for p in labels)
+        checker.notes.append(
+            f"left out of {path}: {names}; masks and conditions are not read beside their pictures, but from a folder "
+            "of their own (--masks, --control.path)"
+        )
+    return files.difference(labels)
 
 
 def inside(folder: Path, places: Iterable[Path]) -> list[Path]:

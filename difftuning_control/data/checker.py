@@ -34,6 +34,18 @@ def trigger_alone(captioning: Captioning, bare: int, those: str) -> list[str]:
     return [f"{bare} {those} {'has' if bare == 1 else 'have'} no caption, and so {captioning.trigger!r} alone"]
 
 
+def trigger_unset(captions: int, those: str) -> list[str]:
+    """What to say where captions hold `[trigger]` and no trigger is given.
+
+    Args:
+        captions: how many.
+        those: what they are part of, as above.
+    """
+    if not captions:
+        return []
+    return [f"captions hold [trigger] ({captions} {those}); give --trigger, which is put there"]
+
+
 class CheckedPicture:
     """A picture that was decoded once; where it is kept, its first use takes it, and all others decode it again."""
 
@@ -77,6 +89,8 @@ class Checker:
             )
         notes = [*self.notes, *self._left_out(len(examples), source)]
         notes += trigger_alone(self.captioning, self._bare, f"of {len(examples)} pictures of {source}")
+        unset = sum(self.captioning.has_placeholder(e.caption) for e in examples)
+        notes += trigger_unset(unset, f"of {len(examples)} pictures of {source}")
         notes += opaque_of(self.masking, self._whole, len(examples), source) if self.masking is not None else []
         return ImageData(source, examples, self.bad, ignored, notes)
 

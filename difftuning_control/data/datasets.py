@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -11,6 +10,7 @@ from typing import Any
 
 from difftuning_control.data.examples import Columns, Read, Row
 from difftuning_control.data.images import EXTENSIONS
+from difftuning_control.data.loading_faults import refuse_known
 from difftuning_control.data.splits import (
     ALL,
     FOR_TRAINING,
@@ -63,7 +63,7 @@ def local_dataset(folder: Path, choice: Choice) -> tuple[Any, list[str]]:
     import datasets  # saves a second where pictures lie in a folder
 
     try:
-        saved = datasets.load_from_disk(literal(folder))
+        saved = datasets.load_from_disk(literal(folder)).with_format(None)  # it keeps tensors and chosen columns
     except UserError:
         raise
     except Exception as error:
@@ -87,29 +87,8 @@ def _of_parquet(folder: Path, files: list[Path], choice: Choice) -> tuple[Any, l
     try:
         return datasets.load_dataset("parquet", data_files={TRAIN: names}, split=TRAIN), lines
     except Exception as error:
-        _refuse_unwritable_cache(error)
+        refuse_known(folder, error)
         raise UserError(f"the data set {folder} cannot be read ({type(error).__name__}); save it again.") from None
-
-
-def _refuse_unwritable_cache(error: BaseException | None) -> None:
-    """Say it where `datasets` could not write its cache, however it wraps that.
-
-    Raises:
-        UserError: naming the cache.
-    """
-    import datasets  # saves a second where pictures lie in a folder
-
-    place = datasets.config.HF_DATASETS_CACHE
-    while error is not None:
-        is_there = isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(place)
-        if isinstance(error, OSError) and (
-            error.errno in (errno.EROFS, errno.ENOSPC) or (error.errno == errno.EACCES and is_there)
-        ):
-            raise UserError(
-                f"the cache of datasets, {place}, cannot be written ({error.strerror}); set HF_DATASETS_CACHE or "
-                "HF_HOME to a folder that can."
-            ) from None
-        error = error.__cause__ or error.__context__
 
 
 def files_of_split(folder: Path, files: list[Path], choice: Choice) -> tuple[list[Path], list[str]]:
@@ -159,7 +138,7 @@ def named_dataset_rows(
     except UserError:
         raise
     except Exception as error:
-        _refuse_unwritable_cache(error)
+        refuse_known(name, error)
         unknown = isinstance(error, ValueError) and "split" in str(error)
         reason = f"no split {split}" if unknown else type(error).__name__
         raise UserError(
@@ -173,13 +152,19 @@ def named_dataset_rows(
 
 
 def dataset_rows(
-    data: Any, columns: Columns, captioning: Captioning, within: Sequence[Path], notes: list[str]
+    data: Any,
+    columns: Columns,
+    captioning: Captioning,
+    within: Sequence[Path],
+    notes: list[str],
+    folder: Path | None = None,
 ) -> list[Row]:
     """Rows of a `datasets.Dataset` with an `Image` column, a caption column and perhaps a column of conditions.
 
     Args:
         within: folders in which files that are named instead of held must lie, the first for relative names.
         notes: gets lines to be shown.
+        folder: that the data set lies in, of which pictures beside it may be meant.
     """
     import datasets  # saves a second where pictures lie in a folder
 
@@ -192,9 +177,10 @@ def dataset_rows(
     missing = [c for c, needed in wanted.items() if needed and c not in data.column_names]
     if missing:
         there = ", ".join(data.column_names)
+        beside = _of_pictures_beside(folder) if folder is not None and missing[0] == columns.image else ""
         raise UserError(
             f"the data set has no column {missing[0]!r}, only {there}; name it with --data.image_column, "
-            "--data.caption_column or --control.column."
+            f"--data.caption_column or --control.column{beside}."
         )
     read = _reader(data, columns.image, within)
     read_condition = _reader(data, columns.condition, within) if columns.condition is not None else None
@@ -209,12 +195,20 @@ def dataset_rows(
     ]
 
 
+def _of_pictures_beside(folder: Path) -> str:
+    """For the end of a sentence about Parquet files that are no pictures: that there are some beside them."""
+    count = sum(p.suffix.lower() in EXTENSIONS for p in visible_files(folder))
+    if not count or not visible_files(folder, "*.parquet"):
+        return ""
+    return f", or take the Parquet files out of {folder} so that the {count} picture files beside them are read"
+
+
 def _reader(data: Any, column: str, within: Sequence[Path]) -> Callable[[int], Read]:
     """Gives for a row's number what reads the bytes of its picture."""
     import datasets  # saves a second where pictures lie in a folder
 
     try:
-        raw = data.cast_column(column, datasets.Image(decode=False))
+        raw = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))  # reading decodes a row
     except Exception:  # pyarrow's, of several kinds
         raise UserError(
             f"the column {column!r} of the data set holds no pictures; name another with --data.image_column or "

@@ -21,13 +21,15 @@ Read = Callable[[int], bytes]  # gives the bytes of a picture, if they are no mo
 
 @dataclass(frozen=True)
 class Row:
-    """A picture before it is checked; `condition` and `mask` read those that are supplied for it."""
+    """A picture before it is checked; `condition` and `mask` read those that are supplied for it, and `unread` is the
+    name of a file beside it that seems to hold its caption and is not read."""
 
     name: str
     read: Read
     caption: Any
     condition: Read | None = None
     mask: Read | None = None
+    unread: str | None = None
 
     @property
     def is_bare(self) -> bool:
@@ -44,7 +46,10 @@ class Row:
             raise UserError(f"has a {type(self.caption).__name__} for a caption; expected text")
         caption = captioning.of(self.caption)
         if caption is None:
-            raise UserError("has no caption; write one, or give one for all with --data.default_caption or --trigger")
+            but = f" ({self.unread} is not read, but a .txt of its name)" if self.unread is not None else ""
+            raise UserError(
+                f"has no caption{but}; write one, or give one for all with --data.default_caption or --trigger"
+            )
         if not is_text(caption):
             raise UserError("has a caption with halves of characters (lone surrogates); expected Unicode text")
         if "\0" in caption:
@@ -141,11 +146,11 @@ class ImageData:
         return replace(self, examples=[self.examples[i] for i in sorted(chosen)])
 
 
-def listed(names: Iterable[str]) -> str:
-    """At most ten names, and the number of the rest."""
+def listed(names: Iterable[str], most: int = NAMED) -> str:
+    """At most so many names, ten by default, and the number of the rest."""
     first = list(names)
-    rest = len(first) - NAMED
-    return ", ".join(first[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(first) - most
+    return ", ".join(first[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def with_reasons(bad: dict[str, str]) -> str:

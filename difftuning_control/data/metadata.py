@@ -113,13 +113,20 @@ def metadata_rows(
         if not isinstance(file_name, str):
             checker.bad[f"row {number}"] = f"has a {type(file_name).__name__} for a file_name; expected text"
             continue
+        wanted = {"": file_name}
+        if names.condition is not None:
+            wanted[CONDITION] = str(row.get(names.condition) or "")
+        if halved := [what for what, place in wanted.items() if not _can_be_named(place)]:
+            shown = file_name.encode("utf-8", "backslashreplace").decode()
+            checker.bad[shown] = f"{halved[0]}is named by {path.name} but does not exist"
+            continue
         used = {"": in_either_form(below(folder, path.parent / file_name))}
         is_above = path.parent == folder or not used[""].is_relative_to(folder)
         name = file_name if is_above else used[""].relative_to(folder).as_posix()
         if Path(os.path.normpath(used[""])) in others:
             continue
         if names.condition is not None:
-            used[CONDITION] = in_either_form(below(folder, path.parent / str(row.get(names.condition) or "")))
+            used[CONDITION] = in_either_form(below(folder, path.parent / wanted[CONDITION]))
         for what, file in used.items():
             if leads_outside(file, folder) is not None:
                 checker.bad[name] = f"{what}is named by {path.name} but lies outside the folder"
@@ -130,9 +137,18 @@ def metadata_rows(
         if name not in checker.bad:
             picture, *condition = (partial(read_file, file) for file in used.values())
             yield (
-                Row(name, picture, names.caption_of(row.get(names.caption)), *condition),
+                Row(name, picture, names.caption_of(row.get(names.caption)), next(iter(condition), None)),
                 {Path(os.path.normpath(file)) for file in used.values()},
             )
+
+
+def _can_be_named(name: str) -> bool:
+    """Whether a file can be called so: half a character is no name; bytes that are no UTF-8 (`\\udc80` on) are one."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_file(path: Path) -> bool:

@@ -15,6 +15,7 @@ from difftuning_control.data.bank_draft import MANIFEST, BankDraft
 from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
+from difftuning_control.data.caption_lengths import or_cut, refuse_long
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
@@ -166,26 +167,25 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
     """Refuse captions that the text encoder would cut, unless that is wanted, and classes that the model has not.
 
     Raises:
-        UserError: naming the first such picture.
+        UserError: naming the first ten such pictures.
     """
     check_classes(family, recipe, data, held_out)
     if recipe.data.truncate_captions and family.cuts_prompts:
         return
-    for example in (*data.examples, *held_out.examples):
-        check_caption(family, example)
+    refuse_long(family, (*data.examples, *held_out.examples))
 
 
 def check_caption(family: Family, example: Example) -> None:
-    """Refuse a caption that the text encoder would cut.
+    """Refuse the caption of a streamed picture that the text encoder would cut.
 
     Raises:
         UserError: with the two numbers.
     """
     length, limit = family.prompt_tokens(example.caption)
     if length > limit:
-        cut = ", or let it be cut with --data.truncate_captions true" if family.cuts_prompts else ""
         raise UserError(
-            f"the caption of {example.name} has {length} tokens, the text encoder takes {limit}; shorten it{cut}."
+            f"{example.name} has a caption of {length} tokens, and the text encoder takes {limit}; shorten "
+            f"it{or_cut(family)}, or leave such rows out: --data.skip_bad true."
         )
 
 

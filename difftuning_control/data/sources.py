@@ -7,28 +7,26 @@ columns `file_name` and `text`; or one sub-folder a class, whose name is the cap
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
 
-from difftuning_control.data.beside import inside, paired
+from difftuning_control.data.beside import inside, paired, without_labels
+from difftuning_control.data.caption_files import caption_files, unread_captions, with_unread
 from difftuning_control.data.checker import Checker
+from difftuning_control.data.class_folders import class_rows, numbers_of
 from difftuning_control.data.datasets import FIRST, Choice, dataset_rows, is_dataset, local_dataset, named_dataset_rows
 from difftuning_control.data.examples import Columns, ImageData, Row, listed
 from difftuning_control.data.images import EXTENSIONS, unread_among
 from difftuning_control.data.metadata import METADATA, metadata_of, metadata_rows
-from difftuning_control.data.names import FilesByStem
-from difftuning_control.data.splits import ALL, TRAIN, chosen, is_split_within, splits_of_pictures, taken, visible_files
+from difftuning_control.data.splits import ALL, TRAIN, chosen, splits_of_pictures, taken, visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.captioning import Captioning
 from difftuning_control.recipe.masking import Masking
 from difftuning_control.system.home import is_path
 from difftuning_control.system.untrusted import MAX_PIXELS, leads_outside, read_file, read_text
 
-CAPTIONS = (".caption", ".txt")  # the latter where both have text
-REPEATS = re.compile(r"\d+_")  # kohya's folders are called so
 EMBEDDED_SETS = ("icons", "icons-eval", "flat", "flat-eval")
 
 
@@ -67,7 +65,7 @@ def load_images(
     Args:
         caption_column, image_column: names of the columns; a folder's metadata uses the former only.
         default_caption: for pictures without a caption of their own.
-        trigger: words that are put before captions that lack them.
+        trigger: words that are put where captions have `[trigger]`, or before those that lack them.
         skip_bad: leave out what cannot be used, and count it, instead of stopping.
         need_captions: False where captions play no part (pictures that serve as a bank).
         condition_column: column of the condition pictures that the user supplies (file names in a folder's metadata).
@@ -128,17 +126,9 @@ def _rows(
     if is_set:
         dataset, lines = local_dataset(folder, choice)
         checker.notes += lines
-        rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder], checker.notes), 0
+        rows, ignored = dataset_rows(dataset, columns, checker.captioning, [folder], checker.notes, folder), 0
     elif folder.is_dir():
-        by_class = classes == "folders"
-        files, others, split, is_split = _files_of_split(path, folder, others_in_it, choice, checker, by_class)
-        if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
-            kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
-            checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
-        if by_class:
-            rows, ignored = _class_rows(path, folder, files, others_in_it, is_split, checker)
-        else:
-            rows, ignored = _folder_rows(folder, files, others, columns, checker)
+        rows, ignored, split = _rows_in(path, folder, columns, checker, others_in_it, classes == "folders", choice)
     elif folder.exists():
         raise UserError(f"{path} is a file; expected a folder of pictures with captions.")
     elif is_path(path) or path.startswith("embedded"):
@@ -157,6 +147,33 @@ def _rows(
         rows, more = paired(rows, folder, masks, place_of_data(masks), split, checker, "mask")
         ignored += more
     return rows, ignored
+
+
+def _rows_in(
+    path: str,
+    folder: Path,
+    columns: Columns,
+    checker: Checker,
+    apart: list[Path],
+    by_class: bool,
+    choice: Choice,
+) -> tuple[list[Row], int, str]:
+    """The pictures of a folder, how many other files lie beside them, and the split that they are of."""
+    files, others, split, is_split = _files_of_split(path, folder, apart, choice, checker, by_class)
+    if unread := [p.relative_to(folder).as_posix() for p in unread_among(files)]:
+        kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
+        checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
+    count = len(files)
+    if by_class or not metadata_of(folder, files):
+        files = without_labels(path, folder, files, checker)
+    if by_class:
+        rows, ignored = class_rows(path, folder, files, apart, is_split, checker)
+    else:
+        rows, ignored = _folder_rows(folder, files, others, columns, checker)
+    shards = sum(p.suffix.lower() == ".tar" for p in files)
+    if shards and not rows:
+        checker.notes.append(f"{shards} .tar files are read by train and bank with --data.stream true")
+    return rows, ignored + count - len(files), split
 
 
 def _files_of_split(
@@ -190,15 +207,6 @@ def place_of_data(path: str) -> Path:
     if path.startswith("embedded/"):
         return embedded_set(path.removeprefix("embedded/"))
     return Path(path).expanduser()
-
-
-def caption_files(files: Iterable[Path]) -> FilesByStem:
-    """Files with captions, which lie beside their pictures."""
-    known, found = sorted(files), dict[Path, Path]()
-    for path in (p for end in CAPTIONS for p in known if p.suffix.lower() == end):
-        if path.with_suffix("") not in found or (path.is_file() and path.stat().st_size):
-            found[path.with_suffix("")] = path
-    return FilesByStem(found)
 
 
 def _folder_rows(
@@ -252,49 +260,8 @@ def _folder_rows(
                 checker.bad[name] = f"has a caption, {own[-1].name}, that is not UTF-8 text; save it as UTF-8"
                 continue
             rows.append(Row(name, partial(read_file, path), text))
-    numbered = sorted({p.parent.name for p in pictures if p.parent != folder and REPEATS.match(p.parent.name)})
-    if numbered:
-        checker.notes.append(f"the numbers of {listed(numbered)}, repeats to other trainers, play no part")
+    rows = with_unread(rows, folder, files)
+    if checker.captioning.of_none != "":  # else captions play no part
+        checker.notes += unread_captions(rows)
+    checker.notes += numbers_of(p.parent.name for p in pictures if p.parent != folder)
     return rows, len(files - used)
-
-
-def _class_rows(
-    path: str, folder: Path, files: set[Path], apart: list[Path], is_split: bool, checker: Checker
-) -> tuple[list[Row], int]:
-    """Pictures of class folders, one level deep or below a split's folder, and how many other files there are."""
-    if (metadata := next((n for n in METADATA if (folder / n).exists()), None)) is not None:
-        raise UserError(
-            f"{path} has {metadata}, but data.classes is folders; name classes in one place "
-            "(--data.classes label reads its column label)."
-        )
-    pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
-    rows: list[Row] = []
-    depth = 1 if is_split else 0
-    for picture in pictures:
-        name, parts = picture.relative_to(folder).as_posix(), picture.relative_to(folder).parts[depth:]
-        if (target := leads_outside(picture, folder)) is not None:
-            checker.bad[name] = f"leads outside the folder, to {target}"
-        elif len(parts) != 2 or (is_split and is_split_within(folder, picture)):
-            where = "lies in no class folder" if len(parts) < 2 else "lies deeper than its class folder"
-            checker.bad[name] = f"{where}; expected {folder.name}{'/train' if is_split else ''}/class/picture"
-        else:
-            rows.append(Row(name, partial(read_file, picture), parts[0]))
-    named = {row.caption for row in rows}
-    tops = {p.relative_to(folder).parts[0] for p in pictures if p.parent != folder}
-    roots = [folder / top for top in tops] if is_split else [folder]
-    below = {p for r in roots for p in r.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    subfolders = sorted(p.name for p in below.difference(*([other, *other.parents] for other in apart)))
-    empty = [name for name in subfolders if name not in named]
-    if empty and checker.skip_bad:
-        checker.notes.append(f"left out of {path}: {len(empty)} class folders without a picture: {listed(empty)}")
-    elif empty and not checker.bad:
-        raise UserError(
-            f"the class folder {empty[0]} in {path} has no picture{_and_more(empty)}; add some, take it out, or leave "
-            "such ones out: --data.skip_bad true."
-        )
-    return rows, len(files) - len(pictures)
-
-
-def _and_more(names: list[str]) -> str:
-    """All but the first of these names, for the end of a sentence about it."""
-    return f" (nor has {listed(names[1:])})" if len(names) > 1 else ""

@@ -13,196 +13,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from glob import escape
 from itertools import count, islice
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from difftuning_control.data.checker import Checker, trigger_alone
-from difftuning_control.data.datasets import Choice, bytes_of, files_of_split, literal, refuse_outside
-from difftuning_control.data.examples import Example, ImageData, Read, Row, listed, with_reasons
-from difftuning_control.data.images import EXTENSIONS, decode_image, refuse_unread
-from difftuning_control.data.names import in_either_form
-from difftuning_control.data.sources import place_of_data
-from difftuning_control.data.splits import (
-    ALL,
-    TRAIN,
-    below,
-    chosen,
-    is_hidden,
-    is_of_split,
-    splits_of_pictures,
-    taken,
-    visible_files,
-)
+from difftuning_control.data.checker import Checker, trigger_alone, trigger_unset
+from difftuning_control.data.collection import Collection
+from difftuning_control.data.examples import Example, ImageData, Row, listed, with_reasons
+from difftuning_control.data.images import decode_image, refuse_unread
 from difftuning_control.errors import UserError
-from difftuning_control.system.digests import digest_of
-from difftuning_control.system.hub import hub_or_cache
 from difftuning_control.system.seeds import step_seed
-from difftuning_control.system.untrusted import BYTES_PER_PIXEL, as_lines, leads_outside, read_file
+from difftuning_control.system.untrusted import BYTES_PER_PIXEL
 
 if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
 
 LANES, BLOCK = 64, 128
-KINDS = {"webdataset": "*.tar", "parquet": "*.parquet", "json": "metadata.jsonl"}
-
-
-class Collection:
-    """The files of a streamed data set, by path or by Hub name; any of them can be read from its first row on.
-
-    Raises:
-        UserError: if there are none, of several kinds, or without pictures or captions.
-    """
-
-    def __init__(self, config: DataConfig):
-        import datasets  # saves a second where nothing is streamed
-
-        self.config, self.folder = config, place_of_data(config.path)
-        self.notes: list[str] = []
-        self.split: str | None = None  # of the pictures that a metadata.jsonl of several splits names
-        choice = Choice(config.split)
-        self.kind, paths = self._find(choice) if self.folder.is_dir() else ("", [])
-        self.places = [path.parent for path in paths]
-        self.names = [path.relative_to(self.folder).as_posix() for path in paths]
-        names: Any = {"path": config.path, "split": config.split or TRAIN}
-        if paths:
-            names = {"path": self.kind, "data_files": {TRAIN: [escape(literal(p)) for p in paths]}, "split": TRAIN}
-        try:
-            with hub_or_cache(config.path):
-                data = datasets.load_dataset(**names, streaming=True)
-                self.columns = list(data.features or next(iter(data)))
-        except Exception as error:
-            raise UserError(
-                f"{config.path} cannot be streamed ({type(error).__name__}); give a folder of WebDataset .tar shards "
-                "whose first rows have files of the same endings, of Parquet files or with a metadata.jsonl, or a data "
-                "set that this machine can reach."
-            ) from None
-        self.image = self._image_column(data.features or {})
-        if self.kind != "json":
-            data = data.cast_column(self.image, datasets.Image(decode=False))
-        known = (config.caption_column, *(("txt", "caption", "json") if self.kind == "webdataset" else ()))
-        others = (self.image, config.image_column, "file_name", "label", "__key__", "__url__")
-        if config.captioning.finds_none(self.columns, known, others):
-            raise UserError(
-                f"{config.path} has no column {config.caption_column!r}, only {', '.join(self.columns)}; name it with "
-                "--data.caption_column."
-            )
-        self.notes += config.captioning.hidden_by_default(config.path, self.columns, known, others)
-        self.data, self.files = data, data.num_shards
-        sizes = [(p.relative_to(self.folder).as_posix(), p.stat().st_size) for p in paths]
-        split = self.split if paths else config.split
-        shown = [config.path if not paths else self.kind, sizes, self.files, *([split] if split is not None else [])]
-        self.fingerprint = digest_of(shown)
-
-    def _find(self, choice: Choice) -> tuple[str, list[Path]]:
-        """The kind of the folder's files, and those of the chosen split."""
-        by_kind = {kind: visible_files(self.folder, pattern) for kind, pattern in KINDS.items()}
-        kinds = [kind for kind, paths in by_kind.items() if paths]
-        if len(kinds) != 1:
-            what = "files of several kinds" if kinds else "nothing that can be streamed"
-            raise UserError(
-                f"{self.folder} holds {what}; expected WebDataset .tar shards, Parquet files, or a metadata.jsonl."
-            )
-        paths = by_kind[kinds[0]]
-        refuse_outside(paths, self.folder)
-        pictures = (
-            [p for p in visible_files(self.folder) if p.suffix.lower() in EXTENSIONS] if kinds == ["json"] else []
-        )
-        splits = splits_of_pictures(self.folder, pictures) if paths[0].parent == self.folder else {}
-        if splits:
-            split = chosen(splits, choice.split, choice.prefer, self.folder, choice.option)
-            self.split = None if split == ALL else split
-            left = len(set(pictures).difference(*splits.values()))
-            self.notes = taken(self.folder, split, splits, left, choice.option)
-            return kinds[0], paths[:1]
-        paths, self.notes = files_of_split(self.folder, paths, choice)
-        return kinds[0], paths
-
-    def _image_column(self, features: Any) -> str:
-        import datasets  # saves a second where nothing is streamed
-
-        pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        wanted = "file_name" if self.kind == "json" else self.config.image_column
-        if wanted in self.columns:
-            return wanted
-        if self.kind == "webdataset" and pictures:  # named by the files' endings
-            return pictures[0]
-        raise UserError(
-            f"{self.config.path} has no column {wanted!r}, only {', '.join(self.columns)}; name it with "
-            "--data.image_column."
-        )
-
-    def rows(self, file: int, start: int = 0) -> Iterator[Row]:
-        """The rows of a file, from row `start` on.
-
-        Raises:
-            UserError: where it cannot be read to its end.
-        """
-        number = -1
-        stored = iter(self.data.shard(self.files, file))
-        while True:
-            try:
-                row = next(stored)
-            except StopIteration:
-                return
-            except Exception as error:  # of tarfile, pyarrow and datasets, of many kinds
-                place = f"file {file}" if file >= len(self.names) else self.names[file]
-                raise UserError(
-                    f"{place} of {self.config.path} cannot be read from row {number + 1} on ({type(error).__name__}); "
-                    "mend that, or take the file out."
-                ) from None
-            number += 1
-            if number >= start and not self._passed_over(row, file):
-                yield Row(self._name(row, file, number), self._reader(row[self.image], file), self._caption(row))
-
-    def _passed_over(self, row: dict[str, Any], file: int) -> bool:
-        """Whether a row is of a hidden file in a shard, or of another split than the one that is wanted."""
-        if self.split is not None:
-            place = below(self.folder, self.places[file] / str(row[self.image]))
-            return leads_outside(place, self.folder) is None and not is_of_split(self.folder, place, self.split)
-        return self.kind == "webdataset" and is_hidden(PurePosixPath(str(row.get("__key__") or "")))
-
-    def _name(self, row: dict[str, Any], file: int, number: int) -> str:
-        return str(row.get("__key__") or row.get("file_name") or f"row {number} of file {file}")
-
-    def _caption(self, row: dict[str, Any]) -> Any:
-        beside = ("txt", "caption") if self.kind == "webdataset" else ()
-        for value in map(row.get, (self.config.caption_column, *beside)):
-            if value not in (None, "", b""):  # an empty file hides none
-                text = _text_of(value) if self.kind == "webdataset" else None  # as it lies beside other pictures
-                return value if text is None else as_lines(text.removeprefix("\ufeff"))
-        table = row.get("json")
-        return table.get(self.config.caption_column) if isinstance(table, dict) else None
-
-    def _reader(self, cell: Any, file: int) -> Read:
-        def read(most: int) -> bytes:
-            if self.kind == "json":
-                path = in_either_form(below(self.folder, self.places[file] / str(cell)))
-                if leads_outside(path, self.folder) is not None:
-                    raise UserError("is named by metadata.jsonl but lies outside the folder")
-                if is_hidden(path, self.folder):
-                    raise UserError("is named by metadata.jsonl but is hidden (a dot begins its path)")
-                return read_file(path, most)
-            if cell is None and self.kind == "webdataset":
-                raise UserError(f"has no picture that ends with .{self.image}, as the first ones of its shards do")
-            if "://" in str((cell or {}).get("path")) and cell["bytes"] is None:
-                raise UserError("is a file of its own in a data set of the Hub; leave data.stream out")
-            return bytes_of(cell, [self.folder], most)
-
-        return read
-
-
-def _text_of(value: Any) -> str | None:
-    """What a member of a shard says, of some endings as bytes; None where it is no text."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-    return value if isinstance(value, str) else None
 
 
 class Lane:
@@ -252,6 +79,7 @@ class Stream:
         self._bad: dict[str, str] = {}
         self._copies: dict[str, None] = {}
         self._bare: dict[str, None] = {}  # pictures without words of their own
+        self._unset: dict[str, None] = {}  # pictures whose captions hold a place for a trigger that is not given
         self._lanes: dict[tuple[int, int], Lane] = {}
 
     def head(self) -> ImageData:
@@ -285,20 +113,55 @@ class Stream:
 
     def pictures(self, step: int, rows: range, total: int, decoded: Callable[..., Any]) -> list[Example]:
         """The pictures of some rows of a step that has `total` target rows in all, decoded by `decoded` (a map)."""
-        lanes = 1 << (min(self.collection.files, total, LANES).bit_length() - 1)
-        wanted = []
-        for row in rows:
-            lane = row % lanes
-            position = step * len(range(lane, total, lanes)) + row // lanes
-            wanted.append(self._lane(lane, lanes).candidates(position))
+        wanted = [self._candidates(step, row, total) for row in rows]
         decoded_rows = list(decoded(self._usable, wanted))
         for example, is_bare, bad in decoded_rows:
             self._bad |= bad
-            if example.digest in self.held:
-                self._copies[example.name] = None
-            if is_bare:
-                self._bare[example.name] = None
+            self._note(example, is_bare)
         return [example for example, _, _ in decoded_rows]
+
+    def checked(self, example: Example, step: int, row: int, total: int, check: Callable[[Example], object]) -> Example:
+        """A picture that `pictures` gave for a row, or where bad ones are skipped the first of those that stand in for
+        it that `check` takes.
+
+        Raises:
+            UserError: as `check` does.
+        """
+        try:
+            check(example)
+            return example
+        except UserError as error:
+            if not self.config.skip_bad:
+                raise
+            refusal = error
+        for candidate in self._candidates(step, row, total):
+            try:
+                found = self._example(candidate)
+                check(found)
+            except (UserError, OSError) as error:
+                reason = str(getattr(error, "strerror", None) or error)
+                self._bad.setdefault(candidate.name, reason.removeprefix(f"{candidate.name} "))
+                for met in (self._copies, self._bare, self._unset):
+                    met.pop(candidate.name, None)
+            else:
+                self._note(found, candidate.is_bare)
+                return found
+        raise refusal
+
+    def _candidates(self, step: int, row: int, total: int) -> list[Row]:
+        lanes = 1 << (min(self.collection.files, total, LANES).bit_length() - 1)
+        lane = row % lanes
+        position = step * len(range(lane, total, lanes)) + row // lanes
+        return self._lane(lane, lanes).candidates(position)
+
+    def _note(self, example: Example, is_bare: bool) -> None:
+        """What `notes` will say of a picture that is tuned on."""
+        if example.digest in self.held:
+            self._copies[example.name] = None
+        if is_bare:
+            self._bare[example.name] = None
+        if self.config.captioning.has_placeholder(example.caption):
+            self._unset[example.name] = None
 
     def notes(self) -> list[str]:
         """What there is to say, once rows were read, of those that this process met."""
@@ -309,7 +172,8 @@ class Stream:
                 f"({listed(self._copies)}), so the loss on held-out pictures says too little; take the copies out"
             )
         met = f"of the pictures that were read of {self.config.path}"
-        return lines + trigger_alone(self.config.captioning, len(self._bare), met)
+        lines += trigger_alone(self.config.captioning, len(self._bare), met)
+        return lines + trigger_unset(len(self._unset), met)
 
     def _lane(self, number: int, lanes: int) -> Lane:
         key = (number, lanes)
@@ -330,10 +194,7 @@ class Stream:
         bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
-                caption = row.usable_caption(self.config.captioning)
-                refuse_unread(row.name)
-                content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
-                return _decoded(row.name, caption, content, self.config.max_pixels), row.is_bare, bad
+                return self._example(row), row.is_bare, bad
             except (UserError, OSError) as error:
                 bad.setdefault(row.name, str(getattr(error, "strerror", None) or error))
         name, reason = next(iter(bad.items()))
@@ -341,11 +202,13 @@ class Stream:
             f"{name} in {self.config.path} {reason}; mend it, or leave such rows out: --data.skip_bad true."
         )
 
-
-def _decoded(name: str, caption: str, content: bytes, max_pixels: int) -> Example:
-    """A picture that is in memory already."""
-    image = decode_image(content, max_pixels)
-    return Example(name, caption, hashlib.sha256(content).hexdigest(), lambda: image, size=image.size)
+    def _example(self, row: Row) -> Example:
+        """A row with its picture in memory."""
+        caption = row.usable_caption(self.config.captioning)
+        refuse_unread(row.name)
+        content = row.read(self.config.max_pixels * BYTES_PER_PIXEL)
+        image = decode_image(content, self.config.max_pixels)
+        return Example(row.name, caption, hashlib.sha256(content).hexdigest(), lambda: image, size=image.size)
 
 
 @dataclass(frozen=True)

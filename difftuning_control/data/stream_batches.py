@@ -40,7 +40,7 @@ class StreamSource:
 
     Args:
         plain: with the settings, the bank and the embeddings that stay; its own targets are not used.
-        check: refuses a picture's caption.
+        check: refuses a picture's caption; where bad ones are skipped, another picture stands in.
     """
 
     def __init__(self, plain: BatchSource, stream: Stream, framing: Framing, check: Callable[[Example], None]):
@@ -55,11 +55,11 @@ class StreamSource:
             examples = self._next[1].result()
         if examples is None:
             examples = self._reader.submit(self._examples, *place).result()
+        rows, total = [*self._target_rows(forward)], self.plain.counts[0]
+        # in this thread, as the tokenizer is not for several, and while the stream is still at this place
+        examples = [self.stream.checked(e, step, row, total, self.check) for e, row in zip(examples, rows)]
         after = (step, forward + 1) if forward + 1 < self.plain.forwards else (step + 1, 0)
         self._next = (after, self._reader.submit(self._examples, *after))
-        for example in examples:
-            self.check(example)
-        rows = [*self._target_rows(forward)]
         batch_source = replace(
             self.plain,
             targets=self._targets(examples, self.plain.draws(step).views[rows].tolist()),

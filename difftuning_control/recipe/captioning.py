@@ -13,6 +13,7 @@ from difftuning_control.system.text import composed
 
 # Thai to Myanmar, Khmer, and all of East Asia: scripts whose words stand without spaces, or with endings
 UNSPACED = ((0x0E00, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xFAFF), (0xFF66, 0xFFDC), (0x20000, 0x3FFFF))
+PLACEHOLDER = re.compile(r"\[trigger\]", re.IGNORECASE)  # where captions for ai-toolkit have the trigger
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Captioning:
     Args:
         default: caption of pictures that have none.
         trigger: words that stand for what is learnt. A caption that has them somewhere, as whole words and in any case,
-            stays as it is; others get them in front, and a picture without a caption has them alone.
+            stays as it is; others have them where `[trigger]` stands, or else get them in front, and a picture without
+            a caption has them alone.
     """
 
     default: str | None = None
@@ -75,10 +77,19 @@ class Captioning:
 
     def of(self, text: str | None) -> str | None:
         """The caption of a picture with these words beside it; None where there is none."""
-        caption = (text or "").strip() or self.default
+        caption = self._placed((text or "").strip() or self.default or "") or self.default
         if self.trigger is None or (caption and not self.is_missing(caption)):
             return caption
         return f"{self.trigger} {caption}" if caption else self.trigger
+
+    def has_placeholder(self, caption: str) -> bool:
+        """Whether a caption says `[trigger]` where captions play a part, and there is no trigger to stand there."""
+        return self.of_none != "" and self.trigger is None and PLACEHOLDER.search(caption) is not None
+
+    def _placed(self, caption: str) -> str:
+        """A caption with the trigger, if there is one, where `[trigger]` stands."""
+        trigger = self.trigger
+        return caption if trigger is None else PLACEHOLDER.sub(lambda _: trigger, caption)
 
     def is_missing(self, prompt: str) -> bool:
         """Whether there is a trigger that a prompt does not say."""
@@ -86,6 +97,7 @@ class Captioning:
 
     def untriggered(self, caption: str) -> str:
         """A caption without the trigger, which the pretrained model does not know; empty where it was no more."""
+        caption = self._placed(caption)
         if self.is_missing(caption) or self.trigger is None:
             return caption
         text, end, kept = composed(caption), 0, []

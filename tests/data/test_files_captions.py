@@ -3,16 +3,19 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 
+from difftuning_control.data.prepare import check_captions
 from difftuning_control.data.sources import load_images
 from difftuning_control.data.stream import Collection, Stream
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.masking import Masking
+from difftuning_control.recipe.recipe import Recipe
 from support.pictures import write_pictures
 
 
@@ -167,6 +170,30 @@ def test_the_numbers_of_kohyas_folders_are_said_to_play_no_part(tmp_path):
     data = load_images(str(tmp_path / "img"), trigger="zbx dog")
     assert data.notes[0] == "the numbers of 10_zbx dog, repeats to other trainers, play no part"
     assert load_images(str(tmp_path / "img" / "10_zbx dog"), trigger="zbx dog").notes[0].startswith("2 of 2 pictures")
+
+
+def test_captions_that_are_too_long_are_named_together(family, tmp_path):
+    write_pictures(tmp_path, 14)
+    (tmp_path / "metadata.jsonl").unlink()
+    for i in range(14):
+        (tmp_path / f"{i:02d}.txt").write_text("red " * (20 + i) if i > 1 else "red")
+        (tmp_path / f"{i}.png").rename(tmp_path / f"{i:02d}.png")
+    recipe = Recipe(data=DataConfig(str(tmp_path), holdout=0))
+    data = load_images(str(tmp_path))
+    with pytest.raises(UserError) as stopped:
+        check_captions(family, recipe, data, replace(data, examples=[]))
+    names = ", ".join(f"{i:02d}.png ({22 + i})" for i in range(2, 12))
+    assert str(stopped.value) == (
+        f"12 captions have more tokens than the 16 that the text encoder takes: those of {names} and 2 more; shorten "
+        "them, or let them be cut with --data.truncate_captions true."
+    )
+    with pytest.raises(
+        UserError, match=r"^the caption of 13\.png has 35 tokens, the text encoder takes 16; shorten it"
+    ):
+        check_captions(
+            family, recipe, replace(data, examples=data.examples[:2]), replace(data, examples=data.examples[-1:])
+        )
+    check_captions(family, replace(recipe, data=replace(recipe.data, truncate_captions=True)), data, data)
 
 
 # --- captions of data sets and streams ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from difftuning_control.data import stream as streaming
 from difftuning_control.data.batches import BatchSource
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.prepare import read_data
+from difftuning_control.data.prepare import check_caption, read_data
 from difftuning_control.data.stream import Stream
 from difftuning_control.data.stream_batches import StreamSource, empty_targets
 from difftuning_control.errors import UserError
@@ -227,6 +227,30 @@ def test_a_bad_row_stops_with_its_name_or_is_left_out(folders, tmp_path):
     stream = stream_of(tmp_path, skip_bad=True)
     found = {c for step in range(6) for c in captions(stream, step)}
     assert found == {f"red {i}" for i in (2, 3, 5, 6, 7, 8)}
+
+
+def test_a_caption_that_is_too_long_stops_with_its_name_or_another_row_stands_in(source, tmp_path):
+    family, bad, long = source.plain.family, tmp_path / "bad", tmp_path / "long"
+    for folder, broken in ((bad, 7), (long, None)):
+        folder.mkdir()
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for i in range(11):
+                add(tar, f"{i:03d}.png", b"no picture" if i == broken else png(i))
+                add(tar, f"{i:03d}.txt", ("red " * 30 if i in (4, 8) else f"red {i}").encode())
+
+    def over(stream: Stream) -> StreamSource:
+        return StreamSource(source.plain, stream, source.framing, lambda example: check_caption(family, example))
+
+    with pytest.raises(UserError, match=r"has a caption of 32 tokens, and the text encoder takes 16; shorten it"):
+        over(stream_of(long)).rows(0)
+    stream = stream_of(bad, skip_bad=True)
+    met = over(stream)
+    seen = [met.rows(step).batch.ids[:7] for step in range(4)]
+    assert {name for names in seen for name in names} == {f"{i:03d}" for i in (2, 3, 5, 6, 9, 10)}
+    assert over(stream_of(bad, skip_bad=True)).rows(3).batch.ids[:7] == seen[3]
+    (line,) = stream.notes()
+    for name in ("004", "008"):
+        assert f"{name} (a caption of 32 tokens, and the text encoder takes 16)" in line
 
 
 def test_what_cannot_be_streamed_is_refused(folders, tmp_path):
