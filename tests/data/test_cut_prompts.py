@@ -11,6 +11,8 @@ from difftuning_control.errors import UserError
 from difftuning_control.families.loading import load_family
 from difftuning_control.families.prompts import cut_note
 from difftuning_control.recipe.inputs import BankConfig
+from difftuning_control.recipe.studies import PilotConfig
+from difftuning_control.verbs.pilot.outside_runs import named_prompts
 from difftuning_control.verbs.train import train
 
 LONG = "a red square " * 9
@@ -45,3 +47,11 @@ def test_a_long_prompt_of_the_sample_grids_is_said_once(recipe):
     training = replace(recipe.training, sample_prompts=["red", LONG], max_steps=1)
     train(replace(recipe, training=training), tell=lines.append)
     assert sum("1 of 2 prompts of training.sample_prompts have more tokens" in line for line in lines) == 1
+
+
+def test_a_long_prompt_outside_the_new_domain_is_said(family):
+    lines: list[str] = []
+    prompts = ["red", "blue", "a dog", "a cat", LONG]
+    assert named_prompts(PilotConfig(outside=prompts), family, lines.append) == prompts
+    assert len(lines) == 1
+    assert "1 of 5 prompts of pilot.outside have more tokens" in lines[0]

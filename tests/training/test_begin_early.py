@@ -11,13 +11,16 @@ from safetensors.torch import save_file
 
 from difftuning_control.adapters.kinds import target_layers, target_names
 from difftuning_control.adapters.native_names import plain_layers
+from difftuning_control.adapters.tuning import AdapterTuning
 from difftuning_control.errors import UserError
+from difftuning_control.families.loading import family_of
 from difftuning_control.recipe.adapter import AdapterConfig
 from difftuning_control.runs.start import start_of
 from difftuning_control.training import preparation
 from difftuning_control.training.begin import Beginning, check_beginning
 from difftuning_control.verbs.train import train
 from support.lora_files import Layers, random_lora, spelled, written
+from support.tiny_sd import tiny_pipeline
 
 FOUR = ("to_q", "to_k", "to_v", "to_out.0")
 ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -123,3 +126,36 @@ def test_names_of_layers_find_these_and_no_others(family):
     assert names is not None
     found = target_layers(family.denoiser, AdapterConfig(rank=1, targets=",".join(names)), ())[1]
     assert found.keys() == some
+
+
+SAVED = {
+    "lora": {"rank": 2, "text_encoder": True},
+    "rslora": {"rank": 2, "alpha": 3.0, "rslora": True, "targets": "to_q, ff.net.2"},
+    "convolutions": {"rank": 2, "targets": "conv1, to_k"},
+    "pissa": {"rank": 2, "init": "pissa"},
+    "dora": {"kind": "dora", "rank": 2},
+    "tlora": {"kind": "tlora", "rank": 4},
+    "loha": {"kind": "loha", "rank": 2},
+    "lokr": {"kind": "lokr", "factor": 4},
+    "oft": {"kind": "oft", "block_size": 4},
+    "boft": {"kind": "boft"},
+    "ia3": {"kind": "ia3", "targets": "to_k, to_v"},
+    "difffit": {"kind": "difffit"},
+}
+
+
+@pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED)
+def test_what_the_same_settings_have_made_fits(family, settings, tmp_path):
+    """Of every kind, without the record that its run would have; and it is what training then begins at."""
+    config = AdapterConfig(**settings)
+    made = AdapterTuning(family, config, seed=3)
+    made.save(tmp_path)
+    other = family_of(tiny_pipeline())
+    check_beginning(start_of(tmp_path), other, config)
+    beginning = Beginning(start_of(tmp_path), other, config)
+    tuning = AdapterTuning(other, config, seed=4)
+    beginning.fill(tuning)
+    if config.kind == "tlora":  # whose factor S is made part of A
+        return
+    for name, value in made.parameters().items():
+        torch.testing.assert_close(tuning.parameters()[name], value, atol=1e-5, rtol=1e-4)

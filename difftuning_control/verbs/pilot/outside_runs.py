@@ -28,19 +28,29 @@ if TYPE_CHECKING:
     from difftuning_control.verbs.pilot.side_runs import SideRuns
 
 
+def named_prompts(config: PilotConfig, base: Family, tell: Callable[[str], object]) -> list[str]:
+    """The prompts outside the new domain that a pilot names.
+
+    Args:
+        tell: is given a line where they are cut.
+    """
+    prompts = outside_prompts(base) if config.outside == "general" else list(config.outside)
+    if note := cut_note(base, prompts, "prompts of pilot.outside"):
+        tell(note)
+    return prompts
+
+
 def outside_judge(
     config: PilotConfig, base: Family, judge: Judge, output: Path, tell: Callable[[str], object]
 ) -> Outside | None:
     """The judge of pictures for the prompts that a pilot names; what the base draws for them is drawn once.
 
     Args:
-        tell: is given a line where prompts are cut.
+        tell: as of `named_prompts`.
     """
     if not config.outside:
         return None
-    prompts = outside_prompts(base) if config.outside == "general" else list(config.outside)
-    if note := cut_note(base, prompts, "prompts of pilot.outside"):
-        tell(note)
+    prompts = named_prompts(config, base, tell)
     sampling, features = replace(judge.final, prompts=prompts), judge.reference.features
     path = output / "base" / f"outside-{digest_of(prompts)}.safetensors"
     if (kept := read_tensors(path)) is not None:
