@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import difftuning_control
+from difftuning_control.pipelines.guiding import GUIDINGS
 from difftuning_control.recipe.recipe import Recipe
 from difftuning_control.verbs.parse import parse
 from support.documents import NAMES, ROOT, anchors, blocks, difftune_commands, links, shell_commands
@@ -144,6 +145,15 @@ def test_every_page_is_on_the_site():
     assert site["theme"]["font"] is False  # nothing comes from elsewhere
     for added in [*site.get("extra_css", []), *site.get("extra_javascript", [])]:
         assert (ROOT / "docs" / added).is_file()
+
+
+def test_flux_pipelines_without_unconditional_rows_are_named_beside_them():
+    (row,) = [line for line in NAMES["docs/pipelines.md"].read_text(encoding="utf-8").splitlines() if "| none:" in line]
+    others = {"FluxFill": "FLUX Fill", "FluxControl": "FLUX Control", "Flux2": "FLUX.2 dev"}
+    (guiding,) = [guiding for guiding in GUIDINGS if guiding.rows == "none"]
+    for name in guiding.classes:
+        stem = re.sub("(Img2Img|Inpaint)?Pipeline$", "", name)
+        assert name in row or others.get(stem, name) in row, name
 
 
 def test_the_schedule_that_the_readme_calls_the_papers_is_the_papers():
