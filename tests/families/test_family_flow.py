@@ -349,7 +349,7 @@ def test_a_caption_that_the_pipeline_would_not_cut_is_refused_whatever_may_be_cu
         file.with_suffix(".txt").write_text("red " * 40)
     recipe = Recipe(data=DataConfig(str(tmp_path), truncate_captions=True))
     data = load_images(str(tmp_path))
-    with pytest.raises(UserError, match=r"the text encoder takes 64; shorten it\.$"):
+    with pytest.raises(UserError, match=r"the 64 that the text encoder takes: .*; shorten them\.$"):
         check_captions(qwen21, recipe, data, data)
 
 
