@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftuning_control.data.bank_pictures import pictures_of_bank
+from difftuning_control.data.collection import Collection
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.examples import Columns, Row
 from difftuning_control.data.prepare import validation_choice
 from difftuning_control.data.sources import list_rows
-from difftuning_control.data.stream import Collection
 from difftuning_control.errors import UserError
 from difftuning_control.runs.audit import FILE, Chain, read_audit
 from difftuning_control.runs.card import is_hub_id

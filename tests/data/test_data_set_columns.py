@@ -10,9 +10,9 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from pyarrow.parquet import write_table
 
+from difftuning_control.data.collection import Collection
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.sources import load_images
-from difftuning_control.data.stream import Collection
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import DataConfig
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from difftuning_control.data.bank_pictures import pictures_of_bank
+from difftuning_control.data.collection import Collection
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.prepare import copies_held_out, read_data
 from difftuning_control.data.sources import load_images
 from difftuning_control.data.splits import FOR_JUDGING
-from difftuning_control.data.stream import Collection, Stream
+from difftuning_control.data.stream import Stream
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.recipe import Recipe

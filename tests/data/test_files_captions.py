@@ -9,9 +9,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from difftuning_control.data.collection import Collection
 from difftuning_control.data.prepare import check_captions
 from difftuning_control.data.sources import load_images
-from difftuning_control.data.stream import Collection, Stream
+from difftuning_control.data.stream import Stream
 from difftuning_control.errors import UserError
 from difftuning_control.recipe.inputs import DataConfig
 from difftuning_control.recipe.masking import Masking

@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from difftuning_control.data.caption_files import caption_files
 from difftuning_control.data.metadata import METADATA, csv_rows, metadata_of
-from difftuning_control.data.sources import caption_files
 from difftuning_control.data.splits import visible_files
 from difftuning_control.errors import UserError
 from difftuning_control.system.durable import beside
