@@ -22,9 +22,9 @@ def pictures_of_bank(path: str | Path, data: DataConfig, has_classes: bool) -> I
     folder, choice = place_of_data(str(path)), Choice(option="another folder")
     beside = [p for p in folder.iterdir() if not is_hidden(p, folder)] if folder.is_dir() else []
     folders = any(p.is_dir() for p in beside) and not any(p.stem == "metadata" for p in beside)
-    image_column = DataConfig.image_column
-    if beside and is_dataset(folder) and data.image_column in local_dataset(folder, choice)[0].column_names:
-        image_column = data.image_column
+    image_column = data.image_column
+    if beside and is_dataset(folder) and image_column not in local_dataset(folder, choice)[0].column_names:
+        image_column = DataConfig.image_column
     return load_images(
         str(path),
         caption_column=data.caption_column,

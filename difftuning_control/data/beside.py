@@ -31,9 +31,9 @@ def without_labels(path: str, folder: Path, files: set[Path], checker: Checker) 
         p
         for p in sorted(files)
         if p.suffix.lower() in EXTENSIONS
-        and p.stem.lower().endswith(LABELS)
-        and len(p.stem) > len(LABELS[0])
-        and p.with_name(p.stem[: -len(LABELS[0])]) in stems
+        and (end := next((e for e in LABELS if p.stem.lower().endswith(e)), None)) is not None
+        and len(p.stem) > len(end)
+        and p.with_name(p.stem[: -len(end)]) in stems
     ]
     if labels:
         names = listed(p.relative_to(folder).as_posix() for p in labels)
@@ -47,8 +47,8 @@ def without_labels(path: str, folder: Path, files: set[Path], checker: Checker) 
 def inside(folder: Path, places: Iterable[Path]) -> list[Path]:
     """Those places that lie in a folder, or that a link in it leads to, however they are named, as paths that begin
     with it."""
-    named = [Path(os.path.relpath(os.path.abspath(place), os.path.abspath(folder))) for place in places]
-    found = {folder / place: None for place in named if ".." not in place.parts}
+    root, named = Path(os.path.abspath(folder)), [Path(os.path.abspath(place)) for place in places]
+    found = {folder / place.relative_to(root): None for place in named if place.is_relative_to(root)}
     found |= {below(folder, Path(os.path.realpath(place))): None for place in places}
     return [place for place in found if folder in place.parents]
 

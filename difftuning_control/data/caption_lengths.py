@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from difftuning_control.data.examples import Example, listed
@@ -10,6 +10,23 @@ from difftuning_control.errors import UserError
 
 if TYPE_CHECKING:
     from difftuning_control.families.family import Family
+    from difftuning_control.recipe.inputs import DataConfig
+
+
+def check_caption(family: Family, data: DataConfig) -> Callable[[Example], None]:
+    """What refuses a caption that the text encoder would cut, unless that is wanted.
+
+    Raises:
+        UserError: of what is returned, with the two numbers and without the picture's name.
+    """
+
+    def check(example: Example) -> None:
+        length, limit = family.prompt_tokens(example.caption)
+        if length > limit:
+            most = f"the text encoder takes {limit}"
+            raise UserError(f"has a caption of {length} tokens, and {most}; shorten it{or_cut(family)}")
+
+    return (lambda example: None) if data.truncate_captions and family.cuts_prompts else check
 
 
 def refuse_long(family: Family, examples: Iterable[Example]) -> None:
@@ -35,5 +52,5 @@ def refuse_long(family: Family, examples: Iterable[Example]) -> None:
 
 
 def or_cut(family: Family, those: str = "it") -> str:
-    """For the end of a sentence about such captions."""
+    """For the end of a sentence that has said to shorten them."""
     return f", or let {those} be cut with --data.truncate_captions true" if family.cuts_prompts else ""

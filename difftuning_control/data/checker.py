@@ -94,6 +94,14 @@ class Checker:
         notes += opaque_of(self.masking, self._whole, len(examples), source) if self.masking is not None else []
         return ImageData(source, examples, self.bad, ignored, notes)
 
+    def takes(self, example: Example, check: Callable[[Example], object]) -> bool:
+        """Whether a check lets an example through; `bad` says else why not."""
+        try:
+            check(example)
+        except UserError as error:
+            self.bad[example.name] = str(error)
+        return example.name not in self.bad
+
     def example(self, row: Row) -> Example | None:
         """The row as an example; None where it cannot be used, and `bad` then says why."""
         try:

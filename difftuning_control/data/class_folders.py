@@ -29,7 +29,7 @@ def class_rows(
 ) -> tuple[list[Row], int]:
     """Pictures of class folders, one level deep or below a split's folder, and how many other files there are.
 
-    Where all class folders have kohya's numbers (`10_dog`), the classes are called without them.
+    Where all class folders have kohya's numbers (`10_dog`), which are part of the classes' names, that is said.
 
     Args:
         files: those of the chosen split.
@@ -58,11 +58,12 @@ def class_rows(
             found.append((name, picture, parts[0]))
     named = {folder_name for _, _, folder_name in found}
     _check_empty(path, folder, pictures, named, apart, is_split, checker)
-    classes = {name: name for name in named}
-    if all((match := REPEATS.match(name)) is not None and match.end() < len(name) for name in named):
-        classes = {name: REPEATS.sub("", name, count=1) for name in named}
-        checker.notes += numbers_of(named)
-    rows = [Row(name, partial(read_file, picture), classes[folder_name]) for name, picture, folder_name in found]
+    if named and all(REPEATS.match(name) for name in named):
+        checker.notes.append(
+            f"the numbers of {listed(sorted(named))} are part of the classes' names; where they are repeats to another "
+            "trainer, rename the folders"
+        )
+    rows = [Row(name, partial(read_file, picture), folder_name) for name, picture, folder_name in found]
     return rows, len(files) - len(pictures)
 
 

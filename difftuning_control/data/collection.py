@@ -67,7 +67,8 @@ class Collection:
                 "set that this machine can reach."
             ) from None
         self.image = self._image_column(data.features or {})
-        if data.features:
+        is_json = type((data.features or {}).get(config.caption_column)).__name__ == "Json"
+        if data.features and not is_json:
             data = data.decode(False)  # the other columns of a row are of no concern
         if self.kind != "json":
             data = data.cast_column(self.image, datasets.Image(decode=False))

@@ -65,10 +65,11 @@ def _refuse_unwritable_cache(error: BaseException) -> None:
     import datasets  # saves a second where pictures lie in a folder
 
     place = datasets.config.HF_DATASETS_CACHE
-    is_there = isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(place)
-    if isinstance(error, OSError) and (
-        error.errno in (errno.EROFS, errno.ENOSPC) or (error.errno == errno.EACCES and is_there)
-    ):
+    if not isinstance(error, OSError):
+        return
+    named = Path(str(error.filename))  # a folder above it, where that is to be made
+    is_there = named.is_relative_to(place) or (named.is_absolute() and Path(place).is_relative_to(named))
+    if error.errno in (errno.EROFS, errno.ENOSPC) or (error.errno == errno.EACCES and is_there):
         raise UserError(
             f"the cache of datasets, {place}, cannot be written ({error.strerror}); set HF_DATASETS_CACHE or "
             "HF_HOME to a folder that can."

@@ -15,10 +15,10 @@ from difftuning_control.data.bank_draft import MANIFEST, BankDraft
 from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
-from difftuning_control.data.caption_lengths import or_cut, refuse_long
+from difftuning_control.data.caption_lengths import check_caption, refuse_long
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
-from difftuning_control.data.examples import Example, ImageData, listed, with_reasons
+from difftuning_control.data.examples import ImageData, listed, with_reasons
 from difftuning_control.data.framing import Framing
 from difftuning_control.data.labels import check_classes
 from difftuning_control.data.latents import Part, cached_moments
@@ -153,7 +153,7 @@ def read_stream(
         )
     held = config.holdout > 0 and config.validation_path is None
     stream = Stream(config, recipe.training.validation_size if held else 0, recipe.training.seed)
-    held_out = stream.head()
+    held_out = stream.head(check_caption(family, config))
     if config.validation_path is not None:
         held_out = _read_validation(recipe)
     stream.held = {e.digest for e in held_out.examples}
@@ -173,20 +173,6 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
     if recipe.data.truncate_captions and family.cuts_prompts:
         return
     refuse_long(family, (*data.examples, *held_out.examples))
-
-
-def check_caption(family: Family, example: Example) -> None:
-    """Refuse the caption of a streamed picture that the text encoder would cut.
-
-    Raises:
-        UserError: with the two numbers.
-    """
-    length, limit = family.prompt_tokens(example.caption)
-    if length > limit:
-        raise UserError(
-            f"{example.name} has a caption of {length} tokens, and the text encoder takes {limit}; shorten "
-            f"it{or_cut(family)}, or leave such rows out: --data.skip_bad true."
-        )
 
 
 def prepare_bank(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
 
 LANES, BLOCK = 64, 128
+Check = Callable[[Example], object]  # raises a UserError for a picture that is not to be used
 
 
 class Lane:
@@ -81,9 +82,14 @@ class Stream:
         self._bare: dict[str, None] = {}  # pictures without words of their own
         self._unset: dict[str, None] = {}  # pictures whose captions hold a place for a trigger that is not given
         self._lanes: dict[tuple[int, int], Lane] = {}
+        self._wanted: list[list[Row]] = []  # of the pictures that were last given: their rows, and what stands in
 
-    def head(self) -> ImageData:
-        """The pictures that are held out."""
+    def head(self, check: Check = lambda example: None) -> ImageData:
+        """The pictures that are held out.
+
+        Args:
+            check: refuses some of them.
+        """
         held_out: dict[str, Example] = {}
         skipped: dict[str, str] = {}
         rows = self.collection.rows(0)
@@ -96,7 +102,7 @@ class Stream:
                 )
             self.begin += len(part)
             checker = Checker(self.config.skip_bad, self.config.captioning, self.config.max_pixels)
-            examples = [e for row in part if (e := checker.example(row)) is not None]
+            examples = [e for row in part if (e := checker.example(row)) is not None and checker.takes(e, check)]
             checker.stop_if_bad(self.config.path)
             held_out |= {e.name: e for e in examples}
             skipped |= checker.bad
@@ -113,40 +119,33 @@ class Stream:
 
     def pictures(self, step: int, rows: range, total: int, decoded: Callable[..., Any]) -> list[Example]:
         """The pictures of some rows of a step that has `total` target rows in all, decoded by `decoded` (a map)."""
-        wanted = [self._candidates(step, row, total) for row in rows]
-        decoded_rows = list(decoded(self._usable, wanted))
+        self._wanted = [self._candidates(step, row, total) for row in rows]
+        decoded_rows = list(decoded(self._usable, self._wanted))
         for example, is_bare, bad in decoded_rows:
             self._bad |= bad
             self._note(example, is_bare)
         return [example for example, _, _ in decoded_rows]
 
-    def checked(self, example: Example, step: int, row: int, total: int, check: Callable[[Example], object]) -> Example:
-        """A picture that `pictures` gave for a row, or where bad ones are skipped the first of those that stand in for
-        it that `check` takes.
+    def checked(self, examples: list[Example], check: Check) -> list[Example]:
+        """The pictures that `pictures` gave last, or where bad ones are skipped, for one that `check` refuses the first
+        of those that stand in for it that it takes.
 
         Raises:
-            UserError: as `check` does.
+            UserError: with the name of a picture that it refuses.
         """
-        try:
-            check(example)
-            return example
-        except UserError as error:
-            if not self.config.skip_bad:
-                raise
-            refusal = error
-        for candidate in self._candidates(step, row, total):
+        taken = []
+        for example, candidates in zip(examples, self._wanted):
             try:
-                found = self._example(candidate)
-                check(found)
-            except (UserError, OSError) as error:
-                reason = str(getattr(error, "strerror", None) or error)
-                self._bad.setdefault(candidate.name, reason.removeprefix(f"{candidate.name} "))
+                check(example)
+            except UserError:
+                example, is_bare, bad = self._usable(candidates, check)
                 for met in (self._copies, self._bare, self._unset):
-                    met.pop(candidate.name, None)
-            else:
-                self._note(found, candidate.is_bare)
-                return found
-        raise refusal
+                    for name in bad:
+                        met.pop(name, None)
+                self._bad |= bad
+                self._note(example, is_bare)
+            taken.append(example)
+        return taken
 
     def _candidates(self, step: int, row: int, total: int) -> list[Row]:
         lanes = 1 << (min(self.collection.files, total, LANES).bit_length() - 1)
@@ -188,13 +187,16 @@ class Stream:
     def _caption_of(self, row: Row) -> str | None:
         return self.config.captioning.of(row.caption if isinstance(row.caption, str) else None)
 
-    def _usable(self, candidates: list[Row]) -> tuple[Example, bool, dict[str, str]]:
+    def _usable(
+        self, candidates: list[Row], check: Check = lambda example: None
+    ) -> tuple[Example, bool, dict[str, str]]:
         """The first of these rows that can be used, only the first of all unless bad ones are skipped; whether it has
         no words of its own; and what is wrong with those before it."""
         bad: dict[str, str] = {}
         for row in candidates if self.config.skip_bad else candidates[:1]:
             try:
-                return self._example(row), row.is_bare, bad
+                check(example := self._example(row))
+                return example, row.is_bare, bad
             except (UserError, OSError) as error:
                 bad.setdefault(row.name, str(getattr(error, "strerror", None) or error))
         name, reason = next(iter(bad.items()))

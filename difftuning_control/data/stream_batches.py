@@ -55,9 +55,8 @@ class StreamSource:
             examples = self._next[1].result()
         if examples is None:
             examples = self._reader.submit(self._examples, *place).result()
-        rows, total = [*self._target_rows(forward)], self.plain.counts[0]
-        # in this thread, as the tokenizer is not for several, and while the stream is still at this place
-        examples = [self.stream.checked(e, step, row, total, self.check) for e, row in zip(examples, rows)]
+        rows = [*self._target_rows(forward)]
+        examples = self.stream.checked(examples, self.check)  # in this thread, as the tokenizer is not for several
         after = (step, forward + 1) if forward + 1 < self.plain.forwards else (step + 1, 0)
         self._next = (after, self._reader.submit(self._examples, *after))
         batch_source = replace(

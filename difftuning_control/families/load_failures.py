@@ -21,14 +21,14 @@ VARIANT = re.compile(r"[^./'\"]+\.([A-Za-z0-9_]+)(?:-\d{5}-of-\d{5})?\.safetenso
 
 
 def model_not_loaded(
-    model: str, path: str, error: Exception, parts: Iterable[str] = (), variant: str | None = None
+    model: str, path: str, error: Exception, parts: Iterable[str], variant: str | None = None
 ) -> UserError:
     """What to say of a model that could not be loaded.
 
     Args:
         model: as it was asked for.
         path: its directory, or its name on the Hub.
-        parts: of the pipeline, that are loaded; empty where its index could not be read.
+        parts: of the pipeline, that are loaded.
         variant: that was asked for.
 
     Raises:
@@ -59,6 +59,11 @@ def not_loaded(what: str, path: str, error: Exception, expected: str) -> UserErr
     return UserError(f"{what} could not be loaded ({reason}); expected {expected}, or a Hub id.")
 
 
+def missing_of(module: nn.Module) -> list[str]:
+    """The parameters that diffusers has left without a value, by name."""
+    return [name for name, parameter in module.named_parameters() if parameter.is_meta]
+
+
 def refuse_missing(model: str, components: dict[str, Any]) -> None:
     """Refuse a pipeline of which diffusers has left parameters without a value, which it only logs.
 
@@ -70,8 +75,7 @@ def refuse_missing(model: str, components: dict[str, Any]) -> None:
     for name, part in components.items():
         if not isinstance(part, nn.Module):
             continue
-        absent = [key for key, parameter in part.named_parameters() if parameter.is_meta]
-        if absent:
+        if absent := missing_of(part):
             more = f"{len(absent)} tensors, such as" if len(absent) > 1 else "the tensor"
             raise UserError(
                 f"the {name} of {model} lacks {more} {absent[0]}: its file is not whole, or not in diffusers' form; "

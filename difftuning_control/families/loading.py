@@ -12,7 +12,7 @@ import torch
 from difftuning_control.errors import UserError
 from difftuning_control.families.few_steps import Configs, FewSteps
 from difftuning_control.families.hub import in_precision, quiet_loading
-from difftuning_control.families.load_failures import model_not_loaded, not_loaded, refuse_missing
+from difftuning_control.families.load_failures import EXPECTED, missing_of, model_not_loaded, not_loaded, refuse_missing
 from difftuning_control.families.older_form import refuse_newer_form
 from difftuning_control.recipe.inputs import ModelConfig
 from difftuning_control.recipe.recipe import Recipe
@@ -144,7 +144,7 @@ def _read_index(model: str, path: str) -> dict[str, Any]:
         with hub_or_cache(path), quiet_loading():
             return DiffusionPipeline.load_config(path)
     except Exception as error:
-        raise model_not_loaded(model, path, error) from None
+        raise not_loaded(f"the model {model}", path, error, EXPECTED) from None
 
 
 def _known_class(model: str, index: dict[str, Any]) -> str:
@@ -204,8 +204,7 @@ def _refuse_code(model: str, folder: Path, index: dict[str, Any]) -> None:
     Raises:
         UserError: naming the file.
     """
-    listed = {name: value for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
-    parts = {name: value[0] for name, value in listed.items() if value}
+    parts = {name: value[0] for name, value in _parts(index).items() if value}
     files = [folder / name / f"{module}.py" for name, module in parts.items() if isinstance(module, str)]
     if isinstance(name := index.get("_class_name"), list):
         files.append(folder / f"{name[0]}.py")
@@ -242,8 +241,12 @@ def _left_out(index: dict[str, Any]) -> dict[str, Any]:
 def _loaded(index: dict[str, Any]) -> list[str]:
     """The parts of a pipeline that are loaded from its folders."""
     left = _left_out(index)
-    listed = {n: v for n, v in index.items() if isinstance(v, list) and n != "_class_name"}
-    return [n for n, v in listed.items() if n not in left and v != [None, None]]
+    return [name for name, value in _parts(index).items() if name not in left and value != [None, None]]
+
+
+def _parts(index: dict[str, Any]) -> dict[str, list[Any]]:
+    """The components that an index lists, with what it says of their classes."""
+    return {name: value for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
 
 
 def load_controlnet(family: Family, path: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -273,8 +276,7 @@ def load_controlnet_model(controlnet_class: Any, path: str, dtype: torch.dtype) 
         with hub_or_cache(path), quiet_loading():
             settings = {"use_safetensors": True, "output_loading_info": True, **in_precision(dtype)}
             controlnet, loaded = controlnet_class.from_pretrained(path, **settings)
-        absent = [name for name, parameter in controlnet.named_parameters() if parameter.is_meta]
-        if absent:
+        if absent := missing_of(controlnet):
             raise KeyError(f"{len(absent)} tensors are missing, such as {absent[0]}")
         if beyond := sorted(loaded["unexpected_keys"]):  # of a Union one; without them it is another
             name = controlnet_class.__name__

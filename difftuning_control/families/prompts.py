@@ -102,7 +102,7 @@ def cut_note(family: Prompting, prompts: Iterable[str], what: str) -> str | None
     """A line on prompts of which the stock pipeline leaves out the end; None where there are none.
 
     Args:
-        what: the prompts are: the prompts of bank.prompts.
+        what: of whose prompts, such as "prompts of the bank"; those that are given twice count once.
 
     Raises:
         UserError: as `refuse_longer`, where they would not be cut.

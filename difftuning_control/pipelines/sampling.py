@@ -221,6 +221,9 @@ class Sampling:
                 "a LoRA exchanged norm layers of the transformer, which no setting can switch off; load it without "
                 f"them, name the others ({self.set_by}tuned_adapters=[…])), or leave the settings of the adapter out."
             )
+        logger.warning(
+            "norm layers that a LoRA exchanged stay as they are wherever the tuned adapters are switched off."
+        )
 
     def _tuned(self, weights: TunedWeights) -> list[Any]:
         """The parameters whose strength the settings change, and those beside them in the same layers."""

@@ -22,9 +22,9 @@ class Captioning:
 
     Args:
         default: caption of pictures that have none.
-        trigger: words that stand for what is learnt. A caption that has them somewhere, as whole words and in any case,
-            stays as it is; others have them where `[trigger]` stands, or else get them in front, and a picture without
-            a caption has them alone.
+        trigger: words that stand for what is learnt, put wherever a caption has `[trigger]`. A caption that has them
+            then, as whole words and in any case, stays as it is; others get them in front, and a picture without a
+            caption has them alone.
     """
 
     default: str | None = None

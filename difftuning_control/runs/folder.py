@@ -128,11 +128,11 @@ def refuse_places(recipe: Recipe, overwrite: bool, clears_all: bool = False) -> 
     """
     for option, place in written_places(recipe).items():
         refuse_among_data(place, data_places(recipe), option)
-    if overwrite and not recipe.training.resume:
-        refuse_clearing_sources(recipe, clears_all)
+    if overwrite and (clears_all or not recipe.training.resume):
+        _refuse_clearing_sources(recipe, clears_all)
 
 
-def refuse_clearing_sources(recipe: Recipe, clears_all: bool) -> None:
+def _refuse_clearing_sources(recipe: Recipe, clears_all: bool) -> None:
     """Refuse to overwrite an output where the model, the weights, the schedule or whatever else a run begins from would
     be cleared away.
 

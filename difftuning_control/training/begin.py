@@ -37,7 +37,7 @@ from difftuning_control.recipe.adapter_kinds import LORA_KINDS
 from difftuning_control.runs.record import RunRecord
 from difftuning_control.runs.start import Start
 from difftuning_control.system.untrusted import from_json, read_text
-from difftuning_control.training.begin_fit import check_fit
+from difftuning_control.training.begin_fit import check_fit, check_shapes
 from difftuning_control.training.checkpoint import TrainingState, enter_schedule, save_checkpoint
 from difftuning_control.training.phases import Phases
 
@@ -52,10 +52,12 @@ PARTS = ("lora_A.weight", "lora_B.weight")
 def check_beginning(start: Start, family: Family, adapter: AdapterConfig) -> None:
     """Refuse an adapter that training cannot begin from, before anything is encoded or drawn; the base stays as it is.
 
+    The shapes of other kinds than LoRAs, and the classes of a DiT, are compared when they are filled in.
+
     Raises:
         UserError: as `Beginning`.
     """
-    with torch.random.fork_rng(devices=[]):  # a LoRA of others is attached for a moment, which peft draws numbers for
+    with torch.random.fork_rng(devices=[]):  # a peft folder is attached for a moment, for which peft draws numbers
         Beginning(start, family, adapter)
 
 
@@ -182,14 +184,6 @@ class Beginning:
         starts = any(isinstance(layer.lora_A[ADAPTER], Down) for layer in layers.values())
         state = {} if starts else get_peft_model_state_dict(module, adapter_name=ADAPTER)
         expected = {k.removeprefix("text_model."): v for k, v in state.items()}
-        wanted = {f"{n}.{part}" for n in layers for part in PARTS} if starts else set(expected)
-        missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-        if missing or unknown:
-            said = f"has no {missing[0]}" if missing else f"has {unknown[0]}, which does not train here"
-            raise UserError(
-                f"{self.start.weights} does not fit what trains: it {said}; give the adapter.targets and the "
-                "adapter.kind that it was trained with."
-            )
         for name, layer in layers.items():
             a, b = tensors[f"{name}.{PARTS[0]}"], tensors[f"{name}.{PARTS[1]}"]
             factor = scale / layer.scaling[ADAPTER]
@@ -220,10 +214,8 @@ class Beginning:
         self._copy(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER), tensors)
 
     def _copy(self, targets: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in targets.items()}:
-            raise UserError(
-                f"{self.start.weights} does not fit what trains; give an adapter of the same kind, targets and size."
-            )
+        given, expected = ({n: tuple(t.shape) for n, t in own.items()} for own in (tensors, targets))
+        check_shapes(self.start.weights, given, expected)
         for name, target in targets.items():
             target.copy_(tensors[name])
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from difftuning_control.runs.start import Start
 
 COMPARED = ("peft_type", "r", "alpha", "lora_alpha", "use_dora", "oft_block_size", "boft_block_size")
-PART = re.compile(r"(?P<layer>.+)\.(?:lora|hada|lokr|oft|boft|ia3)_[^.]*(?:\..+)?")
+PART = re.compile(r"(?P<layer>.+)\.(?:hada|lokr|oft|boft|ia3)_[^.]*(?:\..+)?")
 ENCODER = "text_model."  # a text encoder's layers are named with and without it
 Loras = Mapping[str, tuple[dict[str, Tensor], float]]  # by component: tensors, and their scale
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B by layer
@@ -56,12 +56,17 @@ def check_fit(start: Start, lora: Loras, family: Family, config: AdapterConfig) 
         _check_lora(start, {name: _pairs(weights, own) for name, (own, _) in lora.items()}, family, config)
     elif config.kind == "difffit":
         given = metadata_and_shapes(weights)[1] if weights.name == DIFFFIT_FILE else {}
-        _compare(weights, given, DiffFit.shapes(denoiser_of(family.pipe)[1]))
+        check_shapes(weights, given, DiffFit.shapes(denoiser_of(family.pipe)[1]))
     else:
         _check_peft(weights, family, config)
 
 
-def _compare(weights: Path, given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(weights: Path, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors of other names or shapes than those that train.
+
+    Raises:
+        UserError: naming the file.
+    """
     if given != expected:
         raise UserError(f"{weights} does not fit what trains; give an adapter of the same kind, targets and size.")
 
@@ -79,6 +84,9 @@ def _check_kind(weights: Path, lora: Loras, config: AdapterConfig) -> None:
         there = "dora"
     if there != config.kind:
         raise UserError(f"adapter.kind is {config.kind}, and {weights} is a {there}; give --adapter.kind {there}.")
+    layers = {key.rpartition(".lora_")[0] for key in keys}
+    if there == "dora" and (bare := sorted(n for n in layers if f"{n}.lora_magnitude_vector" not in keys)):
+        raise UserError(f"{weights} is not whole: the magnitudes of {bare[0]} are missing; give a whole file.")
     if any(key.endswith("lora_B.bias") for key in keys):
         raise UserError(f"{weights} has biases beside A and B, which do not train here; give a LoRA without them.")
 
@@ -99,11 +107,11 @@ def _check_lora(start: Start, there: dict[str, Pairs], family: Family, config: A
     weights, (component, denoiser) = start.weights, denoiser_of(family.pipe)
     _check_encoders(weights, there, family, config, component)
     given, layers = there[component], target_layers(denoiser, config, family.lora_targets)[1]
-    found, changes = [], _ranks(start, _only_rank(weights, there), config)
+    rank = _only_rank(weights, there)
+    found, changes = [], _ranks(start, rank, config)
     if changes:
-        found.append(
-            f"adapter.rank is {config.full_rank}, and the LoRA {weights} has the rank {_only_rank(weights, there)}"
-        )
+        of_start = ", a half of it that of its start" if "rank" not in changes else ""
+        found.append(f"adapter.rank is {config.full_rank}, and the LoRA {weights} has the rank {rank}{of_start}")
     if given.keys() != layers.keys():
         names = target_names(denoiser, set(given))
         if names is None:
@@ -159,7 +167,8 @@ def _check_encoders(
 ) -> None:
     """Refuse what no setting trains: other modules than the denoiser and the first text encoder, or layers of this
     beside its projections."""
-    trained = {component, "text_encoder"} if family.text_lora_targets else {component}
+    has_encoder = family.text_lora_targets and getattr(family.pipe, "text_encoder", None) is not None
+    trained = {component, "text_encoder"} if has_encoder else {component}
     if strange := sorted(there.keys() - trained):
         raise UserError(f"{weights} also has weights for the {strange[0]}, which do not train here; give another.")
     if not there.get(component):

@@ -8,8 +8,7 @@ from accelerate import Accelerator
 
 from difftuning_control.data.batches import BatchSource
 from difftuning_control.data.buckets import BucketSource
-from difftuning_control.data.examples import Example
-from difftuning_control.data.prepare import check_caption
+from difftuning_control.data.caption_lengths import check_caption
 from difftuning_control.data.stream_batches import StreamSource
 from difftuning_control.objective.difftuning import DiffTuningObjective
 from difftuning_control.recipe.recipe import Recipe
@@ -55,8 +54,4 @@ def training_source(
 def _streamed(
     recipe: Recipe, family: Family, inputs: TrainingInputs, plain: BatchSource, stream: Stream
 ) -> StreamSource:
-    def check(example: Example) -> None:
-        if not (recipe.data.truncate_captions and family.cuts_prompts):
-            check_caption(family, example)
-
-    return StreamSource(plain, stream, inputs.framing, check)
+    return StreamSource(plain, stream, inputs.framing, check_caption(family, recipe.data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +191,7 @@ def _old_domain(
             "where it was moved with --moved.bank."
         )
     if request.source is not None:
-        data = replace(recipe.data, caption_column=DataConfig.caption_column)  # captions play no part
+        data = dataclasses.replace(recipe.data, caption_column=DataConfig.caption_column)  # the run's is not its
         pictures = pictures_of_bank(request.source, data, has_classes=False)
         for line in pictures.notes:
             tell(line)

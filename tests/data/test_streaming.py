@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from difftuning_control.data import stream as streaming
 from difftuning_control.data.batches import BatchSource
+from difftuning_control.data.caption_lengths import check_caption
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.framing import Framing
-from difftuning_control.data.prepare import check_caption, read_data
-from difftuning_control.data.stream import Stream
+from difftuning_control.data.prepare import read_data
+from difftuning_control.data.stream import Lane, Stream
 from difftuning_control.data.stream_batches import StreamSource, empty_targets
 from difftuning_control.errors import UserError
 from difftuning_control.objective.difftuning import DiffTuningObjective
@@ -238,10 +239,12 @@ def test_a_caption_that_is_too_long_stops_with_its_name_or_another_row_stands_in
                 add(tar, f"{i:03d}.png", b"no picture" if i == broken else png(i))
                 add(tar, f"{i:03d}.txt", ("red " * 30 if i in (4, 8) else f"red {i}").encode())
 
-    def over(stream: Stream) -> StreamSource:
-        return StreamSource(source.plain, stream, source.framing, lambda example: check_caption(family, example))
+    check = check_caption(family, DataConfig("x"))
 
-    with pytest.raises(UserError, match=r"has a caption of 32 tokens, and the text encoder takes 16; shorten it"):
+    def over(stream: Stream) -> StreamSource:
+        return StreamSource(source.plain, stream, source.framing, check)
+
+    with pytest.raises(UserError, match=r"00[48] in .* has a caption of 32 tokens, and the text encoder takes 16"):
         over(stream_of(long)).rows(0)
     stream = stream_of(bad, skip_bad=True)
     met = over(stream)
@@ -250,7 +253,27 @@ def test_a_caption_that_is_too_long_stops_with_its_name_or_another_row_stands_in
     assert over(stream_of(bad, skip_bad=True)).rows(3).batch.ids[:7] == seen[3]
     (line,) = stream.notes()
     for name in ("004", "008"):
-        assert f"{name} (a caption of 32 tokens, and the text encoder takes 16)" in line
+        assert f"{name} (a caption of 32 tokens, and the text encoder takes 16" in line
+    head = Stream(DataConfig(str(bad), stream=True, skip_bad=True), 6, seed=0)
+    assert [e.name for e in head.head(check).examples] == ["000", "001", "002", "003", "005", "006"]
+    with pytest.raises(UserError, match=r"004 .* has a caption of 32 tokens"):
+        Stream(DataConfig(str(long), stream=True), 6, seed=0).head(check)
+
+
+def test_a_row_that_is_refused_where_a_block_ends_reads_nothing_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("difftuning_control.data.stream.BLOCK", 4)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(13):
+            add(tar, f"{i:03d}.png", png(i))
+            add(tar, f"{i:03d}.txt", ("red " * 30 if i == 5 else f"red {i}").encode())
+    stream = stream_of(tmp_path, skip_bad=True)
+    begun: list[int] = []
+    monkeypatch.setattr(Lane, "_begin", lambda lane, own=Lane._begin: (begun.append(lane.number), own(lane)))
+    met = StreamSource(source.plain, stream, source.framing, check_caption(source.plain.family, DataConfig("x")))
+    for step in range(4):
+        met.rows(step)
+    assert "005" in stream.notes()[0]
+    assert len(begun) == len(set(begun))
 
 
 def test_what_cannot_be_streamed_is_refused(folders, tmp_path):

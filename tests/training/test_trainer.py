@@ -395,7 +395,9 @@ def test_what_a_run_begins_from_is_not_cleared_away_for_it(make, role, place, by
     with pytest.raises(UserError, match=said):
         refuse_places(recipe, overwrite=True, clears_all=True)  # a pilot
     refuse_places(replace(recipe, output=str(tmp_path / "other")), overwrite=True, clears_all=True)
-    refuse_places(resumed(recipe), overwrite=True, clears_all=True)  # of which nothing is cleared
+    refuse_places(resumed(recipe), overwrite=True)  # of which nothing is cleared
+    with pytest.raises(UserError, match=said):
+        refuse_places(resumed(recipe), overwrite=True, clears_all=True)  # a pilot never goes on so
 
 
 @pytest.mark.wide

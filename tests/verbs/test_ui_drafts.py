@@ -12,6 +12,7 @@ from PIL import Image
 from difftuning_control.errors import UserError
 from difftuning_control.verbs.ui.captioning import DRAFTS, Captioner, draft_captions, drafts_of, forget_draft
 from difftuning_control.verbs.ui.captions import caption_of
+from difftuning_control.verbs.ui.importing import import_models
 from difftuning_control.verbs.ui.pictures_view import gallery, one_picture, pictures_of
 from difftuning_control.verbs.ui.places import Places
 
@@ -20,6 +21,7 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blu
 
 def tiny_captioner(folder: Path) -> Path:
     """A BLIP model of some thousand random weights, with its processor."""
+    import_models()  # which a page's thread of an earlier test may be doing
     from transformers import (
         BertTokenizer,
         BlipConfig,

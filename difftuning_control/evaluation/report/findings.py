@@ -60,7 +60,8 @@ def advice_of(analysis: Mapping[str, Any]) -> list[str]:
 
 def compared_already(sides: Collection[str]) -> list[str]:
     """The codes of advice to compare in a pilot what a pilot of these sides has compared."""
-    return [code for code, asked in COMPARED.items() if set(asked) <= {*sides}]
+    only = ("rising", "not_monotone")  # what else an unclear gap advises stays good advice
+    return [code for code in only if set(COMPARED[code]) <= {*sides}]
 
 
 def gap_sentences(bands: Sequence[Mapping[str, float]]) -> list[Sentence]:
