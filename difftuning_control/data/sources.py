@@ -164,12 +164,13 @@ def _rows_in(
         kinds = "HEIC, JPEG XL, JPEG 2000 and raw files are not read; save them as PNG or JPEG"
         checker.notes.append(f"left out of {path}: {listed(unread)}; {kinds}")
     count = len(files)
-    if by_class or not metadata_of(folder, files):
+    metadata = [] if by_class else metadata_of(folder, files)
+    if not metadata:
         files = without_labels(path, folder, files, checker)
     if by_class:
         rows, ignored = class_rows(path, folder, files, apart, is_split, checker)
     else:
-        rows, ignored = _folder_rows(folder, files, others, columns, checker)
+        rows, ignored = _folder_rows(folder, files, others, metadata, columns, checker)
     shards = sum(p.suffix.lower() == ".tar" for p in files)
     if shards and not rows:
         checker.notes.append(f"{shards} .tar files are read by train and bank with --data.stream true")
@@ -210,15 +211,15 @@ def place_of_data(path: str) -> Path:
 
 
 def _folder_rows(
-    folder: Path, files: set[Path], others: set[Path], columns: Columns, checker: Checker
+    folder: Path, files: set[Path], others: set[Path], metadata: list[Path], columns: Columns, checker: Checker
 ) -> tuple[list[Row], int]:
     """The rows that a folder's metadata name, or its pictures, and how many of the files are something else.
 
     Args:
         files: those of the chosen split; where there are several splits, each may have metadata of its own.
         others: those of other splits, or of none.
+        metadata: of the folder, or of its splits.
     """
-    metadata = metadata_of(folder, files)
     if metadata:
         named = [pair for path in metadata for pair in metadata_rows(path, folder, others, columns, checker)]
         rest = files.difference(metadata, *(used for _, used in named))
