@@ -71,9 +71,9 @@ class DataConfig:
             names or numbers in the column label, or in caption_column where that names another); captions as they are
             when empty.
         default_caption: caption of pictures that have none; such pictures are a mistake when empty.
-        trigger: words for what is learnt (`zbx style`), put where captions have `[trigger]`, else before captions that
-            lack them, and alone where there is none; a bank for captions is drawn without them, and a LoRA whose recipe
-            names nothing of what is retained retains general prompts under these, with λ = 0.3.
+        trigger: words for what is learnt (`zbx style`), put before captions that lack them and alone where there is
+            none; `[trigger]` in a caption is where they stand, a bank for captions is drawn without them, and a LoRA
+            whose recipe names nothing of what is retained retains general prompts under these, with λ = 0.3.
         masks: what of the pictures of path is learnt: alpha (what is opaque in them), or a folder with a mask named
             like each (what is white in it); all of them when empty. The loss on those that are held out has masks too.
         outside_mask: what the error counts where a mask is black, next to 1 where it is white. [≥ 0 and < 1]
