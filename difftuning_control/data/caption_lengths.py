@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from difftuning_control.recipe.inputs import DataConfig
 
 
+def may_cut(family: Family, data: DataConfig) -> bool:
+    """Whether captions may lose what the text encoder does not take."""
+    return data.truncate_captions and family.cuts_prompts
+
+
 def check_caption(family: Family, data: DataConfig) -> Callable[[Example], None]:
     """What refuses a caption that the text encoder would cut, unless that is wanted.
 
@@ -26,7 +31,7 @@ def check_caption(family: Family, data: DataConfig) -> Callable[[Example], None]
             most = f"the text encoder takes {limit}"
             raise UserError(f"has a caption of {length} tokens, and {most}; shorten it{or_cut(family)}")
 
-    return (lambda example: None) if data.truncate_captions and family.cuts_prompts else check
+    return (lambda example: None) if may_cut(family, data) else check
 
 
 def refuse_long(family: Family, examples: Iterable[Example]) -> None:

@@ -45,7 +45,7 @@ def class_rows(
             "(--data.classes label reads its column label)."
         )
     pictures = sorted(p for p in files if p.suffix.lower() in EXTENSIONS)
-    found: list[tuple[str, Path, str]] = []
+    rows: list[Row] = []
     depth = 1 if is_split else 0
     for picture in pictures:
         name, parts = picture.relative_to(folder).as_posix(), picture.relative_to(folder).parts[depth:]
@@ -55,15 +55,14 @@ def class_rows(
             where = "lies in no class folder" if len(parts) < 2 else "lies deeper than its class folder"
             checker.bad[name] = f"{where}; expected {folder.name}{'/train' if is_split else ''}/class/picture"
         else:
-            found.append((name, picture, parts[0]))
-    named = {folder_name for _, _, folder_name in found}
+            rows.append(Row(name, partial(read_file, picture), parts[0]))
+    named = {row.caption for row in rows}
     _check_empty(path, folder, pictures, named, apart, is_split, checker)
     if named and all(REPEATS.match(name) for name in named):
         checker.notes.append(
             f"the numbers of {listed(sorted(named))} are part of the classes' names; where they are repeats to another "
             "trainer, rename the folders"
         )
-    rows = [Row(name, partial(read_file, picture), folder_name) for name, picture, folder_name in found]
     return rows, len(files) - len(pictures)
 
 

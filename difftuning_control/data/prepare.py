@@ -15,7 +15,7 @@ from difftuning_control.data.bank_draft import MANIFEST, BankDraft
 from difftuning_control.data.bank_pictures import pictures_of_bank
 from difftuning_control.data.bank_prompts import bank_prompts
 from difftuning_control.data.bank_request import request_of
-from difftuning_control.data.caption_lengths import check_caption, refuse_long
+from difftuning_control.data.caption_lengths import check_caption, may_cut, refuse_long
 from difftuning_control.data.datasets import Choice
 from difftuning_control.data.embeddings import cached_embeddings
 from difftuning_control.data.examples import ImageData, listed, with_reasons
@@ -170,9 +170,8 @@ def check_captions(family: Family, recipe: Recipe, data: ImageData, held_out: Im
         UserError: naming the first ten such pictures.
     """
     check_classes(family, recipe, data, held_out)
-    if recipe.data.truncate_captions and family.cuts_prompts:
-        return
-    refuse_long(family, (*data.examples, *held_out.examples))
+    if not may_cut(family, recipe.data):
+        refuse_long(family, (*data.examples, *held_out.examples))
 
 
 def prepare_bank(
